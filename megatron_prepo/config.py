@@ -1,0 +1,474 @@
+"""Every setting of a run: one frozen tree of dataclasses, read from YAML and ``key=value`` overrides.
+
+The defaults are the paper's (PREPO as first published, research ambiguities as named settings);
+a setting without a default has to be given.  The text under each field is its documentation: the
+configuration reference in ``docs/configuration.md`` is printed from here (``megatron-prepo
+reference``).  Whatever can be wrong without looking at a file or a model is refused here.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_prepo.errors import UserError
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Where the run lives."""
+
+    dir: str
+    """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
+    overwrite: bool = False
+    """Replace a run that is already in `run.dir` (otherwise that is an error)."""
+    wandb_project: str | None = None
+    """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """The model that learns."""
+
+    hf: str
+    """Hugging Face directory: configuration, tokenizer and (unless `model.megatron`) weights."""
+    megatron: str | None = None
+    """Megatron `torch_dist` checkpoint to start from, as `checkpoints_convert import` writes it."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the weights in forward and backward; the optimizer's are always float32."""
+    layers: Literal["auto", "torch", "te"] = "auto"
+    """Layer implementation: torch-native, TransformerEngine, or the latter where installed."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """How the actor is spread over ranks."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    data: int | None = None
+    """Data-parallel size; empty: what the ranks given by torchrun leave, or 1 without torchrun."""
+    sequence: bool = False
+    """Sequence parallelism: activations between tensor-parallel regions are split too."""
+    timeout_minutes: float = 10.0
+    """Deadline of every collective; a rank that waits longer fails instead of hanging."""
+
+    def __post_init__(self):
+        for name in ("tensor", "pipeline", "data"):
+            _at_least(f"parallel.{name}", getattr(self, name), 1)
+        _positive("parallel.timeout_minutes", self.timeout_minutes)
+        if self.sequence and self.tensor == 1:
+            raise ValueError(
+                "parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Prompts: JSON Lines files with an id, a prompt and an answer a line."""
+
+    train: str
+    """Training prompts."""
+    eval: str
+    """Held-out prompts."""
+    chat_template: bool = False
+    """Wrap each prompt as a user turn by the tokenizer's chat template."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is an error that names it (nothing is cut silently)."""
+
+    def __post_init__(self):
+        _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SelectionConfig:
+    """Which K of the P candidate prompts are rolled out."""
+
+    method: Literal["prepo", "random"] = "prepo"
+    """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline)."""
+    num_candidates: int
+    """|B| in the paper, P here: prompts scored in a step."""
+    num_selected: int
+    """K: prompts rolled out in a step (the paper uses 20 % of the candidates)."""
+    rho_max: float = 1.0
+    """Where the window stops: 1 ends on the highest perplexities, 0.5 in the middle."""
+    horizon: int | None = None
+    """Steps in which the window travels; empty: `train.total_steps`."""
+    ppl_tokens: Literal["all", "content"] = "all"
+    """Perplexity over all prompt tokens, or only the user's text without the chat template's."""
+
+    def __post_init__(self):
+        _at_least("selection.num_selected", self.num_selected, 1)
+        if self.num_selected > self.num_candidates:
+            raise ValueError(
+                f"selection.num_selected={self.num_selected} is more than "
+                f"selection.num_candidates={self.num_candidates}; K prompts are chosen among the "
+                "candidates, so lower the first or raise the second"
+            )
+        if not 0 <= self.rho_max <= 1:
+            raise ValueError(f"selection.rho_max={self.rho_max} must lie between 0 and 1")
+        _at_least("selection.horizon", self.horizon, 1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WeightingConfig:
+    """Weight of each rollout in the loss."""
+
+    method: Literal["relative_entropy", "none"] = "relative_entropy"
+    """w_i = mean token entropy of the rollout over the batch's mean entropy, or 1."""
+    mean: Literal["sequence", "token"] = "sequence"
+    """The batch's mean: of the rollouts' means (paper, main text) or over tokens (appendix E)."""
+    clamp: float | None = None
+    """c > 1 keeps the weights within [1/c, c]; empty: no clamp (paper)."""
+    include_zero_variance: bool = True
+    """Whether rollouts of groups without an advantage count in the batch's mean (paper: yes)."""
+
+    def __post_init__(self):
+        if self.clamp is not None and self.clamp <= 1:
+            raise ValueError(f"weighting.clamp={self.clamp} must be above 1, or empty")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RolloutConfig:
+    """How completions are generated."""
+
+    engine: Literal["embedded"] = "embedded"
+    """`embedded`: transformers' generation inside the training processes."""
+    samples_per_prompt: int = 8
+    """G: completions of a selected prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities and entropies of rollouts are taken at it too."""
+    max_new_tokens: int
+    """A completion is cut there."""
+    batch_size: int = 256
+    """Completions generated at once by a rank (embedded engine)."""
+
+    def __post_init__(self):
+        _at_least("rollout.samples_per_prompt", self.samples_per_prompt, 2)
+        _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("rollout.batch_size", self.batch_size, 1)
+        _positive("rollout.temperature", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RewardConfig:
+    """How a completion is graded."""
+
+    function: Literal["final_number"] = "final_number"
+    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention)."""
+    low: float = 0.0
+    """Smallest reward the function may give."""
+    high: float = 1.0
+    """Largest reward the function may give; a prompt passes at this reward."""
+
+    def __post_init__(self):
+        if not self.low < self.high:
+            raise ValueError(f"reward.low={self.low} must be below reward.high={self.high}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdvantageConfig:
+    """Group-relative advantages (GRPO)."""
+
+    std: Literal["unbiased", "population", "none"] = "unbiased"
+    """Divide by the group's standard deviation (n-1 or n in its denominator), or do not."""
+    eps: float = 1e-6
+    """Added to the standard deviation."""
+
+    def __post_init__(self):
+        _positive("advantage.eps", self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LossConfig:
+    """The clipped policy loss."""
+
+    clip_low: float = 0.2
+    """Lower clip: ratios below 1 - clip_low bring no gradient where the advantage is negative."""
+    clip_high: float = 0.28
+    """Upper clip (DAPO's clip-higher)."""
+    aggregation: Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"] = (
+        "seq-mean-token-sum"
+    )
+    """Sum over tokens and mean over rollouts (paper v1), mean and mean (v3), or mean over tokens."""
+    entropy_coef: float = 0.0
+    """Entropy bonus (paper: none)."""
+    kl_coef: float = 0.0
+    """Penalty on the k3 estimate of KL to the initial policy (paper: none); keeps a copy of it."""
+    importance_cap: float | None = None
+    """Truncated importance sampling: cap on actor over engine probability; empty: off."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at once in the output head."""
+
+    def __post_init__(self):
+        if not 0 < self.clip_low < 1:
+            raise ValueError(f"loss.clip_low={self.clip_low} must lie between 0 and 1")
+        _positive("loss.clip_high", self.clip_high)
+        _at_least("loss.entropy_coef", self.entropy_coef, 0)
+        _at_least("loss.kl_coef", self.kl_coef, 0)
+        _at_least("loss.chunk_tokens", self.chunk_tokens, 1)
+        if self.importance_cap is not None:
+            _positive("loss.importance_cap", self.importance_cap)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """Megatron's Adam, under Megatron's names."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    lr_warmup_steps: int = 0
+    """Steps of training in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; a larger gradient is scaled down to it."""
+    use_distributed_optimizer: bool = False
+    """Split the optimizer's state over the data-parallel ranks."""
+
+    def __post_init__(self):
+        _at_least("optimizer.lr", self.lr, 0)
+        _positive("optimizer.clip_grad", self.clip_grad)
+        _at_least("optimizer.lr_warmup_steps", self.lr_warmup_steps, 0)
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.min_lr} must lie between 0 and optimizer.lr={self.lr}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """The length and the arithmetic of the training loop."""
+
+    total_steps: int
+    """Steps: one candidate batch, one set of rollouts, `train.mini_batches` updates each."""
+    seed: int = 1
+    """Everything random in a run derives from it."""
+    mini_batches: int = 1
+    """Optimizer updates a step; the rollouts are split between them."""
+    micro_batch_size: int = 8
+    """Sequences in a forward pass of the actor."""
+
+    def __post_init__(self):
+        for name in ("total_steps", "mini_batches", "micro_batch_size"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvalConfig:
+    """Held-out evaluation: avg@k."""
+
+    every: int = 0
+    """Evaluate after every so many steps; 0: only before and after the run."""
+    samples_per_prompt: int = 4
+    """k of avg@k, before and after the run."""
+    samples_during: int = 1
+    """k of the evaluations in between."""
+    max_prompts: int | None = None
+    """Use the first so many held-out prompts; empty: all."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
+
+    def __post_init__(self):
+        _at_least("eval.every", self.every, 0)
+        _at_least("eval.samples_per_prompt", self.samples_per_prompt, 1)
+        _at_least("eval.samples_during", self.samples_during, 1)
+        _at_least("eval.max_prompts", self.max_prompts, 1)
+        _positive("eval.temperature", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 0
+    """Save a Megatron checkpoint after every so many steps; 0: only at the end."""
+    optimizer: bool = True
+    """Save the optimizer's state with the weights."""
+
+    def __post_init__(self):
+        _at_least("checkpoint.every", self.every, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """A run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    selection: SelectionConfig
+    rollout: RolloutConfig
+    train: TrainConfig
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    weighting: WeightingConfig = dataclasses.field(default_factory=WeightingConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Passed to megatron-core under its own names (TransformerConfig, DistributedDataParallelConfig,
+    OptimizerConfig); a name that none of them has is an error."""
+    sglang: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Passed to the SGLang server under its own names; the embedded engine takes none
+    and says so."""
+
+    def __post_init__(self):
+        rollouts = self.selection.num_selected * self.rollout.samples_per_prompt
+        if self.train.mini_batches > self.selection.num_selected:
+            raise ValueError(
+                f"train.mini_batches={self.train.mini_batches} is more than "
+                f"selection.num_selected={self.selection.num_selected}; each mini-batch needs a group"
+            )
+        if self.parallel.data and self.parallel.data * self.train.mini_batches > rollouts:
+            raise ValueError(
+                f"parallel.data={self.parallel.data} and train.mini_batches="
+                f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
+                "of a step"
+            )
+        if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
+            raise ValueError(
+                f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
+                f"train.total_steps={self.train.total_steps}"
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The run's configuration from a YAML file, changed by overrides such as ``optimizer.lr=1e-6``.
+
+    Raises `UserError` that names every wrong setting, with the nearest known name for an unknown
+    one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such configuration file: {path}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict) -> Config:
+    """A checked `Config` from nested dictionaries."""
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_sentence(e) for e in error.errors())) from None
+
+
+def to_tree(config: Config) -> dict:
+    """The resolved configuration as nested dictionaries, as it is saved with the run."""
+    return dataclasses.asdict(config)
+
+
+def reference() -> str:
+    """The configuration reference in Markdown."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        kind = section.type
+        lines.append(f"\n## `{section.name}`\n")
+        if not dataclasses.is_dataclass(kind):
+            lines.append(" ".join(Config.__pydantic_fields__[section.name].description.split()))
+            continue
+        lines += [kind.__doc__, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for field in dataclasses.fields(kind):
+            default = "(required)" if field.default is dataclasses.MISSING else _yaml(field.default)
+            text = " ".join(kind.__pydantic_fields__[field.name].description.split())
+            lines.append(
+                f"| `{section.name}.{field.name}` | {_type_name(field.type)} | {default} | "
+                f"{text.replace('|', chr(92) + '|')} |"
+            )
+    return "\n".join(lines).strip() + "\n"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`` (did you mean X?)`` for the known name closest to a misspelt one, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    *sections, name = key.split(".")
+    if not equals or not name or not all(sections):
+        raise UserError(f"override {override!r} must have the form section.key=value")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        tree[name] = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _sentence(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown setting {key}{nearest(key, _known_keys())}"
+        case "missing":
+            return f"setting {key} is required"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case _:
+            return f"setting {key}={error['input']!r}: {error['msg']}"
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for section in dataclasses.fields(Config):
+        keys.append(section.name)
+        if dataclasses.is_dataclass(section.type):
+            keys += [f"{section.name}.{field.name}" for field in dataclasses.fields(section.type)]
+    return keys
+
+
+def _at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and not value >= low:
+        raise ValueError(f"{name}={value} must be at least {low}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be above 0")
+
+
+def _yaml(value: Any) -> str:
+    return {"None": "(empty)", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _type_name(kind: Any) -> str:
+    if getattr(kind, "__origin__", None) is Literal:
+        return " or ".join(f"`{choice}`" for choice in kind.__args__)
+    if isinstance(kind, type):
+        return kind.__name__
+    return " or ".join(
+        "empty" if part is type(None) else _type_name(part) for part in kind.__args__
+    )

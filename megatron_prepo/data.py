@@ -1,0 +1,131 @@
+"""Prompts: read and checked once, then dealt out in candidate batches, the same on every rank."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_prepo.errors import UserError
+from megatron_prepo.records import Prompt
+
+
+def read_prompts(
+    path: str | Path, tokenizer, *, max_tokens: int, chat_template: bool = False
+) -> list[Prompt]:
+    """The prompts of a JSON Lines file, tokenized.
+
+    A line is an object with `prompt` and `answer`, and an `id` (the line's number otherwise);
+    other fields are ignored.  `tokenizer` is a `transformers` tokenizer.
+
+    Raises `UserError` naming file and line for a broken line, a missing or empty prompt or answer,
+    a repeated id, and a prompt of more than `max_tokens` tokens.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such prompt file: {path}")
+    prompts: list[Prompt] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: must be an object with `prompt` and `answer`")
+        text, answer = (_text(record, field, where) for field in ("prompt", "answer"))
+        prompt_id = str(record.get("id", number))
+        if prompt_id in seen:
+            raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
+        seen[prompt_id] = number
+        tokens, content = tokenize(text, tokenizer, chat_template=chat_template)
+        if len(tokens) > max_tokens:
+            raise UserError(
+                f"{where}: prompt {prompt_id!r} has {len(tokens)} tokens, more than "
+                f"data.max_prompt_tokens={max_tokens}; shorten it or raise the limit"
+            )
+        if len(tokens) < 2:
+            raise UserError(
+                f"{where}: prompt {prompt_id!r} has {len(tokens)} token; perplexity needs at least "
+                "one token with a predecessor"
+            )
+        prompts.append(Prompt(prompt_id, text, answer, tokens, content))
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def tokenize(text: str, tokenizer, *, chat_template: bool) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Token ids of a prompt, and the span of those that hold its text.
+
+    With `chat_template` the text becomes a user turn followed by the generation prompt.
+    """
+    if chat_template:
+        if not tokenizer.chat_template:
+            raise UserError(
+                "data.chat_template=true, but the tokenizer has no chat template; "
+                "set data.chat_template=false"
+            )
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    else:
+        rendered = text
+    encoded = tokenizer(
+        rendered, add_special_tokens=not chat_template, return_offsets_mapping=True
+    )
+    begin = rendered.rfind(text.strip())
+    end = begin + len(text.strip())
+    inside = [
+        i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin and a < b
+    ]
+    tokens = tuple(encoded["input_ids"])
+    return tokens, (inside[0], inside[-1] + 1) if begin >= 0 and inside else (0, len(tokens))
+
+
+class CandidateBatches:
+    """Endless candidate batches of P prompts with unique ids; a pure function of seed and position.
+
+    Each epoch is a fresh permutation; prompts that do not fill a last batch sit that epoch out.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], num_candidates: int, seed: int):
+        if len(prompts) < num_candidates:
+            raise UserError(
+                f"selection.num_candidates={num_candidates} is more than the {len(prompts)} "
+                "prompts of data.train"
+            )
+        self.prompts, self.num_candidates, self.seed = prompts, num_candidates, seed
+        self.position = 0
+        """Batches dealt so far."""
+
+    def next(self) -> list[Prompt]:
+        """The next P candidate prompts."""
+        batches_an_epoch = len(self.prompts) // self.num_candidates
+        epoch, batch = divmod(self.position, batches_an_epoch)
+        order = list(range(len(self.prompts)))
+        random.Random(f"{self.seed}/candidates/{epoch}").shuffle(order)
+        first = batch * self.num_candidates
+        self.position += 1
+        return [self.prompts[i] for i in order[first : first + self.num_candidates]]
+
+    def state_dict(self) -> dict:
+        """The position, for a checkpoint."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved position."""
+        self.position = state["position"]
+
+
+def _text(record: dict, field: str, where: str) -> str:
+    value = record.get(field)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field `{field}` is missing or not a text")
+    if not value.strip():
+        raise UserError(f"{where}: field `{field}` is empty")
+    return value

@@ -1,0 +1,33 @@
+"""Files that are whole or absent: write aside, force to disk, rename."""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file by new text; a reader sees the old or the new one, never a part."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    flush(aside)
+    aside.replace(path)
+    flush(path.parent)
+
+
+def rename_tree(aside: str | Path, final: str | Path) -> None:
+    """Give a finished directory its name, after all that is in it has reached the disk."""
+    aside = Path(aside)
+    for path in aside.rglob("*"):
+        flush(path)
+    flush(aside)
+    aside.rename(final)
+    flush(Path(final).parent)
+
+
+def flush(path: str | Path) -> None:
+    """Force a file or a directory's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

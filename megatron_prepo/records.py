@@ -1,0 +1,65 @@
+"""What moves between the stages: typed, immutable, and small enough to read.
+
+Letters: P candidate prompts, K selected prompts, G rollouts a prompt, N = K*G rollouts.
+Rollouts are always in the order of their prompts: rollout ``k*G + g`` is sample ``g`` of prompt ``k``.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question with a verifiable answer."""
+
+    id: str
+    """Unique within the run."""
+    text: str
+    """As the user wrote it."""
+    answer: str
+    """What the reward function compares with."""
+    tokens: tuple[int, ...]
+    """What the model reads: the text with special tokens and, if asked for, the chat template."""
+    content: tuple[int, int]
+    """Span of `tokens` that holds the user's text."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of a prompt, as the engine returned it."""
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    """Completion, its end-of-sequence token included when `finished`."""
+    engine_logprobs: tuple[float, ...]
+    """Log-probability of each token under the engine, at the sampling temperature, in nats."""
+    text: str
+    """The completion without special tokens."""
+    finished: bool
+    """Whether it ended by itself; False: cut at the limit of new tokens."""
+    weight_version: int
+    """Optimizer updates behind the weights that generated it."""
+
+    def __post_init__(self):
+        assert self.tokens, f"prompt {self.prompt.id}: an engine returned an empty completion"
+        assert len(self.tokens) == len(self.engine_logprobs), (
+            f"prompt {self.prompt.id}: {len(self.tokens)} tokens, "
+            f"{len(self.engine_logprobs)} log-probabilities"
+        )
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """Tokens to be scored by the actor: ``tokens[start:]``, each given all before it."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+    def __post_init__(self):
+        assert 1 <= self.start < len(self.tokens), (
+            f"start={self.start} must leave a predecessor and a token of {len(self.tokens)}"
+        )
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that get a log-probability."""
+        return len(self.tokens) - self.start
