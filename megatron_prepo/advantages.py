@@ -1,0 +1,27 @@
+"""Group-relative advantages (GRPO): A = (r - mean of its group) / (std of its group + eps)."""
+
+import torch
+
+
+def group_advantages(
+    rewards_KG: torch.Tensor, *, std: str = "unbiased", eps: float = 1e-6
+) -> torch.Tensor:
+    """`advantages_KG` from the rewards of K groups of G rollouts, float64.
+
+    `std`: `unbiased` (n-1), `population` (n), or `none` (no division, as in Dr. GRPO).
+    A group whose rewards are all equal gets exactly 0, whatever the rounding of its mean.
+    Raises ValueError for a reward that is not finite.
+    """
+    rewards_KG = rewards_KG.double()
+    if not rewards_KG.isfinite().all():
+        raise ValueError("a reward is not finite")
+    advantages_KG = rewards_KG - rewards_KG.mean(dim=1, keepdim=True)
+    if std != "none":
+        std_K1 = rewards_KG.std(dim=1, keepdim=True, correction=1 if std == "unbiased" else 0)
+        advantages_KG = advantages_KG / (std_K1 + eps)
+    return advantages_KG.masked_fill(zero_variance(rewards_KG)[:, None], 0.0)
+
+
+def zero_variance(rewards_KG: torch.Tensor) -> torch.Tensor:
+    """Which of the K groups have equal rewards, and therefore nothing to learn from."""
+    return rewards_KG.amax(dim=1) == rewards_KG.amin(dim=1)

@@ -1,0 +1,36 @@
+"""Relative-entropy weights of rollouts (arXiv 2511.00794, section 3.2 and appendix E).
+
+w_i = Hbar_i / Hbar, where Hbar_i is the mean full-vocabulary entropy of rollout i's tokens under the
+policy before the update, and Hbar the mean over the optimizer batch.  Constants in the loss.
+"""
+
+import torch
+
+
+def relative_entropy_weights(
+    entropy_N: torch.Tensor,
+    lengths_N: torch.Tensor,
+    *,
+    mean: str = "sequence",
+    clamp: float | None = None,
+    counts_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`weight_N`, float64 and detached, from each rollout's mean token entropy and its length.
+
+    `mean`: what Hbar averages; `sequence`, the rollouts' means, so that the weights average to 1
+    exactly; `token`, all tokens, so that the lengths times the weights add up to the lengths.
+    `clamp`: c keeps the weights within [1/c, c].
+    `counts_N`: which rollouts enter Hbar (all, when None); every rollout gets a weight all the same.
+
+    Entropies that are all zero (a deterministic policy) give ones: there is nothing to compare.
+    """
+    entropy_N = entropy_N.detach().double()
+    share_N = lengths_N.double() if mean == "token" else torch.ones_like(entropy_N)
+    if counts_N is not None:
+        share_N = share_N * counts_N
+    total = share_N.sum()
+    batch_entropy = (share_N * entropy_N).sum() / total if total > 0 else total
+    if batch_entropy <= torch.finfo(torch.float32).tiny:
+        return torch.ones_like(entropy_N)
+    weight_N = entropy_N / batch_entropy
+    return weight_N if clamp is None else weight_N.clamp(1 / clamp, clamp)

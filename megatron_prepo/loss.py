@@ -1,0 +1,100 @@
+"""The PREPO policy loss (arXiv 2511.00794, equation of section 3.2; clip-higher from DAPO).
+
+    L = - sum_i c_i sum_t min(s_it A_i, clip(s_it, 1 - eps_low, 1 + eps_high) A_i)
+
+s_it is the ratio of the token's probability now to that before the update, A_i the group-relative
+advantage, and c_i what `rollout_coefficients` gives: the relative-entropy weight w_i divided as the
+aggregation says.  The coefficients hold every normaliser, over the whole optimizer batch, so the
+losses of micro-batches and of data-parallel ranks simply add up.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Tokens of some rollouts, flat: T of them."""
+
+    old_logprobs_T: torch.Tensor
+    """The actor's before the update."""
+    advantage_T: torch.Tensor
+    """Of the token's rollout."""
+    coefficient_T: torch.Tensor
+    """Of the token's rollout."""
+    importance_T: torch.Tensor | None = None
+    """Truncated ratio of actor to engine probability, where engine and actor differ."""
+    reference_logprobs_T: torch.Tensor | None = None
+    """The initial policy's, for the KL penalty."""
+
+
+def rollout_coefficients(
+    weight_N: torch.Tensor, lengths_N: torch.Tensor, aggregation: str
+) -> torch.Tensor:
+    """`coefficient_N`: each rollout's weight over the normaliser of the optimizer batch of M = N.
+
+    - `seq-mean-token-sum`: w_i / M (as first published)
+    - `seq-mean-token-mean`: w_i / (M |o_i|) (later versions)
+    - `token-mean`: w_i / sum_j |o_j| (DAPO)
+
+    >>> w, n = torch.tensor([1.0, 1.0]), torch.tensor([1, 3])
+    >>> rollout_coefficients(w, n, "token-mean").tolist()
+    [0.25, 0.25]
+    """
+    num_rollouts = weight_N.numel()
+    if aggregation == "seq-mean-token-sum":
+        return weight_N / num_rollouts
+    if aggregation == "seq-mean-token-mean":
+        return weight_N / (num_rollouts * lengths_N)
+    assert aggregation == "token-mean", f"unknown aggregation {aggregation!r}"
+    return weight_N / lengths_N.sum()
+
+
+def policy_loss(
+    logprobs_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    terms: LossTerms,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of these tokens, a scalar that adds up over disjoint tokens, and sums for metrics.
+
+    Gradients flow through `logprobs_T` (and `entropy_T` if there is an entropy bonus) only.
+    The metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of the
+    divergence of the new from the old policy), and `reference_kl` if there is a KL penalty.
+    """
+    log_ratio_T = logprobs_T - terms.old_logprobs_T
+    ratio_T = log_ratio_T.exp()
+    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    objective_T = torch.minimum(ratio_T * terms.advantage_T, clipped_T * terms.advantage_T)
+    if terms.importance_T is not None:
+        objective_T = objective_T * terms.importance_T
+    if entropy_coef:
+        objective_T = objective_T + entropy_coef * entropy_T
+    sums = {
+        "tokens": torch.tensor(float(logprobs_T.numel()), device=logprobs_T.device),
+        "clipped": (clipped_T * terms.advantage_T < ratio_T * terms.advantage_T).float().sum(),
+        "ratio": ratio_T.detach().sum(),
+        "kl": k3(log_ratio_T.detach()).sum(),
+    }
+    if kl_coef:
+        kl_T = k3(logprobs_T - terms.reference_logprobs_T)
+        objective_T = objective_T - kl_coef * kl_T
+        sums["reference_kl"] = kl_T.detach().sum()
+    return -(terms.coefficient_T * objective_T).sum(), sums
+
+
+def k3(log_ratio_T: torch.Tensor) -> torch.Tensor:
+    """Estimate, never negative, of KL(p || q) from log p - log q at tokens sampled from p."""
+    return torch.expm1(-log_ratio_T) + log_ratio_T
+
+
+def truncated_importance(
+    old_logprobs_T: torch.Tensor, engine_logprobs_T: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """min(p_actor / p_engine, cap): corrects for an engine that computes other probabilities."""
+    return (old_logprobs_T - engine_logprobs_T).exp().clamp(max=cap)

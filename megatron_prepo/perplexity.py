@@ -1,0 +1,48 @@
+"""Prompt perplexity under the current policy (arXiv 2511.00794, section 3.1).
+
+P_i = exp(-(1/T) sum_t log pi(x_t | x_<t)), natural log, over the prompt's tokens that have a
+predecessor, at temperature 1.  `selection.ppl_tokens=content` leaves the chat template out of the
+sum (it stays in the condition).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_prepo.records import Prompt, ScoredSequence
+
+
+def prompt_perplexity(actor, prompts: Sequence[Prompt], tokens: str = "all") -> torch.Tensor:
+    """`ppl_P`, float64, identical on every rank.
+
+    `actor.score` is one forward pass without gradient (see `megatron_prepo.actor.policy`).
+    Not finite values are kept: selection sorts them last.
+    """
+    scores = actor.score([ScoredSequence(p.tokens, 1) for p in prompts], temperature=1.0)
+    return torch.stack(
+        [
+            perplexity(score.logprobs_T, scored_span(prompt, tokens))
+            for prompt, score in zip(prompts, scores, strict=True)
+        ]
+    )
+
+
+def perplexity(logprobs_T: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:
+    """exp of the mean negative log-probability, a float64 scalar.
+
+    A uniform model over V tokens has perplexity V; the smallest possible value is 1.
+    """
+    return torch.exp(-logprobs_T[span].double().mean())
+
+
+def scored_span(prompt: Prompt, tokens: str) -> slice:
+    """Which of the prompt's log-probabilities count; entry 0 belongs to the prompt's second token.
+
+    >>> p = Prompt("1", "hi there", "", tokens=(9, 5, 6, 7, 8), content=(2, 4))
+    >>> scored_span(p, "all"), scored_span(p, "content")
+    (slice(0, 4, None), slice(1, 3, None))
+    """
+    if tokens == "all":
+        return slice(0, len(prompt.tokens) - 1)
+    begin, end = prompt.content
+    return slice(max(begin, 1) - 1, max(end, 2) - 1)
