@@ -1,0 +1,148 @@
+"""The one table of parameter names, and the operations that split and join what they name.
+
+A Megatron parameter holds one or several Hugging Face tensors, in one of five ways:
+
+| kind  | Megatron's full tensor                                    | split over tensor parallel |
+|-------|-----------------------------------------------------------|----------------------------|
+| copy  | the tensor                                                | not at all                 |
+| row   | the tensor                                                | its columns                |
+| vocab | the tensor, zero rows added to a multiple of the ranks    | its rows                   |
+| qkv   | q, k, v interleaved: each key-value group's q heads, k, v | its rows                   |
+| gated | gate over up                                              | the rows of each half      |
+
+`to_megatron` and `to_hf`, `shard` and `unshard` are exact inverses.  Adding a family means adding
+the names that it has and the table has not.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+HF_LAYER = "model.layers.{layer}."
+QKV = tuple(f"{HF_LAYER}self_attn.{part}_proj" for part in "qkv")
+
+TOP = {
+    "embedding.word_embeddings.weight": ("vocab", "model.embed_tokens.weight"),
+    "decoder.final_layernorm.weight": ("copy", "model.norm.weight"),
+    "output_layer.weight": ("vocab", "lm_head.weight"),
+}
+"""Outside the layers: Megatron's name -> kind, Hugging Face's name."""
+
+INPUT_NORM = ("copy", (HF_LAYER + "input_layernorm.weight",))
+MLP_NORM = ("copy", (HF_LAYER + "post_attention_layernorm.weight",))
+LAYER = {
+    "input_layernorm.weight": INPUT_NORM,
+    "self_attention.linear_qkv.layer_norm_weight": INPUT_NORM,  # TransformerEngine's name
+    "self_attention.linear_qkv.weight": ("qkv", tuple(n + ".weight" for n in QKV)),
+    "self_attention.linear_qkv.bias": ("qkv", tuple(n + ".bias" for n in QKV)),
+    "self_attention.q_layernorm.weight": ("copy", (HF_LAYER + "self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": ("copy", (HF_LAYER + "self_attn.k_norm.weight",)),
+    "self_attention.linear_proj.weight": ("row", (HF_LAYER + "self_attn.o_proj.weight",)),
+    "pre_mlp_layernorm.weight": MLP_NORM,
+    "mlp.linear_fc1.layer_norm_weight": MLP_NORM,  # TransformerEngine's name
+    "mlp.linear_fc1.weight": (
+        "gated",
+        (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight"),
+    ),
+    "mlp.linear_fc2.weight": ("row", (HF_LAYER + "mlp.down_proj.weight",)),
+}
+"""Inside a layer: Megatron's name -> kind, Hugging Face's names."""
+
+SPLIT_DIM = {"copy": None, "row": 1, "vocab": 0, "qkv": 0, "gated": 0}
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Where one Megatron parameter lives in a Hugging Face model."""
+
+    kind: str
+    hf_names: tuple[str, ...]
+
+    @property
+    def split_dim(self) -> int | None:
+        """The dimension that tensor parallelism splits, None if every rank holds it whole."""
+        return SPLIT_DIM[self.kind]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention geometry that interleaving needs."""
+
+    num_groups: int
+    head_dim: int
+    queries_per_group: int
+
+
+def mapping_of(megatron_name: str, *, first_layer: int = 0, tied: bool = False) -> Mapping:
+    """The mapping of a parameter by its name in this pipeline stage.
+
+    `first_layer`: the stage's first layer in the whole model.
+    `tied`: embedding and output share their tensor; a stage's own copy of it is read from there.
+
+    >>> mapping_of("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
+    ('model.layers.5.self_attn.o_proj.weight',)
+
+    Raises KeyError for a name that the table does not know.
+    """
+    if megatron_name == "output_layer.weight" and tied:
+        return Mapping("vocab", ("model.embed_tokens.weight",))
+    if megatron_name in TOP:
+        kind, hf_name = TOP[megatron_name]
+        return Mapping(kind, (hf_name,))
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
+    if not match or match[2] not in LAYER:
+        raise KeyError(f"no Hugging Face name is known for the Megatron parameter {megatron_name}")
+    kind, hf_names = LAYER[match[2]]
+    layer = int(match[1]) + first_layer
+    return Mapping(kind, tuple(name.format(layer=layer) for name in hf_names))
+
+
+def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> torch.Tensor:
+    """Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`."""
+    if mapping.kind == "qkv":
+        grouped = [
+            t.reshape(heads.num_groups, -1, heads.head_dim, *t.shape[1:]) for t in tensors
+        ]
+        return torch.cat(grouped, dim=1).reshape(-1, *tensors[0].shape[1:])
+    return torch.cat(tensors) if mapping.kind == "gated" else tensors[0]
+
+
+def to_hf(mapping: Mapping, full: torch.Tensor, heads: Heads, vocab_size: int) -> list[torch.Tensor]:
+    """The Hugging Face tensors of Megatron's full tensor, contiguous, in the order of `hf_names`."""
+    if mapping.kind == "qkv":
+        parts = (heads.queries_per_group, 1, 1)
+        grouped = full.reshape(heads.num_groups, sum(parts), heads.head_dim, *full.shape[1:])
+        return [
+            t.reshape(-1, *full.shape[1:]).contiguous() for t in grouped.split(parts, dim=1)
+        ]
+    if mapping.kind == "gated":
+        return [half.contiguous() for half in full.chunk(2)]
+    return [full[:vocab_size] if mapping.kind == "vocab" else full]
+
+
+def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, size: int):
+    """Tensor-parallel rank's part of Megatron's full tensor, which must have `shape`."""
+    if mapping.kind == "vocab" and (padding := shape[0] * size - full.shape[0]) > 0:
+        full = torch.cat([full, full.new_zeros(padding, *full.shape[1:])])
+    if mapping.kind == "gated":
+        part = torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+    elif mapping.split_dim is not None:
+        part = full.chunk(size, mapping.split_dim)[rank]
+    else:
+        part = full
+    if part.shape != shape:
+        raise ValueError(
+            f"{', '.join(mapping.hf_names)}: part {rank} of {size} has shape {tuple(part.shape)}, "
+            f"the Megatron parameter {tuple(shape)}"
+        )
+    return part.contiguous()
+
+
+def unshard(mapping: Mapping, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Megatron's full tensor (vocabulary padding included) from the parts of all ranks."""
+    if mapping.kind == "gated":
+        return torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
+    if mapping.split_dim is None:
+        return parts[0]
+    return torch.cat(parts, mapping.split_dim)
