@@ -1,0 +1,90 @@
+"""Megatron-Core on a machine without CUDA: everything that it takes, in one file.
+
+Megatron-Core names the device "cuda" in many places and asks `torch.cuda` for streams and random
+states, but its mathematics and its collectives run on a CPU over gloo.  `install` answers those
+questions with the CPU; it does nothing to numbers.  It is called only where CUDA is absent.
+"""
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_installed: list["_CudaMeansCpu"] = []
+
+
+def install() -> None:
+    """Make `device="cuda"` mean the CPU in this process, once.  Needs a machine without CUDA."""
+    assert not torch.cuda.is_available(), "the CPU stand-ins must not hide a real GPU"
+    if _installed:
+        return
+    mode = _CudaMeansCpu()
+    mode.__enter__()  # never left: it lives as long as the process
+    _installed.append(mode)
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
+    cuda.Stream = lambda *_, **__: _Stream()
+    cuda.stream = lambda *_, **__: contextlib.nullcontext()
+    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    _random_state_of_the_cpu()
+
+
+def model_settings() -> dict:
+    """TransformerConfig fields without which Megatron-Core asks for a CUDA kernel."""
+    return {
+        "use_cpu_initialization": True,
+        "batch_p2p_comm": False,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "tp_comm_overlap": False,
+    }
+
+
+class _Stream:
+    """Work on a CPU is in order already."""
+
+    def wait_stream(self, other) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends factories, `.to` and type names from CUDA to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizer sorts parameters by the name "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if _is_cuda(a) else a for a in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _random_state_of_the_cpu() -> None:
+    """Map Megatron's CUDA generator states onto the CPU's, so that dropout's `fork()` works."""
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

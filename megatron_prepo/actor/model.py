@@ -1,0 +1,169 @@
+"""Build this rank's part of a Megatron-Core GPTModel from a Hugging Face configuration.
+
+TransformerEngine's layers where it is installed, torch-native ones otherwise.  The model hands out
+hidden states in place of logits: `vocab_parallel` makes of them what is needed, so that the logits
+of a batch never exist whole.
+"""
+
+import dataclasses
+import importlib.util
+from types import MethodType
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from checkpoints_convert.hf_config import gpt_settings, transformer_settings
+from megatron_prepo.actor import cpu
+from megatron_prepo.actor.attention import CausalAttention, RMSNorm
+from megatron_prepo.config import Config, nearest
+from megatron_prepo.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OWN_SETTINGS = {
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "sequence_parallel": "parallel.sequence",
+    "params_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "context_parallel_size": "parallel.tensor and parallel.pipeline (there is no context parallel)",
+    "virtual_pipeline_model_parallel_size": "parallel.pipeline (there are no virtual stages)",
+    "num_moe_experts": "a dense model",
+}
+"""Megatron's names that have a setting of ours: not to be given twice."""
+
+
+def check_layout(config: Config, hf: dict) -> None:
+    """UserError if the model cannot be split as `parallel` says, or `megatron:` names nothing."""
+    heads = hf["num_attention_heads"]
+    groups = hf.get("num_key_value_heads") or heads
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for name, count in (
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", groups),
+        ("intermediate_size", hf["intermediate_size"]),
+    ):
+        if count % tensor:
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide the model's {name}={count}; choose a "
+                "tensor-parallel size that does"
+            )
+    if hf["num_hidden_layers"] % pipeline:
+        raise UserError(
+            f"parallel.pipeline={pipeline} does not divide the model's "
+            f"num_hidden_layers={hf['num_hidden_layers']}"
+        )
+    for name in config.megatron:
+        if name in OWN_SETTINGS:
+            raise UserError(f"megatron.{name}: set it through {OWN_SETTINGS[name]}")
+        known = [n for kind in _MEGATRON_CONFIGS for n in _field_names(kind)]
+        if name not in known:
+            raise UserError(
+                f"unknown setting megatron.{name}{nearest(name, known)}; megatron-core's "
+                "TransformerConfig, DistributedDataParallelConfig and OptimizerConfig have no such "
+                "field"
+            )
+
+
+def megatron_overrides(config: Config, kind: type) -> dict:
+    """Those settings of the `megatron:` section that are fields of a Megatron dataclass."""
+    return {n: v for n, v in config.megatron.items() if n in _field_names(kind)}
+
+
+def transformer_config(config: Config, hf: dict) -> TransformerConfig:
+    """Megatron's TransformerConfig for this model and layout."""
+    dtype = DTYPES[config.model.dtype]
+    settings = transformer_settings(hf) | {
+        "tensor_model_parallel_size": config.parallel.tensor,
+        "pipeline_model_parallel_size": config.parallel.pipeline,
+        "sequence_parallel": config.parallel.sequence,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "activation_func": torch.nn.functional.silu,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, dense or not
+        "perform_initialization": True,
+        "attention_softmax_in_fp32": True,
+    }
+    if not torch.cuda.is_available():
+        settings |= cpu.model_settings()
+    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA apex
+        settings["gradient_accumulation_fusion"] = False
+    if not _uses_te(config):
+        settings["persist_layer_norm"] = False
+    return TransformerConfig(**(settings | megatron_overrides(config, TransformerConfig)))
+
+
+def build_model(config: Config, hf: dict) -> GPTModel:
+    """This rank's stage of the model, with weights still to be loaded."""
+    mcore = transformer_config(config, hf)
+    spec = (
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=mcore.qk_layernorm)
+        if _uses_te(config)
+        else _torch_spec(mcore)
+    )
+    tensor = config.parallel.tensor
+    model = GPTModel(
+        config=mcore,
+        transformer_layer_spec=spec,
+        vocab_size=-(-hf["vocab_size"] // tensor) * tensor,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        **gpt_settings(hf),
+    )
+    if model.post_process:
+        model.output_layer.forward = MethodType(_hidden_states, model.output_layer)
+    return model
+
+
+def output_weight(model: GPTModel) -> torch.Tensor:
+    """The last stage's rows of the output embedding, tied or not."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def _hidden_states(self, hidden_states, weight=None, runtime_gather_output=None, **_):
+    """Stands in for `ColumnParallelLinear.forward`: hands the hidden states through.
+
+    Works on every megatron-core from 0.16; the layer keeps its weight, names and sharded state.
+    """
+    return hidden_states, None
+
+
+def _torch_spec(mcore: TransformerConfig) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(qk_layernorm=mcore.qk_layernorm, normalization="RMSNorm")
+    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = CausalAttention
+    if mcore.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers_here = mcore.num_layers // mcore.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+
+
+def _uses_te(config: Config) -> bool:
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if config.model.layers == "te" and not installed:
+        raise UserError(
+            "model.layers=te, but TransformerEngine is not installed; install the extra `te` or "
+            "set model.layers=torch"
+        )
+    return config.model.layers != "torch" and installed and torch.cuda.is_available()
+
+
+_MEGATRON_CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
+
+
+def _field_names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

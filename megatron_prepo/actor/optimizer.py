@@ -1,0 +1,53 @@
+"""Megatron's optimizer and learning-rate schedule, from our settings."""
+
+import dataclasses
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_prepo.actor.model import DTYPES, megatron_overrides
+from megatron_prepo.config import Config
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """Gradients are accumulated and reduced in float32."""
+    settings = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+    }
+    overrides = megatron_overrides(config, DistributedDataParallelConfig)
+    return DistributedDataParallelConfig(**(settings | overrides))
+
+
+def build_optimizer(
+    config: Config, model_chunks
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer and its schedule; one step of the schedule is one optimizer update."""
+    ours = dataclasses.asdict(config.optimizer)
+    steps = {name: ours.pop(name) for name in ("lr_decay_style", "lr_warmup_steps")}
+    settings = ours | {
+        "optimizer": "adam",
+        "bf16": config.model.dtype == "bfloat16",
+        "params_dtype": DTYPES[config.model.dtype],
+    }
+    overrides = megatron_overrides(config, MegatronOptimizerConfig)
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(**(settings | overrides)), model_chunks
+    )
+    updates_a_step = config.train.mini_batches
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=steps["lr_warmup_steps"] * updates_a_step,
+        lr_decay_steps=config.train.total_steps * updates_a_step,
+        lr_decay_style=steps["lr_decay_style"],
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,102 @@
+"""Process groups: Megatron's own, plus one gloo group for control messages.
+
+Rank facts come from `parallel_state`; there is no second topology object.  Control messages
+(rollout records, rewards, flags) use gloo with the deadline of `parallel.timeout_minutes`, so that
+they neither occupy the GPU nor trip NCCL's watchdog.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_prepo.actor import cpu
+from megatron_prepo.config import ParallelConfig
+from megatron_prepo.errors import UserError
+
+_control: list[dist.ProcessGroup] = []
+
+
+def initialize(config: ParallelConfig, seed: int) -> None:
+    """Join the job that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...).
+
+    Raises UserError if the number of ranks does not fit the layout.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(config, world_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        cpu.install()
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=world_size,
+            timeout=timeout,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+        create_gloo_process_groups=True,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    _control[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+
+
+def check_world_size(config: ParallelConfig, world_size: int) -> None:
+    """UserError unless tensor x pipeline (x data, if given) ranks make up the job."""
+    replica = config.tensor * config.pipeline
+    if world_size % replica or (config.data and config.data * replica != world_size):
+        raise UserError(
+            f"{world_size} ranks do not fit parallel.tensor={config.tensor} x "
+            f"parallel.pipeline={config.pipeline} x parallel.data={config.data or 'any'}; start "
+            f"{replica * (config.data or max(1, world_size // replica))} ranks or change the layout"
+        )
+
+
+def shut_down() -> None:
+    """Leave the job and forget the groups."""
+    _control.clear()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def control_group() -> dist.ProcessGroup:
+    """The gloo group of all ranks."""
+    assert _control, "parallel.initialize must come first"
+    return _control[0]
+
+
+def from_rank_zero(value):
+    """What rank 0 passed, on every rank; any picklable value."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
+
+
+def gather_to_all(value) -> list:
+    """Every rank's value, in the order of ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
+def assert_equal_on_all_ranks(name: str, value) -> None:
+    """A decision that every rank takes for itself must have come out the same everywhere."""
+    values = gather_to_all(value)
+    odd = [rank for rank, other in enumerate(values) if other != values[0]]
+    assert not odd, f"{name} differs from rank 0's on ranks {odd}"
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

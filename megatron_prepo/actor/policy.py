@@ -1,0 +1,308 @@
+"""The actor: a Megatron-Core model that scores sequences and learns from rollouts.
+
+Every rank calls the same method with the same arguments.  Data-parallel ranks share the sequences
+out among themselves, and results are the same, complete, on every rank.
+
+How losses add up.  Our loss is a sum over tokens with all normalisers inside (`loss.py`), so the
+gradient wanted is that of the plain sum over micro-batches m and data-parallel ranks d.  Megatron's
+schedule divides the loss of each micro-batch by their number (a `loss_func` of two results), and its
+DDP averages gradients over ranks:
+
+    gradient = (1/D) sum_d sum_m (1/M) grad loss_func(d, m)
+
+so `loss_func` returns ``M * D * loss``.  Tests hold this against another number of micro-batches, of
+ranks, and against one rank.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from checkpoints_convert.hf_config import read_hf_config
+from checkpoints_convert.hf_to_megatron import load_hf_weights
+from checkpoints_convert.megatron_to_hf import hf_weights
+from megatron_prepo.actor import checkpoint, parallel
+from megatron_prepo.actor.attention import padding_multiple
+from megatron_prepo.actor.batching import MicroBatch, micro_batch, plan
+from megatron_prepo.actor.model import build_model, output_weight
+from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
+from megatron_prepo.actor.vocab_parallel import IGNORE, vocab_parallel_logprobs_and_entropy
+from megatron_prepo.config import Config
+from megatron_prepo.loss import LossTerms, policy_loss
+from megatron_prepo.records import ScoredSequence
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the scored tokens of one sequence, in order, float32 on the CPU."""
+
+    logprobs_T: torch.Tensor
+    entropy_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A rollout with all that the loss needs to know about it."""
+
+    sequence: ScoredSequence
+    old_logprobs_T: torch.Tensor
+    advantage: float
+    coefficient: float
+    importance_T: torch.Tensor | None = None
+    reference_logprobs_T: torch.Tensor | None = None
+
+
+class Actor:
+    """This rank's part of the model that learns.  `parallel.initialize` comes first."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.hf = read_hf_config(config.model.hf)
+        self.device = parallel.device()
+        self.model = build_model(config, self.hf).to(self.device)
+        if config.model.megatron:
+            checkpoint.load_weights(self.model, config.model.megatron)
+        else:
+            load_hf_weights(self.model, config.model.hf)
+        self.ddp = DistributedDataParallel(self.model.config, ddp_config(config), self.model)
+        self.optimizer, self.scheduler = build_optimizer(config, [self.ddp])
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.reference = self._copy_of_weights() if config.loss.kl_coef else None
+        self.updates = 0
+        """Optimizer updates so far: the version of the weights."""
+
+    def score(
+        self,
+        sequences: Sequence[ScoredSequence],
+        *,
+        temperature: float,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Scores]:
+        """Log-probabilities and exact entropies of all sequences: one forward pass, no gradient.
+
+        `on_progress` is called with the number of sequences of each finished micro-batch.
+        """
+        offsets = [0]
+        for sequence in sequences:
+            offsets.append(offsets[-1] + sequence.num_scored)
+        flat_2T = torch.zeros(2, offsets[-1], device=self.device)
+
+        def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool) -> None:
+            logprobs_BS, entropy_BS = self._head(hidden, batch, temperature)
+            for row, i in enumerate(batch.index):
+                scored = slice(sequences[i].start - 1, len(sequences[i].tokens) - 1)
+                flat_2T[0, offsets[i] : offsets[i + 1]] = logprobs_BS[row, scored]
+                flat_2T[1, offsets[i] : offsets[i + 1]] = entropy_BS[row, scored]
+            if on_progress:
+                on_progress(len(batch.index))
+
+        self.ddp.eval()
+        with torch.no_grad():
+            self._forward_backward(sequences, collect, forward_only=True)
+        _share(flat_2T)
+        return [
+            Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu())
+            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+        ]
+
+    def reference_score(
+        self, sequences: Sequence[ScoredSequence], *, temperature: float
+    ) -> list[Scores]:
+        """`score` under the weights that the actor started from (kept if there is a KL penalty)."""
+        assert self.reference is not None, "the initial weights are kept with loss.kl_coef > 0 only"
+        with self._weights(self.reference):
+            return self.score(sequences, temperature=temperature)
+
+    def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
+        """One optimizer update on one mini-batch; returns loss, gradient norm and loss statistics.
+
+        Raises FloatingPointError on all ranks, before any weight has changed, if the loss or the
+        gradient norm is not finite.
+        """
+        sequences = [r.sequence for r in rollouts]
+        names = ["loss", "tokens", "clipped", "ratio", "kl", "reference_kl"]
+        sums = dict.fromkeys(names, torch.zeros((), device=self.device))
+        settings, temperature = self.config.loss, self.config.rollout.temperature
+
+        def loss_func(batch: MicroBatch, hidden: torch.Tensor):
+            logprobs_BS, entropy_BS = self._head(hidden, batch, temperature)
+            scored_BS = batch.targets_BS != IGNORE
+            terms = _loss_terms([rollouts[i] for i in batch.index], self.device)
+            loss, parts = policy_loss(
+                logprobs_BS[scored_BS],
+                entropy_BS[scored_BS],
+                terms,
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                entropy_coef=settings.entropy_coef,
+                kl_coef=settings.kl_coef,
+            )
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums[name] + value
+            return loss * num_micro_batches * dp_size, {}
+
+        dp_size = parallel_state.get_data_parallel_world_size()
+        num_micro_batches = len(self._plan(sequences))
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._forward_backward(sequences, loss_func, forward_only=False)
+        totals_T = _share(torch.stack([sums[name].float() for name in names]))
+        totals = dict(zip(names, totals_T.tolist(), strict=True))
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not (torch.isfinite(totals_T).all() and torch.isfinite(torch.tensor(grad_norm))):
+            raise FloatingPointError(
+                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {grad_norm}; "
+                "the weights are left as they were"
+            )
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+        self.updates += 1
+        tokens = max(1.0, totals["tokens"])
+        metrics = {
+            "loss/policy": totals["loss"],
+            "loss/grad_norm": grad_norm,
+            "loss/clip_fraction": totals["clipped"] / tokens,
+            "loss/ratio": totals["ratio"] / tokens,
+            "loss/kl_to_old": totals["kl"] / tokens,
+            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        if settings.kl_coef:
+            metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
+        return metrics
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
+        return hf_weights(self.model, self.hf["vocab_size"])
+
+    def save(self, directory: str, *, step: int) -> None:
+        """Write a Megatron checkpoint of this step below `directory`; collective."""
+        optimizer = self.optimizer if self.config.checkpoint.optimizer else None
+        checkpoint.save(self.model, directory, step=step, optimizer=optimizer)
+
+    def _plan(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
+        dp_rank = parallel_state.get_data_parallel_rank()
+        dp_size = parallel_state.get_data_parallel_world_size()
+        lengths = [len(s.tokens) for s in sequences]
+        return plan(lengths, dp_size, self.config.train.micro_batch_size)[dp_rank]
+
+    def _forward_backward(self, sequences, last_stage: Callable, *, forward_only: bool) -> None:
+        """Megatron's schedule over this rank's micro-batches.
+
+        `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
+        """
+        multiple = padding_multiple(self.model.config)
+        micro_batches = [
+            micro_batch(sequences, index, multiple=multiple, device=self.device)
+            for index in self._plan(sequences)
+        ]
+
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            positions_BS = torch.arange(batch.tokens_BS.shape[1], device=self.device)
+            positions_BS = positions_BS.expand_as(batch.tokens_BS)
+            return model(batch.tokens_BS, positions_BS, None), partial(last_stage, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.ddp,
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # not used: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _head(
+        self, hidden_BSH: torch.Tensor, batch: MicroBatch, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logprobs_BS` and `entropy_BS`, 0 where a target is `IGNORE`; last pipeline stage only."""
+        if self.model.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=True
+            )
+            hidden_TH = hidden_SBH.transpose(0, 1).flatten(0, 1)
+        else:
+            # Its backward sums in place, and loses the sum of a gradient that is not contiguous
+            # (megatron-core 0.16.1, mappings._reduce): nothing may be transposed after it.
+            hidden_TH = copy_to_tensor_model_parallel_region(hidden_BSH.flatten(0, 1))
+        shape = batch.targets_BS.shape
+        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+            hidden_TH,
+            output_weight(self.model),
+            batch.targets_BS.flatten(),
+            vocab_size=self.hf["vocab_size"],
+            temperature=temperature,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            chunk_tokens=self.config.loss.chunk_tokens,
+        )
+        return logprobs_T.view(shape), entropy_T.view(shape)
+
+    def _copy_of_weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    @contextmanager
+    def _weights(self, other: list[torch.Tensor]):
+        current = self._copy_of_weights()
+        self._set_weights(other)
+        try:
+            yield
+        finally:
+            self._set_weights(current)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: list[torch.Tensor]) -> None:
+        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+
+def _loss_terms(rollouts: Sequence[TrainingSequence], device) -> LossTerms:
+    """Flat tokens of some rollouts, in their order."""
+
+    def per_token(values) -> torch.Tensor:
+        return torch.cat([torch.empty(0), *values]).to(device)
+
+    def constant(name: str) -> torch.Tensor:
+        return per_token(torch.full_like(r.old_logprobs_T, getattr(r, name)) for r in rollouts)
+
+    def optional(name: str) -> torch.Tensor | None:
+        if any(getattr(r, name) is None for r in rollouts):
+            return None
+        return per_token(getattr(r, name) for r in rollouts)
+
+    return LossTerms(
+        old_logprobs_T=per_token(r.old_logprobs_T for r in rollouts),
+        advantage_T=constant("advantage"),
+        coefficient_T=constant("coefficient"),
+        importance_T=optional("importance_T"),
+        reference_logprobs_T=optional("reference_logprobs_T"),
+    )
+
+
+def _share(values: torch.Tensor) -> torch.Tensor:
+    """Sum over data-parallel ranks of what their last pipeline stages hold, in place, everywhere.
+
+    The tensor-parallel ranks of a last stage hold equal values, of which the first one's counts.
+    """
+    first_of_last_stage = (
+        parallel_state.is_pipeline_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    if not first_of_last_stage:
+        values.zero_()
+    dist.all_reduce(values)
+    return values
