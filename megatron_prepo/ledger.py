@@ -1,0 +1,58 @@
+"""The record of every rollout ever paid for: one JSON line each, appended, never changed.
+
+Read it with ``pandas.read_json("ledger.jsonl", lines=True)``.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One rollout."""
+
+    step: int
+    prompt_id: str
+    sample: int
+    """Number of the rollout within its group."""
+    selector: str
+    ppl: float | None
+    """The prompt's perplexity when it was chosen; None for a method that does not score prompts."""
+    reward: float
+    length: int
+    """Tokens of the completion."""
+    finished: bool
+    """Whether it ended by itself."""
+    mean_entropy: float
+    """Mean full-vocabulary entropy of its tokens before the update, in nats."""
+    weight: float
+    """Its weight in the loss."""
+    zero_variance: bool
+    """Its group's rewards were all equal: paid for, but without a gradient."""
+    weight_version: int
+    """Optimizer updates behind the weights that generated it."""
+
+
+class Ledger:
+    """Appends to a file; a step's entries are on disk when `append` returns."""
+
+    def __init__(self, path: str | Path):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+
+    def append(self, entries: Sequence[LedgerEntry]) -> None:
+        """Write the entries of a step."""
+        self._file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        self._file.flush()
+
+    def close(self) -> None:
+        """No more entries."""
+        self._file.close()
+
+
+def read(path: str | Path) -> Iterator[LedgerEntry]:
+    """The entries of a ledger, in order."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            yield LedgerEntry(**json.loads(line))

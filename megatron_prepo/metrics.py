@@ -1,0 +1,122 @@
+"""What is measured in a step, and where it is written.
+
+`metrics.jsonl` has one object a step; keys are `group/name`, seconds are under `seconds/`.
+"""
+
+import json
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from scipy import stats
+
+from megatron_prepo.advantages import zero_variance
+from megatron_prepo.loss import k3
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage; several visits add up."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, and to Weights & Biases if a project is named."""
+
+    def __init__(
+        self, path: str | Path, wandb_project: str | None = None, config: dict | None = None
+    ):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+        self._wandb = None
+        if wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, config=config)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One object; on disk when the method returns."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(metrics, step=step)
+
+    def close(self) -> None:
+        """No more metrics."""
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def selection_metrics(
+    ppl_P: torch.Tensor | None, chosen: Sequence[int], window: int | None, rewards_KG: torch.Tensor
+) -> dict[str, float]:
+    """Perplexities of candidates and selected prompts, the window, and how well they foretell."""
+    metrics = {
+        "reward/mean": float(rewards_KG.mean()),
+        "reward/zero_variance_ratio": float(zero_variance(rewards_KG).double().mean()),
+    }
+    if window is not None:
+        metrics |= {
+            "selection/window_first": window,
+            "selection/window_last": window + len(chosen) - 1,
+        }
+    if ppl_P is not None:
+        ppl_K = ppl_P[list(chosen)]
+        metrics |= quantiles("ppl/candidates", ppl_P) | quantiles("ppl/selected", ppl_K)
+        metrics["ppl/selected_mean"] = float(ppl_K.mean())
+        metrics["ppl/spearman_with_reward"] = spearman(ppl_K, rewards_KG.mean(dim=1))
+    return metrics
+
+
+def rollout_metrics(
+    entropy_N: torch.Tensor,
+    weight_N: torch.Tensor,
+    lengths_N: torch.Tensor,
+    finished_N: Sequence[bool],
+    old_logprobs_T: torch.Tensor,
+    engine_logprobs_T: torch.Tensor,
+) -> dict[str, float]:
+    """Entropies, weights, lengths, and how far the engine's probabilities are from the actor's."""
+    difference_T = (engine_logprobs_T - old_logprobs_T).double()
+    return {
+        "entropy/mean": float((entropy_N * lengths_N).sum() / lengths_N.sum()),
+        "weight/mean": float(weight_N.mean()),
+        "weight/std": float(weight_N.std()),
+        **quantiles("entropy/sequence", entropy_N),
+        **quantiles("weight", weight_N),
+        "rollout/length": float(lengths_N.double().mean()),
+        "rollout/finished_ratio": sum(finished_N) / len(finished_N),
+        "mismatch/logprob_abs_mean": float(difference_T.abs().mean()),
+        "mismatch/logprob_abs_max": float(difference_T.abs().max()),
+        "mismatch/kl": float(k3(difference_T).mean()),
+    }
+
+
+def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Minimum, quartiles and maximum."""
+    points = {"min": 0.0, "q25": 0.25, "q50": 0.5, "q75": 0.75, "max": 1.0}
+    return {
+        f"{name}_{label}": float(torch.quantile(values.double(), q)) for label, q in points.items()
+    }
+
+
+def spearman(x_K: torch.Tensor, y_K: torch.Tensor) -> float | None:
+    """Rank correlation; None where one side is constant or not finite."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        value = float(stats.spearmanr(x_K.numpy(), y_K.numpy()).statistic)
+    return value if value == value else None

@@ -1,0 +1,5 @@
+"""What generates completions.  An engine has
+
+- `load_weights(buckets, version)`: the only way in which it gets weights,
+- `generate(prompts, ...)`: G rollouts of each prompt, complete and in order on every rank.
+"""
