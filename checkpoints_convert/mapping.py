@@ -101,21 +101,19 @@ def mapping_of(megatron_name: str, *, first_layer: int = 0, tied: bool = False) 
 def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> torch.Tensor:
     """Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`."""
     if mapping.kind == "qkv":
-        grouped = [
-            t.reshape(heads.num_groups, -1, heads.head_dim, *t.shape[1:]) for t in tensors
-        ]
+        grouped = [t.reshape(heads.num_groups, -1, heads.head_dim, *t.shape[1:]) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *tensors[0].shape[1:])
     return torch.cat(tensors) if mapping.kind == "gated" else tensors[0]
 
 
-def to_hf(mapping: Mapping, full: torch.Tensor, heads: Heads, vocab_size: int) -> list[torch.Tensor]:
+def to_hf(
+    mapping: Mapping, full: torch.Tensor, heads: Heads, vocab_size: int
+) -> list[torch.Tensor]:
     """The Hugging Face tensors of Megatron's full tensor, contiguous, in the order of `hf_names`."""
     if mapping.kind == "qkv":
         parts = (heads.queries_per_group, 1, 1)
         grouped = full.reshape(heads.num_groups, sum(parts), heads.head_dim, *full.shape[1:])
-        return [
-            t.reshape(-1, *full.shape[1:]).contiguous() for t in grouped.split(parts, dim=1)
-        ]
+        return [t.reshape(-1, *full.shape[1:]).contiguous() for t in grouped.split(parts, dim=1)]
     if mapping.kind == "gated":
         return [half.contiguous() for half in full.chunk(2)]
     return [full[:vocab_size] if mapping.kind == "vocab" else full]
