@@ -1,3 +1,15 @@
 """megatron_prepo: PREPO (arXiv 2511.00794) on Megatron-Core.  Imports neither megatron nor sglang."""
 
+import warnings
+
 __version__ = "0.1.0"
+
+# Megatron-Core's advice at import, repeated by each of its files; what is used in place of the
+# missing packages is said once, by `actor.model.describe`.
+for _advice in (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    r"`torch\.distributed\.\w+` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_advice)

@@ -57,7 +57,9 @@ def read_prompts(
     return prompts
 
 
-def tokenize(text: str, tokenizer, *, chat_template: bool) -> tuple[tuple[int, ...], tuple[int, int]]:
+def tokenize(
+    text: str, tokenizer, *, chat_template: bool
+) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Token ids of a prompt, and the span of those that hold its text.
 
     With `chat_template` the text becomes a user turn followed by the generation prompt.
@@ -73,9 +75,7 @@ def tokenize(text: str, tokenizer, *, chat_template: bool) -> tuple[tuple[int, .
         )
     else:
         rendered = text
-    encoded = tokenizer(
-        rendered, add_special_tokens=not chat_template, return_offsets_mapping=True
-    )
+    encoded = tokenizer(rendered, add_special_tokens=not chat_template, return_offsets_mapping=True)
     begin = rendered.rfind(text.strip())
     end = begin + len(text.strip())
     inside = [

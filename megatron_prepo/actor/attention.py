@@ -34,11 +34,20 @@ class CausalAttention(MegatronModule):
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "torch-native attention has no context parallelism"
+        assert config.context_parallel_size == 1, (
+            "torch-native attention has no context parallelism"
+        )
         assert config.attention_dropout == 0.0, "torch-native attention has no dropout"
 
     def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, packed_seq_params=None, **_
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        packed_seq_params=None,
+        **_,
     ):
         """[s, b, heads, d] queries and [s, b, groups, d] keys and values to [s, b, heads * d]."""
         assert packed_seq_params is None, "torch-native attention takes padded sequences"

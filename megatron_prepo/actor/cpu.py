@@ -6,6 +6,7 @@ questions with the CPU; it does nothing to numbers.  It is called only where CUD
 """
 
 import contextlib
+import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,7 @@ def install() -> None:
     mode = _CudaMeansCpu()
     mode.__enter__()  # never left: it lives as long as the process
     _installed.append(mode)
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
 
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 from types import MethodType
 
+import megatron.core
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -24,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from checkpoints_convert.hf_config import gpt_settings, transformer_settings
 from megatron_prepo.actor import cpu
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm
-from megatron_prepo.config import Config, nearest
+from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
 from megatron_prepo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,57 +74,70 @@ def check_layout(config: Config, hf: dict) -> None:
             )
 
 
-def megatron_overrides(config: Config, kind: type) -> dict:
+def megatron_overrides(megatron: dict, kind: type) -> dict:
     """Those settings of the `megatron:` section that are fields of a Megatron dataclass."""
-    return {n: v for n, v in config.megatron.items() if n in _field_names(kind)}
+    return {name: value for name, value in megatron.items() if name in _field_names(kind)}
 
 
-def transformer_config(config: Config, hf: dict) -> TransformerConfig:
-    """Megatron's TransformerConfig for this model and layout."""
-    dtype = DTYPES[config.model.dtype]
+def transformer_config(
+    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict
+) -> TransformerConfig:
+    """Megatron's TransformerConfig for a model, a layout and the `megatron:` section."""
+    dtype = DTYPES[model.dtype]
     settings = transformer_settings(hf) | {
-        "tensor_model_parallel_size": config.parallel.tensor,
-        "pipeline_model_parallel_size": config.parallel.pipeline,
-        "sequence_parallel": config.parallel.sequence,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "activation_func": torch.nn.functional.silu,
+        "attention_softmax_in_fp32": True,
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, dense or not
-        "perform_initialization": True,
-        "attention_softmax_in_fp32": True,
     }
     if not torch.cuda.is_available():
         settings |= cpu.model_settings()
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA apex
         settings["gradient_accumulation_fusion"] = False
-    if not _uses_te(config):
+    if not _uses_te(model):
         settings["persist_layer_norm"] = False
-    return TransformerConfig(**(settings | megatron_overrides(config, TransformerConfig)))
+    return TransformerConfig(**(settings | megatron_overrides(megatron, TransformerConfig)))
 
 
-def build_model(config: Config, hf: dict) -> GPTModel:
+def build_model(
+    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
+) -> GPTModel:
     """This rank's stage of the model, with weights still to be loaded."""
-    mcore = transformer_config(config, hf)
+    mcore = transformer_config(hf, model, parallel, megatron or {})
     spec = (
         get_gpt_layer_with_transformer_engine_spec(qk_layernorm=mcore.qk_layernorm)
-        if _uses_te(config)
+        if _uses_te(model)
         else _torch_spec(mcore)
     )
-    tensor = config.parallel.tensor
-    model = GPTModel(
+    stage = GPTModel(
         config=mcore,
         transformer_layer_spec=spec,
-        vocab_size=-(-hf["vocab_size"] // tensor) * tensor,
+        vocab_size=-(-hf["vocab_size"] // parallel.tensor) * parallel.tensor,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
         **gpt_settings(hf),
     )
-    if model.post_process:
-        model.output_layer.forward = MethodType(_hidden_states, model.output_layer)
-    return model
+    if stage.post_process:
+        stage.output_layer.forward = MethodType(_hidden_states, stage.output_layer)
+    return stage
+
+
+def describe(config: Config) -> str:
+    """One sentence on what computes here, for the start of a run."""
+    where = "CUDA" if torch.cuda.is_available() else "the CPU over gloo"
+    layers = "TransformerEngine's" if _uses_te(config.model) else "torch-native"
+    return (
+        f"actor: megatron-core {megatron.core.__version__} on {where}, {layers} layers, "
+        f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
+        f"{' with sequence parallelism' if config.parallel.sequence else ''}, {config.model.dtype}"
+    )
 
 
 def output_weight(model: GPTModel) -> torch.Tensor:
@@ -152,14 +166,14 @@ def _torch_spec(mcore: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
 
 
-def _uses_te(config: Config) -> bool:
+def _uses_te(model: ModelConfig) -> bool:
     installed = importlib.util.find_spec("transformer_engine") is not None
-    if config.model.layers == "te" and not installed:
+    if model.layers == "te" and not installed:
         raise UserError(
             "model.layers=te, but TransformerEngine is not installed; install the extra `te` or "
             "set model.layers=torch"
         )
-    return config.model.layers != "torch" and installed and torch.cuda.is_available()
+    return model.layers != "torch" and installed and torch.cuda.is_available()
 
 
 _MEGATRON_CONFIGS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)

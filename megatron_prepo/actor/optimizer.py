@@ -17,7 +17,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
     }
-    overrides = megatron_overrides(config, DistributedDataParallelConfig)
+    overrides = megatron_overrides(config.megatron, DistributedDataParallelConfig)
     return DistributedDataParallelConfig(**(settings | overrides))
 
 
@@ -32,7 +32,7 @@ def build_optimizer(
         "bf16": config.model.dtype == "bfloat16",
         "params_dtype": DTYPES[config.model.dtype],
     }
-    overrides = megatron_overrides(config, MegatronOptimizerConfig)
+    overrides = megatron_overrides(config.megatron, MegatronOptimizerConfig)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(**(settings | overrides)), model_chunks
     )

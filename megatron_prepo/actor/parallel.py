@@ -22,7 +22,8 @@ _control: list[dist.ProcessGroup] = []
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the job that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...).
 
-    Raises UserError if the number of ranks does not fit the layout.
+    Without such an environment the job is this one process.  Raises UserError if the number of
+    ranks does not fit the layout.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world_size(config, world_size)
@@ -32,10 +33,10 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         cpu.install()
     timeout = timedelta(minutes=config.timeout_minutes)
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
+            # a job of one rank meets nobody, and needs no port
+            store=dist.HashStore() if world_size == 1 else None,
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size,
             timeout=timeout,

@@ -70,7 +70,9 @@ class Actor:
         self.config = config
         self.hf = read_hf_config(config.model.hf)
         self.device = parallel.device()
-        self.model = build_model(config, self.hf).to(self.device)
+        self.model = build_model(self.hf, config.model, config.parallel, config.megatron).to(
+            self.device
+        )
         if config.model.megatron:
             checkpoint.load_weights(self.model, config.model.megatron)
         else:

@@ -69,9 +69,7 @@ def vocab_parallel_logprobs_and_entropy(
 
 class _LogprobsAndEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden_TH, weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens
-    ):
+    def forward(ctx, hidden_TH, weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens):
         rank = 0 if group is None else group.rank()
         first = rank * weight_VH.shape[0]
         columns = max(0, min(weight_VH.shape[0], vocab_size - first))

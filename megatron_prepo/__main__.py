@@ -1,0 +1,8 @@
+"""``python -m megatron_prepo``."""
+
+import sys
+
+from megatron_prepo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

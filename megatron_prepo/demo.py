@@ -1,0 +1,105 @@
+"""The laptop experiment from end to end: convert, train, export, and judge the export.
+
+The base model goes from Hugging Face format to a Megatron checkpoint, PREPO trains it at tensor
+parallel 2, the result comes back in Hugging Face format, and plain `transformers`, which knows
+nothing of this project, measures the same pass rate again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_prepo import cli, report
+from megatron_prepo import config as configuration
+from megatron_prepo.data import read_prompts
+from megatron_prepo.durable import write_text
+from megatron_prepo.errors import UserError
+from megatron_prepo.rewards import FUNCTIONS
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
+    """Run the demo into `directory`, replacing an earlier one; returns the summary."""
+    laptop = REPOSITORY / "examples" / "laptop"
+    if not (laptop / "prepo.yaml").is_file():
+        raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
+    settings = [
+        f"run.dir={directory}",
+        "run.overwrite=true",
+        f"model.hf={laptop / 'base'}",
+        f"model.megatron={directory / 'base_megatron'}",
+        f"data.train={laptop / 'train.jsonl'}",
+        f"data.eval={laptop / 'eval.jsonl'}",
+        *overrides,
+    ]
+    config = configuration.load(laptop / "prepo.yaml", settings)
+
+    _headline("1/3  Hugging Face checkpoint -> Megatron checkpoint")
+    shutil.rmtree(directory / "base_megatron", ignore_errors=True)
+    converter = [sys.executable, "-m", "checkpoints_convert", "import"]
+    subprocess.run(
+        [*converter, "--hf", config.model.hf, "--out", config.model.megatron],
+        check=True,
+        cwd=REPOSITORY,
+    )
+
+    _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")
+    cli.train_command(str(laptop / "prepo.yaml"), settings)
+
+    _headline("3/3  the exported model in plain transformers")
+    summary = json.loads((directory / "summary.json").read_text())
+    summary["pass_rate_transformers"] = plain_transformers_pass_rate(
+        directory / "hf", config, samples_per_prompt=config.eval.samples_per_prompt
+    )
+    write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\npass rate by transformers alone  {summary['pass_rate_transformers']:.3f}")
+    print(report.text(summary))
+    print(f"everything is in {directory}; the picture is {directory / 'pass_rate.png'}")
+    return summary
+
+
+def plain_transformers_pass_rate(
+    hf_directory: Path, config: configuration.Config, samples_per_prompt: int
+) -> float:
+    """avg@k of a Hugging Face directory by `transformers.generate` and its own sampling."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_directory, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(hf_directory).eval()
+    prompts = read_prompts(config.data.eval, tokenizer, max_tokens=config.data.max_prompt_tokens)[
+        : config.eval.max_prompts
+    ]
+    grade = FUNCTIONS[config.reward.function]
+    torch.manual_seed(config.train.seed)
+    passed = 0.0
+    for first in tqdm(range(0, len(prompts), 64), "transformers"):
+        batch = prompts[first : first + 64]
+        inputs = tokenizer([p.text for p in batch], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            outputs = model.generate(
+                inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                do_sample=True,
+                temperature=config.eval.temperature,
+                top_k=0,
+                max_new_tokens=config.rollout.max_new_tokens,
+                num_return_sequences=samples_per_prompt,
+            )
+        texts = tokenizer.batch_decode(
+            outputs[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
+        )
+        answers = [p.answer for p in batch for _ in range(samples_per_prompt)]
+        rewards = [grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        passed += sum(reward >= config.reward.high for reward in rewards)
+    return passed / (len(prompts) * samples_per_prompt)
+
+
+def _headline(text: str) -> None:
+    print(f"\n== {text}", flush=True)

@@ -1,0 +1,75 @@
+"""Everything that can be found wrong before a rank is started: files, tokenizer, model, layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo.config import Config
+from megatron_prepo.data import CandidateBatches, read_prompts
+from megatron_prepo.errors import UserError
+from megatron_prepo.records import Prompt
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    tokenizer: object
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+
+
+def check(config: Config) -> Inputs:
+    """Read and check all inputs; raises UserError naming the culprit."""
+    from megatron_prepo.actor.model import check_layout
+
+    hf = read_hf_config(config.model.hf)
+    check_layout(config, hf)
+    _check_weights(config)
+    tokenizer = _tokenizer(config.model.hf)
+    limits = {
+        "max_tokens": config.data.max_prompt_tokens,
+        "chat_template": config.data.chat_template,
+    }
+    train_prompts = read_prompts(config.data.train, tokenizer, **limits)
+    eval_prompts = read_prompts(config.data.eval, tokenizer, **limits)[: config.eval.max_prompts]
+    CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
+    longest = max(train_prompts + eval_prompts, key=lambda prompt: len(prompt.tokens))
+    room = hf["max_position_embeddings"] - config.rollout.max_new_tokens
+    if len(longest.tokens) > room:
+        raise UserError(
+            f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
+        )
+    largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
+    if largest >= hf["vocab_size"]:
+        raise UserError(
+            f"the tokenizer of {config.model.hf} gives token {largest}, but the model's vocab_size "
+            f"is {hf['vocab_size']}"
+        )
+    return Inputs(tokenizer, train_prompts, eval_prompts)
+
+
+def _check_weights(config: Config) -> None:
+    from checkpoints_convert.hf_to_megatron import HFTensors
+    from megatron_prepo.actor.checkpoint import newest
+
+    if config.model.megatron:
+        newest(config.model.megatron)
+    else:
+        with HFTensors(config.model.hf):
+            pass
+
+
+def _tokenizer(directory: str):
+    from transformers import AutoTokenizer
+
+    if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json")
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {directory} has no fast version (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {directory} has no end-of-sequence token")
+    return tokenizer
