@@ -1,0 +1,33 @@
+"""Packaging; the pinned set-up is in constraints.txt (`make demo` and `make test` use it)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-prepo",
+    version="0.1.0",
+    description="PREPO (arXiv 2511.00794): RLVR with fewer rollouts, on Megatron-Core and SGLang",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megatron_prepo*", "checkpoints_convert*"]),
+    install_requires=[
+        "matplotlib>=3.8",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "psutil",  # used by Megatron's distributed checkpoints, which do not ask for it
+        "pydantic>=2.12",
+        "pyyaml>=6",
+        "safetensors>=0.5",
+        "scipy>=1.11",
+        "torch>=2.9",
+        "tqdm>=4.66",
+        "transformers>=5.6,<6",
+    ],
+    extras_require={
+        "sglang": ["sglang>=0.5.11"],
+        "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
+        "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
+        "wandb": ["wandb>=0.18"],
+        "dev": ["pandas>=2.2", "pytest>=8", "ruff>=0.8"],
+    },
+    entry_points={"console_scripts": ["megatron-prepo = megatron_prepo.cli:main"]},
+)
