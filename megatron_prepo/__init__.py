@@ -1,4 +1,4 @@
-"""megatron_prepo: PREPO (arXiv 2511.00794) on Megatron-Core.  Imports neither megatron nor sglang."""
+"""PREPO (arXiv 2511.00794) on Megatron-Core.  Imports neither megatron nor sglang."""
 
 import warnings
 

@@ -34,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train_command(path: str, overrides: Sequence[str]) -> None:
     """Check the configuration and its inputs, start the ranks, wait for them."""
-    from megatron_prepo import preflight, run_directory
+    from megatron_prepo import preflight
+    from megatron_prepo.run import check_free
 
     config = configuration.load(path, overrides)
-    run_directory.check_free(config)
+    check_free(config)
     preflight.check(config)
     parallel = config.parallel
     local_ranks.start(

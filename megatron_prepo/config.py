@@ -1,4 +1,4 @@
-"""Every setting of a run: one frozen tree of dataclasses, read from YAML and ``key=value`` overrides.
+"""Every setting of a run: a frozen tree of dataclasses, from YAML and ``key=value`` overrides.
 
 The defaults are the paper's (PREPO as first published, research ambiguities as named settings);
 a setting without a default has to be given.  The text under each field is its documentation: the
@@ -199,7 +199,7 @@ class LossConfig:
     aggregation: Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"] = (
         "seq-mean-token-sum"
     )
-    """Sum over tokens and mean over rollouts (paper v1), mean and mean (v3), or mean over tokens."""
+    """Sum over tokens, mean over rollouts (paper v1); mean, mean (v3); or mean over all tokens."""
     entropy_coef: float = 0.0
     """Entropy bonus (paper: none)."""
     kl_coef: float = 0.0
@@ -328,8 +328,8 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Passed to megatron-core under its own names (TransformerConfig, DistributedDataParallelConfig,
-    OptimizerConfig); a name that none of them has is an error."""
+    """Passed to megatron-core under its own names: fields of TransformerConfig,
+    DistributedDataParallelConfig and OptimizerConfig; any other name is an error."""
     sglang: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to the SGLang server under its own names; the embedded engine takes none
     and says so."""
@@ -339,7 +339,7 @@ class Config:
         if self.train.mini_batches > self.selection.num_selected:
             raise ValueError(
                 f"train.mini_batches={self.train.mini_batches} is more than "
-                f"selection.num_selected={self.selection.num_selected}; each mini-batch needs a group"
+                f"selection.num_selected={self.selection.num_selected}; each needs a group"
             )
         if self.parallel.data and self.parallel.data * self.train.mini_batches > rollouts:
             raise ValueError(

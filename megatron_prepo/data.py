@@ -40,7 +40,12 @@ def read_prompts(
         if prompt_id in seen:
             raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
         seen[prompt_id] = number
-        tokens, content = tokenize(text, tokenizer, chat_template=chat_template)
+        try:
+            tokens, content = tokenize(text, tokenizer, chat_template=chat_template)
+        except UserError:
+            raise
+        except Exception as error:  # what `tokenizers` raises for a word that it does not know
+            raise UserError(f"{where}: the tokenizer refuses the prompt: {error}") from error
         if len(tokens) > max_tokens:
             raise UserError(
                 f"{where}: prompt {prompt_id!r} has {len(tokens)} tokens, more than "
@@ -75,7 +80,9 @@ def tokenize(
         )
     else:
         rendered = text
-    encoded = tokenizer(rendered, add_special_tokens=not chat_template, return_offsets_mapping=True)
+    encoded = tokenizer(
+        rendered, add_special_tokens=not chat_template, return_offsets_mapping=True, verbose=False
+    )
     begin = rendered.rfind(text.strip())
     end = begin + len(text.strip())
     inside = [

@@ -1,7 +1,7 @@
 """Relative-entropy weights of rollouts (arXiv 2511.00794, section 3.2 and appendix E).
 
-w_i = Hbar_i / Hbar, where Hbar_i is the mean full-vocabulary entropy of rollout i's tokens under the
-policy before the update, and Hbar the mean over the optimizer batch.  Constants in the loss.
+w_i = Hbar_i / Hbar, where Hbar_i is the mean full-vocabulary entropy of rollout i's tokens under
+the policy before the update, and Hbar the mean over the optimizer batch.  Constants in the loss.
 """
 
 import torch
@@ -20,7 +20,7 @@ def relative_entropy_weights(
     `mean`: what Hbar averages; `sequence`, the rollouts' means, so that the weights average to 1
     exactly; `token`, all tokens, so that the lengths times the weights add up to the lengths.
     `clamp`: c keeps the weights within [1/c, c].
-    `counts_N`: which rollouts enter Hbar (all, when None); every rollout gets a weight all the same.
+    `counts_N`: which rollouts enter Hbar (None: all); every rollout gets a weight.
 
     Entropies that are all zero (a deterministic policy) give ones: there is nothing to compare.
     """

@@ -32,7 +32,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     Raises RanksFailed with the error of the first rank that failed, after ending the others.
     """
     log_directory.mkdir(parents=True, exist_ok=True)
-    processes, logs = [], []
+    processes, logs, failed = [], [], {}
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     shared = {
         "WORLD_SIZE": str(num_ranks),
@@ -55,13 +55,13 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
                     command, env={**os.environ, **shared, **own}, stdout=log, stderr=log
                 )
             )
-        _wait(processes)
+        failed = _wait(processes)
     finally:
         _end(processes)
         for log in logs:
             log.close()
-    if any(process.returncode for process in processes):
-        raise RanksFailed(_first_error(processes, log_directory))
+    if failed:
+        raise RanksFailed(_first_error(failed, log_directory))
 
 
 def run_rank(main: Callable[[], None]) -> int:
@@ -90,12 +90,13 @@ def run_rank(main: Callable[[], None]) -> int:
     return code
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> None:
-    """Until all have ended well or one badly."""
+def _wait(processes: Sequence[subprocess.Popen]) -> dict[int, int]:
+    """Until all have ended well, or some badly: exit codes of those, by rank."""
     while True:
         codes = [process.poll() for process in processes]
-        if any(codes) or all(code == 0 for code in codes):
-            return
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed or None not in codes:
+            return failed
         time.sleep(0.05)
 
 
@@ -113,17 +114,15 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _first_error(processes: Sequence[subprocess.Popen], log_directory: Path) -> str:
-    """The earliest error file; without one, how a rank died and the end of its log."""
-    errors = []
-    for rank in range(len(processes)):
-        error_file = log_directory / f"rank_{rank}.error"
-        if error_file.is_file():
-            when, _, message = error_file.read_text().partition("\n")
-            errors.append((int(when), message))
-    if errors:
-        return min(errors)[1]
-    rank, code = next((r, p.returncode) for r, p in enumerate(processes) if p.returncode)
+def _first_error(failed: dict[int, int], log_directory: Path) -> str:
+    """How a rank was killed, with the end of its log; if none was, the earliest error file."""
+    error_files = [log_directory / f"rank_{rank}.error" for rank in failed]
+    errors = [path.read_text().partition("\n") for path in error_files if path.is_file()]
+    killed = [rank for rank, code in failed.items() if code < 0]
+    if errors and not killed:
+        return min(errors, key=lambda error: int(error[0]))[2]
+    rank = (killed or list(failed))[0]
+    code = failed[rank]
     how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
     if code == -signal.SIGKILL:
         how += " (often: out of memory)"

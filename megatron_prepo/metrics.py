@@ -19,10 +19,11 @@ from megatron_prepo.loss import k3
 
 
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds by stage, in all and since the last step."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.total: dict[str, float] = defaultdict(float)
+        self._before_step: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -31,7 +32,13 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            self.total[stage] += time.perf_counter() - start
+
+    def of_step(self) -> dict[str, float]:
+        """Seconds of each stage since the last call."""
+        step = {stage: s - self._before_step.get(stage, 0.0) for stage, s in self.total.items()}
+        self._before_step = dict(self.total)
+        return step
 
 
 class MetricsLog:

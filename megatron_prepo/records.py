@@ -1,7 +1,7 @@
 """What moves between the stages: typed, immutable, and small enough to read.
 
 Letters: P candidate prompts, K selected prompts, G rollouts a prompt, N = K*G rollouts.
-Rollouts are always in the order of their prompts: rollout ``k*G + g`` is sample ``g`` of prompt ``k``.
+Rollouts are always in their prompts' order: rollout ``k*G + g`` is sample g of prompt k.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def plot(directory: str | Path) -> Path:
-    """`pass_rate.png`: held-out pass rate and the window's mean perplexity against rollouts paid."""
+    """`pass_rate.png`: held-out pass rate and the window's mean perplexity by rollouts paid."""
     import matplotlib
 
     matplotlib.use("Agg")

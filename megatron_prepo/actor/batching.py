@@ -1,7 +1,7 @@
 """Sequences to micro-batches: the same plan on every rank, each data-parallel rank its part.
 
-Sequences are dealt to ranks by length, and each rank cuts its own, longest first, into micro-batches
-of equal count; rows are padded on the right to the longest of their micro-batch.
+Sequences are dealt to ranks by length, and each rank cuts its own, longest first, into equally many
+micro-batches; rows are padded on the right to the longest of their micro-batch.
 """
 
 from collections.abc import Sequence

@@ -5,19 +5,19 @@ out among themselves, and results are the same, complete, on every rank.
 
 How losses add up.  Our loss is a sum over tokens with all normalisers inside (`loss.py`), so the
 gradient wanted is that of the plain sum over micro-batches m and data-parallel ranks d.  Megatron's
-schedule divides the loss of each micro-batch by their number (a `loss_func` of two results), and its
-DDP averages gradients over ranks:
+schedule divides each micro-batch's loss by their number M (a `loss_func` of two results), and its
+DDP averages gradients over the D ranks:
 
     gradient = (1/D) sum_d sum_m (1/M) grad loss_func(d, m)
 
-so `loss_func` returns ``M * D * loss``.  Tests hold this against another number of micro-batches, of
-ranks, and against one rank.
+so `loss_func` returns ``M * D * loss``.  Tests hold this against one rank and one micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -114,10 +114,7 @@ class Actor:
         with torch.no_grad():
             self._forward_backward(sequences, collect, forward_only=True)
         _share(flat_2T)
-        return [
-            Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu())
-            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-        ]
+        return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
 
     def reference_score(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -232,7 +229,7 @@ class Actor:
     def _head(
         self, hidden_BSH: torch.Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logprobs_BS` and `entropy_BS`, 0 where a target is `IGNORE`; last pipeline stage only."""
+        """`logprobs_BS` and `entropy_BS`, 0 where the target is `IGNORE`; last stage only."""
         if self.model.config.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(
                 hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=True
