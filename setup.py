@@ -21,6 +21,8 @@ setup(
         "torch>=2.9",
         "tqdm>=4.66",
         "transformers>=5.6,<6",
+        # megatron-core from 0.17 (Python 3.12) imports it on a CPU, too
+        'triton; python_version >= "3.12" and platform_system == "Linux"',
     ],
     extras_require={
         "sglang": ["sglang>=0.5.11"],

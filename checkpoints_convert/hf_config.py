@@ -11,7 +11,7 @@ from megatron_prepo.errors import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""The constants that Megatron-Core's rope scaling has fixed, besides the original length of 8192."""
+"""Fixed in Megatron-Core's rope scaling, besides the original length of 8192."""
 
 
 def read_hf_config(directory: str | Path) -> dict:

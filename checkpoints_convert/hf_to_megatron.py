@@ -1,4 +1,4 @@
-"""Fill a Megatron model from Hugging Face safetensors; each rank reads what it holds, no messages."""
+"""Fill a Megatron model from Hugging Face safetensors; each rank reads what it holds."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def load_hf_weights(model: torch.nn.Module, directory: str | Path) -> None:
     """Copy a Hugging Face checkpoint into this rank's (unwrapped) GPTModel.
 
     Collective over the pipeline stages, which together must have used every tensor of the files.
-    Raises UserError for a missing file or tensor, a shape that does not fit, and a tensor left over.
+    Raises UserError for a missing file or tensor, a shape that does not fit, a tensor left over.
     """
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     rank = parallel_state.get_tensor_model_parallel_rank()

@@ -109,7 +109,7 @@ def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> 
 def to_hf(
     mapping: Mapping, full: torch.Tensor, heads: Heads, vocab_size: int
 ) -> list[torch.Tensor]:
-    """The Hugging Face tensors of Megatron's full tensor, contiguous, in the order of `hf_names`."""
+    """The Hugging Face tensors of Megatron's full tensor, in the order of `hf_names`."""
     if mapping.kind == "qkv":
         parts = (heads.queries_per_group, 1, 1)
         grouped = full.reshape(heads.num_groups, sum(parts), heads.head_dim, *full.shape[1:])

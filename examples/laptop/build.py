@@ -22,14 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from story_sums import (
-    MAX_NEW_TOKENS,
-    Story,
-    build_tokenizer,
-    draw_corpus_text,
-    draw_pool,
-    is_correct,
-)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
@@ -41,9 +33,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from megatron_prepo.metrics import spearman
+from story_sums import (
+    MAX_NEW_TOKENS,
+    Story,
+    build_tokenizer,
+    draw_corpus_text,
+    draw_pool,
+    is_correct,
+)
+
 NUM_TRAIN_PROMPTS = 800
 NUM_EVAL_PROMPTS = 400
 
+SEED = 3
 NUM_STEPS = 2600
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
@@ -59,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--measure", action="store_true", help="measure --out, build nothing")
     options = parser.parse_args()
 
@@ -78,17 +81,22 @@ def main() -> None:
 
 def build(out: Path, seed: int) -> None:
     """Write the two prompt files and the base model."""
-    stories = draw_pool(random.Random(f"pool {seed}"), NUM_TRAIN_PROMPTS + NUM_EVAL_PROMPTS)
-    out.mkdir(parents=True, exist_ok=True)
-    write_prompts(out / "train.jsonl", "train", stories[:NUM_TRAIN_PROMPTS])
-    write_prompts(out / "eval.jsonl", "eval", stories[NUM_TRAIN_PROMPTS:])
-
+    stories = build_prompts(out, seed)
     tokenizer = build_tokenizer()
     texts = draw_corpus(seed, held_back={story.prompt for story in stories})
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(base_config(tokenizer))
     train(model, tokenizer, texts, random.Random(f"order {seed}"))
     save_base(out / "base", model, tokenizer)
+
+
+def build_prompts(out: Path, seed: int) -> list[Story]:
+    """Write the two prompt files; returns the stories that are in them."""
+    stories = draw_pool(random.Random(f"pool {seed}"), NUM_TRAIN_PROMPTS + NUM_EVAL_PROMPTS)
+    out.mkdir(parents=True, exist_ok=True)
+    write_prompts(out / "train.jsonl", "train", stories[:NUM_TRAIN_PROMPTS])
+    write_prompts(out / "eval.jsonl", "eval", stories[NUM_TRAIN_PROMPTS:])
+    return stories
 
 
 def write_prompts(path: Path, split: str, stories: list[Story]) -> None:
@@ -302,18 +310,6 @@ def format_means(records: list[PromptRecord], key: str, passed_PG: torch.Tensor)
     values = torch.tensor([getattr(record, key) for record in records])
     means = {int(value): passed_PG[values == value].mean() for value in values.unique()}
     return ", ".join(f"{value}: {mean:.2f}" for value, mean in means.items())
-
-
-def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-    return torch.corrcoef(torch.stack([average_ranks(first), average_ranks(second)]))[0, 1].item()
-
-
-def average_ranks(values: torch.Tensor) -> torch.Tensor:
-    """``[5, 7, 5]`` -> ``[1.5, 3, 1.5]``."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last_rank = counts.cumsum(0)
-    return (last_rank - (counts - 1) / 2)[group]
 
 
 if __name__ == "__main__":

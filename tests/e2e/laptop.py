@@ -1,0 +1,40 @@
+"""Runs of the laptop experiment at a reduced size, through the command line as a user would."""
+
+import json
+from pathlib import Path
+
+from megatron_prepo.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAPTOP = REPOSITORY / "examples" / "laptop"
+
+FILES = [
+    f"model.hf={LAPTOP / 'base'}",
+    f"data.train={LAPTOP / 'train.jsonl'}",
+    f"data.eval={LAPTOP / 'eval.jsonl'}",
+]
+SHORT = [
+    "train.total_steps=2",
+    "selection.num_candidates=24",
+    "selection.num_selected=8",
+    "rollout.samples_per_prompt=4",
+    "eval.max_prompts=8",
+    "eval.samples_per_prompt=1",
+]
+
+
+def train(directory: Path, *overrides: str) -> int:
+    """`megatron-prepo train examples/laptop/prepo.yaml ...`; returns the exit code."""
+    config = str(LAPTOP / "prepo.yaml")
+    return main(["train", config, f"run.dir={directory}", *FILES, *overrides])
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The steps of a run."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def summary(directory: Path) -> dict:
+    """The result of a run."""
+    return json.loads((directory / "summary.json").read_text())

@@ -1,0 +1,103 @@
+"""What a user can get wrong: one sentence that names the culprit, exit code 2, nothing started."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.e2e.laptop import LAPTOP, SHORT, train
+
+
+def line(prompt_id: str, prompt: str, answer: str = "1") -> str:
+    return json.dumps({"id": prompt_id, "prompt": prompt, "answer": answer})
+
+
+GOOD = [line(f"good-{i}", "tom has 3 apples . how many apples does tom have ?") for i in range(30)]
+
+
+def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> None:
+    code = train(tmp_path / "run", *SHORT, *overrides)
+    error = capsys.readouterr().err.strip()
+    assert code == 2
+    assert error.startswith("error: ") and len(error.splitlines()) == 1, error
+    for part in expected:
+        assert part in error
+    assert not (tmp_path / "run").exists(), "something was started"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("selection.num_selectd=8", ["selection.num_selectd", "did you mean", "num_selected"]),
+        ("selection.num_selected=25", ["num_selected=25", "num_candidates=24"]),
+        ("parallel.tensor=3", ["parallel.tensor=3", "num_attention_heads=4"]),
+        ("parallel.tensor=4", ["parallel.tensor=4", "num_key_value_heads=2"]),
+        ("parallel.pipeline=3", ["parallel.pipeline=3", "num_hidden_layers=2"]),
+        ("rollout.max_new_tokens=250", ["rollout.max_new_tokens=250", "256 positions"]),
+        ("data.max_prompt_tokens=20", ["data.max_prompt_tokens=20", "train.jsonl, line"]),
+        ("selection.num_candidates=801", ["num_candidates=801", "800 prompts"]),
+        ("train.total_steps=many", ["train.total_steps", "many"]),
+        ("megatron.recompute_granularty=full", ["recompute_granularty", "did you mean"]),
+        ("megatron.sequence_parallel=true", ["parallel.sequence"]),
+        ("data.chat_template=true", ["data.chat_template", "no chat template"]),
+        ("loss.clip_low=1.5", ["loss.clip_low=1.5"]),
+        ("no_equals_sign", ["no_equals_sign", "section.key=value"]),
+    ],
+)
+def test_wrong_setting(capsys, tmp_path, override, expected):
+    assert_refused(capsys, tmp_path, expected, override)
+
+
+def test_missing_model(capsys, tmp_path):
+    assert_refused(capsys, tmp_path, ["config.json", "absent"], f"model.hf={tmp_path / 'absent'}")
+
+
+def test_missing_megatron_checkpoint(capsys, tmp_path):
+    missing = tmp_path / "absent"
+    assert_refused(capsys, tmp_path, [str(missing)], f"model.megatron={missing}")
+
+
+def test_missing_weights(capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(LAPTOP / "base", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert_refused(capsys, tmp_path, [str(model), "safetensors"], f"model.hf={model}")
+
+
+def test_damaged_weights(capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(LAPTOP / "base", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert_refused(capsys, tmp_path, ["model.safetensors", "damaged"], f"model.hf={model}")
+
+
+@pytest.mark.parametrize(
+    ("bad_line", "expected"),
+    [
+        ('{"prompt": "how many', ["not valid JSON"]),
+        (line("empty", "   "), ["prompt", "empty"]),
+        (line("good-3", "how many ?"), ["good-3", "line 4"]),
+        (line("odd", "how many quarks ?"), ["tokenizer refuses"]),
+        (json.dumps({"id": "x", "prompt": "how many ?"}), ["answer", "missing"]),
+        ('["a", "list"]', ["object"]),
+        (line("long", "tom has 3 apples . " * 60), ["'long'", "max_prompt_tokens=96"]),
+    ],
+)
+def test_wrong_prompt_file(capsys, tmp_path, bad_line, expected):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join([*GOOD, bad_line]) + "\n")
+    where = [str(file), "line 31"]
+    assert_refused(capsys, tmp_path, where + expected, f"data.train={file}")
+
+
+def test_missing_prompt_file(capsys, tmp_path):
+    assert_refused(capsys, tmp_path, ["absent.jsonl"], f"data.eval={tmp_path / 'absent.jsonl'}")
+
+
+def test_a_run_is_not_overwritten(capsys, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("precious")
+    assert train(run, *SHORT) == 2
+    assert "run.overwrite=true" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == "precious"

@@ -1,0 +1,113 @@
+"""Short runs in several layouts: the same rollouts, the same numbers, and the engine in step."""
+
+import json
+
+import pandas
+import pytest
+import yaml
+
+from megatron_prepo import config as configuration
+from tests.e2e.laptop import SHORT, metrics, summary, train
+
+LAYOUTS = {
+    "one rank": ["parallel.tensor=1"],
+    "TP2": ["parallel.tensor=2"],
+    "TP2 again": ["parallel.tensor=2"],
+    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=5"],
+    "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.micro_batch_size=4"],
+    "DP2": [
+        "parallel.tensor=1",
+        "parallel.data=2",
+        "optimizer.use_distributed_optimizer=true",
+        "train.micro_batch_size=3",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each layout's run directory; settings that are off by default are on, to be run through."""
+    directories = {}
+    for name, layout in LAYOUTS.items():
+        directory = tmp_path_factory.mktemp("run") / "run"
+        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance_cap=2.0"]
+        assert train(directory, *SHORT, *more, *layout) == 0, name
+        directories[name] = directory
+    return directories
+
+
+def test_same_seed_same_ledger(runs):
+    ledgers = [(runs[name] / "ledger.jsonl").read_bytes() for name in ("TP2", "TP2 again")]
+    assert ledgers[0] == ledgers[1]
+    assert ledgers[0].count(b"\n") == 2 * 8 * 4
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one rank"])
+def test_layouts_agree(runs, name):
+    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing."""
+    for one, other in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
+        for key, value in one.items():
+            if not key.startswith(("seconds/", "mismatch/")):
+                assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_engine_follows_the_actor(runs, name):
+    """After every weight sync the engine's log-probabilities are the actor's."""
+    for step in metrics(runs[name]):
+        assert step["mismatch/logprob_abs_max"] < 2e-5
+        assert step["mismatch/kl"] < 1e-9
+
+
+def test_engine_is_not_ahead_of_the_first_update(runs):
+    """The first mini-batch is on-policy, the second is not: the ratio leaves 1."""
+    first = metrics(runs["TP2"])[0]
+    assert 0 < first["loss/kl_to_old"] < 0.1
+    assert first["loss/grad_norm"] > 0
+
+
+def test_ledger_is_complete_and_readable(runs):
+    ledger = pandas.read_json(runs["TP2"] / "ledger.jsonl", lines=True)
+    assert list(ledger.step.unique()) == [0, 1]
+    groups = ledger.groupby(["step", "prompt_id"])
+    assert (groups.size() == 4).all()
+    assert (groups.zero_variance.first() == (groups.reward.nunique() == 1)).all()
+    assert (ledger.weight_version == 2 * ledger.step).all()  # two mini-batches a step
+    assert ledger.ppl.gt(1).all() and ledger.mean_entropy.ge(0).all()
+    result = summary(runs["TP2"])
+    assert (result["rollouts"], result["tokens"]) == (len(ledger), ledger.length.sum())
+
+
+def test_the_window_slides_from_low_to_high(runs):
+    first, last = metrics(runs["TP2"])
+    assert (first["selection/window_first"], first["selection/window_last"]) == (0, 7)
+    assert (last["selection/window_first"], last["selection/window_last"]) == (16, 23)
+    assert first["ppl/selected_min"] == first["ppl/candidates_min"]
+    assert first["ppl/selected_max"] < first["ppl/candidates_q50"]
+
+
+def test_run_directory(runs):
+    directory = runs["TP2"]
+    saved = configuration.from_tree(yaml.safe_load((directory / "config.yaml").read_text()))
+    assert saved.selection.num_selected == 8 and saved.loss.kl_coef == 0.01
+    assert (directory / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (directory / "pass_rate.png").stat().st_size > 10_000
+    weights = json.loads((directory / "hf" / "config.json").read_text())
+    assert weights["model_type"] == "qwen3"
+    for name in ("pass_rate_before", "pass_rate_after", "pass_rate_after_ci95", "seconds"):
+        assert name in summary(directory)
+
+
+def test_random_pays_no_perplexity_pass(tmp_path):
+    overrides = ["selection.method=random", "weighting.method=none", "parallel.tensor=1"]
+    assert train(tmp_path / "run", *SHORT, *overrides, "sglang={dtype: auto}") == 0
+    ledger = pandas.read_json(tmp_path / "run" / "ledger.jsonl", lines=True)
+    assert ledger.ppl.isna().all() and (ledger.weight == 1).all()
+
+
+def test_zero_learning_rate_changes_nothing(tmp_path):
+    """The control of the learning test: without updates before and after are the same numbers."""
+    assert train(tmp_path / "run", *SHORT, "optimizer.lr=0", "eval.max_prompts=40") == 0
+    result = summary(tmp_path / "run")
+    assert result["gain"] == 0.0
+    assert 0 < result["pass_rate_before"] == result["pass_rate_after"]

@@ -1,0 +1,101 @@
+"""Tiny random Hugging Face models of each family, and the configuration of an actor for them.
+
+Every parameter is random, norms and biases too: a weight that is read from the wrong place, or not
+at all, is then seen in the logits.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_prepo.config import Config, from_tree
+
+VOCAB = 259
+"""Odd: under tensor parallelism the last rank holds padding."""
+
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def qwen2(*, tied: bool = True) -> PreTrainedModel:
+    """With biases on query, key and value."""
+    config = Qwen2Config(**SHAPE, tie_word_embeddings=tied, max_position_embeddings=256)
+    return randomized(Qwen2ForCausalLM(config))
+
+
+def qwen3(*, tied: bool) -> PreTrainedModel:
+    """With norms on query and key, and heads wider than their share of the hidden size."""
+    config = Qwen3Config(
+        **SHAPE, head_dim=12, tie_word_embeddings=tied, max_position_embeddings=256
+    )
+    return randomized(Qwen3ForCausalLM(config))
+
+
+def llama3(*, scaled: bool = True, tied: bool = False) -> PreTrainedModel:
+    """Llama 3.1's rope scaling, or none; the same weights either way."""
+    rope = LLAMA3_ROPE if scaled else {"rope_type": "default", "rope_theta": 500000.0}
+    shape = SHAPE | {"hidden_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        **shape, rope_parameters=rope, tie_word_embeddings=tied, max_position_embeddings=4096
+    )
+    return randomized(LlamaForCausalLM(config))
+
+
+@torch.no_grad()
+def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """All parameters drawn anew: gains around 1, biases of 0.3, matrices that keep their scale."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        draw = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.3 * draw)
+        elif parameter.dim() == 1:
+            parameter.copy_(0.3 * draw)
+        else:
+            parameter.copy_(1.3 * draw / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+def save(model: PreTrainedModel, directory: Path) -> str:
+    """Write the model as a Hugging Face directory, in float32."""
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def actor_config(hf: str, **sections: dict) -> Config:
+    """The least that an actor needs, in float32, changed by `sections`."""
+    tree = {
+        "run": {"dir": "unused"},
+        "model": {"hf": hf, "dtype": "float32"},
+        "data": {"train": "unused", "eval": "unused"},
+        "selection": {"num_candidates": 4, "num_selected": 2},
+        "rollout": {"max_new_tokens": 4},
+        "train": {"total_steps": 3},
+    }
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | values
+    return from_tree(tree)

@@ -1,0 +1,61 @@
+"""Promises that the repository makes about itself."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_prepo import config as configuration
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_the_configuration_reference_is_that_of_the_code():
+    """`make docs` writes it."""
+    assert (REPOSITORY / "docs" / "configuration.md").read_text() == configuration.reference()
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (REPOSITORY / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (REPOSITORY / link).exists()]
+
+
+def test_the_readmes_numbers_are_those_of_the_raw_result():
+    text = (REPOSITORY / "README.md").read_text()
+    result = json.loads((REPOSITORY / "benchmarks/results/laptop_demo.json").read_text())
+    low, high = result["pass_rate_after_ci95"]
+    for number in (
+        f"**{result['pass_rate_before']:.3f} -> {result['pass_rate_after']:.3f}**",
+        f"{low:.3f} to {high:.3f}",
+        f"{result['pass_rate_transformers']:.3f}",
+        f"{result['rollouts']:,} rollouts",
+        f"{result['tokens']:,} tokens",
+    ):
+        assert number in " ".join(text.split())
+
+
+def test_importing_the_package_imports_no_engine_and_no_trainer():
+    heavy = ("torch", "megatron", "transformers", "sglang")
+    code = f"import sys, megatron_prepo.config; sys.exit(bool([m for m in {heavy} if m in sys.modules]))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_the_laptop_prompts_are_what_the_generator_makes(tmp_path):
+    """`examples/laptop/build.py` rebuilds the shipped prompt files byte for byte."""
+    laptop = REPOSITORY / "examples" / "laptop"
+    sys.path.insert(0, str(laptop))
+    try:
+        import build
+    finally:
+        sys.path.pop(0)
+    build.build_prompts(tmp_path, build.SEED)
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (laptop / name).read_bytes()
+
+
+def test_shipped_files_are_small():
+    laptop = REPOSITORY / "examples" / "laptop"
+    assert sum(f.stat().st_size for f in laptop.rglob("*") if f.is_file()) < 2_000_000
