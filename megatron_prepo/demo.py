@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prepo import cli, report
+from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import write_text
@@ -58,9 +58,12 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
         directory / "hf", config, samples_per_prompt=config.eval.samples_per_prompt
     )
     write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"\npass rate by transformers alone  {summary['pass_rate_transformers']:.3f}")
-    print(report.text(summary))
-    print(f"everything is in {directory}; the picture is {directory / 'pass_rate.png'}")
+    print(
+        f"\nheld-out pass rate: {summary['pass_rate_before']:.3f} before, "
+        f"{summary['pass_rate_after']:.3f} after, "
+        f"{summary['pass_rate_transformers']:.3f} by transformers alone\n"
+        f"everything is in {directory}; the picture is {directory / 'pass_rate.png'}"
+    )
     return summary
 
 

@@ -38,7 +38,7 @@ def evaluate(
 ) -> Evaluation:
     """avg@k of the engine whose `generate` is given; a sample passes at `pass_reward`."""
     rollouts = generate(prompts, samples_per_prompt=samples_per_prompt, **sampling)
-    rewards_PG = torch.tensor(rewards_of(rollouts)).view(len(prompts), samples_per_prompt)
+    rewards_PG = torch.as_tensor(rewards_of(rollouts)).view(len(prompts), samples_per_prompt)
     return Evaluation((rewards_PG >= pass_reward).double().mean(dim=1))
 
 

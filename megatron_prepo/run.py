@@ -116,8 +116,13 @@ class Run:
     ) -> Evaluation:
         """`held_out(samples_per_prompt, on_progress)` with a progress bar; written and shown."""
         bar = tqdm(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
         with self.seconds("evaluate"), bar:
-            evaluation = held_out(samples_per_prompt=samples, on_progress=bar.update)
+            evaluation = held_out(samples_per_prompt=samples, on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
         if self.writes:
             self.evaluations.write(

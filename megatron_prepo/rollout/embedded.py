@@ -77,11 +77,12 @@ class EmbeddedEngine:
         temperature: float,
         max_new_tokens: int,
         seed: str,
-        on_progress: Callable[[int], None] = lambda completions: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Rollout]:
         """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
 
-        `on_progress` is called with the number of completions of each batch, over all ranks.
+        `on_progress` is called after each batch with about how many completions all ranks have
+        done, and how many there are.
         """
         assert self.weight_version is not None, "the engine has no weights: sync first"
         jobs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
@@ -95,7 +96,7 @@ class EmbeddedEngine:
                 [jobs[i][0].tokens for i in batch], seeds, temperature, max_new_tokens
             )
             done += zip(batch, completions, strict=True)
-            on_progress(len(batch) * self.num_ranks)
+            on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
         completion_of = {i: c for share in self.gather(done) for i, c in share}
         return [self._rollout(prompt, *completion_of[i]) for i, (prompt, _) in enumerate(jobs)]
 
