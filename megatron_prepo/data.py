@@ -25,7 +25,7 @@ def read_prompts(
         raise UserError(f"no such prompt file: {path}")
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -69,27 +69,38 @@ def tokenize(
 
     With `chat_template` the text becomes a user turn followed by the generation prompt.
     """
-    if chat_template:
-        if not tokenizer.chat_template:
-            raise UserError(
-                "data.chat_template=true, but the tokenizer has no chat template; "
-                "set data.chat_template=false"
-            )
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-    else:
-        rendered = text
+    indent = len(text) - len(text.lstrip())
+    rendered, begin = _as_user_turn(text, tokenizer) if chat_template else (text, indent)
     encoded = tokenizer(
         rendered, add_special_tokens=not chat_template, return_offsets_mapping=True, verbose=False
     )
-    begin = rendered.rfind(text.strip())
     end = begin + len(text.strip())
     inside = [
         i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin and a < b
     ]
     tokens = tuple(encoded["input_ids"])
     return tokens, (inside[0], inside[-1] + 1) if begin >= 0 and inside else (0, len(tokens))
+
+
+def _as_user_turn(text: str, tokenizer) -> tuple[str, int]:
+    """The rendered chat, and where in it the text's first word is (-1 if the template rewrites it)."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "data.chat_template=true, but the tokenizer has no chat template; "
+            "set data.chat_template=false"
+        )
+
+    def render(content: str) -> str:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+    # the words of a text may also be in the template: a mark that is not shows the place
+    rendered, begin = render(text), render("\ufffc").find("\ufffc")
+    if begin >= 0 and rendered.startswith(text, begin):
+        return rendered, begin + len(text) - len(text.lstrip())
+    trimmed = begin >= 0 and rendered.startswith(text.strip(), begin)
+    return rendered, begin if trimmed else -1
 
 
 class CandidateBatches:

@@ -64,8 +64,8 @@ def policy_loss(
     """The loss of these tokens, a scalar that adds up over disjoint tokens, and sums for metrics.
 
     Gradients flow through `logprobs_T` (and `entropy_T` if there is an entropy bonus) only.
-    The metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of the
-    divergence of the new from the old policy), and `reference_kl` if there is a KL penalty.
+    The metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of
+    KL(old || new): the tokens are the old policy's), and `reference_kl` if there is a KL penalty.
     """
     log_ratio_T = logprobs_T - terms.old_logprobs_T
     ratio_T = log_ratio_T.exp()
@@ -79,7 +79,7 @@ def policy_loss(
         "tokens": torch.tensor(float(logprobs_T.numel()), device=logprobs_T.device),
         "clipped": (clipped_T * terms.advantage_T < ratio_T * terms.advantage_T).float().sum(),
         "ratio": ratio_T.detach().sum(),
-        "kl": k3(log_ratio_T.detach()).sum(),
+        "kl": k3(-log_ratio_T.detach()).sum(),
     }
     if kl_coef:
         kl_T = k3(logprobs_T - terms.reference_logprobs_T)
