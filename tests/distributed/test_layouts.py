@@ -1,0 +1,464 @@
+"""Two updates of the actor equal those computed in float64 on one rank, under every layout.
+
+The reference is `transformers`, autograd and `torch.optim.AdamW`, with the loss written out below.
+One start of 4 ranks goes through all layouts; the tests look at its results.
+
+Adam's first step is lr * sign(g) wherever |g| is far above `adam_eps`, and rounding could flip the
+sign of a small g.  An `adam_eps` of 1e-2 makes the update smooth in the gradient.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+
+import pytest
+import tiny_models
+import torch
+from ranks import join, on_ranks
+from tiny_models import VOCAB, actor_config
+from transformers import AutoModelForCausalLM
+
+from megatron_prepo.records import ScoredSequence
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model, a batch of rollouts and the settings of the loss and the optimizer."""
+
+    model: str
+    lengths: tuple[int, ...]
+    temperature: float = 1.0
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    importance: bool = False
+    clip_grad: float = 100.0
+    weight_decay: float = 0.0
+    layouts: tuple[str, ...] = ()
+
+
+LR, EPS, BETAS, CLIP_LOW, CLIP_HIGH = 1e-2, 1e-2, (0.9, 0.95), 0.2, 0.28
+MICRO_BATCH = 2
+LAYOUTS = {
+    # name: (parallel settings, other settings)
+    "tp1": ({}, {}),
+    "tp1 micro-batches of 1": ({}, {"train": {"micro_batch_size": 1}}),
+    "tp1 one micro-batch": ({}, {"train": {"micro_batch_size": 8}}),
+    "tp1 chunks of 3 tokens": ({}, {"loss": {"chunk_tokens": 3}}),
+    "tp2": ({"tensor": 2}, {}),
+    "tp2 sp": ({"tensor": 2, "sequence": True}, {}),
+    "pp2": ({"pipeline": 2}, {}),
+    "dp2": ({"data": 2}, {}),
+    "dp2 distributed optimizer": ({"data": 2}, {"optimizer": {"use_distributed_optimizer": True}}),
+    "tp2 pp2": ({"tensor": 2, "pipeline": 2}, {}),
+    "tp2 pp2 sp": ({"tensor": 2, "pipeline": 2, "sequence": True}, {}),
+    "tp2 sp dp2": ({"tensor": 2, "sequence": True, "data": 2}, {}),
+    "pp2 dp2 distributed optimizer": (
+        {"pipeline": 2, "data": 2},
+        {"optimizer": {"use_distributed_optimizer": True}},
+    ),
+    "dp4": ({"data": 4}, {}),
+    "pp4": ({"pipeline": 4}, {}),
+}
+SCENARIOS = {
+    "plain": Scenario("qwen2", (9, 14, 5, 7, 20, 11, 6), clip_grad=2.0, layouts=tuple(LAYOUTS)),
+    "all terms": Scenario(
+        "qwen3",
+        (12, 6, 17, 8, 10),
+        temperature=0.8,
+        entropy_coef=0.05,
+        kl_coef=0.1,
+        importance=True,
+        weight_decay=0.1,
+        layouts=tuple(LAYOUTS),
+    ),
+    "fewer rollouts than ranks": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "dp4")),
+    "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4")),
+}
+RESHARDED = {
+    # layout that writes a checkpoint: layouts that read it
+    "tp2": ("tp1", "pp2", "tp2 pp2"),
+    "pp2 dp2 distributed optimizer": ("tp1", "tp2"),
+}
+CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
+MODELS = {"qwen2": lambda: tiny_models.qwen2(), "qwen3": lambda: tiny_models.qwen3(tied=False)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rollouts of a scenario: token ids, scored from `START` on, and what the loss needs."""
+
+    sequences: list[ScoredSequence] = field(default_factory=list)
+    old_T: list[torch.Tensor] = field(default_factory=list)
+    importance_T: list[torch.Tensor] = field(default_factory=list)
+    reference_T: list[torch.Tensor] = field(default_factory=list)
+    advantage: list[float] = field(default_factory=list)
+    coefficient: list[float] = field(default_factory=list)
+
+
+START = 3
+
+
+def make_batch(name, model):
+    """Old log-probabilities differ from the model's by up to 0.5: some ratios are clipped."""
+    scenario, batch = SCENARIOS[name], Batch()
+    generator = torch.Generator().manual_seed(5)
+    for i, length in enumerate(scenario.lengths):
+        tokens = torch.randint(0, VOCAB, (length,), generator=generator)
+        batch.sequences.append(ScoredSequence(tuple(tokens.tolist()), START))
+        logprobs_T, _ = score(model, batch.sequences[-1], scenario.temperature)
+        noise = torch.rand(3, len(logprobs_T), generator=generator)
+        batch.old_T.append(logprobs_T.detach().float() + noise[0] - 0.5)
+        batch.importance_T.append(0.5 + noise[1])
+        batch.reference_T.append(logprobs_T.detach().float() + 2 * noise[2] - 1)
+        zero = i == 2 or name == "advantages of zero"
+        batch.advantage.append(0.0 if zero else (-1.0) ** i * (0.5 + 0.25 * i))
+        batch.coefficient.append((0.4 + 0.3 * i) / len(scenario.lengths))
+    return batch
+
+
+# The reference
+
+
+def score(model, sequence, temperature):
+    tokens = torch.tensor(sequence.tokens)
+    logits_TV = model(tokens[None]).logits[0, sequence.start - 1 : -1] / temperature
+    logp_TV = logits_TV.log_softmax(-1)
+    logprobs_T = logp_TV.gather(1, tokens[sequence.start :, None])[:, 0]
+    return logprobs_T, -(logp_TV.exp() * logp_TV).sum(-1)
+
+
+def loss_and_statistics(model, scenario, batch):
+    """One rollout after the other, unpadded; the formula of the paper and its extra terms."""
+    loss, statistics = 0.0, dict.fromkeys(("clipped", "ratio", "tokens", "reference_kl"), 0.0)
+    for i, sequence in enumerate(batch.sequences):
+        logprobs_T, entropy_T = score(model, sequence, scenario.temperature)
+        advantage = batch.advantage[i]
+        ratio_T = (logprobs_T - batch.old_T[i]).exp()
+        plain_T = ratio_T * advantage
+        clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
+        objective_T = torch.minimum(plain_T, clipped_T)
+        if scenario.importance:
+            objective_T = objective_T * batch.importance_T[i]
+        to_reference_T = batch.reference_T[i] - logprobs_T
+        kl_T = to_reference_T.exp() - 1 - to_reference_T
+        objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
+        loss = loss - batch.coefficient[i] * objective_T.sum()
+        statistics["clipped"] += (clipped_T < plain_T).sum().item()
+        statistics["ratio"] += ratio_T.sum().item()
+        statistics["reference_kl"] += kl_T.sum().item()
+        statistics["tokens"] += len(ratio_T)
+    return loss, statistics
+
+
+def reference_updates(scenario, batch, model):
+    """[metrics, weights] before and after each of two updates, in float64."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # Megatron does not decay them
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": scenario.weight_decay}, {"params": vectors}],
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=0.0,
+    )
+
+    def weights():
+        return {names[id(p)]: p.detach().clone() for p in model.parameters()}
+
+    metrics, snapshots = [], [weights()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss, statistics = loss_and_statistics(model, scenario, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), scenario.clip_grad).item()
+        optimizer.step()
+        tokens = statistics["tokens"]
+        metrics.append(
+            {
+                "loss/policy": loss.item(),
+                "loss/grad_norm": norm,
+                "loss/clip_fraction": statistics["clipped"] / tokens,
+                "loss/ratio": statistics["ratio"] / tokens,
+                "loss/learning_rate": LR,
+            }
+        )
+        if scenario.kl_coef:
+            metrics[-1]["loss/kl_to_reference"] = statistics["reference_kl"] / tokens
+        snapshots.append(weights())
+    return metrics, snapshots
+
+
+# What the ranks do
+
+
+def run_everything(directories, batches, scratch):
+    """On each rank: {(scenario, layout): two updates}, and the further checks by name."""
+    results = {case: two_updates(*case, directories, batches) for case in CASES}
+    results["not finite"] = not_finite(directories, batches)
+    results["reference policy"] = reference_policy(directories, batches)
+    results["checkpoints"] = checkpoints(directories, batches, scratch)
+    return results
+
+
+class ActorOn:
+    """An actor of a scenario under a layout, on the first ranks; None on the others."""
+
+    def __init__(self, name, layout, directories, **sections):
+        scenario, (parallel_settings, settings) = SCENARIOS[name], LAYOUTS[layout]
+        merged = {
+            "parallel": parallel_settings,
+            "rollout": {"temperature": scenario.temperature},
+            "train": {"micro_batch_size": MICRO_BATCH},
+            "loss": {
+                "entropy_coef": scenario.entropy_coef,
+                "kl_coef": scenario.kl_coef,
+                "clip_low": CLIP_LOW,
+                "clip_high": CLIP_HIGH,
+            },
+            "optimizer": {
+                "lr": LR,
+                "adam_eps": EPS,
+                "adam_beta1": BETAS[0],
+                "adam_beta2": BETAS[1],
+                "clip_grad": scenario.clip_grad,
+                "weight_decay": scenario.weight_decay,
+            },
+        }
+        for section, values in (*settings.items(), *sections.items()):
+            merged[section] = merged.get(section, {}) | values
+        self.config = actor_config(directories[scenario.model], **merged)
+
+    def __enter__(self):
+        from megatron_prepo.actor import parallel
+        from megatron_prepo.actor.policy import Actor
+
+        layout = self.config.parallel
+        self.taking_part = join(layout.tensor * layout.pipeline * (layout.data or 1))
+        if not self.taking_part:
+            return None
+        parallel.initialize(layout, seed=1)
+        return Actor(self.config)
+
+    def __exit__(self, *_):
+        from megatron_prepo.actor import parallel
+
+        if self.taking_part:
+            parallel.shut_down()
+
+
+def training_sequences(name, batch):
+    from megatron_prepo.actor.policy import TrainingSequence
+
+    scenario = SCENARIOS[name]
+    return [
+        TrainingSequence(
+            sequence,
+            batch.old_T[i],
+            batch.advantage[i],
+            batch.coefficient[i],
+            importance_T=batch.importance_T[i] if scenario.importance else None,
+            reference_logprobs_T=batch.reference_T[i] if scenario.kl_coef else None,
+        )
+        for i, sequence in enumerate(batch.sequences)
+    ]
+
+
+def exported(actor):
+    return {name: tensor.clone() for name, tensor in actor.hf_weights()}
+
+
+def two_updates(name, layout, directories, batches):
+    with ActorOn(name, layout, directories) as actor:
+        if actor is None:
+            return None
+        rollouts = training_sequences(name, batches[name])
+        metrics, weights = [], []
+        for _ in range(2):
+            metrics.append(actor.update(rollouts))
+            weights.append(exported(actor))
+        first_rank = torch.distributed.get_rank() == 0
+        return {"metrics": metrics, "weights": weights if first_rank else None}
+
+
+def not_finite(directories, batches):
+    """An update with a NaN, then one without, under TP2 x PP2."""
+    with ActorOn("plain", "tp2 pp2", directories) as actor:
+        rollouts = training_sequences("plain", batches["plain"])
+        before = exported(actor)
+        try:
+            actor.update([replace(rollouts[0], advantage=float("nan")), *rollouts[1:]])
+            message = None
+        except FloatingPointError as error:
+            message = str(error)
+        after = exported(actor)
+        metrics = actor.update(rollouts)
+        return {
+            "message": message,
+            "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+            "next": metrics,
+        }
+
+
+def reference_policy(directories, batches):
+    """Scores before and after updates, by the current and by the initial weights, under TP2."""
+    with ActorOn("all terms", "tp2", directories) as actor:
+        if actor is None:
+            return None
+        rollouts = training_sequences("all terms", batches["all terms"])
+        sequences = [rollout.sequence for rollout in rollouts]
+
+        def scores(function):
+            return torch.cat([s.logprobs_T for s in function(sequences, temperature=0.8)])
+
+        result = {"before": scores(actor.score)}
+        actor.update(rollouts)
+        result["after"] = scores(actor.score)
+        result["initial"] = scores(actor.reference_score)
+        result["after again"] = scores(actor.score)
+        return result
+
+
+def checkpoints(directories, batches, scratch):
+    """Which weights are others after a change of layout through a Megatron checkpoint."""
+    differing = {}
+    for source, targets in RESHARDED.items():
+        directory = f"{scratch}/{source.replace(' ', '-')}"
+        with ActorOn("plain", source, directories) as actor:
+            if actor is not None:
+                actor.update(training_sequences("plain", batches["plain"]))
+                saved = exported(actor)
+                actor.save(directory, step=1)
+        for target in targets:
+            model = {"megatron": directory}
+            with ActorOn("plain", target, directories, model=model) as actor:
+                loaded = exported(actor) if actor is not None else {}
+            if loaded and os.environ["RANK"] == "0":
+                differing[source, target] = {
+                    "changed": [n for n in saved if not torch.equal(saved[n], loaded[n])],
+                    "missing or new": sorted(saved.keys() ^ loaded.keys()),
+                }
+    return differing
+
+
+# The tests
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny_models.save(make(), root / name) for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def batches(directories):
+    return {
+        name: make_batch(name, float64_model(directories[scenario.model]))
+        for name, scenario in SCENARIOS.items()
+    }
+
+
+def float64_model(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def expected(directories, batches):
+    return {
+        name: reference_updates(scenario, batches[name], float64_model(directories[scenario.model]))
+        for name, scenario in SCENARIOS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def results(directories, batches, tmp_path_factory):
+    scratch = str(tmp_path_factory.mktemp("checkpoints"))
+    return on_ranks(4, run_everything, directories, batches, scratch)
+
+
+def taking_part(results, case):
+    """The results of the ranks that a case has."""
+    return [rank[case] for rank in results if rank[case] is not None]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_metrics_equal_the_float64_reference(results, expected, name, layout):
+    """Of both updates, on every rank.  Float32 leaves relative errors of 1e-5 in sums of a hundred
+    terms of either sign.
+    """
+    reference, _ = expected[name]
+    for result in taking_part(results, (name, layout)):
+        for ours, theirs in zip(result["metrics"], reference, strict=True):
+            ours = {key: value for key, value in ours.items() if key != "loss/kl_to_old"}
+            assert ours == pytest.approx(theirs, rel=5e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_divergence_from_the_old_policy_is_the_same_in_every_layout(results, name, layout):
+    first_layout = SCENARIOS[name].layouts[0]
+    for result in taking_part(results, (name, layout)):
+        for ours, first in zip(
+            result["metrics"], results[0][name, first_layout]["metrics"], strict=True
+        ):
+            assert ours["loss/kl_to_old"] == pytest.approx(first["loss/kl_to_old"], rel=5e-5)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_every_weight_equals_the_float64_reference(results, expected, name, layout):
+    """The change of each tensor after one and after two updates, relative to its own size.
+
+    Among them the norms of query and key, whose gradients are parts on tensor-parallel ranks, the
+    tied embedding on the first and last stage, and norms under sequence parallelism: a sum over
+    ranks that is missing, or done twice, is an error of the order of 1.
+    """
+    _, snapshots = expected[name]
+    for update, ours in enumerate(results[0][name, layout]["weights"], 1):
+        assert ours.keys() == snapshots[0].keys()
+        for tensor_name, before in snapshots[0].items():
+            change = snapshots[update][tensor_name] - before
+            error = (ours[tensor_name].double() - before - change).norm()
+            # float32 rounding of the gradient, and of the weight itself
+            allowed = 5e-5 * change.norm() + 5e-8 * before.norm()
+            assert error <= allowed, f"update {update}, {tensor_name}: {error / change.norm():.1e}"
+
+
+def test_scenarios_cover_what_they_promise(expected):
+    """Some ratios are clipped and some are not, and the gradient norm is clipped in one of them."""
+    for name in ("plain", "all terms"):
+        for metrics in expected[name][0]:
+            assert 0.1 < metrics["loss/clip_fraction"] < 0.9
+    assert expected["plain"][0][0]["loss/grad_norm"] > SCENARIOS["plain"].clip_grad
+    assert expected["all terms"][0][0]["loss/grad_norm"] < SCENARIOS["all terms"].clip_grad
+    names = expected["all terms"][1][0].keys()
+    assert any("q_norm" in n for n in names) and any("lm_head" in n for n in names)
+
+
+def test_without_advantages_no_weight_moves(results, expected):
+    _, (before, *_) = expected["advantages of zero"]
+    for layout in SCENARIOS["advantages of zero"].layouts:
+        for weights in results[0]["advantages of zero", layout]["weights"]:
+            assert all(torch.equal(weights[name].double(), before[name]) for name in before)
+
+
+def test_a_loss_that_is_not_finite_is_refused_on_all_ranks_and_leaves_no_trace(results):
+    """Neither in the weights nor in the next update, under TP2 x PP2."""
+    for rank in results:
+        refused = rank["not finite"]
+        assert "update 1: loss nan" in refused["message"] and refused["unchanged"]
+        assert refused["next"] == rank["plain", "tp2 pp2"]["metrics"][0]
+
+
+def test_the_initial_policy_is_kept_and_the_current_one_restored(results):
+    """Bit for bit; the update in between was large enough to tell them apart."""
+    for result in taking_part(results, "reference policy"):
+        assert torch.equal(result["initial"], result["before"])
+        assert torch.equal(result["after"], result["after again"])
+        assert (result["after"] - result["before"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(source, target) for source, reads in RESHARDED.items() for target in reads],
+)
+def test_a_checkpoint_is_read_under_another_layout_bit_for_bit(results, written, read):
+    """All weights as exported before saving and after loading, after an update."""
+    assert results[0]["checkpoints"][written, read] == {"changed": [], "missing or new": []}

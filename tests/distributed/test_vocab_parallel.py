@@ -1,0 +1,190 @@
+"""A sharded output head equals the whole one, over gloo: values, gradients, and what it costs.
+
+One start of 4 ranks computes all cases; the tests look at its results.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import join, on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_prepo.actor.vocab_parallel import IGNORE, vocab_parallel_logprobs_and_entropy
+
+NUM_TOKENS, HIDDEN, CHUNK = 13, 8, 5
+
+CASES = {
+    # name: (tensor-parallel ranks, rows of the head on each, words of the vocabulary)
+    "one rank": (1, 16, 16),
+    "two ranks": (2, 8, 16),
+    "four ranks": (4, 4, 16),
+    "two ranks, last one padded": (2, 8, 13),
+    "four ranks, last one padded": (4, 4, 13),
+    "four ranks, last one empty": (4, 3, 9),
+    "four ranks, two empty, one padded": (4, 4, 5),
+    "four ranks, one all of -inf": (4, 4, 16),
+}
+
+
+def problem(name: str):
+    """Whole head, hidden states, targets, temperatures and the gradients of both outputs."""
+    ranks, rows, vocab_size = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    randn = {"generator": generator, "dtype": torch.float64}
+    hidden_TH = torch.randn(NUM_TOKENS, HIDDEN, **randn)
+    weight_VH = torch.randn(ranks * rows, HIDDEN, **randn)
+    targets_T = torch.randint(0, vocab_size, (NUM_TOKENS,), generator=generator)
+    targets_T[[2, 12]] = IGNORE
+    if name.endswith("-inf"):
+        hidden_TH = hidden_TH.abs()
+        weight_VH[rows : 2 * rows] = -math.inf
+        targets_T = targets_T.where((targets_T < rows) | (targets_T >= 2 * rows), 0)
+    temperature_T = torch.linspace(0.5, 1.5, NUM_TOKENS, dtype=torch.float64)
+    grads_2T = torch.randn(2, NUM_TOKENS, **randn)
+    return hidden_TH, weight_VH, targets_T, temperature_T, grads_2T
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes through torch's process groups, by whichever function it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def compute_all():
+    """On each rank: {(case, type): results of the ranks that are in it}."""
+    join(4)
+    torch.set_num_threads(1)
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (1, 2, 4)}
+    return {
+        (name, dtype): compute(name, dtype, groups[ranks])
+        for name, (ranks, _, _) in CASES.items()
+        for dtype in (torch.float64, torch.float32)
+        if dist.get_rank() < ranks
+    }
+
+
+def compute(name, dtype, group):
+    _, rows, vocab_size = CASES[name]
+    hidden_TH, weight_VH, targets_T, temperature_T, grads_2T = problem(name)
+    mine = slice(group.rank() * rows, (group.rank() + 1) * rows)
+    hidden_TH = hidden_TH.to(dtype).requires_grad_()
+    weight_VH = weight_VH[mine].to(dtype).requires_grad_()
+    with Collectives() as forward:
+        outputs = vocab_parallel_logprobs_and_entropy(
+            hidden_TH,
+            weight_VH,
+            targets_T,
+            vocab_size=vocab_size,
+            temperature=temperature_T.to(dtype),
+            group=group,
+            chunk_tokens=CHUNK,
+        )
+    with Collectives() as backward:
+        torch.autograd.backward(outputs, list(grads_2T.to(dtype)))
+    return {
+        "logprobs_T": outputs[0].detach(),
+        "entropy_T": outputs[1].detach(),
+        "grad_hidden_TH": hidden_TH.grad,
+        "grad_weight_VH": weight_VH.grad,
+        "forward": forward.names,
+        "backward": backward.names,
+    }
+
+
+def full_softmax(name):
+    """One rank, float64, autograd; impossible words are left out, so that no gradient is NaN."""
+    _, _, vocab_size = CASES[name]
+    hidden_TH, whole_VH, targets_T, temperature_T, (a_T, b_T) = problem(name)
+    possible = whole_VH[:vocab_size].isfinite().all(dim=1).nonzero().squeeze(1)
+    hidden_TH.requires_grad_()
+    weight_VH = whole_VH[possible].requires_grad_()
+    logits_TV = hidden_TH @ weight_VH.T / temperature_T[:, None]
+    logp_TV = logits_TV.log_softmax(-1)
+    scored_T = targets_T != IGNORE
+    column_T = torch.searchsorted(possible, targets_T.clamp(min=0))
+    logprobs_T = logp_TV.gather(1, column_T[:, None])[:, 0].where(scored_T, 0)
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(-1).where(scored_T, 0)
+    (a_T * logprobs_T + b_T * entropy_T).sum().backward()
+    grad_weight_VH = torch.zeros_like(whole_VH)
+    grad_weight_VH[possible] = weight_VH.grad
+    return {
+        "logprobs_T": logprobs_T.detach(),
+        "entropy_T": entropy_T.detach(),
+        "grad_hidden_TH": hidden_TH.grad,
+        "grad_weight_VH": grad_weight_VH,
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    """{(case, type): [result of each of its ranks]}"""
+    on_each_rank = on_ranks(4, compute_all)
+    return {
+        (name, dtype): [rank[name, dtype] for rank in on_each_rank[:ranks]]
+        for name, (ranks, _, _) in CASES.items()
+        for dtype in (torch.float64, torch.float32)
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
+def test_equals_the_full_softmax_in_float64(results, name, dtype, tolerance):
+    """Float32 keeps 1e-5 of values of about 10 and of the largest gradient.
+
+    The gradient of the hidden states is by contract a part on each rank; their sum is compared.
+    """
+    ranks, expected = results[name, dtype], full_softmax(name)
+    if name.endswith("-inf"):  # 0 * -inf: the hidden gradient is not defined on the rank of -inf
+        assert ranks[1]["grad_hidden_TH"].isnan().any()
+        ranks[1]["grad_hidden_TH"] = torch.zeros_like(ranks[1]["grad_hidden_TH"])
+    ours = {
+        "logprobs_T": ranks[-1]["logprobs_T"],
+        "entropy_T": ranks[-1]["entropy_T"],
+        "grad_hidden_TH": sum(rank["grad_hidden_TH"] for rank in ranks),
+        "grad_weight_VH": torch.cat([rank["grad_weight_VH"] for rank in ranks]),
+    }
+    for key, value in ours.items():
+        scale = max(1.0, expected[key].abs().max().item())
+        torch.testing.assert_close(
+            value.double(),
+            expected[key],
+            rtol=0,
+            atol=tolerance * scale,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_has_no_gradient(results, name):
+    _, _, vocab_size = CASES[name]
+    grad_VH = torch.cat([rank["grad_weight_VH"] for rank in results[name, torch.float32]])
+    assert grad_VH[vocab_size:].eq(0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_have_the_same_values_bit_for_bit(results, name):
+    first, *others = results[name, torch.float32]
+    for other in others:
+        assert torch.equal(other["logprobs_T"], first["logprobs_T"])
+        assert torch.equal(other["entropy_T"], first["entropy_T"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_all_gather_forward_and_nothing_backward(results, name):
+    """However many chunks; one rank alone says nothing at all."""
+    ranks, _, _ = CASES[name]
+    assert NUM_TOKENS > 2 * CHUNK
+    for rank in results[name, torch.float32]:
+        assert rank["forward"] == ([] if ranks == 1 else ["c10d::allgather_"])
+        assert rank["backward"] == []

@@ -1,0 +1,208 @@
+"""The actor's log-probabilities and entropies are those of `transformers`, under every layout.
+
+One start of 4 ranks scores and exports all models under all layouts; the tests look at its results.
+"""
+
+import math
+from collections import Counter
+
+import pytest
+import tiny_models
+import torch
+from ranks import join, on_ranks
+from safetensors.torch import load_file
+from tiny_models import VOCAB, actor_config
+from transformers import AutoModelForCausalLM
+
+from megatron_prepo.records import ScoredSequence
+
+MODELS = {
+    "qwen2": lambda: tiny_models.qwen2(),
+    "qwen3": lambda: tiny_models.qwen3(tied=False),
+    "qwen3 tied": lambda: tiny_models.qwen3(tied=True),
+    "llama3": lambda: tiny_models.llama3(),
+    "llama3 tied": lambda: tiny_models.llama3(tied=True),
+}
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor": 2},
+    "pp2": {"pipeline": 2},
+    "tp2 sp": {"tensor": 2, "sequence": True},
+    "tp2 pp2": {"tensor": 2, "pipeline": 2},
+    "dp2": {"data": 2},
+}
+TEMPERATURES = (1.0, 0.7)
+
+TOLERANCE = 2e-5
+"""Nats.  Both sides compute in float32, and add up in different orders; that moves logits of up to
+10, over all layers, by a few 1e-6.  A wrong weight or position moves them by 1e-2 and more.
+"""
+
+
+def sequences(name):
+    """Of varied lengths, scored from the start or from the middle.
+
+    Llama's scaling slows down rotations whose period is thousands of tokens: only a sequence of
+    such a length can tell whether it is there.
+    """
+    generator = torch.Generator().manual_seed(1)
+    lengths = (9, 31, 2, 17, 5, 24, 2100 if name == "llama3" else 60)
+    return [
+        ScoredSequence(tuple(torch.randint(0, VOCAB, (n,), generator=generator).tolist()), start)
+        for n, start in zip(lengths, (1, 3, 1, 16, 4, 1, 1), strict=True)
+    ]
+
+
+# What the ranks do
+
+
+def score_and_export_all(directories):
+    """{(model, layout): scores by temperature, and what is odd about the exported weights}"""
+    from megatron.core import parallel_state
+
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.actor.policy import Actor
+
+    results = {}
+    for layout, settings in LAYOUTS.items():
+        num_ranks = math.prod(settings.get(axis, 1) for axis in ("tensor", "pipeline", "data"))
+        if not join(num_ranks):
+            continue
+        for name, hf in directories.items():
+            config = actor_config(hf, parallel=settings, train={"micro_batch_size": 2})
+            parallel.initialize(config.parallel, seed=1)
+            actor = Actor(config)
+            scores = {t: actor.score(sequences(name), temperature=t) for t in TEMPERATURES}
+            results[name, layout] = {
+                "scores": {
+                    t: [(s.logprobs_T, s.entropy_T) for s in list_of_scores]
+                    for t, list_of_scores in scores.items()
+                },
+                "export": oddities(actor.hf_weights(), hf),
+            }
+            parallel_state.destroy_model_parallel()  # the next model in the same process group
+        parallel.shut_down()
+    return results
+
+
+def oddities(weights, hf):
+    """Names that a stream of weights has too often, lacks, has too many, or with other bits."""
+    source = load_file(f"{hf}/model.safetensors")
+    streamed, changed = Counter(), []
+    for name, tensor in weights:
+        streamed[name] += 1
+        if name in source and not torch.equal(tensor, source[name]):
+            changed.append(name)
+    return {
+        "repeated": [name for name, count in streamed.items() if count > 1],
+        "missing": sorted(source.keys() - streamed.keys()),
+        "unknown": sorted(streamed.keys() - source.keys()),
+        "changed": changed,
+    }
+
+
+# What transformers says
+
+
+@torch.no_grad()
+def transformers_scores(model, name, temperature):
+    """Of each sequence alone, without padding."""
+    scores = []
+    for sequence in sequences(name):
+        tokens = torch.tensor(sequence.tokens)
+        logits_TV = model(tokens[None]).logits[0, sequence.start - 1 : -1] / temperature
+        logp_TV = logits_TV.double().log_softmax(-1)
+        logprobs_T = logp_TV.gather(1, tokens[sequence.start :, None])[:, 0]
+        scores.append((logprobs_T, -(logp_TV.exp() * logp_TV).sum(-1)))
+    return scores
+
+
+def largest_difference(ours, theirs):
+    return max(
+        (a.double() - b.double()).abs().max().item()
+        for mine, other in zip(ours, theirs, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: tiny_models.save(make(), root / name.replace(" ", "_"))
+        for name, make in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(directories):
+    """{(model, temperature): scores}"""
+    models = {name: AutoModelForCausalLM.from_pretrained(hf) for name, hf in directories.items()}
+    return {
+        (name, temperature): transformers_scores(model, name, temperature)
+        for name, model in models.items()
+        for temperature in TEMPERATURES
+    }
+
+
+@pytest.fixture(scope="module")
+def results(directories):
+    """[{(model, layout): ...} of each rank]"""
+    return on_ranks(4, score_and_export_all, directories)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_equal_those_of_transformers(results, expected, name, layout):
+    """On every rank, in the order of the sequences, at two temperatures, alone or in a batch."""
+    in_layout = [rank for rank in results if (name, layout) in rank]
+    assert in_layout
+    for rank in in_layout:
+        for temperature in TEMPERATURES:
+            ours = rank[name, layout]["scores"][temperature]
+            error = largest_difference(ours, expected[name, temperature])
+            assert error < TOLERANCE / temperature, f"{error:.1e} at temperature {temperature}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_weights_are_the_source_bit_for_bit(results, name, layout):
+    """Each name once, on every rank; tied embeddings have no `lm_head`."""
+    for rank in results:
+        if (name, layout) in rank:
+            export = rank[name, layout]["export"]
+            assert export == {"repeated": [], "missing": [], "unknown": [], "changed": []}
+
+
+# That a mistake would be seen
+
+
+def test_leaving_out_the_rope_scaling_would_be_seen(expected):
+    unscaled = transformers_scores(tiny_models.llama3(scaled=False), "llama3", 1.0)
+    assert largest_difference(unscaled, expected["llama3", 1.0]) > 100 * TOLERANCE
+
+
+def test_a_norm_or_a_bias_left_at_its_default_would_be_seen(expected):
+    for name, kind, value in (
+        ("qwen2", "q_proj.bias", 0.0),
+        ("qwen2", "k_proj.bias", 0.0),
+        ("qwen2", "v_proj.bias", 0.0),
+        ("qwen2", "post_attention_layernorm.weight", 1.0),
+        ("qwen3", "q_norm.weight", 1.0),
+        ("qwen3", "k_norm.weight", 1.0),
+        ("llama3 tied", "model.norm.weight", 1.0),
+    ):
+        model = MODELS[name]()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(kind):
+                    parameter.fill_(value)
+        error = largest_difference(transformers_scores(model, name, 1.0), expected[name, 1.0])
+        assert error > 100 * TOLERANCE, f"{name}: {kind}"
+
+
+def test_entropies_of_the_models_tell_something(expected):
+    """Neither flat nor certain: the weights of the models are neither too small nor too large."""
+    for scores in expected.values():
+        entropy_T = torch.cat([entropy for _, entropy in scores])
+        assert 0.5 < entropy_T.mean() < 5.4 and entropy_T.std() > 0.02

@@ -1,0 +1,137 @@
+"""Run a function on several gloo ranks: fresh processes, one deadline, and nothing left behind.
+
+    answers = on_ranks(4, measure, "argument")      # [measure("argument") on rank 0, ... on rank 3]
+
+`measure` stands at the top level of a module; arguments and answers have to be picklable.  A start
+costs seconds (torch, Megatron), so one function goes through many cases of at most so many ranks:
+
+    for case in cases:
+        if join(case.num_ranks):        # a new default process group of the first so many ranks
+            ...
+            torch.distributed.destroy_process_group()
+
+Groups meet in a file, not at a port, so that nothing else on the machine can be in the way.
+"""
+
+import contextlib
+import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+_groups = itertools.count()
+
+
+class RankError(AssertionError):
+    """A rank raised, died, or was still at it when the time was up."""
+
+
+def on_ranks(num_ranks: int, function: Callable, *args, deadline_s: float = 600.0) -> list:
+    """What `function(*args)` returned on each rank; a `RankError` shows the first rank to fail."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "call").write_bytes(pickle.dumps((function, args, deadline_s)))
+        ranks = [_start(Path(directory), rank, num_ranks) for rank in range(num_ranks)]
+        try:
+            problem = _wait(ranks, Path(directory), deadline_s)
+        finally:
+            for rank in ranks:
+                _end(rank)
+        if problem:
+            rank, what = problem
+            output = (Path(directory) / f"output-{rank}").read_text(errors="replace")
+            raise RankError(f"rank {rank} of {num_ranks} {what}; its output:\n{output[-6000:]}")
+        return [
+            pickle.loads(Path(directory, f"answer-{rank}").read_bytes())
+            for rank in range(num_ranks)
+        ]
+
+
+def join(num_ranks: int, timeout_s: float = 120.0) -> bool:
+    """In a rank: found a gloo group of the first `num_ranks` ranks; False on a rank that is not in.
+
+    To be called on all ranks in the same order.  `WORLD_SIZE` follows.
+    """
+    import torch.distributed as dist
+
+    rank, file = int(os.environ["RANK"]), Path(os.environ["RANKS_DIR"], f"group-{next(_groups)}")
+    if rank >= num_ranks:
+        return False
+    os.environ["WORLD_SIZE"] = str(num_ranks)
+    dist.init_process_group(
+        "gloo",
+        init_method=file.as_uri(),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return True
+
+
+def _start(directory: Path, rank: int, num_ranks: int) -> subprocess.Popen:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "RANKS_DIR": str(directory),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    with Path(directory, f"output-{rank}").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", __file__, str(directory)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a rank's own children end with it
+        )
+
+
+def _wait(
+    ranks: list[subprocess.Popen], directory: Path, deadline_s: float
+) -> tuple[int, str] | None:
+    """The first rank to have failed and how, or None when all have ended well."""
+    end = time.monotonic() + deadline_s
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if any(codes):
+            # a rank that raised takes its partners with it, and they may be sooner to end
+            raised = sorted(directory.glob("raised-*"), key=lambda file: file.stat().st_mtime_ns)
+            if raised:
+                return int(raised[0].name.removeprefix("raised-")), "raised"
+            rank = next(rank for rank, code in enumerate(codes) if code)
+            return rank, f"ended with code {codes[rank]}"
+        if None not in codes:
+            return None
+        if time.monotonic() > end:
+            return codes.index(None), f"was not done after {deadline_s:.0f} s"
+        time.sleep(0.02)
+
+
+def _end(rank: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and has no children left
+        os.killpg(rank.pid, signal.SIGKILL)
+    rank.wait()
+
+
+def _main(directory: Path) -> None:
+    function, args, deadline_s = pickle.loads((directory / "call").read_bytes())
+    signal.alarm(int(deadline_s) + 30)  # ends this rank even where nobody waits for it any more
+    try:
+        answer = function(*args)
+    except BaseException:
+        (directory / f"raised-{os.environ['RANK']}").touch()
+        raise
+    aside = directory / f"partial-{os.environ['RANK']}"
+    aside.write_bytes(pickle.dumps(answer))
+    aside.rename(directory / f"answer-{os.environ['RANK']}")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

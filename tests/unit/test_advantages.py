@@ -1,0 +1,71 @@
+"""Group-relative advantages: the mean is taken off, the standard deviation divided out."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_prepo.advantages import group_advantages, zero_variance
+
+
+@pytest.mark.parametrize(
+    ("std", "divisor"), [("unbiased", 0.5), ("population", math.sqrt(3) / 4), ("none", 1.0)]
+)
+def test_by_hand(std, divisor):
+    """Rewards 1, 0, 0, 0: mean 1/4, squared deviations 3/4 over n - 1 = 3 or n = 4."""
+    advantages_KG = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), std=std, eps=1e-12)
+    expected = [0.75 / divisor, *[-0.25 / divisor] * 3]
+    assert advantages_KG[0].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_eps_is_added_to_the_standard_deviation():
+    (advantages_G,) = group_advantages(torch.tensor([[1.0, -1.0]]), std="population", eps=0.25)
+    assert advantages_G.tolist() == pytest.approx([0.8, -0.8])
+
+
+def test_groups_do_not_see_each_other():
+    rewards_KG = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    whole_KG = group_advantages(rewards_KG)
+    for rewards_1G, advantages_G in zip(rewards_KG.split(1), whole_KG, strict=True):
+        assert torch.equal(group_advantages(rewards_1G)[0], advantages_G)
+
+
+@pytest.mark.parametrize("std", ["unbiased", "population", "none"])
+def test_advantages_of_a_group_add_up_to_zero(std):
+    rewards_KG = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)).double()
+    sums_K = group_advantages(rewards_KG, std=std).sum(dim=1)
+    torch.testing.assert_close(sums_K, torch.zeros(6).double(), rtol=0, atol=1e-13)
+
+
+def test_neither_shift_nor_scale_of_the_rewards_matters():
+    """0/1 and -1/+1 rewards are the same task (eps is small against their spread)."""
+    rewards_KG = torch.tensor([[1.0, 0, 0, 1, 1], [0, 0, 1, 0, 0]])
+    torch.testing.assert_close(
+        group_advantages(rewards_KG, eps=1e-12), group_advantages(2 * rewards_KG - 1, eps=1e-12)
+    )
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1e30, -7.3])
+@pytest.mark.parametrize("std", ["unbiased", "population", "none"])
+def test_equal_rewards_give_exactly_zero(reward, std):
+    """Also where the mean of equal numbers is not quite that number."""
+    rewards_KG = torch.full((2, 6), reward, dtype=torch.float64)
+    assert reward != 0.1 or (rewards_KG.mean(dim=1) != 0.1).all()
+    assert group_advantages(rewards_KG, std=std).eq(0).all()
+    assert zero_variance(rewards_KG).tolist() == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_group_of_one_has_nothing_to_be_compared_with():
+    assert group_advantages(torch.tensor([[0.7]])).tolist() == [[0.0]]
+
+
+def test_zero_variance_names_the_groups_without_a_signal():
+    rewards_KG = torch.tensor([[1.0, 1, 1], [0, 0, 1], [0, 0, 0]])
+    assert zero_variance(rewards_KG).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_refused(reward):
+    with pytest.raises(ValueError, match="not finite"):
+        group_advantages(torch.tensor([[0.0, reward]]))

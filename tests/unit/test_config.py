@@ -1,0 +1,304 @@
+"""The configuration refuses what is wrong by name, and says what was meant."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from megatron_prepo import config as configuration
+from megatron_prepo.config import Config, from_tree, load, reference, to_tree
+from megatron_prepo.errors import UserError
+
+REQUIRED = {
+    "run": {"dir": "runs/one"},
+    "model": {"hf": "models/tiny"},
+    "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+    "selection": {"num_candidates": 10, "num_selected": 2},
+    "rollout": {"max_new_tokens": 64},
+    "train": {"total_steps": 5},
+}
+
+
+def tree(**changes):
+    """The required settings, changed by `section__key=value` and `section={...}`."""
+    result = {section: dict(values) for section, values in REQUIRED.items()}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            result.setdefault(section, {})[key] = value
+        else:
+            result[section] = value
+    return result
+
+
+def write(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def all_fields():
+    """(section, field) of every setting; (section, None) for one without fields of its own."""
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(section.type):
+            yield from ((section, field) for field in dataclasses.fields(section.type))
+        else:
+            yield section, None
+
+
+# Defaults
+
+
+def test_defaults_are_the_papers():
+    config = from_tree(tree())
+    assert config.selection.method == "prepo" and config.selection.rho_max == 1.0
+    assert config.weighting.method == "relative_entropy" and config.weighting.mean == "sequence"
+    assert config.weighting.clamp is None and config.weighting.include_zero_variance
+    assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.28)
+    assert config.loss.aggregation == "seq-mean-token-sum"
+    assert config.loss.kl_coef == config.loss.entropy_coef == 0.0
+    assert config.rollout.samples_per_prompt == 8
+
+
+@pytest.mark.parametrize(
+    "name", [f"{section}.{key}" for section, values in REQUIRED.items() for key in values]
+)
+def test_a_required_setting_has_no_default(name):
+    section, key = name.split(".")
+    incomplete = tree()
+    del incomplete[section][key]
+    with pytest.raises(UserError, match=f"setting {name} is required"):
+        from_tree(incomplete)
+
+
+def test_settings_cannot_be_changed():
+    config = from_tree(tree())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.total_steps = 7
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer__weight_decy": 0.1}, "unknown setting optimizer.weight_decy .*weight_decay"),
+        (
+            {"selection__num_candidate": 1},
+            "did you mean selection.num_candidates",
+        ),
+        ({"selecton": {}}, r"unknown setting selecton \(did you mean selection\?\)"),
+        ({"loss__zzzzqqqqxxxx": 1}, "unknown setting loss.zzzzqqqqxxxx$"),
+        ({"loss": 3}, "setting loss=3"),
+        ({"train__total_steps": "many"}, "setting train.total_steps='many': .*integer"),
+        ({"train__total_steps": 2.5}, "setting train.total_steps=2.5"),
+        ({"model__dtype": "float8"}, "setting model.dtype='float8': .*'float32' or 'bfloat16'"),
+        ({"selection__method": "best"}, "setting selection.method='best': .*'prepo' or 'random'"),
+    ],
+)
+def test_unknown_names_and_wrong_types_are_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        from_tree(tree(**change))
+
+
+def test_all_mistakes_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        from_tree(tree(model__dtype="float8", rollout__tempature=0.7, loss__clip_low=2.0))
+    message = str(caught.value)
+    assert "model.dtype" in message and "loss.clip_low=2.0" in message
+    assert "rollout.tempature (did you mean rollout.temperature?)" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selection__num_selected": 11}, r"num_selected=11 is more than .*num_candidates=10"),
+        ({"selection__num_selected": 0}, r"selection\.num_selected=0 must be at least 1"),
+        ({"selection__rho_max": 1.1}, r"selection\.rho_max=1\.1 must lie between 0 and 1"),
+        ({"selection__rho_max": -0.1}, r"selection\.rho_max=-0\.1"),
+        ({"selection__horizon": 0}, r"selection\.horizon=0 must be at least 1"),
+        ({"parallel__tensor": 0}, r"parallel\.tensor=0"),
+        ({"parallel__data": 0}, r"parallel\.data=0"),
+        ({"parallel__sequence": True}, r"parallel\.sequence=true needs parallel\.tensor > 1"),
+        ({"parallel__timeout_minutes": 0}, r"parallel\.timeout_minutes=0"),
+        ({"data__max_prompt_tokens": 1}, r"data\.max_prompt_tokens=1 must be at least 2"),
+        ({"weighting__clamp": 1.0}, r"weighting\.clamp=1\.0 must be above 1"),
+        ({"rollout__samples_per_prompt": 1}, r"samples_per_prompt=1 must be at least 2"),
+        ({"rollout__temperature": 0.0}, r"rollout\.temperature=0\.0 must be above 0"),
+        ({"rollout__max_new_tokens": 0}, r"rollout\.max_new_tokens=0"),
+        (
+            {"reward": {"low": 1.0, "high": 1.0}},
+            r"reward\.low=1\.0 must be below reward\.high",
+        ),
+        ({"advantage__eps": 0.0}, r"advantage\.eps=0\.0 must be above 0"),
+        ({"loss__clip_low": 1.0}, r"loss\.clip_low=1\.0 must lie between 0 and 1"),
+        ({"loss__clip_high": 0.0}, r"loss\.clip_high=0\.0"),
+        ({"loss__kl_coef": -1.0}, r"loss\.kl_coef=-1\.0"),
+        ({"loss__entropy_coef": -1.0}, r"loss\.entropy_coef=-1\.0"),
+        ({"loss__importance_cap": 0.0}, r"loss\.importance_cap=0\.0"),
+        ({"loss__chunk_tokens": 0}, r"loss\.chunk_tokens=0"),
+        ({"optimizer__lr": -1.0}, r"optimizer\.lr=-1\.0"),
+        ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, r"optimizer\.min_lr=1e-05 must lie between"),
+        ({"optimizer__clip_grad": 0.0}, r"optimizer\.clip_grad=0\.0"),
+        ({"train__micro_batch_size": 0}, r"train\.micro_batch_size=0"),
+        ({"eval__every": -1}, r"eval\.every=-1"),
+        ({"eval__temperature": 0.0}, r"eval\.temperature=0\.0"),
+        ({"checkpoint__every": -1}, r"checkpoint\.every=-1"),
+        ({"optimizer__lr": float("nan")}, r"optimizer\.lr=nan"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        from_tree(tree(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"train__mini_batches": 3},
+            r"train\.mini_batches=3 is more than .*num_selected=2",
+        ),
+        (
+            {"parallel__data": 17},
+            r"parallel\.data=17 .* without one of the 16 rollouts",
+        ),
+        ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
+        ({"optimizer__lr_warmup_steps": 5}, r"lr_warmup_steps=5 must be less than .*total_steps=5"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        from_tree(tree(**change))
+
+
+def test_the_edges_of_the_ranges_are_allowed():
+    """K = |B|, a rank a rollout, a mini-batch a group, and no learning rate at all."""
+    from_tree(tree(selection={"num_candidates": 2, "num_selected": 2, "rho_max": 0.0}))
+    from_tree(tree(parallel__data=16))
+    from_tree(tree(parallel__data=8, train={"total_steps": 5, "mini_batches": 2}))
+    from_tree(tree(optimizer={"lr": 0.0, "min_lr": 0.0, "lr_warmup_steps": 4}))
+    from_tree(tree(parallel={"tensor": 2, "sequence": True}))
+
+
+# Files and overrides
+
+
+def test_overrides_change_the_file(tmp_path):
+    """Numbers, texts, truth values, nothing, lists of passed-through settings, new sections."""
+    path = write(tmp_path, tree(optimizer__lr=1e-3, parallel__data=2))
+    config = load(
+        path,
+        [
+            "optimizer.lr=2e-6",
+            "train.total_steps=7",
+            "run.dir=runs/a=b",
+            "run.overwrite=true",
+            "parallel.data=",
+            "weighting.clamp=2",
+            "megatron.recompute_granularity=full",
+            "megatron.adam_eps=1.0e-7",
+        ],
+    )
+    assert config.optimizer.lr == 2e-6  # YAML 1.1 reads 2e-6 as a text
+    assert config.train.total_steps == 7
+    assert config.run.dir == "runs/a=b" and config.run.overwrite is True
+    assert config.parallel.data is None and config.weighting.clamp == 2.0
+    assert config.megatron == {"recompute_granularity": "full", "adam_eps": 1e-7}
+    assert config.model.hf == "models/tiny"
+
+
+def test_the_last_override_counts(tmp_path):
+    config = load(write(tmp_path, tree()), ["train.seed=2", "train.seed=3"])
+    assert config.train.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.total_steps", "must have the form section.key=value"),
+        ("=3", "must have the form"),
+        (".seed=3", "must have the form"),
+        ("train.=3", "must have the form"),
+        ("train.total_steps.more=3", "total_steps is a value, not a section"),
+        ("train.seed=[1", "not valid YAML"),
+        ("train.sead=1", r"unknown setting train\.sead \(did you mean train\.seed\?\)"),
+        ("train.seed=", r"setting train\.seed=None"),
+    ],
+)
+def test_a_wrong_override_is_refused(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path, tree()), [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("run: [", "not valid YAML"), ("- a\n- b", "not a list"), ("", "setting run is required")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path, content))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such configuration file"):
+        load(tmp_path / "absent.yaml")
+
+
+# Round trip and reference
+
+
+def other_value(field):
+    """A value that is not the default and that all checks let pass."""
+    special = {
+        ("method", "prepo"): "random",
+        ("min_lr", 0.0): 1e-7,
+        ("rho_max", 1.0): 0.5,
+        ("clip_low", 0.2): 0.3,
+        ("mini_batches", 1): 2,
+        ("clamp", None): 3.0,
+    }
+    if (field.name, field.default) in special:
+        return special[field.name, field.default]
+    kind = field.type
+    if getattr(kind, "__args__", None) and isinstance(kind.__args__[0], str):
+        return kind.__args__[-1]
+    if field.default is None:
+        return {int: 3, float: 3.0, str: "text"}[kind.__args__[0]]
+    if isinstance(field.default, bool):
+        return not field.default
+    return field.default + 1
+
+
+def test_round_trip_of_every_setting(tmp_path):
+    """Through a tree and through YAML, with no setting at its default."""
+    changed = tree(parallel__tensor=2)
+    for section, field in all_fields():
+        if field is not None and field.default is not dataclasses.MISSING:
+            changed.setdefault(section.name, {})[field.name] = other_value(field)
+    changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
+    config = from_tree(changed)
+    assert to_tree(config) == changed
+    assert from_tree(to_tree(config)) == config
+    assert load(write(tmp_path, to_tree(config))) == config
+    assert config != from_tree(tree())
+
+
+def test_the_reference_lists_every_setting_once_with_its_meaning():
+    text = reference()
+    for section, field in all_fields():
+        assert f"## `{section.name}`\n" in text
+        if field is None:
+            continue
+        (row,) = (
+            line for line in text.splitlines() if f"| `{section.name}.{field.name}` |" in line
+        )
+        *_, default, meaning, _ = (cell.strip() for cell in row.replace("\\|", "").split("|"))
+        assert len(meaning) > 15, row
+        assert (default == "(required)") == (field.default is dataclasses.MISSING)
+
+
+def test_nearest_is_silent_when_nothing_is_near():
+    assert configuration.nearest("clip_lo", ["clip_low", "lr"]) == " (did you mean clip_low?)"
+    assert configuration.nearest("xyz", ["clip_low", "lr"]) == ""

@@ -1,0 +1,231 @@
+"""Prompt files are read strictly; candidate batches are a pure function of seed and position."""
+
+import json
+import string
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_prepo.data import CandidateBatches, read_prompts, tokenize
+from megatron_prepo.errors import UserError
+from megatron_prepo.records import Prompt
+
+SPECIAL = ["<unk>", "<bos>", "<user>", "<assistant>", "<end>"]
+CHAT = (
+    "{% for m in messages %}<user>{{ m['content'] | trim }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPOKEN_CHAT = "<user>{{ messages[0]['content'] }}<end><assistant>assistant: "
+
+
+def character_tokenizer(chat_template=CHAT):
+    """A token a character, `<bos>` in front."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *string.printable, "é"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", chat_template=chat_template
+    )
+
+
+TOKENIZER = character_tokenizer()
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(path, max_tokens=100, **settings):
+    return read_prompts(path, TOKENIZER, max_tokens=max_tokens, **settings)
+
+
+# Files
+
+
+def test_prompts_are_read_in_order(tmp_path):
+    path = write(
+        tmp_path,
+        {"id": "a", "prompt": "2+2", "answer": "4", "level": "easy"},
+        "",
+        {"prompt": "what is 3*4 ?", "answer": 12},
+        {"id": 7, "prompt": " x ", "answer": "0.5"},
+    )
+    prompts = read(path)
+    assert [(p.id, p.text, p.answer) for p in prompts] == [
+        ("a", "2+2", "4"),
+        ("3", "what is 3*4 ?", "12"),
+        ("7", " x ", "0.5"),
+    ]
+    assert TOKENIZER.convert_ids_to_tokens(prompts[0].tokens) == ["<bos>", "2", "+", "2"]
+
+
+GOOD = {"id": "a", "prompt": "2+2", "answer": "4"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "2+2"', "line 2: not valid JSON"),
+        ('["2+2", "4"]', "line 2: must be an object"),
+        ({"prompt": "2+2"}, "line 2: field `answer` is missing"),
+        ({"answer": "4"}, "line 2: field `prompt` is missing"),
+        ({"prompt": None, "answer": "4"}, "line 2: field `prompt` is missing or not a text"),
+        ({"prompt": "2+2", "answer": True}, "line 2: field `answer` is missing or not a text"),
+        ({"prompt": "2+2", "answer": ["4"]}, "line 2: field `answer` is missing or not a text"),
+        ({"prompt": " \n", "answer": "4"}, "line 2: field `prompt` is empty"),
+        ({"prompt": "2+2", "answer": ""}, "line 2: field `answer` is empty"),
+        ({"id": "a", "prompt": "3", "answer": "3"}, "line 2: id 'a' is also that of line 1"),
+        (
+            {"id": "b", "prompt": "x" * 100, "answer": "3"},
+            "'b' has 101 tokens.*_tokens=100",
+        ),
+    ],
+)
+def test_a_broken_line_is_refused_by_its_number(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        read(write(tmp_path, GOOD, line))
+
+
+def test_a_prompt_as_long_as_the_limit_is_read(tmp_path):
+    (prompt,) = read(write(tmp_path, {"prompt": "x" * 99, "answer": "3"}))
+    assert len(prompt.tokens) == 100
+
+
+def test_a_prompt_of_one_token_has_no_perplexity(tmp_path):
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    path = write(tmp_path, {"id": "b", "prompt": "x", "answer": "3"})
+    with pytest.raises(UserError, match="'b' has 1 token; perplexity needs"):
+        read_prompts(path, tokenizer, max_tokens=100)
+
+
+def test_the_number_of_a_line_must_not_be_the_id_of_another(tmp_path):
+    with pytest.raises(UserError, match="line 2: id '2' is also that of line 1"):
+        read(write(tmp_path, GOOD | {"id": 2}, {"prompt": "1+1", "answer": "2"}))
+
+
+def test_a_file_without_prompts_and_no_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no prompts"):
+        read(write(tmp_path, "", "  "))
+    with pytest.raises(UserError, match=r"no such prompt file.*absent\.jsonl"):
+        read(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_only_line_feeds_end_a_line(tmp_path, separator):
+    """JSON allows Unicode's other line separators inside a text."""
+    record = {"prompt": f"one{separator}two", "answer": "2"}
+    (prompt,) = read(write(tmp_path, json.dumps(record, ensure_ascii=False)))
+    assert prompt.text == f"one{separator}two"
+
+
+# Tokens and the span of the text
+
+
+def content(text, tokenizer=TOKENIZER, **settings):
+    tokens, (begin, end) = tokenize(text, tokenizer, **settings)
+    return "".join(tokenizer.convert_ids_to_tokens(tokens[begin:end])), tokens
+
+
+@pytest.mark.parametrize("text", ["2+2", "  2+2\n", "é", "user", "<end>x"])
+def test_content_is_the_users_text_without_the_template(text):
+    """Leading and trailing white space is no content, whether the template strips it or not."""
+    for tokenizer in (TOKENIZER, character_tokenizer(SPOKEN_CHAT)):
+        inside, tokens = content(text, tokenizer, chat_template=True)
+        assert inside == text.strip()
+        assert tokenizer.convert_ids_to_tokens(tokens[0]) == "<user>"
+        assert "<assistant>" in tokenizer.convert_ids_to_tokens(tokens)
+
+
+def test_without_a_template_the_content_is_all_but_special_tokens():
+    inside, tokens = content("2+2", chat_template=False)
+    assert inside == "2+2"
+    assert TOKENIZER.convert_ids_to_tokens(tokens) == ["<bos>", "2", "+", "2"]
+
+
+def test_a_template_has_its_own_special_tokens():
+    """No second `<bos>` is put in front of what the template renders."""
+    _, tokens = content("2+2", chat_template=True)
+    assert TOKENIZER.convert_ids_to_tokens(tokens) == [
+        "<user>", "2", "+", "2", "<end>", "<assistant>",
+    ]  # fmt: skip
+
+
+def test_content_is_found_where_the_user_speaks():
+    """Not in the words of the template that come after it."""
+    _, span = tokenize("assistant", character_tokenizer(SPOKEN_CHAT), chat_template=True)
+    assert span == (1, 10)
+
+
+def test_a_template_that_rewrites_the_text_makes_everything_content():
+    shouting = character_tokenizer("<user>{{ messages[0]['content'] | upper }}<assistant>")
+    tokens, span = tokenize("two", shouting, chat_template=True)
+    assert span == (0, len(tokens))
+
+
+def test_a_chat_template_must_exist():
+    with pytest.raises(UserError, match=r"data\.chat_template=true.*no chat template"):
+        tokenize("2+2", character_tokenizer(chat_template=None), chat_template=True)
+
+
+# Candidate batches
+
+
+def prompts(num):
+    return [Prompt(str(i), "", "", (1, 2), (0, 2)) for i in range(num)]
+
+
+def ids(batch):
+    return [prompt.id for prompt in batch]
+
+
+def test_an_epoch_deals_each_prompt_at_most_once():
+    """11 prompts in batches of 4: two batches an epoch, and 3 prompts sit out."""
+    batches = CandidateBatches(prompts(11), 4, seed=1)
+    for _ in range(5):
+        epoch = ids(batches.next()) + ids(batches.next())
+        assert len(set(epoch)) == 8
+
+
+def test_each_epoch_is_shuffled_anew():
+    batches = CandidateBatches(prompts(20), 20, seed=1)
+    orders = [tuple(ids(batches.next())) for _ in range(4)]
+    assert len(set(orders)) == 4
+    assert all(sorted(order, key=int) == ids(prompts(20)) for order in orders)
+
+
+def test_every_prompt_gets_its_turn():
+    """Those that sit one epoch out are not the same in the next."""
+    batches = CandidateBatches(prompts(11), 4, seed=1)
+    assert len({i for _ in range(20) for i in ids(batches.next())}) == 11
+
+
+def test_a_restored_position_goes_on_as_the_first_would_have():
+    first, restored = (CandidateBatches(prompts(11), 4, seed=1) for _ in range(2))
+    for _ in range(3):
+        first.next()
+    restored.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(6):
+        assert ids(first.next()) == ids(restored.next())
+
+
+def test_batches_follow_from_the_seed():
+    def start(seed):
+        batches = CandidateBatches(prompts(50), 10, seed)
+        return [ids(batches.next()) for _ in range(3)]
+
+    assert start(1) == start(1) != start(2)
+
+
+def test_more_candidates_than_prompts_are_refused():
+    assert len(CandidateBatches(prompts(4), 4, seed=1).next()) == 4
+    with pytest.raises(UserError, match=r"selection\.num_candidates=5 is more than the 4"):
+        CandidateBatches(prompts(4), 5, seed=1)

@@ -1,0 +1,130 @@
+"""Prompt perplexity: exp of the mean negative log-probability of tokens with a predecessor."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.perplexity import perplexity, prompt_perplexity, scored_span
+from megatron_prepo.records import Prompt
+
+V = 7
+
+
+class Bigram:
+    """Stands in for the actor: log p(next | previous) from a table, a padded batch at a time."""
+
+    def __init__(self, logits_VV, micro_batch_size=2):
+        self.logprobs_VV = logits_VV.log_softmax(-1)
+        self.micro_batch_size = micro_batch_size
+        self.temperatures = []
+
+    def score(self, sequences, *, temperature):
+        self.temperatures.append(temperature)
+        scores = []
+        for first in range(0, len(sequences), self.micro_batch_size):
+            index = range(first, min(first + self.micro_batch_size, len(sequences)))
+            batch = micro_batch(sequences, index, multiple=4, device="cpu")
+            for row in range(len(index)):
+                scored = batch.targets_BS[row] >= 0
+                tokens = batch.tokens_BS[row][scored]
+                scores.append(
+                    type(self).Score(self.logprobs_VV[tokens, batch.targets_BS[row][scored]])
+                )
+        return scores
+
+    class Score:
+        def __init__(self, logprobs_T):
+            self.logprobs_T = logprobs_T
+
+
+def prompt(tokens, content=None):
+    return Prompt("id", "text", "answer", tuple(tokens), content or (0, len(tokens)))
+
+
+def random_bigram(seed=0):
+    return Bigram(3 * torch.randn(V, V, generator=torch.Generator().manual_seed(seed)))
+
+
+PROMPTS = [prompt(tokens) for tokens in ([1, 2, 3, 4, 5], [6, 0], [2, 2, 2], [0, 5, 1, 3, 6, 6, 4])]
+
+
+def test_a_uniform_model_has_perplexity_of_the_vocabulary():
+    uniform = Bigram(torch.zeros(V, V))
+    assert prompt_perplexity(uniform, PROMPTS).tolist() == pytest.approx([V] * 4, rel=1e-6)
+
+
+def test_a_certain_model_has_perplexity_one():
+    logits = torch.full((V, V), -math.inf)
+    logits[torch.arange(V), (torch.arange(V) + 1) % V] = 0
+    assert prompt_perplexity(Bigram(logits), [prompt([1, 2, 3, 4])]).tolist() == [1.0]
+
+
+def test_by_hand():
+    """exp of the mean, not the mean of exponentials: (1/2, 1/8) gives (2 * 8)^(1/2) = 4."""
+    assert perplexity(torch.tensor([1 / 2, 1 / 8]).log()).item() == pytest.approx(4)
+
+
+def test_equals_exp_of_the_language_model_loss():
+    model = random_bigram()
+    for item, ppl in zip(PROMPTS, prompt_perplexity(model, PROMPTS), strict=True):
+        tokens = torch.tensor(item.tokens)
+        loss = F.cross_entropy(model.logprobs_VV[tokens[:-1]], tokens[1:])
+        assert ppl.item() == pytest.approx(loss.exp().item(), rel=1e-6)
+
+
+def test_never_below_one():
+    assert (prompt_perplexity(random_bigram(), PROMPTS) >= 1).all()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+def test_order_and_padding_of_the_batch_do_not_matter(micro_batch_size):
+    model = random_bigram()
+    expected_P = torch.cat([prompt_perplexity(model, [item]) for item in PROMPTS])
+    model.micro_batch_size = micro_batch_size
+    order = [2, 0, 3, 1]
+    ppl_P = prompt_perplexity(model, [PROMPTS[i] for i in order])
+    torch.testing.assert_close(ppl_P, expected_P[order], rtol=1e-12, atol=0)
+
+
+def test_the_policy_is_asked_at_temperature_one():
+    model = random_bigram()
+    prompt_perplexity(model, PROMPTS)
+    assert model.temperatures == [1.0]
+
+
+def test_content_leaves_the_template_out_of_the_sum():
+    """Tokens 2 and 3 are the text: only their log-probabilities count, the first given token 1."""
+    model = random_bigram()
+    item = prompt([5, 6, 1, 2, 0], content=(2, 4))
+    expected = -(model.logprobs_VV[6, 1] + model.logprobs_VV[1, 2]) / 2
+    assert prompt_perplexity(model, [item], "content").item() == pytest.approx(
+        expected.exp().item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [((0, 5), slice(0, 4)), ((1, 5), slice(0, 4)), ((2, 4), slice(1, 3)), ((4, 5), slice(3, 4))],
+)
+def test_span_of_content_by_hand(content, expected):
+    """Log-probability i belongs to token i + 1; the first token has none."""
+    assert scored_span(prompt(range(5), content), "content") == expected
+
+
+def test_content_of_the_first_token_alone_still_scores_something():
+    """It has no predecessor; the token after it stands in, rather than a mean over nothing."""
+    assert scored_span(prompt(range(5), (0, 1)), "content") == slice(0, 1)
+
+
+def test_values_that_are_not_finite_are_kept():
+    """An impossible token and a NaN are for selection to sort last, not to be hidden here."""
+    assert perplexity(torch.tensor([-1.0, -math.inf])).item() == math.inf
+    assert math.isnan(perplexity(torch.tensor([-1.0, math.nan])).item())
+
+
+def test_a_float32_overflow_is_not_one():
+    """In float64: a mean of -200 nats is a large number, not inf."""
+    assert perplexity(torch.tensor([-200.0])).item() == pytest.approx(math.exp(200))

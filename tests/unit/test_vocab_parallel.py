@@ -1,0 +1,484 @@
+"""The output head on one rank equals a full softmax in float64, in values and gradients.
+
+Letters as in `vocab_parallel`: T tokens, H hidden, V rows of the head, of which `vocab_size` count.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_prepo.actor.vocab_parallel import IGNORE, vocab_parallel_logprobs_and_entropy
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def problem(*, tokens=11, hidden=16, rows=40, scale=1.0, dtype=torch.float64, seed=0):
+    """Hidden states, head, targets; `scale` is the standard deviation of the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_TH = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+    weight_VH = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
+    weight_VH *= scale / hidden**0.5
+    targets_T = torch.randint(0, rows, (tokens,), generator=generator)
+    return hidden_TH.to(dtype), weight_VH.to(dtype), targets_T
+
+
+def full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, temperature=1.0):
+    """The definition, in float64: all logits, `log_softmax`, sum of -p ln p."""
+    if torch.is_tensor(temperature):
+        temperature = temperature[:, None].double()
+    logits_TV = hidden_TH.double() @ weight_VH[:vocab_size].double().T / temperature
+    logp_TV = logits_TV.log_softmax(-1)
+    scored_T = targets_T != IGNORE
+    logprobs_T = logp_TV.gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
+    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1)
+    return logprobs_T.where(scored_T, 0), entropy_T.where(scored_T, 0)
+
+
+def values_and_gradients(function, hidden_TH, weight_VH, *args, seed=1, **settings):
+    """Both outputs, and the gradients of a random combination of all their entries."""
+    hidden_TH = hidden_TH.detach().clone().requires_grad_()
+    weight_VH = weight_VH.detach().clone().requires_grad_()
+    logprobs_T, entropy_T = function(hidden_TH, weight_VH, *args, **settings)
+    generator = torch.Generator().manual_seed(seed)
+    a_T, b_T = torch.randn(2, len(hidden_TH), generator=generator).to(logprobs_T)
+    (a_T * logprobs_T + b_T * entropy_T).sum().backward()
+    return logprobs_T.detach(), entropy_T.detach(), hidden_TH.grad, weight_VH.grad
+
+
+def assert_equals_full_softmax(
+    hidden_TH, weight_VH, targets_T, vocab_size, *, tolerance, **settings
+):
+    """Largest difference of values, and of gradients relative to the largest, below `tolerance`."""
+    ours = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy,
+        hidden_TH,
+        weight_VH,
+        targets_T,
+        vocab_size=vocab_size,
+        **settings,
+    )
+    settings.pop("chunk_tokens", None)
+    expected = values_and_gradients(
+        full_softmax, hidden_TH.double(), weight_VH.double(), targets_T, vocab_size, **settings
+    )
+    names = ("log-probability", "entropy", "gradient of hidden", "gradient of weight")
+    for name, value, reference in zip(names, ours, expected, strict=True):
+        scale = max(1.0, reference.abs().max().item()) if "gradient" in name else 1.0
+        error = (value.double() - reference).abs().max().item()
+        assert error <= tolerance * scale, f"{name}: {error / scale:.2e} > {tolerance:.2e}"
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0, 33.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, "per token"])
+def test_equals_the_full_softmax(scale, temperature):
+    """Logits from almost flat to +-100; per-token temperatures from 0.5 to 1.5.
+
+    Float64 leaves only rounding.  In float32 the logits themselves are rounded, by a few units in
+    the last place of the largest, and nothing may be lost beyond that.
+    """
+    hidden_TH, weight_VH, targets_T = problem(scale=scale)
+    if temperature == "per token":
+        temperature = torch.linspace(0.5, 1.5, len(targets_T), dtype=torch.float64)
+    exact = {"vocab_size": 40, "temperature": temperature, "chunk_tokens": 4}
+    assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, tolerance=1e-12 * scale, **exact)
+
+    largest = (hidden_TH @ weight_VH.T).abs().max().item() / 0.5
+    assert scale < 33 or largest > 100
+    assert_equals_full_softmax(
+        hidden_TH.float(),
+        weight_VH.float(),
+        targets_T,
+        40,
+        tolerance=16 * EPS * max(1.0, largest),
+        chunk_tokens=4,
+        temperature=temperature.float() if torch.is_tensor(temperature) else temperature,
+    )
+
+
+def test_two_words_by_hand():
+    """Logits (2, 0): p = 1 / (1 + e^-2), and everything follows."""
+    hidden_TH = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+    p = 1 / (1 + math.exp(-2))
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        hidden_TH, torch.eye(2).double(), torch.tensor([1]), vocab_size=2
+    )
+    assert logprobs_T.item() == pytest.approx(math.log(1 - p), abs=1e-14)
+    assert entropy_T.item() == pytest.approx(entropy, abs=1e-14)
+
+
+def test_a_zero_head_is_the_uniform_distribution():
+    hidden_TH, weight_VH, targets_T = problem(rows=259)
+    logprobs_T, entropy_T, _, _ = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy, hidden_TH, 0 * weight_VH, targets_T, vocab_size=259
+    )
+    torch.testing.assert_close(logprobs_T, torch.full_like(logprobs_T, -math.log(259)))
+    torch.testing.assert_close(entropy_T, torch.full_like(entropy_T, math.log(259)))
+
+
+def test_log_probability_equals_torchs_cross_entropy():
+    """An oracle that we did not write: `cross_entropy` with its own `ignore_index`."""
+    hidden_TH, weight_VH, targets_T = problem(scale=6)
+    targets_T[3] = IGNORE
+    hidden_TH.requires_grad_()
+    weight_VH.requires_grad_()
+    logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
+        hidden_TH, weight_VH, targets_T, vocab_size=40, chunk_tokens=3
+    )
+    loss_T = F.cross_entropy(
+        hidden_TH @ weight_VH.T, targets_T, reduction="none", ignore_index=-100
+    )
+    torch.testing.assert_close(-logprobs_T, loss_T, rtol=1e-13, atol=1e-13)
+    ours = torch.autograd.grad(-logprobs_T.sum(), (hidden_TH, weight_VH))
+    torchs = torch.autograd.grad(loss_T.sum(), (hidden_TH, weight_VH))
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.7, "per token"])
+def test_gradcheck(temperature):
+    """Finite differences, of both outputs together."""
+    hidden_TH, weight_VH, targets_T = problem(tokens=5, hidden=3, rows=7)
+    targets_T = torch.tensor([0, IGNORE, 5, 3, 3])
+    if temperature == "per token":
+        temperature = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+
+    def function(hidden_TH, weight_VH):
+        return vocab_parallel_logprobs_and_entropy(
+            hidden_TH, weight_VH, targets_T, vocab_size=6, temperature=temperature, chunk_tokens=2
+        )
+
+    assert torch.autograd.gradcheck(
+        function, (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
+    )
+
+
+def test_rows_beyond_the_vocabulary_take_no_part():
+    """Their weights are never looked at (they may be NaN), and their gradient is exactly 0."""
+    hidden_TH, weight_VH, targets_T = problem(rows=48)
+    targets_T %= 37
+    assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, 37, tolerance=1e-12)
+    weight_VH[37:] = math.nan
+    logprobs_T, _, grad_TH, grad_VH = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy, hidden_TH, weight_VH, targets_T, vocab_size=37
+    )
+    assert logprobs_T.isfinite().all() and grad_TH.isfinite().all()
+    assert grad_VH[37:].eq(0).all() and grad_VH[:37].ne(0).all()
+
+
+def test_ignored_tokens_give_zero_and_do_not_leak():
+    """Even where their hidden states are NaN; the other tokens do not notice."""
+    hidden_TH, weight_VH, targets_T = problem()
+    ignored_T = torch.zeros(11, dtype=torch.bool)
+    ignored_T[[0, 4, 5, 10]] = True
+    kept = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy,
+        hidden_TH[~ignored_T],
+        weight_VH,
+        targets_T[~ignored_T],
+        vocab_size=40,
+    )
+    hidden_TH[ignored_T] = math.nan
+    hidden_TH.requires_grad_()
+    weight_VH.requires_grad_()
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        hidden_TH, weight_VH, targets_T.masked_fill(ignored_T, IGNORE), vocab_size=40
+    )
+    assert logprobs_T[ignored_T].eq(0).all() and entropy_T[ignored_T].eq(0).all()
+    torch.testing.assert_close(logprobs_T[~ignored_T], kept[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(entropy_T[~ignored_T], kept[1], rtol=0, atol=1e-14)
+
+    a_T, b_T = torch.randn(2, 7, generator=torch.Generator().manual_seed(1)).double()
+    kept_sum = (a_T * logprobs_T[~ignored_T] + b_T * entropy_T[~ignored_T]).sum()
+    (kept_sum + 5 * logprobs_T[ignored_T].sum() + 5 * entropy_T[ignored_T].sum()).backward()
+    assert hidden_TH.grad[ignored_T].eq(0).all()
+    torch.testing.assert_close(hidden_TH.grad[~ignored_T], kept[2], rtol=0, atol=1e-13)
+    torch.testing.assert_close(weight_VH.grad, kept[3], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_nothing_to_score_gives_zeros_and_zero_gradients(tokens):
+    """No token at all, or all of them ignored."""
+    hidden_TH, weight_VH, _ = problem(tokens=tokens)
+    logprobs_T, entropy_T, grad_TH, grad_VH = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy,
+        hidden_TH * math.nan,
+        weight_VH,
+        torch.full((tokens,), IGNORE),
+        vocab_size=40,
+    )
+    zeros_T = torch.zeros(tokens, dtype=torch.float64)
+    torch.testing.assert_close((logprobs_T, entropy_T), (zeros_T, zeros_T), rtol=0, atol=0)
+    assert grad_TH.eq(0).all() and grad_VH.eq(0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1024])
+def test_any_number_of_tokens_in_chunks_of_any_size(tokens, chunk_tokens):
+    """One token, fewer than a chunk, exactly one or two chunks, and one token more."""
+    hidden_TH, weight_VH, targets_T = problem(tokens=tokens)
+    assert_equals_full_softmax(
+        hidden_TH, weight_VH, targets_T, 40, tolerance=1e-12, chunk_tokens=chunk_tokens
+    )
+
+
+def test_chunk_size_changes_rounding_only():
+    """Float32, logits up to +-30.  A matrix product of another shape may add up in another order,
+    which moves a logit, and with it the results, by a few units in its last place.
+    """
+    hidden_TH, weight_VH, targets_T = problem(tokens=50, scale=6, dtype=torch.float32)
+    largest = (hidden_TH @ weight_VH.T).abs().max().item()
+    whole, *others = (
+        values_and_gradients(
+            vocab_parallel_logprobs_and_entropy,
+            hidden_TH,
+            weight_VH,
+            targets_T,
+            vocab_size=40,
+            chunk_tokens=chunk_tokens,
+        )
+        for chunk_tokens in (50, 1, 7, 16, 1024)
+    )
+    for other in others:
+        torch.testing.assert_close(other[:2], whole[:2], rtol=0, atol=4 * EPS * largest)
+        torch.testing.assert_close(other[2:], whole[2:], rtol=0, atol=16 * EPS * largest)
+
+
+def test_two_calls_agree_bit_for_bit():
+    args = problem(dtype=torch.float32, scale=6)
+    first, second = (
+        values_and_gradients(
+            vocab_parallel_logprobs_and_entropy, *args, vocab_size=40, chunk_tokens=3
+        )
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation for the size of what it makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else [out]
+        sizes = [t.numel() for t in made if isinstance(t, torch.Tensor)]
+        self.size = max(self.size, *sizes, 0)
+        return out
+
+
+def test_no_more_logits_than_those_of_a_chunk_exist_at_once():
+    hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500)
+    with LargestTensor() as largest:
+        values_and_gradients(
+            vocab_parallel_logprobs_and_entropy,
+            hidden_TH,
+            weight_VH,
+            targets_T,
+            vocab_size=500,
+            chunk_tokens=4,
+        )
+    assert largest.size == 4 * 500
+
+
+def test_bfloat16_inputs_lose_nothing_in_values():
+    """Logits are accumulated and kept in float32: errors as in float32, 1000 times below bf16's.
+
+    Gradients are returned in bfloat16, whose relative precision is 2^-8.
+    """
+    hidden_TH, weight_VH, targets_T = problem(
+        tokens=64, hidden=64, rows=200, scale=6, dtype=torch.bfloat16
+    )
+    ours = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy, hidden_TH, weight_VH, targets_T, vocab_size=200
+    )
+    exact = values_and_gradients(
+        full_softmax, hidden_TH.double(), weight_VH.double(), targets_T, 200
+    )
+    assert ours[0].dtype == torch.float32 and ours[2].dtype == torch.bfloat16
+    for value, reference in zip(ours[:2], exact[:2], strict=True):
+        assert (value - reference).abs().max() < 2e-5
+    for value, reference in zip(ours[2:], exact[2:], strict=True):
+        assert (value.double() - reference).norm() < 2**-8 * reference.norm()
+
+
+# Logits that break naive formulas
+
+
+def score(hidden_TH, weight_VH, targets, **settings):
+    return vocab_parallel_logprobs_and_entropy(
+        hidden_TH, weight_VH, torch.tensor(targets), vocab_size=len(weight_VH), **settings
+    )
+
+
+def test_logits_of_minus_infinity_have_no_share():
+    """A row of the head of -inf under positive hidden states: that word is impossible, H is finite.
+
+    The gradient of the head is that of the others' softmax, and 0 in the row.  (The gradient of the
+    hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
+    """
+    hidden_TH, weight_VH, _ = problem(tokens=3, rows=6, dtype=torch.float32)
+    hidden_TH = hidden_TH.abs()
+    masked_VH = weight_VH.clone()
+    masked_VH[[1, 4]] = -math.inf
+    masked_VH.requires_grad_()
+    possible = [0, 2, 3, 5]
+    weight_VH = weight_VH[possible].requires_grad_()
+
+    logprobs_T, entropy_T = score(hidden_TH, masked_VH, [2, 1, 5])
+    expected_T, expected_entropy_T = score(hidden_TH, weight_VH, [1, 0, 3])
+    assert logprobs_T[1] == -math.inf
+    torch.testing.assert_close(logprobs_T[[0, 2]], expected_T[[0, 2]])
+    torch.testing.assert_close(entropy_T, expected_entropy_T)
+
+    (grad_VH,) = torch.autograd.grad(logprobs_T[[0, 2]].sum() + entropy_T.sum(), masked_VH)
+    (expected_VH,) = torch.autograd.grad(
+        expected_T[[0, 2]].sum() + expected_entropy_T.sum(), weight_VH
+    )
+    assert grad_VH[[1, 4]].eq(0).all()
+    torch.testing.assert_close(grad_VH[possible], expected_VH)
+
+
+def test_one_possible_word_has_entropy_zero():
+    hidden_TH = torch.ones(1, 4)
+    weight_VH = torch.full((5, 4), -math.inf)
+    weight_VH[3] = -2.0
+    logprobs_T, entropy_T = score(hidden_TH, weight_VH, [3])
+    assert logprobs_T.tolist() == [0.0] and entropy_T.tolist() == [0.0]
+
+
+def test_all_logits_far_below_minus_100():
+    """A formula that starts its running maximum at -100, or at 0, underflows here."""
+    hidden_TH, weight_VH, targets_T = problem(scale=1.0)
+    hidden_TH[:, 0], weight_VH[:, 0] = 1.0, -400.0
+    assert (hidden_TH @ weight_VH.T).max() < -300
+    assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, 40, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("top", [60000.0, -60000.0])
+def test_very_large_logits(top):
+    """Float16 would overflow and exp in float32 too; ln(1 + e^-2) must survive.
+
+    Float32 is spaced by 2^-8 at 60000, so the log-sum-exp there is right to half of that; entropy,
+    taken in shifted form, has no such limit.
+    """
+    weight_VH = torch.tensor([[top], [top - 2], [top - 300]])
+    logprobs_T, entropy_T = score(torch.ones(1, 1), weight_VH, [0])
+    p = 1 / (1 + math.exp(-2))
+    assert logprobs_T.item() == pytest.approx(math.log(p), abs=2**-9)
+    assert entropy_T.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-6)
+
+
+def test_a_target_outside_the_vocabulary_is_impossible():
+    """Beyond the vocabulary, in the head's padding, negative: -inf, and H is not touched."""
+    hidden_TH, weight_VH, _ = problem(tokens=5)
+    targets_T = torch.tensor([3, 38, 40, 10**6, -7])
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
+        hidden_TH, weight_VH, targets_T, vocab_size=38, chunk_tokens=2
+    )
+    inside_T, expected_T = full_softmax(hidden_TH, weight_VH, torch.full((5,), 3), 38)
+    assert logprobs_T[0].item() == pytest.approx(inside_T[0].item(), abs=1e-12)
+    assert logprobs_T[1:].tolist() == [-math.inf] * 4
+    torch.testing.assert_close(entropy_T, expected_T)
+
+
+def test_a_real_vocabulary_with_a_peaked_row():
+    """152064 words: a flat row, one peaked on word 0, and those between.
+
+    In float32, a gradient of hidden states is a sum of 152064 products, which a matrix product of
+    few rows may add one by one: its error grows with their number, and the tolerance with it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight_VH = 0.3 * torch.randn(152064, 16, generator=generator, dtype=torch.float64)
+    weight_VH[:, 0], weight_VH[0, 0] = -5.0, 1.0
+    hidden_TH = torch.randn(6, 16, generator=generator, dtype=torch.float64)
+    hidden_TH[:, 0] = torch.tensor([0.0, 0.1, 1.0, 2.0, 4.0, 15.0])
+    targets_T = torch.tensor([0, 0, 0, 151935, 77, 152063])
+    exact_T, exact_entropy_T = full_softmax(hidden_TH, weight_VH, targets_T, 152064)
+    assert exact_entropy_T[0] > 10 and exact_entropy_T[-1] < 1e-20
+    assert_equals_full_softmax(
+        hidden_TH, weight_VH, targets_T, 152064, tolerance=1e-11, chunk_tokens=4
+    )
+    logprobs_T, entropy_T, *gradients = values_and_gradients(
+        vocab_parallel_logprobs_and_entropy,
+        hidden_TH.float(),
+        weight_VH.float(),
+        targets_T,
+        vocab_size=152064,
+        chunk_tokens=4,
+    )
+    torch.testing.assert_close(logprobs_T.double(), exact_T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy_T.double(), exact_entropy_T, rtol=0, atol=2e-6)
+    expected = values_and_gradients(full_softmax, hidden_TH, weight_VH, targets_T, 152064)[2:]
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert (gradient.double() - reference).abs().max() < 5e-3 * reference.abs().max()
+
+
+# What autograd may ask for
+
+
+@pytest.mark.parametrize("wanted", [0, 1], ids=["log-probability", "entropy"])
+def test_gradient_of_one_output_alone(wanted):
+    hidden_TH, weight_VH, targets_T = problem()
+    inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
+    outputs = vocab_parallel_logprobs_and_entropy(*inputs, targets_T, vocab_size=40, chunk_tokens=4)
+    ours = torch.autograd.grad(outputs[wanted].square().sum(), inputs)
+    exact = full_softmax(*inputs, targets_T, 40)
+    expected = torch.autograd.grad(exact[wanted].square().sum(), inputs)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
+
+
+class Unused(torch.autograd.Function):
+    """Uses both values, and passes no gradient back."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return (a + b).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
+
+
+def test_gradient_of_neither_output_is_zero():
+    hidden_TH, weight_VH, targets_T = problem()
+    inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
+    outputs = vocab_parallel_logprobs_and_entropy(*inputs, targets_T, vocab_size=40)
+    # anchored, so that there is a gradient to ask for
+    loss = Unused.apply(*outputs) + 0 * hidden_TH.sum() + 0 * weight_VH.sum()
+    for grad in torch.autograd.grad(loss, inputs):
+        assert grad.eq(0).all()
+
+
+def test_no_gradient_is_recorded_without_grad_mode():
+    hidden_TH, weight_VH, targets_T = problem()
+    with torch.no_grad():
+        outputs = vocab_parallel_logprobs_and_entropy(
+            hidden_TH.requires_grad_(), weight_VH, targets_T, vocab_size=40
+        )
+    assert not any(output.requires_grad for output in outputs)
+
+
+def test_backward_twice_over_a_retained_graph_gives_the_same():
+    hidden_TH, weight_VH, targets_T = problem()
+    inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
+    logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(*inputs, targets_T, vocab_size=40)
+    loss = logprobs_T.sum() + entropy_T.sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_raises():
+    """Rather than take the first gradient for a constant."""
+    hidden_TH, weight_VH, targets_T = problem()
+    hidden_TH.requires_grad_()
+    logprobs_T, _ = vocab_parallel_logprobs_and_entropy(
+        hidden_TH, weight_VH, targets_T, vocab_size=40
+    )
+    (grad_TH,) = torch.autograd.grad(logprobs_T.square().sum(), hidden_TH, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_TH.sum().backward()
