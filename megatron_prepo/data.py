@@ -83,7 +83,7 @@ def tokenize(
 
 
 def _as_user_turn(text: str, tokenizer) -> tuple[str, int]:
-    """The rendered chat, and where in it the text's first word is (-1 if the template rewrites it)."""
+    """The rendered chat, and where in it the text's first word is; -1 if it was rewritten."""
     if not tokenizer.chat_template:
         raise UserError(
             "data.chat_template=true, but the tokenizer has no chat template; "

@@ -2,8 +2,8 @@
 
     python tools/gpu_check.py --out benchmarks/results/NAME.json
 
-Runs the tests marked `gpu`, times the output head against the bare matrix product, and trains for 20
-steps at tensor parallel 1; writes one JSON object with the machine, the versions and the numbers.
+Runs the tests marked `gpu`, times the output head against the bare matrix product, and trains a
+little at tensor parallel 1; writes one JSON object with the machine, the versions and the numbers.
 The exit code is 0 only if every test passed.
 """
 
