@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_prepo.errors import UserError
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Fixed in Megatron-Core's rope scaling, besides the original length of 8192."""
 
@@ -36,7 +36,7 @@ def transformer_settings(hf: dict) -> dict:
     _refuse(hf, "mlp_bias", False)
     _refuse(hf, "use_sliding_window", False)
     heads = hf["num_attention_heads"]
-    return {
+    return _experts(hf) | {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
         "ffn_hidden_size": hf["intermediate_size"],
@@ -49,7 +49,7 @@ def transformer_settings(hf: dict) -> dict:
         "add_bias_linear": False,
         # Qwen2's bias is in its code, not in its configuration
         "add_qkv_bias": hf["model_type"] == "qwen2" or bool(hf.get("attention_bias")),
-        "qk_layernorm": hf["model_type"] == "qwen3",
+        "qk_layernorm": hf["model_type"] in ("qwen3", "qwen3_moe"),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
@@ -62,6 +62,33 @@ def gpt_settings(hf: dict) -> dict:
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings")),
         **_rope(hf),
+    }
+
+
+def num_experts(hf: dict) -> int:
+    """Experts of a layer, 0 for a dense model."""
+    if hf["model_type"] != "qwen3_moe":
+        return 0
+    count = hf.get("num_experts") or hf.get("num_local_experts")
+    if not count:
+        raise UserError("config.json has neither num_experts nor num_local_experts")
+    return count
+
+
+def _experts(hf: dict) -> dict:
+    if not num_experts(hf):
+        return {}
+    _refuse(hf, "mlp_only_layers", [])
+    _refuse(hf, "decoder_sparse_step", 1)
+    _refuse(hf, "norm_topk_prob", True)
+    return {
+        "num_moe_experts": num_experts(hf),
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        # softmax over the chosen experts' logits is what norm_topk_prob does
+        "moe_router_pre_softmax": False,
+        "moe_router_score_function": "softmax",
+        "moe_router_load_balancing_type": "none",
     }
 
 

@@ -1,23 +1,29 @@
-"""Fill a Megatron model from Hugging Face safetensors; each rank reads what it holds."""
+"""Fill a live Megatron model from Hugging Face safetensors; each rank reads what it holds."""
 
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 
+from checkpoints_convert.hf_files import HFTensors
 from checkpoints_convert.mapping import Heads, Mapping, mapping_of, shard, to_megatron
 from megatron_prepo.errors import UserError
 
 
-def stage_parameters(model: torch.nn.Module) -> list[tuple[Mapping, torch.nn.Parameter]]:
-    """Every parameter of this rank's (unwrapped) GPTModel with its mapping."""
+def stage_parameters(model: torch.nn.Module) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
+    """(Megatron's name, mapping, parameter) of all that this rank's (unwrapped) GPTModel holds."""
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    experts_here = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
+    first_expert = parallel_state.get_expert_model_parallel_rank() * experts_here
     tied = model.share_embeddings_and_output_weights
     return [
-        (mapping_of(name, first_layer=first_layer, tied=tied), parameter)
+        (
+            name,
+            mapping_of(name, first_layer=first_layer, first_expert=first_expert, tied=tied),
+            parameter,
+        )
         for name, parameter in model.named_parameters()
     ]
 
@@ -31,64 +37,51 @@ def heads_of(config) -> Heads:
     )
 
 
+def split_group(mapping: Mapping) -> dist.ProcessGroup:
+    """The ranks over which a parameter is split."""
+    if mapping.expert is not None:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 @torch.no_grad()
 def load_hf_weights(model: torch.nn.Module, directory: str | Path) -> None:
     """Copy a Hugging Face checkpoint into this rank's (unwrapped) GPTModel.
 
-    Collective over the pipeline stages, which together must have used every tensor of the files.
+    Collective over all ranks, which together must have used every tensor of the files.
     Raises UserError for a missing file or tensor, a shape that does not fit, a tensor left over.
     """
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     heads = heads_of(model.config)
+    mine = stage_parameters(model)
     with HFTensors(directory) as tensors:
-        for mapping, parameter in stage_parameters(model):
+        for _, mapping, parameter in mine:
             full = to_megatron(mapping, [tensors[name] for name in mapping.hf_names], heads)
+            group = split_group(mapping)
             try:
-                part = shard(mapping, full, parameter.shape, rank, size)
+                part = shard(mapping, full, parameter.shape, group.rank(), group.size())
             except ValueError as error:
                 raise UserError(f"{directory} does not fit its config.json: {error}") from error
             parameter.copy_(part)
-        used = [None] * pp_group.size()
-        mine = [name for mapping, _ in stage_parameters(model) for name in mapping.hf_names]
-        dist.all_gather_object(used, mine, group=pp_group)
-        ignored = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
-        left = tensors.names() - ignored - set().union(*used)
-        left = sorted(name for name in left if not name.endswith(".rotary_emb.inv_freq"))
+        used: list = [None] * dist.get_world_size()
+        dist.all_gather_object(used, [n for _, mapping, _ in mine for n in mapping.hf_names])
+        refuse_leftover(tensors, set().union(*used), model.share_embeddings_and_output_weights)
+
+
+def refuse_leftover(tensors: HFTensors, used: set[str], tied: bool) -> None:
+    """UserError if the files have a tensor that nothing took.
+
+    A tied model's files may repeat the embedding as `lm_head.weight` (it must then be equal), and
+    old files hold rotary frequencies, which are computed.
+    """
+    left = {name for name in tensors.names() - used if not name.endswith("rotary_emb.inv_freq")}
+    if tied and "lm_head.weight" in left:
+        left.remove("lm_head.weight")
+        if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+            raise UserError(
+                f"{tensors.directory}: config.json ties the embeddings, but lm_head.weight is "
+                "another tensor; set tie_word_embeddings to false"
+            )
     if left:
-        raise UserError(f"{directory} has tensors that the model has no place for: {left}")
-
-
-class HFTensors:
-    """The tensors of a Hugging Face directory by name, read when asked for."""
-
-    def __init__(self, directory: str | Path):
-        files = sorted(Path(directory).glob("*.safetensors"))
-        if not files:
-            raise UserError(f"no weights in {directory}: it holds no *.safetensors file")
-        self._handles, self._where = [], {}
-        for file in files:
-            try:
-                handle = safe_open(file, "pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is damaged or not a safetensors file: {error}") from error
-            self._handles.append(handle)
-            self._where |= dict.fromkeys(handle.keys(), handle)
-        self.directory = directory
-
-    def __enter__(self) -> "HFTensors":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._where.clear()
-        self._handles.clear()
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._where:
-            raise UserError(f"{self.directory} has no tensor {name}")
-        return self._where[name].get_tensor(name)
-
-    def names(self) -> set[str]:
-        """All tensor names."""
-        return set(self._where)
+        raise UserError(
+            f"{tensors.directory} has tensors that the model has no place for: {sorted(left)}"
+        )

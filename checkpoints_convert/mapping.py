@@ -31,6 +31,9 @@ TOP = {
 
 INPUT_NORM = ("copy", (HF_LAYER + "input_layernorm.weight",))
 MLP_NORM = ("copy", (HF_LAYER + "post_attention_layernorm.weight",))
+HF_EXPERT = HF_LAYER + "mlp.experts.{expert}."
+EXPERT_FC1 = ("gated", (HF_EXPERT + "gate_proj.weight", HF_EXPERT + "up_proj.weight"))
+EXPERT_FC2 = ("row", (HF_EXPERT + "down_proj.weight",))
 LAYER = {
     "input_layernorm.weight": INPUT_NORM,
     "self_attention.linear_qkv.layer_norm_weight": INPUT_NORM,  # TransformerEngine's name
@@ -46,6 +49,12 @@ LAYER = {
         (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight"),
     ),
     "mlp.linear_fc2.weight": ("row", (HF_LAYER + "mlp.down_proj.weight",)),
+    # mixture of experts: the local spec's names, then TransformerEngine's grouped ones
+    "mlp.router.weight": ("copy", (HF_LAYER + "mlp.gate.weight",)),
+    "mlp.experts.local_experts.{expert}.linear_fc1.weight": EXPERT_FC1,
+    "mlp.experts.local_experts.{expert}.linear_fc2.weight": EXPERT_FC2,
+    "mlp.experts.linear_fc1.weight{expert}": EXPERT_FC1,
+    "mlp.experts.linear_fc2.weight{expert}": EXPERT_FC2,
 }
 """Inside a layer: Megatron's name -> kind, Hugging Face's names."""
 
@@ -58,6 +67,15 @@ class Mapping:
 
     kind: str
     hf_names: tuple[str, ...]
+    expert: int | None = None
+    """The expert's number in its layer; such a parameter is split over the experts' ranks."""
+
+    def of_expert(self, expert: int) -> "Mapping":
+        """The same parameter of another expert of the layer."""
+        names = [
+            n.replace(f".experts.{self.expert}.", f".experts.{expert}.") for n in self.hf_names
+        ]
+        return Mapping(self.kind, tuple(names), expert)
 
     @property
     def split_dim(self) -> int | None:
@@ -74,10 +92,13 @@ class Heads:
     queries_per_group: int
 
 
-def mapping_of(megatron_name: str, *, first_layer: int = 0, tied: bool = False) -> Mapping:
+def mapping_of(
+    megatron_name: str, *, first_layer: int = 0, first_expert: int = 0, tied: bool = False
+) -> Mapping:
     """The mapping of a parameter by its name in this pipeline stage.
 
-    `first_layer`: the stage's first layer in the whole model.
+    `first_layer`, `first_expert`: the numbers in the whole model of the stage's first layer and of
+    the rank's first expert.
     `tied`: embedding and output share their tensor; a stage's own copy of it is read from there.
 
     >>> mapping_of("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
@@ -90,12 +111,20 @@ def mapping_of(megatron_name: str, *, first_layer: int = 0, tied: bool = False) 
     if megatron_name in TOP:
         kind, hf_name = TOP[megatron_name]
         return Mapping(kind, (hf_name,))
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
-    if not match or match[2] not in LAYER:
-        raise KeyError(f"no Hugging Face name is known for the Megatron parameter {megatron_name}")
-    kind, hf_names = LAYER[match[2]]
-    layer = int(match[1]) + first_layer
-    return Mapping(kind, tuple(name.format(layer=layer) for name in hf_names))
+    in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
+    for pattern, (kind, hf_names) in _LAYER_PATTERNS if in_layer else ():
+        if match := pattern.fullmatch(in_layer[2]):
+            layer, expert = int(in_layer[1]) + first_layer, match.groupdict().get("expert")
+            expert = None if expert is None else int(expert) + first_expert
+            names = tuple(name.format(layer=layer, expert=expert) for name in hf_names)
+            return Mapping(kind, names, expert)
+    raise KeyError(f"no Hugging Face name is known for the Megatron parameter {megatron_name}")
+
+
+_LAYER_PATTERNS = [
+    (re.compile(re.escape(name).replace(r"\{expert\}", r"(?P<expert>\d+)")), entry)
+    for name, entry in LAYER.items()
+]
 
 
 def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> torch.Tensor:
@@ -139,8 +168,8 @@ def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, si
 
 def unshard(mapping: Mapping, parts: list[torch.Tensor]) -> torch.Tensor:
     """Megatron's full tensor (vocabulary padding included) from the parts of all ranks."""
+    if mapping.split_dim is None or len(parts) == 1:
+        return parts[0]
     if mapping.kind == "gated":
         return torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
-    if mapping.split_dim is None:
-        return parts[0]
     return torch.cat(parts, mapping.split_dim)

@@ -43,7 +43,7 @@ def train_command(path: str, overrides: Sequence[str]) -> None:
     parallel = config.parallel
     local_ranks.start(
         [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides],
-        num_ranks=parallel.tensor * parallel.pipeline * (parallel.data or 1),
+        num_ranks=parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data),
         log_directory=Path(config.run.dir) / "logs",
     )
 

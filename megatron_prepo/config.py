@@ -8,6 +8,7 @@ reference``).  Whatever can be wrong without looking at a file or a model is ref
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -55,21 +56,39 @@ class ParallelConfig:
     """Tensor-parallel size."""
     pipeline: int = 1
     """Pipeline-parallel size."""
+    expert: int = 1
+    """Expert-parallel size (mixture of experts): whole experts are spread over this many of the
+    tensor- and data-parallel ranks; 1: each rank holds its tensor-parallel part of all experts."""
     data: int | None = None
-    """Data-parallel size; empty: what the ranks given by torchrun leave, or 1 without torchrun."""
+    """Data-parallel size; empty: what the ranks given by torchrun leave, or the smallest."""
     sequence: bool = False
     """Sequence parallelism: activations between tensor-parallel regions are split too."""
     timeout_minutes: float = 10.0
     """Deadline of every collective; a rank that waits longer fails instead of hanging."""
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "data"):
+        for name in ("tensor", "pipeline", "expert", "data"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         _positive("parallel.timeout_minutes", self.timeout_minutes)
+        if self.data and (self.tensor * self.data) % self.expert:
+            raise ValueError(
+                f"parallel.expert={self.expert} must divide parallel.tensor={self.tensor} x "
+                f"parallel.data={self.data}, over whose ranks experts are spread"
+            )
         if self.sequence and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false"
             )
+
+    @property
+    def expert_tensor(self) -> int:
+        """Tensor-parallel size inside an expert."""
+        return self.tensor if self.expert == 1 else 1
+
+    @property
+    def smallest_data(self) -> int:
+        """The smallest data-parallel size: 1, or what it takes to spread the experts."""
+        return self.expert // math.gcd(self.expert, self.tensor)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -52,7 +52,7 @@ def check(config: Config) -> Inputs:
 
 
 def _check_weights(config: Config) -> None:
-    from checkpoints_convert.hf_to_megatron import HFTensors
+    from checkpoints_convert.hf_files import HFTensors
     from megatron_prepo.actor.checkpoint import newest
 
     if config.model.megatron:

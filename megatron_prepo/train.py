@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from checkpoints_convert.megatron_to_hf import save_hf
 from megatron_prepo import preflight
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import DTYPES, describe
@@ -94,7 +93,7 @@ def train(config: Config) -> dict:
 
     after = run.evaluate(held_out, "after", total_steps, config.eval.samples_per_prompt)
     with run.seconds("export"):
-        save_hf(actor.hf_weights(), config.model.hf, run.directory / "hf", write=run.writes)
+        actor.export(run.directory / "hf", write=run.writes)
     return run.finish(before, after, ranks=dist.get_world_size())
 
 

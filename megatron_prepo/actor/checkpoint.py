@@ -1,7 +1,8 @@
 """Megatron `torch_dist` checkpoints: written under any layout, read under any other.
 
 The layout on disk is Megatron-LM's: `iter_0000042/` with the shards, and beside it
-`latest_checkpointed_iteration.txt`.  A checkpoint gets its name only once it is whole.
+`latest_checkpointed_iteration.txt`; an imported model is in `release/`.  A checkpoint gets its name
+only once it is whole.
 """
 
 import shutil
@@ -63,7 +64,8 @@ def newest(directory: str | Path) -> Path:
     tracker = directory / TRACKER
     if not tracker.is_file():
         raise UserError(f"no Megatron checkpoint in {directory}: {tracker} is missing")
-    path = directory / f"iter_{int(tracker.read_text()):07d}"
+    name = tracker.read_text().strip()
+    path = directory / (name if name == "release" else f"iter_{int(name):07d}")
     if not (path / "metadata.json").is_file():
         raise UserError(f"{tracker} names {path.name}, which is not a whole checkpoint")
     return path

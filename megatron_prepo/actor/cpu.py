@@ -9,6 +9,8 @@ import contextlib
 import warnings
 
 import torch
+from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 _installed: list["_CudaMeansCpu"] = []
@@ -33,6 +35,9 @@ def install() -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     _random_state_of_the_cpu()
+    # without TransformerEngine, megatron-core 0.16 uses a name that it has not imported
+    moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
 
 
 def model_settings() -> dict:
@@ -59,6 +64,10 @@ class _Stream:
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
+    def record_event(self) -> "_Stream":
+        """An event that has happened."""
+        return self
+
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Sends factories, `.to` and type names from CUDA to the CPU."""
@@ -75,6 +84,11 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _as_on_the_host(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Megatron's own leaves a CPU tensor a tensor, but all-to-all takes its sizes as numbers."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _is_cuda(device) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
@@ -83,8 +97,6 @@ def _is_cuda(device) -> bool:
 
 def _random_state_of_the_cpu() -> None:
     """Map Megatron's CUDA generator states onto the CPU's, so that dropout's `fork()` works."""
-    from megatron.core.tensor_parallel import random as mcore_random
-
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

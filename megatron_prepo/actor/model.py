@@ -20,9 +20,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
-from checkpoints_convert.hf_config import gpt_settings, transformer_settings
+from checkpoints_convert.hf_config import gpt_settings, num_experts, transformer_settings
 from megatron_prepo.actor import cpu
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
@@ -37,7 +40,8 @@ OWN_SETTINGS = {
     "bf16": "model.dtype",
     "context_parallel_size": "parallel.tensor and parallel.pipeline (there is no context parallel)",
     "virtual_pipeline_model_parallel_size": "parallel.pipeline (there are no virtual stages)",
-    "num_moe_experts": "a dense model",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert",
 }
 """Megatron's names that have a setting of ours: not to be given twice."""
 
@@ -46,21 +50,32 @@ def check_layout(config: Config, hf: dict) -> None:
     """UserError if the model cannot be split as `parallel` says, or `megatron:` names nothing."""
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    parallel = config.parallel
     for name, count in (
         ("num_attention_heads", heads),
-        ("num_key_value_heads", groups),
         ("intermediate_size", hf["intermediate_size"]),
     ):
-        if count % tensor:
+        if count % parallel.tensor:
             raise UserError(
-                f"parallel.tensor={tensor} does not divide the model's {name}={count}; choose a "
-                "tensor-parallel size that does"
+                f"parallel.tensor={parallel.tensor} does not divide the model's {name}={count}; "
+                "choose a tensor-parallel size that does"
             )
-    if hf["num_hidden_layers"] % pipeline:
+    if groups % parallel.tensor and parallel.tensor % groups:
         raise UserError(
-            f"parallel.pipeline={pipeline} does not divide the model's "
-            f"num_hidden_layers={hf['num_hidden_layers']}"
+            f"parallel.tensor={parallel.tensor} neither divides nor is a multiple of the model's "
+            f"num_key_value_heads={groups}"
+        )
+    uneven = any(name.startswith("num_layers_in_") for name in config.megatron)
+    if hf["num_hidden_layers"] % parallel.pipeline and not uneven:
+        raise UserError(
+            f"parallel.pipeline={parallel.pipeline} does not divide the model's "
+            f"num_hidden_layers={hf['num_hidden_layers']}; choose one that does, or give the first "
+            "or last stage another number by megatron.num_layers_in_first_pipeline_stage or "
+            "megatron.num_layers_in_last_pipeline_stage"
+        )
+    if (experts := num_experts(hf)) % parallel.expert or (parallel.expert > 1 and not experts):
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide the model's {experts} experts"
         )
     for name in config.megatron:
         if name in OWN_SETTINGS:
@@ -87,6 +102,8 @@ def transformer_config(
     settings = transformer_settings(hf) | {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
         "sequence_parallel": parallel.sequence,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -111,7 +128,11 @@ def build_model(
     """This rank's stage of the model, with weights still to be loaded."""
     mcore = transformer_config(hf, model, parallel, megatron or {})
     spec = (
-        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=mcore.qk_layernorm)
+        get_gpt_layer_with_transformer_engine_spec(
+            num_experts=mcore.num_moe_experts,
+            moe_grouped_gemm=mcore.moe_grouped_gemm,
+            qk_layernorm=mcore.qk_layernorm,
+        )
         if _uses_te(model)
         else _torch_spec(mcore)
     )
@@ -156,14 +177,25 @@ def _hidden_states(self, hidden_states, weight=None, runtime_gather_output=None,
 
 
 def _torch_spec(mcore: TransformerConfig) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=mcore.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=mcore.num_moe_experts,
+        qk_layernorm=mcore.qk_layernorm,
+        normalization="RMSNorm",
+    )
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CausalAttention
     if mcore.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers_here = mcore.num_layers // mcore.pipeline_model_parallel_size
+    if mcore.num_moe_experts:
+        # Megatron saves this norm under a name that its TransformerEngine layers do not look for
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    layers_here = get_num_layers_to_build(mcore, pp_rank=_pipeline_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+
+
+def _pipeline_rank() -> int:
+    return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def _uses_te(model: ModelConfig) -> bool:

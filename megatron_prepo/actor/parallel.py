@@ -44,6 +44,8 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
         create_gloo_process_groups=True,
     )
@@ -54,11 +56,13 @@ def initialize(config: ParallelConfig, seed: int) -> None:
 def check_world_size(config: ParallelConfig, world_size: int) -> None:
     """UserError unless tensor x pipeline (x data, if given) ranks make up the job."""
     replica = config.tensor * config.pipeline
-    if world_size % replica or (config.data and config.data * replica != world_size):
+    fits = world_size % (replica * config.smallest_data) == 0
+    if not fits or (config.data and config.data * replica != world_size):
+        needed = replica * (config.data or config.smallest_data)
         raise UserError(
             f"{world_size} ranks do not fit parallel.tensor={config.tensor} x "
-            f"parallel.pipeline={config.pipeline} x parallel.data={config.data or 'any'}; start "
-            f"{replica * (config.data or max(1, world_size // replica))} ranks or change the layout"
+            f"parallel.pipeline={config.pipeline} x parallel.data={config.data or 'any'}, with "
+            f"parallel.expert={config.expert}; start {needed} ranks or change the layout"
         )
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from megatron.core.tensor_parallel import (
 
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_to_megatron import load_hf_weights
-from checkpoints_convert.megatron_to_hf import hf_weights
+from checkpoints_convert.megatron_to_hf import hf_weights, save_hf
 from megatron_prepo.actor import checkpoint, parallel
 from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.batching import MicroBatch, micro_batch, plan
@@ -186,6 +187,10 @@ class Actor:
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
         return hf_weights(self.model, self.hf["vocab_size"])
+
+    def export(self, directory: str | Path, *, write: bool) -> None:
+        """Write the model in Hugging Face format; collective, the rank that is told to writes."""
+        save_hf(self.model, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
     def save(self, directory: str, *, step: int) -> None:
         """Write a Megatron checkpoint of this step below `directory`; collective."""

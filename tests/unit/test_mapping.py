@@ -129,15 +129,17 @@ def test_a_shape_that_does_not_fit_raises_and_names_the_tensors(kind):
 def parameter_names(engine, layers=LAYERS):
     """All Megatron names of an untied model, with torch-native or TransformerEngine's layers."""
     plain = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-    absent = NORMS if engine == "torch" else plain
-    inside = [name for name in LAYER if name not in absent]
+    grouped = ("mlp.experts.linear_fc1.weight{expert}", "mlp.experts.linear_fc2.weight{expert}")
+    local = tuple(name for name in LAYER if "local_experts" in name)
+    absent = (*NORMS, *grouped) if engine == "torch" else (*plain, *local)
+    inside = [name.format(expert=0) for name in LAYER if name not in absent]
     return [*TOP, *(f"decoder.layers.{i}.{name}" for i in range(layers) for name in inside)]
 
 
 @pytest.mark.parametrize("engine", ["torch", "te"])
 def test_every_hf_name_comes_from_exactly_one_parameter(engine):
     names = [n for name in parameter_names(engine) for n in mapping_of(name).hf_names]
-    assert len(names) == len(set(names)) == 3 + LAYERS * 14
+    assert len(names) == len(set(names)) == 3 + LAYERS * 18
 
 
 def test_both_layer_implementations_are_made_of_the_same_hf_tensors():
@@ -154,6 +156,16 @@ def test_layers_of_a_later_stage_are_counted_from_its_first():
     )
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["mlp.experts.local_experts.3.linear_fc2.weight", "mlp.experts.linear_fc2.weight3"],
+)
+def test_experts_of_a_rank_are_counted_from_its_first(name):
+    mapping = mapping_of(f"decoder.layers.1.{name}", first_layer=2, first_expert=8)
+    assert mapping.hf_names == ("model.layers.3.mlp.experts.11.down_proj.weight",)
+    assert mapping.of_expert(5).hf_names == ("model.layers.3.mlp.experts.5.down_proj.weight",)
+
+
 def test_a_tied_output_layer_is_the_embedding():
     assert mapping_of("output_layer.weight", tied=True).hf_names == ("model.embed_tokens.weight",)
     assert mapping_of("output_layer.weight").hf_names == ("lm_head.weight",)
@@ -162,7 +174,8 @@ def test_a_tied_output_layer_is_the_embedding():
 @pytest.mark.parametrize(
     "name",
     [
-        "decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.router.expert_bias",
+        "decoder.layers.0.mlp.experts.local_experts.x.linear_fc1.weight",
         "decoder.layers.x.mlp.linear_fc1.weight",
         "decoder.layers.0.mlp.linear_fc1.weight.extra",
         "decoder.layers.0",
