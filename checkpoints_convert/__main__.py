@@ -1,41 +1,124 @@
-"""``python -m checkpoints_convert``: import and export from the command line."""
+"""``python -m checkpoints_convert``: import, export, verify and inspect from the command line."""
 
 import argparse
 import sys
+from pathlib import Path
 
-from checkpoints_convert.convert import export_hf, import_hf
 from megatron_prepo.errors import UserError
 
 
 def main() -> int:
-    """Exit code 0, or 2 for something that the user can mend."""
+    """Exit code 0, 1 if a verification failed, or 2 for something that the user can mend."""
     options = _parser().parse_args()
     try:
-        if options.command == "import":
-            import_hf(options.hf, options.out, dtype=options.dtype)
-        else:
-            export_hf(options.megatron, options.hf, options.out, dtype=options.dtype)
+        return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a lost mount: nothing that looks whole is left behind
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _import(options: argparse.Namespace) -> int:
+    from checkpoints_convert.convert import import_hf
+
+    layout = {"tensor": options.tp, "pipeline": options.pp, "expert": options.ep}
+    for warning in import_hf(options.hf, options.out, dtype=options.dtype, **layout):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {options.out}")
     return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from checkpoints_convert.convert import export_hf
+
+    export_hf(options.megatron, options.out, hf=options.hf, dtype=options.dtype)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from checkpoints_convert.verify import verify
+
+    report = verify(
+        options.hf,
+        megatron=options.megatron,
+        layouts=[_layout(text) for text in options.layouts.split(",")],
+        quick=options.quick,
+        logits=not options.no_logits,
+        prompts=Path(options.prompts).read_text().splitlines() if options.prompts else (),
+        manifest=options.manifest,
+    )
+    print(f"\n{'configuration':28} {'Hugging Face':>16} {'Megatron':>16}")
+    for name, row in report.config.items():
+        mark = "" if row["equal"] else "   <- differs"
+        print(f"{name:28} {row['hf']!s:>16} {row['megatron']!s:>16}{mark}")
+    print(f"\n{len(report.tensors)} tensors through the layouts {'; '.join(report.layouts)}")
+    for row in report.logits:
+        print(
+            f"logits of {row['tokens'][:40]}: largest difference {row['max_abs_difference']:.1e}, "
+            f"mean {row['mean_abs_difference']:.1e}, KL {row['mean_kl']:.1e}"
+        )
+    for failure in report.failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    print("failed" if report.failures else "verified")
+    return int(bool(report.failures))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from checkpoints_convert.inspect import describe
+
+    print(describe(options.directory), end="")
+    return 0
+
+
+def _layout(text: str) -> tuple[int, int, int]:
+    try:
+        tensor, pipeline, expert = (int(n) for n in f"{text}x1x1".split("x")[:3])
+    except ValueError:
+        raise UserError(f"--layouts: {text!r} must look like 2x1 or 2x2x4 (TPxPPxEP)") from None
+    return tensor, pipeline, expert
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoints_convert", description="Hugging Face <-> Megatron-Core"
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
     importer = commands.add_parser("import", help="Hugging Face to Megatron")
+    importer.add_argument("--hf", required=True, help="Hugging Face directory")
+    importer.add_argument("--tp", type=int, default=1, help="tensor-parallel chunks (default 1)")
+    importer.add_argument("--pp", type=int, default=1, help="pipeline-parallel chunks (default 1)")
+    importer.add_argument("--ep", type=int, default=1, help="expert-parallel chunks (default 1)")
+    importer.set_defaults(run=_import)
+
     exporter = commands.add_parser("export", help="Megatron to Hugging Face")
     exporter.add_argument("--megatron", required=True, help="checkpoint, or directory of them")
-    for parts in (importer, exporter):
-        parts.add_argument("--hf", required=True, help="Hugging Face directory")
-        parts.add_argument("--out", required=True, help="directory to write; must not exist")
-        parts.add_argument(
-            "--dtype", choices=("bfloat16", "float32"), help="default: as config.json says"
+    exporter.add_argument("--hf", help="configuration and tokenizer; default: the checkpoint's own")
+    exporter.set_defaults(run=_export)
+    for converter in (importer, exporter):
+        converter.add_argument("--out", required=True, help="directory to write; must not exist")
+        converter.add_argument(
+            "--dtype", choices=("bfloat16", "float32"), help="default: as the tensors are"
         )
+
+    verifier = commands.add_parser("verify", help="prove that nothing was lost")
+    verifier.add_argument("--hf", required=True, help="Hugging Face directory")
+    verifier.add_argument("--megatron", help="checkpoint made from it")
+    verifier.add_argument(
+        "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"
+    )
+    verifier.add_argument("--prompts", help="text file, a prompt a line, for the logits")
+    verifier.add_argument("--quick", action="store_true", help="sampled layers, no logits")
+    verifier.add_argument("--no-logits", action="store_true", help="do not build the models")
+    verifier.add_argument("--manifest", help="JSON file to write, with every SHA-256")
+    verifier.set_defaults(run=_verify)
+
+    inspector = commands.add_parser("inspect", help="say what a directory holds")
+    inspector.add_argument("directory")
+    inspector.set_defaults(run=_inspect)
     return parser
 
 

@@ -1,75 +1,410 @@
-"""Whole conversions: a directory in, a directory out, in one process on the CPU."""
+"""Whole conversions, streamed: directory in, directory out, one tensor group in memory at a time.
 
-from collections.abc import Iterable, Iterator
+Megatron-Core itself says what its checkpoint looks like: each rank of the wanted layout is built on
+the meta device (`actor.dry_run`), and its sharded state dict names every chunk.  The mapping table
+says which Hugging Face tensors a chunk comes from.  Nothing else knows about either format.
+"""
+
+import os
+import shutil
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from checkpoints_convert.hf_config import read_hf_config
+from checkpoints_convert.arena import Arena
+from checkpoints_convert.hf_config import gpt_settings, read_hf_config, transformer_settings
+from checkpoints_convert.hf_files import HFTensors, HFWriter, copy_other_files
+from checkpoints_convert.mapping import Heads, Mapping, to_hf, to_megatron
+from checkpoints_convert.torch_dist import Chunk, TorchDistReader, TorchDistWriter
+from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WORKERS = min(4, os.cpu_count() or 1)
+ARENA_BYTES = 1 << 30
+"""Memory that the workers keep between tensors, together."""
+HF_FILES = "hf"
+"""Where an imported checkpoint keeps the model's configuration and tokenizer files."""
 
-def import_hf(hf: str | Path, out: str | Path, *, dtype: str | None = None) -> None:
-    """Write a Hugging Face model as a Megatron `torch_dist` checkpoint, readable in any layout.
 
-    `dtype`: float32 or bfloat16; None keeps what config.json says.
+@dataclass
+class PlannedParameter:
+    """One parameter of the whole model and the chunks of it in a Megatron checkpoint."""
 
-    Raises UserError for a missing or damaged source, and for an `out` that is not empty.
+    mapping: Mapping
+    leading: int
+    """Dimensions that stacking put before the parameter's own: layers, experts."""
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Its name in the checkpoint."""
+        return self.chunks[0].key
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The parameter's own shape over all tensor-parallel ranks, vocabulary padding included."""
+        return self.chunks[0].global_shape[self.leading :]
+
+
+def import_hf(
+    hf: str | Path,
+    out: str | Path,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    dtype: str | None = None,
+) -> list[str]:
+    """Write a Hugging Face model as a Megatron `torch_dist` checkpoint; returns warnings.
+
+    It can be read in any layout; the sizes given here only choose how it is cut into chunks.
+    `dtype`: float32 or bfloat16; None keeps every tensor's own.
+
+    Raises UserError for a missing or damaged source, and for an `out` that is not empty.  `out`
+    appears when it is whole, and not before.
     """
-    from checkpoints_convert.hf_to_megatron import load_hf_weights
-    from megatron_prepo.actor import checkpoint
-
+    out = Path(out)
     _must_be_empty(out)
-    with _whole_model(hf, dtype) as (model, _):
-        load_hf_weights(model, hf)
-        checkpoint.save(model, out, step=0)
+    settings = read_hf_config(hf)
+    warnings: list[str] = []
+    with HFTensors(hf) as tensors, _aside(out) as aside:
+        plan = plan_checkpoint(settings, tensor=tensor, pipeline=pipeline, expert=expert)
+        _check_names(plan, tensors, settings)
+        writer = TorchDistWriter(aside / "release")
+        heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
+
+        def convert(parameter: PlannedParameter) -> int:
+            sources = [tensors.read(name, arena.empty) for name in parameter.mapping.hf_names]
+            for name, source in zip(parameter.mapping.hf_names, sources, strict=True):
+                if not _is_finite(source):
+                    warnings.append(f"{name} has values that are not finite")
+            if dtype is not None:
+                sources = [source.to(DTYPES[dtype]) for source in sources]
+            full = _megatron_tensor(parameter, sources, heads, settings)
+            for chunk in parameter.chunks:
+                region = _region(
+                    full, chunk.offset[parameter.leading :], chunk.shape[parameter.leading :]
+                )
+                writer.write(chunk, region)
+            return sum(source.nbytes for source in sources)
+
+        sizes = [sum(tensors.places[n].num_bytes for n in p.mapping.hf_names) for p in plan]
+        try:
+            _in_parallel("import", convert, plan, sizes, arena)
+        finally:
+            writer.close()
+        writer.finish(_common(settings))
+        (aside / HF_FILES).mkdir()
+        copy_other_files(hf, aside / HF_FILES)
+        write_text(aside / "latest_checkpointed_iteration.txt", "release")
+    return warnings
 
 
 def export_hf(
-    megatron: str | Path, hf: str | Path, out: str | Path, *, dtype: str | None = None
+    megatron: str | Path,
+    out: str | Path,
+    *,
+    hf: str | Path | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a Megatron checkpoint as a Hugging Face model.
 
-    `hf`: a directory with the model's configuration and tokenizer (its weights are not read).
+    `megatron`: a checkpoint, or a directory of which the newest is taken.
+    `hf`: a directory with the model's configuration and tokenizer files, of which the weights are
+    not read; None takes those that came with the checkpoint.
     """
-    from checkpoints_convert.megatron_to_hf import hf_weights, save_hf
-    from megatron_prepo.actor import checkpoint
-
+    out = Path(out)
     _must_be_empty(out)
-    with _whole_model(hf, dtype) as (model, settings):
-        checkpoint.load_weights(model, megatron)
-        save_hf(_with_bar(hf_weights(model, settings["vocab_size"])), hf, out)
+    checkpoint, hf = find_checkpoint(megatron), hf_files_of(megatron, hf)
+    settings = read_hf_config(hf)
+    reader = TorchDistReader(checkpoint)
+    plan, shapes = plan_export(settings, reader, DTYPES.get(dtype or ""))
+    writer = HFWriter(out, shapes, like=hf, shard_bytes=shard_bytes)
+    heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
+
+    def convert(parameter: PlannedParameter) -> int:
+        done = 0
+        for name, tensor in hf_tensors(parameter, reader, heads, settings, arena.empty):
+            writer.write(name, tensor.to(shapes[name][0]))
+            done += tensor.nbytes
+        return done
+
+    sizes = [
+        sum(writer.places[name].num_bytes for name in parameter.mapping.hf_names)
+        for parameter in plan
+    ]
+    try:
+        _in_parallel("export", convert, plan, sizes, arena)
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.finish()
+
+
+def plan_checkpoint(
+    settings: dict, *, tensor: int = 1, pipeline: int = 1, expert: int = 1
+) -> list[PlannedParameter]:
+    """Every parameter of the model with its chunks in a checkpoint written by this layout."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+
+    from checkpoints_convert.hf_to_megatron import stage_parameters
+    from megatron_prepo.actor.dry_run import each_rank
+    from megatron_prepo.config import ModelConfig, ParallelConfig
+
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
+    model_config = ModelConfig(hf="", dtype="bfloat16")
+    plan: dict[tuple[str, ...], PlannedParameter] = {}
+    for _, model in each_rank(settings, model_config, layout):
+        entries = model.sharded_state_dict()
+        for name, mapping, _ in stage_parameters(model):
+            entry = entries[name]
+            parts = [entry] if isinstance(entry, ShardedTensor) else entry.build()
+            for part in parts:
+                if not is_main_replica(part.replica_id):
+                    continue
+                leading = part.prepend_axis_num
+                shape = (1,) * leading + tuple(part.local_shape)
+                chunk = Chunk(part.key, tuple(part.global_shape), tuple(part.global_offset), shape)
+                planned = plan.setdefault(mapping.hf_names, PlannedParameter(mapping, leading))
+                if chunk not in planned.chunks:
+                    planned.chunks.append(chunk)
+    return list(plan.values())
+
+
+def plan_export(
+    settings: dict, reader: TorchDistReader, dtype: torch.dtype | None
+) -> tuple[list[PlannedParameter], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """The model's parameters, and type and shape of each Hugging Face tensor.
+
+    Raises UserError if the checkpoint lacks a parameter or holds one that the model has not.
+    """
+    plan = plan_checkpoint(settings)
+    keys = {parameter.key for parameter in plan}
+    known = {key for key in reader.tensors if not key.startswith(("optimizer.", "chained_"))}
+    if keys != known:
+        raise UserError(
+            f"{reader.directory} does not fit the model of config.json: it lacks "
+            f"{sorted(keys - known)} and has besides {sorted(known - keys)}"
+        )
+    heads, shapes = heads_of(settings), {}
+    for parameter in plan:
+        stored = reader.shape(parameter.key)
+        padded = parameter.mapping.kind == "vocab"
+        expected = parameter.chunks[0].global_shape
+        if stored != expected and not (padded and stored[1:] == expected[1:]):
+            raise UserError(
+                f"{reader.directory}: {parameter.key} has shape {stored}, "
+                f"the model of config.json {expected}"
+            )
+        kind = dtype or reader.dtype(parameter.key)
+        full = torch.empty(parameter.full_shape, dtype=kind, device="meta")
+        tensors = to_hf(parameter.mapping, full, heads, settings["vocab_size"])
+        for name, tensor in zip(parameter.mapping.hf_names, tensors, strict=True):
+            shapes[name] = (kind, tuple(tensor.shape))
+    return plan, shapes
+
+
+def hf_tensors(
+    parameter: PlannedParameter,
+    reader: TorchDistReader,
+    heads: Heads,
+    settings: dict,
+    empty: Callable[..., torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the Hugging Face tensors that a parameter of a checkpoint holds.
+
+    `empty(shape, dtype)` gives the memory to read into.
+    """
+    shape = parameter.full_shape
+    if parameter.mapping.kind == "vocab":
+        shape = (settings["vocab_size"], *shape[1:])
+    first = parameter.chunks[0].offset[: parameter.leading]
+    offset, extent = (*first, *(0 for _ in shape)), (*(1 for _ in first), *shape)
+    full = reader.read(parameter.key, offset, extent, empty).reshape(shape)
+    tensors = to_hf(parameter.mapping, full, heads, settings["vocab_size"])
+    yield from zip(parameter.mapping.hf_names, tensors, strict=True)
+
+
+def heads_of(settings: dict) -> Heads:
+    """The attention geometry of a Hugging Face configuration."""
+    mcore = transformer_settings(settings)
+    return Heads(
+        num_groups=mcore["num_query_groups"],
+        head_dim=mcore["kv_channels"],
+        queries_per_group=mcore["num_attention_heads"] // mcore["num_query_groups"],
+    )
+
+
+def find_checkpoint(directory: str | Path) -> Path:
+    """The newest whole checkpoint below `directory`, or the directory if it is one itself."""
+    from megatron_prepo.actor.checkpoint import newest
+
+    return newest(directory)
+
+
+def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:
+    """The directory with the model's configuration and tokenizer files."""
+    candidates = [Path(hf)] if hf else [Path(megatron) / HF_FILES, Path(megatron).parent / HF_FILES]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(
+        f"no config.json in {' or '.join(map(str, candidates))}; name the Hugging Face directory "
+        "that the model came from by --hf"
+    )
+
+
+def _check_names(plan: Sequence[PlannedParameter], tensors: HFTensors, settings: dict) -> None:
+    from checkpoints_convert.hf_to_megatron import refuse_leftover
+
+    wanted = {name for parameter in plan for name in parameter.mapping.hf_names}
+    if missing := wanted - tensors.names():
+        raise UserError(f"{tensors.directory} lacks tensors: {sorted(missing)}")
+    tied = gpt_settings(settings)["share_embeddings_and_output_weights"]
+    refuse_leftover(tensors, wanted, tied)
+
+
+def _megatron_tensor(
+    parameter: PlannedParameter, sources: list[torch.Tensor], heads: Heads, settings: dict
+) -> list[torch.Tensor]:
+    """Megatron's full tensor as blocks of rows, with zero rows for vocabulary padding.
+
+    Blocks, because joining gate and up, the bulk of a model, would copy them for nothing.
+    """
+    mapping, shape = parameter.mapping, parameter.full_shape
+    try:
+        blocks = sources if mapping.kind == "gated" else [to_megatron(mapping, sources, heads)]
+    except RuntimeError as error:
+        raise UserError(f"{mapping.hf_names} do not fit config.json: {error}") from error
+    rows = sum(len(block) for block in blocks)
+    if mapping.kind == "vocab" and rows == settings["vocab_size"] < shape[0]:
+        blocks.append(blocks[0].new_zeros(shape[0] - rows, *shape[1:]))
+    found = (sum(len(block) for block in blocks), *blocks[0].shape[1:])
+    if found != shape or len({block.shape[1:] for block in blocks}) > 1:
+        raise UserError(
+            f"{', '.join(mapping.hf_names)}: together {found}, but config.json makes the Megatron "
+            f"parameter {shape}"
+        )
+    return blocks
+
+
+def _region(
+    blocks: list[torch.Tensor], offset: Sequence[int], shape: Sequence[int]
+) -> torch.Tensor:
+    """The part of `shape` at `offset` of the blocks one below the other."""
+    pieces, first = [], 0
+    for block in blocks:
+        low, high = max(offset[0], first), min(offset[0] + shape[0], first + len(block))
+        if low < high:
+            rest = (slice(a, a + n) for a, n in zip(offset[1:], shape[1:], strict=True))
+            pieces.append(block[(slice(low - first, high - first), *rest)])
+        first += len(block)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN if any value is
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _common(settings: dict) -> dict:
+    """What Megatron's trainers look for beside tensors: the architecture under their names."""
+    mcore, gpt = transformer_settings(settings), gpt_settings(settings)
+    args = Namespace(
+        **{n: mcore[n] for n in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels")},
+        num_attention_heads=mcore["num_attention_heads"],
+        num_query_groups=mcore["num_query_groups"],
+        group_query_attention=mcore["num_query_groups"] != mcore["num_attention_heads"],
+        max_position_embeddings=gpt["max_sequence_length"],
+        position_embedding_type=gpt["position_embedding_type"],
+        rotary_base=gpt["rotary_base"],
+        untie_embeddings_and_output_weights=not gpt["share_embeddings_and_output_weights"],
+        normalization=mcore["normalization"],
+        norm_epsilon=mcore["layernorm_epsilon"],
+        add_qkv_bias=mcore["add_qkv_bias"],
+        qk_layernorm=mcore["qk_layernorm"],
+        num_experts=mcore.get("num_moe_experts"),
+        swiglu=True,
+        vocab_size=settings["vocab_size"],
+    )
+    return {"args": args, "iteration": 0, "checkpoint_version": 3.0}
+
+
+def _in_parallel(
+    label: str,
+    convert: Callable[[PlannedParameter], int],
+    plan: Sequence[PlannedParameter],
+    sizes: Sequence[int],
+    arena: Arena,
+) -> None:
+    """Convert all parameters in threads, with a progress bar in bytes; the first error ends it.
+
+    The bytes in flight stay below the largest group (and 256 MB), so that memory does, too.
+    """
+    budget = _ByteBudget(max([256 << 20, *sizes]))
+
+    def one(parameter: PlannedParameter, size: int) -> int:
+        with budget.use(size), arena.task():
+            return convert(parameter)
+
+    bar = tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True)
+    with bar, ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(one, p, size) for p, size in zip(plan, sizes, strict=True)]
+        try:
+            for future in as_completed(futures):
+                bar.update(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _ByteBudget:
+    """At most so many bytes in use at a time, but always at least one use."""
+
+    def __init__(self, limit: int):
+        self._limit, self._used = limit, 0
+        self._change = threading.Condition()
+
+    @contextmanager
+    def use(self, size: int) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._used or self._used + size <= self._limit)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._change:
+                self._used -= size
+                self._change.notify_all()
 
 
 @contextmanager
-def _whole_model(hf_directory: str | Path, dtype: str | None) -> Iterator[tuple]:
-    """A GPTModel on this one rank, its weights still to be loaded, and the HF configuration."""
-    from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.model import DTYPES, build_model
-    from megatron_prepo.config import ModelConfig, ParallelConfig
-
-    settings = read_hf_config(hf_directory)
-    dtype = dtype or settings.get("dtype") or settings.get("torch_dtype") or "bfloat16"
-    if dtype not in DTYPES:
-        raise UserError(f"weights of type {dtype} are not supported; give --dtype bfloat16")
-    layout = ParallelConfig()
-    parallel.initialize(layout, seed=0)
+def _aside(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes it, on disk, if all goes well, and else goes away."""
+    aside = out.with_name(out.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        model = ModelConfig(hf=str(hf_directory), dtype=dtype)
-        yield build_model(settings, model, layout), settings
-    finally:
-        parallel.shut_down()
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    rename_tree(aside, out)
 
 
-def _with_bar(weights: Iterable[tuple]) -> Iterator[tuple]:
-    with tqdm(desc="export", unit="B", unit_scale=True) as bar:
-        for name, tensor in weights:
-            yield name, tensor
-            bar.update(tensor.numel() * tensor.element_size())
-
-
-def _must_be_empty(out: str | Path) -> None:
-    out = Path(out)
+def _must_be_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty directory; choose another")
