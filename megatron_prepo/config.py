@@ -152,7 +152,7 @@ class WeightingConfig:
     """Whether rollouts of groups without an advantage count in the batch's mean (paper: yes)."""
 
     def __post_init__(self):
-        if self.clamp is not None and self.clamp <= 1:
+        if self.clamp is not None and not self.clamp > 1:
             raise ValueError(f"weighting.clamp={self.clamp} must be above 1, or empty")
 
 
@@ -266,7 +266,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _at_least("optimizer.lr", self.lr, 0)
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
         _positive("optimizer.clip_grad", self.clip_grad)
+        _positive("optimizer.adam_eps", self.adam_eps)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
         _at_least("optimizer.lr_warmup_steps", self.lr_warmup_steps, 0)
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(

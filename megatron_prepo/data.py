@@ -23,9 +23,13 @@ def read_prompts(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such prompt file: {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -36,7 +40,7 @@ def read_prompts(
         if not isinstance(record, dict):
             raise UserError(f"{where}: must be an object with `prompt` and `answer`")
         text, answer = (_text(record, field, where) for field in ("prompt", "answer"))
-        prompt_id = str(record.get("id", number))
+        prompt_id = str(number if record.get("id") is None else record["id"])
         if prompt_id in seen:
             raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
         seen[prompt_id] = number

@@ -82,11 +82,11 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         ]
         empty = hidden_TH.new_zeros(4, 0, dtype=_float(hidden_TH))
         stats_4T = torch.cat([empty, *stats], dim=1)
-        lse_T, entropy_T, target_logit_T = _merge(_gather(stats_4T, group))
+        lse_T, entropy_T, logprobs_T = _merge(_gather(stats_4T, group))
         ctx.save_for_backward(hidden_TH, weight_VH, local_targets_T, lse_T, entropy_T)
         ctx.columns, ctx.temperature, ctx.chunk_tokens = columns, temperature, chunk_tokens
         ctx.set_materialize_grads(False)
-        return target_logit_T - lse_T, entropy_T
+        return logprobs_T, entropy_T
 
     @staticmethod
     @once_differentiable
@@ -121,9 +121,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
 
 def _chunks(hidden_TH, rows_VH, temperature, chunk_tokens, local_targets_T):
-    """Logits and local targets of `chunk_tokens` tokens at a time."""
-    for first in range(0, len(hidden_TH), chunk_tokens):
-        chunk = slice(first, min(first + chunk_tokens, len(hidden_TH)))
+    """Logits and local targets of at most `chunk_tokens` tokens at a time.
+
+    The chunks are of equal size: matrix products of very few rows are slow, and on a CPU also
+    rounded worse.
+    """
+    num_chunks = -(-len(hidden_TH) // chunk_tokens)
+    for number in range(num_chunks):
+        bounds = (len(hidden_TH) * n // num_chunks for n in (number, number + 1))
+        chunk = slice(*bounds)
         z_CV = _matmul(hidden_TH[chunk], rows_VH.t())
         yield z_CV.div_(_temperature_of(temperature, chunk)), local_targets_T[chunk]
 
@@ -160,14 +166,16 @@ def _gather(stats_4T: torch.Tensor, group) -> torch.Tensor:
 
 
 def _merge(stats_R4T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-sum-exp, entropy and target logit over all ranks' columns."""
+    """Log-sum-exp, entropy and the target's log-probability over all ranks' columns."""
     max_RT, sum_RT, weighted_RT, target_RT = stats_R4T.unbind(1)
     max_T = max_RT.amax(dim=0)
     shift_RT = torch.where(max_RT.isinf(), 0, max_RT - max_T)
     scale_RT = torch.where(max_RT.isinf(), 0, shift_RT.exp())
     sum_T = (scale_RT * sum_RT).sum(dim=0)
     weighted_T = (scale_RT * (weighted_RT + shift_RT * sum_RT)).sum(dim=0)
-    return max_T + sum_T.log(), sum_T.log() - weighted_T / sum_T, target_RT.amax(dim=0)
+    log_sum_T = sum_T.log()
+    logprobs_T = (target_RT.amax(dim=0) - max_T) - log_sum_T  # in this order nothing cancels
+    return max_T + log_sum_T, log_sum_T - weighted_T / sum_T, logprobs_T
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,18 @@ def test_a_file_without_prompts_and_no_file_are_refused(tmp_path):
         read(tmp_path / "absent.jsonl")
 
 
+def test_an_id_of_null_is_no_id(tmp_path):
+    prompts = read(write(tmp_path, GOOD | {"id": None}, GOOD | {"id": None}))
+    assert [prompt.id for prompt in prompts] == ["1", "2"]
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "latin1.jsonl"
+    path.write_bytes('{"prompt": "caf\xe9", "answer": "1"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin1\.jsonl is not UTF-8"):
+        read(path)
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_only_line_feeds_end_a_line(tmp_path, separator):
     """JSON allows Unicode's other line separators inside a text."""
