@@ -11,5 +11,7 @@ for _advice in (
     "Transformer Engine and Apex are not installed",
     "full scope is deprecated",
     r"`torch\.distributed\.\w+` is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
 ):
     warnings.filterwarnings("ignore", message=_advice)

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from megatron_prepo import report
+from megatron_prepo import machine, report
 from megatron_prepo.config import Config, to_tree
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
@@ -155,6 +155,7 @@ class Run:
             "rollouts": self.rollouts,
             "tokens": self.tokens,
             "seconds": {stage: round(value, 2) for stage, value in self.seconds.total.items()},
+            "machine": machine.describe(),
         }
         if self.writes:
             for log in (self.ledger, self.metrics, self.evaluations):

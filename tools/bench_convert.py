@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -53,6 +52,9 @@ def main() -> int:
 
 def measure(scratch: Path, model: str, rounds: int) -> dict:
     """Seconds and memory of each task, interleaved."""
+    sys.path.insert(0, str(REPOSITORY))
+    from megatron_prepo import machine
+
     # in a process of its own: a child's peak memory starts at that of its parent
     maker = [sys.executable, __file__, "--task", f"make {model}", str(scratch)]
     subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
@@ -74,7 +76,7 @@ def measure(scratch: Path, model: str, rounds: int) -> dict:
         "model": model,
         "gigabytes": num_bytes / 1e9,
         "largest_tensor_group_gigabytes": vocab * hidden * 2 / 1e9,
-        "machine": f"{os.cpu_count()} cores, {_processor()}, Python {platform.python_version()}",
+        "machine": machine.describe(),
         "rounds": rounds,
         "tasks": {
             task: {
@@ -161,8 +163,8 @@ def table(result: dict) -> str:
     """The result in Markdown."""
     lines = [
         f"{result['model']}, {result['gigabytes']:.2f} GB, largest tensor group "
-        f"{result['largest_tensor_group_gigabytes']:.2f} GB; {result['machine']}; median of "
-        f"{result['rounds']}",
+        f"{result['largest_tensor_group_gigabytes']:.2f} GB; {result['machine']['cores']} cores of "
+        f"{result['machine']['processor']}; median of {result['rounds']} rounds",
         "",
         "| task | seconds | x copy | GB/s | peak GB | of it before the first tensor |",
         "|---|---|---|---|---|---|",
@@ -263,15 +265,6 @@ TASKS = {
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _processor() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The exit code is 0 only if every test passed.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,8 +33,10 @@ def main() -> int:
         print("error: no CUDA device; this check is for a machine that has one", file=sys.stderr)
         return 2
     sys.path.insert(0, str(REPOSITORY))
+    from megatron_prepo import machine
+
     result = {
-        "machine": machine(),
+        "machine": machine.describe(),
         "tests": run_tests(),
         "head": [time_head(**s) for s in HEAD_SHAPES],
     }
@@ -44,19 +45,6 @@ def main() -> int:
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     return int(not (result["tests"]["passed"] and result["training"]["passed"]))
-
-
-def machine() -> dict:
-    """What the numbers belong to."""
-    import megatron.core
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "megatron_core": megatron.core.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def run_tests() -> dict:

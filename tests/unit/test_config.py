@@ -264,6 +264,8 @@ def other_value(field):
         ("clip_low", 0.2): 0.3,
         ("mini_batches", 1): 2,
         ("clamp", None): 3.0,
+        ("adam_beta1", 0.9): 0.8,
+        ("adam_beta2", 0.95): 0.8,
     }
     if (field.name, field.default) in special:
         return special[field.name, field.default]

@@ -1,0 +1,28 @@
+"""What a measurement belongs to: the machine and the versions, as they are written beside numbers."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, cores, GPU if any, and the versions that matter."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count() or 0,
+        "gpu": gpu,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
