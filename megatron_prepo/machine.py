@@ -1,4 +1,4 @@
-"""What a measurement belongs to: the machine and the versions, as they are written beside numbers."""
+"""What a measurement belongs to: machine and versions, written beside the numbers."""
 
 import os
 import platform
