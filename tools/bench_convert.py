@@ -150,7 +150,13 @@ def make_model(directory: Path, hidden, ffn, layers, heads, groups, vocab, tied)
     ]
     total, weight_map = 0, {}
     for number, names in enumerate(files):
-        tensors = {name: torch.randn(shape).bfloat16() for name, shape in names.items()}
+        tensors = {
+            # norms near 1 and small weights, so that the logits mean something
+            name: (
+                (1 + torch.randn(shape) / 10) if "norm" in name else torch.randn(shape) / 50
+            ).bfloat16()
+            for name, shape in names.items()
+        }
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)

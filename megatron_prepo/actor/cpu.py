@@ -29,7 +29,7 @@ def install() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
-    cuda.Stream = lambda *_, **__: _Stream()
+    cuda.Stream = _Stream  # a class: other libraries name it in annotations
     cuda.stream = lambda *_, **__: contextlib.nullcontext()
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
@@ -57,6 +57,9 @@ def model_settings() -> dict:
 
 class _Stream:
     """Work on a CPU is in order already."""
+
+    def __init__(self, *_, **__):
+        pass
 
     def wait_stream(self, other) -> None:
         """Nothing to wait for."""
