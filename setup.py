@@ -29,7 +29,7 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
         "wandb": ["wandb>=0.18"],
-        "dev": ["pandas>=2.2", "pytest>=8", "ruff>=0.8"],
+        "dev": ["hypothesis>=6.100", "pandas>=2.2", "pytest>=8", "ruff>=0.8"],
     },
     entry_points={"console_scripts": ["megatron-prepo = megatron_prepo.cli:main"]},
 )

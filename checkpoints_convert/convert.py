@@ -5,6 +5,7 @@ the meta device (`actor.dry_run`), and its sharded state dict names every chunk.
 says which Hugging Face tensors a chunk comes from.  Nothing else knows about either format.
 """
 
+import json
 import os
 import shutil
 import threading
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from checkpoints_convert.arena import Arena
 from checkpoints_convert.hf_config import gpt_settings, read_hf_config, transformer_settings
 from checkpoints_convert.hf_files import HFTensors, HFWriter, copy_other_files
-from checkpoints_convert.mapping import Heads, Mapping, to_hf, to_megatron
+from checkpoints_convert.mapping import Heads, Mapping, check_parts, to_hf, to_megatron
 from checkpoints_convert.torch_dist import Chunk, TorchDistReader, TorchDistWriter
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
@@ -71,13 +72,15 @@ def import_hf(
     Raises UserError for a missing or damaged source, and for an `out` that is not empty.  `out`
     appears when it is whole, and not before.
     """
-    out = Path(out)
+    out = Path(out).absolute().resolve()
     _must_be_empty(out)
     settings = read_hf_config(hf)
     warnings: list[str] = []
     with HFTensors(hf) as tensors, _aside(out) as aside:
         plan = plan_checkpoint(settings, tensor=tensor, pipeline=pipeline, expert=expert)
         _check_names(plan, tensors, settings)
+        if dtype is None:
+            _check_types(plan, tensors)
         writer = TorchDistWriter(aside / "release")
         heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
 
@@ -101,9 +104,11 @@ def import_hf(
             _in_parallel("import", convert, plan, sizes, arena)
         finally:
             writer.close()
-        writer.finish(_common(settings))
+        writer.finish(architecture_record(settings))
         (aside / HF_FILES).mkdir()
         copy_other_files(hf, aside / HF_FILES)
+        if dtype is not None:
+            _say_dtype(aside / HF_FILES, dtype)
         write_text(aside / "latest_checkpointed_iteration.txt", "release")
     return warnings
 
@@ -122,7 +127,7 @@ def export_hf(
     `hf`: a directory with the model's configuration and tokenizer files, of which the weights are
     not read; None takes those that came with the checkpoint.
     """
-    out = Path(out)
+    out = Path(out).absolute().resolve()
     _must_be_empty(out)
     checkpoint, hf = find_checkpoint(megatron), hf_files_of(megatron, hf)
     settings = read_hf_config(hf)
@@ -144,10 +149,25 @@ def export_hf(
     ]
     try:
         _in_parallel("export", convert, plan, sizes, arena)
+        if dtype is not None:
+            _say_dtype(writer.aside, dtype)
+        writer.finish()
     except BaseException:
         writer.abandon()
         raise
-    writer.finish()
+
+
+def refuse_layout(layout, settings: dict) -> None:
+    """UserError if the model cannot be cut so."""
+    mcore = transformer_settings(settings)
+    for name, count, size in (
+        ("tensor", mcore["num_attention_heads"], layout.tensor),
+        ("tensor", mcore["ffn_hidden_size"], layout.tensor),
+        ("pipeline", mcore["num_layers"], layout.pipeline),
+        ("expert", mcore.get("num_moe_experts") or 1, layout.expert),
+    ):
+        if count % size:
+            raise UserError(f"{name} parallelism of {size} does not divide the model's {count}")
 
 
 def plan_checkpoint(
@@ -160,7 +180,11 @@ def plan_checkpoint(
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig, ParallelConfig
 
-    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
+    sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+    if min(sizes.values()) < 1:
+        raise UserError(f"the sizes of a layout are at least 1, not {sizes}")
+    layout = ParallelConfig(**sizes)
+    refuse_layout(layout, settings)
     model_config = ModelConfig(hf="", dtype="bfloat16")
     plan: dict[tuple[str, ...], PlannedParameter] = {}
     for _, model in each_rank(settings, model_config, layout):
@@ -282,10 +306,16 @@ def _megatron_tensor(
     """
     mapping, shape = parameter.mapping, parameter.full_shape
     try:
+        check_parts(mapping, [source.shape for source in sources], heads)
         blocks = sources if mapping.kind == "gated" else [to_megatron(mapping, sources, heads)]
-    except RuntimeError as error:
-        raise UserError(f"{mapping.hf_names} do not fit config.json: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{', '.join(mapping.hf_names)} do not fit config.json: {error}") from error
     rows = sum(len(block) for block in blocks)
+    if mapping.kind == "vocab" and rows != settings["vocab_size"]:
+        raise UserError(
+            f"{mapping.hf_names[0]} has {rows} rows, but config.json says vocab_size="
+            f"{settings['vocab_size']}"
+        )
     if mapping.kind == "vocab" and rows == settings["vocab_size"] < shape[0]:
         blocks.append(blocks[0].new_zeros(shape[0] - rows, *shape[1:]))
     found = (sum(len(block) for block in blocks), *blocks[0].shape[1:])
@@ -295,6 +325,20 @@ def _megatron_tensor(
             f"parameter {shape}"
         )
     return blocks
+
+
+def _check_types(plan: Sequence[PlannedParameter], tensors: HFTensors) -> None:
+    """Megatron keeps the layers of a parameter, and what it interleaves, as one tensor."""
+    first: dict[str, str] = {}
+    for parameter in plan:
+        for name in parameter.mapping.hf_names:
+            other = first.setdefault(parameter.key, name)
+            types = [tensors.places[n].dtype for n in (other, name)]
+            if types[0] != types[1]:
+                raise UserError(
+                    f"{other} is {types[0]} and {name} {types[1]}, but Megatron keeps them in one "
+                    "tensor; choose a type by --dtype"
+                )
 
 
 def _region(
@@ -318,7 +362,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _common(settings: dict) -> dict:
+def architecture_record(settings: dict) -> dict:
     """What Megatron's trainers look for beside tensors: the architecture under their names."""
     mcore, gpt = transformer_settings(settings), gpt_settings(settings)
     args = Namespace(
@@ -332,6 +376,11 @@ def _common(settings: dict) -> dict:
         untie_embeddings_and_output_weights=not gpt["share_embeddings_and_output_weights"],
         normalization=mcore["normalization"],
         norm_epsilon=mcore["layernorm_epsilon"],
+        layernorm_epsilon=mcore["layernorm_epsilon"],
+        use_rope_scaling="rope_scaling_factor" in gpt,
+        rope_scaling_factor=gpt.get("rope_scaling_factor"),
+        moe_router_topk=mcore.get("moe_router_topk"),
+        moe_ffn_hidden_size=mcore.get("moe_ffn_hidden_size"),
         add_qkv_bias=mcore["add_qkv_bias"],
         qk_layernorm=mcore["qk_layernorm"],
         num_experts=mcore.get("num_moe_experts"),
@@ -397,12 +446,20 @@ def _aside(out: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        if out.exists():
+            out.rmdir()
+        rename_tree(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if out.exists():
-        out.rmdir()
-    rename_tree(aside, out)
+
+
+def _say_dtype(directory: Path, dtype: str) -> None:
+    """Have config.json name the type of the tensors: transformers and the engines load by it."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    path.write_text(json.dumps(config | {name: dtype}, indent=2) + "\n")
 
 
 def _must_be_empty(out: Path) -> None:

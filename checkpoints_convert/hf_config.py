@@ -10,6 +10,15 @@ from pathlib import Path
 from megatron_prepo.errors import UserError
 
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+)
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Fixed in Megatron-Core's rope scaling, besides the original length of 8192."""
 
@@ -23,10 +32,14 @@ def read_hf_config(directory: str | Path) -> dict:
         hf = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(hf, dict):
+        raise UserError(f"{path} is not a JSON object")
     if hf.get("model_type") not in FAMILIES:
         raise UserError(
             f"{path}: model_type {hf.get('model_type')!r} is not one of {', '.join(FAMILIES)}"
         )
+    if missing := [name for name in REQUIRED if hf.get(name) is None]:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
     return hf
 
 
@@ -103,6 +116,8 @@ def _rope(hf: dict) -> dict:
     if kind != "llama3":
         raise UserError(f"rope scaling {kind!r} is not supported; only `default` and `llama3` are")
     fixed = LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+    if missing := {"factor", *fixed} - rope.keys():
+        raise UserError(f"config.json: the rope scaling lacks {', '.join(sorted(missing))}")
     if any(float(rope[name]) != value for name, value in fixed.items()):
         raise UserError(f"Megatron-Core fixes the rope scaling to {fixed}; the model has {rope}")
     return {

@@ -96,8 +96,8 @@ class HFTensors:
         if not index.is_file():
             return
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index} is damaged: {error!r}") from error
         for file in sorted(set(weight_map.values())):
             if not (self.directory / file).is_file():
@@ -127,15 +127,23 @@ class HFWriter:
         shutil.rmtree(self.aside, ignore_errors=True)
         self.aside.mkdir(parents=True)
         self.places: dict[str, TensorPlace] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._missing = set(shapes)
+        try:
+            self._start(shapes, like, shard_bytes)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _start(self, shapes: dict, like: str | Path, shard_bytes: int) -> None:
+        """Headers, index and other files."""
         shards = _shards(shapes, shard_bytes)
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             path = self.aside / (file if len(shards) > 1 else "model.safetensors")
             self.places |= _write_header(path, {name: shapes[name] for name in names})
-        self._descriptors = {
-            place.file: os.open(place.file, os.O_WRONLY) for place in self.places.values()
-        }
-        self._missing = set(shapes)
+        for file in {place.file for place in self.places.values()}:
+            self._descriptors[file] = os.open(file, os.O_WRONLY)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(p.num_bytes for p in self.places.values())},
@@ -193,17 +201,25 @@ def _read_header(file: Path) -> dict[str, TensorPlace]:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{file} is damaged: its header is not JSON") from error
     places, end = {}, 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{file}: {name} has type {entry['dtype']}, which is not supported")
-        begin, stop = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    try:
+        entries = [
+            (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+        entries.sort()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged: its header is not a table of tensors") from error
+    for begin, stop, name, kind, shape in entries:
+        if kind not in DTYPES:
+            raise UserError(f"{file}: {name} has type {kind}, which is not supported")
+        dtype = DTYPES[kind]
+        if begin != end:
+            raise UserError(f"{file} is damaged: {name} begins at {begin}, not at {end}")
         if stop - begin != _num_bytes(dtype, shape):
             raise UserError(f"{file} is damaged: {name} has {stop - begin} bytes for {shape}")
         places[name] = TensorPlace(file, 8 + length + begin, stop - begin, dtype, shape)
-        end = max(end, stop)
+        end = stop
     if 8 + length + end != size:
         raise UserError(
             f"{file} is damaged or truncated: {size} bytes, its header asks for {8 + length + end}"

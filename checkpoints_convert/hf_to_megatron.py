@@ -55,9 +55,9 @@ def load_hf_weights(model: torch.nn.Module, directory: str | Path) -> None:
     mine = stage_parameters(model)
     with HFTensors(directory) as tensors:
         for _, mapping, parameter in mine:
-            full = to_megatron(mapping, [tensors[name] for name in mapping.hf_names], heads)
             group = split_group(mapping)
             try:
+                full = to_megatron(mapping, [tensors[name] for name in mapping.hf_names], heads)
                 part = shard(mapping, full, parameter.shape, group.rank(), group.size())
             except ValueError as error:
                 raise UserError(f"{directory} does not fit its config.json: {error}") from error

@@ -128,11 +128,28 @@ _LAYER_PATTERNS = [
 
 
 def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> torch.Tensor:
-    """Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`."""
+    """Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`.
+
+    Raises ValueError if they do not fit each other: joined, they might still have the right shape.
+    """
+    check_parts(mapping, [tensor.shape for tensor in tensors], heads)
     if mapping.kind == "qkv":
         grouped = [t.reshape(heads.num_groups, -1, heads.head_dim, *t.shape[1:]) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *tensors[0].shape[1:])
     return torch.cat(tensors) if mapping.kind == "gated" else tensors[0]
+
+
+def check_parts(mapping: Mapping, shapes: list[torch.Size], heads: Heads) -> None:
+    """ValueError if gate and up, or query, key and value, do not have the sizes that they must."""
+    expected = [len(shape) and shape[0] for shape in shapes]
+    if mapping.kind == "qkv":
+        rows = heads.num_groups * heads.head_dim
+        expected = [rows * heads.queries_per_group, rows, rows]
+    elif mapping.kind == "gated":
+        expected = [shapes[0][0]] * 2
+    for name, shape, rows in zip(mapping.hf_names, shapes, expected, strict=True):
+        if shape[:1] != torch.Size([rows])[: len(shape)] or shape[1:] != shapes[0][1:]:
+            raise ValueError(f"{name} has shape {tuple(shape)}, and must have {rows} rows")
 
 
 def to_hf(
@@ -152,13 +169,16 @@ def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, si
     """Tensor-parallel rank's part of Megatron's full tensor, which must have `shape`."""
     if mapping.kind == "vocab" and (padding := shape[0] * size - full.shape[0]) > 0:
         full = torch.cat([full, full.new_zeros(padding, *full.shape[1:])])
-    if mapping.kind == "gated":
-        part = torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
-    elif mapping.split_dim is not None:
-        part = full.chunk(size, mapping.split_dim)[rank]
-    else:
-        part = full
-    if part.shape != shape:
+    whole = list(shape)
+    if mapping.split_dim is not None:
+        whole[mapping.split_dim] *= size
+    part = full
+    if list(full.shape) == whole:
+        if mapping.kind == "gated":
+            part = torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+        elif mapping.split_dim is not None:
+            part = full.chunk(size, mapping.split_dim)[rank]
+    if part.shape != shape or list(full.shape) != whole:
         raise ValueError(
             f"{', '.join(mapping.hf_names)}: part {rank} of {size} has shape {tuple(part.shape)}, "
             f"the Megatron parameter {tuple(shape)}"

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -38,6 +39,11 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+
+
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError)
+PICKLE_ERRORS += (KeyError, RuntimeError, TypeError, ValueError)
+"""What unpickling raises on bytes that are no pickle, or one of other things."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,10 @@ class TorchDistReader:
         with table.open("rb") as stream:
             try:
                 metadata = _TableUnpickler(stream).load()
-            except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+            except PICKLE_ERRORS as error:
                 raise UserError(f"{table} is damaged: {error}") from error
+        if not isinstance(metadata, Metadata):
+            raise UserError(f"{table} is damaged: it holds no table")
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -184,7 +192,11 @@ class TorchDistReader:
         from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()
-        return torch.load(self.directory / "common.pt", weights_only=True)
+        file = self.directory / "common.pt"
+        try:
+            return torch.load(file, weights_only=True)
+        except PICKLE_ERRORS as error:
+            raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self.tensors:
@@ -197,12 +209,15 @@ class TorchDistReader:
         path = self.directory / place.relative_path
         stored = torch.empty(tuple(chunk.sizes), dtype=part.dtype, device="meta")
         wanted = stored[inside]
-        begin = _raw_data(path, place.offset, place.length, stored.nbytes)
+        begin = _raw_data(path, place.offset, place.length, tuple(chunk.sizes), part.dtype)
         if begin is None:  # not as torch.save writes a plain tensor: let torch make sense of it
             with path.open("rb") as stream:
                 stream.seek(place.offset)
                 data = io.BytesIO(stream.read(place.length))
-            part.copy_(torch.load(data, map_location="cpu", weights_only=True)[inside])
+            try:
+                part.copy_(torch.load(data, map_location="cpu", weights_only=True)[inside])
+            except PICKLE_ERRORS as error:
+                raise UserError(f"{path} is damaged at {place.offset}: {index.fqn}") from error
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -228,24 +243,43 @@ class TorchDistReader:
 
 
 class _TableUnpickler(pickle.Unpickler):
-    """`.metadata` is a pickle: only torch's own table classes may be in it."""
+    """`.metadata` is a pickle: only torch's own table classes, each by its name, may be in it.
 
-    ALLOWED = (
-        ("torch.distributed.checkpoint.", None),
-        ("torch", {"Size", "float32", "float64", "bfloat16", "float16", "strided", "layout"}),
-        ("torch.serialization", {"_get_layout"}),
-        ("torch._utils", None),
-        ("collections", {"OrderedDict"}),
-        ("builtins", {"set", "frozenset", "list", "dict", "tuple"}),
-        ("megatron.core.dist_checkpointing.", None),
-    )
+    A whole module is not allowed: a dotted name leads from any of them to `os.system`.
+    """
+
+    ALLOWED: ClassVar = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.planner": {
+            "SavePlan",
+            "TensorWriteData",
+            "WriteItem",
+            "WriteItemType",
+        },
+        "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "strided", "float64", "float32", "float16", "bfloat16"}
+        | {"int64", "int32", "int16", "int8", "uint8", "bool"},
+        "collections": {"OrderedDict"},
+        "builtins": {"set", "frozenset", "list", "dict", "tuple"},
+        "pathlib": {"Path", "PosixPath"},
+        "pathlib._local": {"Path", "PosixPath"},
+    }
 
     def find_class(self, module: str, name: str):
-        for prefix, names in self.ALLOWED:
-            inside = module.startswith(prefix) if prefix.endswith(".") else module == prefix
-            if inside and (names is None or name in names):
-                return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
 
 
 @functools.cache
@@ -260,7 +294,7 @@ def _envelope(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]
             torch.save(torch.empty(shape, dtype=dtype), path)
         size = path.stat().st_size
         num_bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        begin = _raw_data(path, 0, size, num_bytes)
+        begin = _raw_data(path, 0, size, shape, dtype)
         assert begin is not None, "torch.save has another layout in this version of torch"
         with path.open("rb") as stream:
             before = stream.read(begin)
@@ -268,17 +302,34 @@ def _envelope(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]
             return before, stream.read()
 
 
-def _raw_data(path: Path, offset: int, length: int, num_bytes: int) -> int | None:
+@functools.cache
+def _description(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+    """torch.save's pickle of a contiguous tensor on the CPU, its bytes apart."""
+    stream = io.BytesIO()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), stream)
+    archive = zipfile.ZipFile(stream)
+    (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    return archive.read(name)
+
+
+def _raw_data(
+    path: Path, offset: int, length: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> int | None:
     """Where in the file the bytes of a tensor are that `torch.save` wrote at `offset`.
 
-    None if what is there is not one plain contiguous tensor of `num_bytes`.
+    None if what is there is not one plain contiguous tensor of that shape and type.
     """
     with path.open("rb") as stream:
         try:
             archive = zipfile.ZipFile(_Window(stream, offset, length))
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if [archive.read(name) for name in pickles] != [_description(shape, dtype)]:
+                return None  # strides, say: bytes in another order than the rows
         except zipfile.BadZipFile:
             return None
         records = [info for info in archive.infolist() if "/data/" in info.filename]
+        num_bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
         if len(records) != 1 or records[0].file_size != num_bytes or records[0].compress_type:
             return None
         stream.seek(offset + records[0].header_offset)

@@ -23,6 +23,7 @@ from checkpoints_convert.arena import Arena
 from checkpoints_convert.convert import (
     ARENA_BYTES,
     PlannedParameter,
+    architecture_record,
     find_checkpoint,
     heads_of,
     hf_tensors,
@@ -135,11 +136,11 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
     }
     if megatron:
         args = TorchDistReader(find_checkpoint(megatron)).common().get("args")
+        # the same names from what config.json says now
+        now = vars(architecture_record(settings)["args"])
         for name, value in vars(args).items() if args else ():
-            if hasattr(mcore, name):
-                fields[f"checkpoint's {name}"] = (value, getattr(mcore, name))
-        if args and hasattr(args, "rotary_base"):
-            fields["checkpoint's rotary_base"] = (float(args.rotary_base), float(ours.rotary_base))
+            if name in now:
+                fields[f"checkpoint's {name}"] = (value, now[name])
     for name, (theirs_value, ours_value) in fields.items():
         equal = theirs_value == ours_value
         report.config[name] = {"hf": theirs_value, "megatron": ours_value, "equal": equal}
@@ -166,7 +167,12 @@ def _check_layouts(report, settings, tensors: HFTensors, layouts, *, quick: bool
     for names in tqdm(chosen, "layouts"):
         mapping = first[names][0]
         sources = [tensors[name] for name in names]
-        full = to_megatron(mapping, sources, heads)
+        try:
+            full = to_megatron(mapping, sources, heads)
+            for _, shape, size in (parts[names] for parts in grids.values() if names in parts):
+                shard(mapping, full, shape, 0, size)
+        except ValueError as error:
+            raise UserError(f"{tensors.directory} does not fit its config.json: {error}") from error
         for name, source in zip(names, sources, strict=True):
             report.tensors[name] = {
                 "sha256": _sha256(source),

@@ -15,6 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_prepo.config import Config, from_tree
@@ -55,14 +57,31 @@ def qwen3(*, tied: bool) -> PreTrainedModel:
     return randomized(Qwen3ForCausalLM(config))
 
 
-def llama3(*, scaled: bool = True, tied: bool = False) -> PreTrainedModel:
+def llama3(*, scaled: bool = True, tied: bool = False, layers: int = 2) -> PreTrainedModel:
     """Llama 3.1's rope scaling, or none; the same weights either way."""
     rope = LLAMA3_ROPE if scaled else {"rope_type": "default", "rope_theta": 500000.0}
-    shape = SHAPE | {"hidden_size": 64, "num_hidden_layers": 2}
+    shape = SHAPE | {"hidden_size": 64, "num_hidden_layers": layers}
     config = LlamaConfig(
         **shape, rope_parameters=rope, tie_word_embeddings=tied, max_position_embeddings=4096
     )
     return randomized(LlamaForCausalLM(config))
+
+
+def qwen3_moe(*, tied: bool = False) -> PreTrainedModel:
+    """Qwen3's attention, and 8 experts of which a token takes 2."""
+    config = Qwen3MoeConfig(
+        **SHAPE,
+        head_dim=12,
+        moe_intermediate_size=20,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        tie_word_embeddings=tied,
+        max_position_embeddings=256,
+    )
+    return randomized(Qwen3MoeForCausalLM(config))
 
 
 @torch.no_grad()
@@ -76,7 +95,7 @@ def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         elif parameter.dim() == 1:
             parameter.copy_(0.3 * draw)
         else:
-            parameter.copy_(1.3 * draw / parameter.shape[1] ** 0.5)
+            parameter.copy_(1.3 * draw / parameter.shape[-1] ** 0.5)
     return model.eval()
 
 

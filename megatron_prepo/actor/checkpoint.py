@@ -65,6 +65,8 @@ def newest(directory: str | Path) -> Path:
     if not tracker.is_file():
         raise UserError(f"no Megatron checkpoint in {directory}: {tracker} is missing")
     name = tracker.read_text().strip()
+    if name != "release" and not name.isdecimal():
+        raise UserError(f"{tracker} is damaged: it says {name[:20]!r}, neither a step nor release")
     path = directory / (name if name == "release" else f"iter_{int(name):07d}")
     if not (path / "metadata.json").is_file():
         raise UserError(f"{tracker} names {path.name}, which is not a whole checkpoint")
