@@ -3,8 +3,8 @@
     python tools/bench_convert.py --out benchmarks/results/convert_NAME.json [--model qwen2.5-1.5b]
 
 Makes a random-weight model of a real shape, then, each in a fresh process and `--rounds` times in
-turn (the order rotates): copy its files, import, export, verify (checkpoint and layouts, no logits)
-and, where mbridge is installed, mbridge's load into a Megatron model, which is the peer's way in.
+turn, in random order: copy its files, import, export, verify (checkpoint and layouts, no
+logits), load into a live Megatron model and, where mbridge is installed, the same by that peer.
 Reports median seconds, the ratio to the copy of the same round, and peak resident memory.  All that
 is written is forced to disk, also by the copy.
 """
@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import resource
 import shutil
 import statistics
@@ -23,6 +24,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SETTLE_SECONDS = 5
+"""Before each task: disks that take a burst of writes faster than they can go on need a rest."""
 SHAPES = {
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
@@ -59,15 +62,17 @@ def measure(scratch: Path, model: str, rounds: int) -> dict:
     maker = [sys.executable, __file__, "--task", f"make {model}", str(scratch)]
     subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
     num_bytes = sum(f.stat().st_size for f in (scratch / "hf").glob("*.safetensors"))
-    tasks = ["copy", "import", "export", "verify"]
+    tasks = ["copy", "import", "export", "verify", "load"]
     if importlib.util.find_spec("mbridge"):
         tasks.append("mbridge load")
     runs: dict[str, list[dict]] = {task: [] for task in tasks}
     _run("import", scratch)  # what export and verify read
     (scratch / "out").rename(scratch / "megatron")
-    for number in range(rounds):
-        for task in tasks[number % len(tasks) :] + tasks[: number % len(tasks)]:
+    order = random.Random(1)
+    for _ in range(rounds):
+        for task in order.sample(tasks, len(tasks)):
             os.sync()
+            time.sleep(SETTLE_SECONDS)
             runs[task].append(_run(task, scratch))
             shutil.rmtree(scratch / "out", ignore_errors=True)
     copy = statistics.median(run["seconds"] for run in runs["copy"])
@@ -236,28 +241,49 @@ def _verify(scratch: Path):
     return run
 
 
-def _mbridge(scratch: Path):
-    """Load into a Megatron model, in this one process, as mbridge does for a trainer."""
-    import torch
-    from mbridge import AutoBridge
-    from mbridge.core import LLMBridge
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def _load(scratch: Path):
+    """Fill a live Megatron model, as a run without `model.megatron` does."""
+    from checkpoints_convert.hf_to_megatron import load_hf_weights
 
+    model = _live_model(scratch)
+    return lambda: load_hf_weights(model, scratch / "hf")
+
+
+def _mbridge(scratch: Path):
+    """The peer's way to fill the same Megatron model from the same files.
+
+    It knows TransformerEngine's parameter names only, so it is shown ours under those.
+    """
+    from mbridge import AutoBridge
+
+    model = _live_model(scratch)
+    bridge = AutoBridge.from_pretrained(str(scratch / "hf"))
+    bridge.make_vocab_size_divisible_by = 1
+    bridge.padded_vocab_size = bridge.vocab_size = bridge.hf_config.vocab_size
+
+    class Shown:
+        decoder = model.decoder
+
+        def state_dict(self):
+            return {
+                name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_").replace(
+                    ".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"
+                ): parameter.data
+                for name, parameter in model.named_parameters()
+            }
+
+    return lambda: bridge.load_weights([Shown()], str(scratch / "hf"))
+
+
+def _live_model(scratch: Path):
+    from checkpoints_convert.hf_config import read_hf_config
     from megatron_prepo.actor import parallel
-    from megatron_prepo.config import ParallelConfig
+    from megatron_prepo.actor.model import build_model
+    from megatron_prepo.config import ModelConfig, ParallelConfig
 
     parallel.initialize(ParallelConfig(), seed=0)
-    bridge = AutoBridge.from_pretrained(str(scratch / "hf"))
-    assert isinstance(bridge, LLMBridge) and torch.distributed.is_initialized()
-    bridge._get_transformer_layer_spec = lambda *_: get_gpt_layer_local_spec(
-        normalization="RMSNorm"
-    )
-
-    def run() -> None:
-        model = bridge.get_model()
-        bridge.load_weights(model, str(scratch / "hf"), memory_efficient=True)
-
-    return run
+    hf = read_hf_config(scratch / "hf")
+    return build_model(hf, ModelConfig(hf="", dtype="bfloat16"), ParallelConfig())
 
 
 TASKS = {
@@ -265,6 +291,7 @@ TASKS = {
     "import": _import,
     "export": _export,
     "verify": _verify,
+    "load": _load,
     "mbridge load": _mbridge,
 }
 
