@@ -42,6 +42,6 @@ def test_the_export_is_the_trained_model_and_not_the_base(demo):
 
 def test_base_checkpoint_is_whole(demo):
     tracker = demo / "base_megatron" / "latest_checkpointed_iteration.txt"
-    assert tracker.read_text() == "0"
-    metadata = json.loads((demo / "base_megatron" / "iter_0000000" / "metadata.json").read_text())
+    assert tracker.read_text() == "release"
+    metadata = json.loads((demo / "base_megatron" / "release" / "metadata.json").read_text())
     assert metadata["sharded_backend"] == "torch_dist"
