@@ -127,9 +127,11 @@ def export_hf(
     `hf`: a directory with the model's configuration and tokenizer files, of which the weights are
     not read; None takes those that came with the checkpoint.
     """
+    from megatron_prepo.actor.checkpoint import newest
+
     out = Path(out).absolute().resolve()
     _must_be_empty(out)
-    checkpoint, hf = find_checkpoint(megatron), hf_files_of(megatron, hf)
+    checkpoint, hf = newest(megatron), hf_files_of(megatron, hf)
     settings = read_hf_config(hf)
     reader = TorchDistReader(checkpoint)
     plan, shapes = plan_export(settings, reader, DTYPES.get(dtype or ""))
@@ -266,13 +268,6 @@ def heads_of(settings: dict) -> Heads:
         head_dim=mcore["kv_channels"],
         queries_per_group=mcore["num_attention_heads"] // mcore["num_query_groups"],
     )
-
-
-def find_checkpoint(directory: str | Path) -> Path:
-    """The newest whole checkpoint below `directory`, or the directory if it is one itself."""
-    from megatron_prepo.actor.checkpoint import newest
-
-    return newest(directory)
 
 
 def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:

@@ -4,6 +4,9 @@ import os
 
 import torch
 
+PIECE = 1 << 20
+"""Bytes a write: those of tens of megabytes at once ran at a half to a seventh of the speed."""
+
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
@@ -23,5 +26,5 @@ def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
     """Put bytes into a file."""
     left = memoryview(data)
     while left:
-        count = os.pwrite(descriptor, left, offset)
+        count = os.pwrite(descriptor, left[:PIECE], offset)
         left, offset = left[count:], offset + count

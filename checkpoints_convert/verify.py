@@ -24,7 +24,6 @@ from checkpoints_convert.convert import (
     ARENA_BYTES,
     PlannedParameter,
     architecture_record,
-    find_checkpoint,
     heads_of,
     hf_tensors,
     plan_export,
@@ -91,6 +90,7 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
     """Megatron's model, built from our reading, beside `transformers`' reading of the same file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from megatron_prepo.actor.checkpoint import newest
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig, ParallelConfig
 
@@ -135,7 +135,7 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
         ),
     }
     if megatron:
-        args = TorchDistReader(find_checkpoint(megatron)).common().get("args")
+        args = TorchDistReader(newest(megatron)).common().get("args")
         # the same names from what config.json says now
         now = vars(architecture_record(settings)["args"])
         for name, value in vars(args).items() if args else ():
@@ -207,7 +207,9 @@ def _parts(
 
 def _check_checkpoint(report, settings, tensors: HFTensors, megatron, *, quick: bool) -> None:
     """Every tensor out of the checkpoint, compared with its source."""
-    reader = TorchDistReader(find_checkpoint(megatron))
+    from megatron_prepo.actor.checkpoint import newest
+
+    reader = TorchDistReader(newest(megatron))
     plan, _ = plan_export(settings, reader, None)
     heads = heads_of(settings)
     arena = Arena(ARENA_BYTES)
