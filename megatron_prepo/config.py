@@ -112,8 +112,10 @@ class DataConfig:
 class SelectionConfig:
     """Which K of the P candidate prompts are rolled out."""
 
-    method: Literal["prepo", "random"] = "prepo"
-    """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline)."""
+    method: Literal["prepo", "random", "greso", "dapo", "mopps", "oracle"] = "prepo"
+    """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
+    `greso`, `dapo`, `mopps`: the published rivals; `oracle`: an upper bound that rolls out every
+    candidate. `docs/selection.md` compares them."""
     num_candidates: int
     """|B| in the paper, P here: prompts scored in a step."""
     num_selected: int
@@ -122,6 +124,14 @@ class SelectionConfig:
     """Where the window stops: 1 ends on the highest perplexities, 0.5 in the middle."""
     horizon: int | None = None
     """Steps in which the window travels; empty: `train.total_steps`."""
+    pacing: Literal["linear", "quadratic", "root"] = "linear"
+    """How the window's place follows from progress rho: rho (paper), its square, or its root."""
+    direction: Literal["low-to-high", "high-to-low"] = "low-to-high"
+    """Where the window starts: at the lowest perplexities (paper), or at the highest."""
+    target_pass_rate: float = 0.5
+    """The pass rate that `mopps` and `oracle` look for."""
+    mopps_decay: float = 0.5
+    """`mopps`: how much of what was observed before still counts at the next observation."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Perplexity over all prompt tokens, or only the user's text without the chat template's."""
 
@@ -136,6 +146,9 @@ class SelectionConfig:
         if not 0 <= self.rho_max <= 1:
             raise ValueError(f"selection.rho_max={self.rho_max} must lie between 0 and 1")
         _at_least("selection.horizon", self.horizon, 1)
+        for name in ("target_pass_rate", "mopps_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -285,6 +298,9 @@ class TrainConfig:
 
     total_steps: int
     """Steps: one candidate batch, one set of rollouts, `train.mini_batches` updates each."""
+    rollout_budget: int | None = None
+    """Stop after the step that reaches so many rollouts, kept or dropped; methods that refill pay
+    more a step. Empty: run all steps."""
     seed: int = 1
     """Everything random in a run derives from it."""
     mini_batches: int = 1
@@ -293,7 +309,7 @@ class TrainConfig:
     """Sequences in a forward pass of the actor."""
 
     def __post_init__(self):
-        for name in ("total_steps", "mini_batches", "micro_batch_size"):
+        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_size"):
             _at_least(f"train.{name}", getattr(self, name), 1)
 
 

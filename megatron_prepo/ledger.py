@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class LedgerEntry:
     sample: int
     """Number of the rollout within its group."""
     selector: str
+    purpose: Literal["train", "probe"]
+    """Rolled out to be learnt from, or a probe of the oracle."""
+    trained: bool
+    """Whether it was learnt from: methods that refill drop groups."""
     ppl: float | None
     """The prompt's perplexity when it was chosen; None for a method that does not score prompts."""
     reward: float
@@ -25,10 +30,10 @@ class LedgerEntry:
     """Tokens of the completion."""
     finished: bool
     """Whether it ended by itself."""
-    mean_entropy: float
-    """Mean full-vocabulary entropy of its tokens before the update, in nats."""
-    weight: float
-    """Its weight in the loss."""
+    mean_entropy: float | None
+    """Mean full-vocabulary entropy of its tokens before the update, in nats, if it was trained."""
+    weight: float | None
+    """Its weight in the loss, if it was trained."""
     zero_variance: bool
     """Its group's rewards were all equal: paid for, but without a gradient."""
     weight_version: int

@@ -16,6 +16,7 @@ from scipy import stats
 
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.loss import k3
+from megatron_prepo.selection.candidates import Candidates
 
 
 class Stopwatch:
@@ -69,24 +70,38 @@ class MetricsLog:
 
 
 def selection_metrics(
-    ppl_P: torch.Tensor | None, chosen: Sequence[int], window: int | None, rewards_KG: torch.Tensor
+    candidates: Candidates, chosen: Sequence[int], rewards_KG: torch.Tensor
 ) -> dict[str, float]:
-    """Perplexities of candidates and selected prompts, the window, and how well they foretell."""
+    """Of all groups paid for: rewards, perplexities, and how well these foretell."""
     metrics = {
         "reward/mean": float(rewards_KG.mean()),
         "reward/zero_variance_ratio": float(zero_variance(rewards_KG).double().mean()),
+        "selection/groups_paid": len(chosen),
     }
-    if window is not None:
-        metrics |= {
-            "selection/window_first": window,
-            "selection/window_last": window + len(chosen) - 1,
-        }
-    if ppl_P is not None:
-        ppl_K = ppl_P[list(chosen)]
+    if candidates.ppl_P is not None:
+        ppl_P, ppl_K = candidates.ppl_P, candidates.ppl_P[list(chosen)]
         metrics |= quantiles("ppl/candidates", ppl_P) | quantiles("ppl/selected", ppl_K)
         metrics["ppl/selected_mean"] = float(ppl_K.mean())
         metrics["ppl/spearman_with_reward"] = spearman(ppl_K, rewards_KG.mean(dim=1))
+        if candidates.pass_rate_P is not None:
+            metrics |= candidate_metrics(candidates)
     return metrics
+
+
+def candidate_metrics(candidates: Candidates) -> dict[str, float]:
+    """Of all candidates, where their pass rates are known: what perplexity says about them."""
+    by_perplexity = candidates.pass_rate_P[candidates.ppl_P.argsort(stable=True)]
+    lengths_P = torch.tensor([float(len(prompt.tokens)) for prompt in candidates.prompts])
+    return {
+        "candidates/pass_rate": float(candidates.pass_rate_P.mean()),
+        "candidates/spearman_ppl": spearman(candidates.ppl_P, candidates.pass_rate_P),
+        "candidates/spearman_length": spearman(lengths_P, candidates.pass_rate_P),
+        **{
+            f"candidates/pass_rate_ppl_decile_{i}": float(decile.mean())
+            for i, decile in enumerate(by_perplexity.tensor_split(10))
+            if len(decile)
+        },
+    }
 
 
 def rollout_metrics(

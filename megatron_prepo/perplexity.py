@@ -12,19 +12,19 @@ import torch
 from megatron_prepo.records import Prompt, ScoredSequence
 
 
-def prompt_perplexity(actor, prompts: Sequence[Prompt], tokens: str = "all") -> torch.Tensor:
-    """`ppl_P`, float64, identical on every rank.
+def prompt_scores(
+    actor, prompts: Sequence[Prompt], tokens: str = "all"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
 
     `actor.score` is one forward pass without gradient (see `megatron_prepo.actor.policy`).
     Not finite values are kept: selection sorts them last.
     """
     scores = actor.score([ScoredSequence(p.tokens, 1) for p in prompts], temperature=1.0)
-    return torch.stack(
-        [
-            perplexity(score.logprobs_T, scored_span(prompt, tokens))
-            for prompt, score in zip(prompts, scores, strict=True)
-        ]
-    )
+    spans = [scored_span(prompt, tokens) for prompt in prompts]
+    ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
+    entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
+    return torch.stack(ppl), torch.stack(entropy)
 
 
 def perplexity(logprobs_T: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:

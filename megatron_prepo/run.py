@@ -42,6 +42,17 @@ OURS = (
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
+TRAINING_STAGES = (
+    "perplexity",
+    "probes",
+    "rollouts",
+    "rewards",
+    "old_logprobs",
+    "update",
+    "weight_sync",
+)
+"""Whose seconds a comparison by time counts: all of a step, but not what only looks at it."""
+
 
 def check_free(config: Config) -> None:
     """UserError if the directory holds a run that may not be replaced."""
@@ -77,7 +88,7 @@ class Run:
         self.config, self.writes = config, writes
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()
-        self.rollouts = self.tokens = 0
+        self.rollouts = self.tokens = self.num_steps = 0
         if writes:
             create_directory(config)
             project = config.run.wandb_project
@@ -91,13 +102,23 @@ class Run:
             print(sentence, file=sys.stderr)
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps, from 0, with a progress bar."""
+        """The numbers of the steps, from 0, with a progress bar; ends when the budget is spent."""
         self.bar = tqdm(range(self.config.train.total_steps), "train", disable=not self.writes)
-        yield from self.bar
+        for step in self.bar:
+            yield step
+            if self.is_last(step):
+                break
         self.bar.close()
+
+    def is_last(self, step: int) -> bool:
+        """Whether this step, which has been recorded, ends the run."""
+        budget = self.config.train.rollout_budget
+        spent = budget is not None and self.rollouts >= budget
+        return spent or step + 1 == self.config.train.total_steps
 
     def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict) -> None:
         """A step's ledger entries and metrics."""
+        self.num_steps += 1
         self.rollouts += len(entries)
         self.tokens += sum(entry.length for entry in entries)
         totals = {"rollout/paid": self.rollouts, "rollout/tokens_paid": self.tokens}
@@ -129,6 +150,8 @@ class Run:
                 step,
                 {
                     "rollouts": self.rollouts,
+                    "tokens": self.tokens,
+                    "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
                     "pass_rate": evaluation.pass_rate,
                     "pass_rate_ci95": list(evaluation.ci95),
                     "samples_per_prompt": samples,
@@ -142,7 +165,7 @@ class Run:
         summary = {
             "method": self.config.selection.method,
             "weighting": self.config.weighting.method,
-            "steps": self.config.train.total_steps,
+            "steps": self.num_steps,
             "ranks": ranks,
             "pass_rate_before": before.pass_rate,
             "pass_rate_before_ci95": list(before.ci95),

@@ -8,7 +8,7 @@ Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,13 @@ from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.ledger import LedgerEntry
 from megatron_prepo.loss import rollout_coefficients, truncated_importance
 from megatron_prepo.metrics import rollout_metrics, selection_metrics
-from megatron_prepo.perplexity import prompt_perplexity
+from megatron_prepo.perplexity import prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.rewards import FUNCTIONS, grade
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
+from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.weight_sync import sync_weights
 
 
@@ -60,38 +61,46 @@ def train(config: Config) -> dict:
 
     before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
     for step in run.steps():
-        candidates = batches.next()
         with run.seconds("perplexity"):
-            ppl_P = None
-            if selector.needs_perplexity:
-                ppl_P = prompt_perplexity(actor, candidates, config.selection.ppl_tokens)
-        chosen, window = selector.choose(ppl_P, step)
-        parallel.assert_equal_on_all_ranks("the selection", chosen)
-        selected = [candidates[i] for i in chosen]
-
-        with run.seconds("rollouts"):
-            rollouts = roll_out(config, engine, selected, step)
-        with run.seconds("rewards"):
-            rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
-        selector.observe(selected, rewards_KG)
+            candidates = look_at(config, actor, selector, batches.next())
+        with run.seconds("probes"):
+            candidates, probes = probe(config, engine, selector, candidates, step)
+        paid = Groups()
+        while chosen := selector.choose(candidates, step):
+            parallel.assert_equal_on_all_ranks("the selection", chosen)
+            selected = [candidates.prompts[i] for i in chosen]
+            with run.seconds("rollouts"):
+                rollouts = roll_out(config, engine, selected, f"rollouts/{step}")
+            with run.seconds("rewards"):
+                rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
+            selector.observe(selected, rewards_KG)
+            paid = paid.and_also(chosen, rollouts, rewards_KG)
+            if not selector.refills:
+                break
+        groups = paid.trained_on(config.selection.num_selected)
 
         with run.seconds("old_logprobs"):
-            old = score_rollouts(config, actor, rollouts)
+            old = score_rollouts(config, actor, groups.rollouts)
         with run.seconds("update"):
-            weight_N, losses = update_policy(config, actor, rollouts, rewards_KG, old)
+            weight_N, losses = update_policy(config, actor, groups.rollouts, groups.rewards_KG, old)
         with run.seconds("weight_sync"):
             sync_weights(actor, engine)
 
-        entries = ledger_entries(config, step, rollouts, ppl_P, chosen, rewards_KG, old, weight_N)
-        selection = selection_metrics(ppl_P, chosen, window, rewards_KG)
-        run.record(step, entries, selection | old.metrics(weight_N, rollouts) | losses)
-        if step + 1 < total_steps and due(step, config.eval.every):
+        run.record(
+            step,
+            ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
+            selection_metrics(candidates, paid.chosen, paid.rewards_KG)
+            | selector.metrics()
+            | old.metrics(weight_N, groups.rollouts)
+            | losses,
+        )
+        if due(step, config.eval.every) and not run.is_last(step):
             run.evaluate(held_out, "during", step + 1, config.eval.samples_during)
-        if step + 1 == total_steps or due(step, config.checkpoint.every):
+        if due(step, config.checkpoint.every) or run.is_last(step):
             with run.seconds("checkpoint"):
                 actor.save(run.directory / "checkpoints", step=step + 1)
 
-    after = run.evaluate(held_out, "after", total_steps, config.eval.samples_per_prompt)
+    after = run.evaluate(held_out, "after", step + 1, config.eval.samples_per_prompt)
     with run.seconds("export"):
         actor.export(run.directory / "hf", write=run.writes)
     return run.finish(before, after, ranks=dist.get_world_size())
@@ -111,14 +120,33 @@ def build_engine(config: Config, tokenizer) -> EmbeddedEngine:
     )
 
 
-def roll_out(config: Config, engine, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-    """G completions of each selected prompt, by the weights of the last update."""
+def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -> Candidates:
+    """The candidate prompts, scored by the current policy if the selector needs it."""
+    if not selector.needs_scores:
+        return Candidates(prompts)
+    return Candidates(prompts, *prompt_scores(actor, prompts, config.selection.ppl_tokens))
+
+
+def probe(
+    config: Config, engine, selector, candidates: Candidates, step: int
+) -> tuple[Candidates, list[Rollout]]:
+    """For the oracle, which is no method: the pass rate of every candidate, and what it cost."""
+    if not selector.needs_pass_rates:
+        return candidates, []
+    probes = roll_out(config, engine, candidates.prompts, f"probes/{step}")
+    passed_N = rewards_of(config, probes) >= config.reward.high
+    pass_rate_P = passed_N.double().view(len(candidates.prompts), -1).mean(dim=1)
+    return replace(candidates, pass_rate_P=pass_rate_P), probes
+
+
+def roll_out(config: Config, engine, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
+    """G completions of each prompt, by the weights of the last update."""
     return engine.generate(
         prompts,
         samples_per_prompt=config.rollout.samples_per_prompt,
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
-        seed=f"{config.train.seed}/rollouts/{step}",
+        seed=f"{config.train.seed}/{purpose}",
     )
 
 
@@ -128,6 +156,35 @@ def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:
     return torch.tensor(
         grade(rollouts, FUNCTIONS[reward.function], low=reward.low, high=reward.high)
     )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """K groups of G rollouts, in the order in which they were paid for."""
+
+    chosen: tuple[int, ...] = ()
+    """Each group's prompt, as a position among the candidates."""
+    rollouts: tuple[Rollout, ...] = ()
+    rewards_KG: torch.Tensor | None = None
+
+    def and_also(self, chosen, rollouts, rewards_KG: torch.Tensor) -> "Groups":
+        """With further groups behind."""
+        if self.rewards_KG is not None:
+            rewards_KG = torch.cat([self.rewards_KG, rewards_KG])
+        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), rewards_KG)
+
+    def trained_on(self, num_groups: int) -> "Groups":
+        """The first `num_groups` with an advantage; others fill up where there are too few.
+
+        Those add nothing to the gradient, but the batch and so the loss's normaliser stay as large.
+        """
+        useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
+        kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
+        return Groups(
+            tuple(self.chosen[k] for k in kept),
+            tuple(r for k in kept for r in self.rollouts[k * group_size : (k + 1) * group_size]),
+            self.rewards_KG[kept],
+        )
 
 
 @dataclass(frozen=True)
@@ -274,28 +331,45 @@ def evaluate_held_out(config: Config, engine, prompts: Sequence[Prompt], **optio
 
 
 def ledger_entries(
-    config: Config, step: int, rollouts, ppl_P, chosen, rewards_KG, old: OldScores, weight_N
+    config: Config,
+    step: int,
+    candidates: Candidates,
+    paid: Groups,
+    probes: Sequence[Rollout],
+    groups: Groups,
+    old: OldScores,
+    weight_N: torch.Tensor,
 ) -> list[LedgerEntry]:
-    """One entry a rollout of this step."""
-    group_size = rewards_KG.shape[1]
-    zero_variance_K = zero_variance(rewards_KG).tolist()
-    return [
-        LedgerEntry(
-            step=step,
-            prompt_id=rollout.prompt.id,
-            sample=i % group_size,
-            selector=config.selection.method,
-            ppl=None if ppl_P is None else float(ppl_P[chosen[i // group_size]]),
-            reward=float(rewards_KG.flatten()[i]),
-            length=len(rollout.tokens),
-            finished=rollout.finished,
-            mean_entropy=float(old.entropy_N[i]),
-            weight=float(weight_N[i]),
-            zero_variance=zero_variance_K[i // group_size],
-            weight_version=rollout.weight_version,
+    """One entry for every rollout of this step: trained on, dropped, or a probe."""
+    group_size = config.rollout.samples_per_prompt
+    position_of = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
+    trained = {(id(rollout)): i for i, rollout in enumerate(groups.rollouts)}
+    rollouts = [*paid.rollouts, *probes]
+    rewards_N = torch.cat([paid.rewards_KG.flatten(), rewards_of(config, probes)])
+    zero_variance_K = zero_variance(rewards_N.view(-1, group_size)).tolist()
+    entries = []
+    for n, rollout in enumerate(rollouts):
+        i = trained.get(id(rollout))
+        ppl_P, p = candidates.ppl_P, position_of[rollout.prompt.id]
+        entries.append(
+            LedgerEntry(
+                step=step,
+                prompt_id=rollout.prompt.id,
+                sample=n % group_size,
+                selector=config.selection.method,
+                purpose="probe" if n >= len(paid.rollouts) else "train",
+                trained=i is not None,
+                ppl=None if ppl_P is None else float(ppl_P[p]),
+                reward=float(rewards_N[n]),
+                length=len(rollout.tokens),
+                finished=rollout.finished,
+                mean_entropy=None if i is None else float(old.entropy_N[i]),
+                weight=None if i is None else float(weight_N[i]),
+                zero_variance=zero_variance_K[n // group_size],
+                weight_version=rollout.weight_version,
+            )
         )
-        for i, rollout in enumerate(rollouts)
-    ]
+    return entries
 
 
 def due(step: int, every: int) -> bool:

@@ -1,15 +1,24 @@
-"""Which prompts are rolled out: one file a method, all with the same verbs.
+"""Which prompts are rolled out: one file a method, all with the same two verbs.
 
 A selector has
 
-- `needs_perplexity`: whether the candidates are scored for it,
-- `choose(ppl_P, step)`: before the rollouts: indices of the K selected candidates, and the first
-  position of the perplexity window if there is one; pure, the same on every rank,
+- `choose(candidates, step)`: before the rollouts: positions of the selected candidates.  A method
+  that `refills` is asked again within the step, after `observe`, until it answers with nothing;
+  the step then trains on the first K groups with an advantage.
 - `observe(prompts, rewards_KG)`: after them,
-- `state_dict()` and `load_state_dict(state)`.
+- `needs_scores`, `needs_pass_rates`: what is to be found out about the candidates first,
+- `metrics()`: what to log of the step,
+- `state_dict()` and `load_state_dict(state)`: between two steps.
+
+All are the same on every rank: what is random follows from seed, step and observations.
 """
 
+from megatron_prepo.selection.oracle import Oracle
 from megatron_prepo.selection.prepo import PerplexityWindow
 from megatron_prepo.selection.random import RandomChoice
 
-METHODS = {"prepo": PerplexityWindow, "random": RandomChoice}
+METHODS = {
+    "prepo": PerplexityWindow,
+    "random": RandomChoice,
+    "oracle": Oracle,
+}

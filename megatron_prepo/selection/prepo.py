@@ -4,34 +4,76 @@
 
 sigma sorts by perplexity, ascending.  Progress rho = step / (horizon - 1) is 0 in the first step
 and 1 in the last; `rho_max` scales it, so that the window may stop before the hardest prompts.
+
+What the paper leaves for others to try: another pacing f(rho) with f(0) = 0 and f(1) = 1, and the
+way from high to low.
 """
 
+import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.selection.candidates import Candidates
+
+
+def linear(rho: Fraction) -> Fraction:
+    """As published."""
+    return rho
+
+
+def quadratic(rho: Fraction) -> Fraction:
+    """Stays on the easy prompts longer."""
+    return rho * rho
+
+
+def root(rho: Fraction) -> float:
+    """Leaves the easy prompts sooner."""
+    return math.sqrt(rho)
+
+
+PACINGS: dict[str, Callable[[Fraction], Fraction | float]] = {
+    "linear": linear,
+    "quadratic": quadratic,
+    "root": root,
+}
 
 
 class PerplexityWindow:
-    """The linear window, as published."""
+    """A window of K candidates that slides from low to high perplexity."""
 
-    needs_perplexity = True
+    needs_scores = True
+    needs_pass_rates = False
+    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int):
         self.num_selected = config.num_selected
         self.rho_max = config.rho_max
         self.horizon = config.horizon or total_steps
+        self.pacing = PACINGS[config.pacing]
+        self.descends = config.direction == "high-to-low"
+        self.first = 0
 
-    def choose(self, ppl_P: torch.Tensor, step: int) -> tuple[list[int], int]:
-        """Indices of the K selected candidates, easiest first, and the window's first position."""
-        first = window_start(
-            progress(step, self.horizon, self.rho_max), len(ppl_P), self.num_selected
-        )
-        return select_window(ppl_P, first, self.num_selected), first
+    def choose(self, candidates: Candidates, step: int) -> list[int]:
+        """Positions of the K selected candidates, lowest perplexity first."""
+        room = len(candidates.prompts) - self.num_selected
+        rho = progress(step, self.horizon, self.rho_max)
+        self.first = window_start(self.pacing(rho), len(candidates.prompts), self.num_selected)
+        if self.descends:
+            self.first = room - self.first
+        return select_window(candidates.ppl_P, self.first, self.num_selected)
 
     def observe(self, prompts, rewards_KG) -> None:
         """The schedule learns nothing from rewards."""
+
+    def metrics(self) -> dict[str, float]:
+        """The window's ends, as positions in the ascending order."""
+        return {
+            "selection/window_first": self.first,
+            "selection/window_last": self.first + self.num_selected - 1,
+        }
 
     def state_dict(self) -> dict:
         """Nothing: the window follows from the step."""

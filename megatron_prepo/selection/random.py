@@ -2,27 +2,31 @@
 
 import random
 
-import torch
-
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.selection.candidates import Candidates
 
 
 class RandomChoice:
     """A uniform draw without replacement, from the seed and the step alone."""
 
-    needs_perplexity = False
+    needs_scores = False
+    needs_pass_rates = False
+    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int):
-        self.num_candidates, self.num_selected = config.num_candidates, config.num_selected
-        self.seed = seed
+        self.num_selected, self.seed = config.num_selected, seed
 
-    def choose(self, ppl_P: torch.Tensor | None, step: int) -> tuple[list[int], None]:
-        """Indices of the K selected candidates; there is no window."""
+    def choose(self, candidates: Candidates, step: int) -> list[int]:
+        """Positions of the K selected candidates."""
         draw = random.Random(f"{self.seed}/selection/{step}")
-        return draw.sample(range(self.num_candidates), self.num_selected), None
+        return draw.sample(range(len(candidates.prompts)), self.num_selected)
 
     def observe(self, prompts, rewards_KG) -> None:
         """Nothing is learnt."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def state_dict(self) -> dict:
         """Nothing: a draw follows from the seed and the step."""

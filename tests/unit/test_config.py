@@ -94,7 +94,7 @@ def test_settings_cannot_be_changed():
         ({"train__total_steps": "many"}, "setting train.total_steps='many': .*integer"),
         ({"train__total_steps": 2.5}, "setting train.total_steps=2.5"),
         ({"model__dtype": "float8"}, "setting model.dtype='float8': .*'float32' or 'bfloat16'"),
-        ({"selection__method": "best"}, "setting selection.method='best': .*'prepo' or 'random'"),
+        ({"selection__method": "best"}, "setting selection.method='best': .*'prepo', 'random'"),
     ],
 )
 def test_unknown_names_and_wrong_types_are_refused_by_name(change, message):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_prepo.actor.batching import micro_batch
-from megatron_prepo.perplexity import perplexity, prompt_perplexity, scored_span
+from megatron_prepo.actor.policy import Scores
+from megatron_prepo.perplexity import perplexity, prompt_scores, scored_span
 from megatron_prepo.records import Prompt
 
 V = 7
@@ -30,14 +31,11 @@ class Bigram:
             for row in range(len(index)):
                 scored = batch.targets_BS[row] >= 0
                 tokens = batch.tokens_BS[row][scored]
-                scores.append(
-                    type(self).Score(self.logprobs_VV[tokens, batch.targets_BS[row][scored]])
-                )
+                logprobs_TV = self.logprobs_VV[tokens]
+                targets_T = batch.targets_BS[row][scored]
+                entropy_T = -torch.special.xlogy(logprobs_TV.exp(), logprobs_TV.exp()).sum(-1)
+                scores.append(Scores(logprobs_TV.gather(1, targets_T[:, None])[:, 0], entropy_T))
         return scores
-
-    class Score:
-        def __init__(self, logprobs_T):
-            self.logprobs_T = logprobs_T
 
 
 def prompt(tokens, content=None):
@@ -53,13 +51,13 @@ PROMPTS = [prompt(tokens) for tokens in ([1, 2, 3, 4, 5], [6, 0], [2, 2, 2], [0,
 
 def test_a_uniform_model_has_perplexity_of_the_vocabulary():
     uniform = Bigram(torch.zeros(V, V))
-    assert prompt_perplexity(uniform, PROMPTS).tolist() == pytest.approx([V] * 4, rel=1e-6)
+    assert prompt_scores(uniform, PROMPTS)[0].tolist() == pytest.approx([V] * 4, rel=1e-6)
 
 
 def test_a_certain_model_has_perplexity_one():
     logits = torch.full((V, V), -math.inf)
     logits[torch.arange(V), (torch.arange(V) + 1) % V] = 0
-    assert prompt_perplexity(Bigram(logits), [prompt([1, 2, 3, 4])]).tolist() == [1.0]
+    assert prompt_scores(Bigram(logits), [prompt([1, 2, 3, 4])])[0].tolist() == [1.0]
 
 
 def test_by_hand():
@@ -69,29 +67,42 @@ def test_by_hand():
 
 def test_equals_exp_of_the_language_model_loss():
     model = random_bigram()
-    for item, ppl in zip(PROMPTS, prompt_perplexity(model, PROMPTS), strict=True):
+    for item, ppl in zip(PROMPTS, prompt_scores(model, PROMPTS)[0], strict=True):
         tokens = torch.tensor(item.tokens)
         loss = F.cross_entropy(model.logprobs_VV[tokens[:-1]], tokens[1:])
         assert ppl.item() == pytest.approx(loss.exp().item(), rel=1e-6)
 
 
+def test_entropy_is_the_mean_over_the_same_tokens():
+    """log V for the uniform model, 0 for the certain one; content counts as for perplexity."""
+    _, entropy_P = prompt_scores(Bigram(torch.zeros(V, V)), PROMPTS)
+    assert entropy_P.tolist() == pytest.approx([math.log(V)] * 4, rel=1e-6)
+    model, item = random_bigram(), prompt([5, 6, 1, 2, 0], content=(2, 4))
+    expected = [
+        torch.distributions.Categorical(logits=model.logprobs_VV[t]).entropy() for t in (6, 1)
+    ]
+    assert prompt_scores(model, [item], "content")[1].item() == pytest.approx(
+        float(sum(expected)) / 2, rel=1e-6
+    )
+
+
 def test_never_below_one():
-    assert (prompt_perplexity(random_bigram(), PROMPTS) >= 1).all()
+    assert (prompt_scores(random_bigram(), PROMPTS)[0] >= 1).all()
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
 def test_order_and_padding_of_the_batch_do_not_matter(micro_batch_size):
     model = random_bigram()
-    expected_P = torch.cat([prompt_perplexity(model, [item]) for item in PROMPTS])
+    expected_P = torch.cat([prompt_scores(model, [item])[0] for item in PROMPTS])
     model.micro_batch_size = micro_batch_size
     order = [2, 0, 3, 1]
-    ppl_P = prompt_perplexity(model, [PROMPTS[i] for i in order])
+    ppl_P, _ = prompt_scores(model, [PROMPTS[i] for i in order])
     torch.testing.assert_close(ppl_P, expected_P[order], rtol=1e-12, atol=0)
 
 
 def test_the_policy_is_asked_at_temperature_one():
     model = random_bigram()
-    prompt_perplexity(model, PROMPTS)
+    prompt_scores(model, PROMPTS)
     assert model.temperatures == [1.0]
 
 
@@ -100,7 +111,7 @@ def test_content_leaves_the_template_out_of_the_sum():
     model = random_bigram()
     item = prompt([5, 6, 1, 2, 0], content=(2, 4))
     expected = -(model.logprobs_VV[6, 1] + model.logprobs_VV[1, 2]) / 2
-    assert prompt_perplexity(model, [item], "content").item() == pytest.approx(
+    assert prompt_scores(model, [item], "content")[0].item() == pytest.approx(
         expected.exp().item(), rel=1e-6
     )
 

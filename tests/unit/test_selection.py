@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.records import Prompt
 from megatron_prepo.selection import METHODS
+from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.selection.prepo import progress, select_window, window_start
 
 
@@ -21,6 +23,23 @@ def selector(method="prepo", *, candidates=10, selected=2, total_steps=5, seed=1
 
 def ppl(num, seed=0):
     return 1 + 20 * torch.rand(num, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def prompts(num):
+    return [
+        Prompt(f"p{i}", f"question {i}", "1", tuple(range(2 + i)), (0, 2 + i)) for i in range(num)
+    ]
+
+
+def candidates(ppl_P):
+    return Candidates(prompts(len(ppl_P)), ppl_P)
+
+
+def window(method="prepo", step=0, ppl_P=None, **settings):
+    """The window's first position at a step."""
+    chooser = selector(method, **settings)
+    chooser.choose(candidates(ppl(10) if ppl_P is None else ppl_P), step)
+    return chooser.metrics()["selection/window_first"]
 
 
 SIZES = [(p, k) for p in range(1, 13) for k in range(1, p + 1)]
@@ -52,9 +71,9 @@ def test_k_prompts_of_consecutive_ranks_are_selected(step):
     """Easiest first; all that are left out on one side are easier, on the other harder."""
     for num_candidates, num_selected in SIZES:
         ppl_P = ppl(num_candidates)
-        chosen, first = selector(
-            candidates=num_candidates, selected=num_selected, total_steps=10
-        ).choose(ppl_P, step)
+        chooser = selector(candidates=num_candidates, selected=num_selected, total_steps=10)
+        chosen = chooser.choose(candidates(ppl_P), step)
+        first = chooser.metrics()["selection/window_first"]
         assert len(set(chosen)) == len(chosen) == num_selected
         rank_P = ppl_P.argsort().argsort()
         assert rank_P[chosen].tolist() == list(range(first, first + num_selected))
@@ -62,18 +81,17 @@ def test_k_prompts_of_consecutive_ranks_are_selected(step):
 
 def test_first_and_last_step_of_a_run():
     """The lowest K perplexities, and the highest."""
-    window, ppl_P = selector(total_steps=5), ppl(10)
-    assert sorted(window.choose(ppl_P, 0)[0]) == sorted(
-        ppl_P.topk(2, largest=False).indices.tolist()
-    )
-    assert sorted(window.choose(ppl_P, 4)[0]) == sorted(ppl_P.topk(2).indices.tolist())
+    chooser, ppl_P = selector(total_steps=5), ppl(10)
+    first, last = (sorted(chooser.choose(candidates(ppl_P), step)) for step in (0, 4))
+    assert first == sorted(ppl_P.topk(2, largest=False).indices.tolist())
+    assert last == sorted(ppl_P.topk(2).indices.tolist())
 
 
 @pytest.mark.parametrize("step", range(5))
 def test_as_many_selected_as_candidates_is_all_of_them_sorted(step):
     ppl_P = ppl(6)
-    chosen, first = selector(candidates=6, selected=6).choose(ppl_P, step)
-    assert (chosen, first) == (ppl_P.argsort().tolist(), 0)
+    chosen = selector(candidates=6, selected=6).choose(candidates(ppl_P), step)
+    assert chosen == ppl_P.argsort().tolist()
 
 
 def test_ties_keep_their_order():
@@ -93,57 +111,75 @@ def test_what_is_not_finite_comes_last():
 def test_order_of_the_candidates_does_not_matter():
     ppl_P = ppl(10)
     shuffle = torch.randperm(10, generator=torch.Generator().manual_seed(1))
-    chosen, _ = selector().choose(ppl_P, 2)
-    shuffled, _ = selector().choose(ppl_P[shuffle], 2)
+    chosen = selector().choose(candidates(ppl_P), 2)
+    shuffled = selector().choose(candidates(ppl_P[shuffle]), 2)
     assert [shuffle[i].item() for i in shuffled] == chosen
 
 
 def test_rho_max_stops_the_window_early():
     """At 1/2, the last step of 5 stands where a full schedule is half-way."""
-    half = [selector(rho_max=0.5).choose(ppl(10), step)[1] for step in range(5)]
+    half = [window(rho_max=0.5, step=step) for step in range(5)]
     assert half == [0, 1, 2, 3, 4]
     assert progress(4, 5, 0.7) == Fraction(7, 10)
-    assert selector(rho_max=0.0).choose(ppl(10), 4)[1] == 0
+    assert window(rho_max=0.0, step=4) == 0
 
 
 def test_horizon_sets_the_pace_and_the_window_then_stays():
-    starts = [selector(horizon=3, total_steps=6).choose(ppl(10), step)[1] for step in range(6)]
+    starts = [window(horizon=3, total_steps=6, step=step) for step in range(6)]
     assert starts == [0, 4, 8, 8, 8, 8]
-    assert selector(horizon=9, total_steps=5).choose(ppl(10), 4)[1] == 4
+    assert window(horizon=9, total_steps=5, step=4) == 4
 
 
 def test_a_run_of_one_step_takes_the_easiest():
-    assert selector(total_steps=1).choose(ppl(10), 0)[1] == 0
+    assert window(total_steps=1) == 0
 
 
 def test_random_choice_needs_no_perplexity_and_has_no_window():
     choice = selector("random")
-    assert not choice.needs_perplexity and selector("prepo").needs_perplexity
-    chosen, first = choice.choose(None, 3)
-    assert first is None and len(set(chosen)) == 2 and set(chosen) <= set(range(10))
+    assert not choice.needs_scores and selector("prepo").needs_scores
+    chosen = choice.choose(Candidates(prompts(10)), 3)
+    assert choice.metrics() == {} and len(set(chosen)) == 2 and set(chosen) <= set(range(10))
 
 
 def test_random_choice_follows_from_seed_and_step_alone():
-    draws = [selector("random").choose(None, step)[0] for step in range(50)]
+    draws = [selector("random").choose(Candidates(prompts(10)), step) for step in range(50)]
     again = selector("random")
-    assert [again.choose(ppl(10), step)[0] for step in reversed(range(50))] == draws[::-1]
-    assert draws != [selector("random", seed=2).choose(None, step)[0] for step in range(50)]
+    assert [again.choose(candidates(ppl(10)), step) for step in reversed(range(50))] == draws[::-1]
+    assert draws != [
+        selector("random", seed=2).choose(Candidates(prompts(10)), step) for step in range(50)
+    ]
     assert len({tuple(draw) for draw in draws}) > 25
 
 
 def test_random_choice_is_uniform():
     """Each of 10 candidates in 2 of 10 draws: 400 +- 18 (one sigma) of 2000; a seeded draw."""
-    choice = selector("random")
-    counts = Counter(i for step in range(2000) for i in choice.choose(None, step)[0])
+    choice, pool = selector("random"), Candidates(prompts(10))
+    counts = Counter(i for step in range(2000) for i in choice.choose(pool, step))
     assert sorted(counts) == list(range(10))
     assert all(abs(count - 400) < 4 * 18 for count in counts.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_restored_selector_goes_on_as_the_first_would_have(method):
-    first, restored = selector(method), selector(method)
-    first.choose(ppl(10), 0)
-    first.observe([], torch.zeros(2, 4))
-    restored.load_state_dict(first.state_dict())
-    for step in range(1, 5):
-        assert first.choose(ppl(10), step) == restored.choose(ppl(10), step)
+def test_pacings_keep_the_ends_and_bend_the_middle():
+    """At rho = 1/2 of 8 places: 4, 2 (a quarter) and 5 (0.707 of 8 is 5.66)."""
+    for pacing, middle in {"linear": 4, "quadratic": 2, "root": 5}.items():
+        places = [window(pacing=pacing, step=step) for step in range(5)]
+        assert (places[0], places[2], places[4]) == (0, middle, 8)
+        assert places == sorted(places)
+
+
+def test_the_other_way_round():
+    """From the highest perplexities to the lowest; the order within the window stays."""
+    places = [window(direction="high-to-low", step=step) for step in range(5)]
+    assert places == [8, 6, 4, 2, 0]
+    ppl_P = ppl(10)
+    chosen = selector(direction="high-to-low").choose(candidates(ppl_P), 0)
+    assert chosen == ppl_P.argsort()[-2:].tolist()
+
+
+def test_the_oracle_takes_what_is_nearest_to_one_half():
+    """Distances of 0.5, 0.25, 0, 0.25, 0.5: the middle one, then the first of the two beside it."""
+    oracle = selector("oracle")
+    pass_rate_P = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double()
+    known = Candidates(prompts(5), ppl(5), ppl(5), pass_rate_P)
+    assert oracle.needs_pass_rates and oracle.choose(known, 0) == [2, 1]
+    assert selector("oracle", target_pass_rate=1.0).choose(known, 0) == [4, 3]

@@ -1,0 +1,39 @@
+"""An upper bound, not a method: rolls out every candidate to see which are neither easy nor hard.
+
+Takes the K candidates whose pass rate, measured on G probe rollouts each, is nearest to
+`selection.target_pass_rate`.  The probes are paid for and in the ledger; a comparison that shows
+what knowing the pass rates would be worth leaves them out, and says so.
+"""
+
+from megatron_prepo.config import SelectionConfig
+from megatron_prepo.selection.candidates import Candidates
+
+
+class Oracle:
+    """Knows the pass rates."""
+
+    needs_scores = True
+    needs_pass_rates = True
+    refills = False
+
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int):
+        self.num_selected, self.target = config.num_selected, config.target_pass_rate
+
+    def choose(self, candidates: Candidates, step: int) -> list[int]:
+        """Positions of the K candidates, nearest first; ties keep their order."""
+        distance_P = (candidates.pass_rate_P - self.target).abs()
+        return distance_P.argsort(stable=True)[: self.num_selected].tolist()
+
+    def observe(self, prompts, rewards_KG) -> None:
+        """The probes of the next step know better."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Nothing: a choice follows from the probes."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
