@@ -128,9 +128,13 @@ class Actor:
     def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer update on one mini-batch; returns loss, gradient norm and loss statistics.
 
+        Rollouts that cannot move a weight are left out of the computation.  Clip fraction, ratio
+        and divergences are means over the tokens of the others, 0 if there are none.
+
         Raises FloatingPointError on all ranks, before any weight has changed, if the loss or the
         gradient norm is not finite.
         """
+        rollouts = [r for r in rollouts if self._has_gradient(r)]
         sequences = [r.sequence for r in rollouts]
         names = ["loss", "tokens", "clipped", "ratio", "kl", "reference_kl"]
         sums = dict.fromkeys(names, torch.zeros((), device=self.device))
@@ -196,6 +200,14 @@ class Actor:
         """Write a Megatron checkpoint of this step below `directory`; collective."""
         optimizer = self.optimizer if self.config.checkpoint.optimizer else None
         checkpoint.save(self.model, directory, step=step, optimizer=optimizer)
+
+    def _has_gradient(self, rollout: TrainingSequence) -> bool:
+        """False if its gradient is zero for certain: a factor of 0 in front of its only term.
+
+        Experts may have losses of their own, on whatever tokens they see (`megatron.moe_...`).
+        """
+        loss, experts = self.config.loss, self.model.config.num_moe_experts
+        return bool(rollout.advantage or loss.entropy_coef or loss.kl_coef or experts)
 
     def _plan(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
         dp_rank = parallel_state.get_data_parallel_rank()

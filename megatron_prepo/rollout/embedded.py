@@ -1,4 +1,4 @@
-"""`transformers` generation inside the training processes, each rank its share of the completions.
+"""A `transformers` model decodes inside the training processes, each rank its share of the work.
 
 It holds a whole model of its own on every rank and gets its weights through weight sync only, under
 Hugging Face names, as a server would.  A completion is a function of the weights, the seed, the
@@ -11,13 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from megatron_prepo.records import Prompt, Rollout
 
@@ -110,7 +104,7 @@ class EmbeddedEngine:
             weight_version=self.weight_version,
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _complete(
         self,
         prompts: Sequence[Sequence[int]],
@@ -118,58 +112,95 @@ class EmbeddedEngine:
         temperature: float,
         max_new_tokens: int,
     ) -> list[tuple[list[int], list[float]]]:
-        """Tokens and their log-probabilities, one completion a prompt and seed."""
-        width = max(map(len, prompts))
-        ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask_BS = torch.zeros_like(ids_BS)
-        for row, tokens in enumerate(prompts):
-            ids_BS[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask_BS[row, width - len(tokens) :] = 1
-        sampling = SeededSampling(seeds, temperature, max_new_tokens, self.device)
-        out_BS = self.model.generate(
-            ids_BS.to(self.device),
-            attention_mask=mask_BS.to(self.device),
-            logits_processor=LogitsProcessorList([sampling]),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(self.stop_tokens),
-                pad_token_id=0,
-            ),
-        )
-        tokens_BT = out_BS[:, width:].tolist()
-        logprobs_BT = sampling.logprobs_BT[:, : out_BS.shape[1] - width].tolist()
+        """Tokens and their log-probabilities, one completion a prompt and seed.
+
+        Letters: B completions, of which R are in the running batch; T new tokens; V vocabulary.
+        """
+        uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
+        tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
+        logprobs_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
+        stop = torch.tensor(sorted(self.stop_tokens), device=self.device)
+        ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        running_R = torch.arange(len(prompts), device=self.device)
+        decoder = Decoder(self.model, prompts, self.device)
+        for t in range(max_new_tokens):
+            token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
+            tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
+            ended_B[running_R] |= torch.isin(token_R, stop)
+            going = (~ended_B[running_R]).nonzero().squeeze(1)
+            if len(going) == 0 or t + 1 == max_new_tokens:
+                break
+            if len(going) <= SHRINK_AT * len(running_R):
+                running_R, token_R = running_R[going], token_R[going]
+                decoder.keep(going)
+            decoder.advance(token_R)
         completions = []
-        for tokens, logprobs in zip(tokens_BT, logprobs_BT, strict=True):
+        for tokens, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
             ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
             length = next(ends, len(tokens))
             completions.append((tokens[:length], logprobs[:length]))
         return completions
 
 
-class SeededSampling(LogitsProcessor):
-    """Draws each row's tokens with random numbers of its own, and notes their log-probabilities.
+SHRINK_AT = 0.9
+"""Ended rows leave the batch once at most this share is still going: leaving copies the cache."""
 
-    Generation then is greedy over what was drawn.  Row b draws its t-th token by inverting the
-    cumulative distribution at a uniform number that depends on its seed and t alone.
+
+class Decoder:
+    """Rows of text that grow by a token at a time, over the model's key-value cache.
+
+    A prompt that several rows share is computed once.  Rows are padded on the left.
     """
 
-    def __init__(self, seeds: Sequence[str], temperature: float, max_new_tokens: int, device):
-        self.temperature, self.position = temperature, 0
-        self.uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(device)
-        self.logprobs_BT = torch.zeros(len(seeds), max_new_tokens, device=device)
+    def __init__(self, model, prompts: Sequence[Sequence[int]], device: torch.device):
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        number_of = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        width = max(map(len, number_of))
+        ids_US = torch.zeros(len(number_of), width, dtype=torch.long)
+        self.mask_RS = torch.zeros_like(ids_US)
+        for prompt, u in number_of.items():
+            ids_US[u, width - len(prompt) :] = torch.tensor(prompt)
+            self.mask_RS[u, width - len(prompt) :] = 1
+        self.mask_RS = self.mask_RS.to(device)
+        self._forward(ids_US.to(device), (self.mask_RS.cumsum(1) - 1).clamp(min=0))
+        self.keep(torch.tensor([number_of[tuple(prompt)] for prompt in prompts], device=device))
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores that leave only the drawn token."""
-        logprobs_BV = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-        cumulative_BV = logprobs_BV.double().exp().cumsum(dim=-1)
-        target_B1 = self.uniform_BT[:, self.position, None] * cumulative_BV[:, -1:]
-        # right: a token of probability 0 is never drawn, not even by a uniform number of 0
-        token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-        token_B1 = token_B1.clamp(max=scores.shape[1] - 1)
-        self.logprobs_BT[:, self.position] = logprobs_BV.gather(1, token_B1)[:, 0]
-        self.position += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, token_B1, 0.0)
+    def keep(self, rows: torch.Tensor) -> None:
+        """These rows, each as often as it is named, in this order."""
+        self.cache.batch_select_indices(rows)
+        self.mask_RS, self.logits_RV = self.mask_RS[rows], self.logits_RV[rows]
+
+    def advance(self, token_R: torch.Tensor) -> None:
+        """Append a token to each row; `logits_RV` then are those of the token after it."""
+        self.mask_RS = torch.cat([self.mask_RS, self.mask_RS.new_ones(len(token_R), 1)], dim=1)
+        self._forward(token_R[:, None], self.mask_RS.sum(1, keepdim=True) - 1)
+
+    def _forward(self, ids_RS: torch.Tensor, positions_RS: torch.Tensor) -> None:
+        out = self.model(
+            input_ids=ids_RS,
+            attention_mask=self.mask_RS,
+            position_ids=positions_RS,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits_RV = out.logits[:, -1]
+
+
+def draw(
+    logits_RV: torch.Tensor, uniform_R: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token a row, and its log-probability.
+
+    The token inverts the cumulative distribution at the row's uniform number.
+    """
+    logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
+    cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
+    target_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
+    # right: a token of probability 0 is never drawn, not even by a uniform number of 0
+    token_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
+    token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)
+    return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
 
 
 def stop_tokens(hf_directory: str | Path, tokenizer) -> frozenset[int]:

@@ -144,6 +144,8 @@ def loss_and_statistics(model, scenario, batch):
         kl_T = to_reference_T.exp() - 1 - to_reference_T
         objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
         loss = loss - batch.coefficient[i] * objective_T.sum()
+        if advantage == 0.0 and not (scenario.entropy_coef or scenario.kl_coef):
+            continue  # the statistics are of the tokens that there is something to learn from
         statistics["clipped"] += (clipped_T < plain_T).sum().item()
         statistics["ratio"] += ratio_T.sum().item()
         statistics["kl"] += (ratio_T - 1 - ratio_T.log()).sum().item()
@@ -175,7 +177,7 @@ def reference_updates(scenario, batch, model):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), scenario.clip_grad).item()
         optimizer.step()
-        tokens = statistics["tokens"]
+        tokens = max(1, statistics["tokens"])
         metrics.append(
             {
                 "loss/policy": loss.item(),
