@@ -174,7 +174,7 @@ class RolloutConfig:
     """How completions are generated."""
 
     engine: Literal["embedded"] = "embedded"
-    """`embedded`: transformers' generation inside the training processes."""
+    """`embedded`: a transformers model decodes inside the training processes."""
     samples_per_prompt: int = 8
     """G: completions of a selected prompt."""
     temperature: float = 1.0

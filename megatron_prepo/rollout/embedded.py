@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.integrations import sdpa_attention
 
 from megatron_prepo.records import Prompt, Rollout
 
@@ -33,6 +34,10 @@ class EmbeddedEngine:
     ):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf_directory))
         self.model = model.to(device, dtype).eval()
+        if device.type == "cpu":
+            # transformers repeats keys and values for grouped queries wherever there is a mask, for
+            # the sake of CUDA's kernels; the CPU's needs no copies, and gives the same numbers
+            sdpa_attention.use_gqa_in_sdpa = lambda mask, key: True
         self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
         self.stop_tokens = stop_tokens(hf_directory, tokenizer)

@@ -1,0 +1,144 @@
+"""The embedded engine against a loop that computes every token of every completion from scratch."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_prepo.records import Prompt
+from megatron_prepo.rollout.embedded import SHRINK_AT, EmbeddedEngine, _uniform, draw
+
+SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
+STOP = frozenset(range(0, tiny_models.VOCAB, 16))
+"""About a token in sixteen ends a completion: some at once, some never."""
+MODELS = {
+    "qwen2": tiny_models.qwen2,
+    "qwen3": lambda: tiny_models.qwen3(tied=False),
+    "llama3": tiny_models.llama3,
+    "qwen3_moe": tiny_models.qwen3_moe,
+    "sliding window": lambda: sliding_window(),
+}
+
+
+def sliding_window():
+    """Two of four layers look 6 tokens back, less than the prompts are long."""
+    settings = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+    config = Qwen2Config(**tiny_models.SHAPE, **settings, max_position_embeddings=256)
+    return tiny_models.randomized(Qwen2ForCausalLM(config))
+
+
+def prompts():
+    """Of 3 to 14 tokens; two have the same."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = (9, 14, 3, 9, 12, 8)
+    texts = [tuple(torch.randint(3, 259, (n,), generator=generator).tolist()) for n in lengths]
+    texts.append(texts[0])
+    return [Prompt(f"p{i}", "", "", tokens, (0, 0)) for i, tokens in enumerate(texts)]
+
+
+def engine_of(model, directory, **settings):
+    """An engine with the model's weights."""
+    engine = EmbeddedEngine(
+        tiny_models.save(model, directory),
+        SimpleNamespace(eos_token_id=0, decode=lambda tokens, **_: ""),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        **{"batch_size": 256} | settings,
+    )
+    engine.stop_tokens = STOP
+    engine.load_weights([list(model.named_parameters())], 1)
+    return engine
+
+
+def generate(engine):
+    rollouts = engine.generate(
+        prompts(),
+        samples_per_prompt=SAMPLES,
+        temperature=TEMPERATURE,
+        max_new_tokens=NEW_TOKENS,
+        seed=SEED,
+    )
+    return [(r.prompt.id, r.tokens, r.engine_logprobs) for r in rollouts]
+
+
+@torch.no_grad()
+def from_scratch(model):
+    """One completion after the other, without cache, padding or batch."""
+    completions = []
+    for prompt in prompts():
+        for sample in range(SAMPLES):
+            tokens, logprobs = [], []
+            for uniform in _uniform(f"{SEED}/{prompt.id}/{sample}", NEW_TOKENS):
+                logits_V = model(torch.tensor([[*prompt.tokens, *tokens]])).logits[0, -1].double()
+                logp_V = (logits_V / TEMPERATURE).log_softmax(-1)
+                tokens.append(int((logp_V.exp().cumsum(0) <= uniform).sum()))
+                logprobs.append(float(logp_V[tokens[-1]]))
+                if tokens[-1] in STOP:
+                    break
+            completions.append((prompt.id, tuple(tokens), tuple(logprobs)))
+    return completions
+
+
+def assert_same(ours, theirs):
+    assert [c[:2] for c in ours] == [c[:2] for c in theirs]
+    for (*_, ours_T), (*_, theirs_T) in zip(ours, theirs, strict=True):
+        assert ours_T == pytest.approx(theirs_T, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_completions_are_those_computed_from_scratch(name, tmp_path):
+    model = MODELS[name]()
+    ours = generate(engine_of(model, tmp_path))
+    assert_same(ours, from_scratch(model))
+    lengths = [len(tokens) for _, tokens, _ in ours]
+    assert min(lengths) < 3 and max(lengths) > 15, "rows are to end early and late"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 1000])
+def test_a_completion_does_not_depend_on_its_batch(batch_size, tmp_path):
+    model = MODELS["qwen3"]()
+    assert_same(
+        generate(engine_of(model, tmp_path, batch_size=batch_size)),
+        generate(engine_of(model, tmp_path, batch_size=7)),
+    )
+
+
+def test_a_completion_does_not_depend_on_its_rank(tmp_path):
+    model, shares = MODELS["qwen3"](), []
+
+    def collect(mine):
+        shares.append(mine)
+        return [mine]
+
+    for rank in range(3):
+        engine = engine_of(model, tmp_path, rank=rank, num_ranks=3, gather=collect)
+        if rank < 2:
+            with pytest.raises(KeyError):  # the others' share is still missing
+                generate(engine)
+    engine.gather = lambda mine: [*shares, mine]
+    assert_same(generate(engine), generate(engine_of(model, tmp_path)))
+
+
+def test_a_prompt_is_computed_once_and_ended_rows_leave(tmp_path):
+    engine, shapes = engine_of(MODELS["qwen3"](), tmp_path), []
+    engine.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: shapes.append(tuple(args[0].shape))
+    )
+    lengths = [len(tokens) for _, tokens, _ in generate(engine)]
+    (first_rows, first_width), *steps = shapes
+    assert (first_rows, first_width) == (6, 14), "seven prompts, of which two are the same"
+    assert len(steps) == NEW_TOKENS - 1 and {width for _, width in steps} == {1}
+    for t, (rows, _) in enumerate(steps, 1):
+        going = sum(length > t for length in lengths)
+        assert going <= rows <= going / SHRINK_AT
+
+
+def test_draw_never_takes_a_token_of_probability_0():
+    logits_RV = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf]]).expand(3, 4)
+    uniform_R = torch.tensor([0.0, 1 - 2.0**-53, 0.7], dtype=torch.float64)
+    token_R, logprob_R = draw(logits_RV, uniform_R, 0.5)
+    probability = 1 / (1 + torch.tensor(-2.0).exp())  # of token 1, at half the temperature
+    assert token_R.tolist() == [1, 2, 1]
+    assert logprob_R[0].exp() == pytest.approx(float(probability), rel=1e-6)

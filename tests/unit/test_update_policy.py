@@ -1,0 +1,70 @@
+"""Rollouts of groups without an advantage: they count in normalisers, and cost no pass.
+
+That weights come out the same without them, `tests/distributed/test_layouts.py` holds against
+float64: one rollout of each of its scenarios has an advantage of 0.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import actor_config
+
+from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
+from megatron_prepo.records import Prompt, Rollout, ScoredSequence
+from megatron_prepo.train import OldScores, update_policy
+
+LENGTHS = (2, 3, 1, 4)
+
+
+class RecordingActor:
+    """Notes what it is told to learn from."""
+
+    def __init__(self):
+        self.batches = []
+
+    def update(self, rollouts):
+        self.batches.append(rollouts)
+        return {"loss/policy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("seq-mean-token-sum", [1 / 4] * 4),
+        ("seq-mean-token-mean", [1 / (4 * length) for length in LENGTHS]),
+        ("token-mean", [1 / sum(LENGTHS)] * 4),
+    ],
+)
+def test_normalisers_count_all_rollouts(aggregation, expected):
+    """Two groups of two rollouts, the second of which has nothing to learn from."""
+    prompt = Prompt("p", "", "", (5, 6), (0, 2))
+    rollouts = [Rollout(prompt, (7,) * n, (-1.0,) * n, "", True, 0) for n in LENGTHS]
+    scores = [Scores(torch.full((n,), -1.0), torch.ones(n)) for n in LENGTHS]
+    old = OldScores(scores, None, torch.ones(4).double(), torch.tensor(LENGTHS))
+    config = actor_config("unused", loss={"aggregation": aggregation})
+    actor = RecordingActor()
+    update_policy(config, actor, rollouts, torch.tensor([[0.0, 1.0], [1.0, 1.0]]), old)
+    (batch,) = actor.batches
+    assert [r.coefficient for r in batch] == pytest.approx(expected)
+    assert [r.advantage != 0 for r in batch] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "loss", "experts", "computed"),
+    [
+        (0.0, {}, None, False),
+        (0.1, {}, None, True),
+        (-0.1, {}, None, True),
+        (float("nan"), {}, None, True),  # to be seen, and refused
+        (0.0, {"importance_cap": 2.0}, None, False),
+        (0.0, {"entropy_coef": 0.01}, None, True),
+        (0.0, {"kl_coef": 0.01}, None, True),
+        (0.0, {}, 8, True),
+    ],
+)
+def test_which_rollouts_cost_a_pass(advantage, loss, experts, computed):
+    model = SimpleNamespace(config=SimpleNamespace(num_moe_experts=experts))
+    actor = SimpleNamespace(config=actor_config("unused", loss=loss), model=model)
+    rollout = TrainingSequence(ScoredSequence((5, 7), 1), torch.zeros(1), advantage, 0.25)
+    assert Actor._has_gradient(actor, rollout) == computed
