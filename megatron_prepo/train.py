@@ -53,7 +53,7 @@ def train(config: Config) -> dict:
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
     selector = METHODS[config.selection.method](
-        config.selection, total_steps=total_steps, seed=seed
+        config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )
 
     def held_out(**options) -> Evaluation:

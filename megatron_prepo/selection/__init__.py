@@ -1,6 +1,7 @@
 """Which prompts are rolled out: one file a method, all with the same two verbs.
 
-A selector has
+A selector is made from the section `selection`, the number of steps, the seed, and the reward from
+which on a completion passes.  It has
 
 - `choose(candidates, step)`: before the rollouts: positions of the selected candidates.  A method
   that `refills` is asked again within the step, after `observe`, until it answers with nothing;
@@ -13,6 +14,9 @@ A selector has
 All are the same on every rank: what is random follows from seed, step and observations.
 """
 
+from megatron_prepo.selection.dapo import DynamicSampling
+from megatron_prepo.selection.greso import GRESO
+from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
 from megatron_prepo.selection.prepo import PerplexityWindow
 from megatron_prepo.selection.random import RandomChoice
@@ -20,5 +24,8 @@ from megatron_prepo.selection.random import RandomChoice
 METHODS = {
     "prepo": PerplexityWindow,
     "random": RandomChoice,
+    "greso": GRESO,
+    "dapo": DynamicSampling,
+    "mopps": PosteriorSampling,
     "oracle": Oracle,
 }

@@ -16,7 +16,7 @@ class Oracle:
     needs_pass_rates = True
     refills = False
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int):
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:

@@ -48,7 +48,7 @@ class PerplexityWindow:
     needs_pass_rates = False
     refills = False
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int):
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected = config.num_selected
         self.rho_max = config.rho_max
         self.horizon = config.horizon or total_steps

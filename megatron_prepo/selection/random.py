@@ -13,7 +13,7 @@ class RandomChoice:
     needs_pass_rates = False
     refills = False
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int):
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected, self.seed = config.num_selected, seed
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:

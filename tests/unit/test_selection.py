@@ -18,7 +18,7 @@ def selector(method="prepo", *, candidates=10, selected=2, total_steps=5, seed=1
     config = SelectionConfig(
         method=method, num_candidates=candidates, num_selected=selected, **settings
     )
-    return METHODS[method](config, total_steps=total_steps, seed=seed)
+    return METHODS[method](config, total_steps=total_steps, seed=seed, pass_reward=1.0)
 
 
 def ppl(num, seed=0):

@@ -1,0 +1,69 @@
+"""DAPO's dynamic sampling (arXiv 2503.14476, sec. 3.2): roll out until K groups have an advantage.
+
+    while fewer than K groups have 0 < #passes < G:  roll out further prompts, drop the others
+
+It looks at no prompt beforehand: it pays for useless groups and drops them.
+
+As published (verl, recipe/dapo), each round is another whole batch of the data loader, three times
+the training batch in DAPO's own run, and a run is aborted when a limit of rounds is set and
+reached.  Here a round is K of the step's candidates, drawn without replacement, the last what is
+left of them; when all have been rolled out, the step trains with what there is.  A group counts if
+its rewards differ at all, as in verl; for rewards of 0 and 1 that is the formula.  What is left
+over from the last round is dropped, as in verl.
+"""
+
+import random
+
+from megatron_prepo.advantages import zero_variance
+from megatron_prepo.config import SelectionConfig
+from megatron_prepo.selection.candidates import Candidates
+
+
+class DynamicSampling:
+    """Rounds of K in a random order; the first is what `random` would choose."""
+
+    needs_scores = False
+    needs_pass_rates = False
+    refills = True
+
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+        self.num_selected, self.seed = config.num_selected, seed
+        self.step: int | None = None
+        self.waiting: list[int] = []
+        """Candidates that this step has not rolled out, in the order of their turn."""
+        self.missing = self.rounds = 0
+
+    def choose(self, candidates: Candidates, step: int) -> list[int]:
+        """Positions of the next K candidates; none once K groups have an advantage."""
+        if step != self.step:
+            self.step, self.missing, self.rounds = step, self.num_selected, 0
+            self.waiting = self._order(len(candidates.prompts))
+        if self.missing <= 0 or not self.waiting:
+            return []
+        self.rounds += 1
+        chosen = self.waiting[: self.num_selected]
+        self.waiting = self.waiting[self.num_selected :]
+        return chosen
+
+    def observe(self, prompts, rewards_KG) -> None:
+        """Counts the groups with an advantage."""
+        self.missing -= int((~zero_variance(rewards_KG)).sum())
+
+    def metrics(self) -> dict[str, float]:
+        """Rounds of the step."""
+        return {"selection/rounds": self.rounds}
+
+    def state_dict(self) -> dict:
+        """Nothing: each step starts anew."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The next step starts anew, whatever its number."""
+        self.step = None
+
+    def _order(self, num_candidates: int) -> list[int]:
+        draw = random.Random(f"{self.seed}/selection/{self.step}")
+        first = draw.sample(range(num_candidates), self.num_selected)
+        rest = sorted(set(range(num_candidates)) - set(first))
+        draw.shuffle(rest)
+        return first + rest
