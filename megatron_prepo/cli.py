@@ -2,6 +2,7 @@
 
 megatron-prepo demo                              the laptop experiment, in runs/demo
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
+megatron-prepo compare CONFIG --methods A,B ...   methods on equal terms, over seeds
 megatron-prepo reference                         the configuration reference, in Markdown
 """
 
@@ -11,14 +12,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_prepo import compare, local_ranks
 from megatron_prepo import config as configuration
-from megatron_prepo import local_ranks
+from megatron_prepo.compare import RunsFailed
 from megatron_prepo.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 for a failed run, 2 for something that the user can mend."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no overrides behind an option such as --seeds
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    options.command = compare.command_line(arguments)
     try:
         return options.run(options)
     except UserError as error:
@@ -26,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
+        return 1
+    except RunsFailed as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,6 +84,24 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    name = options.name or Path(options.dir or options.config).stem
+    records = compare.compare(
+        options.config,
+        options.methods,
+        options.seeds,
+        options.dir or Path("runs") / "compare" / name,
+        overrides=options.overrides,
+        jobs=options.jobs,
+        results=options.results,
+        name=name,
+        command=options.command,
+    )
+    for record in records:
+        print(compare.one_line(record))
+    return 0
+
+
 def _reference(options: argparse.Namespace) -> int:
     print(configuration.reference(), end="")
     return 0
@@ -90,6 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     demo.set_defaults(run=_demo)
+    comparison = commands.add_parser(
+        "compare", help="train by several methods and seeds on equal terms (docs/compare.md)"
+    )
+    comparison.add_argument("config", help="YAML file that all arms share")
+    comparison.add_argument(
+        "--methods",
+        required=True,
+        help=f"comma-separated: {', '.join(compare.ARMS)}; or your own, as "
+        "'mine:selection.method=prepo;weighting.clamp=2'",
+    )
+    comparison.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")
+    comparison.add_argument("--dir", help="where the runs go (default: runs/compare/NAME)")
+    comparison.add_argument("--name", help="of the comparison (default: from --dir, or CONFIG)")
+    comparison.add_argument("--results", help="the records (default: DIR/results.jsonl)")
+    comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
+    comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    comparison.set_defaults(run=_compare)
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser
