@@ -1,34 +1,22 @@
-"""The perplexity window and its baseline, exhaustively for small sizes."""
+"""The perplexity window and its baseline, exhaustively for small sizes; what all methods keep."""
 
+import json
 import math
+import random
 from collections import Counter
 from fractions import Fraction
 
 import pytest
 import torch
 
-from megatron_prepo.config import SelectionConfig
-from megatron_prepo.records import Prompt
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.selection.prepo import progress, select_window, window_start
-
-
-def selector(method="prepo", *, candidates=10, selected=2, total_steps=5, seed=1, **settings):
-    config = SelectionConfig(
-        method=method, num_candidates=candidates, num_selected=selected, **settings
-    )
-    return METHODS[method](config, total_steps=total_steps, seed=seed, pass_reward=1.0)
+from tests.unit.selectors import passes, prompts, run_step, selector
 
 
 def ppl(num, seed=0):
     return 1 + 20 * torch.rand(num, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def prompts(num):
-    return [
-        Prompt(f"p{i}", f"question {i}", "1", tuple(range(2 + i)), (0, 2 + i)) for i in range(num)
-    ]
 
 
 def candidates(ppl_P):
@@ -183,3 +171,58 @@ def test_the_oracle_takes_what_is_nearest_to_one_half():
     known = Candidates(prompts(5), ppl(5), ppl(5), pass_rate_P)
     assert oracle.needs_pass_rates and oracle.choose(known, 0) == [2, 1]
     assert selector("oracle", target_pass_rate=1.0).choose(known, 0) == [4, 3]
+
+
+# All methods
+
+
+def look_at(step: int, num: int = 10) -> Candidates:
+    """Every third of 30 prompts, with all that a method may ask for; it varies with the step."""
+    pool = prompts(30)[step % 3 :: 3]
+    return Candidates(pool, ppl(num, step), ppl(num, 100 + step), ppl(num, 200 + step) / 21)
+
+
+def steps(chooser, numbers) -> list:
+    """What a method chooses and says; a prompt's rewards are random, and the same every time."""
+
+    def reward(step, chosen):
+        draw = random.Random(f"{step}/{chosen}")
+        return passes(*(draw.choice([0, 0, 1, 2, 4]) for _ in chosen))
+
+    return [
+        (run_step(chooser, look_at(n), n, lambda chosen, n=n: reward(n, chosen)), chooser.metrics())
+        for n in numbers
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_restored_method_goes_on_as_if_nothing_had_happened(method):
+    """Saved through JSON after 7 of 20 steps, in the middle of an epoch of 3 steps; what is saved
+    does not change with the run that goes on.
+    """
+    chooser, restored = (selector(method, selected=3, total_steps=20) for _ in range(2))
+    before = steps(chooser, range(7))
+    saved = chooser.state_dict()
+    text = json.dumps(saved)
+    after = steps(chooser, range(7, 20))
+    assert json.dumps(saved) == text
+    steps(restored, range(3))
+    restored.load_state_dict(json.loads(text))
+    assert steps(restored, range(7, 20)) == after
+    assert json.dumps(restored.state_dict()) == json.dumps(chooser.state_dict())
+    assert steps(selector(method, selected=3, total_steps=20), range(20)) == before + after
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_pays_for_k_candidates_or_more_and_for_none_twice(method):
+    for rounds, metrics in steps(selector(method, selected=3, total_steps=20), range(20)):
+        paid = [i for chosen in rounds for i in chosen]
+        assert len(set(paid)) == len(paid) >= 3 and set(paid) <= set(range(10))
+        assert all(name.startswith("selection/") for name in metrics)
+        assert json.loads(json.dumps(metrics)) == metrics
+
+
+@pytest.mark.parametrize("method", ["random", "greso", "dapo", "mopps"])
+def test_another_seed_is_another_choice(method):
+    chosen = [steps(selector(method, selected=3, seed=seed), range(5)) for seed in (1, 2)]
+    assert chosen[0] != chosen[1]

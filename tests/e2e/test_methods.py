@@ -1,0 +1,124 @@
+"""Tiny runs of every method of prompt selection: what is paid, what is trained, and two ranks."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from ranks import join, on_ranks
+
+from megatron_prepo import config as configuration
+from megatron_prepo.ledger import read
+from megatron_prepo.selection import METHODS
+from tests.e2e.laptop import FILES, LAPTOP, metrics, summary
+
+P, K, G, BUDGET = 8, 2, 4, 20
+TINY = [
+    "parallel.tensor=1",
+    "train.total_steps=3",
+    f"selection.num_candidates={P}",
+    f"selection.num_selected={K}",
+    f"rollout.samples_per_prompt={G}",
+    "checkpoint.optimizer=false",
+    "eval.every=0",
+    "eval.max_prompts=2",
+    "eval.samples_per_prompt=1",
+]
+ON_TWO_RANKS = ["greso", "dapo", "mopps"]
+
+
+def run_all(num_ranks: int, runs: dict[str, list[str]]) -> None:
+    """In a rank: one run after the other, by directory."""
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.train import train
+
+    for directory, overrides in runs.items():
+        join(num_ranks)
+        settings = [*FILES, *TINY, f"run.dir={directory}", *overrides]
+        train(configuration.load(LAPTOP / "prepo.yaml", settings))
+        parallel.shut_down()
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory) -> Path:
+    """Directories `METHOD` with a budget, and `hopeless` without one."""
+    root = tmp_path_factory.mktemp("one")
+    budget = ["train.total_steps=9", f"train.rollout_budget={BUDGET}"]
+    runs = {str(root / name): [f"selection.method={name}", *budget] for name in METHODS}
+    runs[str(root / "hopeless")] = [
+        "selection.method=dapo",
+        "optimizer.lr=0",
+        "rollout.max_new_tokens=1",
+    ]
+    on_ranks(1, run_all, 1, runs)
+    return root
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("two")
+    runs = {str(root / name): [f"selection.method={name}"] for name in ON_TWO_RANKS}
+    on_ranks(2, run_all, 2, {name: [*more, "parallel.data=2"] for name, more in runs.items()})
+    return root
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_ends_the_run_after_the_step_that_reaches_it(on_one_rank, method):
+    entries, result = (
+        list(read(on_one_rank / method / "ledger.jsonl")),
+        summary(on_one_rank / method),
+    )
+    assert len(entries) == result["rollouts"] >= BUDGET
+    last = result["steps"] - 1
+    assert sum(entry.step < last for entry in entries) < BUDGET
+    assert {entry.step for entry in entries} == set(range(result["steps"]))
+    assert sum(entry.length for entry in entries) == result["tokens"]
+    assert [step["rollout/paid"] for step in metrics(on_one_rank / method)][-1] == len(entries)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_step_trains_on_k_whole_groups(on_one_rank, method):
+    """The trained ones have an advantage wherever a paid one has."""
+    entries = list(read(on_one_rank / method / "ledger.jsonl"))
+    for step in range(summary(on_one_rank / method)["steps"]):
+        paid = [e for e in entries if e.step == step and e.purpose == "train"]
+        trained = Counter(e.prompt_id for e in paid if e.trained)
+        assert list(trained.values()) == [G] * K
+        assert all((e.weight is not None) == e.trained for e in paid)
+        useful = {e.prompt_id for e in paid if not e.zero_variance}
+        assert len(useful & set(trained)) == min(K, len(useful))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_pay_for_what_they_are_to_pay(on_one_rank, method):
+    """Groups of a step: K; for `dapo` and `greso` K to P; the oracle probes all P candidates."""
+    steps = metrics(on_one_rank / method)
+    entries = list(read(on_one_rank / method / "ledger.jsonl"))
+    probes = sum(entry.purpose == "probe" for entry in entries)
+    assert probes == (P * G * len(steps) if method == "oracle" else 0)
+    for step in steps:
+        paid = step["selection/groups_paid"]
+        assert K <= paid <= P if METHODS[method].refills else paid == K
+
+
+def test_dynamic_sampling_outlives_steps_without_any_advantage(on_one_rank):
+    """A completion of one token never passes: all candidates are paid, in 4 rounds, 3 times."""
+    directory = on_one_rank / "hopeless"
+    entries = list(read(directory / "ledger.jsonl"))
+    assert len(entries) == summary(directory)["rollouts"] == 3 * P * G
+    assert all(entry.zero_variance and entry.reward == 0 for entry in entries)
+    assert sum(entry.trained for entry in entries) == 3 * K * G
+    for step in metrics(directory):
+        assert (step["selection/groups_paid"], step["selection/rounds"]) == (P, P // K)
+        assert step["loss/grad_norm"] == 0
+
+
+@pytest.mark.parametrize("method", ON_TWO_RANKS)
+def test_two_ranks_choose_what_one_chooses(on_one_rank, on_two_ranks, method):
+    """Both ranks chose alike, or the run would have failed; and a rank more changes no choice."""
+    one, two = (
+        [(e.step, e.prompt_id, e.sample, e.reward) for e in read(root / method / "ledger.jsonl")]
+        for root in (on_one_rank, on_two_ranks)
+    )
+    shared = min(len(one), len(two))
+    assert summary(on_two_ranks / method)["ranks"] == 2 and shared >= BUDGET
+    assert one[:shared] == two[:shared]

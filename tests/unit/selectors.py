@@ -1,0 +1,44 @@
+"""What the tests of the selection methods share: selectors, prompts, rewards, and a step."""
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_prepo.config import SelectionConfig
+from megatron_prepo.records import Prompt
+from megatron_prepo.selection import METHODS
+from megatron_prepo.selection.candidates import Candidates
+
+
+def selector(
+    method="prepo", *, candidates=10, selected=2, total_steps=5, seed=1, pass_reward=1.0, **settings
+):
+    config = SelectionConfig(
+        method=method, num_candidates=candidates, num_selected=selected, **settings
+    )
+    return METHODS[method](config, total_steps=total_steps, seed=seed, pass_reward=pass_reward)
+
+
+def prompts(num: int, prefix="p") -> list[Prompt]:
+    return [
+        Prompt(f"{prefix}{i}", f"question {i}", "1", tuple(range(2 + i)), (0, 2 + i))
+        for i in range(num)
+    ]
+
+
+def passes(*passes_K: int, group_size=4) -> torch.Tensor:
+    """`rewards_KG`: of each group, so many rewards of 1 and zeros behind them."""
+    return torch.tensor([[1.0] * s + [0.0] * (group_size - s) for s in passes_K])
+
+
+def run_step(
+    chooser, candidates: Candidates, step: int, reward: Callable[[list[int]], torch.Tensor]
+) -> list[list[int]]:
+    """The rounds of a step as `train.py` goes through them; `reward` grades a round."""
+    rounds: list[list[int]] = []
+    while chosen := chooser.choose(candidates, step):
+        chooser.observe([candidates.prompts[i] for i in chosen], reward(chosen))
+        rounds.append(chosen)
+        if not chooser.refills:
+            break
+    return rounds
