@@ -5,7 +5,7 @@
 It looks at no prompt beforehand: it pays for useless groups and drops them.
 
 As published (verl, recipe/dapo), each round is another whole batch of the data loader, three times
-the training batch in DAPO's own run, and a run is aborted when a limit of rounds is set and
+the training batch in its scripts, and a run is aborted when a limit of rounds is set and
 reached.  Here a round is K of the step's candidates, drawn without replacement, the last what is
 left of them; when all have been rolled out, the step trains with what there is.  A group counts if
 its rewards differ at all, as in verl; for rewards of 0 and 1 that is the formula.  What is left
