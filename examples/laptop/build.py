@@ -1,9 +1,10 @@
 """Rebuild everything that the laptop experiment ships, from one seed, on one CPU thread.
 
-    python examples/laptop/build.py              # write the prompts, train and write the base model
-    python examples/laptop/build.py --measure    # print the pass rates of the base model written
+    python examples/laptop/build.py                    # the prompts and the base model
+    python examples/laptop/build.py --measure          # print the pass rates of the base model
+    python examples/laptop/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 other prompts
 
-Building takes about 105 CPU-seconds, measuring about 20. Written to ``--out``:
+Building takes about 105 CPU-seconds, measuring about 20, fresh prompts a few. Written to ``--out``:
 
     train.jsonl   prompts for reinforcement learning
     eval.jsonl    held-out prompts; none of them is in train.jsonl
@@ -13,304 +14,26 @@ No prompt of the two files is in the text that the base model is trained on. The
 the same files on one machine; another machine may round the weights differently.
 """
 
-import argparse
-import json
-import random
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from laptop import story_sums
+from tiny_base import Task, main
+
+TASK = Task(
+    folder=Path(__file__).parent,
+    seed=3,
+    draw_for_corpus=story_sums.draw_for_corpus,
+    draw_for_pool=story_sums.draw_for_pool,
+    words=story_sums.words(),
+    max_new_tokens=52,  # the longest worked answer of the pool has about 40 tokens
+    hidden_size=96,
+    intermediate_size=256,
+    num_steps=2600,
+    measured_by=("steps", "magnitude"),
 )
-
-from megatron_prepo.metrics import spearman
-from story_sums import (
-    MAX_NEW_TOKENS,
-    Story,
-    build_tokenizer,
-    draw_corpus_text,
-    draw_pool,
-    is_correct,
-)
-
-NUM_TRAIN_PROMPTS = 800
-NUM_EVAL_PROMPTS = 400
-
-SEED = 3
-NUM_STEPS = 2600
-BATCH_SIZE = 32
-LEARNING_RATE = 4e-3
-WARM_UP_STEPS = 50
-DECAY_SHARE = 0.3
-ROPE_THETA = 10000.0
-
-SAMPLING_BATCH = 256
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--measure", action="store_true", help="measure --out, build nothing")
-    options = parser.parse_args()
-
-    torch.set_num_threads(1)  # one thread adds in one order, so the weights are reproducible
-    started = time.perf_counter()
-    if options.measure:
-        measure(options.out, options.seed)
-    else:
-        build(options.out, options.seed)
-    wall_seconds = time.perf_counter() - started
-    print(f"{wall_seconds:.0f} s, of which {time.process_time():.0f} s on the CPU")
-
-
-# Build
-
-
-def build(out: Path, seed: int) -> None:
-    """Write the two prompt files and the base model."""
-    stories = build_prompts(out, seed)
-    tokenizer = build_tokenizer()
-    texts = draw_corpus(seed, held_back={story.prompt for story in stories})
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(base_config(tokenizer))
-    train(model, tokenizer, texts, random.Random(f"order {seed}"))
-    save_base(out / "base", model, tokenizer)
-
-
-def build_prompts(out: Path, seed: int) -> list[Story]:
-    """Write the two prompt files; returns the stories that are in them."""
-    stories = draw_pool(random.Random(f"pool {seed}"), NUM_TRAIN_PROMPTS + NUM_EVAL_PROMPTS)
-    out.mkdir(parents=True, exist_ok=True)
-    write_prompts(out / "train.jsonl", "train", stories[:NUM_TRAIN_PROMPTS])
-    write_prompts(out / "eval.jsonl", "eval", stories[NUM_TRAIN_PROMPTS:])
-    return stories
-
-
-def write_prompts(path: Path, split: str, stories: list[Story]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for index, story in enumerate(stories):
-            record = {
-                "id": f"{split}-{index:04d}",
-                "prompt": story.prompt,
-                "answer": str(story.answer),
-                "family": story.family,
-                "steps": story.steps,
-                "magnitude": story.magnitude,
-            }
-            file.write(json.dumps(record) + "\n")
-
-
-def draw_corpus(seed: int, held_back: set[str]) -> list[str]:
-    """The training texts of all steps; each is seen once."""
-    rng = random.Random(f"corpus {seed}")
-    return [draw_corpus_text(rng, held_back) for _ in range(NUM_STEPS * BATCH_SIZE)]
-
-
-def base_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Qwen3 and not Qwen2: for Qwen2, AutoTokenizer of transformers 5 ignores the tokenizer class
-    in the directory and rebuilds a byte-level tokenizer, which drops our words without a sound.
-    """
-    return Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        intermediate_size=256,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def train(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
-    rng: random.Random,
-) -> None:
-    """Language-model loss on the whole text: without the prompt its perplexity means nothing."""
-    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
-    model.train()
-    with tqdm(length_bucketed_batches(rows, rng), total=NUM_STEPS, unit="step") as progress:
-        for batch in progress:
-            input_ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
-            labels = pad_sequence(batch, batch_first=True, padding_value=-100)
-            # The padding is on the right, where causal attention never looks: no mask is needed.
-            loss = model(input_ids=input_ids, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.eval()
-
-
-def learning_rate_factor(step: int) -> float:
-    """Linear warm-up, constant, then linear to zero over the last DECAY_SHARE of the steps."""
-    warm_up = (step + 1) / WARM_UP_STEPS
-    decay = (NUM_STEPS - step) / (DECAY_SHARE * NUM_STEPS)
-    return min(1.0, warm_up, decay)
-
-
-def length_bucketed_batches(
-    rows: list[list[int]], rng: random.Random, batches_per_bucket: int = 50
-) -> Iterator[list[torch.Tensor]]:
-    """Batches of rows of similar length: each bucket is sorted, cut and its batches shuffled."""
-    bucket_size = batches_per_bucket * BATCH_SIZE
-    for start in range(0, len(rows), bucket_size):
-        bucket = sorted(rows[start : start + bucket_size], key=len)
-        firsts = list(range(0, len(bucket), BATCH_SIZE))
-        rng.shuffle(firsts)
-        for first in firsts:
-            yield [torch.tensor(row) for row in bucket[first : first + BATCH_SIZE]]
-
-
-def save_base(path: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A Hugging Face directory that readers older than transformers 5 understand too."""
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        max_new_tokens=MAX_NEW_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    # transformers 5 nests the rope base and renamed the tokenizer class; it still reads these.
-    set_entry(path / "config.json", "rope_theta", ROPE_THETA)
-    set_entry(path / "tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
-
-    sentence = "tom has 13 pens . answer :"
-    reloaded_ids = AutoTokenizer.from_pretrained(path)(sentence).input_ids
-    assert reloaded_ids == tokenizer(sentence).input_ids, "AutoTokenizer read another tokenizer"
-
-
-def set_entry(path: Path, key: str, value: object) -> None:
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    entries[key] = value
-    path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# Measure
-
-
-@dataclass(frozen=True)
-class PromptRecord:
-    """One line of a prompt file."""
-
-    id: str
-    prompt: str
-    answer: str
-    family: str
-    steps: int
-    magnitude: int
-
-
-def measure(out: Path, seed: int) -> None:
-    """Print what the base model solves at temperature 1, and how perplexity predicts it.
-
-    Suffixes: P prompts of a file, G samples of a prompt.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(out / "base")
-    model = AutoModelForCausalLM.from_pretrained(out / "base").eval()
-    torch.manual_seed(seed)
-
-    records = read_prompts(out / "eval.jsonl")
-    passed_PG = sample_passes(model, tokenizer, records, num_samples=4)
-    print(f"eval.jsonl, {len(records)} prompts x 4: pass rate {passed_PG.mean():.3f}")
-    for key in ("steps", "magnitude"):
-        print(f"  by {key}: {format_means(records, key, passed_PG)}")
-
-    records = read_prompts(out / "train.jsonl")
-    passed_PG = sample_passes(model, tokenizer, records, num_samples=8)
-    pass_rate_P = passed_PG.mean(dim=1)
-    ppl_P = score_perplexity(model, tokenizer, records)
-    length_P = torch.tensor([float(len(tokenizer(r.prompt).input_ids)) for r in records])
-    print(f"train.jsonl, {len(records)} prompts x 8: pass rate {passed_PG.mean():.3f}")
-    print(f"  groups all right {(pass_rate_P == 1).float().mean():.3f}")
-    print(f"  groups all wrong {(pass_rate_P == 0).float().mean():.3f}")
-    print(f"  prompt perplexity {ppl_P.min():.2f} .. {ppl_P.max():.2f}")
-    print(f"  Spearman(perplexity, pass rate) {spearman(ppl_P, pass_rate_P):.3f}")
-    print(f"  Spearman(prompt length, pass rate) {spearman(length_P, pass_rate_P):.3f}")
-
-
-def read_prompts(path: Path) -> list[PromptRecord]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [PromptRecord(**json.loads(line)) for line in lines]
-
-
-@torch.no_grad()
-def sample_passes(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    records: list[PromptRecord],
-    num_samples: int,
-) -> torch.Tensor:
-    """1.0 where a sample at temperature 1 is correct, 0.0 elsewhere; shape ``[P, G]``."""
-    order = sorted(range(len(records)), key=lambda index: len(records[index].prompt))
-    passed_PG = torch.zeros(len(records), num_samples)
-    for chunk in tqdm(torch.tensor(order).split(SAMPLING_BATCH // num_samples), unit="batch"):
-        prompts = [records[index].prompt for index in chunk]
-        inputs = tokenizer(prompts, padding=True, return_tensors="pt")
-        output_ids = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=MAX_NEW_TOKENS,
-            num_return_sequences=num_samples,
-        )
-        responses = tokenizer.batch_decode(output_ids[:, inputs.input_ids.shape[1] :])
-        for place, response in enumerate(responses):
-            index = chunk[place // num_samples]
-            passed_PG[index, place % num_samples] = is_correct(response, records[index].answer)
-    return passed_PG
-
-
-@torch.no_grad()
-def score_perplexity(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[PromptRecord]
-) -> torch.Tensor:
-    """exp of the mean negative log-likelihood of the prompt tokens after ``<bos>``; ``[P]``."""
-    losses = []
-    for record in records:
-        input_ids = torch.tensor([tokenizer(record.prompt).input_ids])
-        losses.append(model(input_ids=input_ids, labels=input_ids).loss)
-    return torch.stack(losses).exp()
-
-
-def format_means(records: list[PromptRecord], key: str, passed_PG: torch.Tensor) -> str:
-    """Mean pass rate for each value of a field, such as ``1: 0.81, 2: 0.51``."""
-    values = torch.tensor([getattr(record, key) for record in records])
-    means = {int(value): passed_PG[values == value].mean() for value in values.unique()}
-    return ", ".join(f"{value}: {mean:.2f}" for value, mean in means.items())
-
 
 if __name__ == "__main__":
-    main()
+    main(TASK, __doc__)

@@ -20,16 +20,12 @@ language model, units, and any text that is not a template of this file.
 
 import operator
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny_task import Problem, zipf
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-ANSWER_MARK = "####"
 MAX_STEPS = 5
-MAX_NEW_TOKENS = 52  # the longest worked answer of the pool has about 40 tokens
 
 
 @dataclass(frozen=True)
@@ -66,24 +62,12 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Story:
-    """One problem with its worked line."""
+class Story(Problem):
+    """A story; its working is the running line, e.g. ``9 + 4 = 13 - 5 = 8``."""
 
-    prompt: str
-    working: str
-    """The running line without the answer mark, e.g. ``9 + 4 = 13 - 5 = 8``."""
-    answer: int
     family: str
     steps: int
     magnitude: int
-
-    @property
-    def worked_answer(self) -> str:
-        return f"{self.working} {ANSWER_MARK} {self.answer}"
-
-    @property
-    def direct_answer(self) -> str:
-        return f"{ANSWER_MARK} {self.answer}"
 
 
 # The order is the rank in the Zipf mixtures below: the first family is the most common one.
@@ -232,11 +216,6 @@ OPERATIONS = {
 }
 
 
-def zipf(count: int, exponent: float) -> tuple[float, ...]:
-    """Weights 1, 2**-a, 3**-a, ... of ``count`` items."""
-    return tuple(rank**-exponent for rank in range(1, count + 1))
-
-
 CORPUS = Mixture(
     family_weights=zipf(len(FAMILIES), 1.0),
     step_weights=zipf(MAX_STEPS, 1.3),
@@ -247,7 +226,6 @@ POOL = Mixture(
     step_weights=(1.0,) * MAX_STEPS,
     magnitude_weights=(0.4, 0.4, 0.2),
 )
-DIRECT_SHARE = 0.3
 DISTRACTOR_SHARE = 0.1
 SCALING_SHARE = 0.12  # of the steps, where the numbers allow it: half doublings, half halvings
 
@@ -317,67 +295,22 @@ def _draw_distractor(rng: random.Random, limits: Magnitude) -> str:
     return template.format(name=rng.choice(NAMES), k=rng.randint(2, limits.max_operand))
 
 
-def draw_pool(rng: random.Random, count: int) -> list[Story]:
-    """``count`` stories of the POOL mixture, no two with the same prompt."""
-    stories: dict[str, Story] = {}
-    while len(stories) < count:
-        story = draw_story(rng, POOL)
-        stories.setdefault(story.prompt, story)
-    return list(stories.values())
+def draw_for_corpus(rng: random.Random) -> Story:
+    """One story of what the base model is trained on."""
+    return draw_story(rng, CORPUS)
 
 
-def draw_corpus_text(rng: random.Random, held_back: Collection[str] = ()) -> str:
-    """One training text of the CORPUS mixture, prompt and answer; never a ``held_back`` prompt."""
-    story = draw_story(rng, CORPUS)
-    while story.prompt in held_back:
-        story = draw_story(rng, CORPUS)
-    answers_directly = rng.random() < DIRECT_SHARE
-    return f"{story.prompt} {story.direct_answer if answers_directly else story.worked_answer}"
+def draw_for_pool(rng: random.Random) -> Story:
+    """One story of what reinforcement learning and evaluation use."""
+    return draw_story(rng, POOL)
 
 
-def is_correct(response: str, answer: str) -> bool:
-    """Whether a response, decoded with its special tokens, ends in the right answer.
-
-    There must be an ``<eos>``, exactly one answer mark before it, and after the mark nothing but
-    the digits of the answer: ``is_correct("9 + 4 = 1 3 #### 1 3 <eos>", "13")`` is true.
-    """
-    text, eos, _ = response.partition(EOS)
-    _, *after_mark = text.split(ANSWER_MARK)
-    return bool(eos) and len(after_mark) == 1 and "".join(after_mark[0].split()) == answer
-
-
-def build_vocabulary() -> list[str]:
-    """Every word of the templates, the ten digits and the signs; the list index is the token id."""
+def words() -> set[str]:
+    """Every word of the templates and the signs of the working."""
     templates = [*DISTRACTORS]
     for family in FAMILIES:
         templates += [family.opening, *family.gains, *family.losses]
         templates += [family.doubling, family.halving, family.question, *family.things]
-    words = {word for template in templates for word in template.split()}
-    words -= {"{name}", "{thing}", "{k}"}
-    words |= {*NAMES, *"0123456789", *OPERATIONS, "=", ANSWER_MARK, "answer", ":"}
-    return [PAD, BOS, EOS, *sorted(words)]
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer with single digits: ``"has 13 pens"`` -> ``<bos> has 1 3 pens``.
-
-    ``<bos>`` is added in front, ``<eos>`` is not added. There is no unknown token: a word outside
-    the vocabulary raises, because a silent stand-in could turn a wrong answer into a right one.
-    """
-    ids = {word: token_id for token_id, word in enumerate(build_vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(ids))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        padding_side="left",
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )
+    found = {word for template in templates for word in template.split()}
+    found -= {"{name}", "{thing}", "{k}"}
+    return found | {*NAMES, *OPERATIONS, "=", "answer", ":"}

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import tiny_base
 from megatron_prepo import config as configuration
+from tests.tiny_tasks import TASKS, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,19 +48,16 @@ def test_importing_the_package_imports_no_engine_and_no_trainer():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-def test_the_laptop_prompts_are_what_the_generator_makes(tmp_path):
-    """`examples/laptop/build.py` rebuilds the shipped prompt files byte for byte."""
-    laptop = REPOSITORY / "examples" / "laptop"
-    sys.path.insert(0, str(laptop))
-    try:
-        import build
-    finally:
-        sys.path.pop(0)
-    build.build_prompts(tmp_path, build.SEED)
-    for name in ("train.jsonl", "eval.jsonl"):
-        assert (tmp_path / name).read_bytes() == (laptop / name).read_bytes()
+@pytest.mark.parametrize("name", TASKS)
+def test_the_shipped_prompts_are_what_the_generator_makes(name, tmp_path):
+    """`examples/<name>/build.py` rebuilds the shipped prompt files byte for byte."""
+    task = load(name)
+    tiny_base.write_shipped_prompts(task, tmp_path, task.seed)
+    for file in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / file).read_bytes() == (task.folder / file).read_bytes()
 
 
-def test_shipped_files_are_small():
-    laptop = REPOSITORY / "examples" / "laptop"
-    assert sum(f.stat().st_size for f in laptop.rglob("*") if f.is_file()) < 2_000_000
+@pytest.mark.parametrize("name", TASKS)
+def test_shipped_files_are_small(name):
+    files = (f for f in load(name).folder.rglob("*") if f.is_file())
+    assert sum(f.stat().st_size for f in files) < 1_600_000

@@ -1,0 +1,99 @@
+"""What the tiny tasks of this folder share: a problem, how it is drawn, and its tokenizer."""
+
+import random
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+ANSWER_MARK = "####"
+DIRECT_SHARE = 0.3  # of the training texts: answered without working
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem with its working; a task adds what makes a problem hard as further fields."""
+
+    prompt: str
+    working: str
+    """What leads to the answer, without the answer mark."""
+    answer: int
+
+    @property
+    def worked_answer(self) -> str:
+        return f"{self.working} {self.direct_answer}"
+
+    @property
+    def direct_answer(self) -> str:
+        return f"{ANSWER_MARK} {self.answer}"
+
+
+Draw = Callable[[random.Random], Problem]
+
+
+def draw_unique(
+    draw: Draw, rng: random.Random, count: int, held_back: Collection[str] = ()
+) -> list[Problem]:
+    """``count`` problems, no two with the same prompt and none with a ``held_back`` one."""
+    problems: dict[str, Problem] = {}
+    while len(problems) < count:
+        problem = draw(rng)
+        if problem.prompt not in held_back:
+            problems.setdefault(problem.prompt, problem)
+    return list(problems.values())
+
+
+def draw_training_text(
+    draw: Draw, rng: random.Random, held_back: Collection[str] = ()
+) -> tuple[str, str]:
+    """A prompt, never a ``held_back`` one, and its answer: worked, or direct by DIRECT_SHARE."""
+    problem = draw(rng)
+    while problem.prompt in held_back:
+        problem = draw(rng)
+    answers_directly = rng.random() < DIRECT_SHARE
+    return problem.prompt, problem.direct_answer if answers_directly else problem.worked_answer
+
+
+def zipf(count: int, exponent: float) -> tuple[float, ...]:
+    """Weights 1, 2**-a, 3**-a, ... of ``count`` items."""
+    return tuple(rank**-exponent for rank in range(1, count + 1))
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Whether a response, decoded with its special tokens, ends in the right answer.
+
+    There must be an ``<eos>``, exactly one answer mark before it, and after the mark nothing but
+    the digits of the answer: ``is_correct("9 + 4 = 1 3 #### 1 3 <eos>", "13")`` is true.
+    """
+    text, eos, _ = response.partition(EOS)
+    _, *after_mark = text.split(ANSWER_MARK)
+    return bool(eos) and len(after_mark) == 1 and "".join(after_mark[0].split()) == answer
+
+
+def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer with single digits: ``"has 13 pens"`` -> ``<bos> has 1 3 pens``.
+
+    ``<bos>`` is added in front, ``<eos>`` is not added. There is no unknown token: a word that is
+    neither in ``words`` nor a digit raises, because a silent stand-in could turn a wrong answer
+    into a right one.
+    """
+    vocabulary = [PAD, BOS, EOS, *sorted({*words, *"0123456789", ANSWER_MARK})]
+    ids = {word: token_id for token_id, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )

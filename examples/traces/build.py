@@ -1,0 +1,30 @@
+"""Rebuild everything that the traces experiment ships, from one seed, on one CPU thread.
+
+python examples/traces/build.py                    # the prompts and the base model
+python examples/traces/build.py --measure          # print the pass rates of the base model
+python examples/traces/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 other prompts
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_base import Task, main
+from traces import register_programs
+
+TASK = Task(
+    folder=Path(__file__).parent,
+    seed=0,
+    draw_for_corpus=register_programs.draw_for_corpus,
+    draw_for_pool=register_programs.draw_for_pool,
+    words=register_programs.words(),
+    max_new_tokens=120,
+    hidden_size=64,
+    intermediate_size=192,
+    num_steps=4000,
+    measured_by=("modulus", "body", "executed"),
+)
+
+if __name__ == "__main__":
+    main(TASK, __doc__)

@@ -1,0 +1,180 @@
+"""The generators of `examples/`: right answers, of the promised lengths, in disjoint files."""
+
+import json
+import random
+import re
+
+import pytest
+
+import tiny_base
+import tiny_task
+from megatron_prepo.rewards.final_number import final_number
+from tests.tiny_tasks import TASKS, load
+
+NUM_DRAWN = 300
+WORKED_TOKENS = {"laptop": (19, 40), "traces": (63.5, 108), "lists": (26.5, 70)}
+"""About the mean, and no more than the largest, of the worked answers of the pool."""
+
+
+@pytest.fixture(params=TASKS)
+def name(request) -> str:
+    return request.param
+
+
+def draw(task: tiny_base.Task) -> list[tiny_task.Problem]:
+    rng = random.Random(1)
+    return [
+        kind(rng) for kind in (task.draw_for_corpus, task.draw_for_pool) for _ in range(NUM_DRAWN)
+    ]
+
+
+def test_worked_answers_are_correct_and_corrupted_ones_are_not(name):
+    for problem in draw(load(name)):
+        answer = str(problem.answer)
+        assert problem.answer >= 0
+        assert final_number(problem.worked_answer, answer) == 1
+        assert final_number(problem.direct_answer, answer) == 1
+        assert final_number(f"{problem.working} #### {problem.answer + 1}", answer) == 0
+        assert final_number(f"{problem.worked_answer} {problem.direct_answer}", answer) == 0
+        assert final_number(problem.working, answer) == 0
+
+
+def test_an_independent_reading_of_the_prompt_gives_the_answer(name):
+    for problem in draw(load(name)):
+        assert READERS[name](problem) == problem.answer, problem
+
+
+def read_story(story) -> int:
+    """A story, sentence by sentence, by a list of the words that make it go up or down."""
+    opening, *sentences, _, _ = re.split(r"(?<=[.?]) ", story.prompt)
+    (total,) = map(int, re.findall(r"\d+", opening))
+    for sentence in sentences:
+        numbers = [int(number) for number in re.findall(r"\d+", sentence)]
+        said = set(sentence.split())
+        if said & {"years", "minutes", "friends"}:
+            continue
+        if said & {"doubles", "repeats", "twice", "equal", "identical"}:
+            assert not numbers
+            total *= 2
+        elif said & {"half", "halves"}:
+            assert not numbers
+            total //= 2
+        else:
+            (number,) = numbers
+            total += -number if said & DOWN else number
+    return total
+
+
+# fmt: off
+DOWN = {
+    "gives", "loses", "off", "spends", "costs", "run", "sells", "borrow", "damaged", "takes",
+    "removes", "bought", "burned", "drops", "cools", "descends", "down", "wastes", "needs",
+    "deserted", "swept", "discards", "consumes",
+}
+# fmt: on
+
+
+def read_program(program) -> int:
+    """A register program as Python statements."""
+    statements = {
+        "add": "a += b",
+        "swap": "a, b = b, a",
+        "inc": "a += 1",
+        "double": "a *= 2",
+        "copy": "b = a",
+        "dec": "a -= 1",
+        "max": "a = b if b > a else a",
+        "sub": "a -= b",
+        "min": "a = b if b < a else a",
+        "triple": "a *= 3",
+        "neg": "a *= -1",
+        "gap": "a = a - b if a > b else b - a",
+    }
+    _, modulus, _, a, _, b, _, rounds, *body, _, register, _ = program.prompt.split()
+    scope = {"a": int(a), "b": int(b)}
+    for instruction in body * int(rounds):
+        exec(f"{statements[instruction]}; a %= {modulus}; b %= {modulus}", {}, scope)
+    return scope[register]
+
+
+def read_pipeline(pipeline) -> int:
+    """A pipeline in Python's terms, with the operations written another way."""
+    opening, *operations, question = pipeline.prompt.removesuffix(" =").split(" then ")
+    items = [int(digit) for digit in opening.split()[1:]]
+    for operation in operations:
+        name, *number = operation.split()
+        k = int(number[0]) if number else None
+        match name:
+            case "reverse" | "flip" | "backwards":
+                items = list(reversed(items))
+            case "sort" | "ascending" | "order":
+                items.sort()
+            case "descending":
+                items.sort(key=lambda x: -x)
+            case "add" | "raise":
+                items = [int(str(x + k)[-1]) for x in items]
+            case "drop" | "skip":
+                del items[:k]
+            case "take" | "keep" | "head":
+                del items[k:]
+            case "rotate" | "roll":
+                items.append(items.pop(0))
+            case "complement":
+                items = ["9876543210".index(str(x)) for x in items]
+            case "above" | "over":
+                items = list(filter(k.__lt__, items))
+            case "below" | "under":
+                items = list(filter(k.__gt__, items))
+            case "even":
+                items = [x for x in items if x in {0, 2, 4, 6, 8}]
+            case "odd":
+                items = [x for x in items if x in {1, 3, 5, 7, 9}]
+            case "unique" | "distinct":
+                items = [x for i, x in enumerate(items) if x not in items[:i]]
+            case "differences":
+                items = [abs(items[i] - items[i + 1]) for i in range(len(items) - 1)]
+            case _:
+                raise AssertionError(operation)
+    match question:
+        case "sum" | "total":
+            return sum(items)
+        case "ends":
+            return items[0] * items[-1]
+        case "max" | "largest":
+            return sorted(items)[-1]
+        case "min" | "smallest":
+            return sorted(items)[0]
+        case "count" | "length":
+            return len(items)
+        case "last" | "end":
+            return items[-1]
+    raise AssertionError(question)
+
+
+READERS = {"laptop": read_story, "traces": read_program, "lists": read_pipeline}
+
+
+def test_worked_answers_have_the_promised_lengths(name):
+    task = load(name)
+    tokenizer = tiny_task.build_tokenizer(task.words)
+    problems = tiny_task.draw_unique(task.draw_for_pool, random.Random(1), 2000)
+    lengths = [len(tokenizer(problem.worked_answer).input_ids) for problem in problems]  # <eos> too
+    mean, largest = WORKED_TOKENS[name]
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, abs=1)
+    assert max(lengths) <= min(largest, task.max_new_tokens)
+
+
+def test_prompt_files_are_repeatable_and_disjoint(name, tmp_path):
+    task = load(name)
+    tiny_base.write_fresh_prompts(task, tmp_path / "a", task.seed, 2000)
+    tiny_base.write_fresh_prompts(task, tmp_path / "b", task.seed, 2000)
+    fresh = tmp_path / "a" / "train.jsonl"
+    assert fresh.read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
+    files = [prompts(fresh), prompts(task.folder / "train.jsonl")]
+    files.append(prompts(task.folder / "eval.jsonl"))
+    assert [len(file) for file in files] == [2000, 800, 400]
+    assert len(set().union(*files)) == 3200
+
+
+def prompts(path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
