@@ -2,7 +2,8 @@
 
 megatron-prepo demo                              the laptop experiment, in runs/demo
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
-megatron-prepo compare CONFIG --methods A,B ...   methods on equal terms, over seeds
+megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
+megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo reference                         the configuration reference, in Markdown
 """
 
@@ -102,6 +103,14 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from megatron_prepo import page
+
+    written = page.report(options.sources, options.out)
+    print(f"{written[0]}, and beside it {len(written) - 1} pictures")
+    return 0
+
+
 def _reference(options: argparse.Namespace) -> int:
     print(configuration.reference(), end="")
     return 0
@@ -138,6 +147,15 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
     comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     comparison.set_defaults(run=_compare)
+    report = commands.add_parser("report", help="one page of runs and comparisons")
+    report.add_argument(
+        "sources",
+        nargs="+",
+        metavar="RUN_OR_RESULTS",
+        help="a run's directory, a comparison's directory or its results.jsonl",
+    )
+    report.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
+    report.set_defaults(run=_report)
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser

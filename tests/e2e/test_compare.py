@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_prepo.cli import main
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT
 
 TINY = [*FILES, *SHORT, "parallel.tensor=1", "eval.every=1"]
@@ -65,3 +66,10 @@ def test_interrupted_and_gone_on_with(tmp_path):
     text = results.read_text()
     assert start(directory).wait() == 0
     assert results.read_text() == text
+
+    out = tmp_path / "report.html"
+    run = str(directory / "prepo" / "1")
+    assert main(["report", str(directory), run, "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "saving at 50 %" in page and "gain, prompt by prompt" in page
+    assert (tmp_path / "both_pass_rate.png").exists()

@@ -1,0 +1,159 @@
+"""The report's page: whole in itself, and its numbers those of `comparison.py`."""
+
+import json
+import re
+import xml.etree.ElementTree as xml
+
+import pytest
+
+from megatron_prepo import comparison, figures, page
+from megatron_prepo.cli import main
+from megatron_prepo.errors import UserError
+from tests.made_records import LIFELIKE, lifelike, line
+
+ALL = [lifelike(arm, seed, "everything") for arm in LIFELIKE for seed in (1, 2, 3)]
+UNEQUAL = [
+    lifelike(arm, seed, "unequal")
+    for arm, count in (("random", 3), ("prepo", 2), ("mine", 1))
+    for seed in range(1, count + 1)
+]
+
+
+def written(tmp_path, *groups: list[dict]) -> list[str]:
+    """Result files of the groups of records."""
+    paths = []
+    for number, records in enumerate(groups):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        paths.append(str(path))
+    return paths
+
+
+def body_of(text: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", text).split())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A page of two comparisons: all arms, and arms of unequal seeds."""
+    directory = tmp_path_factory.mktemp("page")
+    paths = page.report(written(directory, ALL, UNEQUAL), directory / "report.html")
+    return paths
+
+
+def test_the_page_needs_nothing_else(whole):
+    text = whole[0].read_text()
+    assert not re.search(r"(src|href)=(?!\"#)", text)
+    assert "http:" not in text and "https:" not in text and "@import" not in text
+    assert "<script" not in text and not re.search(r"url\((?!#)", text)
+
+
+def test_pictures_beside_it(whole):
+    assert {path.suffix for path in whole[1:]} == {".png"}
+    names = {path.name for path in whole[1:]}
+    assert {"everything_pass_rate.png", "everything_pass_rate_ablations.png"} <= names
+    assert {"unequal_pass_rate_tokens.png", "unequal_stages.png"} <= names
+    assert all(path.stat().st_size > 5000 for path in whole[1:])
+
+
+def test_figures_are_sound_and_take_their_colours_from_the_page(whole):
+    text = whole[0].read_text()
+    drawings = re.findall(r"<svg .*?</svg>", text, re.S)
+    assert len(drawings) == len(whole) - 1
+    for drawing in drawings:
+        xml.fromstring(drawing)
+        assert not re.search(r"#fe[0-9a-f]{4}", drawing), "a placeholder is left"
+        assert "width=" not in drawing.split(">")[0], "it has to shrink on a phone"
+    variables = set(re.findall(r"var\((--[a-z0-9_-]+)\)", text))
+    defined = set(re.findall(r"(--[a-z0-9_-]+):", text))
+    assert variables <= defined
+    assert text.count("prefers-color-scheme: dark") == 3
+
+
+def test_each_line_is_named(whole):
+    drawing = re.search(r"<svg .*?</svg>", whole[0].read_text(), re.S)[0]
+    for name in set(figures.MAIN) - {"oracle"}:
+        assert f">{name}<" in drawing
+    assert ">oracle (ceiling)<" in drawing and ">reverse<" not in drawing
+
+
+@pytest.mark.parametrize("records", [ALL, UNEQUAL])
+def test_the_tables_numbers_are_those_of_the_analysis(records):
+    text = page.page({"it": records})
+    rows = {}
+    for row in re.findall(r"<tr[^>]*><th scope=row>.*?</tr>", text, re.S):
+        name = re.search(r"</i>(\w+)<", row)[1]
+        rows.setdefault(name, []).append([body_of(c) for c in re.findall(r"<td>(.*?)</td>", row)])
+    for result in comparison.analyse(records):
+        headline, others = rows[result.arm.name]
+        for place, quota in enumerate(comparison.QUOTAS):
+            saving = result.savings["rollouts", quota]
+            cell = headline[place].replace("&lt;", "<")
+            assert cell.startswith(f"{'< ' * saving.missed}{saving.ratio:.2f}")
+            assert cell.endswith(f"{saving.reached_seeds}/{len(result.arm.records)} seeds")
+            if saving.low is not None and saving.reached_draws:
+                assert f"{saving.low:.2f} to {saving.high:.2f}" in cell
+                assert (f"< {saving.low:.2f} to" in cell) is saving.low_missed
+            else:
+                assert " to " not in cell
+            ratio = f"{result.savings['tokens', quota].ratio:.2f}"
+            assert others[place].replace("&lt; ", "").startswith(ratio)
+        assert headline[3].startswith(f"{result.final.value:.3f}")
+        assert headline[5].startswith(f"{result.mean_pass.value:.3f}")
+        if result.final_difference:
+            shown = headline[4].split()[0].replace("−", "-")
+            assert shown == f"{result.final_difference.value:+.3f}"
+
+
+def test_commands_machine_and_seeds_at_the_foot(whole):
+    text = body_of(whole[0].read_text())
+    assert "megatron-prepo compare examples/laptop/prepo.yaml" in text
+    assert "processor made up, cores 2" in text
+    assert "random: 1, 2, 3; prepo: 1, 2; mine: 1" in text
+
+
+def test_arms_without_perplexity_have_no_such_figure():
+    arms = list(comparison.arms_of([lifelike("random", 1), lifelike("mopps", 1)]).values())
+    keys = {figure.key for figure in figures.figures(arms)}
+    assert "zero_variance" in keys and not keys & {"window", "spearman", "deciles"}
+
+
+def test_bare_records_are_enough_for_curves():
+    arms = list(comparison.arms_of([line("random", 1), line("prepo", 1)]).values())
+    keys = [figure.key for figure in figures.figures(arms)]
+    assert keys == ["pass_rate", "pass_rate_tokens", "pass_rate_seconds"]
+
+
+def test_figures_are_cut_where_there_are_many_arms():
+    made = figures.figures(list(comparison.arms_of(ALL).values()))
+    by_key = {figure.key: [arm.name for arm in figure.arms] for figure in made}
+    assert by_key["pass_rate"] == list(figures.MAIN) or set(by_key["pass_rate"]) == set(
+        figures.MAIN
+    )
+    assert set(by_key["pass_rate_ablations"]) == {"random", *figures.ABLATIONS}
+
+
+def test_one_comparison_of_two_files(tmp_path):
+    paths = written(tmp_path, [lifelike("random", 1)], [lifelike("random", 2)])
+    (records,) = page.read(paths).values()
+    assert [record["seed"] for record in records] == [1, 2]
+
+
+def test_the_same_run_twice_is_refused(tmp_path, capsys):
+    paths = written(tmp_path, [lifelike("random", 1)], [lifelike("random", 1)])
+    assert main(["report", *paths, "--out", str(tmp_path / "x.html")]) == 2
+    assert "random/1 twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["hello", '{"a": 1}', "[1]", None])
+def test_what_is_neither_run_nor_results(tmp_path, content):
+    path = tmp_path / "thing"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match="thing"):
+        page.read([path])
+
+
+def test_names_are_escaped():
+    records = [lifelike("random", 1, "<script>alert(1)</script>")]
+    assert "<script" not in page.page({records[0]["comparison"]: records})
