@@ -72,17 +72,17 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron_prepo",
     "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.labelsize": 9.5,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "xtick.major.size": 3,
     "ytick.major.size": 3,
 }
-WIDTH, HEIGHT, LABELS_FROM = 5.2, 3.5, 0.775
+WIDTH, HEIGHT, LABELS_FROM = 5.2, 3.6, 0.765
 """Inches, and where the labels at the lines' ends begin."""
 
 
@@ -149,7 +149,7 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         )
     timed = [arm for arm in arms if any(stage_seconds(r) for r in arm.records)]
     if timed:
-        text = "Seconds of training by stage, mean over seeds; evaluation is left out."
+        text = "Seconds of training by stage, mean over seeds; without evaluation and probes."
         made.append(Figure("stages", "Where the time goes", text, draw_stages, timed))
     return made
 
@@ -189,29 +189,34 @@ def pass_rate(axis: str, all_arms: Sequence[Arm]) -> Callable:
         margin = max(0.12 * (values.max() - values.min()), 0.01)
         axes.set_ylim(values.min() - margin, values.max() + margin)
         axes.set_xlim(0)
-        draw_targets(axes, all_arms, palette)
+        draw_targets(axes, all_arms, axis, palette)
         label_ends(axes, ends, palette)
 
     return draw
 
 
-def draw_targets(axes, all_arms: Sequence[Arm], palette: "Palette") -> None:
+def draw_targets(axes, all_arms: Sequence[Arm], axis: str, palette: "Palette") -> None:
     """Dashed lines at the targets that savings are measured at."""
     baseline = next((arm for arm in all_arms if arm.name == BASELINE), None)
     if baseline is None or len(all_arms) < 2:
         return
     base = comparison.base_of([record for arm in all_arms for record in arm.records])
+    means = [comparison.mean_and_band(arm.curves(axis))[:2] for arm in all_arms]
     for quota in comparison.QUOTAS:
         level = comparison.target(base, baseline.finals_S.mean(), quota)
+        reached = [comparison.first_reached(x, y[None], np.array([level]))[0] for x, y in means]
+        # left of where the first line passes, or under all of them
+        left = np.nanmin(reached) > 0.14 * axes.get_xlim()[1]
         axes.axhline(level, color=palette.ink, lw=0.7, ls=(0, (4, 4)), alpha=0.7, zorder=1)
         axes.annotate(
             f"{quota * 100:g} %",
-            (1, level),
+            (0 if left else 1, level),
             xycoords=axes.get_yaxis_transform(),
-            xytext=(-1, 2),
+            xytext=(3, 2) if left else (-1, -2),
             textcoords="offset points",
-            ha="right",
-            fontsize=7.5,
+            ha="left" if left else "right",
+            va="bottom" if left else "top",
+            fontsize=8,
             color=palette.ink,
         )
 
@@ -264,11 +269,11 @@ def draw_deciles(figure, arms: Sequence[Arm], palette: "Palette") -> None:
     ends = []
     for arm in arms:
         rows = [deciles(record) for record in arm.records if deciles(record)]
-        y = np.nanmean(np.array(rows, dtype=float), axis=0)
-        known = ~np.isnan(y)
-        x = np.arange(1, 11)[known]
-        axes.plot(x, y[known], marker="o", ms=3, **palette.line(arm.name))
-        ends.append((arm.name, x[-1], y[known][-1]))
+        rates = np.array(rows, dtype=float)
+        known = ~np.isnan(rates).all(axis=0)  # with fewer than ten groups a step, some are empty
+        x, y = np.arange(1, 11)[known], np.nanmean(rates[:, known], axis=0)
+        axes.plot(x, y, marker="o", ms=3, **palette.line(arm.name))
+        ends.append((arm.name, x[-1], y[-1]))
     axes.set_xticks(range(1, 11))
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     label_ends(axes, ends, palette)
@@ -279,7 +284,7 @@ def draw_stages(figure, arms: Sequence[Arm], palette: "Palette") -> None:
     height = 1.15 + 0.27 * len(arms)
     figure.set_size_inches(WIDTH, height)
     axes = panel(figure, palette, "seconds", "")
-    figure.subplots_adjust(left=0.22, right=0.97, top=1 - 0.55 / height, bottom=0.48 / height)
+    figure.subplots_adjust(left=0.24, right=0.97, top=1 - 0.55 / height, bottom=0.48 / height)
     rows = range(len(arms))
     left = np.zeros(len(arms))
     hatches = ("", "////", "", "....", "", "\\\\\\\\")
@@ -305,12 +310,13 @@ def draw_stages(figure, arms: Sequence[Arm], palette: "Palette") -> None:
 def panel(figure, palette: "Palette", x_label: str, y_label: str):
     """Axes with room for labels on the right."""
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.125, right=LABELS_FROM, top=0.97, bottom=0.14)
+    figure.subplots_adjust(left=0.145, right=LABELS_FROM, top=0.97, bottom=0.145)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(color=palette.faint, lw=0.6)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=False))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.tick_params(colors=palette.ink)
     for side in axes.spines.values():
@@ -324,7 +330,7 @@ def label_ends(axes, ends: Sequence[tuple[str, float, float]], palette: "Palette
     """Names at the lines' ends, moved apart where they would cover each other."""
     low, high = axes.get_ylim()
     height = axes.get_position().height * axes.figure.get_size_inches()[1] * 72
-    gap = 10.5 / height
+    gap = 11 / height
     order = sorted(ends, key=lambda end: end[2])
     wanted = [min(max((y - low) / (high - low), 0.0), 1.0) for _, _, y in order]
     for (name, x, y), place in zip(order, spread(wanted, gap), strict=True):
@@ -335,7 +341,7 @@ def label_ends(axes, ends: Sequence[tuple[str, float, float]], palette: "Palette
             (x, y),
             xytext=(1.045, place),
             textcoords="axes fraction",
-            fontsize=8.5,
+            fontsize=9,
             fontweight="bold" if name in BOLD else "normal",
             color=colour,
             va="center",

@@ -124,7 +124,9 @@ def _tables(results: Sequence[ArmResult]) -> str:
         rows.append(cells)
     arms = [result.arm for result in results]
     parts = [_table(head, arms, rows)]
-    if has_savings:
+    if not has_savings:
+        parts.append("<p class=note>No savings: they need runs of random that gain.</p>")
+    else:
         parts.append(SAVING_WORDS)
         other = [
             [_saving(r, axis, q) for axis in ("tokens", "seconds") for q in comparison.QUOTAS]

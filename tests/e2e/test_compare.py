@@ -71,5 +71,5 @@ def test_interrupted_and_gone_on_with(tmp_path):
     run = str(directory / "prepo" / "1")
     assert main(["report", str(directory), run, "--out", str(out)]) == 0
     page = out.read_text()
-    assert "saving at 50 %" in page and "gain, prompt by prompt" in page
+    assert "final pass rate" in page and "gain, prompt by prompt" in page
     assert (tmp_path / "both_pass_rate.png").exists()
