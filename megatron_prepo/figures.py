@@ -201,6 +201,8 @@ def draw_targets(axes, all_arms: Sequence[Arm], axis: str, palette: "Palette") -
     if baseline is None or len(all_arms) < 2:
         return
     base = comparison.base_of([record for arm in all_arms for record in arm.records])
+    if baseline.finals_S.mean() <= base:
+        return
     means = [comparison.mean_and_band(arm.curves(axis))[:2] for arm in all_arms]
     for quota in comparison.QUOTAS:
         level = comparison.target(base, baseline.finals_S.mean(), quota)
