@@ -22,7 +22,7 @@ TASK = Task(
     max_new_tokens=80,
     hidden_size=64,
     intermediate_size=192,
-    num_steps=4500,
+    num_steps=5000,
     measured_by=("length", "steps"),
 )
 

@@ -1,8 +1,8 @@
 """List pipelines: a short list of digits, changed step by step, and one question about the result.
 
-    prompt    list 3 1 4 1 5 then sort then drop 2 then sum =
-    worked    sort 1 1 3 4 5 then drop 3 4 5 then sum 3 , 7 , 1 2 #### 1 2
-    direct    #### 1 2
+    prompt    list 3 1 4 5 : sort drop 2 sum =
+    worked    sort 1 3 4 5 drop 4 5 sum 4 , 9 #### 9
+    direct    #### 9
 
 The worked answer writes the list after every operation; a sum is written as running totals.
 ``ends`` asks for the product of the first and the last digit. Most operations and questions have
@@ -16,7 +16,7 @@ pipelines, rarer operations and names. No list is ever empty.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from tiny_task import Problem, zipf
 
@@ -35,20 +35,18 @@ class Operation:
 
 # The order is the rank in the Zipf mixtures below: the first operation is the most common one.
 OPERATIONS = (
-    Operation(("reverse", "flip", "backwards"), lambda items, _: items[::-1]),
-    Operation(("sort", "ascending", "order"), lambda items, _: sorted(items)),
-    Operation(("add", "raise"), lambda items, k: [(x + k) % 10 for x in items], range(1, 8)),
+    Operation(("reverse", "flip"), lambda items, _: items[::-1]),
+    Operation(("sort", "order"), lambda items, _: sorted(items)),
     Operation(("drop", "skip"), lambda items, k: items[k:], range(1, 4)),
-    Operation(("rotate", "roll"), lambda items, _: items[1:] + items[:1]),
-    Operation(("complement",), lambda items, _: [9 - x for x in items]),
-    Operation(("take", "keep", "head"), lambda items, k: items[:k], range(3, 7)),
-    Operation(("above", "over"), lambda items, k: [x for x in items if x > k], range(1, 5)),
+    Operation(("add", "raise"), lambda items, k: [(x + k) % 10 for x in items], range(1, 6)),
+    Operation(("rotate",), lambda items, _: items[1:] + items[:1]),
+    Operation(("take", "keep"), lambda items, k: items[:k], range(3, 7)),
     Operation(("descending",), lambda items, _: sorted(items, reverse=True)),
+    Operation(("above", "over"), lambda items, k: [x for x in items if x > k], range(1, 5)),
+    Operation(("complement",), lambda items, _: [9 - x for x in items]),
     Operation(("even",), lambda items, _: [x for x in items if x % 2 == 0]),
-    Operation(("unique", "distinct"), lambda items, _: list(dict.fromkeys(items))),
-    Operation(("below", "under"), lambda items, k: [x for x in items if x < k], range(5, 9)),
+    Operation(("below",), lambda items, k: [x for x in items if x < k], range(5, 9)),
     Operation(("odd",), lambda items, _: [x for x in items if x % 2 == 1]),
-    Operation(("differences",), lambda items, _: [abs(x - y) for x, y in pairwise(items)]),
 )
 
 
@@ -77,20 +75,20 @@ class Mixture:
     rank_exponent: float
     """Of the Zipf weights of operations and names."""
     length_weights: tuple[float, ...]
-    """For lists of 4, 5, ... 8 digits."""
+    """For lists of 4, 5, ... 8 different digits."""
     step_weights: tuple[float, ...]
-    """For 1, 2, ... 4 operations."""
+    """For 1, 2, 3 and 4 operations."""
 
 
 CORPUS = Mixture(
-    rank_exponent=1.0,
-    length_weights=(3, 3, 2, 2, 1),
+    rank_exponent=1.2,
+    length_weights=(4, 4, 3, 2, 1),
     step_weights=(4, 3, 2, 1),
 )
 POOL = Mixture(
     rank_exponent=0.5,
-    length_weights=(1, 1, 1, 1, 1),
-    step_weights=(1, 2, 3, 3),
+    length_weights=(1, 1, 2, 2, 2),
+    step_weights=(2, 3, 3, 2),
 )
 
 
@@ -106,8 +104,8 @@ def draw_pipeline(rng: random.Random, mixture: Mixture) -> Pipeline:
     """One pipeline of the mixture."""
     length = rng.choices(range(4, 9), mixture.length_weights)[0]
     steps = rng.choices(range(1, 5), mixture.step_weights)[0]
-    items = [rng.randrange(10) for _ in range(length)]
-    prompt, working = [f"list {_spaced(items)}"], []
+    items = rng.sample(range(10), length)
+    prompt, working = [f"list {_spaced(items)} :"], []
     for _ in range(steps):
         text, name, items = _draw_operation(rng, mixture, items)
         prompt.append(text)
@@ -117,8 +115,8 @@ def draw_pipeline(rng: random.Random, mixture: Mixture) -> Pipeline:
     answer = question.answer(items)
     last = " , ".join(map(str, accumulate(items))) if question.answer is sum else answer
     return Pipeline(
-        prompt=" then ".join([*prompt, f"{name} ="]),
-        working=" then ".join([*working, f"{name} {last}"]),
+        prompt=" ".join([*prompt, f"{name} ="]),
+        working=" ".join([*working, f"{name} {last}"]),
         answer=answer,
         length=length,
         steps=steps,
@@ -157,4 +155,4 @@ def draw_for_pool(rng: random.Random) -> Pipeline:
 def words() -> set[str]:
     """Every word of a pipeline and the sign between running totals."""
     names = {name for choice in (*OPERATIONS, *QUESTIONS) for name in choice.names}
-    return names | {"list", "then", "=", ","}
+    return names | {"list", ":", "=", ","}

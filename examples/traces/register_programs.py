@@ -36,7 +36,7 @@ INSTRUCTIONS: dict[str, Callable[[int, int], State]] = {
     "neg": lambda a, b: (-a, b),
     "gap": lambda a, b: (abs(a - b), b),
 }
-MODULI = (10, 30, 60)
+MODULI = (10, 20, 30)
 MAX_BODY = 4
 MAX_ROUNDS = 9
 
@@ -54,14 +54,14 @@ class Mixture:
 
 
 CORPUS = Mixture(
-    instruction_weights=zipf(len(INSTRUCTIONS), 1.2),
+    instruction_weights=zipf(len(INSTRUCTIONS), 1.0),
     modulus_weights=(0.6, 0.27, 0.13),
     body_weights=(0.2, 0.35, 0.3, 0.15),
     executed=(4, 15),
 )
 POOL = Mixture(
     instruction_weights=zipf(len(INSTRUCTIONS), 0.5),
-    modulus_weights=(0.5, 0.3, 0.2),
+    modulus_weights=(0.4, 0.35, 0.25),
     body_weights=(0.1, 0.3, 0.35, 0.25),
     executed=(9, 15),
 )
