@@ -99,15 +99,15 @@ def read_program(program) -> int:
 
 def read_pipeline(pipeline) -> int:
     """A pipeline in Python's terms, with the operations written another way."""
-    opening, *operations, question = pipeline.prompt.removesuffix(" =").split(" then ")
+    opening, text = pipeline.prompt.removesuffix(" =").split(" : ")
     items = [int(digit) for digit in opening.split()[1:]]
-    for operation in operations:
-        name, *number = operation.split()
-        k = int(number[0]) if number else None
+    *operations, (question, _) = re.findall(r"([a-z]+)(?: (\d))?", text)
+    for name, number in operations:
+        k = int(number) if number else None
         match name:
-            case "reverse" | "flip" | "backwards":
+            case "reverse" | "flip":
                 items = list(reversed(items))
-            case "sort" | "ascending" | "order":
+            case "sort" | "order":
                 items.sort()
             case "descending":
                 items.sort(key=lambda x: -x)
@@ -115,26 +115,22 @@ def read_pipeline(pipeline) -> int:
                 items = [int(str(x + k)[-1]) for x in items]
             case "drop" | "skip":
                 del items[:k]
-            case "take" | "keep" | "head":
+            case "take" | "keep":
                 del items[k:]
-            case "rotate" | "roll":
+            case "rotate":
                 items.append(items.pop(0))
             case "complement":
                 items = ["9876543210".index(str(x)) for x in items]
             case "above" | "over":
                 items = list(filter(k.__lt__, items))
-            case "below" | "under":
+            case "below":
                 items = list(filter(k.__gt__, items))
             case "even":
                 items = [x for x in items if x in {0, 2, 4, 6, 8}]
             case "odd":
                 items = [x for x in items if x in {1, 3, 5, 7, 9}]
-            case "unique" | "distinct":
-                items = [x for i, x in enumerate(items) if x not in items[:i]]
-            case "differences":
-                items = [abs(items[i] - items[i + 1]) for i in range(len(items) - 1)]
             case _:
-                raise AssertionError(operation)
+                raise AssertionError(name)
     match question:
         case "sum" | "total":
             return sum(items)
