@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs clean compare
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
@@ -20,6 +20,26 @@ lint: .venv/ready-dev
 
 docs: .venv/ready
 	.venv/bin/megatron-prepo reference > docs/configuration.md
+
+# Every run of the comparison (docs/comparison_protocol.md), then its page.  What is there is not run
+# again; with RESULTS=benchmarks/results/compare that is all that is committed.
+RESULTS ?= runs/compare
+COMPARE = .venv/bin/megatron-prepo compare
+METHODS = random,prepo,greso,dapo,mopps,foresight
+ABLATIONS = ppl_only,entropy_only,reverse,rho_max,clamp,entropy_clamp,oracle
+LARGE = random_large:selection.method=random;weighting.method=none;selection.num_selected=32;$\
+selection.num_candidates=160;train.total_steps=80;eval.every=5
+run = --name $(1) --dir runs/compare/$(1) --results $(RESULTS)/$(1).jsonl
+
+compare: .venv/ready
+	$(COMPARE) examples/laptop/compare.yaml --methods $(METHODS) --seeds 1-5 \
+	  $(call run,story_sums)
+	.venv/bin/python examples/laptop/build.py --fresh 12800 --out runs/compare/story_sums_prompts
+	$(COMPARE) examples/laptop/compare.yaml --methods $(METHODS) --seeds 1-5 \
+	  $(call run,story_sums_fresh) data.train=runs/compare/story_sums_prompts/train.jsonl
+	$(COMPARE) examples/laptop/compare.yaml --methods "$(ABLATIONS),$(LARGE)" --seeds 1-3 \
+	  $(call run,story_sums)
+	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
 	rm -rf .venv build *.egg-info

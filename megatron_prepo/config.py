@@ -112,10 +112,10 @@ class DataConfig:
 class SelectionConfig:
     """Which K of the P candidate prompts are rolled out."""
 
-    method: Literal["prepo", "random", "greso", "dapo", "mopps", "oracle"] = "prepo"
+    method: Literal["prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle"] = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
-    `greso`, `dapo`, `mopps`: the published rivals; `oracle`: an upper bound that rolls out every
-    candidate. `docs/selection.md` compares them."""
+    `greso`, `dapo`, `mopps`: the published rivals; `foresight`: ours; `oracle`: an upper bound that
+    rolls out every candidate. `docs/selection.md` compares them."""
     num_candidates: int
     """|B| in the paper, P here: prompts scored in a step."""
     num_selected: int
@@ -129,7 +129,7 @@ class SelectionConfig:
     direction: Literal["low-to-high", "high-to-low"] = "low-to-high"
     """Where the window starts: at the lowest perplexities (paper), or at the highest."""
     target_pass_rate: float = 0.5
-    """The pass rate that `mopps` and `oracle` look for."""
+    """The pass rate that `mopps`, `foresight` and `oracle` look for."""
     mopps_decay: float = 0.5
     """`mopps`: how much of what was observed before still counts at the next observation."""
     ppl_tokens: Literal["all", "content"] = "all"

@@ -15,6 +15,7 @@ All are the same on every rank: what is random follows from seed, step and obser
 """
 
 from megatron_prepo.selection.dapo import DynamicSampling
+from megatron_prepo.selection.foresight import Foresight
 from megatron_prepo.selection.greso import GRESO
 from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
@@ -27,5 +28,6 @@ METHODS = {
     "greso": GRESO,
     "dapo": DynamicSampling,
     "mopps": PosteriorSampling,
+    "foresight": Foresight,
     "oracle": Oracle,
 }

@@ -23,7 +23,7 @@ TINY = [
     "eval.max_prompts=2",
     "eval.samples_per_prompt=1",
 ]
-ON_TWO_RANKS = ["greso", "dapo", "mopps"]
+ON_TWO_RANKS = ["greso", "dapo", "mopps", "foresight"]
 
 
 def run_all(num_ranks: int, runs: dict[str, list[str]]) -> None:

@@ -1,0 +1,167 @@
+"""Foresight, a method of our own: prediction as prior, history as evidence, one draw as choice.
+
+    features    x_i = [1, z_i, z_i^2 - 1],  z_i = log perplexity, log length and mean entropy of the
+                prompt under the current policy, standardised over the step's candidates
+    prediction  mu_i = sigmoid(w . x_i), logistic regression on all groups so far; a group that is
+                `MEMORY` steps old counts 1/e, and a rollout counts `SHARE`, since those of a group
+                are alike
+    prior       pass rate p_i ~ Beta(m mu_i, m (1 - mu_i)); m, how far to trust the prediction, is
+                the one under which what was observed is likeliest
+    evidence    alpha_i = m mu_i + passes, beta_i = m (1 - mu_i) + failures of the prompt so far; a
+                visit counts `KEPT` times as much after the next
+    choice      one draw from each posterior; the K nearest to `selection.target_pass_rate`
+
+It is MoPPS with a prior that knows something: at the first visit, where MoPPS draws blindly, the
+prediction speaks; where the signals say nothing, m becomes small and it is MoPPS.  A scoring pass
+over the candidates is its only cost, as PREPO's.  `docs/foresight.md` has derivation and
+measurements.
+"""
+
+import numpy as np
+from scipy.special import betaln, expit
+
+from megatron_prepo.config import SelectionConfig
+from megatron_prepo.selection.candidates import Candidates
+
+MEMORY = 15.0
+SHARE = 0.35
+KEPT = 0.7
+ROWS = 2000
+"""Groups that the regression remembers at most; older ones weigh nothing."""
+TRUSTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+"""Values of m, in rollouts: the prediction is worth so many."""
+
+
+class Foresight:
+    """Thompson sampling towards a pass rate, from a prior that is learnt."""
+
+    needs_scores = True
+    needs_pass_rates = False
+    refills = False
+
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+        self.num_selected, self.target = config.num_selected, config.target_pass_rate
+        self.seed, self.pass_reward = seed, pass_reward
+        self.features: list[list[float]] = []
+        self.counts: list[tuple[int, int, int]] = []
+        """Step, passes and rollouts of each group; `features` are those of its prompt."""
+        self.evidence: dict[str, tuple[float, float]] = {}
+        """Passes and failures by prompt id, older visits counting less."""
+        self.trust = 4.0
+        self.foreseen = 0.0
+
+    def choose(self, candidates: Candidates, step: int) -> list[int]:
+        """Positions of the K candidates, the nearest draw first; ties keep their order."""
+        self.step, x_PF = step, features(candidates)
+        self.position = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
+        self.x_PF = x_PF
+        alpha_P, beta_P = self.posterior(candidates, x_PF, step)
+        draw_P = np.random.default_rng([self.seed, step]).beta(alpha_P, beta_P)
+        chosen = np.argsort(np.abs(draw_P - self.target), kind="stable")[: self.num_selected]
+        self.foreseen = float((alpha_P / (alpha_P + beta_P))[chosen].mean())
+        return chosen.tolist()
+
+    def posterior(
+        self, candidates: Candidates, x_PF: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`alpha_P` and `beta_P` of the candidates' pass rates."""
+        weight_F = np.zeros(x_PF.shape[1])
+        if self.counts:
+            x_RF = np.array(self.features)
+            step_R, passes_R, rollouts_R = np.array(self.counts, dtype=float).T
+            age_R = np.exp((step_R - step) / MEMORY)
+            weight_F = logistic_regression(x_RF, passes_R, rollouts_R, SHARE * age_R)
+            mu_R = predict(x_RF, weight_F)
+            self.trust = max(TRUSTS, key=lambda m: likelihood(m, mu_R, passes_R, rollouts_R, age_R))
+        mu_P = predict(x_PF, weight_F)
+        seen = [self.evidence.get(prompt.id, (0.0, 0.0)) for prompt in candidates.prompts]
+        passes_P, failures_P = np.array(seen).T
+        return self.trust * mu_P + passes_P, self.trust * (1 - mu_P) + failures_P
+
+    def observe(self, prompts, rewards_KG) -> None:
+        """Groups are rows of the regression, and evidence on their prompts."""
+        rollouts = rewards_KG.shape[1]
+        passes_K = (rewards_KG >= self.pass_reward).sum(dim=1).tolist()
+        for prompt, passes in zip(prompts, passes_K, strict=True):
+            self.features.append(self.x_PF[self.position[prompt.id]].tolist())
+            self.counts.append((self.step, passes, rollouts))
+            before = self.evidence.get(prompt.id, (0.0, 0.0))
+            self.evidence[prompt.id] = (
+                KEPT * before[0] + passes,
+                KEPT * before[1] + rollouts - passes,
+            )
+        self.features, self.counts = self.features[-ROWS:], self.counts[-ROWS:]
+
+    def metrics(self) -> dict[str, float]:
+        """Trust in the prediction, and the pass rate that was foreseen of the chosen."""
+        return {"selection/trust": self.trust, "selection/foreseen_pass_rate": self.foreseen}
+
+    def state_dict(self) -> dict:
+        """All that was observed."""
+        return {
+            "features": [list(row) for row in self.features],
+            "counts": [list(row) for row in self.counts],
+            "evidence": {name: list(counts) for name, counts in self.evidence.items()},
+            "trust": self.trust,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state with a new step."""
+        self.features = [list(row) for row in state["features"]]
+        self.counts = [tuple(row) for row in state["counts"]]
+        self.evidence = {name: tuple(counts) for name, counts in state["evidence"].items()}
+        self.trust = state["trust"]
+
+
+def features(candidates: Candidates) -> np.ndarray:
+    """`x_PF`: a constant, the standardised signals and their centred squares.
+
+    A signal that does not vary, or is not finite somewhere, says nothing: zeros there.
+    """
+    lengths_P = [len(prompt.tokens) for prompt in candidates.prompts]
+    raw_PF = np.stack(
+        [np.log(candidates.ppl_P.numpy()), np.log(lengths_P), candidates.entropy_P.numpy()], axis=1
+    )
+    raw_PF = np.where(np.isfinite(raw_PF), raw_PF, np.nan)
+    spread_F = np.nanstd(raw_PF, axis=0)
+    z_PF = (raw_PF - np.nanmean(raw_PF, axis=0)) / np.where(spread_F > 0, spread_F, 1.0)
+    z_PF = np.nan_to_num(z_PF)
+    return np.concatenate([np.ones((len(z_PF), 1)), z_PF, z_PF**2 - 1], axis=1)
+
+
+def predict(x_RF: np.ndarray, weight_F: np.ndarray) -> np.ndarray:
+    """Pass rates, kept away from 0 and 1 by 1/1000."""
+    return np.clip(expit(x_RF @ weight_F), 1e-3, 1 - 1e-3)
+
+
+def logistic_regression(
+    x_RF: np.ndarray, passes_R: np.ndarray, rollouts_R: np.ndarray, count_R: np.ndarray
+) -> np.ndarray:
+    """`weight_F`, the mode under a standard normal prior, by Newton's method.
+
+    `count_R`: how much each row's rollouts count.
+    """
+    weight_F = np.zeros(x_RF.shape[1])
+    for _ in range(25):
+        mu_R = expit(x_RF @ weight_F)
+        gradient_F = x_RF.T @ (count_R * (passes_R - rollouts_R * mu_R)) - weight_F
+        curvature_R = count_R * rollouts_R * mu_R * (1 - mu_R)
+        hessian_FF = (x_RF * curvature_R[:, None]).T @ x_RF + np.eye(len(weight_F))
+        step_F = np.linalg.solve(hessian_FF, gradient_F)
+        weight_F = weight_F + step_F
+        if np.abs(step_F).max() < 1e-8:
+            break
+    return weight_F
+
+
+def likelihood(
+    trust: float,
+    mu_R: np.ndarray,
+    passes_R: np.ndarray,
+    rollouts_R: np.ndarray,
+    count_R: np.ndarray,
+) -> float:
+    """Log-likelihood of the groups if pass rates are Beta(m mu, m (1 - mu)), where m is `trust`."""
+    alpha_R, beta_R = trust * mu_R, trust * (1 - mu_R)
+    evidence_R = betaln(alpha_R + passes_R, beta_R + rollouts_R - passes_R)
+    return float((count_R * (evidence_R - betaln(alpha_R, beta_R))).sum())
