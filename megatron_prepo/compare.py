@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +98,15 @@ def compare(
     name: str | None = None,
     command: str = "",
     train: Sequence[str] = TRAIN,
+    check: Callable[[Config], object] | None = None,
 ) -> list[dict]:
     """Run what is not there yet, and return the records of this comparison's runs.
 
+    `train` and `check` are how a run is started and what looks at its inputs before (`preflight`).
     Raises UserError before anything is started, RunsFailed after all that can be run has been.
     """
+    if check is None:
+        from megatron_prepo.preflight import check
     directory = Path(directory)
     results = Path(results or directory / "results.jsonl")
     name = name or directory.name
@@ -130,6 +134,8 @@ def compare(
         else:
             waiting.append(run)
     say(equal_terms(planned, config_path, len(waiting)))
+    for config in distinct_inputs([run.config for run in waiting]):
+        check(config)
     failed = []
     bar = tqdm(total=len(planned), initial=len(planned) - len(waiting), desc="runs", unit="run")
     with bar, closing(run_all(waiting, config_path, train, jobs)) as ended:
@@ -210,6 +216,15 @@ def plan(
             config = configuration.load(config_path, [*all_of_it, f"run.dir={run_dir}"])
             runs.append(PlannedRun(arm, seed, run_dir, all_of_it, config))
     return runs
+
+
+def distinct_inputs(configs: Sequence[Config]) -> list[Config]:
+    """One configuration for each set of inputs: arms and seeds mostly read the same."""
+    by_inputs = {
+        (c.model, c.data, c.parallel, c.rollout, c.eval, c.selection.num_candidates): c
+        for c in configs
+    }
+    return list(by_inputs.values())
 
 
 def rollout_budget(config: Config) -> int:

@@ -41,7 +41,8 @@ def config_path(tmp_path):
 @pytest.fixture
 def run_compare(config_path, tmp_path):
     def run(methods="random,prepo", seeds="1-2", *overrides, **options):
-        options = {"directory": tmp_path / "runs", "train": FAKE, "jobs": 2, **options}
+        fakes = {"train": FAKE, "check": lambda config: None}
+        options = {"directory": tmp_path / "runs", "jobs": 2, **fakes, **options}
         return comparing.compare(config_path, methods, seeds, overrides=overrides, **options)
 
     return run
@@ -201,8 +202,8 @@ def test_an_interruption_ends_all_runs(config_path, tmp_path, number):
     """The fake starts a child of its own, as a run starts its ranks: that must go, too."""
     code = (
         "import sys; from megatron_prepo import cli, compare; "
-        f"compare.TRAIN = {FAKE!r}; "
-        "compare.compare.__kwdefaults__['train'] = compare.TRAIN; sys.exit(cli.main(sys.argv[1:]))"
+        f"fakes = dict(train={FAKE!r}, check=print); "
+        "compare.compare.__kwdefaults__.update(fakes); sys.exit(cli.main(sys.argv[1:]))"
     )
     command = ["compare", str(config_path), "--methods=random,prepo", "--seeds=1", "--jobs=2"]
     environment = {**os.environ, "FAKE_SECONDS": "60", "FAKE_PIDS": str(tmp_path / "pids")}
@@ -306,3 +307,22 @@ def test_a_long_run_stays_small():
     assert len(series["entropy/mean"]) == 39 and series["rollout/paid"][0] == 20
     assert series["entropy/mean"][0] == pytest.approx(10.123456)
     assert len(json.dumps(comparing.run_record._rounded(series))) < 8000
+
+
+def test_inputs_are_looked_at_once_before_anything_is_started(run_compare, tmp_path):
+    """Arms and seeds that read the same are one; what is wrong with it stops the comparison."""
+    looked_at = []
+    run_compare("random,prepo", "1-2", check=looked_at.append)
+    assert len(looked_at) == 1
+    run_compare("random,prepo", "1-2", check=looked_at.append)
+    assert len(looked_at) == 1  # nothing is left to run
+
+    def refuse(config):
+        raise UserError("no such prompt file")
+
+    before = started(tmp_path)
+    with pytest.raises(UserError, match="no such prompt file"):
+        run_compare("random,wide:selection.num_candidates=30", "3", check=refuse)
+    assert started(tmp_path) == before
+    run_compare("random,wide:selection.num_candidates=30", "3", check=looked_at.append)
+    assert [c.selection.num_candidates for c in looked_at[1:]] == [20, 30]
