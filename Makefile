@@ -34,11 +34,11 @@ run = --name $(1) --dir runs/compare/$(1) --results $(RESULTS)/$(1).jsonl
 compare: .venv/ready
 	$(COMPARE) examples/laptop/compare.yaml --methods $(METHODS) --seeds 1-5 \
 	  $(call run,story_sums)
+	$(COMPARE) examples/laptop/compare.yaml --methods "$(ABLATIONS),$(LARGE)" --seeds 1-3 \
+	  $(call run,story_sums)
 	.venv/bin/python examples/laptop/build.py --fresh 12800 --out runs/compare/story_sums_prompts
 	$(COMPARE) examples/laptop/compare.yaml --methods $(METHODS) --seeds 1-5 \
 	  $(call run,story_sums_fresh) data.train=runs/compare/story_sums_prompts/train.jsonl
-	$(COMPARE) examples/laptop/compare.yaml --methods "$(ABLATIONS),$(LARGE)" --seeds 1-3 \
-	  $(call run,story_sums)
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
