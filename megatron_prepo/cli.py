@@ -107,7 +107,7 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_prepo import page
 
     written = page.report(options.sources, options.out)
-    print(f"{written[0]}, and beside it {len(written) - 1} pictures")
+    print(f"{written[0]}, and beside it {len(written) - 1} pictures and tables")
     return 0
 
 

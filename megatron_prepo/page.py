@@ -16,19 +16,22 @@ from megatron_prepo.errors import UserError
 
 
 def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Write the page and its pictures; returns all paths, the page first."""
+    """Write the page, its pictures and headline tables; returns all paths, the page first."""
     sections = read(sources)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    beside = []
     for name, records in sections.items():
         arms = list(comparison.arms_of(records).values())
         for figure in figures.figures(arms):
             path = out.parent / f"{figures.slug(name)[1:]}_{figure.key}.png"
             figures.png(figure, [arm.name for arm in arms], path)
-            pictures.append(path)
+            beside.append(path)
+        if records[0]["comparison"] is not None:
+            beside.append(out.parent / f"{figures.slug(name)[1:]}.md")
+            write_text(beside[-1], markdown(records))
     write_text(out, page(sections))
-    return [out, *pictures]
+    return [out, *beside]
 
 
 def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
@@ -161,6 +164,36 @@ def _table(head: Sequence[str], arms: Sequence[Arm], rows: Sequence[Sequence[str
     body = "\n".join(lines)
     table = f"<table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
     return f"<div class=scroll>{table}</div>"
+
+
+def markdown(records: Sequence[dict]) -> str:
+    """The headline table of one comparison in Markdown, for documents and issues."""
+    results = [r for r in comparison.analyse(records) if r.savings]
+    quotas = [f"saving at {quota * 100:g} %" for quota in comparison.QUOTAS]
+    head = ["arm", "seeds", *quotas, "end", "against random", "mean pass rate", "against random"]
+    lines = [head, ["---"] * len(head)]
+    for result in results:
+        numbers = [result.final, result.final_difference]
+        numbers += [result.mean_pass, result.mean_pass_difference]
+        cells = [_saving(result, "rollouts", quota) for quota in comparison.QUOTAS]
+        cells += [(_difference if i % 2 else _final)(value) for i, value in enumerate(numbers)]
+        plain = [_without_tags(cell) for cell in cells]
+        lines.append([f"`{result.arm.name}`", str(len(result.arm.records)), *plain])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _without_tags(cell: str) -> str:
+    """A cell's number and its interval, on one line.
+
+    >>> _without_tags("1.2<small>1.1 to 1.3</small><small>5/5 seeds</small>")
+    '1.2 (1.1 to 1.3)'
+    >>> _without_tags("1.0<small>5/5 seeds</small>"), _without_tags("0.6<small>± 0.1</small>")
+    ('1.0', '0.6 ± 0.1')
+    """
+    number, *small = cell.replace("</small>", "").split("<small>")
+    if not small or small[0].endswith("seeds"):
+        return number
+    return f"{number} {small[0]}" if small[0].startswith("±") else f"{number} ({small[0]})"
 
 
 def _final(value: Estimate) -> str:

@@ -1,4 +1,4 @@
-"""Every example's configuration is whole: model, tokenizer, prompts and layout are there and fit."""
+"""Every example is whole: model, tokenizer, prompts and layout are there and fit together."""
 
 import pytest
 

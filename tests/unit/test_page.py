@@ -49,17 +49,30 @@ def test_the_page_needs_nothing_else(whole):
 
 
 def test_pictures_beside_it(whole):
-    assert {path.suffix for path in whole[1:]} == {".png"}
+    assert {path.suffix for path in whole[1:]} == {".png", ".md"}
     names = {path.name for path in whole[1:]}
     assert {"everything_pass_rate.png", "everything_pass_rate_ablations.png"} <= names
     assert {"unequal_pass_rate_tokens.png", "unequal_stages.png"} <= names
-    assert all(path.stat().st_size > 5000 for path in whole[1:])
+    assert all(path.stat().st_size > 5000 for path in whole[1:] if path.suffix == ".png")
+
+
+def test_the_headline_table_in_markdown_has_the_pages_numbers(whole):
+    (table,) = (path.read_text() for path in whole if path.name == "everything.md")
+    lines = table.splitlines()
+    results = {result.arm.name: result for result in comparison.analyse(ALL)}
+    assert len({row.count("|") for row in lines}) == 1
+    for row in lines[2:]:
+        name = row.split("`")[1]
+        assert f"{results[name].final.value:.3f}" in row
+        if name != "random" and not results[name].savings["rollouts", 0.75].missed:
+            assert f" {results[name].savings['rollouts', 0.75].ratio:.2f} (" in row
+    assert [row.split("`")[1] for row in lines[2:]] == list(results)
 
 
 def test_figures_are_sound_and_take_their_colours_from_the_page(whole):
     text = whole[0].read_text()
     drawings = re.findall(r"<svg .*?</svg>", text, re.S)
-    assert len(drawings) == len(whole) - 1
+    assert len(drawings) == sum(path.suffix == ".png" for path in whole)
     for drawing in drawings:
         xml.fromstring(drawing)
         assert not re.search(r"#fe[0-9a-f]{4}", drawing), "a placeholder is left"
