@@ -213,7 +213,7 @@ def test_an_interruption_ends_all_runs(config_path, tmp_path, number):
         cwd=REPOSITORY,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     pids: list[int] = []
     while len(pids) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -221,8 +221,8 @@ def test_an_interruption_ends_all_runs(config_path, tmp_path, number):
         pids = [int(p) for p in (tmp_path / "pids").read_text().split()] if with_file else []
     assert len(pids) == 4
     process.send_signal(number)
-    assert process.wait(timeout=20) == 130
-    deadline = time.monotonic() + 5
+    assert process.wait(timeout=60) == 130
+    deadline = time.monotonic() + 20
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in pids if alive(pid)]
