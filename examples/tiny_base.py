@@ -26,6 +26,7 @@ from transformers import (
 
 from megatron_prepo.metrics import spearman
 from tiny_task import (
+    ANSWER_MARK,
     Draw,
     Problem,
     build_tokenizer,
@@ -66,6 +67,8 @@ class Task:
     """Of supervised training."""
     measured_by: tuple[str, ...]
     """Fields of a problem by which `--measure` splits the pass rate."""
+    direct_share: float = 0.3
+    """Of the training texts: answered without working."""
 
 
 def main(task: Task, description: str) -> None:
@@ -129,7 +132,7 @@ def draw_corpus(task: Task, seed: int, held_back: Collection[str]) -> list[tuple
     """Prompt and answer of the training texts of all steps; each is seen once."""
     rng = random.Random(f"corpus {seed}")
     return [
-        draw_training_text(task.draw_for_corpus, rng, held_back)
+        draw_training_text(task.draw_for_corpus, rng, task.direct_share, held_back)
         for _ in range(task.num_steps * BATCH_SIZE)
     ]
 
@@ -277,17 +280,20 @@ def measure(task: Task, out: Path, seed: int) -> None:
     torch.manual_seed(seed)
 
     records = read_prompts(out / "eval.jsonl")
-    passed_PG = sample_passes(model, tokenizer, records, num_samples=4)
+    passed_PG, _ = sample_passes(model, tokenizer, records, num_samples=4)
     print(f"eval.jsonl, {len(records)} prompts x 4: pass rate {passed_PG.mean():.3f}")
     for key in task.measured_by:
         print(f"  by {key}: {format_means(records, key, passed_PG)}")
 
     records = read_prompts(out / "train.jsonl")
-    passed_PG = sample_passes(model, tokenizer, records, num_samples=8)
+    passed_PG, direct_PG = sample_passes(model, tokenizer, records, num_samples=8)
     pass_rate_P = passed_PG.mean(dim=1)
     ppl_P = score_perplexity(model, tokenizer, records)
     length_P = torch.tensor([float(len(tokenizer(r["prompt"]).input_ids)) for r in records])
     print(f"train.jsonl, {len(records)} prompts x 8: pass rate {passed_PG.mean():.3f}")
+    print(f"  without working {direct_PG.float().mean():.3f}", end=", ")
+    print(f"pass rate {passed_PG[direct_PG].mean():.3f}", end=", ")
+    print(f"with working {passed_PG[~direct_PG].mean():.3f}")
     print(f"  groups all right {(pass_rate_P == 1).float().mean():.3f}")
     print(f"  groups all wrong {(pass_rate_P == 0).float().mean():.3f}")
     print(f"  prompt perplexity {ppl_P.min():.2f} .. {ppl_P.max():.2f}")
@@ -306,10 +312,11 @@ def sample_passes(
     tokenizer: PreTrainedTokenizerFast,
     records: list[Record],
     num_samples: int,
-) -> torch.Tensor:
-    """1.0 where a sample at temperature 1 is correct, 0.0 elsewhere; shape ``[P, G]``."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples at temperature 1: 1.0 where correct, and whether without working; both ``[P, G]``."""
     order = sorted(range(len(records)), key=lambda index: len(records[index]["prompt"]))
     passed_PG = torch.zeros(len(records), num_samples)
+    direct_PG = torch.zeros(len(records), num_samples, dtype=torch.bool)
     for chunk in tqdm(torch.tensor(order).split(SAMPLING_BATCH // num_samples), unit="batch"):
         prompts = [records[index]["prompt"] for index in chunk]
         inputs = tokenizer(prompts, padding=True, return_tensors="pt")
@@ -324,9 +331,10 @@ def sample_passes(
         )
         responses = tokenizer.batch_decode(output_ids[:, inputs.input_ids.shape[1] :])
         for place, response in enumerate(responses):
-            index = chunk[place // num_samples]
-            passed_PG[index, place % num_samples] = is_correct(response, records[index]["answer"])
-    return passed_PG
+            index, sample = chunk[place // num_samples], place % num_samples
+            passed_PG[index, sample] = is_correct(response, records[index]["answer"])
+            direct_PG[index, sample] = response.startswith(ANSWER_MARK)
+    return passed_PG, direct_PG
 
 
 @torch.no_grad()

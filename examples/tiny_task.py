@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 ANSWER_MARK = "####"
-DIRECT_SHARE = 0.3  # of the training texts: answered without working
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ def draw_unique(
 
 
 def draw_training_text(
-    draw: Draw, rng: random.Random, held_back: Collection[str] = ()
+    draw: Draw, rng: random.Random, direct_share: float, held_back: Collection[str] = ()
 ) -> tuple[str, str]:
-    """A prompt, never a ``held_back`` one, and its answer: worked, or direct by DIRECT_SHARE."""
+    """A prompt, never a ``held_back`` one, and its answer: direct by ``direct_share``."""
     problem = draw(rng)
     while problem.prompt in held_back:
         problem = draw(rng)
-    answers_directly = rng.random() < DIRECT_SHARE
+    answers_directly = rng.random() < direct_share
     return problem.prompt, problem.direct_answer if answers_directly else problem.worked_answer
 
 

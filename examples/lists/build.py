@@ -19,11 +19,12 @@ TASK = Task(
     draw_for_corpus=list_pipelines.draw_for_corpus,
     draw_for_pool=list_pipelines.draw_for_pool,
     words=list_pipelines.words(),
-    max_new_tokens=80,
+    max_new_tokens=60,
     hidden_size=64,
     intermediate_size=192,
-    num_steps=5000,
+    num_steps=5500,
     measured_by=("length", "steps"),
+    direct_share=0.25,
 )
 
 if __name__ == "__main__":

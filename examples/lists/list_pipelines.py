@@ -1,12 +1,13 @@
 """List pipelines: a short list of digits, changed step by step, and one question about the result.
 
-    prompt    list 3 1 4 5 : sort drop 2 sum =
-    worked    sort 1 3 4 5 drop 4 5 sum 4 , 9 #### 9
-    direct    #### 9
+    prompt    list 3 1 4 5 : sort rotate ends =
+    worked    sort 1 3 4 5 rotate 3 4 5 1 ends 3 1 #### 3 1
+    direct    #### 3 1
 
 The worked answer writes the list after every operation; a sum is written as running totals.
-``ends`` asks for the product of the first and the last digit. Most operations and questions have
-several names, of which some are rare.
+``ends`` asks for the first digit followed by the last one. All digits of a list differ, and so do
+the operations of a pipeline. Most operations and questions have several names, of which some are
+rare.
 
 ``CORPUS`` is what the base model is trained on: short pipelines of common operations under their
 common names. ``POOL`` is what reinforcement learning and evaluation use: longer lists and
@@ -28,25 +29,23 @@ class Operation:
     """Something done to a list, under its names, the most common one first."""
 
     names: tuple[str, ...]
-    apply: Callable[[Items, int], Items]
-    numbers: range | None = None
-    """Where it takes a number: those that leave most of a list."""
+    apply: Callable[[Items], Items]
 
 
 # The order is the rank in the Zipf mixtures below: the first operation is the most common one.
 OPERATIONS = (
-    Operation(("reverse", "flip"), lambda items, _: items[::-1]),
-    Operation(("sort", "order"), lambda items, _: sorted(items)),
-    Operation(("drop", "skip"), lambda items, k: items[k:], range(1, 4)),
-    Operation(("add", "raise"), lambda items, k: [(x + k) % 10 for x in items], range(1, 6)),
-    Operation(("rotate",), lambda items, _: items[1:] + items[:1]),
-    Operation(("take", "keep"), lambda items, k: items[:k], range(3, 7)),
-    Operation(("descending",), lambda items, _: sorted(items, reverse=True)),
-    Operation(("above", "over"), lambda items, k: [x for x in items if x > k], range(1, 5)),
-    Operation(("complement",), lambda items, _: [9 - x for x in items]),
-    Operation(("even",), lambda items, _: [x for x in items if x % 2 == 0]),
-    Operation(("below",), lambda items, k: [x for x in items if x < k], range(5, 9)),
-    Operation(("odd",), lambda items, _: [x for x in items if x % 2 == 1]),
+    Operation(("reverse", "flip"), lambda items: items[::-1]),
+    Operation(("sort", "order"), sorted),
+    Operation(("rotate", "turn"), lambda items: items[1:] + items[:1]),
+    Operation(("raise", "add"), lambda items: [(x + 1) % 10 for x in items]),
+    Operation(("drop", "skip"), lambda items: items[1:] or items),
+    Operation(("descending",), lambda items: sorted(items, reverse=True)),
+    Operation(("complement", "mirror"), lambda items: [9 - x for x in items]),
+    Operation(("pop", "cut"), lambda items: items[:-1] or items),
+    Operation(("lower",), lambda items: [(x - 1) % 10 for x in items]),
+    Operation(("shift",), lambda items: items[-1:] + items[:-1]),
+    Operation(("even",), lambda items: [x for x in items if x % 2 == 0]),
+    Operation(("odd",), lambda items: [x for x in items if x % 2 == 1]),
 )
 
 
@@ -59,12 +58,10 @@ class Question:
 
 
 QUESTIONS = (
+    Question(("ends", "edges"), lambda items: 10 * items[0] + items[-1]),
     Question(("sum", "total"), sum),
-    Question(("ends",), lambda items: items[0] * items[-1]),
     Question(("max", "largest"), max),
-    Question(("count", "length"), len),
     Question(("last", "end"), lambda items: items[-1]),
-    Question(("min", "smallest"), min),
 )
 
 
@@ -75,20 +72,20 @@ class Mixture:
     rank_exponent: float
     """Of the Zipf weights of operations and names."""
     length_weights: tuple[float, ...]
-    """For lists of 4, 5, ... 8 different digits."""
+    """For lists of 4, 5, 6 and 7 different digits."""
     step_weights: tuple[float, ...]
     """For 1, 2, 3 and 4 operations."""
 
 
 CORPUS = Mixture(
-    rank_exponent=1.2,
-    length_weights=(4, 4, 3, 2, 1),
-    step_weights=(4, 3, 2, 1),
+    rank_exponent=1.7,
+    length_weights=(3, 4, 2, 1),
+    step_weights=(3, 4, 2, 1),
 )
 POOL = Mixture(
     rank_exponent=0.5,
-    length_weights=(1, 1, 2, 2, 2),
-    step_weights=(2, 3, 3, 2),
+    length_weights=(1, 3, 3, 2),
+    step_weights=(1, 3, 3, 2),
 )
 
 
@@ -102,13 +99,20 @@ class Pipeline(Problem):
 
 def draw_pipeline(rng: random.Random, mixture: Mixture) -> Pipeline:
     """One pipeline of the mixture."""
-    length = rng.choices(range(4, 9), mixture.length_weights)[0]
+    length = rng.choices(range(4, 8), mixture.length_weights)[0]
     steps = rng.choices(range(1, 5), mixture.step_weights)[0]
     items = rng.sample(range(10), length)
     prompt, working = [f"list {_spaced(items)} :"], []
-    for _ in range(steps):
-        text, name, items = _draw_operation(rng, mixture, items)
-        prompt.append(text)
+    done: set[Operation] = set()
+    while len(done) < steps:
+        operation = _draw_ranked(rng, OPERATIONS, mixture.rank_exponent)
+        changed = operation.apply(items)
+        if operation in done or not changed:
+            continue
+        done.add(operation)
+        items = changed
+        name = _draw_ranked(rng, operation.names, mixture.rank_exponent)
+        prompt.append(name)
         working.append(f"{name} {_spaced(items)}")
     question = _draw_ranked(rng, QUESTIONS, mixture.rank_exponent)
     name = _draw_ranked(rng, question.names, mixture.rank_exponent)
@@ -121,17 +125,6 @@ def draw_pipeline(rng: random.Random, mixture: Mixture) -> Pipeline:
         length=length,
         steps=steps,
     )
-
-
-def _draw_operation(rng: random.Random, mixture: Mixture, items: Items) -> tuple[str, str, Items]:
-    """Text and name of an operation that leaves something of the list, and what it leaves."""
-    while True:
-        operation = _draw_ranked(rng, OPERATIONS, mixture.rank_exponent)
-        name = _draw_ranked(rng, operation.names, mixture.rank_exponent)
-        number = rng.choice(operation.numbers) if operation.numbers else 0
-        changed = operation.apply(items, number)
-        if changed:
-            return f"{name} {number}" if operation.numbers else name, name, changed
 
 
 def _draw_ranked(rng: random.Random, choices: Sequence, exponent: float):

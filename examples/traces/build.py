@@ -19,11 +19,12 @@ TASK = Task(
     draw_for_corpus=register_programs.draw_for_corpus,
     draw_for_pool=register_programs.draw_for_pool,
     words=register_programs.words(),
-    max_new_tokens=120,
+    max_new_tokens=96,
     hidden_size=64,
     intermediate_size=192,
     num_steps=4000,
     measured_by=("modulus", "body", "executed"),
+    direct_share=0.2,
 )
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Register programs: a loop of instructions on two registers, executed with the state written out.
 
-    prompt    mod 10 a 3 b 7 repeat 2 add swap print a :
-    worked    2 add 0 , 7 swap 7 , 0 | 1 add 7 , 0 swap 0 , 7 | #### 0
-    direct    #### 0
+    prompt    mod 10 a 3 b 7 repeat 2 add swap print
+    worked    2 add a 0 b 7 swap a 7 b 0 | 1 add a 7 b 0 swap a 0 b 7 | #### 7
+    direct    #### 7
 
-The body is repeated as often as the number after ``repeat`` says; the worked answer has one round
-per repetition: how many are left, then each instruction with ``a , b`` after it. All results are
-taken modulo the number after ``mod``, so that no register is negative.
+The body, of different instructions, is repeated as often as the number after ``repeat`` says; the
+worked answer has one round per repetition: how many are left, then each instruction with the state
+after it. All results are taken modulo the number after ``mod``, so that a register is one digit.
+The answer is ``10 * a + b``: a guess has to get both registers right.
 
-``CORPUS`` is what the base model is trained on: few instructions and short runs are common, rare
-instructions are rare. ``POOL`` is what reinforcement learning and evaluation use: longer runs and
-rarer instructions. How long a program runs does not show in the length of its text.
+``CORPUS`` is what the base model is trained on: few instructions, the modulus 10 and short runs are
+common, the rest is rare. ``POOL`` is what reinforcement learning and evaluation use: longer runs
+and rarer instructions and moduli. How long a program runs does not show in the length of its text.
 """
 
 import random
@@ -27,16 +28,16 @@ INSTRUCTIONS: dict[str, Callable[[int, int], State]] = {
     "swap": lambda a, b: (b, a),
     "inc": lambda a, b: (a + 1, b),
     "double": lambda a, b: (2 * a, b),
-    "copy": lambda a, b: (a, a),
+    "push": lambda a, b: (a, a + b),
     "dec": lambda a, b: (a - 1, b),
-    "max": lambda a, b: (max(a, b), b),
     "sub": lambda a, b: (a - b, b),
-    "min": lambda a, b: (min(a, b), b),
+    "copy": lambda a, b: (a, a),
+    "cross": lambda a, b: (b, a + b),
     "triple": lambda a, b: (3 * a, b),
-    "neg": lambda a, b: (-a, b),
+    "turn": lambda a, b: (-b, a),
     "gap": lambda a, b: (abs(a - b), b),
 }
-MODULI = (10, 20, 30)
+MODULI = (10, 8, 9, 7)
 MAX_BODY = 4
 MAX_ROUNDS = 9
 
@@ -54,16 +55,16 @@ class Mixture:
 
 
 CORPUS = Mixture(
-    instruction_weights=zipf(len(INSTRUCTIONS), 1.0),
-    modulus_weights=(0.6, 0.27, 0.13),
+    instruction_weights=zipf(len(INSTRUCTIONS), 2.0),
+    modulus_weights=zipf(len(MODULI), 2.0),
     body_weights=(0.2, 0.35, 0.3, 0.15),
-    executed=(4, 15),
+    executed=(3, 14),
 )
 POOL = Mixture(
     instruction_weights=zipf(len(INSTRUCTIONS), 0.5),
-    modulus_weights=(0.4, 0.35, 0.25),
-    body_weights=(0.1, 0.3, 0.35, 0.25),
-    executed=(9, 15),
+    modulus_weights=zipf(len(MODULI), 0.5),
+    body_weights=(0.1, 0.35, 0.35, 0.2),
+    executed=(9, 14),
 )
 
 
@@ -80,27 +81,34 @@ def draw_program(rng: random.Random, mixture: Mixture) -> Program:
     """One program of the mixture."""
     modulus = rng.choices(MODULI, mixture.modulus_weights)[0]
     size = rng.choices(range(1, MAX_BODY + 1), mixture.body_weights)[0]
-    body = rng.choices(list(INSTRUCTIONS), mixture.instruction_weights, k=size)
+    body = _draw_body(rng, mixture, size)
     rounds = min(MAX_ROUNDS, max(1, rng.randint(*mixture.executed) // size))
     a, b = rng.randrange(modulus), rng.randrange(modulus)
-    register = rng.choices("ab", (2, 1))[0]
-    prompt = f"mod {modulus} a {a} b {b} repeat {rounds} {' '.join(body)} print {register} :"
+    prompt = f"mod {modulus} a {a} b {b} repeat {rounds} {' '.join(body)} print"
 
     working = []
     for left in range(rounds, 0, -1):
         working.append(str(left))
         for name in body:
             a, b = (value % modulus for value in INSTRUCTIONS[name](a, b))
-            working.append(f"{name} {a} , {b}")
+            working.append(f"{name} a {a} b {b}")
         working.append("|")
     return Program(
         prompt=prompt,
         working=" ".join(working),
-        answer=a if register == "a" else b,
+        answer=10 * a + b,
         modulus=modulus,
         body=size,
         executed=rounds * size,
     )
+
+
+def _draw_body(rng: random.Random, mixture: Mixture, size: int) -> list[str]:
+    """Different instructions: which one comes next in a trace is told by the last one."""
+    body: dict[str, None] = {}
+    while len(body) < size:
+        body[rng.choices(list(INSTRUCTIONS), mixture.instruction_weights)[0]] = None
+    return list(body)
 
 
 def draw_for_corpus(rng: random.Random) -> Program:
@@ -115,4 +123,4 @@ def draw_for_pool(rng: random.Random) -> Program:
 
 def words() -> set[str]:
     """Every word of a program and the signs of its trace."""
-    return {*INSTRUCTIONS, "mod", "a", "b", "repeat", "print", ":", ",", "|"}
+    return {*INSTRUCTIONS, "mod", "a", "b", "repeat", "print", "|"}

@@ -12,7 +12,7 @@ from megatron_prepo.rewards.final_number import final_number
 from tests.tiny_tasks import TASKS, load
 
 NUM_DRAWN = 300
-WORKED_TOKENS = {"laptop": (19, 40), "traces": (62.3, 108), "lists": (22.2, 70)}
+WORKED_TOKENS = {"laptop": (19, 40), "traces": (65.0, 92), "lists": (24.0, 60)}
 """About the mean, and no more than the largest, of the worked answers of the pool."""
 
 
@@ -81,29 +81,28 @@ def read_program(program) -> int:
         "swap": "a, b = b, a",
         "inc": "a += 1",
         "double": "a *= 2",
-        "copy": "b = a",
+        "push": "b += a",
         "dec": "a -= 1",
-        "max": "a = b if b > a else a",
         "sub": "a -= b",
-        "min": "a = b if b < a else a",
+        "copy": "b = a",
+        "cross": "a, b = b, a + b",
         "triple": "a *= 3",
-        "neg": "a *= -1",
+        "turn": "a, b = -b, a",
         "gap": "a = a - b if a > b else b - a",
     }
-    _, modulus, _, a, _, b, _, rounds, *body, _, register, _ = program.prompt.split()
+    _, modulus, _, a, _, b, _, rounds, *body, _ = program.prompt.split()
     scope = {"a": int(a), "b": int(b)}
     for instruction in body * int(rounds):
         exec(f"{statements[instruction]}; a %= {modulus}; b %= {modulus}", {}, scope)
-    return scope[register]
+    return int(f"{scope['a']}{scope['b']}")
 
 
 def read_pipeline(pipeline) -> int:
     """A pipeline in Python's terms, with the operations written another way."""
     opening, text = pipeline.prompt.removesuffix(" =").split(" : ")
     items = [int(digit) for digit in opening.split()[1:]]
-    *operations, (question, _) = re.findall(r"([a-z]+)(?: (\d))?", text)
-    for name, number in operations:
-        k = int(number) if number else None
+    *operations, question = text.split()
+    for name in operations:
         match name:
             case "reverse" | "flip":
                 items = list(reversed(items))
@@ -111,20 +110,20 @@ def read_pipeline(pipeline) -> int:
                 items.sort()
             case "descending":
                 items.sort(key=lambda x: -x)
-            case "add" | "raise":
-                items = [int(str(x + k)[-1]) for x in items]
+            case "raise" | "add":
+                items = [int(str(x + 1)[-1]) for x in items]
+            case "lower":
+                items = ["1234567890".index(str(x)) for x in items]
             case "drop" | "skip":
-                del items[:k]
-            case "take" | "keep":
-                del items[k:]
-            case "rotate":
+                items = items[len(items) > 1 :]
+            case "pop" | "cut":
+                items = items[: max(1, len(items) - 1)]
+            case "rotate" | "turn":
                 items.append(items.pop(0))
-            case "complement":
+            case "shift":
+                items.insert(0, items.pop())
+            case "complement" | "mirror":
                 items = ["9876543210".index(str(x)) for x in items]
-            case "above" | "over":
-                items = list(filter(k.__lt__, items))
-            case "below":
-                items = list(filter(k.__gt__, items))
             case "even":
                 items = [x for x in items if x in {0, 2, 4, 6, 8}]
             case "odd":
@@ -132,18 +131,14 @@ def read_pipeline(pipeline) -> int:
             case _:
                 raise AssertionError(name)
     match question:
+        case "ends" | "edges":
+            return int(f"{items[0]}{items[-1]}")
         case "sum" | "total":
             return sum(items)
-        case "ends":
-            return items[0] * items[-1]
         case "max" | "largest":
             return sorted(items)[-1]
-        case "min" | "smallest":
-            return sorted(items)[0]
-        case "count" | "length":
-            return len(items)
         case "last" | "end":
-            return items[-1]
+            return items.pop()
     raise AssertionError(question)
 
 
