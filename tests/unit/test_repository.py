@@ -61,3 +61,14 @@ def test_the_shipped_prompts_are_what_the_generator_makes(name, tmp_path):
 def test_shipped_files_are_small(name):
     files = (f for f in load(name).folder.rglob("*") if f.is_file())
     assert sum(f.stat().st_size for f in files) < 1_600_000
+
+
+def test_the_tables_of_the_comparison_are_those_of_the_raw_results():
+    """`megatron-prepo report benchmarks/results/compare/*.jsonl` writes them in Markdown."""
+    from megatron_prepo import page
+
+    text = (REPOSITORY / "docs" / "selection.md").read_text()
+    results = sorted((REPOSITORY / "benchmarks" / "results" / "compare").glob("*.jsonl"))
+    assert results
+    for records in page.read(results).values():
+        assert page.markdown(records) in text
