@@ -192,3 +192,19 @@ def test_it_remembers_a_bounded_number_of_groups(monkeypatch):
         run_step(chooser, scored(alike(4, step), [2, 3, 4, 5]), step, lambda c: passes(*[2] * 2))
     assert len(chooser.counts) == len(chooser.features) == 5
     assert chooser.counts[-1] == (3, 2, 4)
+
+
+def test_old_groups_are_forgotten():
+    """At first a low perplexity means easy, 60 steps later the opposite: the later rows decide,
+    though there are as many of the first."""
+    chooser = selector("foresight", candidates=8, selected=4)
+    ppl = np.exp(np.linspace(0, 2, 8))
+    for step, right in ((0, 4), (60, 0)):
+        candidates = scored(alike(8, step), ppl)
+        chooser.choose(candidates, step)
+        low, high = candidates.prompts[:4], candidates.prompts[4:]
+        chooser.observe([*low, *high], passes(*[right] * 4, *[4 - right] * 4))
+    candidates = scored(alike(8, 61), ppl)
+    alpha, beta = chooser.posterior(candidates, features(candidates), 61)
+    rate = alpha / (alpha + beta)
+    assert rate[0] < 0.4 < 0.6 < rate[-1]

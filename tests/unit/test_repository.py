@@ -72,3 +72,28 @@ def test_the_tables_of_the_comparison_are_those_of_the_raw_results():
     assert results
     for records in page.read(results).values():
         assert page.markdown(records) in text
+
+
+def test_the_tables_of_the_development_are_those_of_the_raw_results():
+    """Areas and ends in docs/foresight.md: means over seeds of the runs of one variant."""
+    import numpy as np
+
+    text = (REPOSITORY / "docs" / "foresight.md").read_text()
+    raw = json.loads((REPOSITORY / "benchmarks/results/foresight_development.json").read_text())
+    grid = np.linspace(0, 20480, 200)
+    for setting, variant, row in (
+        ("K=16 of P=80, 160 steps, lr 2e-4", "random", "| random | 3 | {} | {} |"),
+        (
+            "K=16 of P=80, 160 steps, lr 2e-4",
+            "foresight as kept (KEPT 0.7)",
+            "| **as kept** | 3 | **{}** | **{}** |",
+        ),
+        ("K=16 of P=80, 160 steps, lr 2e-4", "dapo", "| dapo | 2 | {} | {} |"),
+        ("K=32 of P=160, 80 steps, lr 2e-4", "random", "| random | 3 | {} | {} |"),
+        ("K=32 of P=160, 80 steps, lr 2e-4", "random, K = 20", "| random, K = 20 | 3 | {} | {} |"),
+        ("K=32 of P=160, 80 steps, lr 2e-4", "foresight (KEPT 1)", "| foresight | 3 | {} | {} |"),
+    ):
+        runs = [r for r in raw["runs"] if (r["setting"], r["variant"]) == (setting, variant)]
+        area = np.mean([np.interp(grid, r["rollouts"], r["pass_rate"]).mean() for r in runs])
+        end = np.mean([r["pass_rate"][-1] for r in runs])
+        assert row.format(f"{area:.3f}", f"{end:.3f}") in text, row
