@@ -74,6 +74,26 @@ def test_the_tables_of_the_comparison_are_those_of_the_raw_results():
         assert page.markdown(records) in text
 
 
+def test_the_readmes_comparison_is_that_of_the_raw_results():
+    """Savings at 50, 75 and 100 % (a dash: not reached) and the end against Random's."""
+    from megatron_prepo import page
+
+    text = (REPOSITORY / "README.md").read_text()
+    shown = {m[1]: m[0].split("|") for m in re.finditer(r"^\| `?(\w+)`? \|.*$", text, re.M)}
+    checked = 0
+    for column, name in enumerate(("lists", "story_sums", "story_sums_fresh", "traces")):
+        [records] = page.read([REPOSITORY / f"benchmarks/results/compare/{name}.jsonl"]).values()
+        for line in page.markdown(records).splitlines()[3:]:
+            arm, _, *savings, _, difference = (cell.strip() for cell in line.split("|")[1:8])
+            if (cells := shown.get(arm.strip("`"))) is None:
+                continue
+            reached = ("–" if s.startswith("&lt;") else s.split()[0] for s in savings)
+            assert cells[2 + 2 * column].strip() == " / ".join(reached), (name, arm)
+            assert cells[3 + 2 * column].strip() == difference.split()[0], (name, arm)
+            checked += 1
+    assert checked == 4 * 5 + 2, "five methods in four comparisons, the oracle in two"
+
+
 def test_the_tables_of_the_development_are_those_of_the_raw_results():
     """Areas and ends in docs/foresight.md: means over seeds of the runs of one variant."""
     import numpy as np
