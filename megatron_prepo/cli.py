@@ -3,6 +3,7 @@
 megatron-prepo demo                              the laptop experiment, in runs/demo
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
 megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
+megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
@@ -102,11 +103,28 @@ def _train(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from megatron_prepo import run_directory
 
-    directory = Path(options.run)
+    if options.prove:
+        return _prove(options)
+    directory = Path(options.directory)
+    run_directory.check_unfinished(directory)
     options.config = directory / "config.yaml"
     options.overrides = [f"run.dir={directory}", *options.overrides]
-    run_directory.check_unfinished(directory)
     return _train(options)
+
+
+def _prove(options: argparse.Namespace) -> int:
+    from megatron_prepo import prove
+
+    run = Path(options.directory)
+    checks = prove.prove(
+        run / "config.yaml" if run.is_dir() else run,
+        options.overrides,
+        Path(options.dir),
+        before=options.steps[0],
+        after=options.steps[1],
+    )
+    print(prove.text(checks))
+    return 0 if all(check.equal for check in checks) else 1
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -186,7 +204,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_restarts(train)
     train.set_defaults(run=_train)
     resume = commands.add_parser("resume", help="go on with an interrupted run")
-    resume.add_argument("run", metavar="RUN_DIR", help="the run's directory")
+    resume.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
+    resume.add_argument(
+        "--prove",
+        action="store_true",
+        help="leave the run alone (a configuration file does, too): by its settings, make a short "
+        "run that is killed, and compare it with an undisturbed one; the exit code tells",
+    )
+    resume.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(2, 2),
+        metavar=("N", "M"),
+        help="with --prove: steps before and after the kill (default: 2 2)",
+    )
+    resume.add_argument(
+        "--dir", default="runs/prove", help="with --prove: where it goes (default: %(default)s)"
+    )
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     _add_restarts(resume)
     resume.set_defaults(run=_resume)
