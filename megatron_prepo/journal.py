@@ -70,10 +70,12 @@ class Journal:
 
 
 def _read(directory: Path) -> list[dict]:
-    """All lines; one that was being written when the run stopped holds nothing whole."""
+    """All lines; one that was being written when the run stopped is cut off."""
     lines = []
     for path in sorted(directory.glob("*.jsonl")):
-        whole, _, _ = path.read_text().rpartition("\n")
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(path, len(whole))
         lines += [json.loads(line) for line in whole.splitlines()]
     return lines
 
