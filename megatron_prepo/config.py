@@ -390,12 +390,21 @@ class TrainConfig:
     """Everything random in a run derives from it."""
     mini_batches: int = 1
     """Optimizer updates a step; the rollouts are split between them."""
-    micro_batch_size: int = 8
-    """Sequences in a forward pass of the actor."""
+    micro_batch_tokens: int = 8192
+    """Tokens in a forward pass of the actor, at most; a sequence is never split."""
+    packing: bool = True
+    """Lay sequences end to end; false: side by side, padded to the longest."""
+    share_prefixes: bool = False
+    """Compute the prompt of a group's rollouts once for all that share a micro-batch; changes no
+    result, but what experts count (`megatron.moe_aux_loss_coeff`)."""
 
     def __post_init__(self):
-        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_size"):
+        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.share_prefixes and not self.packing:
+            raise ValueError(
+                "train.share_prefixes=true needs train.packing=true: what is padded is not shared"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -475,6 +484,14 @@ class Config:
                 f"parallel.data={self.parallel.data} and train.mini_batches="
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.micro_batch_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens} together, and a sequence is never split; set it to "
+                f"{longest} or more"
             )
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(
