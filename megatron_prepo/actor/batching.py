@@ -15,7 +15,7 @@ T tokens of a row, W tokens of whole sequences (`attention.RowLayout`).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate

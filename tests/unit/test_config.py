@@ -150,7 +150,7 @@ def test_all_mistakes_are_reported_at_once():
         ({"optimizer__lr": -1.0}, r"optimizer\.lr=-1\.0"),
         ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, r"optimizer\.min_lr=1e-05 must lie between"),
         ({"optimizer__clip_grad": 0.0}, r"optimizer\.clip_grad=0\.0"),
-        ({"train__micro_batch_size": 0}, r"train\.micro_batch_size=0"),
+        ({"train__micro_batch_tokens": 0}, r"train\.micro_batch_tokens=0"),
         ({"eval__every": -1}, r"eval\.every=-1"),
         ({"eval__temperature": 0.0}, r"eval\.temperature=0\.0"),
         ({"checkpoint__every": -1}, r"checkpoint\.every=-1"),
