@@ -170,6 +170,14 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
             r"train\.mini_batches=3 is more than .*num_selected=2",
         ),
         (
+            {"train": {"total_steps": 5, "packing": False, "share_prefixes": True}},
+            r"train\.share_prefixes=true needs train\.packing=true",
+        ),
+        (
+            {"train__micro_batch_tokens": 1000},
+            r"micro_batch_tokens=1000 is less than data\.max_prompt_tokens=1024 .*set it to 1088",
+        ),
+        (
             {"parallel__data": 17},
             r"parallel\.data=17 .* without one of the 16 rollouts",
         ),
@@ -302,11 +310,12 @@ def other_value(field):
 
 
 def test_round_trip_of_every_setting(tmp_path):
-    """Through a tree and through YAML, with no setting at its default."""
+    """Through a tree and through YAML, with no setting at its default that need not be."""
     changed = tree(parallel__tensor=2)
     for section, field in all_fields():
         if field is not None and field.default is not dataclasses.MISSING:
             changed.setdefault(section.name, {})[field.name] = other_value(field)
+    changed["train"]["packing"] = True  # asked for by share_prefixes
     changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
     config = from_tree(changed)
     assert to_tree(config) == changed

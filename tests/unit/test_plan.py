@@ -212,7 +212,11 @@ def test_a_thousand_gpus_and_more(configured):
         ({"parallel": {"pipeline": 5}}, 10, "num_hidden_layers=28"),
         ({"parallel": {"tensor": 4}}, 6, "6 ranks do not fit parallel.tensor=4"),
         ({"parallel": {"data": 3}}, 4, "parallel.data=3"),
-        ({"rollout": {"max_new_tokens": 8000}}, 4, "8192 positions"),
+        (
+            {"rollout": {"max_new_tokens": 8000}, "train": {"micro_batch_tokens": 16384}},
+            4,
+            "8192 positions",
+        ),
         ({"parallel": {}, "selection": {"num_selected": 1}}, 64, "mini_batches=2"),
     ],
 )
