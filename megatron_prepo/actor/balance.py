@@ -15,7 +15,7 @@ def balance(costs: Sequence[float], num_groups: int) -> list[list[int]]:
     is left.  Groups may differ in how many they hold, and be empty.
 
     >>> balance([8, 7, 6, 5, 4], 2)
-    [[0, 3], [1, 2, 4]]
+    [[1, 3, 4], [0, 2]]
     """
     divisions = [
         (-cost, i, [(cost, [i])] + [(0.0, [])] * (num_groups - 1)) for i, cost in enumerate(costs)

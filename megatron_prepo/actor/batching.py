@@ -131,7 +131,7 @@ def pieces_of(sequences: Sequence[ScoredSequence], most: int | None = None) -> l
 
     >>> a, b = ScoredSequence((7, 8, 9, 1), 3), ScoredSequence((7, 8, 9, 2, 3), 3)
     >>> pieces_of([a, b], most=10)
-    [Piece(index=(0, 1), prefix=2, scored=(1, 2))]
+    [Piece(index=(1, 0), prefix=2, scored=(2, 1))]
     """
     groups = defaultdict(list)
     for i, sequence in enumerate(sequences):
@@ -167,9 +167,9 @@ def plan_rows(
         return Plan(tuple(_padded(pieces_of(sequences), num_ranks, budget, multiple)), shape)
     most = None
     if share_prefixes:
-        # a quarter of a rank's share: larger pieces could not be balanced
+        # an eighth of a rank's share: larger pieces could not be balanced
         total = sum(len(s.tokens) - 1 for s in sequences)
-        most = budget if num_ranks == 1 else min(budget, total // (4 * num_ranks))
+        most = budget if num_ranks == 1 else min(budget, total // (8 * num_ranks))
     pieces = pieces_of(sequences, most)
     return Plan(tuple(_packed(pieces, num_ranks, budget, multiple, shape)), shape)
 
