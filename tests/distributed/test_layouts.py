@@ -32,8 +32,10 @@ class Scenario:
     importance: bool = False
     clip_grad: float = 100.0
     weight_decay: float = 0.0
-    prompt: int = 3
-    """Tokens of a prompt; three prompts take turns."""
+    start: int = 3
+    """Tokens of a prompt."""
+    num_prompts: int | None = None
+    """The rollouts take turns at so many prompts; None: each has its own."""
     layouts: tuple[str, ...] = ()
 
 
@@ -104,13 +106,15 @@ SCENARIOS = {
     "groups": Scenario(
         "qwen3",
         (12, 17, 10, 11, 15, 19, 14, 10, 20, 13),
-        prompt=9,
+        start=9,
+        num_prompts=3,
         layouts=("tp1", "tp1 padded", *SHARED_LAYOUTS),
     ),
     "experts": Scenario(
         "qwen3_moe",
         (12, 17, 10, 11, 15, 19, 14),
-        prompt=9,
+        start=9,
+        num_prompts=3,
         layouts=("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),
     ),
     "fewer rollouts than ranks": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "dp4")),
@@ -146,11 +150,12 @@ def make_batch(name, model):
     """Old log-probabilities differ from the model's by up to 0.5: some ratios are clipped."""
     scenario, batch = SCENARIOS[name], Batch()
     generator = torch.Generator().manual_seed(5)
-    prompts = torch.randint(0, VOCAB, (3, scenario.prompt), generator=generator).tolist()
+    start, num_prompts = scenario.start, scenario.num_prompts or len(scenario.lengths)
     for i, length in enumerate(scenario.lengths):
-        tokens = torch.randint(0, VOCAB, (length - scenario.prompt,), generator=generator)
-        tokens = (*prompts[i % 3], *tokens.tolist())
-        batch.sequences.append(ScoredSequence(tokens, scenario.prompt))
+        tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        if i >= num_prompts:
+            tokens[:start] = batch.sequences[i - num_prompts].tokens[:start]
+        batch.sequences.append(ScoredSequence(tuple(tokens), start))
         logprobs_T, _ = score(model, batch.sequences[-1], scenario.temperature)
         noise = torch.rand(3, len(logprobs_T), generator=generator)
         batch.old_T.append(logprobs_T.detach().float() + noise[0] - 0.5)
