@@ -165,19 +165,35 @@ def plan_rows(
     """
     if not packing:
         return Plan(tuple(_padded(pieces_of(sequences), num_ranks, budget, multiple)), shape)
-    most = None
+    pieces = pieces_of(sequences)
     if share_prefixes:
-        # an eighth of a rank's share: larger pieces could not be balanced
-        total = sum(len(s.tokens) - 1 for s in sequences)
-        most = budget if num_ranks == 1 else min(budget, total // (8 * num_ranks))
-    pieces = pieces_of(sequences, most)
+        pieces = _shared_pieces(sequences, num_ranks, budget, shape)
     return Plan(tuple(_packed(pieces, num_ranks, budget, multiple, shape)), shape)
+
+
+def _shared_pieces(
+    sequences: Sequence[ScoredSequence], num_ranks: int, budget: int, shape: Shape
+) -> list[Piece]:
+    """Groups, cut as is best for the busiest rank: large pieces share more, small ones balance."""
+    share = sum(len(s.tokens) - 1 for s in sequences) // num_ranks
+    sizes = (share, share // 2, share // 4, share // 8, 0) if num_ranks > 1 else (budget,)
+    choices = [pieces_of(sequences, min(budget, size)) for size in sizes]
+
+    def busiest(pieces: list[Piece]) -> int:
+        costs = _costs(pieces, shape)
+        return max(sum(costs[i] for i in group) for group in balance(costs, num_ranks))
+
+    return min(choices, key=busiest)
+
+
+def _costs(pieces: Sequence[Piece], shape: Shape) -> list[int]:
+    return [Row((piece,), (0,)).work.flops(shape) for piece in pieces]
 
 
 def _packed(
     pieces: Sequence[Piece], num_ranks: int, budget: int, multiple: int, shape: Shape
 ) -> list[tuple[Row, ...]]:
-    costs = [Row((piece,), (0,)).work.flops(shape) for piece in pieces]
+    costs = _costs(pieces, shape)
     ranks = []
     for share in balance(costs, num_ranks):
         bins = fill([pieces[i].tokens for i in share], budget)
