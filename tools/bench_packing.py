@@ -140,15 +140,15 @@ def measure(sequences: list[ScoredSequence], budget: int, rounds: int) -> dict:
 
 def summary(seconds: dict, plan: Plan, update: dict) -> dict:
     """Of one way."""
-    work = plan.work
+    load = plan.load
     return {
         "score_seconds": min(seconds["score"]),
         "update_seconds": min(seconds["update"]),
         "micro_batches": len(plan.ranks[0]),
-        "tokens": work.tokens,
+        "tokens": load.tokens,
         "padding_fraction": plan.padding_fraction,
-        "pairs": work.pairs,
-        "forward_flops": work.flops(plan.shape),
+        "pairs": load.pairs,
+        "forward_flops": load.flops(plan.shape),
         "loss": update["loss/policy"],
         "grad_norm": update["loss/grad_norm"],
     }
@@ -175,8 +175,8 @@ def plans(num_ranks: int, *, budget: int, longest: int) -> dict:
             "milliseconds": 1e3 * (time.perf_counter() - start),
             "balance_ratio": plan.balance_ratio,
             "padding_fraction": plan.padding_fraction,
-            "fill": plan.work.tokens / (num_ranks * len(plan.ranks[0]) * budget),
-            "tokens": plan.work.tokens,
+            "fill": plan.load.tokens / (num_ranks * len(plan.ranks[0]) * budget),
+            "tokens": plan.load.tokens,
         }
     return answers
 

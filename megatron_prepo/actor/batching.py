@@ -30,7 +30,7 @@ from megatron_prepo.records import ScoredSequence
 
 
 @dataclass(frozen=True)
-class Work:
+class Load:
     """What a forward pass has to do; adds up."""
 
     tokens: int = 0
@@ -42,9 +42,9 @@ class Work:
     scored: int = 0
     """Tokens through the output head."""
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, other: "Load") -> "Load":
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Work(*(one + more for one, more in pairs))
+        return Load(*(one + more for one, more in pairs))
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of the forward pass; a backward pass costs twice as many."""
@@ -86,12 +86,12 @@ class Row:
         return tuple(i for piece in self.pieces for i in piece.index)
 
     @cached_property
-    def work(self) -> Work:
+    def load(self) -> Load:
         """Attention counts a prefix as often as it is shared: so it computes."""
         tokens = sum(piece.tokens for piece in self.pieces) + sum(self.padding)
         scored = sum(sum(piece.scored) for piece in self.pieces)
         lengths = [length for _, lengths in self.whole() for length in lengths]
-        return Work(tokens, sum(self.padding), sum(n * (n + 1) // 2 for n in lengths), scored)
+        return Load(tokens, sum(self.padding), sum(n * (n + 1) // 2 for n in lengths), scored)
 
     def whole(self) -> Iterable[tuple[Piece, list[int]]]:
         """Each piece and the lengths of its whole sequences; padding belongs to the last."""
@@ -109,20 +109,20 @@ class Plan:
     shape: Shape
 
     @property
-    def work(self) -> Work:
+    def load(self) -> Load:
         """Of all ranks."""
-        return sum((row.work for rows in self.ranks for row in rows), Work())
+        return sum((row.load for rows in self.ranks for row in rows), Load())
 
     @property
     def padding_fraction(self) -> float:
         """Share of the tokens that is padding."""
-        work = self.work
-        return work.padding / max(1, work.tokens)
+        load = self.load
+        return load.padding / max(1, load.tokens)
 
     @property
     def balance_ratio(self) -> float:
         """Operations of the busiest rank over those of the mean."""
-        flops = [sum(row.work.flops(self.shape) for row in rows) for rows in self.ranks]
+        flops = [sum(row.load.flops(self.shape) for row in rows) for rows in self.ranks]
         return max(flops) * len(flops) / max(1, sum(flops))
 
 
@@ -187,7 +187,7 @@ def _shared_pieces(
 
 
 def _costs(pieces: Sequence[Piece], shape: Shape) -> list[int]:
-    return [Row((piece,), (0,)).work.flops(shape) for piece in pieces]
+    return [Row((piece,), (0,)).load.flops(shape) for piece in pieces]
 
 
 def _packed(
@@ -272,7 +272,7 @@ def micro_batch(
     One without a sequence becomes `multiple` tokens without a target, so that every pipeline stage
     has work.
     """
-    size = row.work.tokens or multiple
+    size = row.load.tokens or multiple
     tokens_T = torch.zeros(size, dtype=torch.long)
     targets_T = torch.full_like(tokens_T, IGNORE)
     whole, lengths = [], []  # of the row's tokens, sequence by sequence

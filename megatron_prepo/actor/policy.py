@@ -196,7 +196,7 @@ class Actor:
             "loss/ratio": totals["ratio"] / tokens,
             "loss/kl_to_old": totals["kl"] / tokens,
             "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "train/tokens": float(plan.work.tokens),
+            "train/tokens": float(plan.load.tokens),
             "train/padding_fraction": plan.padding_fraction,
             "train/balance_ratio": plan.balance_ratio,
         }
@@ -207,7 +207,7 @@ class Actor:
     def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:
         """The micro-batches of all data-parallel ranks; no communication, the same on every rank.
 
-        `plan(...).work` counts tokens and attention's pairs, `work.flops(actor.shape)` operations.
+        `plan(...).load` counts tokens and attention's pairs, `load.flops(actor.shape)` operations.
         """
         train = self.config.train
         return plan_rows(

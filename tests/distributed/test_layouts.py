@@ -112,7 +112,7 @@ SCENARIOS = {
     ),
     "experts": Scenario(
         "qwen3_moe",
-        (12, 17, 10, 11, 15, 19, 14),
+        (14, 17, 10, 11, 15, 19, 12),
         start=9,
         num_prompts=3,
         layouts=("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),

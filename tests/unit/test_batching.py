@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prepo.actor.batching import Piece, Row, Work, micro_batch, pieces_of, plan_rows
+from megatron_prepo.actor.batching import Load, Piece, Row, micro_batch, pieces_of, plan_rows
 from megatron_prepo.actor.vocab_parallel import IGNORE
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
@@ -56,15 +56,15 @@ def test_every_sequence_once_in_as_many_rows_on_every_rank_within_the_budget(
     rows = [row for rows in plan.ranks for row in rows]
     assert sorted(i for row in rows for i in row.index) == list(range(len(sequences)))
     for row in rows:
-        work = row.work
-        assert work.tokens % multiple == 0
-        assert work.tokens <= BUDGET + (multiple - 1) * max(1, len(row.pieces))
+        load = row.load
+        assert load.tokens % multiple == 0
+        assert load.tokens <= BUDGET + (multiple - 1) * max(1, len(row.pieces))
         if way.get("packing", True):
-            assert work.tokens - work.padding <= BUDGET and work.padding < multiple
-    assert plan.work.scored == sum(s.num_scored for s in sequences)
+            assert load.tokens - load.padding <= BUDGET and load.padding < multiple
+    assert plan.load.scored == sum(s.num_scored for s in sequences)
     if way == {}:
         lengths = [len(s.tokens) - 1 for s in sequences]
-        assert plan.work.tokens - plan.work.padding == sum(lengths)
+        assert plan.load.tokens - plan.load.padding == sum(lengths)
 
 
 @quick
@@ -106,7 +106,7 @@ def test_a_packed_row_by_hand():
     assert batch.targets_T.tolist() == [X, X, 4, 5, 10, 11, X, X]
     assert batch.layout.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.layout.lengths == (4, 4) and batch.layout.whole_W is None
-    assert row.work == Work(tokens=8, padding=2, pairs=20, scored=4)
+    assert row.load == Load(tokens=8, padding=2, pairs=20, scored=4)
 
 
 def test_a_shared_prefix_by_hand():
@@ -121,7 +121,7 @@ def test_a_shared_prefix_by_hand():
     assert batch.layout.lengths == (5, 4, 3)
     assert batch.layout.whole_W.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9]
     assert batch.layout.row_T.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
-    assert row.work == Work(tokens=10, padding=1, pairs=15 + 10 + 6, scored=7)
+    assert row.load == Load(tokens=10, padding=1, pairs=15 + 10 + 6, scored=7)
 
 
 def test_what_is_padded_lies_side_by_side():
@@ -144,7 +144,7 @@ def test_a_row_without_a_sequence_is_tokens_without_a_target():
     batch = micro_batch([], plan.ranks[0][0], multiple=4)
     assert batch.index == () and batch.layout.lengths == (4,)
     assert torch.equal(batch.targets_T, torch.full((4,), IGNORE))
-    assert plan.padding_fraction == 0 and plan.work == Work()
+    assert plan.padding_fraction == 0 and plan.load == Load()
 
 
 def test_a_sequence_longer_than_the_budget_is_not_squeezed_in():
@@ -184,7 +184,7 @@ def plans_of(sequences, num_ranks):
 
 
 def busiest(plan):
-    return plan.balance_ratio * plan.work.flops(SEVEN) / len(plan.ranks)
+    return plan.balance_ratio * plan.load.flops(SEVEN) / len(plan.ranks)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 8, 32])
@@ -198,7 +198,7 @@ def test_ranks_have_equal_work_on_a_log_normal_mix(num_ranks):
 def test_few_groups_are_cut_where_that_is_better_for_the_busiest_rank(num_groups):
     """Whole, that many groups on eight ranks would differ by their lengths."""
     packed, shared = plans_of(rollouts(3, groups=num_groups), 8)
-    assert shared.work.tokens < packed.work.tokens and busiest(shared) < busiest(packed)
+    assert shared.load.tokens < packed.load.tokens and busiest(shared) < busiest(packed)
     whole = {piece.index for piece in pieces_of(rollouts(3, groups=num_groups), most=16384)}
     dealt = {piece.index for rows in shared.ranks for row in rows for piece in row.pieces}
     assert len(dealt) > len(whole)
@@ -207,9 +207,9 @@ def test_few_groups_are_cut_where_that_is_better_for_the_busiest_rank(num_groups
 def test_operations_by_hand():
     """One token of two layers: q and output 8 x 8, k and v 8 x 4, MLP three times 8 x 16."""
     a_layer = 2 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
-    assert Work(tokens=1).flops(SHAPE) == 2 * a_layer
-    assert Work(pairs=1).flops(SHAPE) == 2 * (2 * 8 + 2 * 8)
-    assert Work(scored=1).flops(SHAPE) == 2 * 8 * 32
+    assert Load(tokens=1).flops(SHAPE) == 2 * a_layer
+    assert Load(pairs=1).flops(SHAPE) == 2 * (2 * 8 + 2 * 8)
+    assert Load(scored=1).flops(SHAPE) == 2 * 8 * 32
 
 
 @pytest.mark.parametrize("start", [0, 3, 4])
