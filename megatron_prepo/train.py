@@ -47,7 +47,7 @@ def train(config: Config) -> dict:
     """
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
-    stop = StopRequests(config.checkpoint.grace_seconds)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     run = Run(config, writes=dist.get_rank() == 0)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
