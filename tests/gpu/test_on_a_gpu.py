@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_prepo.actor import attention, row_statistics
-from megatron_prepo.actor.batching import micro_batch, plan_rows
+from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.rows import plan_rows
 from megatron_prepo.actor.vocab_parallel import (
     chunk_tokens_within,
     vocab_parallel_logprobs_and_entropy,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prepo.actor.batching import Load, Piece, Row, micro_batch, pieces_of, plan_rows
+from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.rows import Load, Piece, Row, pieces_of, plan_rows
 from megatron_prepo.actor.vocab_parallel import IGNORE
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
