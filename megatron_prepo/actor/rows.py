@@ -116,9 +116,9 @@ class Plan:
 
     @property
     def balance_ratio(self) -> float:
-        """Operations of the busiest rank over those of the mean."""
+        """Operations of the busiest rank over those of the mean; 1 where there is nothing to do."""
         flops = [sum(row.load.flops(self.shape) for row in rows) for rows in self.ranks]
-        return max(flops) * len(flops) / max(1, sum(flops))
+        return max(flops) * len(flops) / sum(flops) if any(flops) else 1.0
 
 
 def pieces_of(sequences: Sequence[ScoredSequence], most: int | None = None) -> list[Piece]:

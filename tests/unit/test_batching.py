@@ -145,7 +145,7 @@ def test_a_row_without_a_sequence_is_tokens_without_a_target():
     batch = micro_batch([], plan.ranks[0][0], multiple=4)
     assert batch.index == () and batch.layout.lengths == (4,)
     assert torch.equal(batch.targets_T, torch.full((4,), IGNORE))
-    assert plan.padding_fraction == 0 and plan.load == Load()
+    assert (plan.padding_fraction, plan.balance_ratio, plan.load) == (0, 1, Load())
 
 
 def test_a_sequence_longer_than_the_budget_is_not_squeezed_in():
