@@ -76,7 +76,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
     findings += [*_gpus(config), _shared_memory(), _port()]
-    return findings + (_inputs(config) if config else [])
+    return findings + (examine_inputs(config) if config else [])
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -193,8 +193,11 @@ def _port() -> Finding:
     return Finding("port", "ok", f"{port} is free")
 
 
-def _inputs(config: Config) -> list[Finding]:
-    """What the run reads, one line each; a later one is left out where it needs an earlier one."""
+def examine_inputs(config: Config) -> list[Finding]:
+    """What the run reads, one line each; a later one is left out where it needs an earlier one.
+
+    Of the machine only the disk: it is also for a login node, where nothing will run.
+    """
     from checkpoints_convert.hf_config import read_hf_config
     from megatron_prepo import preflight, run
     from megatron_prepo.actor.model import check_layout, transformer_config
