@@ -30,6 +30,8 @@ class RunConfig:
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
     """Replace a run that is already in `run.dir` (otherwise that is an error)."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 

@@ -10,6 +10,7 @@
 | `pass_rate.png` | the result as a picture |
 | `checkpoints/` | Megatron checkpoints |
 | `hf/` | the trained model in Hugging Face format |
+| `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
 | `logs/` | what ranks other than 0 printed, and errors |
 """
 
@@ -20,15 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from megatron_prepo import machine, report
 from megatron_prepo.config import Config, to_tree
+from megatron_prepo.dashboards import dashboards
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluate import Evaluation, mean_ci95
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
+from megatron_prepo.progress import bar as progress_bar
 
 OURS = (
     "config.yaml",
@@ -39,6 +41,8 @@ OURS = (
     "pass_rate.png",
     "checkpoints",
     "hf",
+    "tensorboard",
+    "wandb",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
@@ -91,9 +95,8 @@ class Run:
         self.rollouts = self.tokens = self.num_steps = 0
         if writes:
             create_directory(config)
-            project = config.run.wandb_project
             self.ledger = Ledger(self.directory / "ledger.jsonl")
-            self.metrics = MetricsLog(self.directory / "metrics.jsonl", project, to_tree(config))
+            self.metrics = MetricsLog(self.directory / "metrics.jsonl", dashboards(config))
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
 
     def say(self, sentence: str) -> None:
@@ -103,7 +106,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps, from 0, with a progress bar; ends when the budget is spent."""
-        self.bar = tqdm(range(self.config.train.total_steps), "train", disable=not self.writes)
+        self.bar = progress_bar(
+            range(self.config.train.total_steps), "train", disable=not self.writes
+        )
         for step in self.bar:
             yield step
             if self.is_last(step):
@@ -136,7 +141,7 @@ class Run:
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
         """`held_out(samples_per_prompt, on_progress)` with a progress bar; written and shown."""
-        bar = tqdm(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
+        bar = progress_bar(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total

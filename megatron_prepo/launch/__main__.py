@@ -73,8 +73,13 @@ def _examined(job: Job, options: argparse.Namespace) -> bool:
 def _fits(job: Job, gpu: str) -> bool:
     from megatron_prepo import plan, plan_text
 
-    engine = "elsewhere" if job.server_nodes or job.config.servers.urls else None
-    question = plan.Question(gpus=job.ranks, gpu=gpu, engine=engine)
+    elsewhere = job.server_nodes or job.config.servers.urls
+    question = plan.Question(
+        gpus=job.ranks,
+        gpu=gpu,
+        engine="elsewhere" if elsewhere else None,
+        engine_tensor=job.config.servers.tensor if job.starts_servers else None,
+    )
     answer = plan.make_plan(job.config, question)
     if not answer.fits:
         print(plan_text.text(answer, ()), file=sys.stderr)
