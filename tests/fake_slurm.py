@@ -37,7 +37,8 @@ def state_of(environment: dict[str, str], job: str) -> str:
 
 def sbatch(words: list[str]) -> int:
     """Queue a script; it runs when the jobs that it depends on have ended."""
-    state, script = Path(os.environ["FAKE_SLURM"]), Path(words[-1])
+    options, (script, *arguments) = _options(words)
+    state = Path(os.environ["FAKE_SLURM"])
     job = str(int(time.time()) * 100 % 10_000_000 + len(list(state.glob("*.state"))))
     (state / f"{job}.state").write_text("PENDING")
     (state / f"{job}.words").write_text(" ".join(words))
@@ -51,17 +52,18 @@ def sbatch(words: list[str]) -> int:
     for other in others:
         while (state / f"{other}.state").read_text() in ("PENDING", "RUNNING"):
             time.sleep(0.05)
-    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script.read_text(), re.M))
-    nodes = int(flags["nodes"])
+    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", Path(script).read_text(), re.M))
+    nodes = int((flags | options)["nodes"])
     environment = {
         "SLURM_JOB_ID": job,
         "SLURM_JOB_NODELIST": f"127.0.0.[1-{nodes}]" if nodes > 1 else "127.0.0.1",
         "SLURM_NNODES": str(nodes),
+        "SLURM_NTASKS_PER_NODE": flags["ntasks-per-node"],
     }
     (state / f"{job}.state").write_text("RUNNING")
     with open(state / f"{job}.out", "w") as out:
         process = subprocess.Popen(
-            ["bash", str(script)],
+            ["bash", script, *arguments],
             env={**os.environ, **environment},
             stdout=out,
             stderr=out,
@@ -76,16 +78,17 @@ def srun(words: list[str]) -> int:
     options, command = _options(words)
     if "w" in options:
         return subprocess.run(command).returncode
-    count, tasks = int(options["nodes"]), int(options["ntasks"])
+    count = int(options.get("nodes", os.environ["SLURM_NNODES"]))
+    tasks = int(options.get("ntasks", count * int(os.environ["SLURM_NTASKS_PER_NODE"])))
     first = int(options.get("relative", 0))
     hosts = [f"127.0.0.{first + i + 1}" for i in range(count)]
     a_node = tasks // count
     log = options["output"].replace("%j", os.environ["SLURM_JOB_ID"])
-    with open(log, "a") as out:
+    with open(Path(os.environ["FAKE_SLURM"]) / log, "a") as out:
         processes = [
             subprocess.Popen(
                 command,
-                cwd=options["chdir"],
+                cwd=options.get("chdir"),
                 stdout=out,
                 stderr=out,
                 preexec_fn=_end_with_parent,

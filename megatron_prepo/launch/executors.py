@@ -12,9 +12,9 @@ Tasks are `run.Script`, so that what runs inside a job needs no NeMo-Run.  Jobs 
 checkout that they are launched from, on a file system that all nodes share: nothing is packed, and
 relative paths stay what they are.
 
-Of NeMo-Run 0.11.1: words of a Slurm command and values of the environment reach the script
-unquoted; a task that fails leaves the launcher at exit code 0; names of environment variables are
-turned to capitals.
+Of NeMo-Run 0.11.1: words of a command reach the scripts of Slurm and Docker unquoted, values of the
+environment that of Slurm; a task that fails leaves the launcher at exit code 0; names of environment
+variables are turned to capitals.
 """
 
 import os
@@ -180,7 +180,6 @@ def _docker(run, experiment, job: Job, place: Place) -> None:
             f"--executor docker is for one machine, and the job has {job.nodes + job.server_nodes} "
             "nodes"
         )
-    here = os.getcwd()
     executor = _build(
         run.DockerExecutor,
         place,
@@ -189,12 +188,12 @@ def _docker(run, experiment, job: Job, place: Place) -> None:
         ntasks_per_node=job.ranks,
         num_gpus=-1,
         ipc_mode="host",
-        volumes=[f"{here}:{here}", *place.mounts],
-        additional_kwargs={"working_dir": here},
+        volumes=[f"{os.getcwd()}:/nemo_run/code", *place.mounts],  # where it starts commands
         env_vars=dict(place.environment),
         packager=run.Packager(),
     )
-    experiment.add(_script(run, job.train_words()), executor=executor, name="train")
+    words = map(shlex.quote, job.train_words())
+    experiment.add(_script(run, words), executor=executor, name="train")
 
 
 def _skypilot(run, experiment, job: Job, place: Place) -> None:
@@ -280,5 +279,10 @@ def _names(experiment) -> list[str]:
 def _raise_if_failed(experiment) -> None:
     """LaunchFailed unless the last job, which ends the run, succeeded."""
     last = experiment.jobs[-1]
-    if str(last.state) != "SUCCEEDED (4)" and getattr(last.state, "name", "") != "SUCCEEDED":
-        raise LaunchFailed(f"{last.id} ended as {last.state}")
+    if last.state.name != "SUCCEEDED":
+        raise LaunchFailed(f"{last.id} ended as {last.state.name}; its logs are in {_logs(last)}")
+
+
+def _logs(job) -> str:
+    executor = job.executor
+    return (executor[0] if isinstance(executor, list) else executor).job_dir
