@@ -13,8 +13,8 @@ checkout that they are launched from, on a file system that all nodes share: not
 relative paths stay what they are.
 
 Of NeMo-Run 0.11.1: words of a command reach the scripts of Slurm and Docker unquoted, values of the
-environment that of Slurm; a task that fails leaves the launcher at exit code 0; names of environment
-variables are turned to capitals.
+environment that of Slurm; a task that fails leaves the launcher at exit code 0; names of variables
+are turned to capitals.
 """
 
 import os
@@ -280,9 +280,5 @@ def _raise_if_failed(experiment) -> None:
     """LaunchFailed unless the last job, which ends the run, succeeded."""
     last = experiment.jobs[-1]
     if last.state.name != "SUCCEEDED":
-        raise LaunchFailed(f"{last.id} ended as {last.state.name}; its logs are in {_logs(last)}")
-
-
-def _logs(job) -> str:
-    executor = job.executor
-    return (executor[0] if isinstance(executor, list) else executor).job_dir
+        where = last.executor.job_dir
+        raise LaunchFailed(f"{last.id} ended as {last.state.name}; its logs are in {where}")

@@ -1,5 +1,5 @@
-"""NeMo-Run itself: what it would submit for every recipe, and runs on this machine and on a Slurm that
-is played there.  Skipped where it is not installed."""
+"""NeMo-Run itself: what it would submit for every recipe, and runs on this machine and on a Slurm
+that is played there.  Skipped where it is not installed."""
 
 import importlib.util
 import json
