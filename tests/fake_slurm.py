@@ -5,6 +5,7 @@ the real one it keeps tasks and their environment, `--relative`, `--kill-on-bad-
 states, and signals to all tasks of a step.  Run as a script by the commands that `install` makes.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -35,6 +36,13 @@ def state_of(environment: dict[str, str], job: str) -> str:
     return (Path(environment["FAKE_SLURM"]) / f"{job}.state").read_text()
 
 
+def end(environment: dict[str, str]) -> None:
+    """Kill what still runs."""
+    for path in Path(environment["FAKE_SLURM"]).glob("*.pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(path.read_text()), signal.SIGKILL)
+
+
 def sbatch(words: list[str]) -> int:
     """Queue a script; it runs when the jobs that it depends on have ended."""
     options, (script, *arguments) = _options(words)
@@ -47,6 +55,7 @@ def sbatch(words: list[str]) -> int:
     if os.fork():
         return 0
     os.setsid()
+    (state / f"{job}.pid").write_text(str(os.getpid()))
     for stream in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     for other in others:

@@ -14,12 +14,17 @@ import fake_sglang_package
 import fake_slurm
 import pytest
 
+from megatron_prepo.cli import main
 from megatron_prepo.launch import recipes
 from megatron_prepo.launch.job import make_job
 from tests.e2e.laptop import FILES, REPOSITORY, SHORT, metrics, summary
 
+OWN = REPOSITORY / ".venv-launch" / "bin" / "python"
+PYTHON = str(OWN) if OWN.is_file() else sys.executable
+"""The interpreter that has NeMo-Run: `make test` sets one up."""
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("nemo_run") is None, reason='NeMo-Run is not installed (".[launch]")'
+    not OWN.is_file() and importlib.util.find_spec("nemo_run") is None,
+    reason="NeMo-Run is not installed (make .venv-launch/ready)",
 )
 LAPTOP = "examples/laptop/prepo.yaml"
 ODD = 'data.train=/data/it\'s "$HOME" [1].jsonl'
@@ -35,11 +40,13 @@ for words in json.load(sys.stdin):
 
 
 def python(*words: str, home: Path, given: str = "", **variables: str):
+    # the ranks run where torch is: in this environment, which has no NeMo-Run
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        [sys.executable, *words],
+        [PYTHON, *words],
         cwd=REPOSITORY,
         env=os.environ
-        | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+        | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", "PATH": path}
         | {"NEMORUN_HOME": str(home), "OMP_NUM_THREADS": "1", **variables},
         input=given,
         capture_output=True,
@@ -178,23 +185,39 @@ def test_a_job_that_fails_is_the_launchers_failure(tmp_path):
     assert "error: train ended as FAILED" in done.stderr
 
 
-def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, monkeypatch):
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a Slurm that is played."""
+    environment = fake_slurm.install(tmp_path / "slurm")
+    yield environment
+    fake_slurm.end(environment)
+
+
+def states(slurm: dict[str, str]) -> list[str]:
+    """Of all jobs, in the order of their submission."""
+    jobs = sorted(path.stem for path in Path(slurm["FAKE_SLURM"]).glob("*.state"))
+    return [fake_slurm.state_of(slurm, job) for job in jobs]
+
+
+def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
     """Two nodes of one rank each, a third with a server (the fake one); the second job of the chain
     finds the run finished."""
     pids = fake_sglang_package.install(tmp_path / "package", monkeypatch)
-    slurm = fake_slurm.install(tmp_path / "slurm")
+    run = tmp_path / "run"
     done = launch(
         *[LAPTOP, *SLURM, "--nodes", "2", "--gpus-per-node", "1", "--server-nodes", "1"],
         *["--chain", "2", "--wait", "--python", sys.executable],
-        *["--with", "monitor_group_job_wait_time=1", f"run.dir={tmp_path / 'run'}", *FILES, *SHORT],
+        *["--with", "monitor_group_job_wait_time=1", f"run.dir={run}", *FILES, *SHORT],
         *[SGLANG, f"servers.python={sys.executable}", "weight_sync.verify=never"],
         "parallel.tensor=2",
         home=tmp_path,
         **slurm,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    jobs = sorted(path.stem for path in Path(slurm["FAKE_SLURM"]).glob("*.state"))
-    assert [fake_slurm.state_of(slurm, job) for job in jobs] == ["COMPLETED"] * 2
-    assert summary(tmp_path / "run")["ranks"] == 2 and len(metrics(tmp_path / "run")) == 2
-    assert (tmp_path / "run" / "logs" / "node_0" / "sglang_0.log").is_file()
-    fake_sglang_package.wait_until_gone(fake_sglang_package.processes(pids, servers=2))
+    assert states(slurm) == ["COMPLETED"] * 2
+    assert summary(run)["ranks"] == 2 and len(metrics(run)) == 2
+    log = "".join(path.read_text() for path in tmp_path.rglob("log-megatron-prepo*.out"))
+    assert "\r" not in log and log.count("\ntrain ") == 2, "a line a step"
+    assert log.count("holds a finished run") == 1
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    fake_sglang_package.wait_until_gone(fake_sglang_package.processes(pids))
