@@ -36,6 +36,13 @@ def state_of(environment: dict[str, str], job: str) -> str:
     return (Path(environment["FAKE_SLURM"]) / f"{job}.state").read_text()
 
 
+def signal_steps(environment: dict[str, str], number: int) -> None:
+    """What `--signal` does: to all processes of the steps that run."""
+    for path in Path(environment["FAKE_SLURM"]).glob("*.step"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(path.stem), number)
+
+
 def end(environment: dict[str, str]) -> None:
     """Kill what still runs."""
     for path in Path(environment["FAKE_SLURM"]).glob("*.pid"):
@@ -114,13 +121,25 @@ def srun(words: list[str]) -> int:
             for task in range(tasks)
         ]
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, _: [p.send_signal(number) for p in processes])
+            signal.signal(number, lambda number, _: [_signal_all(p.pid, number) for p in processes])
+        step = Path(os.environ["FAKE_SLURM"]) / f"{os.getpid()}.step"
+        step.touch()
         while None in (codes := [process.poll() for process in processes]):
             if any(codes):
                 for process in processes:
                     process.kill()
             time.sleep(0.05)
+        step.unlink()
     return max(code if code >= 0 else 128 - code for code in codes)
+
+
+def _signal_all(pid: int, number: int) -> None:
+    """A task and all that it has started, as Slurm reaches everything in a step."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(pid, number)
+        for child in children:
+            _signal_all(int(child), number)
 
 
 def scontrol(words: list[str]) -> int:

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fake_sglang_package
@@ -199,25 +201,42 @@ def states(slurm: dict[str, str]) -> list[str]:
     return [fake_slurm.state_of(slurm, job) for job in jobs]
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron_prepo.stop") is None, reason="runs do not resume"
+)
 def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
-    """Two nodes of one rank each, a third with a server (the fake one); the second job of the chain
-    finds the run finished."""
+    """Two nodes of one rank each, a third with a server (the fake one).  Slurm asks the first job
+    to save, the second goes on to the end, the third finds the run finished."""
     pids = fake_sglang_package.install(tmp_path / "package", monkeypatch)
     run = tmp_path / "run"
+
+    def ask_to_save() -> None:
+        written = run / "metrics.jsonl"
+        seconds = 300.0  # imports take long on a busy machine
+        fake_sglang_package.wait_for(
+            "a step", lambda: written.is_file() and written.read_text(), seconds
+        )
+        fake_slurm.signal_steps(slurm, signal.SIGUSR1)
+
+    asking = threading.Thread(target=ask_to_save)
+    asking.start()
     done = launch(
         *[LAPTOP, *SLURM, "--nodes", "2", "--gpus-per-node", "1", "--server-nodes", "1"],
-        *["--chain", "2", "--wait", "--python", sys.executable],
+        *["--chain", "3", "--wait", "--python", sys.executable],
         *["--with", "monitor_group_job_wait_time=1", f"run.dir={run}", *FILES, *SHORT],
         *[SGLANG, f"servers.python={sys.executable}", "weight_sync.verify=never"],
-        "parallel.tensor=2",
+        *["parallel.tensor=2", "train.total_steps=20"],
         home=tmp_path,
         **slurm,
     )
+    asking.join()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert states(slurm) == ["COMPLETED"] * 2
-    assert summary(run)["ranks"] == 2 and len(metrics(run)) == 2
-    log = "".join(path.read_text() for path in tmp_path.rglob("log-megatron-prepo*.out"))
-    assert "\r" not in log and log.count("\ntrain ") == 2, "a line a step"
-    assert log.count("holds a finished run") == 1
+    assert states(slurm) == ["COMPLETED"] * 3
+    assert [step["step"] for step in metrics(run)] == list(range(20))
+    assert summary(run)["ranks"] == 2
+    logs = sorted(tmp_path.rglob("log-megatron-prepo*.out"))
+    log = "".join(path.read_text() for path in logs)
+    assert "\r" not in log and log.count("\ntrain ") == 20, "a line a step"
+    assert log.count("stopped as asked") == log.count("holds a finished run") == 1
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     fake_sglang_package.wait_until_gone(fake_sglang_package.processes(pids))
