@@ -55,7 +55,7 @@ def sbatch(words: list[str]) -> int:
     options, (script, *arguments) = _options(words)
     state = Path(os.environ["FAKE_SLURM"])
     job = str(int(time.time()) * 100 % 10_000_000 + len(list(state.glob("*.state"))))
-    (state / f"{job}.state").write_text("PENDING")
+    _set_state(state, job, "PENDING")
     (state / f"{job}.words").write_text(" ".join(words))
     others = re.findall(r"--dependency=afterany:(\S+)", " ".join(words))
     print(job, flush=True)
@@ -76,7 +76,7 @@ def sbatch(words: list[str]) -> int:
         "SLURM_NNODES": str(nodes),
         "SLURM_NTASKS_PER_NODE": flags["ntasks-per-node"],
     }
-    (state / f"{job}.state").write_text("RUNNING")
+    _set_state(state, job, "RUNNING")
     with open(state / f"{job}.out", "w") as out:
         process = subprocess.Popen(
             ["bash", script, *arguments],
@@ -85,8 +85,15 @@ def sbatch(words: list[str]) -> int:
             stderr=out,
         )
         ended = "COMPLETED" if process.wait() == 0 else "FAILED"
-    (state / f"{job}.state").write_text(ended)
+    _set_state(state, job, ended)
     os._exit(0)
+
+
+def _set_state(directory: Path, job: str, state: str) -> None:
+    """Whole at any moment."""
+    aside = directory / f"{job}.aside"
+    aside.write_text(state)
+    aside.replace(directory / f"{job}.state")
 
 
 def srun(words: list[str]) -> int:

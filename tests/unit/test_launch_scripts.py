@@ -13,13 +13,12 @@ from tests.e2e.laptop import REPOSITORY
 
 SCRIPTS = sorted((REPOSITORY / "examples" / "launch").glob("*.*h"))
 PYTHON = """#!/bin/bash
-# a program that notes how it was called, and ends the run the second time
+# a program that notes how it was called, and ends the run if it is to
 echo "$SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME: $*" >> "$CALLS"
 [ -z "${FAILS:-}" ] || exit 3
 [ "$2" = megatron_prepo.launch.rank ] || exec sleep 60
-[ ! -f "$RUN_DIR/saved" ] || touch "$RUN_DIR/summary.json"
-sleep 0.3
-touch "$RUN_DIR/saved"
+until [ -z "${SERVERS:-}" ] || grep -q launch.servers "$CALLS"; do sleep 0.05; done
+[ -z "${ENDS:-}" ] || touch "$RUN_DIR/summary.json"
 """
 
 
@@ -79,16 +78,15 @@ def test_a_saved_run_is_queued_again_and_an_ended_or_failed_one_is_not(cluster):
     assert cluster.lines() == sorted(
         f"{task} of 16 on 127.0.0.{1 + task // 8}: {called}" for task in range(16)
     )
-    assert cluster.sbatch(*words) == "COMPLETED" and cluster.requeued() == 1
+    assert cluster.sbatch(*words, ENDS="yes") == "COMPLETED" and cluster.requeued() == 1
     (cluster.run_dir / "summary.json").unlink()
     assert cluster.sbatch(*words, FAILS="yes") == "FAILED" and cluster.requeued() == 1
 
 
 def test_servers_have_the_last_nodes_and_end_with_the_run(cluster):
-    (cluster.run_dir / "saved").touch()
     words = ["--nodes=3", "examples/launch/servers.sbatch", str(cluster.run_dir), "run.yaml"]
     before = time.monotonic()
-    state = cluster.sbatch(*words, SERVER_NODES="1", SERVERS="4")
+    state = cluster.sbatch(*words, SERVER_NODES="1", SERVERS="4", ENDS="yes")
     assert state == "COMPLETED" and cluster.requeued() == 0
     assert time.monotonic() - before < 50, "the servers' task would sleep for 60 s"
     kinds = [re.sub(r"^\d+", "N", line).partition(" run.yaml")[0] for line in cluster.lines()]
