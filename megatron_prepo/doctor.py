@@ -199,7 +199,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     Of the machine only the disk: it is also for a login node, where nothing will run.
     """
     from checkpoints_convert.hf_config import read_hf_config
-    from megatron_prepo import dashboards, preflight, run
+    from megatron_prepo import dashboards, preflight, run_directory
     from megatron_prepo.actor.model import check_layout, transformer_config
     from megatron_prepo.rollout.sglang import launch
 
@@ -272,7 +272,7 @@ def examine_inputs(config: Config) -> list[Finding]:
             lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
         )
     look("dashboards", lambda: dashboards.check(config), lambda _: _dashboards(config))
-    look("run.dir", lambda: run.check_free(config), lambda _: config.run.dir)
+    look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
     findings.append(_disk(config))
     return findings
 

@@ -20,9 +20,8 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
+from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
 
-SAVED = 75
-"""Exit code of a run that was asked to stop, and has saved what it needs to go on."""
 POLL_SECONDS = 2.0
 
 
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     code = cli.main(["train", options.config, *overrides])
-    return 0 if code == SAVED else code
+    return 0 if code == STOPPED_EXIT_CODE else code
 
 
 def server_urls(server_nodes: int, servers_a_node: int) -> list[str]:

@@ -201,9 +201,6 @@ def states(slurm: dict[str, str]) -> list[str]:
     return [fake_slurm.state_of(slurm, job) for job in jobs]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("megatron_prepo.stop") is None, reason="runs do not resume"
-)
 def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
     """Two nodes of one rank each, a third with a server (the fake one).  Slurm asks the first job
     to save, the second goes on to the end, the third finds the run finished."""
