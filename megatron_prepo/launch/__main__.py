@@ -37,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mounts=tuple(options.mount),
             environment=_pairs("--env", options.env),
             python=options.python,
-            save_seconds=options.save_seconds,
             chain=options.chain,
             fields={k: yaml.safe_load(v) for k, v in _pairs("--with", options.field).items()},
         )
@@ -124,13 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--account")
     parser.add_argument("--partition")
     parser.add_argument("--time", default="04:00:00", help="of a job (default: %(default)s)")
-    parser.add_argument(
-        "--save-seconds",
-        type=int,
-        default=600,
-        metavar="S",
-        help="before the limit the run is asked to save (default: %(default)s)",
-    )
     parser.add_argument("--image", help="container")
     parser.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")

@@ -30,6 +30,9 @@ from megatron_prepo.launch.job import Job, local
 
 EXECUTORS = ("local", "slurm", "docker", "skypilot", "kubeflow")
 
+LEAVING_SECONDS = 60
+"""Between the end of the time that a run has for saving, and the limit of its job."""
+
 
 class LaunchFailed(RuntimeError):
     """A task did not succeed; the message names it and its state."""
@@ -49,8 +52,6 @@ class Place:
     """`from:to` of the container; the working directory is always there, under its own name."""
     environment: Mapping[str, str] = field(default_factory=dict)
     python: str = "python"
-    save_seconds: int = 600
-    """Slurm asks the run so long before the time limit to save."""
     chain: int = 1
     """Jobs of Slurm one behind the other, each of which goes on where the last one stopped."""
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -157,7 +158,7 @@ def _slurm_executor(run, job: Job, place: Place, step: Sequence[str]):
         gpus_per_node=job.gpus_per_node,
         exclusive=True,
         mem="0",
-        signal=f"USR1@{place.save_seconds}",
+        signal=f"USR1@{round(job.config.checkpoint.grace_seconds) + LEAVING_SECONDS}",
         container_image=place.image,
         container_mounts=[f"{here}:{here}", *place.mounts],
         env_vars={name: shlex.quote(value) for name, value in place.environment.items()},

@@ -66,9 +66,16 @@ SGLANG = "rollout.engine=sglang"
 CASES = {name: [name, *SLURM, SGLANG] for name in recipes.recipes()} | {
     "container": [
         *["qwen2.5-7b", *SLURM, "--nodes", "4", "--server-nodes", "2", "--chain", "2"],
-        *["--partition", "h100", "--time", "08:00:00", "--save-seconds", "900"],
+        *["--partition", "h100", "--time", "08:00:00"],
         *["--image", "registry/prepo:1", "--mount", "/lustre:/lustre", "--with", "qos=high"],
-        *["--env", "NCCL_DEBUG=WARN INFO", SGLANG, "servers.tensor=4", ODD],
+        *[
+            "--env",
+            "NCCL_DEBUG=WARN INFO",
+            SGLANG,
+            "servers.tensor=4",
+            "checkpoint.grace_seconds=840",
+            ODD,
+        ],
     ],
     "docker": ["qwen2.5-7b", "--executor", "docker", "--image", "registry/prepo:1", ODD],
     "docker on two machines": ["qwen2.5-72b", "--executor", "docker", "--image", "x", SGLANG],
@@ -114,7 +121,7 @@ def test_a_recipe_asks_slurm_for_what_its_layout_needs(name, dry_runs):
     job = make_job(name, [SGLANG])
     asked = flags(script)
     assert asked["nodes"] == str(job.nodes) and asked["gpus-per-node"] == "8"
-    assert asked["account"] == "acct" and asked["signal"] == "USR1@600" and "exclusive" in asked
+    assert asked["account"] == "acct" and asked["signal"] == "USR1@360" and "exclusive" in asked
     training = steps(script)[-1]
     assert {f"--nodes={job.nodes}", f"--ntasks={job.ranks}", "--relative=0"} <= set(training)
     assert training[training.index("-m") + 1 :] == job.rank_words()
@@ -124,7 +131,12 @@ def test_a_recipe_asks_slurm_for_what_its_layout_needs(name, dry_runs):
 def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
     assert "code 0" in dry_runs["container"]
     first, second = re.split(r"^# /.*_sbatch\.sh$", dry_runs["container"], flags=re.M)[1:]
-    job = make_job("qwen2.5-7b", [SGLANG, "servers.tensor=4", ODD], nodes=4, server_nodes=2)
+    job = make_job(
+        "qwen2.5-7b",
+        [SGLANG, "servers.tensor=4", "checkpoint.grace_seconds=840", ODD],
+        nodes=4,
+        server_nodes=2,
+    )
     for script in (first, second):
         asked = flags(script)
         assert asked["nodes"] == "6" and asked["time"] == "08:00:00" and asked["qos"] == "high"
