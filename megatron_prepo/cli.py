@@ -261,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="YAML file; of its model only config.json is read")
     plan.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
     plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
-    plan.add_argument("--engine", help="embedded or sglang (default: rollout.engine)")
+    plan.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
     plan.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
     plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)")
     plan.add_argument(

@@ -31,6 +31,8 @@ class RunConfig:
     overwrite: bool = False
     """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
     finished one, or one of other settings, is an error)."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 

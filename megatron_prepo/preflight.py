@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo import dashboards
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
@@ -25,6 +26,7 @@ def check(config: Config) -> Inputs:
     from megatron_prepo.actor.model import check_layout
     from megatron_prepo.rollout.sglang import launch
 
+    dashboards.check(config)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
     check_weights(config)

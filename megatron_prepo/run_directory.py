@@ -23,6 +23,8 @@ OURS = (
     "checkpoints",
     "journal",
     "hf",
+    "tensorboard",
+    "wandb",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
