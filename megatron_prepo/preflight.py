@@ -9,6 +9,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
+from megatron_prepo.rewards import check_file
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def check(config: Config) -> Inputs:
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
     check_weights(config)
+    check_file(config.reward.function)
     tokenizer = read_tokenizer(config.model.hf)
     train_prompts = prompts_of(config, tokenizer, "train")
     eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]

@@ -1,0 +1,74 @@
+"""A grading process: `python -m megatron_prepo.rewards.worker`, started by `pool`.
+
+It reads `[completion, answer]` and writes `{"reward": ...}` or `{"error": ...}`, a line of JSON
+each, on the socket that it was given, and ends with it.  Its memory is limited, and so is the
+processor time of an answer: over that the kernel ends the process, whatever it is doing, and `pool`
+starts another.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+from megatron_prepo.rewards import load
+
+
+def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
+    """Say that the function is there, or why not; then grade until the socket is closed."""
+    limit_memory(int(memory_mb) << 20)
+    with socket.socket(fileno=int(descriptor)) as channel:
+        try:
+            function = load(name)
+        except Exception as error:  # whatever a user's file raises is for the user to read
+            send(channel, {"error": sentence(error)})
+            return
+        send(channel, {"ready": True})
+        serve(channel, function, float(seconds), int(memory_mb) << 20)
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Address space of this process; it leaves no core file, and writes no large one."""
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve(channel: socket.socket, function: Callable, seconds: float, memory: int) -> None:
+    """Grade line by line; ends when half the memory is in use, lest a later answer pay for it."""
+    for line in channel.makefile("r", encoding="ascii"):
+        completion, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            reply = {"reward": float(function(completion, answer))}
+        except MemoryError:
+            os._exit(1)  # there may be no memory left to say so in
+        except Exception as error:  # whatever a function raises is this answer's grade
+            reply = {"error": sentence(error)}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        send(channel, reply)
+        if address_space() > memory // 2:
+            return
+
+
+def address_space() -> int:
+    """Bytes of it in use."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def send(channel: socket.socket, reply: dict) -> None:
+    """A line of ASCII, whatever is in it."""
+    channel.sendall(json.dumps(reply).encode("ascii") + b"\n")
+
+
+def sentence(error: Exception) -> str:
+    """The exception in a few words."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
