@@ -6,6 +6,7 @@ configuration reference in ``docs/configuration.md`` is printed from here (``meg
 reference``).  Whatever can be wrong without looking at a file or a model is refused here.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -516,6 +517,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override)
     return from_tree(tree)

@@ -34,14 +34,7 @@ def check(config: Config) -> Inputs:
     train_prompts = prompts_of(config, tokenizer, "train")
     eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
-    longest = max(train_prompts + eval_prompts, key=lambda prompt: len(prompt.tokens))
-    room = hf["max_position_embeddings"] - config.rollout.max_new_tokens
-    if len(longest.tokens) > room:
-        raise UserError(
-            f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
-            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
-        )
+    check_room(config, hf, train_prompts + eval_prompts)
     largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
     if largest >= hf["vocab_size"]:
         raise UserError(
@@ -51,6 +44,17 @@ def check(config: Config) -> Inputs:
     if config.rollout.engine == "sglang":
         launch.check_given(config) if config.servers.urls else launch.check(config)
     return Inputs(tokenizer, train_prompts, eval_prompts)
+
+
+def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
+    """UserError unless the longest prompt and its completion fit the model's positions."""
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if len(longest.tokens) > hf["max_position_embeddings"] - config.rollout.max_new_tokens:
+        raise UserError(
+            f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
+        )
 
 
 def check_engine(config: Config, engine) -> None:

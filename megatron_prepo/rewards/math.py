@@ -67,3 +67,7 @@ def _equal(given: str, answer: str) -> bool:
 
 def _parsed(answer: str) -> list:
     return parse(f"\\boxed{{{answer}}}", BOXED, parsing_timeout=None)
+
+
+# the parser fills its tables at first use: once here, and not in each process forked from this one
+same(r"\frac{1}{2}", "0.5")

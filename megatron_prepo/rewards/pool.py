@@ -89,7 +89,9 @@ class Grader:
         if self.rank == 0:
             self.threads.shutdown(cancel_futures=True)
             while not self.idle.empty():
-                self.idle.get().end()
+                worker = self.idle.get()
+                if not worker.ended:
+                    worker.end()
 
     def _on_rank_zero(self, function: Callable, *arguments) -> Future | None:
         if self.rank != 0:
@@ -111,8 +113,8 @@ class Grader:
     def _grade_one(self, completion: str, answer: str) -> Grade:
         start, worker = time.monotonic(), self.idle.get()
         try:
-            # twice: an answer is blamed for the end of a process only if the process was fresh; an
-            # older one may have been full already, or was ended by someone else
+            # twice: an answer is blamed for the end of a process only if that was a fresh one; an
+            # older one may have been ended by someone else
             for _ in range(2):
                 if worker.ended:
                     worker = Worker(self.settings)
@@ -194,26 +196,27 @@ class Worker:
             self.channel.sendall(json.dumps([completion, answer]).encode("ascii") + b"\n")
             reply = self._receive(seconds)
         except TimeoutError:
-            self.process.kill()
             self.end()
             return Grade(low, "timeout")
         except (OSError, ValueError):
-            status = self.end()
-            late = self.process.returncode == -signal.SIGPROF
-            return Grade(low, "timeout") if late else Grade(low, "error", status)
-        if "error" in reply:
-            return Grade(low, "error", reply["error"])
-        return Grade(reply["reward"])
+            return Grade(low, "error", self.end())
+        match reply:
+            case {"reward": reward}:
+                return Grade(reward)
+            case {"error": reason}:
+                return Grade(low, "error", reason)
+            case {"timeout": True}:
+                return Grade(low, "timeout")
 
     def end(self) -> str:
-        """Let it end, or kill it; returns how it ended."""
+        """Let it end, or kill it and its child; returns how it ended."""
         self.ended = True
         self.replies.close()
         self.channel.close()
         try:
             status = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             status = self.process.wait()
         with self.log:
             self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 300))

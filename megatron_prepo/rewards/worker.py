@@ -1,9 +1,11 @@
 """A grading process: `python -m megatron_prepo.rewards.worker`, started by `pool`.
 
-It reads `[completion, answer]` and writes `{"reward": ...}` or `{"error": ...}`, a line of JSON
-each, on the socket that it was given, and ends with it.  Its memory is limited, and so is the
-processor time of an answer: over that the kernel ends the process, whatever it is doing, and `pool`
-starts another.
+It imports the function once and then works through a child that it forks: no threads, nothing but
+the function in memory, and a new child in no time.  The child reads `[completion, answer]` and
+writes `{"reward": ...}` or `{"error": ...}`, a line of JSON each, on the socket whose other end
+`pool` holds.  Memory is limited, and so is the processor time of an answer: over that the kernel
+ends the child, whatever it is doing, and the parent writes `{"timeout": true}`.  A child that ends
+otherwise takes the parent with it, and `pool` starts another.
 """
 
 import json
@@ -16,6 +18,9 @@ from collections.abc import Callable
 
 from megatron_prepo.rewards import load
 
+FULL = 3
+"""Exit code of a child that used up half its memory."""
+
 
 def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
     """Say that the function is there, or why not; then grade until the socket is closed."""
@@ -27,7 +32,18 @@ def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
             send(channel, {"error": sentence(error)})
             return
         send(channel, {"ready": True})
-        serve(channel, function, float(seconds), int(memory_mb) << 20)
+        status = FULL
+        while status in (FULL, -signal.SIGPROF):
+            if status == -signal.SIGPROF:
+                send(channel, {"timeout": True})
+            child = os.fork()
+            if child == 0:
+                serve(channel, function, float(seconds), int(memory_mb) << 20)
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 
 
 def limit_memory(num_bytes: int) -> None:
@@ -38,7 +54,7 @@ def limit_memory(num_bytes: int) -> None:
 
 
 def serve(channel: socket.socket, function: Callable, seconds: float, memory: int) -> None:
-    """Grade line by line; ends when half the memory is in use, lest a later answer pay for it."""
+    """Grade until the socket is closed, or half the memory is in use: no later answer is to pay."""
     for line in channel.makefile("r", encoding="ascii"):
         completion, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -51,7 +67,7 @@ def serve(channel: socket.socket, function: Callable, seconds: float, memory: in
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(channel, reply)
         if address_space() > memory // 2:
-            return
+            os._exit(FULL)
 
 
 def address_space() -> int:

@@ -81,7 +81,7 @@ def test_what_a_function_prints_is_no_reward(grader):
     assert outcome(grader, "print") == "ok"
 
 
-def test_a_process_that_has_filled_up_is_replaced_and_the_next_answer_does_not_pay():
+def test_a_child_that_has_filled_up_is_replaced_and_the_next_answer_does_not_pay():
     grader = Grader(settings(seconds=10.0))
     grades = grader.grade(rollouts("pid", "pid", "leak", "pid"))
     before, same, _, after = (grade.reward for grade in grades)
