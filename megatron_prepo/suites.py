@@ -84,9 +84,7 @@ def load_settings(
 def held_out(config: Config) -> list[tuple[str, str]]:
     """The run's own held-out prompts, for want of suites."""
     if config.data.eval == "-":
-        raise UserError(
-            "name prompts by --suite NAME=FILE; there is no run whose data.eval to take"
-        )
+        raise UserError("no prompts: name them by --suite NAME=FILE, or give a run as a model")
     return [("held out", config.data.eval)]
 
 

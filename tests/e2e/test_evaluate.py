@@ -1,11 +1,14 @@
 """`megatron-prepo evaluate` on the laptop's models: as in training, gone on with, and refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
+from fake_sglang import FakeSGLang
 
 from megatron_prepo.cli import main
 from tests.e2e.laptop import LAPTOP, SHORT, summary, train
@@ -147,3 +150,20 @@ def test_a_hugging_face_directory_needs_no_megatron(tmp_path):
     command = [sys.executable, "-c", program, *words, *SETTINGS, "eval.max_prompts=2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
+
+
+def test_sglang_servers_get_the_files_tensors_and_their_answers_are_kept(tmp_path):
+    """A fake server: every tensor of the files arrives, and each prompt is asked for four times."""
+    hf, out = tmp_path / "hf", tmp_path / "out"
+    model = tiny_models.qwen3(tied=True)
+    tiny_models.save(model, hf)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(LAPTOP / "base" / name, hf)
+    (hf / "generation_config.json").write_text('{"eos_token_id": 2}')
+    words = ["--model", f"tiny={hf}", "--suite", SUITE, *SETTINGS, "rollout.engine=sglang"]
+    with FakeSGLang(fp32_lm_head=True) as fake:
+        assert evaluate(out, *words, f"servers.urls=[{fake.url}]") == 0
+        assert set(fake.weights) == {name for name, _ in model.named_parameters()}
+        assert all(fake.weights[name].equal(p) for name, p in model.named_parameters())
+        assert sorted(fake.answered.values()) == [1] * 12 * 4
+    assert results(out)["models"]["tiny"]["suites"]["held_out"]["prompts"] == 12
