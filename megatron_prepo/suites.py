@@ -42,7 +42,7 @@ UNUSED = {
     "model": {"hf": "-"},
     "data": {"train": "-", "eval": "-"},
     "selection": {"num_candidates": 1, "num_selected": 1},
-    "train": {"total_steps": 1},
+    "train": {"total_steps": 1, "micro_batch_tokens": 1 << 40},
 }
 """Settings that a configuration must have and an evaluation does not look at."""
 DECISIVE = (
