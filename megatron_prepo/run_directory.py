@@ -45,7 +45,7 @@ ROUNDING = (
     "loss.head",
     "loss.head_memory_mib",
     "rollout.batch_size",
-    "train.micro_batch_size",
+    "train.micro_batch_tokens",
 )
 """Sections and settings that may change, too, but then float sums round differently."""
 

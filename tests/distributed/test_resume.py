@@ -44,7 +44,8 @@ RESHARDED = [
     ("tp2 bf16", "tp1 bf16"),
 ]
 SECTIONS = {
-    "train": {"total_steps": 8, "micro_batch_size": 2},
+    "data": {"max_prompt_tokens": 16},
+    "train": {"total_steps": 8, "micro_batch_tokens": 24},
     "optimizer": {"lr": 1e-2, "lr_warmup_steps": 3, "lr_decay_style": "cosine"},
 }
 
