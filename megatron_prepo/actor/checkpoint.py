@@ -66,7 +66,8 @@ def save(
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_behind in final.parent.glob("iter_*.partial"):
+            shutil.rmtree(left_behind)
         aside.mkdir(parents=True)
     dist.barrier()
     weights = _sharded_weights(model)

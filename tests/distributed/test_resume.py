@@ -286,6 +286,7 @@ def run_checkpoints(hf, run_directory):
         except Exception as error:
             result["engine"] = (type(error).__name__, str(error), error.exit_code)
         result["after the engine"] = restored()
+        result["left behind"] = [path.name for path in directory.glob("*.partial")]
     return result
 
 
@@ -372,3 +373,4 @@ def test_when_the_engine_fails_the_step_is_saved(results):
         assert kind == "Stopped" and exit_code == 1
         assert "all servers are gone" in message and "6 steps are saved" in message
         assert resumed["checkpoints"]["after the engine"][:3] == (True, 6, 6)
+        assert resumed["checkpoints"]["left behind"] == []
