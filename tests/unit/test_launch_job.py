@@ -1,9 +1,12 @@
 """Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
 
+import importlib.util
+
 import pytest
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes, rank, recipes
+from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
 from tests.e2e.laptop import REPOSITORY
 
@@ -143,3 +146,44 @@ def test_servers_that_do_not_come_are_named(monkeypatch):
     config = make_job("qwen2.5-7b", ["servers.start_seconds=0.1"]).config
     with pytest.raises(UserError, match=r"no SGLang server at http://127\.0\.0\.1:1 within"):
         rank.wait_for(["http://127.0.0.1:1"], config)
+
+
+def test_the_doctor_comes_before_a_cluster(capsys):
+    """The examples have no weights here; nothing of NeMo-Run is needed to find that out."""
+    words = ["qwen2.5-7b", "--executor", "slurm", "--account", "acct"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "no tokenizer" in said and "nothing was submitted" in said
+    assert "ok  " not in said, "only what is to be mended"
+
+
+def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
+    words = ["qwen2.5-72b", "--executor", "slurm", "--account", "acct", "--no-doctor"]
+    small = [*words, "--nodes", "1", "parallel.pipeline=1", "rollout.engine=sglang"]
+    assert main([*small, "--gpu", "h100"]) == 1
+    said = capsys.readouterr().err
+    assert "DOES NOT FIT" in said and "nothing was submitted" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--executor", "local", "--chain", "2"], "--chain 2 needs --executor slurm"),
+        (["--executor", "slurm", "--chain", "0"], "--chain 0 must be at least 1"),
+        (
+            ["--executor", "slurm", "--chain", "2", "run.overwrite=true"],
+            "each job would remove what the one before it has done",
+        ),
+        (["--executor", "slurm", "--env", "NCCL_DEBUG"], "--env 'NCCL_DEBUG' must have the form"),
+    ],
+)
+def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
+    assert main(["examples/laptop/prepo.yaml", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="it is installed")
+def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("NEMORUN_HOME", "unused")
+    assert main(["examples/laptop/prepo.yaml", "--executor", "local"]) == 2
+    assert 'pip install -e ".[launch]"' in capsys.readouterr().err
