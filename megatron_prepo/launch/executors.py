@@ -61,8 +61,9 @@ class Place:
 def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
     """Run the job, or say what would be run; returns what is to be shown.
 
-    Local jobs are waited for; on a cluster only if `wait`.  Raises LaunchFailed if a job that was
-    waited for did not succeed, and UserError where NeMo-Run or a part of it is missing.
+    Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises LaunchFailed
+    if a job that was waited for did not succeed, and UserError where NeMo-Run or a part of it is
+    missing.
     """
     run = _nemo_run()
     with run.Experiment(job.name) as experiment:
@@ -70,7 +71,7 @@ def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
         if dry_run:
             experiment.dryrun(log=place.executor != "slurm", delete_exp_dir=False)
             return _scripts(experiment)
-        detach = place.executor != "local" and not wait
+        detach = place.executor in ("slurm", "skypilot") and not wait
         experiment.run(detach=detach, tail_logs=not detach)
         if detach:
             return f"submitted: {', '.join(_names(experiment))}"
