@@ -61,9 +61,9 @@ class Place:
 def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
     """Run the job, or say what would be run; returns what is to be shown.
 
-    Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises LaunchFailed
-    if a job that was waited for did not succeed, and UserError where NeMo-Run or a part of it is
-    missing.
+    Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises
+    LaunchFailed if a job that was waited for did not succeed, and UserError where NeMo-Run or a
+    part of it is missing.
     """
     run = _nemo_run()
     with run.Experiment(job.name) as experiment:
