@@ -12,6 +12,7 @@ setup(
     package_data={"megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"]},
     install_requires=[
         "httpx>=0.27",
+        "math-verify>=0.9,<0.10",  # with sympy, which torch brings, and latex2sympy2
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",
         "numpy",

@@ -5,6 +5,7 @@ megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of i
 megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
 megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
+megatron-prepo evaluate --model DIR ...          models on suites of problems, avg@k and pass@k
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
 megatron-prepo doctor [CONFIG]                   what this machine has, lacks, and what to do
@@ -152,6 +153,16 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_prepo import suites
+
+    config = suites.load_settings(options.config, options.model, options.overrides)
+    chosen = options.suite or suites.held_out(config)
+    results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
+    print(suites.table(results), end="")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from megatron_prepo import page
 
@@ -246,6 +257,28 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
     comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     comparison.set_defaults(run=_compare)
+    evaluation = commands.add_parser(
+        "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
+    )
+    evaluation.add_argument(
+        "--model",
+        action="append",
+        type=_named_place,
+        required=True,
+        metavar="[NAME=]DIR",
+        help="Hugging Face directory, Megatron checkpoint or run; may come several times",
+    )
+    evaluation.add_argument(
+        "--suite",
+        action="append",
+        type=_named_place,
+        metavar="[NAME=]FILE",
+        help="prompts with answers, JSON Lines; may come several times (default: data.eval)",
+    )
+    evaluation.add_argument("--out", required=True, help="folder; what is there is gone on with")
+    evaluation.add_argument("--config", help="YAML file (default: that of a run among the models)")
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    evaluation.set_defaults(run=_evaluate)
     report = commands.add_parser("report", help="one page of runs and comparisons")
     report.add_argument(
         "sources",
@@ -277,6 +310,12 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser
+
+
+def _named_place(word: str) -> tuple[str, str]:
+    """NAME=PLACE, or a place that names itself."""
+    name, equals, place = word.partition("=")
+    return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
 
 
 def _add_restarts(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ configuration reference in ``docs/configuration.md`` is printed from here (``meg
 reference``).  Whatever can be wrong without looking at a file or a model is refused here.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.rewards import check_name
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -278,14 +280,31 @@ class WeightSyncConfig:
 class RewardConfig:
     """How a completion is graded."""
 
-    function: Literal["final_number"] = "final_number"
-    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention)."""
+    function: str = "final_number"
+    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
+    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number."""
     low: float = 0.0
     """Smallest reward the function may give."""
     high: float = 1.0
     """Largest reward the function may give; a prompt passes at this reward."""
+    seconds: float = 5.0
+    """Processor time for an answer, ten times as much on the clock; then it gets `reward.low`."""
+    memory_mb: int = 1024
+    """Address space of a grading process; an answer that needs more gets `reward.low`."""
+    processes: int | None = None
+    """Grading processes, on rank 0's machine; empty: one a core, at most 16."""
+    max_failed: float = 0.5
+    """The run ends when more than this share of the answers graded at once break a limit, or raise
+    an error."""
 
     def __post_init__(self):
+        check_name(self.function)
+        _positive("reward.seconds", self.seconds)
+        _at_least("reward.memory_mb", self.memory_mb, 128)
+        _at_least("reward.processes", self.processes, 1)
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"reward.max_failed={self.max_failed} must lie between 0 and 1")
         if not self.low < self.high:
             raise ValueError(f"reward.low={self.low} must be below reward.high={self.high}")
 
@@ -534,6 +553,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override)
     return from_tree(tree)

@@ -43,6 +43,8 @@ class LedgerEntry:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long."""
+    graded: Literal["ok", "timeout", "error"] = "ok"
+    """Whether the reward is the function's: else it broke a limit, or raised."""
 
 
 class Ledger:

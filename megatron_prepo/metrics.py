@@ -18,6 +18,7 @@ from scipy import stats
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.dashboards import TensorBoard, WandB
 from megatron_prepo.loss import k3
+from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.candidates import Candidates
 
 
@@ -88,6 +89,14 @@ def selection_metrics(
         if candidates.pass_rate_P is not None:
             metrics |= candidate_metrics(candidates)
     return metrics
+
+
+def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
+    """How many answers broke a limit or made the reward function raise."""
+    return {
+        "reward/failed_ratio": sum(grade.outcome != "ok" for grade in grades) / len(grades),
+        "seconds/slowest_answer": max(grade.seconds for grade in grades),
+    }
 
 
 def candidate_metrics(candidates: Candidates) -> dict[str, float]:

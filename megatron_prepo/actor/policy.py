@@ -37,9 +37,10 @@ from checkpoints_convert.hf_to_megatron import load_hf_weights
 from checkpoints_convert.megatron_to_hf import hf_shapes, hf_weights, save_hf
 from megatron_prepo.actor import checkpoint, parallel
 from megatron_prepo.actor.attention import padding_multiple
-from megatron_prepo.actor.batching import MicroBatch, Plan, micro_batch, plan_rows
+from megatron_prepo.actor.batching import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
+from megatron_prepo.actor.rows import Plan, plan_rows
 from megatron_prepo.actor.vocab_parallel import (
     IGNORE,
     LossOf,

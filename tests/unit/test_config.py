@@ -293,6 +293,8 @@ def other_value(field):
         ("clamp", None): 3.0,
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
+        ("function", "final_number"): "math",
+        ("max_failed", 0.5): 0.25,
         ("urls", ()): ("http://a:1", "http://b:2"),
         ("host", "127.0.0.1"): "10.0.0.1",
         ("address", "127.0.0.1"): "10.0.0.1",
