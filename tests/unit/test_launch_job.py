@@ -108,6 +108,12 @@ def test_ranks_are_numbered_along_the_nodes_of_their_step_and_meet_at_its_first(
     }
 
 
+def test_a_rank_outside_of_slurm_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    assert rank.main(["examples/laptop/prepo.yaml"]) == 2
+    assert "error: SLURM_STEP_NODELIST is not set" in capsys.readouterr().err
+
+
 def test_servers_are_on_the_last_nodes_or_on_all(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -125,7 +131,7 @@ def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, mo
     """What a chain of jobs relies on."""
     for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
         monkeypatch.setenv(name, value)
-    for name in nodes.rank_environment(SLURM):
+    for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
         monkeypatch.setenv(name, "")  # to be restored behind the test
     codes = iter([75, 3])
     trained = []
