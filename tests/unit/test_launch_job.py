@@ -1,11 +1,14 @@
 """Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
 
 import importlib.util
+import os
+import signal
+from typing import ClassVar
 
 import pytest
 
 from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes, rank, recipes
+from megatron_prepo.launch import nodes, rank, recipes, servers
 from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
 from tests.e2e.laptop import REPOSITORY
@@ -193,3 +196,59 @@ def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
     monkeypatch.setenv("NEMORUN_HOME", "unused")
     assert main(["examples/laptop/prepo.yaml", "--executor", "local"]) == 2
     assert 'pip install -e ".[launch]"' in capsys.readouterr().err
+
+
+class FakeServer:
+    """In place of `OwnServer`: one that ends as often as it is started, or never."""
+
+    made: ClassVar[list] = []
+    ends = True
+
+    def __init__(self, config, index, logs, *, cuda, port):
+        self.config, self.index, self.logs, self.port = config, index, logs, port
+        self.url, self.starts, self.stopped = f"http://{config.servers.host}:{port}", 1, False
+        self.made.append(self)
+
+    def ended(self):
+        if not self.ends:
+            os.kill(os.getpid(), signal.SIGTERM)  # as srun does when the ranks have left
+            return None
+        return "ended with code 1" if self.index == 1 else None
+
+    def start(self):
+        self.starts += 1
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.fixture
+def node(monkeypatch, tmp_path):
+    """Runs the servers of the second node of a step."""
+    for name, value in (SLURM | {"SLURM_NODEID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(servers, "OwnServer", FakeServer)
+    monkeypatch.setattr(servers, "check", lambda config: None)
+    monkeypatch.setattr(servers, "POLL_SECONDS", 0.01)
+    FakeServer.made.clear()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield lambda: servers.main(
+        ["--servers-a-node=2", "examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
+    )
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_servers_of_a_node_are_started_anew_but_not_for_ever(node, tmp_path, capsys):
+    assert node() == 1
+    first, second = FakeServer.made
+    assert (first.starts, second.starts) == (1, servers.MAX_STARTS)
+    assert second.port == first.port + 1 == 20000 + 17 * 32 + 2
+    assert second.logs == tmp_path / "logs" / "node_1" and second.config.servers.host == "0.0.0.0"
+    assert f":{second.port} ended with code 1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+def test_servers_of_a_node_end_with_the_job(node, monkeypatch):
+    monkeypatch.setattr(FakeServer, "ends", False)
+    assert node() == 0 and all(server.stopped for server in FakeServer.made)
