@@ -392,8 +392,12 @@ class TrainConfig:
     """Optimizer updates a step; the rollouts are split between them."""
     micro_batch_size: int = 8
     """Sequences in a forward pass of the actor."""
+    max_skipped_updates: int = 3
+    """An update whose loss or gradient is not finite is skipped and dumped; more than so many in a
+    row end the run. 0: the first one does."""
 
     def __post_init__(self):
+        _at_least("train.max_skipped_updates", self.max_skipped_updates, 0)
         for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_size"):
             _at_least(f"train.{name}", getattr(self, name), 1)
 
@@ -435,6 +439,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class DebugConfig:
+    """Looking into a run (`docs/debugging.md`)."""
+
+    mode: Literal["train", "rollout"] = "train"
+    """`rollout`: everything but the optimizer updates, for a look at prompts, rewards and speed."""
+    dump_steps: tuple[int, ...] = ()
+    """Steps, counted from 0, whose update is dumped to `dumps/` for `megatron-prepo replay`."""
+    dump_gradients: bool = True
+    """A dump holds the gradients too: 4 bytes a parameter and update."""
+    max_skip_dumps: int = 3
+    """So many of the updates that are skipped are dumped; the others are only counted."""
+
+    def __post_init__(self):
+        _at_least("debug.max_skip_dumps", self.max_skip_dumps, 0)
+        for step in self.dump_steps:
+            _at_least("debug.dump_steps", step, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A run."""
 
@@ -454,6 +477,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to megatron-core under its own names: fields of TransformerConfig,
     DistributedDataParallelConfig and OptimizerConfig; any other name is an error."""

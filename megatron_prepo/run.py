@@ -9,6 +9,7 @@
 | `summary.json` | the result |
 | `pass_rate.png` | the result as a picture |
 | `checkpoints/` | Megatron checkpoints |
+| `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
 | `hf/` | the trained model in Hugging Face format |
 | `logs/` | what ranks other than 0 printed, and errors |
 """
@@ -38,6 +39,7 @@ OURS = (
     "summary.json",
     "pass_rate.png",
     "checkpoints",
+    "dumps",
     "hf",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""

@@ -286,6 +286,7 @@ def other_value(field):
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
         ("urls", ()): ("http://a:1", "http://b:2"),
+        ("dump_steps", ()): (3, 7),
         ("host", "127.0.0.1"): "10.0.0.1",
         ("address", "127.0.0.1"): "10.0.0.1",
     }
