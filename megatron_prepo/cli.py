@@ -2,6 +2,7 @@
 
 megatron-prepo demo                              the laptop experiment, in runs/demo
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
+megatron-prepo replay DUMP [key=value ...]       a dumped step again, also in another layout
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    options.command = compare.command_line(arguments)
+    options.arguments, options.command = arguments, compare.command_line(arguments)
     try:
         return options.run(options)
     except UserError as error:
@@ -57,12 +59,16 @@ def train_command(path: str, overrides: Sequence[str]) -> None:
     config = configuration.load(path, overrides)
     check_free(config)
     preflight.check(config)
-    parallel = config.parallel
     local_ranks.start(
         [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides],
-        num_ranks=parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data),
+        num_ranks=_num_ranks(config),
         log_directory=Path(config.run.dir) / "logs",
     )
+
+
+def _num_ranks(config: configuration.Config) -> int:
+    parallel = config.parallel
+    return parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -79,6 +85,33 @@ def _train(options: argparse.Namespace) -> int:
             print(report.text(summary))
 
     return local_ranks.run_rank(as_rank)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from megatron_prepo import replay
+    from megatron_prepo.actor.model import check_layout
+    from megatron_prepo.dump import read
+
+    directory, overrides = options.dump, options.overrides
+    if "RANK" in os.environ:
+        return local_ranks.run_rank(
+            lambda: replay.run(
+                directory,
+                overrides,
+                tolerance=options.tolerance,
+                num_tensors=None if options.all else 5,
+                write=options.write_gradients,
+            )
+        )
+    dump = read(directory, overrides)
+    check_layout(dump.config, read_hf_config(dump.config.model.hf))
+    this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
+    if not replay.has_gradients(dump) and not options.write_gradients:
+        print("the dump has no gradients: first one rank computes them", flush=True)
+        first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
+        local_ranks.start(first, 1, logs)
+    local_ranks.start([*this, *options.arguments], _num_ranks(dump.config), logs)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -156,6 +189,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     train.set_defaults(run=_train)
+    replay = commands.add_parser(
+        "replay", help="the updates of a dumped step again, in any layout (docs/debugging.md)"
+    )
+    replay.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
+    replay.add_argument(
+        "--tolerance", type=float, help="largest difference (float32: 1e-4, bfloat16: 0.05)"
+    )
+    replay.add_argument("--all", action="store_true", help="show all tensors, not the worst only")
+    replay.add_argument(
+        "--write-gradients", action="store_true", help="keep gradients in the dump to compare with"
+    )
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    replay.set_defaults(run=_replay)
     demo = commands.add_parser("demo", help="the laptop experiment from end to end")
     demo.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")

@@ -6,8 +6,8 @@
 | `config.yaml` | the run's configuration |
 | `rollouts.jsonl` | one rollout a line, in the order of the tensors below: text, reward, update |
 | `batch.safetensors` | what the loss was given, and entropies; `_T`: tokens of all rollouts |
-| `checkpoint/` | Megatron's: weights and optimizer state before the first of the updates |
-| `gradients_0/`, ... | each update's gradient under Hugging Face names, before it is clipped |
+| `weights_0/`, ... | before each update, a Megatron checkpoint, its optimizer state with it |
+| `gradients_0/`, ... | of each update, under Hugging Face names, before it is clipped |
 
 Nothing is pickled but what Megatron pickles in its checkpoints.  A dump is whole or has no name.
 """
@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_files import HFWriter
 from megatron_prepo import config as configuration
-from megatron_prepo.actor import checkpoint
 from megatron_prepo.actor.policy import Actor, Gradient, Scores, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.durable import rename_tree
@@ -57,11 +56,10 @@ class DumpWriter:
     def __init__(
         self, directory: Path, actor: Actor, config: Config, record: StepRecord, *, why: str
     ):
-        """Saves the actor's weights and optimizer state as they are now."""
         self.directory, self.actor, self.config, self.record = directory, actor, config, record
         self.aside = directory.with_name(directory.name + ".partial")
         self.writes = dist.get_rank() == 0
-        self.about = {"format": FORMAT, "step": record.step, "why": why, "updates": actor.updates}
+        self.about = {"format": FORMAT, "step": record.step, "why": why}
         self.results: list[dict] = []
         self.lines: list[dict] = []
         self.batch: list[TrainingSequence] = []
@@ -69,13 +67,12 @@ class DumpWriter:
         if self.writes:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
-        checkpoint.save(
-            actor.model, self.aside / "checkpoint", step=record.step, optimizer=actor.optimizer
-        )
 
     def add(self, update: int, batch: Sequence[TrainingSequence], gradient: Gradient) -> None:
-        """The mini-batch of this number, after its `backward`."""
+        """The mini-batch of this number, after its `backward` and before its `step`."""
         index = self.record.mini_batches[update]
+        weights = self.aside / f"weights_{len(self.results)}"
+        self.actor.save(weights, step=self.record.step)
         name = f"gradients_{len(self.results)}"
         result = {"update": update, "rollouts": len(index), "gradients": None}
         result |= {"loss": gradient.totals["loss"], "grad_norm": gradient.norm}
@@ -137,6 +134,10 @@ class Dump:
         for result in self.about["results"]:
             yield result, self.batch[first : first + result["rollouts"]]
             first += result["rollouts"]
+
+    def weights(self, number: int) -> Path:
+        """The checkpoint behind an update of the dump."""
+        return self.directory / f"weights_{number}"
 
     def per_rollout(self, name: str) -> list[torch.Tensor]:
         """A tensor of all tokens, cut into rollouts."""

@@ -56,18 +56,6 @@ def load_weights(model, directory: str | Path) -> None:
     model.load_state_dict(state["model"], strict=False)
 
 
-def load_optimizer(model, optimizer, directory: str | Path) -> None:
-    """Read the optimizer's state that was saved with the newest checkpoint; collective."""
-    path = newest(directory)
-    weights = _sharded_weights(model)
-    state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=OPTIMIZER_SHARDING)
-    try:
-        state = dist_checkpointing.load({"optimizer": state}, str(path))
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise UserError(f"{path} has no optimizer state that fits: {error}") from error
-    optimizer.load_state_dict(state["optimizer"])
-
-
 def newest(directory: str | Path) -> Path:
     """The newest whole checkpoint below `directory`, or the directory if it is one itself."""
     directory = Path(directory)
