@@ -1,8 +1,13 @@
-"""A dump of one rank, run again in other layouts; and numbers that are not finite, on one rank only.
+"""A dump of one rank, run again in other layouts; and numbers that are not finite, on one rank.
 
 One start of 2 ranks goes through all of it; the tests look at its results.
 """
 
+import io
+import os
+import pickle
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +15,9 @@ import tiny_models
 import torch
 from ranks import join, on_ranks
 from tiny_models import VOCAB, actor_config
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt, Rollout
 
 LENGTHS = (5, 9, 3, 4, 12, 6, 8, 2)
@@ -93,8 +100,81 @@ def dump_of_one_rank(hf, root):
         groups.record(config, 7, candidates, old)
     )
     _, metrics = update_policy(config, learner, groups.rollouts, groups.rewards_KG, old)
+    hostile = hostile_checkpoints(actor, root / "dumps" / "step_0007" / "weights_0", root)
     parallel.shut_down()
-    return {"metrics": metrics, "rollouts": groups.rollouts, "old": old.scores}
+    return {
+        "metrics": metrics,
+        "rollouts": groups.rollouts,
+        "old": old.scores,
+        "hostile": hostile,
+    }
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def hostile_checkpoints(actor, good, root):
+    """What became of checkpoints that run a command when they are unpickled: (error, was it run).
+
+    One has it in place of the table of tensors, one in place of an object, where Megatron's own
+    `load` does run it.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_prepo.actor import checkpoint
+
+    def attempt(what, load):
+        marker = root / f"executed-{what}"
+        try:
+            load(marker)
+            message = None
+        except (UserError, CheckpointException, TypeError) as error:
+            message = f"{type(error).__name__}: {error}"
+        return message, marker.exists()
+
+    def table(marker):
+        directory = shutil.copytree(good, root / "hostile-table")
+        (checkpoint.newest(directory) / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
+        checkpoint.load_weights(actor.model, directory)
+
+    def saved_object(marker):
+        directory = root / marker.name.replace("executed", "hostile")
+        directory.mkdir()
+        good = {"thing": ShardedObject("thing", "good", (1,), (0,))}
+        dist_checkpointing.save(good, str(directory))
+        put_in_place_of_an_object(directory, Evil(marker))
+        return directory, {"thing": ShardedObject("thing", None, (1,), (0,))}
+
+    def by_megatron(marker):
+        directory, wanted = saved_object(marker)
+        dist_checkpointing.load(wanted, str(directory))
+
+    return {
+        "table": attempt("table", table),
+        "object": attempt("object", lambda m: checkpoint.load_without_running(*saved_object(m))),
+        "object, by Megatron's own load": attempt("megatron", by_megatron),
+    }
+
+
+def put_in_place_of_an_object(directory, evil):
+    """Of the only one in the checkpoint: its place in the table becomes that of other bytes."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    ((index, place),) = metadata.storage_data.items()
+    file, data = directory / place.relative_path, io.BytesIO()
+    torch.save(evil, data)
+    metadata.storage_data[index] = replace(
+        place, offset=file.stat().st_size, length=len(data.getvalue())
+    )
+    file.write_bytes(file.read_bytes() + data.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def replayed(root, overrides, mutate=None):
@@ -240,6 +320,16 @@ def root(tmp_path_factory):
 def results(root):
     hf = tiny_models.save(tiny_models.qwen2(), root / "hf")
     return on_ranks(2, run_everything, hf, root)
+
+
+def test_a_hostile_checkpoint_is_refused_and_not_executed(results):
+    hostile = results[0]["dumped"]["hostile"]
+    for what, refused in (("table", "posix.system"), ("object", "posix.system")):
+        message, executed = hostile[what]
+        assert message.startswith("UserError") and refused in message
+        assert not executed
+    _, executed = hostile["object, by Megatron's own load"]
+    assert executed, "the test is harmless"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
