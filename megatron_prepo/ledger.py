@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_prepo import json_lines
+
 
 @dataclass(frozen=True)
 class LedgerEntry:
@@ -59,7 +61,6 @@ class Ledger:
 
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:
-    """The entries of a ledger, in order."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield LedgerEntry(**json.loads(line))
+    """The entries of a ledger, in order; a torn last line is left out."""
+    for entry in json_lines.read(path):
+        yield LedgerEntry(**entry)

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from megatron_prepo import config as configuration
-from megatron_prepo import ledger
+from megatron_prepo import json_lines, ledger
 from megatron_prepo.config import Config
 
 SERIES = (
@@ -98,8 +98,9 @@ def record(directory: str | Path) -> dict:
     directory = Path(directory)
     config = config_of(directory)
     summary = json.loads((directory / "summary.json").read_text())
-    steps = _lines(directory / "metrics.jsonl")
+    steps = json_lines.read(directory / "metrics.jsonl")
     entries = list(ledger.read(directory / "ledger.jsonl"))
+    evaluations = json_lines.read(directory / "evaluations.jsonl")
     seconds, machine = summary.pop("seconds"), summary.pop("machine")
     of_settings = settings(config)
     return _rounded(
@@ -108,7 +109,9 @@ def record(directory: str | Path) -> dict:
             "settings": of_settings,
             "machine": machine,
             "summary": summary,
-            "evaluations": _evaluations(_lines(directory / "evaluations.jsonl"), entries, steps),
+            "evaluations": _evaluations(
+                json_lines.read(directory / "evaluations.jsonl"), entries, steps
+            ),
             "probes": sum(entry.purpose == "probe" for entry in entries),
             "steps": _series(steps),
             "ppl_deciles": _pass_rate_by_decile(entries, config.reward.high),
@@ -211,7 +214,3 @@ def _hash_of(path: Path) -> str:
     else:
         return "absent"  # a report of an old run does not need what it was trained on
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
