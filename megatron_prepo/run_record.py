@@ -109,9 +109,7 @@ def record(directory: str | Path) -> dict:
             "settings": of_settings,
             "machine": machine,
             "summary": summary,
-            "evaluations": _evaluations(
-                json_lines.read(directory / "evaluations.jsonl"), entries, steps
-            ),
+            "evaluations": _evaluations(evaluations, entries, steps),
             "probes": sum(entry.purpose == "probe" for entry in entries),
             "steps": _series(steps),
             "ppl_deciles": _pass_rate_by_decile(entries, config.reward.high),
