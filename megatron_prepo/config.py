@@ -548,6 +548,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_tree(tree: dict) -> Config:
     """A checked `Config` from nested dictionaries."""
+    if not _is_small(tree):
+        raise UserError("the configuration has a whole number of more than 64 bits")
     try:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -614,15 +616,12 @@ def _from_yaml(text: str, what: str) -> Any:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise UserError(f"{what} is nested more than {MAX_DEPTH} deep")
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except UserError:
         raise
     # PyYAML lets pass what int() and date() raise for a number of 5,000 digits, or a month 13
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
-    if not _is_small(value):
-        raise UserError(f"{what} has a whole number of more than 64 bits")
-    return value
 
 
 def _is_small(value: Any) -> bool:
