@@ -7,10 +7,12 @@ what is shown, last, is the error of the rank that failed first.
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ from megatron_prepo.errors import UserError
 
 ERROR_FILE = "MEGATRON_PREPO_ERROR_FILE"
 GRACE_SECONDS = 5.0
+MEETING_FILE = "MEGATRON_PREPO_MEETING_FILE"
+"""Where the ranks find each other: torch's own server for that listens on all interfaces."""
 
 
 class RanksFailed(RuntimeError):
@@ -33,6 +37,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     """
     log_directory.mkdir(parents=True, exist_ok=True)
     processes, logs, failed = [], [], {}
+    meeting_file = Path(tempfile.mkdtemp(prefix="megatron-prepo-")) / "ranks"
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     shared = {
         "WORLD_SIZE": str(num_ranks),
@@ -40,7 +45,10 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        MEETING_FILE: str(meeting_file),
     }
+    if sys.platform == "linux":  # control messages stay on this machine, too
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     try:
         for rank in range(num_ranks):
             error_file = log_directory / f"rank_{rank}.error"
@@ -58,6 +66,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
         failed = _wait(processes)
     finally:
         _end(processes)
+        shutil.rmtree(meeting_file.parent)
         for log in logs:
             log.close()
     if failed:
