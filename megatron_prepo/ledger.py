@@ -4,12 +4,13 @@ Read it with ``pandas.read_json("ledger.jsonl", lines=True)``.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prepo import json_lines
+from megatron_prepo.durable import read_lines
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class LedgerEntry:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long."""
+    graded: Literal["ok", "timeout", "error"] = "ok"
+    """Whether the reward is the function's: else it broke a limit, or raised."""
 
 
 class Ledger:
@@ -54,6 +57,7 @@ class Ledger:
         """Write the entries of a step."""
         self._file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more entries."""
@@ -61,6 +65,5 @@ class Ledger:
 
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:
-    """The entries of a ledger, in order; a torn last line is left out."""
-    for entry in json_lines.read(path):
-        yield LedgerEntry(**entry)
+    """The entries of a ledger, in order."""
+    return (LedgerEntry(**entry) for entry in read_lines(path))

@@ -1,6 +1,6 @@
 """Run a dumped step's updates again, under any layout, and compare.
 
-    megatron-prepo replay runs/demo/dumps/step_0003 parallel.tensor=2 train.micro_batch_size=1
+    megatron-prepo replay runs/demo/dumps/step_0003 parallel.tensor=2 train.micro_batch_tokens=4096
 
 No engine is started and nothing is rolled out: this is also how to run the training half alone.
 What is compared: the scores before the updates, and of each update loss, gradient norm and every

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_prepo import json_lines
+from megatron_prepo.durable import read_lines
 
 
 def plot(directory: str | Path) -> Path:
@@ -14,8 +14,8 @@ def plot(directory: str | Path) -> Path:
     from matplotlib import pyplot
 
     directory = Path(directory)
-    steps = json_lines.read(directory / "metrics.jsonl")
-    evaluations = json_lines.read(directory / "evaluations.jsonl")
+    steps = list(read_lines(directory / "metrics.jsonl"))
+    evaluations = list(read_lines(directory / "evaluations.jsonl"))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     rollouts = [e["rollouts"] for e in evaluations]
     rate = [e["pass_rate"] for e in evaluations]

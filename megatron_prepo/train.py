@@ -23,17 +23,20 @@ from megatron_prepo.data import CandidateBatches
 from megatron_prepo.dump import StepRecord
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
+from megatron_prepo.journal import Journal
 from megatron_prepo.ledger import LedgerEntry
 from megatron_prepo.loss import rollout_coefficients, truncated_importance
-from megatron_prepo.metrics import rollout_metrics, selection_metrics
+from megatron_prepo.metrics import grading_metrics, rollout_metrics, selection_metrics
 from megatron_prepo.perplexity import prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
-from megatron_prepo.rewards import FUNCTIONS, grade
+from megatron_prepo.resume import Checkpoints
+from megatron_prepo.rewards.pool import Grade, Grader
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.stop import StopRequests
 from megatron_prepo.updates import NoUpdates, StepUpdates, Updates
 from megatron_prepo.weight_sync import sync_weights
 
@@ -46,75 +49,93 @@ def train(config: Config) -> dict:
     """
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     run = Run(config, writes=dist.get_rank() == 0)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.say("the section sglang: is for servers that the run starts, and is ignored here")
     text = inputs.train_prompts[0].tokens
-    with run.seconds("setup"):
-        engine = build_engine(config, inputs.tokenizer, run.say)
-        preflight.check_engine(config, engine)
-        actor = Actor(config)
-        sync_weights(actor, engine, config, text)
-    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
     selector = METHODS[config.selection.method](
         config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )
+    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
+    with run.seconds("setup"):
+        grader = build_grader(config, run.say)
+        engine = build_engine(config, inputs.tokenizer, run.say)
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+        parts = {"run": run, "batches": batches, "selector": selector}
+        checkpoints = Checkpoints(config, actor, parts, journal, run.say)
+        checkpoints.restore()
+        sync_weights(actor, engine, config, text)
+    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
 
     def held_out(**options) -> Evaluation:
-        return evaluate_held_out(config, engine, inputs.eval_prompts, **options)
+        return evaluate_held_out(config, engine, grader, inputs.eval_prompts, **options)
 
-    before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
-    for step in run.steps():
-        with run.seconds("perplexity"):
-            candidates = look_at(config, actor, selector, batches.next())
-        with run.seconds("probes"):
-            candidates, probes = probe(config, engine, selector, candidates, step)
-        paid = Groups()
-        while chosen := selector.choose(candidates, step):
-            parallel.assert_equal_on_all_ranks("the selection", chosen)
-            selected = [candidates.prompts[i] for i in chosen]
-            with run.seconds("rollouts"):
-                rollouts = roll_out(config, engine, selected, f"rollouts/{step}")
-            with run.seconds("rewards"):
-                rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
-            selector.observe(selected, rewards_KG)
-            paid = paid.and_also(chosen, rollouts, rewards_KG)
-            if not selector.refills:
-                break
-        groups = paid.trained_on(config.selection.num_selected)
+    with checkpoints.saved_if_the_engine_fails():
+        if run.before is None:
+            run.before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
+        for step in run.steps():
+            if step > 0 and due(step - 1, config.eval.every):
+                run.evaluate(held_out, "during", step, config.eval.samples_during)
+            with run.seconds("perplexity"):
+                candidates = look_at(config, actor, selector, batches.next())
+            with run.seconds("probes"):
+                candidates, probes = probe(
+                    config, engine, journal, grader, selector, candidates, step
+                )
+            paid = Groups()
+            while chosen := selector.choose(candidates, step):
+                parallel.assert_equal_on_all_ranks("the selection", chosen)
+                selected = [candidates.prompts[i] for i in chosen]
+                with run.seconds("rollouts"):
+                    rollouts = roll_out(config, engine, journal, selected, f"rollouts/{step}")
+                with run.seconds("rewards"):
+                    grades = grader.grade(rollouts)
+                selector.observe(selected, rewards_of(grades).view(len(selected), -1))
+                paid = paid.and_also(chosen, rollouts, grades)
+                if not selector.refills:
+                    break
+            groups = paid.trained_on(config.selection.num_selected)
 
-        with run.seconds("old_logprobs"):
-            old = score_rollouts(config, actor, groups.rollouts)
-        with run.seconds("update"):
-            learner = updates.of_step(groups.record(config, step, candidates, old))
-            weight_N, losses = update_policy(
-                config, learner, groups.rollouts, groups.rewards_KG, old
-            )
-        with run.seconds("weight_sync"):
-            sync_weights(actor, engine, config, text)
+            with run.seconds("old_logprobs"):
+                old = score_rollouts(config, actor, groups.rollouts)
+            with run.seconds("update"):
+                learner = updates.of_step(groups.record(config, step, candidates, old))
+                weight_N, losses = update_policy(
+                    config, learner, groups.rollouts, groups.rewards_KG, old
+                )
+            try:
+                with run.seconds("weight_sync"):
+                    sync_weights(actor, engine, config, text)
+            finally:  # the step is done, whether or not the engine lives to see it
+                run.record(
+                    step,
+                    ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
+                    selection_metrics(candidates, paid.chosen, paid.rewards_KG)
+                    | grading_metrics(paid.grades)
+                    | selector.metrics()
+                    | old.metrics(weight_N, groups.rollouts)
+                    | losses,
+                )
+                checkpoints.mark()
+            stopping = stop.anywhere()
+            if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
+                with run.seconds("checkpoint"):
+                    checkpoints.save()
+            if stopping:
+                raise stop.stopped(run.num_steps)
+        after = run.evaluate(held_out, "after", run.num_steps, config.eval.samples_per_prompt)
 
-        run.record(
-            step,
-            ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
-            selection_metrics(candidates, paid.chosen, paid.rewards_KG)
-            | selector.metrics()
-            | old.metrics(weight_N, groups.rollouts)
-            | losses,
-        )
-        if due(step, config.eval.every) and not run.is_last(step):
-            run.evaluate(held_out, "during", step + 1, config.eval.samples_during)
-        if due(step, config.checkpoint.every) or run.is_last(step):
-            with run.seconds("checkpoint"):
-                actor.save(run.directory / "checkpoints", step=step + 1)
-
-    after = run.evaluate(held_out, "after", step + 1, config.eval.samples_per_prompt)
     with run.seconds("export"):
         actor.export(run.directory / "hf", write=run.writes)
     engine.close()
-    return run.finish(before, after, ranks=dist.get_world_size())
+    grader.close()
+    journal.close()
+    return run.finish(after, ranks=dist.get_world_size())
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
@@ -141,6 +162,13 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
     )
 
 
+def build_grader(config: Config, say) -> Grader:
+    """Grading processes beside rank 0, which share what they find."""
+    return Grader(
+        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, say=say
+    )
+
+
 def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -> Candidates:
     """The candidate prompts, scored by the current policy if the selector needs it."""
     if not selector.needs_scores:
@@ -149,34 +177,43 @@ def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -
 
 
 def probe(
-    config: Config, engine, selector, candidates: Candidates, step: int
-) -> tuple[Candidates, list[Rollout]]:
+    config: Config,
+    engine,
+    journal: Journal,
+    grader: Grader,
+    selector,
+    candidates: Candidates,
+    step: int,
+) -> tuple[Candidates, "Groups"]:
     """For the oracle, which is no method: the pass rate of every candidate, and what it cost."""
     if not selector.needs_pass_rates:
-        return candidates, []
-    probes = roll_out(config, engine, candidates.prompts, f"probes/{step}")
-    passed_N = rewards_of(config, probes) >= config.reward.high
-    pass_rate_P = passed_N.double().view(len(candidates.prompts), -1).mean(dim=1)
+        return candidates, Groups()
+    rollouts = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
+    probes = Groups().and_also(range(len(candidates.prompts)), rollouts, grader.grade(rollouts))
+    pass_rate_P = (probes.rewards_KG >= config.reward.high).double().mean(dim=1)
     return replace(candidates, pass_rate_P=pass_rate_P), probes
 
 
-def roll_out(config: Config, engine, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
-    """G completions of each prompt, by the weights of the last update."""
-    return engine.generate(
-        prompts,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=f"{config.train.seed}/{purpose}",
-    )
+def roll_out(
+    config: Config, engine, journal: Journal, prompts: Sequence[Prompt], purpose: str
+) -> list[Rollout]:
+    """G completions of each prompt, by the weights of the last update; paid for once."""
+    rollouts = journal.find(purpose, engine.weight_version, prompts)
+    if rollouts is None:
+        rollouts = engine.generate(
+            prompts,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=f"{config.train.seed}/{purpose}",
+        )
+        journal.add(purpose, rollouts)
+    return rollouts
 
 
-def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`rewards_N`; every rank grades, and comes to the same, since the functions are pure."""
-    reward = config.reward
-    return torch.tensor(
-        grade(rollouts, FUNCTIONS[reward.function], low=reward.low, high=reward.high)
-    )
+def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
+    """`rewards_N`."""
+    return torch.tensor([grade.reward for grade in grades])
 
 
 @dataclass(frozen=True)
@@ -186,13 +223,17 @@ class Groups:
     chosen: tuple[int, ...] = ()
     """Each group's prompt, as a position among the candidates."""
     rollouts: tuple[Rollout, ...] = ()
-    rewards_KG: torch.Tensor | None = None
+    grades: tuple[Grade, ...] = ()
+    """One a rollout."""
 
-    def and_also(self, chosen, rollouts, rewards_KG: torch.Tensor) -> "Groups":
+    @property
+    def rewards_KG(self) -> torch.Tensor:
+        """What the grades are worth."""
+        return rewards_of(self.grades).view(len(self.chosen), -1)
+
+    def and_also(self, chosen, rollouts, grades) -> "Groups":
         """With further groups behind."""
-        if self.rewards_KG is not None:
-            rewards_KG = torch.cat([self.rewards_KG, rewards_KG])
-        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), rewards_KG)
+        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
 
     def trained_on(self, num_groups: int) -> "Groups":
         """The first `num_groups` with an advantage; others fill up where there are too few.
@@ -201,10 +242,11 @@ class Groups:
         """
         useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
         kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
+        members = [k * group_size + g for k in kept for g in range(group_size)]
         return Groups(
             tuple(self.chosen[k] for k in kept),
-            tuple(r for k in kept for r in self.rollouts[k * group_size : (k + 1) * group_size]),
-            self.rewards_KG[kept],
+            tuple(self.rollouts[i] for i in members),
+            tuple(self.grades[i] for i in members),
         )
 
     def record(
@@ -357,12 +399,14 @@ def training_sequence(
     )
 
 
-def evaluate_held_out(config: Config, engine, prompts: Sequence[Prompt], **options) -> Evaluation:
+def evaluate_held_out(
+    config: Config, engine, grader: Grader, prompts: Sequence[Prompt], **options
+) -> Evaluation:
     """avg@k on held-out prompts, with the same random numbers each time."""
     return evaluate(
         engine.generate,
         prompts,
-        lambda rollouts: rewards_of(config, rollouts),
+        lambda rollouts: rewards_of(grader.grade(rollouts)),
         pass_reward=config.reward.high,
         temperature=config.eval.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -376,7 +420,7 @@ def ledger_entries(
     step: int,
     candidates: Candidates,
     paid: Groups,
-    probes: Sequence[Rollout],
+    probes: Groups,
     groups: Groups,
     old: OldScores,
     weight_N: torch.Tensor,
@@ -385,9 +429,8 @@ def ledger_entries(
     group_size = config.rollout.samples_per_prompt
     position_of = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
     trained = {(id(rollout)): i for i, rollout in enumerate(groups.rollouts)}
-    rollouts = [*paid.rollouts, *probes]
-    rewards_N = torch.cat([paid.rewards_KG.flatten(), rewards_of(config, probes)])
-    zero_variance_K = zero_variance(rewards_N.view(-1, group_size)).tolist()
+    rollouts, grades = [*paid.rollouts, *probes.rollouts], [*paid.grades, *probes.grades]
+    zero_variance_K = zero_variance(rewards_of(grades).view(-1, group_size)).tolist()
     entries = []
     for n, rollout in enumerate(rollouts):
         i = trained.get(id(rollout))
@@ -401,7 +444,8 @@ def ledger_entries(
                 purpose="probe" if n >= len(paid.rollouts) else "train",
                 trained=i is not None,
                 ppl=None if ppl_P is None else float(ppl_P[p]),
-                reward=float(rewards_N[n]),
+                reward=grades[n].reward,
+                graded=grades[n].outcome,
                 length=len(rollout.tokens),
                 finished=rollout.finished,
                 mean_entropy=None if i is None else float(old.entropy_N[i]),

@@ -18,9 +18,10 @@ import torch
 import yaml
 
 from megatron_prepo import config as configuration
-from megatron_prepo import dump, json_lines, ledger
+from megatron_prepo import dump, ledger
 from megatron_prepo.advantages import group_advantages
 from megatron_prepo.config import Config
+from megatron_prepo.durable import read_lines
 from megatron_prepo.errors import UserError
 from megatron_prepo.loss import rollout_coefficients
 
@@ -193,7 +194,7 @@ def inspect_run(run: Path, step: int, *, width: int) -> str:
     """A step of a run as text: its dump if there is one, and its metrics."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run: it has no config.yaml")
-    metrics = [m for m in json_lines.read(run / "metrics.jsonl") if m["step"] == step]
+    metrics = [m for m in read_lines(run / "metrics.jsonl") if m["step"] == step]
     parts = [numbers_of(metrics[-1])] if metrics else []
     dumped = run / "dumps" / f"step_{step:04d}"
     if dumped.is_dir():

@@ -40,7 +40,7 @@ def test_a_dump_is_replayed_in_another_layout(run, capfd):
         shutil.rmtree(bare / result["gradients"])
         result["gradients"] = None
     (bare / "step.json").write_text(json.dumps(about))
-    assert main(["replay", str(bare), "parallel.tensor=2", "train.micro_batch_size=3"]) == 0
+    assert main(["replay", str(bare), "parallel.tensor=2", "train.micro_batch_tokens=256"]) == 0
     assert "first one rank computes them" in capfd.readouterr().out
     for number in range(2):  # one rank, as in the run: to the bit
         made = load_file(bare / "one_rank" / f"gradients_{number}" / "model.safetensors")
