@@ -12,6 +12,7 @@ Beside the shards there may be
 | `random_N.safetensors` | the random states of rank N |
 """
 
+import os
 import queue
 import shutil
 import threading
@@ -26,12 +27,14 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_prepo.actor import manifest
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run.json"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 # Megatron forks a process for each file that it writes, for the sake of writing in the background.
@@ -112,7 +115,7 @@ def load(path: Path, model, optimizer, scheduler) -> int:
             weights, is_loading=True, metadata=OPTIMIZER_SHARDING
         ),
     }
-    state = dist_checkpointing.load(sharded, str(path))
+    state = load_without_running(path, sharded)
     model.load_state_dict(state["model"], strict=False)
     _load_optimizer(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -129,10 +132,32 @@ def load_weights(model, directory: str | Path) -> None:
     path = newest(directory)
     weights = _sharded_weights(model)
     try:
-        state = dist_checkpointing.load({"model": weights}, str(path))
+        state = load_without_running(path, {"model": weights})
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{path} does not fit the model of model.hf: {error}") from error
     model.load_state_dict(state["model"], strict=False)
+
+
+def load_without_running(path: Path, sharded: dict) -> dict:
+    """Megatron's `load` of a checkpoint from anywhere: nothing that is in it gets executed.
+
+    Megatron unpickles the table of tensors whatever it holds, so it is looked at before, and torch
+    unpickles what the table calls bytes, unless it is told to build tensors and plain values only.
+    Raises UserError for a table that holds anything else or names files that are not whole.
+    """
+    TorchDistReader(path)
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except CheckpointException as error:  # not an Exception; what the ranks raised is in it
+        first = " ".join(str(next(iter(error.failures.values()))[0]).split())
+        raise UserError(f"{path} cannot be read: {first[-400:]}") from error
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def newest(directory: str | Path) -> Path:
