@@ -316,8 +316,15 @@ class LossConfig:
     """Entropy bonus (paper: none)."""
     kl_coef: float = 0.0
     """Penalty on the k3 estimate of KL to the initial policy (paper: none); keeps a copy of it."""
-    importance_cap: float | None = None
-    """Truncated importance sampling: cap on actor over engine probability; empty: off."""
+    importance: Literal["off", "truncated", "masked"] = "off"
+    """Correction for an engine whose probabilities are not the actor's, by their ratio: counts at
+    most `importance_high`, or not at all outside of the band (`docs/off_policy.md`)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """The ratio is each token's, or the whole rollout's: the product over its tokens."""
+    importance_low: float = 0.5
+    """`masked`: the smallest ratio, of actor over engine, that counts."""
+    importance_high: float = 2.0
+    """`truncated`: what a larger ratio counts; `masked`: the largest that counts."""
     head: Literal["known-gradient", "recompute"] = "known-gradient"
     """How the output head gets its gradient: with the loss, while the logits exist (3 matrix
     products), or afterwards, from logits computed again (4 products)."""
@@ -333,8 +340,11 @@ class LossConfig:
         _at_least("loss.kl_coef", self.kl_coef, 0)
         if self.head_memory_mib is not None:
             _positive("loss.head_memory_mib", self.head_memory_mib)
-        if self.importance_cap is not None:
-            _positive("loss.importance_cap", self.importance_cap)
+        if not 0 <= self.importance_low <= 1 <= self.importance_high < math.inf:
+            raise ValueError(
+                f"loss.importance_low={self.importance_low} and loss.importance_high="
+                f"{self.importance_high} must enclose 1, the ratio where engine and actor agree"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

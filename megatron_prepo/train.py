@@ -18,13 +18,14 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import DTYPES, describe
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.advantages import group_advantages, zero_variance
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, LossConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.ledger import LedgerEntry
-from megatron_prepo.loss import rollout_coefficients, truncated_importance
+from megatron_prepo.loss import rollout_coefficients
 from megatron_prepo.metrics import rollout_metrics, selection_metrics
+from megatron_prepo.mismatch import importance, importance_metrics, mismatch_metrics
 from megatron_prepo.perplexity import prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.rewards import FUNCTIONS, grade
@@ -95,7 +96,7 @@ def train(config: Config) -> dict:
             ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
             selection_metrics(candidates, paid.chosen, paid.rewards_KG)
             | selector.metrics()
-            | old.metrics(weight_N, groups.rollouts)
+            | old.metrics(config.loss, weight_N, groups.rollouts)
             | losses,
         )
         if due(step, config.eval.every) and not run.is_last(step):
@@ -212,17 +213,22 @@ class OldScores:
     entropy_N: torch.Tensor
     """Mean token entropy of each rollout."""
     lengths_N: torch.Tensor
+    importance_N: list[torch.Tensor] | None = None
+    """What each token of a rollout counts, if `loss.importance` is on."""
 
-    def metrics(self, weight_N: torch.Tensor, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def metrics(
+        self, settings: LossConfig, weight_N: torch.Tensor, rollouts: Sequence[Rollout]
+    ) -> dict[str, float]:
         """Entropies, weights and the mismatch between engine and actor."""
-        return rollout_metrics(
-            self.entropy_N,
-            weight_N,
-            self.lengths_N,
-            [rollout.finished for rollout in rollouts],
-            torch.cat([score.logprobs_T for score in self.scores]),
-            torch.cat([torch.tensor(rollout.engine_logprobs) for rollout in rollouts]),
+        finished_N = [rollout.finished for rollout in rollouts]
+        metrics = rollout_metrics(self.entropy_N, weight_N, self.lengths_N, finished_N)
+        metrics |= mismatch_metrics(
+            [score.logprobs_T for score in self.scores],
+            [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
         )
+        if self.importance_N:
+            metrics |= importance_metrics(settings, torch.cat(self.importance_N))
+        return metrics
 
 
 def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) -> OldScores:
@@ -240,7 +246,20 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
         references,
         entropy_N=torch.stack([score.entropy_T.double().mean() for score in scores]),
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
+        importance_N=importance_of(config, scores, rollouts),
     )
+
+
+def importance_of(
+    config: Config, scores: Sequence[Scores], rollouts: Sequence[Rollout]
+) -> list[torch.Tensor] | None:
+    """What each token of a rollout counts, as the engine was more or less likely to choose it."""
+    if config.loss.importance == "off":
+        return None
+    return [
+        importance(config.loss, score.logprobs_T, torch.tensor(rollout.engine_logprobs))
+        for score, rollout in zip(scores, rollouts, strict=True)
+    ]
 
 
 def update_policy(
@@ -315,18 +334,12 @@ def training_sequence(
     config: Config, rollout: Rollout, old: OldScores, i: int, advantage, coefficient
 ) -> TrainingSequence:
     """Rollout i as the actor's update takes it."""
-    importance_T, old_logprobs_T = None, old.scores[i].logprobs_T
-    if config.loss.importance_cap is not None:
-        engine_logprobs_T = torch.tensor(rollout.engine_logprobs)
-        importance_T = truncated_importance(
-            old_logprobs_T, engine_logprobs_T, config.loss.importance_cap
-        )
     return TrainingSequence(
         sequence=scored_sequence(rollout),
-        old_logprobs_T=old_logprobs_T,
+        old_logprobs_T=old.scores[i].logprobs_T,
         advantage=float(advantage),
         coefficient=float(coefficient),
-        importance_T=importance_T,
+        importance_T=old.importance_N[i] if old.importance_N else None,
         reference_logprobs_T=old.references[i].logprobs_T if old.references else None,
     )
 

@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     directories = {}
     for name, layout in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("run") / "run"
-        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance_cap=2.0"]
+        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
         assert train(directory, *SHORT, *more, *layout) == 0, name
         directories[name] = directory
     return directories
