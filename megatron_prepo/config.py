@@ -137,6 +137,12 @@ class SelectionConfig:
     """`mopps`: how much of what was observed before still counts at the next observation."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Perplexity over all prompt tokens, or only the user's text without the chat template's."""
+    ppl_from: Literal["actor", "engine"] = "actor"
+    """Who computes it: a forward pass of the actor; or the engine, whose cache then has the prompts
+    that are rolled out (`docs/off_policy.md`; not for `foresight`, which needs entropies)."""
+    ppl_agreement: float = 0.95
+    """`ppl_from=engine`: in the first step and those that evaluate, both compute it, and a rank
+    correlation below this ends the run."""
 
     def __post_init__(self):
         _at_least("selection.num_selected", self.num_selected, 1)
@@ -149,6 +155,15 @@ class SelectionConfig:
         if not 0 <= self.rho_max <= 1:
             raise ValueError(f"selection.rho_max={self.rho_max} must lie between 0 and 1")
         _at_least("selection.horizon", self.horizon, 1)
+        if not -1 <= self.ppl_agreement <= 1:
+            raise ValueError(
+                f"selection.ppl_agreement={self.ppl_agreement} must lie between -1 and 1"
+            )
+        if self.method == "foresight" and self.ppl_from == "engine":
+            raise ValueError(
+                "selection.ppl_from=engine gives no entropies, which selection.method=foresight "
+                "needs; set selection.ppl_from=actor"
+            )
         for name in ("target_pass_rate", "mopps_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")

@@ -26,7 +26,7 @@ from megatron_prepo.ledger import LedgerEntry
 from megatron_prepo.loss import rollout_coefficients
 from megatron_prepo.metrics import rollout_metrics, selection_metrics
 from megatron_prepo.mismatch import importance, importance_metrics, mismatch_metrics
-from megatron_prepo.perplexity import prompt_scores
+from megatron_prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.rewards import FUNCTIONS, grade
 from megatron_prepo.rollout.embedded import EmbeddedEngine
@@ -67,7 +67,7 @@ def train(config: Config) -> dict:
     before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
     for step in run.steps():
         with run.seconds("perplexity"):
-            candidates = look_at(config, actor, selector, batches.next())
+            candidates = look_at(config, actor, engine, selector, batches.next(), step)
         with run.seconds("probes"):
             candidates, probes = probe(config, engine, selector, candidates, step)
         paid = Groups()
@@ -136,11 +136,24 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
     )
 
 
-def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -> Candidates:
-    """The candidate prompts, scored by the current policy if the selector needs it."""
+def look_at(
+    config: Config, actor: Actor, engine, selector, prompts: Sequence[Prompt], step: int
+) -> Candidates:
+    """The candidate prompts, scored by the current policy if the selector needs it.
+
+    By the engine's copy of it if the settings say so; then the actor is asked, too, now and then.
+    """
+    settings = config.selection
     if not selector.needs_scores:
         return Candidates(prompts)
-    return Candidates(prompts, *prompt_scores(actor, prompts, config.selection.ppl_tokens))
+    if settings.ppl_from == "actor":
+        return Candidates(prompts, *prompt_scores(actor, prompts, settings.ppl_tokens))
+    candidates = Candidates(prompts, engine_perplexities(engine, prompts, settings.ppl_tokens))
+    if step == 0 or due(step, config.eval.every):
+        actor_ppl_P, _ = prompt_scores(actor, prompts, settings.ppl_tokens)
+        check_agreement(candidates.ppl_P, actor_ppl_P, settings.ppl_agreement)
+        candidates = replace(candidates, actor_ppl_P=actor_ppl_P)
+    return candidates
 
 
 def probe(

@@ -83,6 +83,7 @@ class FakeSGLang:
         self.weights: dict = {}
         self.version, self.in_session, self.paused = "default", False, False
         self.fault = lambda path, body: None
+        self.prompt_logprobs = lambda ids: [prompt_logprob(self.weights)] * (len(ids) - 1)
         self.calls: list[str] = []
         self.requests: list[dict] = []
         """Bodies of /generate, in the order of arrival."""
@@ -155,10 +156,11 @@ class FakeSGLang:
             "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
         }
         if body.get("logprob_start_len") == 0:
-            value = prompt_logprob(self.weights)
-            meta["input_token_logprobs"] = [[None, ids[0], None]] + [
-                [value, token, None] for token in ids[1:]
+            values = [None, *self.prompt_logprobs(ids)]
+            meta["input_token_logprobs"] = [
+                [value, token, None] for value, token in zip(values, ids, strict=True)
             ]
+            meta["finish_reason"] = {"type": "length"}
             return {"output_ids": [], "meta_info": meta}
         tokens, ends = completion(ids, sampling["sampling_seed"], sampling["max_new_tokens"])
         meta["finish_reason"] = {"type": "stop" if ends else "length"}
@@ -254,12 +256,15 @@ def _handler_of(fake: FakeSGLang):
             if fault == "text":
                 return self._write(200, "busy")
             status, content = fake.answer(self.path, body)
+            logprobs = "output_token_logprobs"
+            if self.path == "/generate" and body.get("logprob_start_len") == 0:
+                logprobs = "input_token_logprobs"
             if fault == "short":
-                content["meta_info"]["output_token_logprobs"].pop()
+                content["meta_info"][logprobs].pop()
             if fault == "stale":
                 content["meta_info"]["weight_version"] = "default"
             if fault == "nan":
-                content["meta_info"]["output_token_logprobs"][0][0] = float("nan")
+                content["meta_info"][logprobs][-1][0] = float("nan")
             if fault == "abort":
                 content["meta_info"]["finish_reason"] = {"type": "abort"}
             time.sleep(0.002)

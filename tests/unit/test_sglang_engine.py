@@ -98,6 +98,32 @@ def rollouts(engine):
     )
 
 
+def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
+    """Asked in another order, which would spread them differently."""
+    engine, config = build(fakes, verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    fakes[0].prompt_logprobs = fakes[1].prompt_logprobs = lambda ids: [-t / 100 for t in ids[1:]]
+    assert engine.score_prompts(PROMPTS) == [[-0.06, -(7 + i) / 100] for i in range(4)]
+    scored = [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
+    assert all(len(prompts) == 2 for prompts in scored)
+    engine.generate(
+        [PROMPTS[i] for i in (1, 0, 3, 2)],
+        samples_per_prompt=3,
+        temperature=1.0,
+        max_new_tokens=12,
+        seed="1/x",
+    )
+    assert scored == [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
+
+
+def test_scores_of_other_weights_are_refused(build, hf, fakes):
+    engine, config = build(fakes[:1], verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    fakes[0].version = "another"
+    with pytest.raises(EngineError, match="by weights another"):
+        engine.score_prompts(PROMPTS)
+
+
 def assert_has_weights(fake, actor) -> None:
     assert fake.weights.keys() == actor.weights.keys()
     for name, tensor in actor.weights.items():

@@ -27,6 +27,7 @@ from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.launch import OwnServer
+from megatron_prepo.rollout.sglang.perplexity import Probing
 from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
 
 
@@ -65,6 +66,8 @@ class SGLangEngine:
                 self.fp32_lm_head,
             )
             self.transport = _transport(config, self.fleet, device)
+            self._cached_at: dict[str, Server] = {}
+            """Who has scored a prompt last, by its id."""
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
@@ -116,6 +119,17 @@ class SGLangEngine:
         completions = self.share(self._on_rank_zero(self._generate, jobs, sampling, on_progress))
         return [self._rollout(job, c) for job, c in zip(jobs, completions, strict=True)]
 
+    def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """The log-probabilities of each prompt's tokens but the first, at temperature 1.
+
+        On every rank.  The rollouts that follow go where their prompt was scored, and is cached.
+        Raises EngineError on every rank if no server is left, or one refuses.
+        """
+        assert self.weight_version is not None, "the engine has no weights: sync first"
+        jobs = [Job(number, prompt, seed="") for number, prompt in enumerate(prompts)]
+        probing = Probing(self._name_of(self.weight_version))
+        return self.share(self._on_rank_zero(self._score, jobs, probing))
+
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
         """By each server: the log-probability of every token but the first, given those before it.
 
@@ -159,12 +173,20 @@ class SGLangEngine:
 
     async def _generate(self, jobs, sampling: Sampling, on_progress) -> list[Completion]:
         await self._wake()
-        completions = await Generation(self.fleet, jobs, sampling, on_progress).run()
+        generation = Generation(self.fleet, jobs, sampling, on_progress, self._cached_at)
+        completions = await generation.run()
         if self.settings.release_memory:
             await self._all("/release_memory_occupation", {"tags": ["kv_cache"]})
             for server in self.fleet.living():
                 server.asleep = True
         return completions
+
+    async def _score(self, jobs, probing: Probing) -> list[list[float]]:
+        await self._wake()
+        scoring = Generation(self.fleet, jobs, probing, lambda done, total: None)
+        logprobs = await scoring.run()
+        self._cached_at = scoring.homes
+        return logprobs
 
     async def _prompt_logprobs(self, tokens: list[int], version: str) -> dict[str, list[float]]:
         await self._wake()
