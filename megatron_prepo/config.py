@@ -524,7 +524,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return from_tree(tree)
 
 
@@ -567,7 +567,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _apply(tree: dict, override: str) -> None:
+def apply(tree: dict, override: str) -> None:
+    """Change nested dictionaries by an override such as ``optimizer.lr=1e-6``, in place."""
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):

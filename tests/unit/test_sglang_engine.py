@@ -1,5 +1,6 @@
 """The SGLang engine over fake servers: what a weight sync does, and what stops it."""
 
+import threading
 from types import SimpleNamespace
 
 import fake_sglang
@@ -122,6 +123,34 @@ def test_scores_of_other_weights_are_refused(build, hf, fakes):
     fakes[0].version = "another"
     with pytest.raises(EngineError, match="by weights another"):
         engine.score_prompts(PROMPTS)
+
+
+def test_generation_in_the_background_is_waited_for_and_the_engine_kept_from_all_else(
+    build, hf, fakes
+):
+    engine, config = build(fakes, verify="never")
+    actor, open_gate = FakeActor(hf), threading.Event()
+    sync_weights(actor, engine, config, PROBE)
+    expected = rollouts(engine)
+    for fake in fakes:
+        fake.fault = lambda path, body: path == "/generate" and not open_gate.wait(60)
+    under_way = engine.start_generate(
+        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x"
+    )
+    for call in (
+        lambda: sync_weights(actor, engine, config, PROBE),
+        lambda: rollouts(engine),
+        lambda: engine.score_prompts(PROMPTS),
+        lambda: engine.prompt_logprobs(PROBE),
+    ):
+        with pytest.raises(AssertionError, match="still generating"):
+            call()
+    actor.update()
+    open_gate.set()
+    assert under_way.result() == expected and under_way.seconds > 0
+    assert {rollout.weight_version for rollout in expected} == {0}
+    sync_weights(actor, engine, config, PROBE)
+    assert {rollout.weight_version for rollout in rollouts(engine)} == {1}
 
 
 def assert_has_weights(fake, actor) -> None:

@@ -14,11 +14,12 @@ from megatron_prepo.config import ServersConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.sglang import generation
 from megatron_prepo.rollout.sglang.completion import Job, Sampling
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
 
 SAMPLING = Sampling(0.7, 12, frozenset({2}), "run.3", fake_sglang.VOCAB)
+PROBING = Probing("run.3", fake_sglang.VOCAB)
 GROUP = 4
 
 
@@ -133,7 +134,7 @@ def test_a_prompt_goes_where_it_was_scored_as_long_as_that_is_hardly_busier(fake
 def test_probes_score_each_prompt_once_and_in_order(fakes):
     for fake in fakes:
         fake.prompt_logprobs = lambda ids: [-token / 100 for token in ids[1:]]
-    run = Run(fakes, asked=Probing("run.3"))
+    run = Run(fakes, asked=PROBING)
     assert run.completions == [[-t / 100 for t in job.prompt.tokens[1:]] for job in run.jobs]
     bodies = fakes[0].requests + fakes[1].requests
     assert len(bodies) == 8 and all(fake.requests for fake in fakes)
@@ -145,14 +146,27 @@ def test_probes_score_each_prompt_once_and_in_order(fakes):
 @pytest.mark.parametrize("fault", ["500", "reset", "garbage", "text", "short", "nan"])
 def test_a_probe_that_fails_is_mended_by_another_try(fakes, fault):
     fakes[0].fault = only_generate(fault, at={0, 1})
-    run = Run(fakes, asked=Probing("run.3"))
+    run = Run(fakes, asked=PROBING)
     assert [len(logprobs) for logprobs in run.completions] == [2] * 8
     assert run.said == []
 
 
+@pytest.mark.parametrize(("number", "accepted"), [(258, True), (0, True), (5, False)])
+def test_the_last_token_of_the_vocabulary_may_have_the_number_0(number, accepted):
+    """SGLang 0.5.21: any token from `vocab_size - 1` on is numbered 0, its value is its own."""
+    job = Job(0, Prompt("p", "", "", (5, 258, 7), (0, 0)), "")
+    triples = [[None, 5, None], [-0.5, number, None], [-0.7, 7, None]]
+    answer = {"meta_info": {"weight_version": "run.3", "input_token_logprobs": triples}}
+    if accepted:
+        assert PROBING.read(answer, job, cut=False, server="url") == [-0.5, -0.7]
+    else:
+        with pytest.raises(ServerFailed, match="of other tokens than the prompt's"):
+            PROBING.read(answer, job, cut=False, server="url")
+
+
 def test_a_server_that_scores_by_other_weights_is_given_up(fakes):
     fakes[0].fault = only_generate("stale")
-    run = Run(fakes, asked=Probing("run.3"))
+    run = Run(fakes, asked=PROBING)
     assert len(run.completions) == 8
     assert fakes[0].url in run.said[0] and "by weights default" in run.fleet.servers[0].lost
 
@@ -161,7 +175,7 @@ def test_a_slow_probe_is_not_cut(fakes):
     """A part of a score is of no use, and cutting it would only mean to ask again."""
     for fake in fakes:
         fake.prompt_logprobs = lambda ids: time.sleep(0.5) or [-1.0] * (len(ids) - 1)
-    Run(fakes, num_prompts=2, asked=Probing("run.3"), straggler_seconds=0.05)
+    Run(fakes, num_prompts=2, asked=PROBING, straggler_seconds=0.05)
     assert not any("/abort_request" in fake.calls for fake in fakes)
 
 

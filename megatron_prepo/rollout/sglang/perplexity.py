@@ -18,6 +18,7 @@ class Probing:
 
     weight_version: str
     """The servers' name for the actor's weights."""
+    vocab_size: int
     can_be_cut = False
 
     def request(self, job: Job, request_id: str) -> dict:
@@ -47,7 +48,9 @@ class Probing:
             raise StaleWeights(
                 f"{where} by weights {version}, and the actor's are {self.weight_version}"
             )
-        if ids != list(tokens):
+        # SGLang gives the last token of the vocabulary its value, and the number 0
+        numbered = [0 if token == self.vocab_size - 1 else token for token in tokens]
+        if ids not in (list(tokens), numbered):
             raise ServerFailed(f"{where} with log-probabilities of other tokens than the prompt's")
         if not all(isinstance(p, float | int) and math.isfinite(p) and p < 1e-3 for p in logprobs):
             raise ServerFailed(f"{where} with log-probabilities that are none")
