@@ -29,7 +29,8 @@ class RunConfig:
     dir: str
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
-    """Replace a run that is already in `run.dir` (otherwise that is an error)."""
+    """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
+    finished one, or one of other settings, is an error)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 
@@ -453,10 +454,26 @@ class CheckpointConfig:
     every: int = 0
     """Save a Megatron checkpoint after every so many steps; 0: only at the end."""
     optimizer: bool = True
-    """Save the optimizer's state with the weights."""
+    """Save what a run needs to go on: the optimizer's state, random states, the loop's own. false:
+    weights only, and a run that is interrupted begins again."""
+    keep_last: int | None = None
+    """How many checkpoints are kept, the newest; empty: all."""
+    keep_every: int | None = None
+    """Beside those of `checkpoint.keep_last`, keep each whose step is a multiple of this."""
+    grace_seconds: float = 300.0
+    """After SIGTERM or SIGUSR1 the run saves at the end of its step; when this time has passed it
+    leaves without."""
 
     def __post_init__(self):
         _at_least("checkpoint.every", self.every, 0)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_every", self.keep_every, 1)
+        _positive("checkpoint.grace_seconds", self.grace_seconds)
+        if self.keep_every and not self.keep_last:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} has no effect without "
+                "checkpoint.keep_last, since all are kept"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -211,10 +211,26 @@ class Actor:
         """Write the model in Hugging Face format; collective, the rank that is told to writes."""
         save_hf(self.model, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
-    def save(self, directory: str, *, step: int) -> None:
-        """Write a Megatron checkpoint of this step below `directory`; collective."""
-        optimizer = self.optimizer if self.config.checkpoint.optimizer else None
-        checkpoint.save(self.model, directory, step=step, optimizer=optimizer)
+    def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
+        """Write a Megatron checkpoint of this step below `directory`; collective.
+
+        With `checkpoint.optimizer=false` it has weights only, and nothing can go on from it.
+        """
+        if not self.config.checkpoint.optimizer:
+            return checkpoint.save(self.model, directory, step=step)
+        return checkpoint.save(
+            self.model,
+            directory,
+            step=step,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            updates=self.updates,
+            run_state=run_state,
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint with optimizer, written under any layout; collective."""
+        self.updates = checkpoint.load(path, self.model, self.optimizer, self.scheduler)
 
     def _has_gradient(self, rollout: TrainingSequence) -> bool:
         """False if its gradient is zero for certain: a factor of 0 in front of its only term.
