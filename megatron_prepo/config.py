@@ -416,6 +416,9 @@ class TrainConfig:
     """Everything random in a run derives from it."""
     mini_batches: int = 1
     """Optimizer updates a step; the rollouts are split between them."""
+    overlap: bool = False
+    """Generate the rollouts of the next step while this one trains, by weights that are a step
+    older than those that learn from them (`docs/off_policy.md`)."""
     micro_batch_size: int = 8
     """Sequences in a forward pass of the actor."""
 
@@ -518,10 +521,31 @@ class Config:
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
             )
+        if self.train.overlap:
+            self._check_overlap()
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
                 f"train.total_steps={self.train.total_steps}"
+            )
+
+    def _check_overlap(self):
+        if self.rollout.engine == "embedded":
+            raise ValueError(
+                "train.overlap=true needs servers that generate while the actor trains, and "
+                "rollout.engine=embedded computes in the actor's processes; set "
+                "rollout.engine=sglang, or train.overlap=false"
+            )
+        if self.selection.method in ("greso", "dapo", "oracle"):
+            raise ValueError(
+                f"train.overlap=true chooses a step's prompts once and beforehand, and "
+                f"selection.method={self.selection.method} has to see rollouts of a step to choose "
+                "its prompts; set train.overlap=false, or another method"
+            )
+        if self.loss.importance == "off":
+            raise ValueError(
+                "train.overlap=true learns from rollouts of older weights, which loss.importance="
+                "off does not correct for; set loss.importance=truncated (or masked)"
             )
 
 

@@ -41,6 +41,8 @@ class LedgerEntry:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long."""
+    staleness: int = 0
+    """Optimizer updates between those weights and the ones that learnt from it."""
 
 
 class Ledger:

@@ -46,40 +46,23 @@ def train(config: Config) -> dict:
     Collective: every rank of the job calls it.  Raises UserError for a wrong input before any
     weight is loaded.
     """
-    inputs = preflight.check(config)
-    parallel.initialize(config.parallel, config.train.seed)
-    stop = StopRequests(config.checkpoint.grace_seconds)
-    run = Run(config, writes=dist.get_rank() == 0)
-    run.say(describe(config))
-    if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
-        run.say("the section sglang: is for servers that the run starts, and is ignored here")
-    text = inputs.train_prompts[0].tokens
-    seed, total_steps = config.train.seed, config.train.total_steps
-    batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
-    selector = METHODS[config.selection.method](
-        config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
+    job = set_up(config)
+    run, engine, actor, selector, journal = (
+        job.run,
+        job.engine,
+        job.actor,
+        job.selector,
+        job.journal,
     )
-    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
-    with run.seconds("setup"):
-        engine = build_engine(config, inputs.tokenizer, run.say)
-        preflight.check_engine(config, engine)
-        actor = Actor(config)
-        parts = {"run": run, "batches": batches, "selector": selector}
-        checkpoints = Checkpoints(config, actor, parts, journal, run.say)
-        checkpoints.restore()
-        sync_weights(actor, engine, config, text)
-
-    def held_out(**options) -> Evaluation:
-        return evaluate_held_out(config, engine, inputs.eval_prompts, **options)
-
+    checkpoints = job.go_on({"run": run, "batches": job.batches, "selector": selector})
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:
-            run.before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
+            run.before = job.evaluate("before", config.eval.samples_per_prompt)
         for step in run.steps():
             if step > 0 and due(step - 1, config.eval.every):
-                run.evaluate(held_out, "during", step, config.eval.samples_during)
+                job.evaluate("during", config.eval.samples_during)
             with run.seconds("perplexity"):
-                candidates = look_at(config, actor, engine, selector, batches.next(), step)
+                candidates = look_at(config, actor, engine, selector, job.batches.next(), step)
             with run.seconds("probes"):
                 candidates, probes = probe(config, engine, journal, selector, candidates, step)
             paid = Groups()
@@ -104,7 +87,7 @@ def train(config: Config) -> dict:
                 )
             try:
                 with run.seconds("weight_sync"):
-                    sync_weights(actor, engine, config, text)
+                    job.sync()
             finally:  # the step is done, whether or not the engine lives to see it
                 run.record(
                     step,
@@ -115,19 +98,81 @@ def train(config: Config) -> dict:
                     | losses,
                 )
                 checkpoints.mark()
-            stopping = stop.anywhere()
+            stopping = job.stop.anywhere()
             if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
                 with run.seconds("checkpoint"):
                     checkpoints.save()
             if stopping:
-                raise stop.stopped(run.num_steps)
-        after = run.evaluate(held_out, "after", run.num_steps, config.eval.samples_per_prompt)
+                raise job.stop.stopped(run.num_steps)
+        after = job.evaluate("after", config.eval.samples_per_prompt)
 
-    with run.seconds("export"):
-        actor.export(run.directory / "hf", write=run.writes)
-    engine.close()
-    journal.close()
-    return run.finish(after, ranks=dist.get_world_size())
+    return job.finish(after)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop works with, on each rank."""
+
+    config: Config
+    inputs: preflight.Inputs
+    run: Run
+    stop: StopRequests
+    journal: Journal
+    engine: EmbeddedEngine | SGLangEngine
+    actor: Actor
+    batches: CandidateBatches
+    selector: object
+
+    def go_on(self, parts: dict[str, object]) -> Checkpoints:
+        """Set actor and parts to the last checkpoint, if there is one, and the engine to them."""
+        with self.run.seconds("setup"):
+            checkpoints = Checkpoints(self.config, self.actor, parts, self.journal, self.run.say)
+            checkpoints.restore()
+            self.sync()
+        return checkpoints
+
+    def sync(self) -> None:
+        """Give the engine the actor's weights."""
+        probe = self.inputs.train_prompts[0].tokens
+        sync_weights(self.actor, self.engine, self.config, probe)
+
+    def evaluate(self, when: str, samples: int) -> Evaluation:
+        """avg@k on held-out prompts; written, and shown."""
+
+        def held_out(**options) -> Evaluation:
+            return evaluate_held_out(self.config, self.engine, self.inputs.eval_prompts, **options)
+
+        return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+
+    def finish(self, after: Evaluation) -> dict:
+        """Export the weights and end everything; returns the summary."""
+        with self.run.seconds("export"):
+            self.actor.export(self.run.directory / "hf", write=self.run.writes)
+        self.engine.close()
+        self.journal.close()
+        return self.run.finish(after, ranks=dist.get_world_size())
+
+
+def set_up(config: Config) -> Job:
+    """Read the inputs, join the other ranks, build engine and actor; collective."""
+    inputs = preflight.check(config)
+    parallel.initialize(config.parallel, config.train.seed)
+    stop = StopRequests(config.checkpoint.grace_seconds)
+    run = Run(config, writes=dist.get_rank() == 0)
+    run.say(describe(config))
+    if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
+        run.say("the section sglang: is for servers that the run starts, and is ignored here")
+    seed, total_steps = config.train.seed, config.train.total_steps
+    batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
+    selector = METHODS[config.selection.method](
+        config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
+    )
+    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
+    with run.seconds("setup"):
+        engine = build_engine(config, inputs.tokenizer, run.say)
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+    return Job(config, inputs, run, stop, journal, engine, actor, batches, selector)
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
@@ -192,15 +237,19 @@ def roll_out(
     """G completions of each prompt, by the weights of the last update; paid for once."""
     rollouts = journal.find(purpose, engine.weight_version, prompts)
     if rollouts is None:
-        rollouts = engine.generate(
-            prompts,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=f"{config.train.seed}/{purpose}",
-        )
+        rollouts = engine.generate(prompts, **sampling(config, purpose))
         journal.add(purpose, rollouts)
     return rollouts
+
+
+def sampling(config: Config, purpose: str) -> dict:
+    """How rollouts are drawn; each purpose and step has random numbers of its own."""
+    return {
+        "samples_per_prompt": config.rollout.samples_per_prompt,
+        "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "seed": f"{config.train.seed}/{purpose}",
+    }
 
 
 def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:
@@ -252,6 +301,8 @@ class OldScores:
     lengths_N: torch.Tensor
     importance_N: list[torch.Tensor] | None = None
     """What each token of a rollout counts, if `loss.importance` is on."""
+    staleness: int = 0
+    """Optimizer updates between the weights that generated the rollouts and these."""
 
     def metrics(
         self, settings: LossConfig, weight_N: torch.Tensor, rollouts: Sequence[Rollout]
@@ -259,6 +310,7 @@ class OldScores:
         """Entropies, weights and the mismatch between engine and actor."""
         finished_N = [rollout.finished for rollout in rollouts]
         metrics = rollout_metrics(self.entropy_N, weight_N, self.lengths_N, finished_N)
+        metrics["rollout/staleness"] = self.staleness
         metrics |= mismatch_metrics(
             [score.logprobs_T for score in self.scores],
             [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
@@ -270,8 +322,9 @@ class OldScores:
 
 def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) -> OldScores:
     """Old log-probabilities and entropies: always a pass of its own, PREPO's weights need it."""
-    stale = [r.prompt.id for r in rollouts if r.weight_version != actor.updates]
-    assert not stale, f"rollouts of {stale[:3]} come from weights other than the actor's"
+    staleness = max(actor.updates - rollout.weight_version for rollout in rollouts)
+    bound = config.train.mini_batches if config.train.overlap else 0
+    assert 0 <= staleness <= bound, f"rollouts of {staleness} updates ago, and {bound} may be"
     sequences = [scored_sequence(rollout) for rollout in rollouts]
     temperature = config.rollout.temperature
     scores = actor.score(sequences, temperature=temperature)
@@ -284,6 +337,7 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
         entropy_N=torch.stack([score.entropy_T.double().mean() for score in scores]),
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
         importance_N=importance_of(config, scores, rollouts),
+        staleness=staleness,
     )
 
 
@@ -433,6 +487,7 @@ def ledger_entries(
                 zero_variance=zero_variance_K[n // group_size],
                 weight_version=rollout.weight_version,
                 aborted=rollout.aborted,
+                staleness=0 if i is None else old.staleness,
             )
         )
     return entries

@@ -91,6 +91,8 @@ class FakeSGLang:
         """Complete answers of /generate that were written, by prompt and seed."""
         self.under_way = self.most_under_way = 0
         self.aborted: set[str] = set()
+        self.seconds = 0.002
+        """How long an answer of /generate takes."""
         self.dead, self._closing = False, threading.Event()
         self._lock = threading.Lock()
         self._server = _Listener(("127.0.0.1", port), _handler_of(self))
@@ -267,7 +269,7 @@ def _handler_of(fake: FakeSGLang):
                 content["meta_info"][logprobs][-1][0] = float("nan")
             if fault == "abort":
                 content["meta_info"]["finish_reason"] = {"type": "abort"}
-            time.sleep(0.002)
+            time.sleep(fake.seconds if self.path == "/generate" else 0.002)
             with fake._lock:
                 fake.under_way -= self.path == "/generate"
             self._write(status, content)
@@ -296,6 +298,7 @@ def main() -> None:
     print("the fake is starting", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     with FakeSGLang(port) as fake, contextlib.suppress(KeyboardInterrupt):
+        fake.seconds = float(os.environ.get("FAKE_SECONDS", fake.seconds))
         fake._closing.wait()
 
 
