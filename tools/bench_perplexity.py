@@ -49,7 +49,7 @@ def main() -> int:
 
 def measure(config, prompts, actor, engine) -> dict:
     """The numbers of one step."""
-    from megatron_prepo.train import roll_out
+    from megatron_prepo.train import sampling
 
     candidates = prompts[: config.selection.num_candidates]
     selected = candidates[: config.selection.num_selected]
@@ -63,7 +63,7 @@ def measure(config, prompts, actor, engine) -> dict:
 
     def rolled_out() -> dict:
         before = len(answers)
-        seconds, _ = timed(lambda: roll_out(config, engine, selected, "bench"))
+        seconds, _ = timed(lambda: engine.generate(selected, **sampling(config, "bench")))
         metas = [answer["meta_info"] for answer in answers[before:]]
         return {
             "seconds": seconds,

@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from megatron_prepo.train import roll_out
+    from megatron_prepo.train import sampling
 
     with actor_and_engine(config, inputs) as (actor, engine):
         prompts = inputs.train_prompts[: options.num_prompts]
-        rollouts = roll_out(config, engine, prompts, "compare_logprobs")
+        rollouts = engine.generate(prompts, **sampling(config, "compare_logprobs"))
         directory = reference_directory(config, actor, options.out)
         comparison = compare(config, actor, rollouts, directory)
     if os.environ.get("RANK", "0") != "0":
