@@ -18,6 +18,13 @@ REQUIRED = {
     "train": {"total_steps": 5},
 }
 
+OVERLAP = {
+    "train__overlap": True,
+    "rollout__engine": "sglang",
+    "loss__importance": "truncated",
+}
+"""What overlapped training needs."""
+
 
 def tree(**changes):
     """The required settings, changed by `section__key=value` and `section={...}`."""
@@ -182,11 +189,23 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
         ),
         ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
         ({"optimizer__lr_warmup_steps": 5}, r"lr_warmup_steps=5 must be less than .*total_steps=5"),
+        (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
+        (
+            OVERLAP | {"selection__method": "dapo"},
+            r"overlap=true .*selection\.method=dapo has to see",
+        ),
+        (OVERLAP | {"selection__method": "greso"}, r"selection\.method=greso has to see"),
+        (OVERLAP | {"selection__method": "oracle"}, r"selection\.method=oracle has to see"),
+        (OVERLAP | {"loss__importance": "off"}, r"overlap=true .*set loss\.importance=truncated"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         from_tree(tree(**change))
+
+
+def test_overlap_with_all_that_it_needs_is_no_contradiction():
+    assert from_tree(tree(**OVERLAP)).train.overlap
 
 
 def test_the_edges_of_the_ranges_are_allowed():
