@@ -11,6 +11,7 @@ from itertools import pairwise
 import fake_sglang_package
 import pandas
 import pytest
+from fake_sglang import FakeSGLang
 
 from megatron_prepo.cli import main
 from tests.e2e.laptop import FILES, LAPTOP, SHORT, metrics, summary, train
@@ -95,3 +96,21 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     config, out = str(LAPTOP / "prepo.yaml"), str(tmp_path / "prove")
     code = main(["resume", "--prove", config, "--dir", out, "--steps", "2", "2", *settings])
     assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_when_the_engine_fails_the_step_that_trained_is_saved_and_the_run_goes_on(tmp_path):
+    """All servers gone while step 1 is generated, and step 0 is learnt from."""
+    directory = tmp_path / "run"
+    with FakeSGLang() as fake:
+        fake.fault = lambda path, body: "die" if len(fake.requests) > 8 + 32 + 10 else None
+        settings = [*SETTINGS, "train.overlap=true", f"servers.urls=[{fake.url}]"]
+        settings += ["servers.connect_seconds=60", "servers.request_seconds=60"]
+        assert train(directory, *settings) == 1
+        assert len(ledger(directory)) == 32 and len(metrics(directory)) == 1
+        fake.restart()
+        assert train(directory, *settings) == 0
+    whole = ledger(directory)
+    assert len(whole) == STEPS * 32 and not whole.duplicated(["step", "prompt_id", "sample"]).any()
+    # step 1 was generated anew, by the weights of the day
+    assert whole.groupby("step").staleness.first().tolist() == [0, 0, 2, 2]
