@@ -47,13 +47,8 @@ def train(config: Config) -> dict:
     weight is loaded.
     """
     job = set_up(config)
-    run, engine, actor, selector, journal = (
-        job.run,
-        job.engine,
-        job.actor,
-        job.selector,
-        job.journal,
-    )
+    run, engine, actor = job.run, job.engine, job.actor
+    selector, journal = job.selector, job.journal
     checkpoints = job.go_on({"run": run, "batches": job.batches, "selector": selector})
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:

@@ -13,7 +13,7 @@ from tiny_models import actor_config
 
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
-from megatron_prepo.train import OldScores, importance_of, update_policy
+from megatron_prepo.train import OldScores, importance_of, score_rollouts, update_policy
 
 LENGTHS = (2, 3, 1, 4)
 
@@ -77,6 +77,31 @@ def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_norm
         assert one.importance_T.tolist() == pytest.approx(expected)
         assert other.importance_T.tolist() == [1.0, 1.0]
     assert coefficients["masked"] == coefficients["truncated"] == coefficients["off"]
+
+
+@pytest.mark.parametrize(
+    ("overlap", "age", "accepted"),
+    [(False, 0, True), (False, 1, False), (True, 0, True), (True, 2, True), (True, 3, False)]
+    + [(overlap, -1, False) for overlap in (False, True)],
+)
+def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
+    """Of now; overlapped, those of the step before, which two updates have followed."""
+    config = actor_config(
+        "unused",
+        rollout={"engine": "sglang"},
+        loss={"importance": "truncated"},
+        train={"mini_batches": 2, "overlap": overlap},
+    )
+    actor = SimpleNamespace(
+        updates=5,
+        score=lambda sequences, temperature: [Scores(torch.full((1,), -1.0), torch.ones(1))],
+    )
+    rollout = Rollout(Prompt("p", "", "", (5, 6), (0, 2)), (7,), (-1.0,), "", True, 5 - age)
+    if accepted:
+        assert score_rollouts(config, actor, [rollout]).staleness == age
+    else:
+        with pytest.raises(AssertionError, match=f"rollouts of {age} updates ago"):
+            score_rollouts(config, actor, [rollout])
 
 
 @pytest.mark.parametrize(
