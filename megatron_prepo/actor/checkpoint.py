@@ -60,6 +60,7 @@ def save(
     weights = _sharded_weights(model)
     state = {"model": weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
+        _fill_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
         state["opt_param_scheduler"] = scheduler.state_dict()
     # one writer a rank: the default of two starts a process for each
@@ -84,6 +85,7 @@ def load(path: Path, model, optimizer, scheduler) -> int:
 
     Under the number of ranks that wrote it, random states are restored, too.
     """
+    _fill_adam_state(optimizer)
     weights = _sharded_weights(model)
     sharded = {
         "model": weights,
@@ -93,7 +95,7 @@ def load(path: Path, model, optimizer, scheduler) -> int:
     }
     state = dist_checkpointing.load(sharded, str(path))
     model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
     if len(list(path.glob("random_*.safetensors"))) == dist.get_world_size():
         _restore_random_states(load_file(path / f"random_{dist.get_rank()}.safetensors"))
@@ -161,6 +163,43 @@ def _sharded_weights(model) -> dict:
         for name, value in model.sharded_state_dict().items()
         if not name.endswith("_extra_state")
     }
+
+
+def _fill_adam_state(optimizer) -> None:
+    """Give torch's Adam the state that it would make in its first step.
+
+    Without it Megatron's distributed optimizer can be neither saved nor loaded.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam):  # which AdamW is, too
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = part.optimizer.state[parameter]
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        state.setdefault(moment, torch.zeros_like(parameter))
+
+
+def _load_optimizer(optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict`, mended for torch's Adam (megatron-core 0.16.1).
+
+    A `step` of 0 is not saved.  The distributed optimizer looks for a `step` among the tensors of a
+    checkpoint, where none is, and then gives one tensor to all parameters, which each count it up.
+    """
+    parts = optimizer.chained_optimizers
+    states = [state] if len(parts) == 1 else [state[key] for key in sorted(state)]
+    for part, part_state in zip(parts, states, strict=True):
+        inner = part_state.get("optimizer", part_state)
+        if isinstance(part.optimizer, torch.optim.Adam) and "state" in inner:
+            inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+    moments = [part_state.pop("param_state", None) for part_state in states]
+    optimizer.load_state_dict(state)
+    for part, moment in zip(parts, moments, strict=True):
+        steps = [(s, s.pop("step")) for s in part.optimizer.state.values() if "step" in s]
+        if moment is not None:
+            part.load_parameter_state_from_fully_reshardable(moment)
+        for parameter_state, step in steps:
+            parameter_state["step"] = step.clone()
 
 
 def _random_states() -> dict[str, torch.Tensor]:

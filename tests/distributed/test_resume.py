@@ -4,9 +4,10 @@ Under the layout that wrote it bit for bit, under another up to rounding.  One s
 through everything that needs a job; the tests look at its results.
 """
 
-import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,6 @@ RESHARDED = [
 SECTIONS = {
     "train": {"total_steps": 8, "micro_batch_size": 2},
     "optimizer": {"lr": 1e-2, "lr_warmup_steps": 3, "lr_decay_style": "cosine"},
-    "megatron": {"hidden_dropout": 0.1, "attention_dropout": 0.0},
 }
 
 
@@ -120,9 +120,55 @@ def run_everything(hf, scratch):
             path = Path(scratch, source.replace(" ", "-"), "iter_0000001")
             actor.load(path)
             results[source, target] = go_on(actor)
+    for layout in ("tp1", "tp2 distributed"):
+        results |= {("before any update", layout): from_the_start(hf, layout, scratch)}
+    results["disk full"] = disk_full(hf, scratch)
     results["manifests"] = manifests(hf, scratch)
     results["checkpoints"] = run_checkpoints(hf, f"{scratch}/run")
     return results, uninterrupted
+
+
+def from_the_start(hf, layout, scratch):
+    """Metrics of the first updates, without and with a checkpoint before them."""
+    metrics = []
+    for reads in (False, True):
+        with ActorOn(hf, layout) as actor:
+            if actor is None:
+                continue
+            if reads:
+                actor.load(Path(scratch, f"start-{layout}", "iter_0000000"))
+            else:
+                actor.save(f"{scratch}/start-{layout}", step=0)
+            metrics.append([actor.update(batch()) for _ in range(2)])
+    return metrics
+
+
+def disk_full(hf, scratch):
+    """A save that runs out of space, then one that does not; a limit on file sizes stands in."""
+    from megatron_prepo.actor import checkpoint, manifest
+
+    with ActorOn(hf, "tp1") as actor:
+        if actor is None:
+            return None
+        directory = f"{scratch}/full"
+        whole = actor.save(directory, step=1)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            actor.save(directory, step=2)
+            error = None
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        result = {
+            "error": error,
+            "left": list(checkpoint.all_of(directory)),
+            "newest": checkpoint.newest(directory) == whole and manifest.problem(whole),
+        }
+        result["later"] = manifest.problem(actor.save(directory, step=3))
+        return result
 
 
 def manifests(hf, scratch):
@@ -262,3 +308,64 @@ def test_updates_move_the_weights(results):
     norms = [metrics["loss/grad_norm"] for metrics in results[0][1]["tp1"]["metrics"]]
     rates = [metrics["loss/learning_rate"] for metrics in results[0][1]["tp1"]["metrics"]]
     assert norms[0] != norms[1] and min(norms) > 0.01 and rates[0] < rates[1]
+
+
+@pytest.mark.parametrize(("source", "target"), RESHARDED)
+def test_another_layout_goes_on_up_to_rounding(results, source, target):
+    uninterrupted = results[0][1][source]
+    tolerance = {"rel": 0.05} if "bf16" in source else {"rel": 1e-3}
+    for resumed, _ in results:
+        if (source, target) in resumed:
+            assert resumed[source, target]["updates"] == 3
+            for one, other in zip(
+                resumed[source, target]["metrics"], uninterrupted["metrics"], strict=True
+            ):
+                assert one["loss/policy"] == pytest.approx(other["loss/policy"], **tolerance)
+                assert one["loss/learning_rate"] == other["loss/learning_rate"]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2 distributed"])
+def test_a_checkpoint_before_any_update_is_read(results, layout):
+    for resumed, _ in results:
+        if resumed["before any update", layout]:
+            never_saved, read = resumed["before any update", layout]
+            assert read == never_saved
+
+
+def test_a_full_disk_costs_no_checkpoint_that_was_there(results):
+    found = results[0][0]["disk full"]
+    assert found["error"] and "File too large" in found["error"]
+    assert (found["left"], found["newest"], found["later"]) == ([1], None, None)
+
+
+def test_damage_is_found_and_named(results):
+    expected = {
+        "whole": None,
+        "a bit flipped": "has a damaged __1_0.distcp",
+        "cut short": "has a damaged __1_0.distcp",
+        "gone": "lacks __1_0.distcp",
+        "manifest gone": "has no manifest",
+        "manifest cut": "has a damaged manifest",
+        "whole again": None,
+    }
+    for resumed, _ in results:
+        assert resumed["manifests"] == expected
+
+
+def test_checkpoints_are_kept_restored_and_passed_over(results):
+    for rank, (resumed, _) in enumerate(results):
+        found = resumed["checkpoints"]
+        assert found["nothing there"] == (False, {})
+        assert found["kept"] == [3, 5, 6]
+        assert found["the newest"][:3] == (True, 6, 6)
+        passed, steps, updates, said = found["the newest is damaged"]
+        assert (passed, steps, updates) == (True, 5, 5)
+        assert "iter_0000006 has a damaged __0_0.distcp" in said[0], rank
+
+
+def test_when_the_engine_fails_the_step_is_saved(results):
+    for resumed, _ in results:
+        kind, message, exit_code = resumed["checkpoints"]["engine"]
+        assert kind == "Stopped" and exit_code == 1
+        assert "all servers are gone" in message and "6 steps are saved" in message
+        assert resumed["checkpoints"]["after the engine"][:3] == (True, 6, 6)
