@@ -2,10 +2,9 @@
 
     python tools/bench_perplexity.py CONFIG [key=value ...] --out result.json
 
-Of one step, with the settings of a run (`rollout.engine=sglang`): median seconds of both ways, how
-well they agree, and what the rollouts of the first K prompts cost alone and behind the probes:
-seconds, and how many of their prompt tokens the server took out of its cache, which is flushed
-before each measurement.
+Of one step, with the settings of a run and a server of its own: how well both agree, and medians of
+seconds, processor seconds (of this process and the server's) and prompt tokens, of each way and of
+the rollouts of the first K prompts, alone and behind the probes.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +26,7 @@ from megatron_prepo.perplexity import engine_perplexities, prompt_scores
 from tools.compare_logprobs import actor_and_engine, one_rank
 
 REPEATS = 3
+PARTS = ("actor", "engine", "rollouts_alone", "rollouts_behind_probes")
 
 
 def main() -> int:
@@ -54,48 +55,59 @@ def measure(config, prompts, actor, engine) -> dict:
     candidates = prompts[: config.selection.num_candidates]
     selected = candidates[: config.selection.num_selected]
     answers = watch(engine)
+    processes = [psutil.Process(server.own.process.pid) for server in engine.fleet.servers]
 
-    def scored_by_engine() -> torch.Tensor:
-        return engine_perplexities(engine, candidates, config.selection.ppl_tokens)
-
-    def scored_by_actor() -> torch.Tensor:
-        return prompt_scores(actor, candidates, config.selection.ppl_tokens)[0]
-
-    def rolled_out() -> dict:
-        before = len(answers)
-        seconds, _ = timed(lambda: engine.generate(selected, **sampling(config, "bench")))
+    def cost(function, *, flushed: bool) -> dict:
+        """Seconds, of clock and processors, and tokens."""
+        if flushed:
+            engine.fleet.run(
+                engine.fleet.call_all("/flush_cache", lambda _: {}, seconds=60)
+            ).result()
+        before, start, cpu = len(answers), time.perf_counter(), cpu_seconds(processes)
+        function()
         metas = [answer["meta_info"] for answer in answers[before:]]
         return {
-            "seconds": seconds,
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": cpu_seconds(processes) - cpu,
             "prompt_tokens": sum(meta["prompt_tokens"] for meta in metas),
             "of_these_from_the_cache": sum(meta["cached_tokens"] for meta in metas),
         }
 
-    def flushed(function) -> tuple[float, object]:
-        flush(engine)
-        return timed(function)
+    def by_actor() -> torch.Tensor:
+        return prompt_scores(actor, candidates, config.selection.ppl_tokens)[0]
 
-    rolled_out()  # once for whatever the server does at first
-    ppl = {"actor": scored_by_actor(), "engine": scored_by_engine()}
-    actor_seconds = [timed(scored_by_actor)[0] for _ in range(REPEATS)]
-    engine_seconds = [flushed(scored_by_engine)[0] for _ in range(REPEATS)]
-    alone, behind = [], []
+    def by_engine() -> torch.Tensor:
+        return engine_perplexities(engine, candidates, config.selection.ppl_tokens)
+
+    def roll_out() -> None:
+        engine.generate(selected, **sampling(config, "bench"))
+
+    roll_out()  # once for whatever the server does at first
+    actor_ppl_P, engine_ppl_P = by_actor(), by_engine()
+    runs: dict[str, list[dict]] = {name: [] for name in PARTS}
     for _ in range(REPEATS):
-        alone.append(flushed(rolled_out)[1])
-        flushed(scored_by_engine)
-        behind.append(rolled_out())
+        runs["actor"].append(cost(by_actor, flushed=False))
+        runs["rollouts_alone"].append(cost(roll_out, flushed=True))
+        runs["engine"].append(cost(by_engine, flushed=True))
+        runs["rollouts_behind_probes"].append(cost(roll_out, flushed=False))
     return {
         "candidates": len(candidates),
         "candidate_tokens": sum(len(prompt.tokens) for prompt in candidates),
         "selected": len(selected),
         "samples_per_prompt": config.rollout.samples_per_prompt,
-        "actor_seconds": statistics.median(actor_seconds),
-        "engine_seconds": statistics.median(engine_seconds),
-        "spearman": spearman(ppl["engine"], ppl["actor"]),
-        "relative_max": float((ppl["engine"] / ppl["actor"] - 1).abs().max()),
-        "rollouts_without_probes": middle(alone),
-        "rollouts_behind_probes": middle(behind),
+        "spearman": spearman(engine_ppl_P, actor_ppl_P),
+        "relative_max": float((engine_ppl_P / actor_ppl_P - 1).abs().max()),
+        **{
+            name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
+            for name in PARTS
+        },
     }
+
+
+def cpu_seconds(roots: list[psutil.Process]) -> float:
+    """Of this process and those of the servers, so far: less a matter of what else runs here."""
+    everyone = [psutil.Process(), *(p for root in roots for p in root.children(recursive=True))]
+    return sum(sum(process.cpu_times()[:2]) for process in everyone)
 
 
 def watch(engine) -> list[dict]:
@@ -110,23 +122,6 @@ def watch(engine) -> list[dict]:
 
     engine.fleet.call = watched
     return answers
-
-
-def flush(engine) -> None:
-    """Empty the servers' caches of prompts."""
-    engine.fleet.run(engine.fleet.call_all("/flush_cache", lambda _: {}, seconds=60)).result()
-
-
-def timed(function) -> tuple[float, object]:
-    """Seconds, and what came of it."""
-    start = time.perf_counter()
-    value = function()
-    return time.perf_counter() - start, value
-
-
-def middle(runs: list[dict]) -> dict:
-    """The one of median seconds."""
-    return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
 
 
 if __name__ == "__main__":
