@@ -131,6 +131,11 @@ def test_a_prompt_goes_where_it_was_scored_as_long_as_that_is_hardly_busier(fake
     assert min(share.values()) >= 5, "one server is not left to idle"
 
 
+def test_a_full_server_that_has_scored_a_prompt_is_not_waited_for(fakes):
+    Run(fakes, cached_at={f"p{i}": 1 for i in range(8)}, concurrency=2).assert_complete()
+    assert len(fakes[0].requests) >= 8
+
+
 def test_probes_score_each_prompt_once_and_in_order(fakes):
     for fake in fakes:
         fake.prompt_logprobs = lambda ids: [-token / 100 for token in ids[1:]]

@@ -77,7 +77,8 @@ class Generation:
         if home not in fresh or home.in_flight >= bound:
             home = min(fresh, key=lambda server: server.in_flight)
             cached_at = self.cached_at.get(job.prompt.id)
-            if cached_at in fresh and cached_at.in_flight <= home.in_flight + self.group_size:
+            busiest = min(bound - 1, home.in_flight + self.group_size)
+            if cached_at in fresh and cached_at.in_flight <= busiest:
                 home = cached_at
         if home.in_flight >= bound:
             return None
