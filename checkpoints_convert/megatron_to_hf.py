@@ -1,6 +1,6 @@
 """Stream a live Megatron model out under Hugging Face names, for weight sync and for export."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -84,22 +84,6 @@ def save_hf(
             writer.write(name, tensor)
     if writer:
         writer.finish()
-
-
-def buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
-    bucket, size = [], 0
-    for name, tensor in weights:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if bucket and size + num_bytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += num_bytes
-    if bucket:
-        yield bucket
 
 
 def _plan(mine, pp_group) -> Iterator[tuple[int, int, Mapping, tuple[int, ...], torch.dtype]]:

@@ -5,6 +5,7 @@ megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of i
 megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
 megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
+megatron-prepo evaluate --model DIR ...          models on suites of problems, avg@k and pass@k
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
 megatron-prepo doctor [CONFIG]                   what this machine has, lacks, and what to do
@@ -154,6 +155,16 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_prepo import suites
+
+    config = suites.load_settings(options.config, options.model, options.overrides)
+    chosen = options.suite or suites.held_out(config)
+    results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
+    print(suites.table(results), end="")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from megatron_prepo import page
 
@@ -248,6 +259,28 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
     comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     comparison.set_defaults(run=_compare)
+    evaluation = commands.add_parser(
+        "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
+    )
+    evaluation.add_argument(
+        "--model",
+        action="append",
+        type=_named_place,
+        required=True,
+        metavar="[NAME=]DIR",
+        help="Hugging Face directory, Megatron checkpoint or run; may come several times",
+    )
+    evaluation.add_argument(
+        "--suite",
+        action="append",
+        type=_named_place,
+        metavar="[NAME=]FILE",
+        help="prompts with answers, JSON Lines; may come several times (default: data.eval)",
+    )
+    evaluation.add_argument("--out", required=True, help="folder; what is there is gone on with")
+    evaluation.add_argument("--config", help="YAML file (default: that of a run among the models)")
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    evaluation.set_defaults(run=_evaluate)
     report = commands.add_parser("report", help="one page of runs and comparisons")
     report.add_argument(
         "sources",
@@ -263,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="YAML file; of its model only config.json is read")
     plan.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
     plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
-    plan.add_argument("--engine", help="embedded or sglang (default: rollout.engine)")
+    plan.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
     plan.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
     plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)")
     plan.add_argument(
@@ -279,6 +312,12 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser
+
+
+def _named_place(word: str) -> tuple[str, str]:
+    """NAME=PLACE, or a place that names itself."""
+    name, equals, place = word.partition("=")
+    return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
 
 
 def _add_restarts(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ configuration reference in ``docs/configuration.md`` is printed from here (``meg
 reference``).  Whatever can be wrong without looking at a file or a model is refused here.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.rewards import check_name
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -31,6 +33,8 @@ class RunConfig:
     overwrite: bool = False
     """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
     finished one, or one of other settings, is an error)."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 
@@ -291,14 +295,31 @@ class WeightSyncConfig:
 class RewardConfig:
     """How a completion is graded."""
 
-    function: Literal["final_number"] = "final_number"
-    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention)."""
+    function: str = "final_number"
+    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
+    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number."""
     low: float = 0.0
     """Smallest reward the function may give."""
     high: float = 1.0
     """Largest reward the function may give; a prompt passes at this reward."""
+    seconds: float = 5.0
+    """Processor time for an answer, ten times as much on the clock; then it gets `reward.low`."""
+    memory_mb: int = 1024
+    """Address space of a grading process; an answer that needs more gets `reward.low`."""
+    processes: int | None = None
+    """Grading processes, on rank 0's machine; empty: one a core, at most 16."""
+    max_failed: float = 0.5
+    """The run ends when more than this share of the answers graded at once break a limit, or raise
+    an error."""
 
     def __post_init__(self):
+        check_name(self.function)
+        _positive("reward.seconds", self.seconds)
+        _at_least("reward.memory_mb", self.memory_mb, 128)
+        _at_least("reward.processes", self.processes, 1)
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"reward.max_failed={self.max_failed} must lie between 0 and 1")
         if not self.low < self.high:
             raise ValueError(f"reward.low={self.low} must be below reward.high={self.high}")
 
@@ -419,12 +440,21 @@ class TrainConfig:
     overlap: bool = False
     """Generate the rollouts of the next step while this one trains, by weights that are a step
     older than those that learn from them (`docs/off_policy.md`)."""
-    micro_batch_size: int = 8
-    """Sequences in a forward pass of the actor."""
+    micro_batch_tokens: int = 8192
+    """Tokens in a forward pass of the actor, at most; a sequence is never split."""
+    packing: bool = True
+    """Lay sequences end to end; false: side by side, padded to the longest."""
+    share_prefixes: bool = False
+    """Compute the prompt of a group's rollouts once for all that share a micro-batch; changes no
+    result, but what experts count (`megatron.moe_aux_loss_coeff`)."""
 
     def __post_init__(self):
-        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_size"):
+        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.share_prefixes and not self.packing:
+            raise ValueError(
+                "train.share_prefixes=true needs train.packing=true: what is padded is not shared"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -523,6 +553,14 @@ class Config:
             )
         if self.train.overlap:
             self._check_overlap()
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.micro_batch_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens} together, and a sequence is never split; set it to "
+                f"{longest} or more"
+            )
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
@@ -564,6 +602,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         apply(tree, override)
     return from_tree(tree)

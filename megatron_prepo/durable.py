@@ -1,6 +1,11 @@
-"""Files that are whole or absent: write aside, force to disk, rename."""
+"""Files that are whole or absent: write aside, force to disk, rename.
 
+Those that grow by lines may end in the middle of one.
+"""
+
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,6 +27,14 @@ def rename_tree(aside: str | Path, final: str | Path) -> None:
     flush(aside)
     aside.rename(final)
     flush(Path(final).parent)
+
+
+def read_lines(path: str | Path) -> Iterator[dict]:
+    """The objects of a JSON Lines file; a last line that has no end yet is left out."""
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 def flush(path: str | Path) -> None:

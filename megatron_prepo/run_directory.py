@@ -23,11 +23,21 @@ OURS = (
     "checkpoints",
     "journal",
     "hf",
+    "tensorboard",
+    "wandb",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
-FREE = ("run", "servers", "weight_sync", "checkpoint", "sglang")
-"""Sections that a run may go on with changed: they move no number."""
+FREE = (
+    "run",
+    "servers",
+    "weight_sync",
+    "checkpoint",
+    "sglang",
+    "reward.processes",
+    "reward.max_failed",
+)
+"""Sections and settings that a run may go on with changed: they move no number."""
 
 ROUNDING = (
     "parallel",
@@ -113,12 +123,10 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """Settings that differ, as `name=before, now after`: those that may not, those that round."""
     forbidden, rounding = [], []
     for section in dataclasses.fields(Config):
-        if section.name in FREE:
-            continue
         old, new = (_settings(getattr(config, section.name)) for config in (before, now))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                name = f"{section.name}.{key}"
+            name = f"{section.name}.{key}"
+            if old.get(key) != new.get(key) and not {name, section.name} & set(FREE):
                 found = rounding if {name, section.name} & set(ROUNDING) else forbidden
                 found.append(f"{name}={old.get(key)}, now {new.get(key)}")
     return forbidden, rounding

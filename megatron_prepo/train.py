@@ -25,12 +25,12 @@ from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.journal import Journal
 from megatron_prepo.ledger import LedgerEntry
 from megatron_prepo.loss import rollout_coefficients
-from megatron_prepo.metrics import rollout_metrics, selection_metrics
+from megatron_prepo.metrics import grading_metrics, rollout_metrics, selection_metrics
 from megatron_prepo.mismatch import importance, importance_metrics, mismatch_metrics
 from megatron_prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.resume import Checkpoints
-from megatron_prepo.rewards import FUNCTIONS, grade
+from megatron_prepo.rewards.pool import Grade, Grader
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.run import Run
@@ -48,7 +48,7 @@ def train(config: Config) -> dict:
     """
     job = set_up(config)
     run, engine, actor = job.run, job.engine, job.actor
-    selector, journal = job.selector, job.journal
+    selector, journal, grader = job.selector, job.journal, job.grader
     checkpoints = job.go_on({"run": run, "batches": job.batches, "selector": selector})
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:
@@ -59,7 +59,9 @@ def train(config: Config) -> dict:
             with run.seconds("perplexity"):
                 candidates = look_at(config, actor, engine, selector, job.batches.next(), step)
             with run.seconds("probes"):
-                candidates, probes = probe(config, engine, journal, selector, candidates, step)
+                candidates, probes = probe(
+                    config, engine, journal, grader, selector, candidates, step
+                )
             paid = Groups()
             while chosen := selector.choose(candidates, step):
                 parallel.assert_equal_on_all_ranks("the selection", chosen)
@@ -67,9 +69,9 @@ def train(config: Config) -> dict:
                 with run.seconds("rollouts"):
                     rollouts = roll_out(config, engine, journal, selected, f"rollouts/{step}")
                 with run.seconds("rewards"):
-                    rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
-                selector.observe(selected, rewards_KG)
-                paid = paid.and_also(chosen, rollouts, rewards_KG)
+                    grades = grader.grade(rollouts)
+                selector.observe(selected, rewards_of(grades).view(len(selected), -1))
+                paid = paid.and_also(chosen, rollouts, grades)
                 if not selector.refills:
                     break
             groups = paid.trained_on(config.selection.num_selected)
@@ -88,6 +90,7 @@ def train(config: Config) -> dict:
                     step,
                     ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
                     selection_metrics(candidates, paid.chosen, paid.rewards_KG)
+                    | grading_metrics(paid.grades)
                     | selector.metrics()
                     | old.metrics(config.loss, weight_N, groups.rollouts)
                     | losses,
@@ -115,6 +118,7 @@ class Job:
     journal: Journal
     engine: EmbeddedEngine | SGLangEngine
     actor: Actor
+    grader: Grader
     batches: CandidateBatches
     selector: object
 
@@ -135,7 +139,9 @@ class Job:
         """avg@k on held-out prompts; written, and shown."""
 
         def held_out(**options) -> Evaluation:
-            return evaluate_held_out(self.config, self.engine, self.inputs.eval_prompts, **options)
+            return evaluate_held_out(
+                self.config, self.engine, self.grader, self.inputs.eval_prompts, **options
+            )
 
         return self.run.evaluate(held_out, when, self.run.num_steps, samples)
 
@@ -144,6 +150,7 @@ class Job:
         with self.run.seconds("export"):
             self.actor.export(self.run.directory / "hf", write=self.run.writes)
         self.engine.close()
+        self.grader.close()
         self.journal.close()
         return self.run.finish(after, ranks=dist.get_world_size())
 
@@ -152,7 +159,7 @@ def set_up(config: Config) -> Job:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
-    stop = StopRequests(config.checkpoint.grace_seconds)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     run = Run(config, writes=dist.get_rank() == 0)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
@@ -164,10 +171,11 @@ def set_up(config: Config) -> Job:
     )
     journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
     with run.seconds("setup"):
+        grader = build_grader(config, run.say)
         engine = build_engine(config, inputs.tokenizer, run.say)
         preflight.check_engine(config, engine)
         actor = Actor(config)
-    return Job(config, inputs, run, stop, journal, engine, actor, batches, selector)
+    return Job(config, inputs, run, stop, journal, engine, actor, grader, batches, selector)
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
@@ -194,6 +202,13 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
     )
 
 
+def build_grader(config: Config, say) -> Grader:
+    """Grading processes beside rank 0, which share what they find."""
+    return Grader(
+        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, say=say
+    )
+
+
 def look_at(
     config: Config, actor: Actor, engine, selector, prompts: Sequence[Prompt], step: int
 ) -> Candidates:
@@ -215,14 +230,20 @@ def look_at(
 
 
 def probe(
-    config: Config, engine, journal: Journal, selector, candidates: Candidates, step: int
-) -> tuple[Candidates, list[Rollout]]:
+    config: Config,
+    engine,
+    journal: Journal,
+    grader: Grader,
+    selector,
+    candidates: Candidates,
+    step: int,
+) -> tuple[Candidates, "Groups"]:
     """For the oracle, which is no method: the pass rate of every candidate, and what it cost."""
     if not selector.needs_pass_rates:
-        return candidates, []
-    probes = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
-    passed_N = rewards_of(config, probes) >= config.reward.high
-    pass_rate_P = passed_N.double().view(len(candidates.prompts), -1).mean(dim=1)
+        return candidates, Groups()
+    rollouts = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
+    probes = Groups().and_also(range(len(candidates.prompts)), rollouts, grader.grade(rollouts))
+    pass_rate_P = (probes.rewards_KG >= config.reward.high).double().mean(dim=1)
     return replace(candidates, pass_rate_P=pass_rate_P), probes
 
 
@@ -247,12 +268,9 @@ def sampling(config: Config, purpose: str) -> dict:
     }
 
 
-def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`rewards_N`; every rank grades, and comes to the same, since the functions are pure."""
-    reward = config.reward
-    return torch.tensor(
-        grade(rollouts, FUNCTIONS[reward.function], low=reward.low, high=reward.high)
-    )
+def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
+    """`rewards_N`."""
+    return torch.tensor([grade.reward for grade in grades])
 
 
 @dataclass(frozen=True)
@@ -262,13 +280,17 @@ class Groups:
     chosen: tuple[int, ...] = ()
     """Each group's prompt, as a position among the candidates."""
     rollouts: tuple[Rollout, ...] = ()
-    rewards_KG: torch.Tensor | None = None
+    grades: tuple[Grade, ...] = ()
+    """One a rollout."""
 
-    def and_also(self, chosen, rollouts, rewards_KG: torch.Tensor) -> "Groups":
+    @property
+    def rewards_KG(self) -> torch.Tensor:
+        """What the grades are worth."""
+        return rewards_of(self.grades).view(len(self.chosen), -1)
+
+    def and_also(self, chosen, rollouts, grades) -> "Groups":
         """With further groups behind."""
-        if self.rewards_KG is not None:
-            rewards_KG = torch.cat([self.rewards_KG, rewards_KG])
-        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), rewards_KG)
+        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
 
     def trained_on(self, num_groups: int) -> "Groups":
         """The first `num_groups` with an advantage; others fill up where there are too few.
@@ -277,10 +299,11 @@ class Groups:
         """
         useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
         kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
+        members = [k * group_size + g for k in kept for g in range(group_size)]
         return Groups(
             tuple(self.chosen[k] for k in kept),
-            tuple(r for k in kept for r in self.rollouts[k * group_size : (k + 1) * group_size]),
-            self.rewards_KG[kept],
+            tuple(self.rollouts[i] for i in members),
+            tuple(self.grades[i] for i in members),
         )
 
 
@@ -430,12 +453,14 @@ def training_sequence(
     )
 
 
-def evaluate_held_out(config: Config, engine, prompts: Sequence[Prompt], **options) -> Evaluation:
+def evaluate_held_out(
+    config: Config, engine, grader: Grader, prompts: Sequence[Prompt], **options
+) -> Evaluation:
     """avg@k on held-out prompts, with the same random numbers each time."""
     return evaluate(
         engine.generate,
         prompts,
-        lambda rollouts: rewards_of(config, rollouts),
+        lambda rollouts: rewards_of(grader.grade(rollouts)),
         pass_reward=config.reward.high,
         temperature=config.eval.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -449,7 +474,7 @@ def ledger_entries(
     step: int,
     candidates: Candidates,
     paid: Groups,
-    probes: Sequence[Rollout],
+    probes: Groups,
     groups: Groups,
     old: OldScores,
     weight_N: torch.Tensor,
@@ -458,9 +483,8 @@ def ledger_entries(
     group_size = config.rollout.samples_per_prompt
     position_of = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
     trained = {(id(rollout)): i for i, rollout in enumerate(groups.rollouts)}
-    rollouts = [*paid.rollouts, *probes]
-    rewards_N = torch.cat([paid.rewards_KG.flatten(), rewards_of(config, probes)])
-    zero_variance_K = zero_variance(rewards_N.view(-1, group_size)).tolist()
+    rollouts, grades = [*paid.rollouts, *probes.rollouts], [*paid.grades, *probes.grades]
+    zero_variance_K = zero_variance(rewards_of(grades).view(-1, group_size)).tolist()
     entries = []
     for n, rollout in enumerate(rollouts):
         i = trained.get(id(rollout))
@@ -474,7 +498,8 @@ def ledger_entries(
                 purpose="probe" if n >= len(paid.rollouts) else "train",
                 trained=i is not None,
                 ppl=None if ppl_P is None else float(ppl_P[p]),
-                reward=float(rewards_N[n]),
+                reward=grades[n].reward,
+                graded=grades[n].outcome,
                 length=len(rollout.tokens),
                 finished=rollout.finished,
                 mean_entropy=None if i is None else float(old.entropy_N[i]),

@@ -17,7 +17,7 @@ import torch
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import Config
-from megatron_prepo.metrics import selection_metrics
+from megatron_prepo.metrics import grading_metrics, selection_metrics
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.sglang.engine import Generating
 from megatron_prepo.selection.candidates import Candidates
@@ -27,7 +27,6 @@ from megatron_prepo.train import (
     due,
     ledger_entries,
     look_at,
-    rewards_of,
     sampling,
     score_rollouts,
     set_up,
@@ -51,10 +50,11 @@ def train_overlapped(config: Config) -> dict:
                 ahead.start(step)  # with nothing to learn from meanwhile
             ready = ahead.take()
             with run.seconds("rewards"):
-                rewards_KG = rewards_of(config, ready.rollouts).view(len(ready.chosen), -1)
+                grades = job.grader.grade(ready.rollouts)
+            paid = Groups().and_also(ready.chosen, ready.rollouts, grades)
+            rewards_KG = paid.rewards_KG
             selector.observe(ready.selected, rewards_KG)
             of_selector = selector.metrics()
-            paid = Groups(tuple(ready.chosen), tuple(ready.rollouts), rewards_KG)
             if not run.is_last(step, to_be_recorded=len(ready.rollouts)):
                 ahead.start(step + 1)
 
@@ -69,8 +69,11 @@ def train_overlapped(config: Config) -> dict:
             finally:  # the step is done, whether or not the engine lives to see it
                 run.record(
                     step,
-                    ledger_entries(config, step, ready.candidates, paid, [], paid, old, weight_N),
+                    ledger_entries(
+                        config, step, ready.candidates, paid, Groups(), paid, old, weight_N
+                    ),
                     selection_metrics(ready.candidates, ready.chosen, rewards_KG)
+                    | grading_metrics(grades)
                     | of_selector
                     | old.metrics(config.loss, weight_N, paid.rollouts)
                     | losses

@@ -257,6 +257,7 @@ def run_checkpoints(hf, run_directory):
             run.num_steps += 1
             checkpoints.save()
         directory = checkpoints.directory
+        torch.distributed.barrier()
         result["kept"] = list(checkpoint.all_of(directory))
 
         def restored():

@@ -10,16 +10,21 @@ from megatron_prepo import config as configuration
 from tests.e2e.laptop import SHORT, metrics, summary, train
 
 LAYOUTS = {
-    "one rank": ["parallel.tensor=1"],
+    "one rank": ["parallel.tensor=1", "train.share_prefixes=false"],
     "TP2": ["parallel.tensor=2"],
     "TP2 again": ["parallel.tensor=2"],
-    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=5"],
-    "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.micro_batch_size=4"],
+    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_tokens=601"],
+    "PP2": [
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+        "train.packing=false",
+        "train.share_prefixes=false",
+    ],
     "DP2": [
         "parallel.tensor=1",
         "parallel.data=2",
         "optimizer.use_distributed_optimizer=true",
-        "train.micro_batch_size=3",
+        "train.micro_batch_tokens=400",
     ],
 }
 
@@ -44,10 +49,12 @@ def test_same_seed_same_ledger(runs):
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one rank"])
 def test_layouts_agree(runs, name):
-    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing."""
+    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing, nor how
+    sequences are laid into micro-batches.
+    """
     for one, other in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
         for key, value in one.items():
-            if not key.startswith(("seconds/", "mismatch/")):
+            if not key.startswith(("seconds/", "mismatch/", "train/")):
                 assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
@@ -64,6 +71,16 @@ def test_engine_is_not_ahead_of_the_first_update(runs):
     first = metrics(runs["TP2"])[0]
     assert 0 < first["loss/kl_to_old"] < 0.1
     assert first["loss/grad_norm"] > 0
+
+
+def test_what_is_packed_has_no_padding_and_what_is_shared_is_less(runs):
+    first = {name: metrics(runs[name])[0] for name in ("one rank", "TP2", "PP2", "DP2")}
+    tokens = {name: step["train/tokens"] for name, step in first.items()}
+    assert first["one rank"]["train/padding_fraction"] == 0
+    assert first["PP2"]["train/padding_fraction"] > 0.01
+    assert tokens["TP2"] < 0.6 * tokens["one rank"] < 0.6 * tokens["PP2"]
+    assert tokens["DP2"] < tokens["one rank"]
+    assert first["TP2"]["train/balance_ratio"] == 1 <= first["DP2"]["train/balance_ratio"]
 
 
 def test_ledger_is_complete_and_readable(runs):

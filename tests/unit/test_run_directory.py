@@ -66,6 +66,7 @@ def test_other_settings_are_named(tmp_path, begun, section, key, value):
     [
         ("run", "wandb_project", "there"),
         ("servers", "count", 3),
+        ("reward", "processes", 3),
         ("weight_sync", "verify", "never"),
         ("checkpoint", "every", 7),
         ("sglang", "mem_fraction_static", 0.5),
