@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_prepo.errors import UserError
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Replace a file by new text; a reader sees the old or the new one, never a part."""
@@ -30,11 +32,17 @@ def rename_tree(aside: str | Path, final: str | Path) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[dict]:
-    """The objects of a JSON Lines file; a last line that has no end yet is left out."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The objects of a JSON Lines file; a last line that has no end yet is left out.
+
+    Raises UserError that names a line which is damaged.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}, line {number} is damaged: no JSON") from error
 
 
 def flush(path: str | Path) -> None:

@@ -104,7 +104,13 @@ def read_tokenizer(directory: str):
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise all kinds for files that are bad
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the tokenizer of {directory} cannot be read: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {directory} has no fast version (tokenizer.json)")
     if tokenizer.eos_token_id is None:

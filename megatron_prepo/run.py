@@ -10,6 +10,7 @@
 | `pass_rate.png` | the result as a picture |
 | `checkpoints/` | Megatron checkpoints, and with them what the run goes on from |
 | `journal/` | rollouts that no checkpoint covers yet |
+| `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
 | `hf/` | the trained model in Hugging Face format |
 | `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
 | `logs/` | what ranks other than 0 printed, and errors |

@@ -61,7 +61,8 @@ def train_overlapped(config: Config) -> dict:
             with run.seconds("old_logprobs"):
                 old = score_rollouts(config, actor, paid.rollouts)
             with run.seconds("update"):
-                weight_N, losses = update_policy(config, actor, paid.rollouts, rewards_KG, old)
+                learner = job.updates.of_step(paid.record(config, step, ready.candidates, old))
+                weight_N, losses = update_policy(config, learner, paid.rollouts, rewards_KG, old)
             try:
                 ahead.wait()
                 with run.seconds("weight_sync"):

@@ -13,7 +13,13 @@ from tiny_models import actor_config
 
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
-from megatron_prepo.train import OldScores, importance_of, score_rollouts, update_policy
+from megatron_prepo.train import (
+    OldScores,
+    importance_of,
+    mean_metrics,
+    score_rollouts,
+    update_policy,
+)
 
 LENGTHS = (2, 3, 1, 4)
 
@@ -102,6 +108,12 @@ def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
     else:
         with pytest.raises(AssertionError, match=f"rollouts of {age} updates ago"):
             score_rollouts(config, actor, [rollout])
+
+
+def test_skipped_updates_are_counted_and_not_averaged():
+    updates = [{"loss/policy": 1.0}, None, {"loss/policy": 4.0}, None]
+    assert mean_metrics(updates) == {"loss/policy": 2.5, "loss/skipped_updates": 2}
+    assert mean_metrics([None]) == {"loss/skipped_updates": 1}
 
 
 @pytest.mark.parametrize(
