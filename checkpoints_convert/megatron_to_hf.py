@@ -19,9 +19,23 @@ def hf_weights(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, t
     Collective: every rank must consume it to the end; all ranks get the same full tensors in the
     same order.  Each name comes once; tied embeddings have no `lm_head`.
     """
+    yield from _whole_tensors(model, stage_parameters(model), vocab_size)
+
+
+@torch.no_grad()
+def hf_gradients(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
+
+    A gradient is cut and joined like its weight, since each mapping only moves numbers.
+    """
+    mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(model)]
+    yield from _whole_tensors(model, mine, vocab_size)
+
+
+def _whole_tensors(model, mine: list, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of each (name, mapping, this rank's part) in `mine`, under Hugging Face names."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
-    mine = stage_parameters(model)
     heads = heads_of(model.config)
     for stage, position, mapping, shape, dtype in _plan(mine, pp_group):
         if stage == pp_group.rank():

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_prepo.durable import read_lines
+
 
 @dataclass(frozen=True)
 class LedgerEntry:
@@ -64,6 +66,4 @@ class Ledger:
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:
     """The entries of a ledger, in order."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield LedgerEntry(**json.loads(line))
+    return (LedgerEntry(**entry) for entry in read_lines(path))

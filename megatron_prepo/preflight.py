@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo import dashboards
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
@@ -26,6 +27,7 @@ def check(config: Config) -> Inputs:
     from megatron_prepo.actor.model import check_layout
     from megatron_prepo.rollout.sglang import launch
 
+    dashboards.check(config)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
     check_weights(config)
@@ -102,7 +104,13 @@ def read_tokenizer(directory: str):
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise all kinds for files that are bad
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the tokenizer of {directory} cannot be read: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {directory} has no fast version (tokenizer.json)")
     if tokenizer.eos_token_id is None:

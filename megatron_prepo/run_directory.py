@@ -21,8 +21,11 @@ OURS = (
     "summary.json",
     "pass_rate.png",
     "checkpoints",
+    "dumps",
     "journal",
     "hf",
+    "tensorboard",
+    "wandb",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
@@ -34,6 +37,10 @@ FREE = (
     "sglang",
     "reward.processes",
     "reward.max_failed",
+    "train.max_skipped_updates",
+    "debug.dump_steps",
+    "debug.dump_gradients",
+    "debug.max_skip_dumps",
 )
 """Sections and settings that a run may go on with changed: they move no number."""
 
@@ -43,7 +50,9 @@ ROUNDING = (
     "loss.head",
     "loss.head_memory_mib",
     "rollout.batch_size",
-    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.packing",
+    "train.share_prefixes",
 )
 """Sections and settings that may change, too, but then float sums round differently."""
 

@@ -20,6 +20,7 @@ from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.advantages import group_advantages, zero_variance
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches
+from megatron_prepo.dump import StepRecord
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.journal import Journal
@@ -36,6 +37,7 @@ from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.stop import StopRequests
+from megatron_prepo.updates import NoUpdates, StepUpdates, Updates
 from megatron_prepo.weight_sync import sync_weights
 
 
@@ -47,7 +49,7 @@ def train(config: Config) -> dict:
     """
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
-    stop = StopRequests(config.checkpoint.grace_seconds)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     run = Run(config, writes=dist.get_rank() == 0)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
@@ -68,6 +70,7 @@ def train(config: Config) -> dict:
         checkpoints = Checkpoints(config, actor, parts, journal, run.say)
         checkpoints.restore()
         sync_weights(actor, engine, config, text)
+    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
 
     def held_out(**options) -> Evaluation:
         return evaluate_held_out(config, engine, grader, inputs.eval_prompts, **options)
@@ -101,8 +104,9 @@ def train(config: Config) -> dict:
             with run.seconds("old_logprobs"):
                 old = score_rollouts(config, actor, groups.rollouts)
             with run.seconds("update"):
+                learner = updates.of_step(groups.record(config, step, candidates, old))
                 weight_N, losses = update_policy(
-                    config, actor, groups.rollouts, groups.rewards_KG, old
+                    config, learner, groups.rollouts, groups.rewards_KG, old
                 )
             try:
                 with run.seconds("weight_sync"):
@@ -245,6 +249,19 @@ class Groups:
             tuple(self.grades[i] for i in members),
         )
 
+    def record(
+        self, config: Config, step: int, candidates: Candidates, old: "OldScores"
+    ) -> StepRecord:
+        """For a dump."""
+        return StepRecord(
+            step,
+            candidates,
+            self.rollouts,
+            self.rewards_KG.flatten(),
+            old.scores,
+            mini_batches(*self.rewards_KG.shape, config.train.mini_batches),
+        )
+
 
 @dataclass(frozen=True)
 class OldScores:
@@ -289,7 +306,7 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
 
 def update_policy(
     config: Config,
-    actor: Actor,
+    actor: Actor | StepUpdates,
     rollouts: Sequence[Rollout],
     rewards_KG: torch.Tensor,
     old: OldScores,
@@ -313,7 +330,14 @@ def update_policy(
                 ]
             )
         )
-    return weight_N, {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    return weight_N, mean_metrics(updates)
+
+
+def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]:
+    """Means over the updates that were made, nothing if none was, and how many were skipped."""
+    made = [update for update in updates if update is not None]
+    means = {name: sum(u[name] for u in made) / len(made) for name in (made[0] if made else ())}
+    return means | {"loss/skipped_updates": len(updates) - len(made)}
 
 
 def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:
