@@ -113,7 +113,8 @@ def _resume(options: argparse.Namespace) -> int:
     directory = Path(options.directory)
     run_directory.check_unfinished(directory)
     options.config = directory / "config.yaml"
-    options.overrides = [f"run.dir={directory}", *options.overrides]
+    # the saved configuration may say that it replaced a run
+    options.overrides = [f"run.dir={directory}", "run.overwrite=false", *options.overrides]
     return _train(options)
 
 

@@ -15,7 +15,9 @@ Beside the shards there may be
 import os
 import queue
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -35,9 +37,18 @@ RUN_STATE = "run.json"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-# Megatron collects what its writers did in a queue that a process of its own serves, for the sake
-# of writing in the background; that process takes seconds to start, and we wait for the writers
-filesystem_async._results_queue = queue.Queue()
+# Megatron forks a process for each file that it writes, for the sake of writing in the background.
+# We wait for it, and a fork whose rank is killed waits for ever for a lock that the rank held: here
+# its writers are threads, and a queue for their answers needs no process of its own, either.
+_THREADS = SimpleNamespace(
+    Process=threading.Thread,
+    Queue=queue.Queue,
+    JoinableQueue=queue.Queue,
+    Manager=lambda: SimpleNamespace(Queue=queue.Queue),
+)
+filesystem_async.mp = SimpleNamespace(
+    **vars(filesystem_async.mp) | {"get_context": lambda method: _THREADS}
+)
 
 
 def save(
@@ -53,12 +64,13 @@ def save(
     """Write the (unwrapped) model as the newest checkpoint below `directory`; collective.
 
     With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
-    the text of `run.json`.
+    the text of `run.json`.  Raises OSError if a rank cannot write: older checkpoints stay.
     """
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_behind in final.parent.glob("iter_*.partial"):
+            shutil.rmtree(left_behind)
         aside.mkdir(parents=True)
     dist.barrier()
     weights = _sharded_weights(model)
@@ -67,9 +79,15 @@ def save(
         _fill_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
         state["opt_param_scheduler"] = scheduler.state_dict()
-    # one writer a rank: the default of two starts a process for each
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
+    try:
+        dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
+    except CheckpointException as error:  # on all ranks, and no Exception to Python
+        rank, (failure, _) = next(iter(error.failures.items()))
+        free = shutil.disk_usage(aside).free
+        raise OSError(
+            f"rank {rank} could not write {aside} ({free >> 20:,} MiB are free there): {failure}"
+        ) from error
     if optimizer is not None:
         save_file(_random_states(), aside / f"random_{dist.get_rank()}.safetensors")
     if run_state is not None and dist.get_rank() == 0:

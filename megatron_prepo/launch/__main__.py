@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-doctor", dest="doctor", action="store_false")
     parser.add_argument("--no-plan", dest="plan", action="store_false")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
-    parser.add_argument("--wait", action="store_true", help="until the jobs have ended")
+    parser.add_argument(
+        "--wait", action="store_true", help="for the end of jobs of slurm, skypilot"
+    )
     return parser
 
 

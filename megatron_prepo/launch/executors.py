@@ -20,7 +20,7 @@ are turned to capitals.
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -61,8 +61,9 @@ class Place:
 def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
     """Run the job, or say what would be run; returns what is to be shown.
 
-    Local jobs are waited for; on a cluster only if `wait`.  Raises LaunchFailed if a job that was
-    waited for did not succeed, and UserError where NeMo-Run or a part of it is missing.
+    Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises
+    LaunchFailed if a job that was waited for did not succeed, and UserError where NeMo-Run or a
+    part of it is missing.
     """
     run = _nemo_run()
     with run.Experiment(job.name) as experiment:
@@ -70,10 +71,10 @@ def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
         if dry_run:
             experiment.dryrun(log=place.executor != "slurm", delete_exp_dir=False)
             return _scripts(experiment)
-        detach = place.executor != "local" and not wait
+        detach = place.executor in ("slurm", "skypilot") and not wait
         experiment.run(detach=detach, tail_logs=not detach)
         if detach:
-            return f"submitted: {', '.join(_names(experiment))}"
+            return f"submitted: {', '.join(added.id for added in experiment.jobs)}"
     _raise_if_failed(experiment)
     return "finished"
 
@@ -107,30 +108,12 @@ def _local(run, experiment, job: Job, place: Place) -> None:
 def _slurm(run, experiment, job: Job, place: Place) -> None:
     if not place.account:
         raise UserError("--executor slurm needs --account")
-    parts = [job.rank_words()]
-    steps = [
-        [
-            f"--nodes={job.nodes}",
-            f"--ntasks={job.ranks}",
-            f"--ntasks-per-node={job.gpus_per_node}",
-            "--relative=0",
-        ]
-    ]
+    steps = [(job.rank_words(), job.nodes, job.gpus_per_node, 0)]
     if job.starts_servers:
-        server_nodes = job.server_nodes or job.nodes
         first = job.nodes if job.server_nodes else 0
-        parts.insert(0, job.server_words())
-        steps.insert(
-            0,
-            [
-                f"--nodes={server_nodes}",
-                f"--ntasks={server_nodes}",
-                "--ntasks-per-node=1",
-                f"--relative={first}",
-            ],
-        )
-    tasks = [_script(run, map(shlex.quote, words), python=place.python) for words in parts]
-    executors = [_slurm_executor(run, job, place, step) for step in steps]
+        steps.insert(0, (job.server_words(), job.server_nodes or job.nodes, 1, first))
+    tasks = [_script(run, map(shlex.quote, words), place.python) for words, *_ in steps]
+    executors = [_slurm_executor(run, job, place, *where) for _, *where in steps]
     previous: list[str] = []
     for number in range(place.chain):
         name = "train" if place.chain == 1 else f"train_{number + 1}"
@@ -144,7 +127,8 @@ def _slurm(run, experiment, job: Job, place: Place) -> None:
         previous = [added]
 
 
-def _slurm_executor(run, job: Job, place: Place, step: Sequence[str]):
+def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, first: int):
+    """For a step of so many tasks on each of some of the job's nodes."""
     here = os.getcwd()
     where = f"--container-workdir={here}" if place.image else f"--chdir={here}"
     return _build(
@@ -162,8 +146,14 @@ def _slurm_executor(run, job: Job, place: Place, step: Sequence[str]):
         container_image=place.image,
         container_mounts=[f"{here}:{here}", *place.mounts],
         env_vars={name: shlex.quote(value) for name, value in place.environment.items()},
-        # servers and ranks are steps of one job, which Slurm would start one after the other
-        srun_args=[*step, "--overlap", where],
+        srun_args=[
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * tasks_a_node}",
+            f"--ntasks-per-node={tasks_a_node}",
+            f"--relative={first}",
+            "--overlap",  # else Slurm would start servers and ranks one after the other
+            where,
+        ],
         packager=run.Packager(),
         tunnel=run.LocalTunnel(job_dir=""),
         dependency_type="afterany",
@@ -271,10 +261,6 @@ def _scripts(experiment) -> str:
         if hasattr(job.executor, "job_name")
     ]
     return "\n".join(f"# {path}\n{path.read_text()}" for path in paths if path.is_file())
-
-
-def _names(experiment) -> list[str]:
-    return [job.id for job in experiment.jobs]
 
 
 def _raise_if_failed(experiment) -> None:

@@ -7,6 +7,8 @@ the ranks themselves, and their exit code is the job's.
 import re
 from collections.abc import Mapping
 
+from megatron_prepo.errors import UserError
+
 FIRST_PORT, PORTS = 20000, 32
 """Each job has so many ports, by its number, so that jobs on one node do not meet: the first is
 where its ranks do, the others are its SGLang servers'.  They end below those that Linux gives out
@@ -44,8 +46,14 @@ def _numbers(ranges: str) -> list[str]:
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would set, for the task that Slurm describes.
 
-    The ranks of a step are numbered along its nodes, and meet at its first.
+    The ranks of a step are numbered along its nodes, and meet at its first.  Raises UserError if
+    there is no Slurm.
     """
+    if "SLURM_STEP_NODELIST" not in slurm:
+        raise UserError(
+            "SLURM_STEP_NODELIST is not set: this is for the tasks of srun (docs/launch.md); use "
+            "megatron-prepo train here"
+        )
     tasks = int(slurm["SLURM_NTASKS"])
     step_hosts = hosts(slurm["SLURM_STEP_NODELIST"])
     return {

@@ -28,9 +28,10 @@ POLL_SECONDS = 2.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if the run ended, now or earlier, or was saved to go on; else the training's exit code."""
     options = parser().parse_args(arguments)
-    os.environ.update(nodes.rank_environment(os.environ))
-    says = os.environ["RANK"] == "0"
+    says = os.environ.get("SLURM_PROCID", "0") == "0"
     try:
+        os.environ.update(nodes.rank_environment(os.environ))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
         config = configuration.load(options.config, options.overrides)
         if (Path(config.run.dir) / "summary.json").is_file() and not config.run.overwrite:
             if says:

@@ -50,7 +50,7 @@ def assert_equal(undisturbed: Path, directory: Path) -> None:
     assert not (directory / "journal").exists()
 
 
-def test_killed_started_again_asked_to_stop_and_gone_on_with(tmp_path, undisturbed):
+def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, undisturbed):
     directory = tmp_path / "run"
     process = start(directory, "--max-restarts", "1", "run.overwrite=true")
     wait_for_steps(1, directory, process)
@@ -65,7 +65,10 @@ def test_killed_started_again_asked_to_stop_and_gone_on_with(tmp_path, undisturb
     steps = prove.num_lines(directory / "metrics.jsonl")
     assert f"stopped as asked; {steps} steps are saved" in said and steps < 4
     assert not (directory / "summary.json").exists()
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("overwrite: false", "overwrite: true"))
     assert main(["resume", str(directory)]) == 0
+    assert "going on from" in capfd.readouterr().err
     assert_equal(undisturbed, directory)
 
 

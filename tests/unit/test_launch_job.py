@@ -1,9 +1,15 @@
 """Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
 
+import importlib.util
+import os
+import signal
+from typing import ClassVar
+
 import pytest
 
 from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes, rank, recipes
+from megatron_prepo.launch import nodes, rank, recipes, servers
+from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
 from tests.e2e.laptop import REPOSITORY
 
@@ -105,6 +111,12 @@ def test_ranks_are_numbered_along_the_nodes_of_their_step_and_meet_at_its_first(
     }
 
 
+def test_a_rank_outside_of_slurm_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    assert rank.main(["examples/laptop/prepo.yaml"]) == 2
+    assert "error: SLURM_STEP_NODELIST is not set" in capsys.readouterr().err
+
+
 def test_servers_are_on_the_last_nodes_or_on_all(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -122,7 +134,7 @@ def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, mo
     """What a chain of jobs relies on."""
     for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
         monkeypatch.setenv(name, value)
-    for name in nodes.rank_environment(SLURM):
+    for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
         monkeypatch.setenv(name, "")  # to be restored behind the test
     codes = iter([75, 3])
     trained = []
@@ -143,3 +155,100 @@ def test_servers_that_do_not_come_are_named(monkeypatch):
     config = make_job("qwen2.5-7b", ["servers.start_seconds=0.1"]).config
     with pytest.raises(UserError, match=r"no SGLang server at http://127\.0\.0\.1:1 within"):
         rank.wait_for(["http://127.0.0.1:1"], config)
+
+
+def test_the_doctor_comes_before_a_cluster(capsys):
+    """The examples have no weights here; nothing of NeMo-Run is needed to find that out."""
+    words = ["qwen2.5-7b", "--executor", "slurm", "--account", "acct"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "no tokenizer" in said and "nothing was submitted" in said
+    assert "ok  " not in said, "only what is to be mended"
+
+
+def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
+    words = ["qwen2.5-72b", "--executor", "slurm", "--account", "acct", "--no-doctor"]
+    small = [*words, "--nodes", "1", "parallel.pipeline=1", "rollout.engine=sglang"]
+    assert main([*small, "--gpu", "h100"]) == 1
+    said = capsys.readouterr().err
+    assert "DOES NOT FIT" in said and "nothing was submitted" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--executor", "local", "--chain", "2"], "--chain 2 needs --executor slurm"),
+        (["--executor", "slurm", "--chain", "0"], "--chain 0 must be at least 1"),
+        (
+            ["--executor", "slurm", "--chain", "2", "run.overwrite=true"],
+            "each job would remove what the one before it has done",
+        ),
+        (["--executor", "slurm", "--env", "NCCL_DEBUG"], "--env 'NCCL_DEBUG' must have the form"),
+    ],
+)
+def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
+    assert main(["examples/laptop/prepo.yaml", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="it is installed")
+def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("NEMORUN_HOME", "unused")
+    assert main(["examples/laptop/prepo.yaml", "--executor", "local"]) == 2
+    assert 'pip install -e ".[launch]"' in capsys.readouterr().err
+
+
+class FakeServer:
+    """In place of `OwnServer`: one that ends as often as it is started, or never."""
+
+    made: ClassVar[list] = []
+    ends = True
+
+    def __init__(self, config, index, logs, *, cuda, port):
+        self.config, self.index, self.logs, self.port = config, index, logs, port
+        self.url, self.starts, self.stopped = f"http://{config.servers.host}:{port}", 1, False
+        self.made.append(self)
+
+    def ended(self):
+        if not self.ends:
+            os.kill(os.getpid(), signal.SIGTERM)  # as srun does when the ranks have left
+            return None
+        return "ended with code 1" if self.index == 1 else None
+
+    def start(self):
+        self.starts += 1
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.fixture
+def node(monkeypatch, tmp_path):
+    """Runs the servers of the second node of a step."""
+    for name, value in (SLURM | {"SLURM_NODEID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(servers, "OwnServer", FakeServer)
+    monkeypatch.setattr(servers, "check", lambda config: None)
+    monkeypatch.setattr(servers, "POLL_SECONDS", 0.01)
+    FakeServer.made.clear()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield lambda: servers.main(
+        ["--servers-a-node=2", "examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
+    )
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_servers_of_a_node_are_started_anew_but_not_for_ever(node, tmp_path, capsys):
+    assert node() == 1
+    first, second = FakeServer.made
+    assert (first.starts, second.starts) == (1, servers.MAX_STARTS)
+    assert second.port == first.port + 1 == 20000 + 17 * 32 + 2
+    assert second.logs == tmp_path / "logs" / "node_1" and second.config.servers.host == "0.0.0.0"
+    assert f":{second.port} ended with code 1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+def test_servers_of_a_node_end_with_the_job(node, monkeypatch):
+    monkeypatch.setattr(FakeServer, "ends", False)
+    assert node() == 0 and all(server.stopped for server in FakeServer.made)
