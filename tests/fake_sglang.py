@@ -37,7 +37,12 @@ ALLOWED = {
     ("torch", "bfloat16"),
     ("torch", "float64"),
     ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "Tensor"),
+    ("torch", "uint8"),
+    ("torch.storage", "UntypedStorage"),
     ("torch.storage", "_load_from_bytes"),
+    ("torch.multiprocessing.reductions", "rebuild_tensor"),
+    ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
     ("collections", "OrderedDict"),
 }
 """What SGLang's own unpickler lets through (0.5.21), as far as we use it."""
@@ -172,11 +177,13 @@ class FakeSGLang:
             return 400, {"success": False, "message": "must run between begin and end"}
         payloads = body["serialized_named_tensors"]
         assert len(payloads) == self.num_ranks and body["load_format"] == "flattened_bucket"
-        bucket = _Strict(io.BytesIO(base64.b64decode(payloads[-1]))).load()
+        # each rank reads its own, and lets go of it
+        [*_, bucket] = [_Strict(io.BytesIO(base64.b64decode(p))).load() for p in payloads]
         assert len({meta.dtype for meta in bucket["metadata"]}) == 1, "bytes may be misaligned"
         for meta in bucket["metadata"]:
             flat = bucket["flattened_tensor"][meta.start_idx : meta.end_idx]
-            self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape)
+            # a copy: the sender's memory holds other tensors soon
+            self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape).clone()
         return 200, {"success": True, "message": ""}
 
     def _from_disk(self, body: dict) -> tuple[int, object]:
@@ -190,7 +197,19 @@ class FakeSGLang:
 class _Strict(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         assert (module, name) in ALLOWED, f"SGLang would refuse {module}.{name}"
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        return _as_another_process(found) if name == "rebuild_storage_filename" else found
+
+
+def _as_another_process(rebuild):
+    """It opens the file, where the process that has made it would take its own storage."""
+    from torch.multiprocessing.reductions import shared_cache
+
+    def rebuild_anew(kind, manager, handle, *sizes):
+        shared_cache.pop(handle, None)
+        return rebuild(kind, manager, handle, *sizes)
+
+    return rebuild_anew
 
 
 class _Listener(ThreadingHTTPServer):

@@ -104,7 +104,7 @@ def assert_has_weights(fake, actor) -> None:
         assert torch.equal(fake.weights[name], tensor), name
 
 
-@pytest.mark.parametrize("transport", ["value", "disk"])
+@pytest.mark.parametrize("transport", ["value", "disk", "ipc"])
 def test_a_sync_brings_every_tensor_bit_for_bit(build, hf, fakes, transport, monkeypatch):
     engine, config = build(fakes, transport=transport)
     monkeypatch.setattr(weight_sync, "buckets", lambda weights, limit: small_buckets(weights))

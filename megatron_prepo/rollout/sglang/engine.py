@@ -22,16 +22,21 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.config import Config
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.embedded import stop_tokens
-from megatron_prepo.rollout.sglang import launch
+from megatron_prepo.rollout.sglang import ipc, launch
 from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
+from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
 
 
 class SGLangEngine:
-    """`share` gives the result of rank 0's future to every rank; None is passed on the others."""
+    """Two collectives are passed in.
+
+    `share` gives the result of rank 0's future to every rank (None is passed on the others), and
+    `gather` every rank's value to all.
+    """
 
     def __init__(
         self,
@@ -41,6 +46,7 @@ class SGLangEngine:
         device: torch.device,
         rank: int = 0,
         share: Callable[[Future | None], Any] = lambda future: future.result(),
+        gather: Callable[[Any], list] = lambda value: [value],
         say: Callable[[str], None] = print,
     ):
         """Servers of our own are starting when this returns, and the first sync waits for them."""
@@ -55,6 +61,9 @@ class SGLangEngine:
         self.fp32_lm_head = launch.fp32_lm_head(config)
         """Whether the servers' logits are float32; each is asked whether it is so."""
         self._run_name = secrets.token_hex(4)  # another run's "update 3" is not ours
+        self.fleet = self.transport = None
+        if config.weight_sync.transport == "ipc":
+            ipc.check(config, device)
         if rank == 0:
             self._seconds = config.weight_sync.request_seconds
             self.fleet = Fleet(
@@ -65,6 +74,10 @@ class SGLangEngine:
                 self.fp32_lm_head,
             )
             self.transport = _transport(config, self.fleet, device)
+        if config.weight_sync.transport == "ipc":  # the one in which every rank takes part
+            self.transport = ByIPC(
+                self.fleet, config, device=device, rank=rank, share=share, gather=gather
+            )
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
@@ -76,12 +89,12 @@ class SGLangEngine:
         some_are_new = self.share(self._on_rank_zero(self._prepare))
         self.verified = self.verified and not some_are_new
         failure = None
-        if self.rank == 0:
+        if self.transport:
             failure = _failure_of(lambda: self.transport.start(shapes))
         for bucket in buckets:  # to the end, whatever happens: the other ranks take part
-            if self.rank == 0 and failure is None:
+            if self.transport and failure is None:
                 failure = _failure_of(lambda bucket=bucket: self.transport.send(bucket))
-        if self.rank == 0 and failure is None:
+        if self.transport and failure is None:
             failure = _failure_of(self.transport.finish)
         self.share(self._on_rank_zero(self._conclude, version, failure))
         self.weight_version = version
