@@ -51,7 +51,7 @@ class SGLangEngine:
     ):
         """Servers of our own are starting when this returns, and the first sync waits for them."""
         self.settings, self.tokenizer = config.servers, tokenizer
-        self.rank, self.share = rank, share
+        self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf)
         self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
         self.weight_version: int | None = None
@@ -61,7 +61,7 @@ class SGLangEngine:
         self.fp32_lm_head = launch.fp32_lm_head(config)
         """Whether the servers' logits are float32; each is asked whether it is so."""
         self._run_name = secrets.token_hex(4)  # another run's "update 3" is not ours
-        self.fleet = self.transport = None
+        self.fleet = None
         if config.weight_sync.transport == "ipc":
             ipc.check(config, device)
         if rank == 0:
@@ -73,11 +73,27 @@ class SGLangEngine:
                 say,
                 self.fp32_lm_head,
             )
-            self.transport = _transport(config, self.fleet, device)
-        if config.weight_sync.transport == "ipc":  # the one in which every rank takes part
-            self.transport = ByIPC(
-                self.fleet, config, device=device, rank=rank, share=share, gather=gather
-            )
+        self.transport = self.transport_of(config, device)
+        """What this rank does in a sync; None: nothing."""
+
+    def transport_of(self, config: Config, device: torch.device):
+        """The one that `weight_sync.transport` names; in most, rank 0 alone has something to do."""
+        settings, seconds = config.weight_sync, config.weight_sync.request_seconds
+        if settings.transport == "ipc":
+            ranks = {"rank": self.rank, "share": self.share, "gather": self.gather}
+            return ByIPC(self.fleet, config, device=device, **ranks)
+        if self.rank != 0:
+            return None
+        match settings.transport:
+            case "value":
+                return ByValue(self.fleet, seconds=seconds)
+            case "distributed":
+                address = settings.address
+                return Distributed(self.fleet, seconds=seconds, address=address, device=device)
+            case "disk":
+                directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
+                like = config.model.hf
+                return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
@@ -248,19 +264,6 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
     logs, cuda = Path(config.run.dir) / "logs", device.type == "cuda"
     owned = [OwnServer(config, i, logs, cuda=cuda) for i in range(config.servers.count)]
     return [Server(own.url, own) for own in owned]
-
-
-def _transport(config: Config, fleet: Fleet, device: torch.device):
-    """The one that `weight_sync.transport` names."""
-    settings, seconds = config.weight_sync, config.weight_sync.request_seconds
-    match settings.transport:
-        case "value":
-            return ByValue(fleet, seconds=seconds)
-        case "distributed":
-            return Distributed(fleet, seconds=seconds, address=settings.address, device=device)
-        case "disk":
-            directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
-            return FromDisk(fleet, seconds=seconds, directory=directory, like=config.model.hf)
 
 
 def _failure_of(step: Callable[[], None]) -> EngineError | None:
