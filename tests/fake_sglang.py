@@ -142,6 +142,12 @@ class FakeSGLang:
                 return self._from_tensor(body)
             case "/update_weights_from_disk":
                 return self._from_disk(body)
+            case "/init_weights_update_group":
+                return self._join(body)
+            case "/update_weights_from_distributed":
+                return self._from_broadcast(body)
+            case "/destroy_weights_update_group":
+                return 200, {"success": True, "message": ""}
             case "/update_weight_version":
                 self.version = body["new_version"]
                 return 200, {"success": True}
@@ -184,6 +190,35 @@ class FakeSGLang:
             flat = bucket["flattened_tensor"][meta.start_idx : meta.end_idx]
             # a copy: the sender's memory holds other tensors soon
             self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape).clone()
+        return 200, {"success": True, "message": ""}
+
+    def _join(self, body: dict) -> tuple[int, object]:
+        """A process can be one member only: for this a fake has to have a process of its own."""
+        from datetime import timedelta
+
+        from megatron_prepo.rollout.sglang.transport import join_group
+
+        self._group = join_group(
+            f"tcp://{body['master_address']}:{body['master_port']}",
+            body["rank_offset"],
+            body["world_size"],
+            body["group_name"],
+            body["backend"],
+            timedelta(seconds=60),
+        )
+        return 200, {"success": True, "message": ""}
+
+    def _from_broadcast(self, body: dict) -> tuple[int, object]:
+        import torch
+
+        assert self.in_session and body["load_format"] == "flattened_bucket"
+        dtypes = [getattr(torch, name) for name in body["dtypes"]]
+        tensors = [torch.empty(s, dtype=d) for s, d in zip(body["shapes"], dtypes, strict=True)]
+        flat = torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
+        torch.distributed.broadcast(flat, src=0, group=self._group)
+        parts = flat.split([tensor.numel() * tensor.element_size() for tensor in tensors])
+        for name, part, tensor in zip(body["names"], parts, tensors, strict=True):
+            self.weights[name] = part.clone().view(tensor.dtype).view(tensor.shape)
         return 200, {"success": True, "message": ""}
 
     def _from_disk(self, body: dict) -> tuple[int, object]:
@@ -305,12 +340,25 @@ def _handler_of(fake: FakeSGLang):
 
 
 def main() -> None:
-    """As `python -m sglang.launch_server --port N ...` would be called."""
+    """As `python -m sglang.launch_server --port N ...` would be called.
+
+    With `FAKE_DIES_AT=DIRECTORY/NAME`, whoever is first asked for /NAME is killed, once: it leaves
+    that file.
+    """
     port = int(sys.argv[sys.argv.index("--port") + 1])
     print("the fake is starting", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     with FakeSGLang(port) as fake, contextlib.suppress(KeyboardInterrupt):
+        fake.fault = _fault_of_the_environment
         fake._closing.wait()
+
+
+def _fault_of_the_environment(path: str, body: dict) -> None:
+    at = Path(os.environ.get("FAKE_DIES_AT", "nothing"))
+    if at.name == path.strip("/"):
+        with contextlib.suppress(FileExistsError):
+            at.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,9 @@ class SGLangEngine:
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
 
-        A server that fails is lost; what comes back by the next sync is taken back.  Raises
-        EngineError on every rank if a server refuses, or none is left.
+        A server that fails is lost; what comes back by the next sync is taken back.  Raises, on
+        every rank, EngineError if a server refuses, or none is left, and SyncBroken if those that
+        are left need to have it all anew.
         """
         self.weight_version = None
         some_are_new = self.share(self._on_rank_zero(self._prepare))

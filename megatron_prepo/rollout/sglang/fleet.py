@@ -24,6 +24,10 @@ class EngineError(RuntimeError):
     """The engine cannot go on; the message names servers and what happened at each."""
 
 
+class SyncBroken(EngineError):
+    """Servers were lost in a weight sync that had to have all; the others can have it anew."""
+
+
 class ServerFailed(Exception):
     """A request went wrong in a way that another try, or another server, may mend."""
 

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, SyncBroken
 
 Bucket = list[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -136,7 +136,7 @@ class Distributed:
     def send(self, bucket: Bucket) -> None:
         """Announce a bucket to every server, and broadcast it.
 
-        Raises EngineError if a server fails: the group cannot go on without it.
+        Raises SyncBroken if a server fails: the group cannot go on without it, another can.
         """
         for part in of_one_type(bucket):
             flat = flatten(part).to(self.device)
@@ -157,11 +157,16 @@ class Distributed:
                 )
             )
             sending = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-            group, self._group = self._group, None  # after a failure its broadcast may never end
-            receiving.result()
-            if self._changes != self.fleet.changes:
-                lost = [f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost]
-                raise EngineError(f"{described(part)} did not arrive\n" + "\n".join(lost))
+            group, self._group = self._group, None
+            try:
+                receiving.result()
+                if self._changes != self.fleet.changes:
+                    lost = [f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost]
+                    raise SyncBroken(f"{described(part)} did not arrive\n" + "\n".join(lost))
+            except EngineError:
+                if self.backend == "nccl":  # its broadcast would wait, and then end the process
+                    group.abort()
+                raise
             sending.wait()
             self._group = group
 
