@@ -2,12 +2,13 @@
 
 Requests carry handles only.  On GPUs these are CUDA's, of memory on the server rank's own device:
 the trainer rank that has this device gives it, so that no byte crosses between devices.  On a CPU
-rank 0 alone gives one, of shared memory that all server ranks map.  Servers copy out of one bucket
-while the next is gathered into another.
+rank 0 alone gives one, of shared memory that all server ranks map.  While servers copy out of one
+bucket, the next is already with them, and the one after is gathered.
 """
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -30,6 +31,8 @@ from megatron_prepo.rollout.sglang.transport import (
 )
 
 SHARED_MEMORY = "/dev/shm"
+IN_FLIGHT = 2
+"""Buckets that the servers have and have not yet read."""
 DEVICE = 6
 """The argument of torch's `rebuild_cuda_tensor` that is the number of the device."""
 
@@ -58,12 +61,12 @@ class ByIPC:
         # the servers are on the machine of rank 0
         self.near = rank < _num_local_ranks() if self.cuda else rank == 0
         self._buffers: list[torch.Tensor] = []
-        self._under_way: Future | None = None
+        self._under_way: deque[Future | None] = deque()
         self._num_sent = 0
 
     def start(self, shapes: Shapes) -> None:
         """A new set of weights.  Raises EngineError if there is too little shared memory."""
-        self._under_way, self._num_sent = None, 0
+        self._under_way.clear()
         shortage, devices = None, [0]
         if self.fleet and self.cuda:  # nobody would let go of what is given to a lost server
             living = [server.own.index for server in self.fleet.living()]
@@ -76,32 +79,34 @@ class ByIPC:
         self.gives = self.near and self.device in devices
 
     def send(self, bucket: Bucket) -> None:
-        """Give every server a bucket; returns when the one before has arrived."""
+        """Give every server a bucket; returns when all but the last IN_FLIGHT have arrived."""
         for part in of_one_type(bucket):
             given = self._give(part) if self.gives else None
             all_given = self.gather(given)  # now every rank's memory holds this part
-            self._wait()
-            if self.fleet:
-                self._under_way = self.fleet.run(
-                    update_from_tensor(
-                        self.fleet,
-                        lambda server, given=all_given: self._payloads(server, given),
-                        described(part),
-                        seconds=self.sync.request_seconds,
-                    )
-                )
+            self._under_way.append(self._request(part, all_given) if self.fleet else None)
             self._num_sent += 1
+            self._wait(IN_FLIGHT)
 
     def finish(self) -> None:
-        """Wait for the last bucket."""
-        self._wait()
+        """Wait for the last buckets."""
+        self._wait(0)
         if self.cuda:
             torch.cuda.ipc_collect()
 
-    def _wait(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        if self._num_sent:
-            self.share(under_way)
+    def _request(self, part: Bucket, given: list[tuple[int, str] | None]) -> Future:
+        return self.fleet.run(
+            update_from_tensor(
+                self.fleet,
+                lambda server: self._payloads(server, given),
+                described(part),
+                seconds=self.sync.request_seconds,
+            )
+        )
+
+    def _wait(self, most: int) -> None:
+        """Until no more than so many buckets are under way."""
+        while len(self._under_way) > most:
+            self.share(self._under_way.popleft())
 
     def _give(self, part: Bucket) -> tuple[int, str]:
         """The device on which this rank has put the part, and what its server rank gets."""
@@ -110,8 +115,8 @@ class ByIPC:
             # answer may come before the copies on the server's stream are done
             rank = (self.device - self.servers.first_device) % self.servers.tensor
             return self.device, serialized(part, _Reduced(*on_device(flatten(part), rank)))
-        # what was in this buffer has been read: `_wait` comes before each request
-        flat = flatten(part, into=self._buffers[self._num_sent % 2])
+        # what was in this buffer has been read: `send` has waited for it
+        flat = flatten(part, into=self._buffers[self._num_sent % len(self._buffers)])
         readers = sum(server.num_ranks for server in self.fleet.servers if server.lost is None)
         return self.device, serialized(part, _Reduced(*in_memory(flat, readers)))
 
@@ -123,20 +128,20 @@ class ByIPC:
         return [by_device[device] for device in _devices_of(self.servers, server.own.index)]
 
     def _make_buffers(self, shapes: Shapes) -> str | None:
-        """Two, for the largest bucket each; what is wrong if there is no room for them."""
+        """For the largest bucket each; what is wrong if there is no room for them."""
         sizes = [num_bytes(dtype, shape) for dtype, shape in shapes.values()]
         size = min(sum(sizes), max(self.sync.bucket_mb << 20, *sizes))
         if self._buffers and len(self._buffers[0]) >= size:
             return None
         self._buffers = []
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if free < 2 * size:
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, (IN_FLIGHT + 1) * size
+        if free < needed:
             return (
-                f"weight_sync.transport=ipc needs {2 * size >> 20} MiB in {SHARED_MEMORY}, and "
+                f"weight_sync.transport=ipc needs {needed >> 20} MiB in {SHARED_MEMORY}, and "
                 f"{free >> 20} are free: lower weight_sync.bucket_mb={self.sync.bucket_mb}, or "
                 "give the machine (docker: --shm-size) more"
             )
-        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(IN_FLIGHT + 1)]
         return None
 
 
