@@ -2,6 +2,8 @@
 
 megatron-prepo demo                              the laptop experiment, in runs/demo
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
+megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
+megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
@@ -18,12 +20,13 @@ from pathlib import Path
 from megatron_prepo import compare, local_ranks
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 for a failed run, a plan that does not fit or a doctor who finds something
-    missing; 2 for something that the user can mend."""
+    missing; 2 for something that the user can mend; 75 for a run that stopped when it was asked to,
+    and can go on."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -38,9 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if error.exit_code == 2 else 1
     except RunsFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,25 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def train_command(path: str, overrides: Sequence[str]) -> None:
-    """Check the configuration and its inputs, start the ranks, wait for them."""
-    from megatron_prepo import preflight
-    from megatron_prepo.run import check_free
+def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> None:
+    """Check the configuration and its inputs, start the ranks, wait for them.
+
+    After a failure that is not the user's, start them again, as often as `max_restarts` says.
+    """
+    from megatron_prepo import preflight, run_directory
 
     config = configuration.load(path, overrides)
-    check_free(config)
+    run_directory.check(config)
     preflight.check(config)
+    if config.run.overwrite:
+        run_directory.clear(Path(config.run.dir))
     parallel = config.parallel
-    local_ranks.start(
-        [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides],
-        num_ranks=parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data),
-        log_directory=Path(config.run.dir) / "logs",
-    )
+    command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
+    for restarts_left in reversed(range(max_restarts + 1)):
+        try:
+            return local_ranks.start(
+                [*command, "run.overwrite=false"],  # what is there now is this run's
+                num_ranks=parallel.tensor
+                * parallel.pipeline
+                * (parallel.data or parallel.smallest_data),
+                log_directory=Path(config.run.dir) / "logs",
+            )
+        except local_ranks.RanksFailed as error:
+            if error.exit_code == 2 or not restarts_left:
+                raise
+            print(f"{error}\nstarted again ({restarts_left} left)", file=sys.stderr)
 
 
 def _train(options: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
-        train_command(options.config, options.overrides)
+        train_command(options.config, options.overrides, options.max_restarts)
         return 0
 
     def as_rank() -> None:
@@ -79,6 +98,33 @@ def _train(options: argparse.Namespace) -> int:
             print(report.text(summary))
 
     return local_ranks.run_rank(as_rank)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from megatron_prepo import run_directory
+
+    if options.prove:
+        return _prove(options)
+    directory = Path(options.directory)
+    run_directory.check_unfinished(directory)
+    options.config = directory / "config.yaml"
+    options.overrides = [f"run.dir={directory}", *options.overrides]
+    return _train(options)
+
+
+def _prove(options: argparse.Namespace) -> int:
+    from megatron_prepo import prove
+
+    run = Path(options.directory)
+    checks = prove.prove(
+        run / "config.yaml" if run.is_dir() else run,
+        options.overrides,
+        Path(options.dir),
+        before=options.steps[0],
+        after=options.steps[1],
+    )
+    print(prove.text(checks))
+    return 0 if all(check.equal for check in checks) else 1
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -155,7 +201,30 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train as a configuration file says")
     train.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    _add_restarts(train)
     train.set_defaults(run=_train)
+    resume = commands.add_parser("resume", help="go on with an interrupted run")
+    resume.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
+    resume.add_argument(
+        "--prove",
+        action="store_true",
+        help="leave the run alone (a configuration file does, too): by its settings, make a short "
+        "run that is killed, and compare it with an undisturbed one; the exit code tells",
+    )
+    resume.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(2, 2),
+        metavar=("N", "M"),
+        help="with --prove: steps before and after the kill (default: 2 2)",
+    )
+    resume.add_argument(
+        "--dir", default="runs/prove", help="with --prove: where it goes (default: %(default)s)"
+    )
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    _add_restarts(resume)
+    resume.set_defaults(run=_resume)
     demo = commands.add_parser("demo", help="the laptop experiment from end to end")
     demo.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
@@ -208,3 +277,13 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser
+
+
+def _add_restarts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a failure, go on from the last checkpoint, so often (default: %(default)s)",
+    )

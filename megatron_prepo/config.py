@@ -29,7 +29,8 @@ class RunConfig:
     dir: str
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
-    """Replace a run that is already in `run.dir` (otherwise that is an error)."""
+    """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
+    finished one, or one of other settings, is an error)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 
@@ -391,12 +392,21 @@ class TrainConfig:
     """Everything random in a run derives from it."""
     mini_batches: int = 1
     """Optimizer updates a step; the rollouts are split between them."""
-    micro_batch_size: int = 8
-    """Sequences in a forward pass of the actor."""
+    micro_batch_tokens: int = 8192
+    """Tokens in a forward pass of the actor, at most; a sequence is never split."""
+    packing: bool = True
+    """Lay sequences end to end; false: side by side, padded to the longest."""
+    share_prefixes: bool = False
+    """Compute the prompt of a group's rollouts once for all that share a micro-batch; changes no
+    result, but what experts count (`megatron.moe_aux_loss_coeff`)."""
 
     def __post_init__(self):
-        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_size"):
+        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.share_prefixes and not self.packing:
+            raise ValueError(
+                "train.share_prefixes=true needs train.packing=true: what is padded is not shared"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -429,10 +439,26 @@ class CheckpointConfig:
     every: int = 0
     """Save a Megatron checkpoint after every so many steps; 0: only at the end."""
     optimizer: bool = True
-    """Save the optimizer's state with the weights."""
+    """Save what a run needs to go on: the optimizer's state, random states, the loop's own. false:
+    weights only, and a run that is interrupted begins again."""
+    keep_last: int | None = None
+    """How many checkpoints are kept, the newest; empty: all."""
+    keep_every: int | None = None
+    """Beside those of `checkpoint.keep_last`, keep each whose step is a multiple of this."""
+    grace_seconds: float = 300.0
+    """After SIGTERM or SIGUSR1 the run saves at the end of its step; when this time has passed it
+    leaves without."""
 
     def __post_init__(self):
         _at_least("checkpoint.every", self.every, 0)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_every", self.keep_every, 1)
+        _positive("checkpoint.grace_seconds", self.grace_seconds)
+        if self.keep_every and not self.keep_last:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} has no effect without "
+                "checkpoint.keep_last, since all are kept"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -476,6 +502,14 @@ class Config:
                 f"parallel.data={self.parallel.data} and train.mini_batches="
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.micro_batch_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens} together, and a sequence is never split; set it to "
+                f"{longest} or more"
             )
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(

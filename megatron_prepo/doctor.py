@@ -196,7 +196,7 @@ def _port() -> Finding:
 def _inputs(config: Config) -> list[Finding]:
     """What the run reads, one line each; a later one is left out where it needs an earlier one."""
     from checkpoints_convert.hf_config import read_hf_config
-    from megatron_prepo import preflight, run
+    from megatron_prepo import preflight, run_directory
     from megatron_prepo.actor.model import check_layout, transformer_config
 
     findings = []
@@ -260,7 +260,7 @@ def _inputs(config: Config) -> list[Finding]:
                 lambda name=name: preflight.prompts_of(config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
-    look("run.dir", lambda: run.check_free(config), lambda _: config.run.dir)
+    look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
     findings.append(_disk(config))
     return findings
 

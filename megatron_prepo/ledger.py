@@ -4,6 +4,7 @@ Read it with ``pandas.read_json("ledger.jsonl", lines=True)``.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Ledger:
         """Write the entries of a step."""
         self._file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more entries."""

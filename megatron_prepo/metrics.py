@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -41,6 +42,11 @@ class Stopwatch:
         self._before_step = dict(self.total)
         return step
 
+    def go_on_from(self, total: dict[str, float]) -> None:
+        """Add up further from seconds that were measured before."""
+        self.total.update(total)
+        self._before_step = dict(self.total)
+
 
 class MetricsLog:
     """Appends to `metrics.jsonl`, and to Weights & Biases if a project is named."""
@@ -59,6 +65,7 @@ class MetricsLog:
         """One object; on disk when the method returns."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         if self._wandb:
             self._wandb.log(metrics, step=step)
 

@@ -204,7 +204,7 @@ def make_plan(config: Config, question: Question) -> Plan:
         engine=engine,
         micro_batches=num_micro_batches(config),
         sequence_tokens=longest(config),
-        token_budget=config.train.micro_batch_size * longest(config),
+        token_budget=config.train.micro_batch_tokens,
         seconds=seconds,
         rates=tuple(
             run.source for run in (gpu_rates.EXPERTS if shape.experts else gpu_rates.DENSE)
@@ -266,7 +266,7 @@ def _cautions(config: Config, hf: dict) -> tuple[str, ...]:
     if num_micro_batches(config) < parallel.pipeline:
         cautions.append(
             f"{num_micro_batches(config)} micro-batches leave a pipeline of {parallel.pipeline} "
-            "mostly idle; lower train.micro_batch_size or parallel.pipeline"
+            "mostly idle; lower train.micro_batch_tokens or parallel.pipeline"
         )
     if parallel.tensor > 1 and not parallel.sequence:
         cautions.append("parallel.sequence=true would split more activations at no cost")
@@ -289,11 +289,11 @@ def longest(config: Config) -> int:
 
 
 def num_micro_batches(config: Config) -> int:
-    """Micro-batches of a data-parallel rank in one optimizer update."""
+    """Micro-batches of a data-parallel rank in one update, if all sequences are the longest."""
     train = config.train
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     of_a_rank = -(-rollouts // (train.mini_batches * config.parallel.data))
-    return -(-of_a_rank // train.micro_batch_size)
+    return -(-of_a_rank // (train.micro_batch_tokens // longest(config)))
 
 
 def rollouts_a_step(config: Config) -> tuple[int, int]:
@@ -315,7 +315,6 @@ def rank_memory(
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
     parallel = config.parallel
-    batch = {"sequences": config.train.micro_batch_size, "length": longest(config)}
     in_flight = min(parallel.pipeline - stage, num_micro_batches(config))
     split = config.optimizer.use_distributed_optimizer
     of_type = 2 if config.model.dtype == "bfloat16" else 4
@@ -341,7 +340,7 @@ def rank_memory(
                 config.megatron,
                 num_layers=layers,
                 in_flight=in_flight,
-                **batch,
+                tokens=config.train.micro_batch_tokens,
             )
         ),
         head=head_bytes(config, shape) if last else 0,
@@ -370,8 +369,7 @@ def head_bytes(config: Config, shape: Shape) -> int:
             shape,
             config.parallel,
             chunk_tokens=chunk_tokens_within(memory_mib, weight),
-            sequences=config.train.micro_batch_size,
-            length=longest(config),
+            tokens=config.train.micro_batch_tokens,
         )
     )
 

@@ -22,17 +22,20 @@ from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
+from megatron_prepo.journal import Journal
 from megatron_prepo.ledger import LedgerEntry
 from megatron_prepo.loss import rollout_coefficients, truncated_importance
 from megatron_prepo.metrics import rollout_metrics, selection_metrics
 from megatron_prepo.perplexity import prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
+from megatron_prepo.resume import Checkpoints
 from megatron_prepo.rewards import FUNCTIONS, grade
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.stop import StopRequests
 from megatron_prepo.weight_sync import sync_weights
 
 
@@ -44,71 +47,86 @@ def train(config: Config) -> dict:
     """
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
+    stop = StopRequests(config.checkpoint.grace_seconds)
     run = Run(config, writes=dist.get_rank() == 0)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.say("the section sglang: is for servers that the run starts, and is ignored here")
     text = inputs.train_prompts[0].tokens
-    with run.seconds("setup"):
-        engine = build_engine(config, inputs.tokenizer, run.say)
-        preflight.check_engine(config, engine)
-        actor = Actor(config)
-        sync_weights(actor, engine, config, text)
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
     selector = METHODS[config.selection.method](
         config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )
+    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
+    with run.seconds("setup"):
+        engine = build_engine(config, inputs.tokenizer, run.say)
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+        parts = {"run": run, "batches": batches, "selector": selector}
+        checkpoints = Checkpoints(config, actor, parts, journal, run.say)
+        checkpoints.restore()
+        sync_weights(actor, engine, config, text)
 
     def held_out(**options) -> Evaluation:
         return evaluate_held_out(config, engine, inputs.eval_prompts, **options)
 
-    before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
-    for step in run.steps():
-        with run.seconds("perplexity"):
-            candidates = look_at(config, actor, selector, batches.next())
-        with run.seconds("probes"):
-            candidates, probes = probe(config, engine, selector, candidates, step)
-        paid = Groups()
-        while chosen := selector.choose(candidates, step):
-            parallel.assert_equal_on_all_ranks("the selection", chosen)
-            selected = [candidates.prompts[i] for i in chosen]
-            with run.seconds("rollouts"):
-                rollouts = roll_out(config, engine, selected, f"rollouts/{step}")
-            with run.seconds("rewards"):
-                rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
-            selector.observe(selected, rewards_KG)
-            paid = paid.and_also(chosen, rollouts, rewards_KG)
-            if not selector.refills:
-                break
-        groups = paid.trained_on(config.selection.num_selected)
+    with checkpoints.saved_if_the_engine_fails():
+        if run.before is None:
+            run.before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
+        for step in run.steps():
+            if step > 0 and due(step - 1, config.eval.every):
+                run.evaluate(held_out, "during", step, config.eval.samples_during)
+            with run.seconds("perplexity"):
+                candidates = look_at(config, actor, selector, batches.next())
+            with run.seconds("probes"):
+                candidates, probes = probe(config, engine, journal, selector, candidates, step)
+            paid = Groups()
+            while chosen := selector.choose(candidates, step):
+                parallel.assert_equal_on_all_ranks("the selection", chosen)
+                selected = [candidates.prompts[i] for i in chosen]
+                with run.seconds("rollouts"):
+                    rollouts = roll_out(config, engine, journal, selected, f"rollouts/{step}")
+                with run.seconds("rewards"):
+                    rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
+                selector.observe(selected, rewards_KG)
+                paid = paid.and_also(chosen, rollouts, rewards_KG)
+                if not selector.refills:
+                    break
+            groups = paid.trained_on(config.selection.num_selected)
 
-        with run.seconds("old_logprobs"):
-            old = score_rollouts(config, actor, groups.rollouts)
-        with run.seconds("update"):
-            weight_N, losses = update_policy(config, actor, groups.rollouts, groups.rewards_KG, old)
-        with run.seconds("weight_sync"):
-            sync_weights(actor, engine, config, text)
+            with run.seconds("old_logprobs"):
+                old = score_rollouts(config, actor, groups.rollouts)
+            with run.seconds("update"):
+                weight_N, losses = update_policy(
+                    config, actor, groups.rollouts, groups.rewards_KG, old
+                )
+            try:
+                with run.seconds("weight_sync"):
+                    sync_weights(actor, engine, config, text)
+            finally:  # the step is done, whether or not the engine lives to see it
+                run.record(
+                    step,
+                    ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
+                    selection_metrics(candidates, paid.chosen, paid.rewards_KG)
+                    | selector.metrics()
+                    | old.metrics(weight_N, groups.rollouts)
+                    | losses,
+                )
+                checkpoints.mark()
+            stopping = stop.anywhere()
+            if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
+                with run.seconds("checkpoint"):
+                    checkpoints.save()
+            if stopping:
+                raise stop.stopped(run.num_steps)
+        after = run.evaluate(held_out, "after", run.num_steps, config.eval.samples_per_prompt)
 
-        run.record(
-            step,
-            ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
-            selection_metrics(candidates, paid.chosen, paid.rewards_KG)
-            | selector.metrics()
-            | old.metrics(weight_N, groups.rollouts)
-            | losses,
-        )
-        if due(step, config.eval.every) and not run.is_last(step):
-            run.evaluate(held_out, "during", step + 1, config.eval.samples_during)
-        if due(step, config.checkpoint.every) or run.is_last(step):
-            with run.seconds("checkpoint"):
-                actor.save(run.directory / "checkpoints", step=step + 1)
-
-    after = run.evaluate(held_out, "after", step + 1, config.eval.samples_per_prompt)
     with run.seconds("export"):
         actor.export(run.directory / "hf", write=run.writes)
     engine.close()
-    return run.finish(before, after, ranks=dist.get_world_size())
+    journal.close()
+    return run.finish(after, ranks=dist.get_world_size())
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
@@ -144,26 +162,32 @@ def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -
 
 
 def probe(
-    config: Config, engine, selector, candidates: Candidates, step: int
+    config: Config, engine, journal: Journal, selector, candidates: Candidates, step: int
 ) -> tuple[Candidates, list[Rollout]]:
     """For the oracle, which is no method: the pass rate of every candidate, and what it cost."""
     if not selector.needs_pass_rates:
         return candidates, []
-    probes = roll_out(config, engine, candidates.prompts, f"probes/{step}")
+    probes = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
     passed_N = rewards_of(config, probes) >= config.reward.high
     pass_rate_P = passed_N.double().view(len(candidates.prompts), -1).mean(dim=1)
     return replace(candidates, pass_rate_P=pass_rate_P), probes
 
 
-def roll_out(config: Config, engine, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
-    """G completions of each prompt, by the weights of the last update."""
-    return engine.generate(
-        prompts,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=f"{config.train.seed}/{purpose}",
-    )
+def roll_out(
+    config: Config, engine, journal: Journal, prompts: Sequence[Prompt], purpose: str
+) -> list[Rollout]:
+    """G completions of each prompt, by the weights of the last update; paid for once."""
+    rollouts = journal.find(purpose, engine.weight_version, prompts)
+    if rollouts is None:
+        rollouts = engine.generate(
+            prompts,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=f"{config.train.seed}/{purpose}",
+        )
+        journal.add(purpose, rollouts)
+    return rollouts
 
 
 def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:

@@ -13,13 +13,14 @@ LAYOUTS = {
     "one rank": ["parallel.tensor=1"],
     "TP2": ["parallel.tensor=2"],
     "TP2 again": ["parallel.tensor=2"],
-    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=5"],
-    "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.micro_batch_size=4"],
+    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_tokens=601"],
+    "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.packing=false"],
     "DP2": [
         "parallel.tensor=1",
         "parallel.data=2",
         "optimizer.use_distributed_optimizer=true",
-        "train.micro_batch_size=3",
+        "train.micro_batch_tokens=400",
+        "train.share_prefixes=true",
     ],
 }
 
@@ -44,10 +45,12 @@ def test_same_seed_same_ledger(runs):
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one rank"])
 def test_layouts_agree(runs, name):
-    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing."""
+    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing, nor how
+    sequences are laid into micro-batches.
+    """
     for one, other in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
         for key, value in one.items():
-            if not key.startswith(("seconds/", "mismatch/")):
+            if not key.startswith(("seconds/", "mismatch/", "train/")):
                 assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
@@ -64,6 +67,15 @@ def test_engine_is_not_ahead_of_the_first_update(runs):
     first = metrics(runs["TP2"])[0]
     assert 0 < first["loss/kl_to_old"] < 0.1
     assert first["loss/grad_norm"] > 0
+
+
+def test_what_is_packed_has_no_padding_and_what_is_shared_is_less(runs):
+    first = {name: metrics(runs[name])[0] for name in ("one rank", "PP2", "DP2")}
+    assert first["one rank"]["train/padding_fraction"] == 0
+    assert first["PP2"]["train/padding_fraction"] > 0.01
+    assert first["DP2"]["train/tokens"] < 0.8 * first["one rank"]["train/tokens"]
+    assert first["one rank"]["train/tokens"] < first["PP2"]["train/tokens"]
+    assert 1 <= first["DP2"]["train/balance_ratio"] < 1.03
 
 
 def test_ledger_is_complete_and_readable(runs):

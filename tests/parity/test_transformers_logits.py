@@ -22,6 +22,7 @@ MODELS = {
     "qwen3 tied": lambda: tiny_models.qwen3(tied=True),
     "llama3": lambda: tiny_models.llama3(),
     "llama3 tied": lambda: tiny_models.llama3(tied=True),
+    "qwen3 moe": lambda: tiny_models.qwen3_moe(),
 }
 LAYOUTS = {
     "tp1": {},

@@ -150,7 +150,7 @@ def test_all_mistakes_are_reported_at_once():
         ({"optimizer__lr": -1.0}, r"optimizer\.lr=-1\.0"),
         ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, r"optimizer\.min_lr=1e-05 must lie between"),
         ({"optimizer__clip_grad": 0.0}, r"optimizer\.clip_grad=0\.0"),
-        ({"train__micro_batch_size": 0}, r"train\.micro_batch_size=0"),
+        ({"train__micro_batch_tokens": 0}, r"train\.micro_batch_tokens=0"),
         ({"eval__every": -1}, r"eval\.every=-1"),
         ({"eval__temperature": 0.0}, r"eval\.temperature=0\.0"),
         ({"checkpoint__every": -1}, r"checkpoint\.every=-1"),
@@ -168,6 +168,14 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
         (
             {"train__mini_batches": 3},
             r"train\.mini_batches=3 is more than .*num_selected=2",
+        ),
+        (
+            {"train": {"total_steps": 5, "packing": False, "share_prefixes": True}},
+            r"train\.share_prefixes=true needs train\.packing=true",
+        ),
+        (
+            {"train__micro_batch_tokens": 1000},
+            r"micro_batch_tokens=1000 is less than data\.max_prompt_tokens=1024 .*set it to 1088",
         ),
         (
             {"parallel__data": 17},
@@ -302,11 +310,12 @@ def other_value(field):
 
 
 def test_round_trip_of_every_setting(tmp_path):
-    """Through a tree and through YAML, with no setting at its default."""
+    """Through a tree and through YAML, with no setting at its default that need not be."""
     changed = tree(parallel__tensor=2)
     for section, field in all_fields():
         if field is not None and field.default is not dataclasses.MISSING:
             changed.setdefault(section.name, {})[field.name] = other_value(field)
+    changed["train"]["packing"] = True  # asked for by share_prefixes
     changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
     config = from_tree(changed)
     assert to_tree(config) == changed

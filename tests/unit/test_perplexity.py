@@ -6,35 +6,49 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.batching import micro_batch, plan_rows
 from megatron_prepo.actor.policy import Scores
+from megatron_prepo.memory import Shape
 from megatron_prepo.perplexity import perplexity, prompt_scores, scored_span
 from megatron_prepo.records import Prompt
 
 V = 7
+SHAPE = Shape(
+    layers=1,
+    hidden=1,
+    heads=1,
+    groups=1,
+    head_size=1,
+    mlp=1,
+    vocabulary=V,
+    experts=0,
+    experts_a_token=0,
+    head_norms=False,
+)
 
 
 class Bigram:
-    """Stands in for the actor: log p(next | previous) from a table, a padded batch at a time."""
+    """Stands in for the actor: log p(next | previous) from a table, a row at a time."""
 
-    def __init__(self, logits_VV, micro_batch_size=2):
+    def __init__(self, logits_VV, budget=8):
         self.logprobs_VV = logits_VV.log_softmax(-1)
-        self.micro_batch_size = micro_batch_size
+        self.budget = budget
         self.temperatures = []
 
     def score(self, sequences, *, temperature):
         self.temperatures.append(temperature)
-        scores = []
-        for first in range(0, len(sequences), self.micro_batch_size):
-            index = range(first, min(first + self.micro_batch_size, len(sequences)))
-            batch = micro_batch(sequences, index, multiple=4, device="cpu")
-            for row in range(len(index)):
-                scored = batch.targets_BS[row] >= 0
-                tokens = batch.tokens_BS[row][scored]
-                logprobs_TV = self.logprobs_VV[tokens]
-                targets_T = batch.targets_BS[row][scored]
-                entropy_T = -torch.special.xlogy(logprobs_TV.exp(), logprobs_TV.exp()).sum(-1)
-                scores.append(Scores(logprobs_TV.gather(1, targets_T[:, None])[:, 0], entropy_T))
+        scores = [None] * len(sequences)
+        plan = plan_rows(sequences, num_ranks=1, budget=self.budget, shape=SHAPE, multiple=4)
+        for row in plan.ranks[0]:
+            batch = micro_batch(sequences, row, multiple=4)
+            scored_T = batch.targets_T >= 0
+            logprobs_RV = self.logprobs_VV[batch.tokens_T[scored_T]]
+            logprobs_R = logprobs_RV.gather(1, batch.targets_T[scored_T][:, None])[:, 0]
+            entropy_R = -torch.special.xlogy(logprobs_RV.exp(), logprobs_RV.exp()).sum(-1)
+            lengths = [sequences[i].num_scored for i in batch.index]
+            parts = zip(logprobs_R.split(lengths), entropy_R.split(lengths), strict=True)
+            for i, part in zip(batch.index, parts, strict=True):
+                scores[i] = Scores(*part)
         return scores
 
 
@@ -90,11 +104,11 @@ def test_never_below_one():
     assert (prompt_scores(random_bigram(), PROMPTS)[0] >= 1).all()
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
-def test_order_and_padding_of_the_batch_do_not_matter(micro_batch_size):
+@pytest.mark.parametrize("budget", [6, 9, 100])
+def test_order_and_packing_of_the_batch_do_not_matter(budget):
     model = random_bigram()
     expected_P = torch.cat([prompt_scores(model, [item])[0] for item in PROMPTS])
-    model.micro_batch_size = micro_batch_size
+    model.budget = budget
     order = [2, 0, 3, 1]
     ppl_P, _ = prompt_scores(model, [PROMPTS[i] for i in order])
     torch.testing.assert_close(ppl_P, expected_P[order], rtol=1e-12, atol=0)

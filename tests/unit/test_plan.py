@@ -33,7 +33,7 @@ TREE = {
     "data": {"train": "absent", "eval": "absent", "max_prompt_tokens": 1024},
     "selection": {"num_candidates": 640, "num_selected": 128},
     "rollout": {"max_new_tokens": 3072},
-    "train": {"total_steps": 100, "micro_batch_size": 1, "mini_batches": 2},
+    "train": {"total_steps": 100, "micro_batch_tokens": 4096, "mini_batches": 2},
     "optimizer": {"use_distributed_optimizer": True},
 }
 
@@ -212,7 +212,11 @@ def test_a_thousand_gpus_and_more(configured):
         ({"parallel": {"pipeline": 5}}, 10, "num_hidden_layers=28"),
         ({"parallel": {"tensor": 4}}, 6, "6 ranks do not fit parallel.tensor=4"),
         ({"parallel": {"data": 3}}, 4, "parallel.data=3"),
-        ({"rollout": {"max_new_tokens": 8000}}, 4, "8192 positions"),
+        (
+            {"rollout": {"max_new_tokens": 8000}, "train": {"micro_batch_tokens": 16384}},
+            4,
+            "8192 positions",
+        ),
         ({"parallel": {}, "selection": {"num_selected": 1}}, 64, "mini_batches=2"),
     ],
 )
@@ -386,7 +390,7 @@ def test_the_command_prints_a_narrow_table_and_json(configured, tmp_path, capsys
     assert max(map(len, table.splitlines())) <= 100
     for part in ("7,615,616,512 parameters", "\nfits: ", "issue 959", "102,400 rollouts"):
         assert part in table, table
-    assert main([*words, *layout, "train.micro_batch_size=64", "--json"]) == 1
+    assert main([*words, *layout, "train.micro_batch_tokens=262144", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["parameters"] == 7_615_616_512 and not answer["fits"]
     assert answer["ranks"][0]["total"] > answer["memory"]
