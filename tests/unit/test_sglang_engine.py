@@ -253,6 +253,14 @@ def test_a_server_at_fault_in_a_sync_has_no_part_in_the_next_rollouts(
     assert_has_weights(fakes[0], actor)
 
 
+def test_a_disk_that_takes_nothing_is_an_error_of_the_engine(build, hf, fakes, tmp_path):
+    (tmp_path / "file").touch()
+    engine, config = build(fakes, transport="disk", directory=str(tmp_path / "file" / "weights"))
+    with pytest.raises(EngineError, match=r"weights to the servers: .*file"):
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+    assert not fakes[0].paused and not fakes[1].paused
+
+
 def test_shared_memory_that_does_not_suffice(build, hf, fakes, monkeypatch):
     engine, config = build(fakes, transport="ipc")
     monkeypatch.setattr(ipc.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))

@@ -268,8 +268,11 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
 
 
 def _failure_of(step: Callable[[], None]) -> EngineError | None:
+    """What went wrong, so that all ranks can hear of it."""
     try:
         step()
     except EngineError as error:
         return error
+    except OSError as error:
+        return EngineError(f"weights to the servers: {error}")
     return None

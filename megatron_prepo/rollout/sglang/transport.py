@@ -156,18 +156,20 @@ class Distributed:
                     seconds=self.seconds,
                 )
             )
-            sending = dist.broadcast(flat, src=0, group=self._group, async_op=True)
             group, self._group = self._group, None
             try:
+                sending = dist.broadcast(flat, src=0, group=group, async_op=True)
                 receiving.result()
                 if self._changes != self.fleet.changes:
                     lost = [f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost]
                     raise SyncBroken(f"{described(part)} did not arrive\n" + "\n".join(lost))
-            except EngineError:
-                if self.backend == "nccl":  # its broadcast would wait, and then end the process
+                sending.wait()
+            except RuntimeError as error:
+                if self.backend == "nccl":  # what is left of the broadcast would end the process
                     group.abort()
-                raise
-            sending.wait()
+                if isinstance(error, EngineError):
+                    raise
+                raise SyncBroken(f"{described(part)} was not sent: {error}") from error
             self._group = group
 
     def finish(self) -> None:
