@@ -154,7 +154,9 @@ class FakeSGLang:
             case "/pause_generation" | "/continue_generation" as path:
                 self.paused = path.startswith("/pause")
                 return 200, {"status": "ok"}
-            case "/flush_cache" | "/release_memory_occupation" | "/resume_memory_occupation":
+            case "/flush_cache" | "/freeze_gc":
+                return 200, {}
+            case "/release_memory_occupation" | "/resume_memory_occupation":
                 return 200, {}
         return 404, {"message": f"no {path}"}
 
