@@ -12,8 +12,6 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.rollout.sglang import ipc
 from megatron_prepo.rollout.sglang.ipc import ByIPC
 
-CUDA = "cuda"
-
 
 def config_of(**servers):
     return tiny_models.actor_config(
@@ -29,50 +27,44 @@ def opened(*arguments):
     return SimpleNamespace(by_device=arguments[6], given_by=arguments[7])
 
 
-def rank_of(config, rank, fleet=None):
-    """A trainer rank on GPU `rank`; `gather` gives it rank 0's word that all servers serve."""
-    devices = [d for i in range(config.servers.count) for d in ipc._devices_of(config.servers, i)]
+def rank_of(config, rank, *, device, fleet=None, living=None):
+    """A trainer rank on that GPU; rank 0's word on which servers serve reaches it."""
+    devices = ipc._devices(config.servers) if living is None else living
     transport = ByIPC(
         fleet,
         config,
-        device=torch.device(CUDA, rank),
+        device=torch.device("cuda", device),
         rank=rank,
         share=None,
-        gather=lambda value: [(None, devices)],
+        gather=lambda value: [value if rank == 0 else (None, devices)],
     )
     transport.start({})
     return transport
 
 
+def fleet_of(*indexes):
+    servers = [SimpleNamespace(own=SimpleNamespace(index=index)) for index in indexes]
+    return SimpleNamespace(living=lambda: servers)
+
+
 @pytest.mark.parametrize(
-    ("servers", "num_ranks"),
-    [({"count": 4}, 4), ({"count": 2, "tensor": 2}, 4), ({"tensor": 2, "first_device": 1}, 4)],
+    "servers", [{"count": 4}, {"count": 2, "tensor": 2}, {"tensor": 2, "first_device": 1}]
 )
-def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers, num_ranks):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
+def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers):
+    """Of eight ranks on two machines with four GPUs each, those of the first give handles."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = config_of(**servers)
-    part, given = [("a", torch.ones(3))], []
-    own = [SimpleNamespace(own=SimpleNamespace(index=i)) for i in range(config.servers.count)]
-    fleet = SimpleNamespace(living=lambda: own)
-    ipc.check(config, torch.device(CUDA, 0))
-    for rank in range(num_ranks + 2):  # the last two on another machine
+    ipc.check(config, torch.device("cuda", 0))
+    fleet, given = fleet_of(*range(config.servers.count)), []
+    for rank in range(8):
         monkeypatch.setattr(
             ipc.reductions, "reduce_tensor", lambda flat, r=rank: (opened, (0,) * 6 + (r, r))
         )
-        transport = rank_of(config, rank % num_ranks, fleet if rank == 0 else None)
-        if rank >= num_ranks:
-            transport = ByIPC(
-                None,
-                config,
-                device=torch.device(CUDA, rank % num_ranks),
-                rank=rank,
-                share=None,
-                gather=transport.gather,
-            )
-            transport.start({})
-        given.append(transport._give(part) if transport.gives else None)
-    for server in own:
-        for rank, string in enumerate(rank_of(config, 0, fleet)._payloads(server, given)):
+        ours = rank_of(config, rank, device=rank % 4, fleet=fleet if rank == 0 else None)
+        given.append(ours._give([("a", torch.ones(3))]) if ours.gives else None)
+    assert given[4:] == [None] * 4
+    for server in fleet.living():
+        for rank, string in enumerate(ours._payloads(server, given)):
             handle = pickle.loads(base64.b64decode(string))["flattened_tensor"]
             device = config.servers.first_device + server.own.index * config.servers.tensor + rank
             assert (handle.by_device, handle.given_by) == (rank, device)
@@ -81,18 +73,10 @@ def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers, n
 def test_a_lost_server_is_given_nothing(monkeypatch):
     """What nobody lets go of would stay in the device's memory."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    fleet = SimpleNamespace(living=lambda: [SimpleNamespace(own=SimpleNamespace(index=1))])
-    words = []
-    transport = ByIPC(
-        fleet,
-        config_of(count=2),
-        device=torch.device(CUDA, 0),
-        rank=0,
-        share=None,
-        gather=lambda value: words.append(value) or [value],
-    )
-    transport.start({})
-    assert words == [(None, [1])] and not transport.gives
+    config = config_of(count=2)
+    assert not rank_of(config, 0, device=0, fleet=fleet_of(1)).gives
+    assert rank_of(config, 1, device=1, living=[1]).gives
+    assert not rank_of(config, 1, device=1, living=[0]).gives
 
 
 @pytest.mark.parametrize(
@@ -106,5 +90,5 @@ def test_a_lost_server_is_given_nothing(monkeypatch):
 def test_servers_on_devices_that_no_rank_has(monkeypatch, servers, named):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=named):
-        ipc.check(config_of(**servers), torch.device(CUDA, 0))
+        ipc.check(config_of(**servers), torch.device("cuda", 0))
     ipc.check(config_of(**servers), torch.device("cpu"))

@@ -7,6 +7,6 @@
 | `fleet.py` | the servers and the one way to call them, with a deadline |
 | `generation.py` | many completions over several servers, each counted once |
 | `completion.py` | what is asked for one completion, and what its answer must look like |
-| `transport.py` | three ways for the weights |
+| `transport.py`, `ipc.py` | four ways for the weights |
 | `on_cpu/` | what a server needs on a machine without CUDA; not for the trainer |
 """
