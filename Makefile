@@ -15,7 +15,7 @@ demo: .venv/ready
 SGLANG_RUNS := $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.version_info[:2] in \
   ((3, 11), (3, 12)) and platform.system() == "Linux" and platform.machine() == "x86_64"))')
 
-test: .venv/ready-dev $(if $(SGLANG_RUNS),.venv-sglang/ready)
+test: .venv/ready-dev .venv-launch/ready $(if $(SGLANG_RUNS),.venv-sglang/ready)
 	.venv/bin/python -m pytest
 
 # SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
@@ -63,7 +63,7 @@ compare: .venv/ready
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
-	rm -rf .venv .venv-sglang build *.egg-info
+	rm -rf .venv .venv-launch .venv-sglang build *.egg-info
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -86,4 +86,14 @@ SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .venv/ready-dev: .venv/ready
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+# NeMo-Run brings a hundred packages, and older versions of some: it sees .venv, not the reverse.
+LAUNCH_PIP = .venv-launch/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
+WHERE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.venv-launch/ready: .venv/ready-dev
+	$(PYTHON) -m venv .venv-launch
+	.venv/bin/python $(WHERE) > $$(.venv-launch/bin/python $(WHERE))/shared.pth
+	$(LAUNCH_PIP) --editable ".[launch]"
 	touch $@

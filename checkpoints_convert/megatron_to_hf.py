@@ -1,6 +1,6 @@
 """Stream a live Megatron model out under Hugging Face names, for weight sync and for export."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,18 +29,7 @@ def hf_plan(model: torch.nn.Module) -> list[Part]:
 
     The last stage's copy of tied embeddings is left out.  It holds for as long as the model.
     """
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    mine = [(mapping, tuple(p.shape), p.dtype) for _, mapping, p in stage_parameters(model)]
-    stages: list = [None] * pp_group.size()
-    dist.all_gather_object(stages, mine, group=pp_group)
-    seen: set[str] = set()
-    parts = []
-    for stage, theirs in enumerate(stages):
-        for position, (mapping, shape, dtype) in enumerate(theirs):
-            if not seen.issuperset(mapping.hf_names):
-                seen.update(mapping.hf_names)
-                parts.append(Part(stage, position, mapping, shape, dtype))
-    return parts
+    return _plan(stage_parameters(model))
 
 
 @torch.no_grad()
@@ -53,11 +42,28 @@ def hf_weights(
     same order.  Each name comes once; tied embeddings have no `lm_head`.  `parts`: its `hf_plan`,
     where that is known.
     """
+    mine = stage_parameters(model)
+    yield from _whole_tensors(model, mine, vocab_size, _plan(mine) if parts is None else parts)
+
+
+@torch.no_grad()
+def hf_gradients(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
+
+    A gradient is cut and joined like its weight, since each mapping only moves numbers.
+    """
+    mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(model)]
+    yield from _whole_tensors(model, mine, vocab_size, _plan(mine))
+
+
+def _whole_tensors(
+    model, mine: list, vocab_size: int, parts: Sequence[Part]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of each (name, mapping, this rank's part) in `mine`, under Hugging Face names."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
-    mine = stage_parameters(model)
     heads = heads_of(model.config)
-    for stage, position, mapping, shape, dtype in hf_plan(model) if parts is None else parts:
+    for stage, position, mapping, shape, dtype in parts:
         if stage == pp_group.rank():
             part = mine[position][2].detach().contiguous()
         else:
@@ -123,20 +129,21 @@ def save_hf(
         writer.finish()
 
 
-def buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
-    bucket, size = [], 0
-    for name, tensor in weights:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if bucket and size + num_bytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += num_bytes
-    if bucket:
-        yield bucket
+def _plan(mine: list) -> list[Part]:
+    """Every part of `mine`, as each rank of a stage has it, of all stages."""
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list = [None] * pp_group.size()
+    dist.all_gather_object(
+        stages, [(mapping, tuple(p.shape), p.dtype) for _, mapping, p in mine], group=pp_group
+    )
+    seen: set[str] = set()
+    parts = []
+    for stage, theirs in enumerate(stages):
+        for position, (mapping, shape, dtype) in enumerate(theirs):
+            if not seen.issuperset(mapping.hf_names):
+                seen.update(mapping.hf_names)
+                parts.append(Part(stage, position, mapping, shape, dtype))
+    return parts
 
 
 def _gather(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

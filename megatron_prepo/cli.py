@@ -4,7 +4,9 @@ megatron-prepo demo                              the laptop experiment, in runs/
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
 megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
 megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
+megatron-prepo replay DUMP [key=value ...]       a dumped step again, also in another layout
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
+megatron-prepo evaluate --model DIR ...          models on suites of problems, avg@k and pass@k
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
 megatron-prepo doctor [CONFIG]                   what this machine has, lacks, and what to do
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    options.command = compare.command_line(arguments)
+    options.arguments, options.command = arguments, compare.command_line(arguments)
     try:
         return options.run(options)
     except UserError as error:
@@ -67,21 +70,23 @@ def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int 
     preflight.check(config)
     if config.run.overwrite:
         run_directory.clear(Path(config.run.dir))
-    parallel = config.parallel
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):
         try:
             return local_ranks.start(
                 [*command, "run.overwrite=false"],  # what is there now is this run's
-                num_ranks=parallel.tensor
-                * parallel.pipeline
-                * (parallel.data or parallel.smallest_data),
+                num_ranks=_num_ranks(config),
                 log_directory=Path(config.run.dir) / "logs",
             )
         except local_ranks.RanksFailed as error:
             if error.exit_code == 2 or not restarts_left:
                 raise
             print(f"{error}\nstarted again ({restarts_left} left)", file=sys.stderr)
+
+
+def _num_ranks(config: configuration.Config) -> int:
+    parallel = config.parallel
+    return parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -108,7 +113,8 @@ def _resume(options: argparse.Namespace) -> int:
     directory = Path(options.directory)
     run_directory.check_unfinished(directory)
     options.config = directory / "config.yaml"
-    options.overrides = [f"run.dir={directory}", *options.overrides]
+    # the saved configuration may say that it replaced a run
+    options.overrides = [f"run.dir={directory}", "run.overwrite=false", *options.overrides]
     return _train(options)
 
 
@@ -125,6 +131,33 @@ def _prove(options: argparse.Namespace) -> int:
     )
     print(prove.text(checks))
     return 0 if all(check.equal for check in checks) else 1
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from megatron_prepo import replay
+    from megatron_prepo.actor.model import check_layout
+    from megatron_prepo.dump import read
+
+    directory, overrides = options.dump, options.overrides
+    if "RANK" in os.environ:
+        return local_ranks.run_rank(
+            lambda: replay.run(
+                directory,
+                overrides,
+                tolerance=options.tolerance,
+                num_tensors=None if options.all else 5,
+                write=options.write_gradients,
+            )
+        )
+    dump = read(directory, overrides)
+    check_layout(dump.config, read_hf_config(dump.config.model.hf))
+    this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
+    if not replay.has_gradients(dump) and not options.write_gradients:
+        print("the dump has no gradients: first one rank computes them", flush=True)
+        first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
+        local_ranks.start(first, 1, logs)
+    local_ranks.start([*this, *options.arguments], _num_ranks(dump.config), logs)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -149,6 +182,16 @@ def _compare(options: argparse.Namespace) -> int:
     )
     for record in records:
         print(compare.one_line(record))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_prepo import suites
+
+    config = suites.load_settings(options.config, options.model, options.overrides)
+    chosen = options.suite or suites.held_out(config)
+    results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
+    print(suites.table(results), end="")
     return 0
 
 
@@ -225,6 +268,19 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     _add_restarts(resume)
     resume.set_defaults(run=_resume)
+    replay = commands.add_parser(
+        "replay", help="the updates of a dumped step again, in any layout (docs/debugging.md)"
+    )
+    replay.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
+    replay.add_argument(
+        "--tolerance", type=float, help="largest difference (float32: 1e-4, bfloat16: 0.05)"
+    )
+    replay.add_argument("--all", action="store_true", help="show all tensors, not the worst only")
+    replay.add_argument(
+        "--write-gradients", action="store_true", help="keep gradients in the dump to compare with"
+    )
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    replay.set_defaults(run=_replay)
     demo = commands.add_parser("demo", help="the laptop experiment from end to end")
     demo.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
@@ -246,6 +302,28 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
     comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     comparison.set_defaults(run=_compare)
+    evaluation = commands.add_parser(
+        "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
+    )
+    evaluation.add_argument(
+        "--model",
+        action="append",
+        type=_named_place,
+        required=True,
+        metavar="[NAME=]DIR",
+        help="Hugging Face directory, Megatron checkpoint or run; may come several times",
+    )
+    evaluation.add_argument(
+        "--suite",
+        action="append",
+        type=_named_place,
+        metavar="[NAME=]FILE",
+        help="prompts with answers, JSON Lines; may come several times (default: data.eval)",
+    )
+    evaluation.add_argument("--out", required=True, help="folder; what is there is gone on with")
+    evaluation.add_argument("--config", help="YAML file (default: that of a run among the models)")
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    evaluation.set_defaults(run=_evaluate)
     report = commands.add_parser("report", help="one page of runs and comparisons")
     report.add_argument(
         "sources",
@@ -261,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="YAML file; of its model only config.json is read")
     plan.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
     plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
-    plan.add_argument("--engine", help="embedded or sglang (default: rollout.engine)")
+    plan.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
     plan.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
     plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)")
     plan.add_argument(
@@ -277,6 +355,12 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser
+
+
+def _named_place(word: str) -> tuple[str, str]:
+    """NAME=PLACE, or a place that names itself."""
+    name, equals, place = word.partition("=")
+    return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
 
 
 def _add_restarts(parser: argparse.ArgumentParser) -> None:

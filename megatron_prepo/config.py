@@ -6,20 +6,31 @@ configuration reference in ``docs/configuration.md`` is printed from here (``meg
 reference``).  Whatever can be wrong without looking at a file or a model is refused here.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.rewards import check_name
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+STRICT = ConfigDict(
+    extra="forbid",
+    use_attribute_docstrings=True,
+    protected_namespaces=(),
+    allow_inf_nan=False,
+)
+MAX_FILE_BYTES, MAX_DEPTH, MAX_LINE = 1 << 20, 20, 500
+MAX_DEADLINE = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,6 +42,8 @@ class RunConfig:
     overwrite: bool = False
     """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
     finished one, or one of other settings, is an error)."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 
@@ -73,7 +86,7 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("tensor", "pipeline", "expert", "data"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
-        _positive("parallel.timeout_minutes", self.timeout_minutes)
+        _deadline("parallel.timeout_minutes", self.timeout_minutes)
         if self.data and (self.tensor * self.data) % self.expert:
             raise ValueError(
                 f"parallel.expert={self.expert} must divide parallel.tensor={self.tensor} x "
@@ -235,8 +248,9 @@ class ServersConfig:
         _at_least("servers.first_device", self.first_device, 0)
         for name in ("start_seconds", "connect_seconds", "request_seconds", "straggler_seconds"):
             if getattr(self, name) is not None:
-                _positive(f"servers.{name}", getattr(self, name))
+                _deadline(f"servers.{name}", getattr(self, name))
         for url in self.urls:
+            _no_secret(url)
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"servers.urls: {url!r} must start with http:// or https://")
         if len(set(self.urls)) < len(self.urls):
@@ -268,7 +282,7 @@ class WeightSyncConfig:
 
     def __post_init__(self):
         _at_least("weight_sync.bucket_mb", self.bucket_mb, 1)
-        _positive("weight_sync.request_seconds", self.request_seconds)
+        _deadline("weight_sync.request_seconds", self.request_seconds)
         if self.tolerance is not None:
             _positive("weight_sync.tolerance", self.tolerance)
 
@@ -277,14 +291,31 @@ class WeightSyncConfig:
 class RewardConfig:
     """How a completion is graded."""
 
-    function: Literal["final_number"] = "final_number"
-    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention)."""
+    function: str = "final_number"
+    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
+    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number."""
     low: float = 0.0
     """Smallest reward the function may give."""
     high: float = 1.0
     """Largest reward the function may give; a prompt passes at this reward."""
+    seconds: float = 5.0
+    """Processor time for an answer, ten times as much on the clock; then it gets `reward.low`."""
+    memory_mb: int = 1024
+    """Address space of a grading process; an answer that needs more gets `reward.low`."""
+    processes: int | None = None
+    """Grading processes, on rank 0's machine; empty: one a core, at most 16."""
+    max_failed: float = 0.5
+    """The run ends when more than this share of the answers graded at once break a limit, or raise
+    an error."""
 
     def __post_init__(self):
+        check_name(self.function)
+        _positive("reward.seconds", self.seconds)
+        _at_least("reward.memory_mb", self.memory_mb, 128)
+        _at_least("reward.processes", self.processes, 1)
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"reward.max_failed={self.max_failed} must lie between 0 and 1")
         if not self.low < self.high:
             raise ValueError(f"reward.low={self.low} must be below reward.high={self.high}")
 
@@ -399,8 +430,12 @@ class TrainConfig:
     share_prefixes: bool = False
     """Compute the prompt of a group's rollouts once for all that share a micro-batch; changes no
     result, but what experts count (`megatron.moe_aux_loss_coeff`)."""
+    max_skipped_updates: int = 3
+    """An update whose loss or gradient is not finite is skipped and dumped; more than so many in a
+    row end the run. 0: the first one does."""
 
     def __post_init__(self):
+        _at_least("train.max_skipped_updates", self.max_skipped_updates, 0)
         for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.share_prefixes and not self.packing:
@@ -462,6 +497,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class DebugConfig:
+    """Looking into a run (`docs/debugging.md`)."""
+
+    mode: Literal["train", "rollout"] = "train"
+    """`rollout`: everything but the optimizer updates, for a look at prompts, rewards and speed."""
+    dump_steps: tuple[int, ...] = ()
+    """Steps, counted from 0, whose update is dumped to `dumps/` for `megatron-prepo replay`."""
+    dump_gradients: bool = True
+    """A dump holds the gradients too: 4 bytes a parameter and update."""
+    max_skip_dumps: int = 3
+    """So many of the updates that are skipped are dumped; the others are only counted."""
+
+    def __post_init__(self):
+        _at_least("debug.max_skip_dumps", self.max_skip_dumps, 0)
+        for step in self.dump_steps:
+            _at_least("debug.dump_steps", step, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A run."""
 
@@ -481,6 +535,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to megatron-core under its own names: fields of TransformerConfig,
     DistributedDataParallelConfig and OptimizerConfig; any other name is an error."""
@@ -491,6 +546,12 @@ class Config:
     run says so."""
 
     def __post_init__(self):
+        for key in self.sglang:
+            if key.replace("-", "_").endswith("api_key"):
+                raise ValueError(
+                    f"sglang.{key} would be in config.yaml and in the server's log; the run's own "
+                    "servers listen on servers.host, which is this machine unless changed"
+                )
         rollouts = self.selection.num_selected * self.rollout.samples_per_prompt
         if self.train.mini_batches > self.selection.num_selected:
             raise ValueError(
@@ -528,11 +589,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"no such configuration file: {path}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    tree = _from_yaml(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override)
     return from_tree(tree)
@@ -540,6 +610,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_tree(tree: dict) -> Config:
     """A checked `Config` from nested dictionaries."""
+    if not _is_small(tree):
+        raise UserError("the configuration has a whole number of more than 64 bits")
     try:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -581,28 +653,66 @@ def _apply(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):
-        raise UserError(f"override {override!r} must have the form section.key=value")
+        raise UserError(f"override {reprlib.repr(override)} must have the form section.key=value")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section} is a value, not a section")
+            raise UserError(
+                f"override {reprlib.repr(override)}: {section} is a value, not a section"
+            )
+    tree[name] = _from_yaml(value, f"override {key}: the value") if value else None
+
+
+def _from_yaml(text: str, what: str) -> Any:
+    """The value of YAML text.
+
+    Without aliases, some hundred bytes of which stand for gigabytes or for a list within itself,
+    and not deep, since PyYAML's time grows with the square of the depth.
+    """
+    depth = 0
     try:
-        tree[name] = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{what} has a YAML alias (*name), which is not supported")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"{what} is nested more than {MAX_DEPTH} deep")
+        return yaml.safe_load(text)
+    except UserError:
+        raise
+    # PyYAML lets pass what int() and date() raise for a number of 5,000 digits, or a month 13
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
+
+
+def _is_small(value: Any) -> bool:
+    """Whether all whole numbers fit 64 bits; thousands of digits cannot even be printed."""
+    if isinstance(value, dict):
+        return all(map(_is_small, (*value, *value.values())))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_small, value))
+    return not isinstance(value, int) or abs(value) < 1 << 63
 
 
 def _sentence(error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = _one_line(".".join(str(part) for part in error["loc"]))
     match error["type"]:
         case "unexpected_keyword_argument":
             return f"unknown setting {key}{nearest(key, _known_keys())}"
         case "missing":
             return f"setting {key} is required"
         case "value_error":
-            return str(error["ctx"]["error"])
+            return _one_line(error["ctx"]["error"])
         case _:
-            return f"setting {key}={error['input']!r}: {error['msg']}"
+            return f"setting {key}={reprlib.repr(error['input'])}: {error['msg']}"
+
+
+def _one_line(text: object) -> str:
+    """Without line breaks and other control characters, and not endless."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)).split()
+    line = " ".join(words)
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
 def _known_keys() -> list[str]:
@@ -622,6 +732,24 @@ def _at_least(name: str, value: float | None, low: float) -> None:
 def _positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name}={value} must be above 0")
+
+
+def _deadline(name: str, value: float) -> None:
+    _positive(name, value)
+    if value > MAX_DEADLINE:
+        raise ValueError(f"{name}={value} must be at most {MAX_DEADLINE:,}")
+
+
+def _no_secret(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"servers.urls: {url!r} is no URL: {error}") from None
+    if "@" in parts.netloc:
+        raise ValueError(
+            "servers.urls: a user or password in a URL would be in config.yaml and in logs; "
+            "let a proxy on this machine add it"
+        )
 
 
 def _yaml(value: Any) -> str:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_prepo.durable import read_lines
+
 
 @dataclass(frozen=True)
 class LedgerEntry:
@@ -41,6 +43,8 @@ class LedgerEntry:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long."""
+    graded: Literal["ok", "timeout", "error"] = "ok"
+    """Whether the reward is the function's: else it broke a limit, or raised."""
 
 
 class Ledger:
@@ -62,6 +66,4 @@ class Ledger:
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:
     """The entries of a ledger, in order."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield LedgerEntry(**json.loads(line))
+    return (LedgerEntry(**entry) for entry in read_lines(path))

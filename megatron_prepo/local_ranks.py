@@ -7,10 +7,12 @@ what is shown, last, is the error of the rank that failed first.
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +28,8 @@ STOPPED_EXIT_CODE = 75
 """Of a run that has stopped as asked and can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
 LEAVING_SECONDS = 60.0
 """From the first rank that leaves as asked to the last."""
+MEETING_FILE = "MEGATRON_PREPO_MEETING_FILE"
+"""Where the ranks find each other: torch's own server for that listens on all interfaces."""
 
 
 class RanksFailed(RuntimeError):
@@ -44,6 +48,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     """
     log_directory.mkdir(parents=True, exist_ok=True)
     processes, logs, codes = [], [], {}
+    meeting_file = Path(tempfile.mkdtemp(prefix="megatron-prepo-")) / "ranks"
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     shared = {
         "WORLD_SIZE": str(num_ranks),
@@ -51,7 +56,10 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        MEETING_FILE: str(meeting_file),
     }
+    if sys.platform == "linux":  # control messages stay on this machine, too
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     with _stop_signals_go_to(processes) as asked:
         try:
             for rank in range(num_ranks):
@@ -70,6 +78,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
             codes = _wait(processes, asked)
         finally:
             _end(processes)
+            shutil.rmtree(meeting_file.parent)
             for log in logs:
                 log.close()
     if not codes:

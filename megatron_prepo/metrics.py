@@ -16,7 +16,9 @@ import torch
 from scipy import stats
 
 from megatron_prepo.advantages import zero_variance
+from megatron_prepo.dashboards import TensorBoard, WandB
 from megatron_prepo.loss import k3
+from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.candidates import Candidates
 
 
@@ -49,31 +51,25 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, and to Weights & Biases if a project is named."""
+    """Appends to `metrics.jsonl`, and shows the same on dashboards."""
 
-    def __init__(
-        self, path: str | Path, wandb_project: str | None = None, config: dict | None = None
-    ):
+    def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
-        self._wandb = None
-        if wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, config=config)
+        self._dashboards = dashboards
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One object; on disk when the method returns."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._wandb:
-            self._wandb.log(metrics, step=step)
+        for dashboard in self._dashboards:
+            dashboard.write(step, metrics)
 
     def close(self) -> None:
         """No more metrics."""
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        for dashboard in self._dashboards:
+            dashboard.close()
 
 
 def selection_metrics(
@@ -93,6 +89,14 @@ def selection_metrics(
         if candidates.pass_rate_P is not None:
             metrics |= candidate_metrics(candidates)
     return metrics
+
+
+def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
+    """How many answers broke a limit or made the reward function raise."""
+    return {
+        "reward/failed_ratio": sum(grade.outcome != "ok" for grade in grades) / len(grades),
+        "seconds/slowest_answer": max(grade.seconds for grade in grades),
+    }
 
 
 def candidate_metrics(candidates: Candidates) -> dict[str, float]:

@@ -31,7 +31,7 @@ from megatron_prepo.memory import (
     stage_activations,
 )
 
-ENGINES = ("embedded", "sglang")
+ENGINES = ("embedded", "sglang", "elsewhere")
 RESERVE = 6 * GIB
 """Set aside on every GPU for the CUDA context, communication buffers, temporaries and
 fragmentation: a guess of ours, to be replaced by what a run measures."""
@@ -44,7 +44,8 @@ class Question:
     gpus: int
     gpu: str = "h100"
     engine: str | None = None
-    """`embedded` or `sglang`; empty: what `rollout.engine` says."""
+    """`embedded`, `sglang`, or `elsewhere` for servers on GPUs that are not counted; empty: what
+    `rollout.engine` says."""
     engine_tensor: int | None = None
     """GPUs that share one SGLang engine; empty: as few as leave it half of their memory."""
     prompt_tokens: float | None = None
@@ -321,7 +322,8 @@ def rank_memory(
     # Adam's two moments, and float32 weights where those of the model are shorter
     state = 12 if config.model.dtype == "bfloat16" else 8
     last = stage == parallel.pipeline - 1
-    at_once = engine.sequences_at_once if engine.name == "embedded" else 1
+    # the embedded engine's batch, one sequence of SGLang's, or nothing
+    at_once = {"embedded": engine.sequences_at_once, "sglang": 1, "elsewhere": 0}[engine.name]
     return RankMemory(
         stage=stage,
         layers=layers,
@@ -391,6 +393,8 @@ def build_engine(config: Config, question: Question, shape: Shape, parameters: i
     if name == "embedded":
         wanted = -(-rollouts // question.gpus)
         return Engine(name, 1, parameters * of_type, wanted, min(wanted, config.rollout.batch_size))
+    if name == "elsewhere":
+        return Engine(name, 1, 0, rollouts, rollouts)
     tensor = question.engine_tensor or _smallest_tensor(
         parameters * of_type, GPUS[question.gpu], question.gpus
     )
@@ -413,7 +417,7 @@ def with_room(
     config: Config, question: Question, shape: Shape, engine: Engine, ranks: tuple[RankMemory, ...]
 ) -> Engine:
     """With `sequences_at_once`: SGLang's cache takes what the fullest GPU has left."""
-    if engine.name == "embedded":
+    if engine.name != "sglang":
         return engine
     busiest = max(rank.actor for rank in ranks)
     room = GPUS[question.gpu].memory - question.reserve - busiest - engine.weights
@@ -435,7 +439,7 @@ def _work(config: Config, question: Question, parameters: int, active: int) -> g
         parameters=parameters,
         active_parameters=active,
         prompt_tokens=scored * prompt,
-        generated_tokens=least * response,
+        generated_tokens=0 if question.engine == "elsewhere" else least * response,
         # the initial policy scores, too, where there is a penalty for leaving it
         scored_tokens=learnt * (2 if config.loss.kl_coef else 1),
         learnt_tokens=learnt,

@@ -10,7 +10,9 @@
 | `pass_rate.png` | the result as a picture |
 | `checkpoints/` | Megatron checkpoints, and with them what the run goes on from |
 | `journal/` | rollouts that no checkpoint covers yet |
+| `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
 | `hf/` | the trained model in Hugging Face format |
+| `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
 | `logs/` | what ranks other than 0 printed, and errors |
 """
 
@@ -21,15 +23,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megatron_prepo import machine, report, run_directory
-from megatron_prepo.config import Config, to_tree
+from megatron_prepo.config import Config
+from megatron_prepo.dashboards import dashboards
 from megatron_prepo.durable import flush, write_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluate import Evaluation, mean_ci95
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
+from megatron_prepo.progress import bar as progress_bar
 
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
 """Files that grow by lines."""
@@ -59,9 +62,8 @@ class Run:
         """The evaluation before the first step."""
         if writes:
             run_directory.prepare(config, self.say)
-            project = config.run.wandb_project
             self.ledger = Ledger(self.directory / "ledger.jsonl")
-            self.metrics = MetricsLog(self.directory / "metrics.jsonl", project, to_tree(config))
+            self.metrics = MetricsLog(self.directory / "metrics.jsonl", dashboards(config))
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
 
     def say(self, sentence: str) -> None:
@@ -74,7 +76,7 @@ class Run:
         first, total = self.num_steps, self.config.train.total_steps
         if first and self.is_last(first - 1):
             return
-        self.bar = tqdm(
+        self.bar = progress_bar(
             range(first, total), "train", total=total, initial=first, disable=not self.writes
         )
         for step in self.bar:
@@ -109,7 +111,7 @@ class Run:
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
         """`held_out(samples_per_prompt, on_progress)` with a progress bar; written and shown."""
-        bar = tqdm(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
+        bar = progress_bar(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total

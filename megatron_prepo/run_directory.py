@@ -21,13 +21,28 @@ OURS = (
     "summary.json",
     "pass_rate.png",
     "checkpoints",
+    "dumps",
     "journal",
     "hf",
+    "tensorboard",
+    "wandb",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
-FREE = ("run", "servers", "weight_sync", "checkpoint", "sglang")
-"""Sections that a run may go on with changed: they move no number."""
+FREE = (
+    "run",
+    "servers",
+    "weight_sync",
+    "checkpoint",
+    "sglang",
+    "reward.processes",
+    "reward.max_failed",
+    "train.max_skipped_updates",
+    "debug.dump_steps",
+    "debug.dump_gradients",
+    "debug.max_skip_dumps",
+)
+"""Sections and settings that a run may go on with changed: they move no number."""
 
 ROUNDING = (
     "parallel",
@@ -35,7 +50,9 @@ ROUNDING = (
     "loss.head",
     "loss.head_memory_mib",
     "rollout.batch_size",
-    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.packing",
+    "train.share_prefixes",
 )
 """Sections and settings that may change, too, but then float sums round differently."""
 
@@ -113,12 +130,10 @@ def changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """Settings that differ, as `name=before, now after`: those that may not, those that round."""
     forbidden, rounding = [], []
     for section in dataclasses.fields(Config):
-        if section.name in FREE:
-            continue
         old, new = (_settings(getattr(config, section.name)) for config in (before, now))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                name = f"{section.name}.{key}"
+            name = f"{section.name}.{key}"
+            if old.get(key) != new.get(key) and not {name, section.name} & set(FREE):
                 found = rounding if {name, section.name} & set(ROUNDING) else forbidden
                 found.append(f"{name}={old.get(key)}, now {new.get(key)}")
     return forbidden, rounding

@@ -10,17 +10,17 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 
-from megatron_prepo.actor import parallel
 from megatron_prepo.errors import Stopped
 from megatron_prepo.local_ranks import STOP_SIGNALS, STOPPED_EXIT_CODE
 
 
 class StopRequests:
-    """Listens from now on, in the main thread's process."""
+    """Listens from now on; `gather` gives every rank's value to every rank."""
 
-    def __init__(self, grace_seconds: float):
-        self.grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float, gather: Callable[[bool], list[bool]]):
+        self.grace_seconds, self.gather = grace_seconds, gather
         self.asked = threading.Event()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -32,7 +32,7 @@ class StopRequests:
 
     def anywhere(self) -> bool:
         """Whether any rank has been asked; collective."""
-        return any(parallel.gather_to_all(self.asked.is_set()))
+        return any(self.gather(self.asked.is_set()))
 
     def stopped(self, num_steps: int) -> Stopped:
         """To be raised once the run is saved."""

@@ -20,22 +20,24 @@ from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.advantages import group_advantages, zero_variance
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches
+from megatron_prepo.dump import StepRecord
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.journal import Journal
 from megatron_prepo.ledger import LedgerEntry
 from megatron_prepo.loss import rollout_coefficients, truncated_importance
-from megatron_prepo.metrics import rollout_metrics, selection_metrics
+from megatron_prepo.metrics import grading_metrics, rollout_metrics, selection_metrics
 from megatron_prepo.perplexity import prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.resume import Checkpoints
-from megatron_prepo.rewards import FUNCTIONS, grade
+from megatron_prepo.rewards.pool import Grade, Grader
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.stop import StopRequests
+from megatron_prepo.updates import NoUpdates, StepUpdates, Updates
 from megatron_prepo.weight_sync import sync_weights
 
 
@@ -47,7 +49,7 @@ def train(config: Config) -> dict:
     """
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
-    stop = StopRequests(config.checkpoint.grace_seconds)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     run = Run(config, writes=dist.get_rank() == 0)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
@@ -60,6 +62,7 @@ def train(config: Config) -> dict:
     )
     journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
     with run.seconds("setup"):
+        grader = build_grader(config, run.say)
         engine = build_engine(config, inputs.tokenizer, run.say)
         preflight.check_engine(config, engine)
         actor = Actor(config)
@@ -67,9 +70,10 @@ def train(config: Config) -> dict:
         checkpoints = Checkpoints(config, actor, parts, journal, run.say)
         checkpoints.restore()
         sync_weights(actor, engine, config, text)
+    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
 
     def held_out(**options) -> Evaluation:
-        return evaluate_held_out(config, engine, inputs.eval_prompts, **options)
+        return evaluate_held_out(config, engine, grader, inputs.eval_prompts, **options)
 
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:
@@ -80,7 +84,9 @@ def train(config: Config) -> dict:
             with run.seconds("perplexity"):
                 candidates = look_at(config, actor, selector, batches.next())
             with run.seconds("probes"):
-                candidates, probes = probe(config, engine, journal, selector, candidates, step)
+                candidates, probes = probe(
+                    config, engine, journal, grader, selector, candidates, step
+                )
             paid = Groups()
             while chosen := selector.choose(candidates, step):
                 parallel.assert_equal_on_all_ranks("the selection", chosen)
@@ -88,9 +94,9 @@ def train(config: Config) -> dict:
                 with run.seconds("rollouts"):
                     rollouts = roll_out(config, engine, journal, selected, f"rollouts/{step}")
                 with run.seconds("rewards"):
-                    rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
-                selector.observe(selected, rewards_KG)
-                paid = paid.and_also(chosen, rollouts, rewards_KG)
+                    grades = grader.grade(rollouts)
+                selector.observe(selected, rewards_of(grades).view(len(selected), -1))
+                paid = paid.and_also(chosen, rollouts, grades)
                 if not selector.refills:
                     break
             groups = paid.trained_on(config.selection.num_selected)
@@ -98,8 +104,9 @@ def train(config: Config) -> dict:
             with run.seconds("old_logprobs"):
                 old = score_rollouts(config, actor, groups.rollouts)
             with run.seconds("update"):
+                learner = updates.of_step(groups.record(config, step, candidates, old))
                 weight_N, losses = update_policy(
-                    config, actor, groups.rollouts, groups.rewards_KG, old
+                    config, learner, groups.rollouts, groups.rewards_KG, old
                 )
             try:
                 with run.seconds("weight_sync"):
@@ -109,6 +116,7 @@ def train(config: Config) -> dict:
                     step,
                     ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
                     selection_metrics(candidates, paid.chosen, paid.rewards_KG)
+                    | grading_metrics(paid.grades)
                     | selector.metrics()
                     | old.metrics(weight_N, groups.rollouts)
                     | losses,
@@ -125,6 +133,7 @@ def train(config: Config) -> dict:
     with run.seconds("export"):
         actor.export(run.directory / "hf", write=run.writes)
     engine.close()
+    grader.close()
     journal.close()
     return run.finish(after, ranks=dist.get_world_size())
 
@@ -154,6 +163,13 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
     )
 
 
+def build_grader(config: Config, say) -> Grader:
+    """Grading processes beside rank 0, which share what they find."""
+    return Grader(
+        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, say=say
+    )
+
+
 def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -> Candidates:
     """The candidate prompts, scored by the current policy if the selector needs it."""
     if not selector.needs_scores:
@@ -162,14 +178,20 @@ def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -
 
 
 def probe(
-    config: Config, engine, journal: Journal, selector, candidates: Candidates, step: int
-) -> tuple[Candidates, list[Rollout]]:
+    config: Config,
+    engine,
+    journal: Journal,
+    grader: Grader,
+    selector,
+    candidates: Candidates,
+    step: int,
+) -> tuple[Candidates, "Groups"]:
     """For the oracle, which is no method: the pass rate of every candidate, and what it cost."""
     if not selector.needs_pass_rates:
-        return candidates, []
-    probes = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
-    passed_N = rewards_of(config, probes) >= config.reward.high
-    pass_rate_P = passed_N.double().view(len(candidates.prompts), -1).mean(dim=1)
+        return candidates, Groups()
+    rollouts = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
+    probes = Groups().and_also(range(len(candidates.prompts)), rollouts, grader.grade(rollouts))
+    pass_rate_P = (probes.rewards_KG >= config.reward.high).double().mean(dim=1)
     return replace(candidates, pass_rate_P=pass_rate_P), probes
 
 
@@ -190,12 +212,9 @@ def roll_out(
     return rollouts
 
 
-def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`rewards_N`; every rank grades, and comes to the same, since the functions are pure."""
-    reward = config.reward
-    return torch.tensor(
-        grade(rollouts, FUNCTIONS[reward.function], low=reward.low, high=reward.high)
-    )
+def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
+    """`rewards_N`."""
+    return torch.tensor([grade.reward for grade in grades])
 
 
 @dataclass(frozen=True)
@@ -205,13 +224,17 @@ class Groups:
     chosen: tuple[int, ...] = ()
     """Each group's prompt, as a position among the candidates."""
     rollouts: tuple[Rollout, ...] = ()
-    rewards_KG: torch.Tensor | None = None
+    grades: tuple[Grade, ...] = ()
+    """One a rollout."""
 
-    def and_also(self, chosen, rollouts, rewards_KG: torch.Tensor) -> "Groups":
+    @property
+    def rewards_KG(self) -> torch.Tensor:
+        """What the grades are worth."""
+        return rewards_of(self.grades).view(len(self.chosen), -1)
+
+    def and_also(self, chosen, rollouts, grades) -> "Groups":
         """With further groups behind."""
-        if self.rewards_KG is not None:
-            rewards_KG = torch.cat([self.rewards_KG, rewards_KG])
-        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), rewards_KG)
+        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
 
     def trained_on(self, num_groups: int) -> "Groups":
         """The first `num_groups` with an advantage; others fill up where there are too few.
@@ -220,10 +243,24 @@ class Groups:
         """
         useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
         kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
+        members = [k * group_size + g for k in kept for g in range(group_size)]
         return Groups(
             tuple(self.chosen[k] for k in kept),
-            tuple(r for k in kept for r in self.rollouts[k * group_size : (k + 1) * group_size]),
-            self.rewards_KG[kept],
+            tuple(self.rollouts[i] for i in members),
+            tuple(self.grades[i] for i in members),
+        )
+
+    def record(
+        self, config: Config, step: int, candidates: Candidates, old: "OldScores"
+    ) -> StepRecord:
+        """For a dump."""
+        return StepRecord(
+            step,
+            candidates,
+            self.rollouts,
+            self.rewards_KG.flatten(),
+            old.scores,
+            mini_batches(*self.rewards_KG.shape, config.train.mini_batches),
         )
 
 
@@ -270,7 +307,7 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
 
 def update_policy(
     config: Config,
-    actor: Actor,
+    actor: Actor | StepUpdates,
     rollouts: Sequence[Rollout],
     rewards_KG: torch.Tensor,
     old: OldScores,
@@ -294,7 +331,14 @@ def update_policy(
                 ]
             )
         )
-    return weight_N, {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    return weight_N, mean_metrics(updates)
+
+
+def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]:
+    """Means over the updates that were made, nothing if none was, and how many were skipped."""
+    made = [update for update in updates if update is not None]
+    means = {name: sum(u[name] for u in made) / len(made) for name in (made[0] if made else ())}
+    return means | {"loss/skipped_updates": len(updates) - len(made)}
 
 
 def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:
@@ -356,12 +400,14 @@ def training_sequence(
     )
 
 
-def evaluate_held_out(config: Config, engine, prompts: Sequence[Prompt], **options) -> Evaluation:
+def evaluate_held_out(
+    config: Config, engine, grader: Grader, prompts: Sequence[Prompt], **options
+) -> Evaluation:
     """avg@k on held-out prompts, with the same random numbers each time."""
     return evaluate(
         engine.generate,
         prompts,
-        lambda rollouts: rewards_of(config, rollouts),
+        lambda rollouts: rewards_of(grader.grade(rollouts)),
         pass_reward=config.reward.high,
         temperature=config.eval.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -375,7 +421,7 @@ def ledger_entries(
     step: int,
     candidates: Candidates,
     paid: Groups,
-    probes: Sequence[Rollout],
+    probes: Groups,
     groups: Groups,
     old: OldScores,
     weight_N: torch.Tensor,
@@ -384,9 +430,8 @@ def ledger_entries(
     group_size = config.rollout.samples_per_prompt
     position_of = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
     trained = {(id(rollout)): i for i, rollout in enumerate(groups.rollouts)}
-    rollouts = [*paid.rollouts, *probes]
-    rewards_N = torch.cat([paid.rewards_KG.flatten(), rewards_of(config, probes)])
-    zero_variance_K = zero_variance(rewards_N.view(-1, group_size)).tolist()
+    rollouts, grades = [*paid.rollouts, *probes.rollouts], [*paid.grades, *probes.grades]
+    zero_variance_K = zero_variance(rewards_of(grades).view(-1, group_size)).tolist()
     entries = []
     for n, rollout in enumerate(rollouts):
         i = trained.get(id(rollout))
@@ -400,7 +445,8 @@ def ledger_entries(
                 purpose="probe" if n >= len(paid.rollouts) else "train",
                 trained=i is not None,
                 ppl=None if ppl_P is None else float(ppl_P[p]),
-                reward=float(rewards_N[n]),
+                reward=grades[n].reward,
+                graded=grades[n].outcome,
                 length=len(rollout.tokens),
                 finished=rollout.finished,
                 mean_entropy=None if i is None else float(old.entropy_N[i]),

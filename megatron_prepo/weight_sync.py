@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_convert.hf_files import HFTensors
-from checkpoints_convert.megatron_to_hf import buckets
+from checkpoints_convert.hf_files import HFTensors, buckets
 from megatron_prepo.config import Config
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.rollout.sglang.fleet import SyncBroken

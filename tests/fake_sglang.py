@@ -78,6 +78,7 @@ class FakeSGLang:
         self,
         port: int = 0,
         *,
+        host: str = "127.0.0.1",
         architectures=("Qwen3ForCausalLM",),
         sessions: bool = True,
         num_ranks: int = 1,
@@ -97,7 +98,7 @@ class FakeSGLang:
         self.aborted: set[str] = set()
         self.dead, self._closing = False, threading.Event()
         self._lock = threading.Lock()
-        self._server = _Listener(("127.0.0.1", port), _handler_of(self))
+        self._server = _Listener((host, port), _handler_of(self))
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -347,10 +348,10 @@ def main() -> None:
     With `FAKE_DIES_AT=DIRECTORY/NAME`, whoever is first asked for /NAME is killed, once: it leaves
     that file.
     """
-    port = int(sys.argv[sys.argv.index("--port") + 1])
+    host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
     print("the fake is starting", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    with FakeSGLang(port) as fake, contextlib.suppress(KeyboardInterrupt):
+    with FakeSGLang(int(port), host=host) as fake, contextlib.suppress(KeyboardInterrupt):
         fake.fault = _fault_of_the_environment
         fake._closing.wait()
 

@@ -34,7 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints_convert.megatron_to_hf import buckets, hf_plan, hf_shapes, hf_weights
+from checkpoints_convert.hf_files import buckets
+from checkpoints_convert.megatron_to_hf import hf_plan, hf_shapes, hf_weights
 from megatron_prepo import durable, machine
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import build_model

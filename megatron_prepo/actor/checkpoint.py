@@ -12,9 +12,12 @@ Beside the shards there may be
 | `random_N.safetensors` | the random states of rank N |
 """
 
+import os
 import queue
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -22,18 +25,30 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_prepo.actor import manifest
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run.json"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-# Megatron collects what its writers did in a queue that a process of its own serves, for the sake
-# of writing in the background; that process takes seconds to start, and we wait for the writers
-filesystem_async._results_queue = queue.Queue()
+# Megatron forks a process for each file that it writes, for the sake of writing in the background.
+# We wait for it, and a fork whose rank is killed waits for ever for a lock that the rank held: here
+# its writers are threads, and a queue for their answers needs no process of its own, either.
+_THREADS = SimpleNamespace(
+    Process=threading.Thread,
+    Queue=queue.Queue,
+    JoinableQueue=queue.Queue,
+    Manager=lambda: SimpleNamespace(Queue=queue.Queue),
+)
+filesystem_async.mp = SimpleNamespace(
+    **vars(filesystem_async.mp) | {"get_context": lambda method: _THREADS}
+)
 
 
 def save(
@@ -49,12 +64,13 @@ def save(
     """Write the (unwrapped) model as the newest checkpoint below `directory`; collective.
 
     With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
-    the text of `run.json`.
+    the text of `run.json`.  Raises OSError if a rank cannot write: older checkpoints stay.
     """
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_behind in final.parent.glob("iter_*.partial"):
+            shutil.rmtree(left_behind)
         aside.mkdir(parents=True)
     dist.barrier()
     weights = _sharded_weights(model)
@@ -63,9 +79,15 @@ def save(
         _fill_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
         state["opt_param_scheduler"] = scheduler.state_dict()
-    # one writer a rank: the default of two starts a process for each
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
+    try:
+        dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
+    except CheckpointException as error:  # on all ranks, and no Exception to Python
+        rank, (failure, _) = next(iter(error.failures.items()))
+        free = shutil.disk_usage(aside).free
+        raise OSError(
+            f"rank {rank} could not write {aside} ({free >> 20:,} MiB are free there): {failure}"
+        ) from error
     if optimizer is not None:
         save_file(_random_states(), aside / f"random_{dist.get_rank()}.safetensors")
     if run_state is not None and dist.get_rank() == 0:
@@ -93,7 +115,7 @@ def load(path: Path, model, optimizer, scheduler) -> int:
             weights, is_loading=True, metadata=OPTIMIZER_SHARDING
         ),
     }
-    state = dist_checkpointing.load(sharded, str(path))
+    state = load_without_running(path, sharded)
     model.load_state_dict(state["model"], strict=False)
     _load_optimizer(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -110,10 +132,32 @@ def load_weights(model, directory: str | Path) -> None:
     path = newest(directory)
     weights = _sharded_weights(model)
     try:
-        state = dist_checkpointing.load({"model": weights}, str(path))
+        state = load_without_running(path, {"model": weights})
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{path} does not fit the model of model.hf: {error}") from error
     model.load_state_dict(state["model"], strict=False)
+
+
+def load_without_running(path: Path, sharded: dict) -> dict:
+    """Megatron's `load` of a checkpoint from anywhere: nothing that is in it gets executed.
+
+    Megatron unpickles the table of tensors whatever it holds, so it is looked at before, and torch
+    unpickles what the table calls bytes, unless it is told to build tensors and plain values only.
+    Raises UserError for a table that holds anything else or names files that are not whole.
+    """
+    TorchDistReader(path)
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except CheckpointException as error:  # not an Exception; what the ranks raised is in it
+        first = " ".join(str(next(iter(error.failures.values()))[0]).split())
+        raise UserError(f"{path} cannot be read: {first[-400:]}") from error
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def newest(directory: str | Path) -> Path:

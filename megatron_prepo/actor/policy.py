@@ -15,6 +15,7 @@ optimizer scales losses by.  `vocab_parallel_loss` is told so beforehand, since 
 the head's gradient up.  Tests hold all of this against one rank and one micro-batch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +35,19 @@ from megatron.core.tensor_parallel import (
 
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_to_megatron import load_hf_weights
-from checkpoints_convert.megatron_to_hf import hf_plan, hf_shapes, hf_weights, save_hf
+from checkpoints_convert.megatron_to_hf import (
+    hf_gradients,
+    hf_plan,
+    hf_shapes,
+    hf_weights,
+    save_hf,
+)
 from megatron_prepo.actor import checkpoint, parallel
 from megatron_prepo.actor.attention import padding_multiple
-from megatron_prepo.actor.batching import MicroBatch, Plan, micro_batch, plan_rows
+from megatron_prepo.actor.batching import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
+from megatron_prepo.actor.rows import Plan, plan_rows
 from megatron_prepo.actor.vocab_parallel import (
     IGNORE,
     LossOf,
@@ -71,6 +79,19 @@ class TrainingSequence:
     coefficient: float
     importance_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a backward pass found; the gradient itself is in Megatron's buffers, not clipped."""
+
+    totals: dict[str, float]
+    """Loss and loss statistics, summed over the tokens of all ranks."""
+    norm: float
+    finite: bool
+    """Whether loss, norm and every element of the gradient are finite numbers, on all ranks."""
+    plan: Plan
+    """How the mini-batch was laid out."""
 
 
 class Actor:
@@ -137,11 +158,14 @@ class Actor:
     def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer update on one mini-batch; returns loss, gradient norm and loss statistics.
 
-        Rollouts that cannot move a weight are left out of the computation.  Clip fraction, ratio
-        and divergences are means over the tokens of the others, 0 if there are none.
+        Raises FloatingPointError as `step` does.
+        """
+        return self.step(self.backward(rollouts))
 
-        Raises FloatingPointError on all ranks, before any weight has changed, if the loss or the
-        gradient norm is not finite.
+    def backward(self, rollouts: Sequence[TrainingSequence]) -> Gradient:
+        """The gradient of one mini-batch's loss; no weight changes.
+
+        Rollouts that cannot move a weight are left out of the computation.
         """
         rollouts = [r for r in rollouts if self._has_gradient(r)]
         sequences = [r.sequence for r in rollouts]
@@ -179,11 +203,25 @@ class Actor:
         totals_T = _share(torch.stack([sums[name].float() for name in names]))
         totals = dict(zip(names, totals_T.tolist(), strict=True))
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        if not (torch.isfinite(totals_T).all() and torch.isfinite(torch.tensor(grad_norm))):
+        norm = float(self.optimizer.get_grad_norm())
+        finite = self._finite_on_all_ranks(sums["loss"], totals, norm)
+        return Gradient(totals, norm, finite, plan)
+
+    def step(self, gradient: Gradient) -> dict[str, float]:
+        """Change the weights by the gradient of the last `backward`; returns metrics.
+
+        Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
+        computed, 0 if there were none.
+
+        Raises FloatingPointError on all ranks if the gradient is not finite.  Weights, optimizer
+        state, learning rate and `updates` are then as before: the version counts what the weights
+        have gone through, and the engine's are still those.
+        """
+        totals, plan = gradient.totals, gradient.plan
+        if not gradient.finite:
             raise FloatingPointError(
-                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {grad_norm}; "
-                "the weights are left as they were"
+                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {gradient.norm}, "
+                "and not every number behind them is finite; the weights are left as they were"
             )
         self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -191,7 +229,7 @@ class Actor:
         tokens = max(1.0, totals["tokens"])
         metrics = {
             "loss/policy": totals["loss"],
-            "loss/grad_norm": grad_norm,
+            "loss/grad_norm": gradient.norm,
             "loss/clip_fraction": totals["clipped"] / tokens,
             "loss/ratio": totals["ratio"] / tokens,
             "loss/kl_to_old": totals["kl"] / tokens,
@@ -200,7 +238,7 @@ class Actor:
             "train/padding_fraction": plan.padding_fraction,
             "train/balance_ratio": plan.balance_ratio,
         }
-        if settings.kl_coef:
+        if self.config.loss.kl_coef:
             metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
         return metrics
 
@@ -236,6 +274,15 @@ class Actor:
     def _hf_shapes(self) -> dict:
         return hf_shapes(self.model, self.hf["vocab_size"], self._hf_plan)
 
+    def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradient of the last `backward` under Hugging Face names; collective.
+
+        Of the plain sum of losses (see above): not clipped, and the same under every layout.
+        """
+        if self.ddp.ddp_config.use_distributed_optimizer:
+            self._gather_gradient_shards()
+        return hf_gradients(self.model, self.hf["vocab_size"])
+
     def export(self, directory: str | Path, *, write: bool) -> None:
         """Write the model in Hugging Face format; collective, the rank that is told to writes."""
         save_hf(self.model, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
@@ -260,6 +307,29 @@ class Actor:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint with optimizer, written under any layout; collective."""
         self.updates = checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+
+    def _gather_gradient_shards(self) -> None:
+        """The distributed optimizer has reduced to each rank its shard of the gradient only."""
+        for group in (*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups):
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()]
+                dist.all_gather_into_tensor(bucket.grad_data, shard.clone(), group=ranks)
+
+    def _finite_on_all_ranks(self, loss: torch.Tensor, totals: dict, norm: float) -> bool:
+        """Each rank looks at all that it holds, since no sum shows everything.
+
+        The norm leaves out the copies of parameters that other tensor-parallel ranks count, and
+        data-parallel replicas have norms of their own.
+        """
+        buffers = (*self.ddp.buffers, *self.ddp.expert_parallel_buffers)
+        # the largest magnitude, without a copy of the buffer; NaN if there is one
+        largest = [torch.linalg.vector_norm(b.grad_data, torch.inf).float() for b in buffers]
+        mine = torch.stack([loss.float(), *largest]).isfinite().all()
+        finite = mine and all(map(math.isfinite, (norm, *totals.values())))
+        broken = torch.tensor(float(not finite), device=self.device)
+        dist.all_reduce(broken)
+        return not broken
 
     def _has_gradient(self, rollout: TrainingSequence) -> bool:
         """False if its gradient is zero for certain: a factor of 0 in front of its only term.

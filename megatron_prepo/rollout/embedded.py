@@ -35,7 +35,8 @@ class EmbeddedEngine:
         num_ranks: int = 1,
         gather: Callable[[list], list[list]] = lambda mine: [mine],
     ):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf_directory))
+        settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(settings)
         self.model = model.to(device, dtype).eval()
         self.fp32_lm_head = fp32_lm_head
         """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""

@@ -15,7 +15,7 @@ from megatron_prepo import prove
 from megatron_prepo.cli import main
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
-RUN = [*SHORT, "train.total_steps=3", "parallel.tensor=1", "eval.every=1", "checkpoint.every=2"]
+RUN = [*SHORT, "train.total_steps=4", "parallel.tensor=1", "eval.every=1", "checkpoint.every=3"]
 DEADLINE_SECONDS = 240.0
 
 
@@ -36,9 +36,10 @@ def start(directory: Path, *options: str) -> subprocess.Popen:
     )
 
 
-def wait_for_a_step(directory: Path, process: subprocess.Popen) -> None:
+def wait_for_steps(count: int, directory: Path, process: subprocess.Popen) -> None:
+    """Until there are so many; a job that begins again first takes back what it cannot keep."""
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while not prove.num_lines(directory / "metrics.jsonl"):
+    while prove.num_lines(directory / "metrics.jsonl") != count:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -49,30 +50,25 @@ def assert_equal(undisturbed: Path, directory: Path) -> None:
     assert not (directory / "journal").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, undisturbed, number):
-    directory = tmp_path / "run"
-    process = start(directory)
-    wait_for_a_step(directory, process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 75, said
-    steps = prove.num_lines(directory / "metrics.jsonl")
-    assert f"stopped as asked; {steps} steps are saved" in said and steps < 3
-    assert not (directory / "summary.json").exists()
-    assert main(["resume", str(directory)]) == 0
-    assert_equal(undisturbed, directory)
-
-
-def test_a_job_whose_rank_is_killed_is_started_again(tmp_path, undisturbed):
+def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, undisturbed):
     directory = tmp_path / "run"
     process = start(directory, "--max-restarts", "1", "run.overwrite=true")
-    wait_for_a_step(directory, process)
+    wait_for_steps(1, directory, process)
     [rank] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(rank), signal.SIGKILL)
+    wait_for_steps(0, directory, process)
+    wait_for_steps(1, directory, process)
+    process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 0, said
+    assert process.returncode == 75, said
     assert said.count("started again (1 left)") == 1 and "died with SIGKILL" in said
+    steps = prove.num_lines(directory / "metrics.jsonl")
+    assert f"stopped as asked; {steps} steps are saved" in said and steps < 4
+    assert not (directory / "summary.json").exists()
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("overwrite: false", "overwrite: true"))
+    assert main(["resume", str(directory)]) == 0
+    assert "going on from" in capfd.readouterr().err
     assert_equal(undisturbed, directory)
 
 
@@ -95,30 +91,34 @@ def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
 
 
 def test_a_run_whose_engine_is_gone_is_saved_and_pays_for_nothing_twice(capfd, tmp_path):
-    """All servers die in the second step's rollouts, and in another run at a weight sync."""
+    """All servers die in the second step's rollouts; the next time, in the sync after that step."""
     with FakeSGLang() as fake:
         settings = ["rollout.engine=sglang", f"servers.urls=[{fake.url}]", "servers.attempts=1"]
         settings += ["weight_sync.verify=never", "checkpoint.every=0", "servers.connect_seconds=2"]
         assert train(tmp_path / "whole", *RUN, *settings) == 0
-        rollouts = len(fake.requests)
-        for name, fault in {
-            "rollouts": lambda path, body: "die" if len(fake.requests) >= 60 else None,
-            "sync": lambda path, body: (
-                "die" if path.startswith("/update_weights") and len(fake.requests) >= 40 else None
-            ),
-        }.items():
+        paid = len(fake.requests)
+
+        def in_rollouts(path: str, body: dict) -> str | None:
+            return "die" if len(fake.requests) >= 60 else None
+
+        def in_sync(path: str, body: dict) -> str | None:
+            syncs = path.startswith("/update_weights")
+            return "die" if syncs and len(fake.requests) >= 40 else None
+
+        for fault, steps in ((in_rollouts, 1), (in_sync, 2)):
             fake.restart()
             fake.requests.clear()
             fake.fault = fault
-            assert train(tmp_path / name, *RUN, *settings) == 1
+            assert train(tmp_path / "gone", *RUN, *settings) == 1
             said = capfd.readouterr().err
-            assert "the engine failed" in said and "1 steps are saved" in said
+            assert "the engine failed" in said and f"{steps} steps are saved" in said
             assert "Traceback" not in said
-            fake.restart()
-            assert train(tmp_path / name, *RUN, *settings) == 0
-            assert_equal(tmp_path / "whole", tmp_path / name)
-            if name == "sync":
-                assert len(fake.requests) <= rollouts + 8  # an evaluation may be made again
+        fake.restart()
+        fake.requests.clear()
+        assert train(tmp_path / "gone", *RUN, *settings) == 0
+        # two steps of 32 rollouts and three evaluations of 8: what was there is not paid again
+        assert len(fake.requests) == paid - (8 + 32) - (8 + 32) == 2 * 32 + 3 * 8
+        assert_equal(tmp_path / "whole", tmp_path / "gone")
 
 
 def test_five_kills(tmp_path):

@@ -10,17 +10,21 @@ from megatron_prepo import config as configuration
 from tests.e2e.laptop import SHORT, metrics, summary, train
 
 LAYOUTS = {
-    "one rank": ["parallel.tensor=1"],
+    "one rank": ["parallel.tensor=1", "train.share_prefixes=false"],
     "TP2": ["parallel.tensor=2"],
     "TP2 again": ["parallel.tensor=2"],
     "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_tokens=601"],
-    "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.packing=false"],
+    "PP2": [
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+        "train.packing=false",
+        "train.share_prefixes=false",
+    ],
     "DP2": [
         "parallel.tensor=1",
         "parallel.data=2",
         "optimizer.use_distributed_optimizer=true",
         "train.micro_batch_tokens=400",
-        "train.share_prefixes=true",
     ],
 }
 
@@ -70,12 +74,13 @@ def test_engine_is_not_ahead_of_the_first_update(runs):
 
 
 def test_what_is_packed_has_no_padding_and_what_is_shared_is_less(runs):
-    first = {name: metrics(runs[name])[0] for name in ("one rank", "PP2", "DP2")}
+    first = {name: metrics(runs[name])[0] for name in ("one rank", "TP2", "PP2", "DP2")}
+    tokens = {name: step["train/tokens"] for name, step in first.items()}
     assert first["one rank"]["train/padding_fraction"] == 0
     assert first["PP2"]["train/padding_fraction"] > 0.01
-    assert first["DP2"]["train/tokens"] < 0.8 * first["one rank"]["train/tokens"]
-    assert first["one rank"]["train/tokens"] < first["PP2"]["train/tokens"]
-    assert 1 <= first["DP2"]["train/balance_ratio"] < 1.03
+    assert tokens["TP2"] < 0.6 * tokens["one rank"] < 0.6 * tokens["PP2"]
+    assert tokens["DP2"] < tokens["one rank"]
+    assert first["TP2"]["train/balance_ratio"] == 1 <= first["DP2"]["train/balance_ratio"]
 
 
 def test_ledger_is_complete_and_readable(runs):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prepo.actor.batching import Load, Piece, Row, micro_batch, pieces_of, plan_rows
+from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.rows import Load, Piece, Row, pieces_of, plan_rows
 from megatron_prepo.actor.vocab_parallel import IGNORE
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
@@ -144,7 +145,7 @@ def test_a_row_without_a_sequence_is_tokens_without_a_target():
     batch = micro_batch([], plan.ranks[0][0], multiple=4)
     assert batch.index == () and batch.layout.lengths == (4,)
     assert torch.equal(batch.targets_T, torch.full((4,), IGNORE))
-    assert plan.padding_fraction == 0 and plan.load == Load()
+    assert (plan.padding_fraction, plan.balance_ratio, plan.load) == (0, 1, Load())
 
 
 def test_a_sequence_longer_than_the_budget_is_not_squeezed_in():

@@ -8,9 +8,10 @@ import torch
 from megatron.core import tensor_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor.batching import Piece, Row, micro_batch
+from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.dry_run import pretend
 from megatron_prepo.actor.model import build_model
+from megatron_prepo.actor.rows import Piece, Row
 from megatron_prepo.actor.vocab_parallel import vocab_parallel_logprobs_and_entropy
 from megatron_prepo.config import ModelConfig, ParallelConfig
 from megatron_prepo.memory import (

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_prepo.actor.batching import micro_batch, plan_rows
+from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.policy import Scores
+from megatron_prepo.actor.rows import plan_rows
 from megatron_prepo.memory import Shape
 from megatron_prepo.perplexity import perplexity, prompt_scores, scored_span
 from megatron_prepo.records import Prompt

@@ -7,7 +7,7 @@ import yaml
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_prepo import gpus, layouts, plan
+from megatron_prepo import gpus, layouts, plan, plan_text
 from megatron_prepo.actor.dry_run import count_parameters, each_rank, each_stage, pretend
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.cli import main
@@ -362,6 +362,19 @@ def test_suggestions_fit_and_come_in_order(configured):
         assert answer.fits
         assert max(rank.total for rank in answer.ranks) == pytest.approx(layout.total, rel=1e-3)
         assert layout.total + question.reserve <= memory
+
+
+def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
+    here, elsewhere = (
+        plan.make_plan(configured(), plan.Question(gpus=8, engine=engine))
+        for engine in ("sglang", "elsewhere")
+    )
+    for beside, alone in zip(here.ranks, elsewhere.ranks, strict=True):
+        assert alone.engine_weights == alone.kv_cache == 0 < beside.engine_weights
+        assert alone.actor == beside.actor and alone.activations == beside.activations
+    assert elsewhere.seconds["rollouts"] == (0, 0) and here.seconds["rollouts"][0] > 0
+    assert elsewhere.seconds["update"] == here.seconds["update"]
+    assert "engine: elsewhere" in plan_text.text(elsewhere, ())
 
 
 def test_suggestions_undo_an_uneven_pipeline(configured):

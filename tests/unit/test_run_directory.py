@@ -66,6 +66,7 @@ def test_other_settings_are_named(tmp_path, begun, section, key, value):
     [
         ("run", "wandb_project", "there"),
         ("servers", "count", 3),
+        ("reward", "processes", 3),
         ("weight_sync", "verify", "never"),
         ("checkpoint", "every", 7),
         ("sglang", "mem_fraction_static", 0.5),
@@ -78,7 +79,11 @@ def test_what_moves_no_number_may_change_silently(tmp_path, begun, section, key,
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("parallel", "tensor", 2), ("train", "micro_batch_size", 3), ("loss", "head", "recompute")],
+    [
+        ("parallel", "tensor", 2),
+        ("train", "micro_batch_tokens", 4096),
+        ("loss", "head", "recompute"),
+    ],
 )
 def test_what_rounds_differently_is_said(tmp_path, begun, section, key, value):
     said = []

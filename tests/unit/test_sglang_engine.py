@@ -129,7 +129,7 @@ def test_a_server_whose_logits_are_rounded_otherwise_is_refused(build, hf):
 
 
 def small_buckets(weights):
-    from checkpoints_convert.megatron_to_hf import buckets
+    from checkpoints_convert.hf_files import buckets
 
     return buckets(weights, 4096)
 

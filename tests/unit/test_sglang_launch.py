@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from fake_sglang import FakeSGLang
-from fake_sglang_package import processes, wait_until_gone
+from fake_sglang_package import alive, processes, wait_until_gone
 
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
@@ -217,6 +217,20 @@ def test_a_server_that_does_not_start_is_shown_with_its_last_lines(tmp_path, pid
     engine.close()
     for part in ("ended with code 1", "sglang_0.log", "the fake cannot find its model"):
         assert part in str(error.value)
+
+
+def test_slurms_warning_before_the_time_limit_is_not_for_servers(tmp_path, pids, hf):
+    """It goes to all processes of a job."""
+    engine, config = build(hf, tmp_path)
+    try:
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        guard = engine.fleet.servers[0].own.process.pid
+        for pid in [guard, *processes(pids)]:
+            os.kill(pid, signal.SIGUSR1)
+        assert len(rollouts(engine)) == 12 and not engine.said
+        assert all(alive(pid) for pid in [guard, *processes(pids)])
+    finally:
+        engine.close()
 
 
 def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_path, pids, hf):

@@ -12,7 +12,7 @@ from tiny_models import actor_config
 
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
-from megatron_prepo.train import OldScores, update_policy
+from megatron_prepo.train import OldScores, mean_metrics, update_policy
 
 LENGTHS = (2, 3, 1, 4)
 
@@ -48,6 +48,12 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
     (batch,) = actor.batches
     assert [r.coefficient for r in batch] == pytest.approx(expected)
     assert [r.advantage != 0 for r in batch] == [True, True, False, False]
+
+
+def test_skipped_updates_are_counted_and_not_averaged():
+    updates = [{"loss/policy": 1.0}, None, {"loss/policy": 4.0}, None]
+    assert mean_metrics(updates) == {"loss/policy": 2.5, "loss/skipped_updates": 2}
+    assert mean_metrics([None]) == {"loss/skipped_updates": 1}
 
 
 @pytest.mark.parametrize(
