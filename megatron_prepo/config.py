@@ -276,9 +276,10 @@ class ServersConfig:
 class WeightSyncConfig:
     """How the engine gets the actor's weights, and how that is checked."""
 
-    transport: Literal["value", "distributed", "disk"] = "value"
-    """To SGLang: inside the requests; by broadcast (NCCL, or gloo on a CPU) to servers on devices
-    of their own; or through a directory that actor and servers share."""
+    transport: Literal["value", "ipc", "distributed", "disk"] = "value"
+    """To SGLang: inside the requests; through memory, to servers on the devices of actor ranks on
+    rank 0's machine; by broadcast (NCCL, or gloo on a CPU), to servers on devices of their own; or
+    through a directory that actor and servers share."""
     bucket_mb: int = 512
     """Tensors travel together up to this size."""
     request_seconds: float = 300.0

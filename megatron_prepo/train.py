@@ -194,6 +194,7 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
             device=parallel.device(),
             rank=dist.get_rank(),
             share=parallel.from_rank_zero_when_done,
+            gather=parallel.gather_to_all,
             say=say,
         )
     return EmbeddedEngine(

@@ -1,10 +1,12 @@
 """A reduced demo through SGLang: it learns, and two servers share the work."""
 
 import pandas
+import pytest
 
 from tests.e2e.laptop import metrics, summary, train
 
 
+@pytest.mark.slow
 def test_it_learns(sglang_python, tmp_path):
     directory = tmp_path / "run"
     code = train(

@@ -8,6 +8,6 @@
 | `generation.py` | many completions over several servers, each counted once |
 | `completion.py` | what is asked for one completion, and what its answer must look like |
 | `perplexity.py` | the same of one prompt's log-probabilities |
-| `transport.py` | three ways for the weights |
+| `transport.py`, `ipc.py` | four ways for the weights |
 | `on_cpu/` | what a server needs on a machine without CUDA; not for the trainer |
 """

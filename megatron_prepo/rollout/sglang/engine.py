@@ -23,17 +23,22 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.config import Config
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.embedded import stop_tokens
-from megatron_prepo.rollout.sglang import launch
+from megatron_prepo.rollout.sglang import ipc, launch
 from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
+from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.perplexity import Probing
 from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
 
 
 class SGLangEngine:
-    """`share` gives the result of rank 0's future to every rank; None is passed on the others."""
+    """Two collectives are passed in.
+
+    `share` gives the result of rank 0's future to every rank (None is passed on the others), and
+    `gather` every rank's value to all.
+    """
 
     def __init__(
         self,
@@ -43,11 +48,12 @@ class SGLangEngine:
         device: torch.device,
         rank: int = 0,
         share: Callable[[Future | None], Any] = lambda future: future.result(),
+        gather: Callable[[Any], list] = lambda value: [value],
         say: Callable[[str], None] = print,
     ):
         """Servers of our own are starting when this returns, and the first sync waits for them."""
         self.settings, self.tokenizer = config.servers, tokenizer
-        self.rank, self.share = rank, share
+        self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf)
         self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
         self.weight_version: int | None = None
@@ -59,6 +65,9 @@ class SGLangEngine:
         self._busy = False
         """Whether rollouts are on their way that nobody has taken."""
         self._run_name = secrets.token_hex(4)  # another run's "update 3" is not ours
+        self.fleet = None
+        if config.weight_sync.transport == "ipc":
+            ipc.check(config, device)
         if rank == 0:
             self._seconds = config.weight_sync.request_seconds
             self.fleet = Fleet(
@@ -68,27 +77,48 @@ class SGLangEngine:
                 say,
                 self.fp32_lm_head,
             )
-            self.transport = _transport(config, self.fleet, device)
             self._cached_at: dict[str, Server] = {}
             """Who has scored a prompt last, by its id."""
+        self.transport = self.transport_of(config, device)
+        """What this rank does in a sync; None: nothing."""
+
+    def transport_of(self, config: Config, device: torch.device):
+        """The one that `weight_sync.transport` names; in most, rank 0 alone has something to do."""
+        settings, seconds = config.weight_sync, config.weight_sync.request_seconds
+        if settings.transport == "ipc":
+            ranks = {"rank": self.rank, "share": self.share, "gather": self.gather}
+            return ByIPC(self.fleet, config, device=device, **ranks)
+        if self.rank != 0:
+            return None
+        match settings.transport:
+            case "value":
+                return ByValue(self.fleet, seconds=seconds)
+            case "distributed":
+                address = settings.address
+                return Distributed(self.fleet, seconds=seconds, address=address, device=device)
+            case "disk":
+                directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
+                like = config.model.hf
+                return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
 
-        A server that fails is lost; what comes back by the next sync is taken back.  Raises
-        EngineError on every rank if a server refuses, or none is left.
+        A server that fails is lost; what comes back by the next sync is taken back.  Raises, on
+        every rank, EngineError if a server refuses, or none is left, and SyncBroken if those that
+        are left need to have it all anew.
         """
         assert not self._busy, "the engine is still generating"
         self.weight_version = None
         some_are_new = self.share(self._on_rank_zero(self._prepare))
         self.verified = self.verified and not some_are_new
         failure = None
-        if self.rank == 0:
+        if self.transport:
             failure = _failure_of(lambda: self.transport.start(shapes))
         for bucket in buckets:  # to the end, whatever happens: the other ranks take part
-            if self.rank == 0 and failure is None:
+            if self.transport and failure is None:
                 failure = _failure_of(lambda bucket=bucket: self.transport.send(bucket))
-        if self.rank == 0 and failure is None:
+        if self.transport and failure is None:
             failure = _failure_of(self.transport.finish)
         self.share(self._on_rank_zero(self._conclude, version, failure))
         self.weight_version = version
@@ -311,22 +341,12 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
     return [Server(own.url, own) for own in owned]
 
 
-def _transport(config: Config, fleet: Fleet, device: torch.device):
-    """The one that `weight_sync.transport` names."""
-    settings, seconds = config.weight_sync, config.weight_sync.request_seconds
-    match settings.transport:
-        case "value":
-            return ByValue(fleet, seconds=seconds)
-        case "distributed":
-            return Distributed(fleet, seconds=seconds, address=settings.address, device=device)
-        case "disk":
-            directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
-            return FromDisk(fleet, seconds=seconds, directory=directory, like=config.model.hf)
-
-
 def _failure_of(step: Callable[[], None]) -> EngineError | None:
+    """What went wrong, so that all ranks can hear of it."""
     try:
         step()
     except EngineError as error:
         return error
+    except OSError as error:
+        return EngineError(f"weights to the servers: {error}")
     return None
