@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,7 +35,13 @@ from megatron.core.tensor_parallel import (
 
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_to_megatron import load_hf_weights
-from checkpoints_convert.megatron_to_hf import hf_gradients, hf_shapes, hf_weights, save_hf
+from checkpoints_convert.megatron_to_hf import (
+    hf_gradients,
+    hf_plan,
+    hf_shapes,
+    hf_weights,
+    save_hf,
+)
 from megatron_prepo.actor import checkpoint, parallel
 from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.batching import MicroBatch, micro_batch
@@ -254,11 +260,19 @@ class Actor:
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
-        return hf_weights(self.model, self.hf["vocab_size"])
+        return hf_weights(self.model, self.hf["vocab_size"], self._hf_plan)
 
     def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of what `hf_weights` yields; collective, moves no weights."""
-        return hf_shapes(self.model, self.hf["vocab_size"])
+        return self._hf_shapes
+
+    @cached_property
+    def _hf_plan(self) -> list:
+        return hf_plan(self.model)
+
+    @cached_property
+    def _hf_shapes(self) -> dict:
+        return hf_shapes(self.model, self.hf["vocab_size"], self._hf_plan)
 
     def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradient of the last `backward` under Hugging Face names; collective.

@@ -187,12 +187,12 @@ def test_servers_end_with_the_trainer_however_that_ends(tmp_path, pids, how):
     wait_until_gone(ids)
 
 
-def build(hf, tmp_path, **servers):
+def build(hf, tmp_path, transport="value", **servers):
     config = config_of(
         hf,
         run={"dir": str(tmp_path / "run")},
         servers={"python": sys.executable, "start_seconds": 60.0, "connect_seconds": 5.0} | servers,
-        weight_sync={"verify": "always"},
+        weight_sync={"verify": "always", "transport": transport, "request_seconds": 30.0},
     )
     engine = SGLangEngine(
         config,
@@ -246,6 +246,35 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
         actor.update()
         sync_weights(actor, engine, config, PROBE)
         assert "serves again" in engine.said[-1] and len(engine.fleet.living()) == 2
+        assert {r.weight_version for r in rollouts(engine)} == {1}
+    finally:
+        engine.close()
+    wait_until_gone(processes(pids, servers=3))
+
+
+@pytest.mark.parametrize(
+    ("transport", "path", "left"),
+    [
+        ("value", "update_weights_from_tensor", 1),
+        ("ipc", "update_weights_from_tensor", 1),
+        ("disk", "update_weights_from_disk", 1),
+        ("distributed", "update_weights_from_distributed", 2),
+    ],
+)
+def test_a_server_killed_in_the_middle_of_a_sync(
+    tmp_path, pids, hf, monkeypatch, transport, path, left
+):
+    """The others go on without it; what needs all of them, a broadcast, is done anew with all."""
+    monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / path))
+    engine, config = build(hf, tmp_path, transport, count=2)
+    actor = FakeActor(hf)
+    try:
+        sync_weights(actor, engine, config, PROBE)
+        assert "is given up" in engine.said[0] and path in engine.said[0]
+        assert len(engine.fleet.living()) == left and len(rollouts(engine)) == 12
+        actor.update()
+        sync_weights(actor, engine, config, PROBE)
+        assert len(engine.fleet.living()) == 2
         assert {r.weight_version for r in rollouts(engine)} == {1}
     finally:
         engine.close()
