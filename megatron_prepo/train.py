@@ -51,7 +51,9 @@ def train(config: Config) -> dict:
     job = set_up(config)
     run, engine, actor = job.run, job.engine, job.actor
     selector, journal, grader = job.selector, job.journal, job.grader
-    checkpoints = job.go_on({"run": run, "batches": job.batches, "selector": selector})
+    checkpoints = job.go_on(
+        {"run": run, "batches": job.batches, "selector": selector, "updates": job.updates}
+    )
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:
             run.before = job.evaluate("before", config.eval.samples_per_prompt)

@@ -38,7 +38,7 @@ def train_overlapped(config: Config) -> dict:
     """`train` for `train.overlap=true`; collective, and the same summary."""
     job = set_up(config)
     run, actor, selector, ahead = job.run, job.actor, job.selector, Ahead(job)
-    checkpoints = job.go_on({"run": run, "ahead": ahead})
+    checkpoints = job.go_on({"run": run, "ahead": ahead, "updates": job.updates})
 
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:

@@ -22,6 +22,14 @@ class Updates:
         """Those of a step."""
         return StepUpdates(self, record)
 
+    def state_dict(self) -> dict:
+        """What was skipped so far."""
+        return {"skipped_in_a_row": self.skipped_in_a_row, "skip_dumps": self.skip_dumps}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting."""
+        self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
+
     def skip(self, error: FloatingPointError, dump_it) -> None:
         """Count a skipped update; raises the error if there were too many in a row.
 
@@ -91,3 +99,10 @@ class NoUpdates:
 
     def update(self, batch: Sequence[TrainingSequence]) -> None:
         """Not made, and counted as skipped."""
+
+    def state_dict(self) -> dict:
+        """Nothing is counted."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to go on with."""
