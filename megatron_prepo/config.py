@@ -508,6 +508,9 @@ class CheckpointConfig:
     """How many checkpoints are kept, the newest; empty: all."""
     keep_every: int | None = None
     """Beside those of `checkpoint.keep_last`, keep each whose step is a multiple of this."""
+    asynchronous: bool = False
+    """Copy the state to host memory, which has to have room for it once more, and write it while
+    the next steps run."""
     grace_seconds: float = 300.0
     """After SIGTERM or SIGUSR1 the run saves at the end of its step; when this time has passed it
     leaves without."""

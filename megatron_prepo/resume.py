@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_prepo.actor import checkpoint, manifest, parallel
+from megatron_prepo.actor.saving import Saving
 from megatron_prepo.config import Config
 from megatron_prepo.errors import Stopped
 from megatron_prepo.journal import Journal
@@ -49,6 +50,8 @@ class Checkpoints:
         self.actor, self.parts, self.journal, self.say = actor, parts, journal, say
         self.steps = [0]
         """Where this run could have gone on from: its beginning, and its checkpoints."""
+        self.saving: Saving | None = None
+        self.timeout_minutes = config.parallel.timeout_minutes
 
     def restore(self) -> bool:
         """Set everything to the newest whole checkpoint, or to the beginning; False for that.
@@ -82,9 +85,33 @@ class Checkpoints:
         self.border = Border(self.parts["run"].num_steps, self.actor.updates, parts)
 
     def save(self) -> None:
-        """Write a checkpoint of now, which is between two steps; older ones may go."""
+        """Write a checkpoint of now, which is between two steps; older ones may go.
+
+        With `checkpoint.asynchronous` it is whole only after `finish`.
+        """
         self.mark()
         self._write()
+
+    def finish_if_done(self) -> None:
+        """Give the checkpoint that is being written its name, unless there is more to write."""
+        if self.saving and self.saving.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        if self.saving is None:
+            return
+        saving, self.saving = self.saving, None
+        saving.finish(self.timeout_minutes)
+        self.steps.append(self.saving_step)
+        if dist.get_rank() == 0:
+            checkpoint.prune(
+                self.directory,
+                keep_last=self.settings.keep_last,
+                keep_every=self.settings.keep_every,
+            )
+        # what the newest covers is still of use, should that one turn out to be damaged
+        self.journal.forget(before=self.steps[-2])
 
     @contextmanager
     def saved_if_the_engine_fails(self) -> Iterator[None]:
@@ -96,8 +123,10 @@ class Checkpoints:
             yield
         except EngineError as error:
             assert self.actor.updates == self.border.updates, "the engine is not asked in an update"
+            self.finish()
             if self.border.step not in self.steps:
                 self._write()
+                self.finish()
             raise Stopped(
                 f"the engine failed: {error}\n{self.border.step} steps are saved, and the same "
                 "command goes on",
@@ -105,16 +134,13 @@ class Checkpoints:
             ) from error
 
     def _write(self) -> None:
-        self.actor.save(self.directory, step=self.border.step, run_state=self.border.parts)
-        self.steps.append(self.border.step)
-        if dist.get_rank() == 0:
-            checkpoint.prune(
-                self.directory,
-                keep_last=self.settings.keep_last,
-                keep_every=self.settings.keep_every,
-            )
-        # what the newest covers is still of use, should that one turn out to be damaged
-        self.journal.forget(before=self.steps[-2])
+        self.finish()  # one at a time
+        self.saving_step, asynchronous = self.border.step, self.settings.asynchronous
+        self.saving = self.actor.start_saving(
+            self.directory, step=self.saving_step, run_state=self.border.parts, copy=asynchronous
+        )
+        if not asynchronous:
+            self.finish()
 
     def _problem(self, path: Path) -> str | None:
         if problem := manifest.problem(path):

@@ -102,12 +102,16 @@ def train(config: Config) -> dict:
                 )
                 checkpoints.mark()
             stopping = job.stop.anywhere()
-            if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
-                with run.seconds("checkpoint"):
+            with run.seconds("checkpoint"):
+                checkpoints.finish_if_done()
+                if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
                     checkpoints.save()
-            if stopping:
-                raise job.stop.stopped(run.num_steps)
+                if stopping:
+                    checkpoints.finish()
+                    raise job.stop.stopped(run.num_steps)
         after = job.evaluate("after", config.eval.samples_per_prompt)
+        with run.seconds("checkpoint"):
+            checkpoints.finish()
 
     return job.finish(after)
 

@@ -2,7 +2,7 @@
 
 The layout on disk is Megatron-LM's: `iter_0000042/` with the shards, and beside it
 `latest_checkpointed_iteration.txt`; an imported model is in `release/`.  A checkpoint gets its name
-only once it is whole, and its manifest (`manifest.py`) says what whole means.
+only once it is whole (`saving.py`), and its manifest (`manifest.py`) says what whole means.
 
 Beside the shards there may be
 
@@ -13,22 +13,18 @@ Beside the shards there may be
 """
 
 import os
-import queue
 import shutil
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_prepo.actor import manifest
+from megatron_prepo.actor.saving import Saving
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
 
@@ -37,21 +33,8 @@ RUN_STATE = "run.json"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-# Megatron forks a process for each file that it writes, for the sake of writing in the background.
-# We wait for it, and a fork whose rank is killed waits for ever for a lock that the rank held: here
-# its writers are threads, and a queue for their answers needs no process of its own, either.
-_THREADS = SimpleNamespace(
-    Process=threading.Thread,
-    Queue=queue.Queue,
-    JoinableQueue=queue.Queue,
-    Manager=lambda: SimpleNamespace(Queue=queue.Queue),
-)
-filesystem_async.mp = SimpleNamespace(
-    **vars(filesystem_async.mp) | {"get_context": lambda method: _THREADS}
-)
 
-
-def save(
+def start_saving(
     model,
     directory: str | Path,
     *,
@@ -60,11 +43,14 @@ def save(
     scheduler=None,
     updates: int = 0,
     run_state: str | None = None,
-) -> Path:
-    """Write the (unwrapped) model as the newest checkpoint below `directory`; collective.
+    copy: bool = True,
+) -> Saving:
+    """Begin to write the (unwrapped) model as the newest checkpoint below `directory`; collective.
 
     With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
-    the text of `run.json`.  Raises OSError if a rank cannot write: older checkpoints stay.
+    the text of `run.json`.  It is there when the `Saving` is finished, and nothing else may be
+    saved below `directory` before; without a `copy`, nor may model and optimizer change.  Raises
+    OSError if a rank cannot write: older checkpoints stay.
     """
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
@@ -79,27 +65,25 @@ def save(
         _fill_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
         state["opt_param_scheduler"] = scheduler.state_dict()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    try:
-        dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
-    except CheckpointException as error:  # on all ranks, and no Exception to Python
-        rank, (failure, _) = next(iter(error.failures.items()))
-        free = shutil.disk_usage(aside).free
-        raise OSError(
-            f"rank {rank} could not write {aside} ({free >> 20:,} MiB are free there): {failure}"
-        ) from error
-    if optimizer is not None:
-        save_file(_random_states(), aside / f"random_{dist.get_rank()}.safetensors")
-    if run_state is not None and dist.get_rank() == 0:
-        write_text(aside / RUN_STATE, run_state)
-    dist.barrier()
-    manifest.write(aside)
-    if dist.get_rank() == 0:
+
+    def publish() -> None:
         shutil.rmtree(final, ignore_errors=True)
         rename_tree(aside, final)
         write_text(Path(directory) / TRACKER, str(step))
-    dist.barrier()
-    return final
+
+    small_files = {}
+    if optimizer is not None:
+        small_files[f"random_{dist.get_rank()}.safetensors"] = as_bytes(_random_states())
+    if run_state is not None and dist.get_rank() == 0:
+        small_files[RUN_STATE] = run_state.encode()
+    return Saving(
+        state,
+        aside,
+        metadata=OPTIMIZER_SHARDING,
+        copy=copy,
+        small_files=small_files,
+        publish=publish,
+    )
 
 
 def load(path: Path, model, optimizer, scheduler) -> int:

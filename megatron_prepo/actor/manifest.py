@@ -16,11 +16,18 @@ MANIFEST = "manifest.json"
 BLOCK = 1 << 20
 
 
-def write(directory: Path) -> None:
-    """Of all files that are there; collective."""
-    files = _summed(sorted(path for path in directory.iterdir() if path.name != MANIFEST))
+def write(directory: Path, known: dict[str, dict]) -> None:
+    """Of all files that are there, some of which each rank knows (`sum_of`) already; collective."""
+    files = {
+        name: entry for share in parallel.gather_to_all(known) for name, entry in share.items()
+    }
+    rest = (path for path in directory.iterdir() if path.name not in {*files, MANIFEST})
+    files |= _summed(sorted(rest))
     if dist.get_rank() == 0:
-        write_text(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+        write_text(
+            directory / MANIFEST,
+            json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n",
+        )
 
 
 def problem(directory: Path) -> str | None:
@@ -50,11 +57,12 @@ def _text(directory: Path) -> str | None:
 def _summed(paths: list[Path]) -> dict[str, dict]:
     """Size and SHA-256 by name, on every rank."""
     mine = paths[dist.get_rank() :: dist.get_world_size()]
-    shares = parallel.gather_to_all({path.name: _sum_of(path) for path in mine})
+    shares = parallel.gather_to_all({path.name: sum_of(path) for path in mine})
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def _sum_of(path: Path) -> dict:
+def sum_of(path: Path) -> dict:
+    """Size and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

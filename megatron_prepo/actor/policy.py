@@ -48,6 +48,7 @@ from megatron_prepo.actor.batching import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
 from megatron_prepo.actor.rows import Plan, plan_rows
+from megatron_prepo.actor.saving import Saving
 from megatron_prepo.actor.vocab_parallel import (
     IGNORE,
     LossOf,
@@ -292,9 +293,17 @@ class Actor:
 
         With `checkpoint.optimizer=false` it has weights only, and nothing can go on from it.
         """
+        saving = self.start_saving(directory, step=step, run_state=run_state, copy=False)
+        saving.finish(self.config.parallel.timeout_minutes)
+        return checkpoint.path_of(directory, step)
+
+    def start_saving(
+        self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
+    ) -> Saving:
+        """The same, still to be finished; the actor may go on if its state is copied."""
         if not self.config.checkpoint.optimizer:
-            return checkpoint.save(self.model, directory, step=step)
-        return checkpoint.save(
+            return checkpoint.start_saving(self.model, directory, step=step, copy=copy)
+        return checkpoint.start_saving(
             self.model,
             directory,
             step=step,
@@ -302,6 +311,7 @@ class Actor:
             scheduler=self.scheduler,
             updates=self.updates,
             run_state=run_state,
+            copy=copy,
         )
 
     def load(self, path: Path) -> None:

@@ -4,10 +4,12 @@ Under the layout that wrote it bit for bit, under another up to rounding.  One s
 through everything that needs a job; the tests look at its results.
 """
 
+import json
 import os
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ RESHARDED = [
     ("tp2 distributed", "dp2 distributed"),
     ("tp2 bf16", "tp1 bf16"),
 ]
+DEADLINE_SECONDS = 240.0
 SECTIONS = {
     "data": {"max_prompt_tokens": 16},
     "train": {"total_steps": 8, "micro_batch_tokens": 24},
@@ -124,6 +127,7 @@ def run_everything(hf, scratch):
     for layout in ("tp1", "tp2 distributed"):
         results |= {("before any update", layout): from_the_start(hf, layout, scratch)}
     results["disk full"] = disk_full(hf, scratch)
+    results["in the background"] = in_the_background(hf, scratch)
     results["manifests"] = manifests(hf, scratch)
     results["checkpoints"] = run_checkpoints(hf, f"{scratch}/run")
     return results, uninterrupted
@@ -171,6 +175,118 @@ def disk_full(hf, scratch):
         os.fork = None  # a fork whose rank is killed may wait for ever
         result["later"] = manifest.problem(actor.save(directory, step=3))
         return result
+
+
+def saved_meanwhile(tree, actor, fresh, first):
+    """A step while the one before is written; what a run that is killed then goes on from."""
+    from megatron_prepo.actor import parallel
+
+    tree["checkpoint"]["asynchronous"] = True
+    checkpoints, run, _ = fresh()
+    checkpoints.restore()
+    lines = [checkpoints.journal.directory / f"rollouts_{step}.jsonl" for step in (5, 6)]
+    if first:
+        checkpoints.journal.directory.mkdir(exist_ok=True)
+        for line in lines:
+            line.touch()
+    with Held() as held:
+        updates = []
+        for _ in range(2):
+            actor.update(batch())
+            run.num_steps += 1
+            checkpoints.finish_if_done()
+            updates.append(actor.updates)
+            if len(updates) == 1:
+                checkpoints.save()
+        torch.distributed.barrier()
+        states = parallel.from_rank_zero([line.exists() for line in lines])
+        # at a kill the threads are gone: what is there now is what there will be
+        then, run_then, _ = fresh()
+        then.restore()
+        before = (states, run_then.num_steps, actor.updates)
+        held.go.set()
+        checkpoints.finish()
+    then, run_then, _ = fresh()
+    torch.distributed.barrier()
+    then.restore()
+    states = parallel.from_rank_zero([line.exists() for line in lines])
+    return updates, before, (states, run_then.num_steps, actor.updates)
+
+
+class Held:
+    """Threads that write wait, on this rank if so, until they are let go."""
+
+    def __init__(self, here=True):
+        self.here, self.go = here, threading.Event()
+
+    def __enter__(self):
+        from megatron_prepo.actor.saving import Saving
+
+        self.write = write = Saving._write
+
+        def wait_and_write(saving):
+            assert not self.here or self.go.wait(DEADLINE_SECONDS)
+            write(saving)
+
+        Saving._write = wait_and_write
+        return self
+
+    def __exit__(self, *_):
+        from megatron_prepo.actor.saving import Saving
+
+        Saving._write = self.write
+        self.go.set()
+
+
+def in_the_background(hf, scratch):
+    """Of a state that changes meanwhile; with a rank that is late; with one whose disk is full."""
+    from megatron_prepo.actor import checkpoint, manifest, parallel
+
+    result, parallel.SIGN_OF_LIFE_SECONDS = {}, 0.05
+    for layout in ("tp2", "dp2 bf16 distributed"):
+        with ActorOn(hf, layout) as actor:
+            there = [f"{scratch}/{kind}-{layout.replace(' ', '-')}" for kind in ("at-once", "late")]
+            actor.update(batch())
+            at_once = actor.save(there[0], step=1)
+            with Held() as held:
+                saving = actor.start_saving(there[1], step=1)
+                actor.update(batch())
+                named_early = saving.done() or list(checkpoint.all_of(there[1]))
+                held.go.set()
+                saving.finish(timeout_minutes=1)
+            late = checkpoint.newest(there[1])
+            result[layout] = (named_early, sums_of(at_once), sums_of(late))
+
+    with ActorOn(hf, "tp2") as actor:
+        rank = torch.distributed.get_rank()
+        with Held(here=rank == 1):
+            saving = actor.start_saving(there[0], step=2)
+            result["late"] = error_of(lambda: saving.finish(timeout_minutes=0.01))
+        saving.thread.join()
+        torch.distributed.barrier()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+        saving = actor.start_saving(there[0], step=3)
+        result["full"] = error_of(lambda: saving.finish(timeout_minutes=1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        result["left"] = list(checkpoint.all_of(there[0]))
+        result["later"] = manifest.problem(actor.save(there[0], step=4))
+    return result
+
+
+def sums_of(path):
+    """Of a checkpoint's files but one, which holds a random number and its own path."""
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    return {name: entry for name, entry in files.items() if name != ".metadata"}
+
+
+def error_of(call):
+    """What is raised by a call to write."""
+    try:
+        call()
+    except OSError as error:
+        return str(error)
 
 
 def manifests(hf, scratch):
@@ -286,6 +402,7 @@ def run_checkpoints(hf, run_directory):
         except Exception as error:
             result["engine"] = (type(error).__name__, str(error), error.exit_code)
         result["after the engine"] = restored()
+        result["asynchronous"] = saved_meanwhile(tree, actor, fresh, first)
         result["left behind"] = [path.name for path in directory.glob("*.partial")]
     return result
 
@@ -340,6 +457,30 @@ def test_a_full_disk_costs_no_checkpoint_that_was_there(results):
     found = results[0][0]["disk full"]
     assert "rank 0 could not write" in found["error"] and "MiB are free" in found["error"]
     assert (found["left"], found["newest"], found["later"]) == ([1], None, None)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2 bf16 distributed"])
+def test_in_the_background_the_state_of_the_border_is_written_to_the_bit(results, layout):
+    for resumed, _ in results:
+        named_early, at_once, late = resumed["in the background"][layout]
+        assert not named_early and len(late) >= 5 and at_once == late
+
+
+def test_what_keeps_one_rank_from_writing_is_raised_on_all(results):
+    for resumed, _ in results:
+        found = resumed["in the background"]
+        assert "is not written after 0.01 minutes" in found["late"]
+        assert "rank 1 could not write" in found["full"] and "MiB are free" in found["full"]
+        assert (found["left"], found["later"]) == ([1], None)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(results):
+    """And the rollouts since then, which are dropped when it is whole."""
+    for resumed, _ in results:
+        updates, killed, finished = resumed["checkpoints"]["asynchronous"]
+        assert updates == [7, 8]
+        assert killed == ([True, True], 6, 6)
+        assert finished == ([False, True], 7, 7)
 
 
 def test_damage_is_found_and_named(results):
