@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from fake_sglang import FakeSGLang
-from fake_sglang_package import alive, processes, wait_until_gone
+from fake_sglang_package import alive, processes, wait_for, wait_until_gone
 
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
