@@ -97,8 +97,10 @@ def _train(options: argparse.Namespace) -> int:
     def as_rank() -> None:
         from megatron_prepo import report
         from megatron_prepo.train import train
+        from megatron_prepo.train_async import train_overlapped
 
-        summary = train(configuration.load(options.config, options.overrides))
+        config = configuration.load(options.config, options.overrides)
+        summary = train_overlapped(config) if config.train.overlap else train(config)
         if os.environ["RANK"] == "0":
             print(report.text(summary))
 

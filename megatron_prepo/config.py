@@ -151,6 +151,12 @@ class SelectionConfig:
     """`mopps`: how much of what was observed before still counts at the next observation."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Perplexity over all prompt tokens, or only the user's text without the chat template's."""
+    ppl_from: Literal["actor", "engine"] = "actor"
+    """Who computes it: a forward pass of the actor; or the engine, whose cache then has the prompts
+    that are rolled out (`docs/off_policy.md`; not for `foresight`, which needs entropies)."""
+    ppl_agreement: float = 0.95
+    """`ppl_from=engine`: in the first step and those that evaluate, both compute it, and a rank
+    correlation below this ends the run."""
 
     def __post_init__(self):
         _at_least("selection.num_selected", self.num_selected, 1)
@@ -163,6 +169,15 @@ class SelectionConfig:
         if not 0 <= self.rho_max <= 1:
             raise ValueError(f"selection.rho_max={self.rho_max} must lie between 0 and 1")
         _at_least("selection.horizon", self.horizon, 1)
+        if not -1 <= self.ppl_agreement <= 1:
+            raise ValueError(
+                f"selection.ppl_agreement={self.ppl_agreement} must lie between -1 and 1"
+            )
+        if self.method == "foresight" and self.ppl_from == "engine":
+            raise ValueError(
+                "selection.ppl_from=engine gives no entropies, which selection.method=foresight "
+                "needs; set selection.ppl_from=actor"
+            )
         for name in ("target_pass_rate", "mopps_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")
@@ -349,8 +364,15 @@ class LossConfig:
     """Entropy bonus (paper: none)."""
     kl_coef: float = 0.0
     """Penalty on the k3 estimate of KL to the initial policy (paper: none); keeps a copy of it."""
-    importance_cap: float | None = None
-    """Truncated importance sampling: cap on actor over engine probability; empty: off."""
+    importance: Literal["off", "truncated", "masked"] = "off"
+    """Correction for an engine whose probabilities are not the actor's, by their ratio: counts at
+    most `importance_high`, or not at all outside of the band (`docs/off_policy.md`)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """The ratio is each token's, or the whole rollout's: the product over its tokens."""
+    importance_low: float = 0.5
+    """`masked`: the smallest ratio, of actor over engine, that counts."""
+    importance_high: float = 2.0
+    """`truncated`: what a larger ratio counts; `masked`: the largest that counts."""
     head: Literal["known-gradient", "recompute"] = "known-gradient"
     """How the output head gets its gradient: with the loss, while the logits exist (3 matrix
     products), or afterwards, from logits computed again (4 products)."""
@@ -366,8 +388,11 @@ class LossConfig:
         _at_least("loss.kl_coef", self.kl_coef, 0)
         if self.head_memory_mib is not None:
             _positive("loss.head_memory_mib", self.head_memory_mib)
-        if self.importance_cap is not None:
-            _positive("loss.importance_cap", self.importance_cap)
+        if not 0 <= self.importance_low <= 1 <= self.importance_high < math.inf:
+            raise ValueError(
+                f"loss.importance_low={self.importance_low} and loss.importance_high="
+                f"{self.importance_high} must enclose 1, the ratio where engine and actor agree"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -423,6 +448,9 @@ class TrainConfig:
     """Everything random in a run derives from it."""
     mini_batches: int = 1
     """Optimizer updates a step; the rollouts are split between them."""
+    overlap: bool = False
+    """Generate the rollouts of the next step while this one trains, by weights that are a step
+    older than those that learn from them (`docs/off_policy.md`)."""
     micro_batch_tokens: int = 8192
     """Tokens in a forward pass of the actor, at most; a sequence is never split."""
     packing: bool = True
@@ -564,6 +592,8 @@ class Config:
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
             )
+        if self.train.overlap:
+            self._check_overlap()
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.train.micro_batch_tokens:
             raise ValueError(
@@ -576,6 +606,25 @@ class Config:
             raise ValueError(
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
                 f"train.total_steps={self.train.total_steps}"
+            )
+
+    def _check_overlap(self):
+        if self.rollout.engine == "embedded":
+            raise ValueError(
+                "train.overlap=true needs servers that generate while the actor trains, and "
+                "rollout.engine=embedded computes in the actor's processes; set "
+                "rollout.engine=sglang, or train.overlap=false"
+            )
+        if self.selection.method in ("greso", "dapo", "oracle"):
+            raise ValueError(
+                f"train.overlap=true chooses a step's prompts once and beforehand, and "
+                f"selection.method={self.selection.method} has to see rollouts of a step to choose "
+                "its prompts; set train.overlap=false, or another method"
+            )
+        if self.loss.importance == "off":
+            raise ValueError(
+                "train.overlap=true learns from rollouts of older weights, which loss.importance="
+                "off does not correct for; set loss.importance=truncated (or masked)"
             )
 
 
@@ -604,7 +653,7 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
     """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
     tree = copy.deepcopy(tree)
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return from_tree(tree)
 
 
@@ -649,7 +698,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _apply(tree: dict, override: str) -> None:
+def apply(tree: dict, override: str) -> None:
+    """Change nested dictionaries by an override such as ``optimizer.lr=1e-6``, in place."""
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):

@@ -43,6 +43,8 @@ class LedgerEntry:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long."""
+    staleness: int = 0
+    """Optimizer updates between those weights and the ones that learnt from it."""
     graded: Literal["ok", "timeout", "error"] = "ok"
     """Whether the reward is the function's: else it broke a limit, or raised."""
 

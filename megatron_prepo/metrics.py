@@ -17,7 +17,6 @@ from scipy import stats
 
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.dashboards import TensorBoard, WandB
-from megatron_prepo.loss import k3
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.candidates import Candidates
 
@@ -88,6 +87,10 @@ def selection_metrics(
         metrics["ppl/spearman_with_reward"] = spearman(ppl_K, rewards_KG.mean(dim=1))
         if candidates.pass_rate_P is not None:
             metrics |= candidate_metrics(candidates)
+        if candidates.actor_ppl_P is not None:
+            relative_P = (ppl_P / candidates.actor_ppl_P - 1).abs()
+            metrics["ppl/engine_actor_relative_max"] = float(relative_P.max())
+            metrics["ppl/engine_actor_spearman"] = spearman(ppl_P, candidates.actor_ppl_P)
     return metrics
 
 
@@ -120,11 +123,8 @@ def rollout_metrics(
     weight_N: torch.Tensor,
     lengths_N: torch.Tensor,
     finished_N: Sequence[bool],
-    old_logprobs_T: torch.Tensor,
-    engine_logprobs_T: torch.Tensor,
 ) -> dict[str, float]:
-    """Entropies, weights, lengths, and how far the engine's probabilities are from the actor's."""
-    difference_T = (engine_logprobs_T - old_logprobs_T).double()
+    """Entropies, weights and lengths."""
     return {
         "entropy/mean": float((entropy_N * lengths_N).sum() / lengths_N.sum()),
         "weight/mean": float(weight_N.mean()),
@@ -133,9 +133,6 @@ def rollout_metrics(
         **quantiles("weight", weight_N),
         "rollout/length": float(lengths_N.double().mean()),
         "rollout/finished_ratio": sum(finished_N) / len(finished_N),
-        "mismatch/logprob_abs_mean": float(difference_T.abs().mean()),
-        "mismatch/logprob_abs_max": float(difference_T.abs().max()),
-        "mismatch/kl": float(k3(difference_T).mean()),
     }
 
 

@@ -85,10 +85,10 @@ class Run:
                 break
         self.bar.close()
 
-    def is_last(self, step: int) -> bool:
-        """Whether this step, which has been recorded, ends the run."""
+    def is_last(self, step: int, to_be_recorded: int = 0) -> bool:
+        """Whether this step, of whose rollouts so many have not been recorded yet, ends the run."""
         budget = self.config.train.rollout_budget
-        spent = budget is not None and self.rollouts >= budget
+        spent = budget is not None and self.rollouts + to_be_recorded >= budget
         return spent or step + 1 == self.config.train.total_steps
 
     def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict) -> None:

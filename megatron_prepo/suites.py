@@ -199,7 +199,9 @@ def build_engine(config: Config, tokenizer):
         device=device,
         batch_size=config.rollout.batch_size,
     )
-    model = AutoModelForCausalLM.from_pretrained(config.model.hf, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.hf, local_files_only=True, trust_remote_code=False
+    )
     engine.load_weights([list(model.named_parameters())], 0)
     return engine
 

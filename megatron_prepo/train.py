@@ -18,16 +18,17 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import DTYPES, describe
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.advantages import group_advantages, zero_variance
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, LossConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.dump import StepRecord
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.journal import Journal
 from megatron_prepo.ledger import LedgerEntry
-from megatron_prepo.loss import rollout_coefficients, truncated_importance
+from megatron_prepo.loss import rollout_coefficients
 from megatron_prepo.metrics import grading_metrics, rollout_metrics, selection_metrics
-from megatron_prepo.perplexity import prompt_scores
+from megatron_prepo.mismatch import importance, importance_metrics, mismatch_metrics
+from megatron_prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.resume import Checkpoints
 from megatron_prepo.rewards.pool import Grade, Grader
@@ -47,42 +48,18 @@ def train(config: Config) -> dict:
     Collective: every rank of the job calls it.  Raises UserError for a wrong input before any
     weight is loaded.
     """
-    inputs = preflight.check(config)
-    parallel.initialize(config.parallel, config.train.seed)
-    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
-    run = Run(config, writes=dist.get_rank() == 0)
-    run.say(describe(config))
-    if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
-        run.say("the section sglang: is for servers that the run starts, and is ignored here")
-    text = inputs.train_prompts[0].tokens
-    seed, total_steps = config.train.seed, config.train.total_steps
-    batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
-    selector = METHODS[config.selection.method](
-        config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
-    )
-    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
-    with run.seconds("setup"):
-        grader = build_grader(config, run.say)
-        engine = build_engine(config, inputs.tokenizer, run.say)
-        preflight.check_engine(config, engine)
-        actor = Actor(config)
-        parts = {"run": run, "batches": batches, "selector": selector}
-        checkpoints = Checkpoints(config, actor, parts, journal, run.say)
-        checkpoints.restore()
-        sync_weights(actor, engine, config, text)
-    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
-
-    def held_out(**options) -> Evaluation:
-        return evaluate_held_out(config, engine, grader, inputs.eval_prompts, **options)
-
+    job = set_up(config)
+    run, engine, actor = job.run, job.engine, job.actor
+    selector, journal, grader = job.selector, job.journal, job.grader
+    checkpoints = job.go_on({"run": run, "batches": job.batches, "selector": selector})
     with checkpoints.saved_if_the_engine_fails():
         if run.before is None:
-            run.before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
+            run.before = job.evaluate("before", config.eval.samples_per_prompt)
         for step in run.steps():
             if step > 0 and due(step - 1, config.eval.every):
-                run.evaluate(held_out, "during", step, config.eval.samples_during)
+                job.evaluate("during", config.eval.samples_during)
             with run.seconds("perplexity"):
-                candidates = look_at(config, actor, selector, batches.next())
+                candidates = look_at(config, actor, engine, selector, job.batches.next(), step)
             with run.seconds("probes"):
                 candidates, probes = probe(
                     config, engine, journal, grader, selector, candidates, step
@@ -104,13 +81,13 @@ def train(config: Config) -> dict:
             with run.seconds("old_logprobs"):
                 old = score_rollouts(config, actor, groups.rollouts)
             with run.seconds("update"):
-                learner = updates.of_step(groups.record(config, step, candidates, old))
+                learner = job.updates.of_step(groups.record(config, step, candidates, old))
                 weight_N, losses = update_policy(
                     config, learner, groups.rollouts, groups.rewards_KG, old
                 )
             try:
                 with run.seconds("weight_sync"):
-                    sync_weights(actor, engine, config, text)
+                    job.sync()
             finally:  # the step is done, whether or not the engine lives to see it
                 run.record(
                     step,
@@ -118,24 +95,94 @@ def train(config: Config) -> dict:
                     selection_metrics(candidates, paid.chosen, paid.rewards_KG)
                     | grading_metrics(paid.grades)
                     | selector.metrics()
-                    | old.metrics(weight_N, groups.rollouts)
+                    | old.metrics(config.loss, weight_N, groups.rollouts)
                     | losses,
                 )
                 checkpoints.mark()
-            stopping = stop.anywhere()
+            stopping = job.stop.anywhere()
             if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
                 with run.seconds("checkpoint"):
                     checkpoints.save()
             if stopping:
-                raise stop.stopped(run.num_steps)
-        after = run.evaluate(held_out, "after", run.num_steps, config.eval.samples_per_prompt)
+                raise job.stop.stopped(run.num_steps)
+        after = job.evaluate("after", config.eval.samples_per_prompt)
 
-    with run.seconds("export"):
-        actor.export(run.directory / "hf", write=run.writes)
-    engine.close()
-    grader.close()
-    journal.close()
-    return run.finish(after, ranks=dist.get_world_size())
+    return job.finish(after)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop works with, on each rank."""
+
+    config: Config
+    inputs: preflight.Inputs
+    run: Run
+    stop: StopRequests
+    journal: Journal
+    engine: EmbeddedEngine | SGLangEngine
+    actor: Actor
+    updates: Updates | NoUpdates
+    grader: Grader
+    batches: CandidateBatches
+    selector: object
+
+    def go_on(self, parts: dict[str, object]) -> Checkpoints:
+        """Set actor and parts to the last checkpoint, if there is one, and the engine to them."""
+        with self.run.seconds("setup"):
+            checkpoints = Checkpoints(self.config, self.actor, parts, self.journal, self.run.say)
+            checkpoints.restore()
+            self.sync()
+        return checkpoints
+
+    def sync(self) -> None:
+        """Give the engine the actor's weights."""
+        probe = self.inputs.train_prompts[0].tokens
+        sync_weights(self.actor, self.engine, self.config, probe)
+
+    def evaluate(self, when: str, samples: int) -> Evaluation:
+        """avg@k on held-out prompts; written, and shown."""
+
+        def held_out(**options) -> Evaluation:
+            return evaluate_held_out(
+                self.config, self.engine, self.grader, self.inputs.eval_prompts, **options
+            )
+
+        return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+
+    def finish(self, after: Evaluation) -> dict:
+        """Export the weights and end everything; returns the summary."""
+        with self.run.seconds("export"):
+            self.actor.export(self.run.directory / "hf", write=self.run.writes)
+        self.engine.close()
+        self.grader.close()
+        self.journal.close()
+        return self.run.finish(after, ranks=dist.get_world_size())
+
+
+def set_up(config: Config) -> Job:
+    """Read the inputs, join the other ranks, build engine and actor; collective."""
+    inputs = preflight.check(config)
+    parallel.initialize(config.parallel, config.train.seed)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
+    run = Run(config, writes=dist.get_rank() == 0)
+    run.say(describe(config))
+    if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
+        run.say("the section sglang: is for servers that the run starts, and is ignored here")
+    seed, total_steps = config.train.seed, config.train.total_steps
+    batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
+    selector = METHODS[config.selection.method](
+        config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
+    )
+    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
+    with run.seconds("setup"):
+        grader = build_grader(config, run.say)
+        engine = build_engine(config, inputs.tokenizer, run.say)
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
+    return Job(
+        config, inputs, run, stop, journal, engine, actor, updates, grader, batches, selector
+    )
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
@@ -170,11 +217,24 @@ def build_grader(config: Config, say) -> Grader:
     )
 
 
-def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -> Candidates:
-    """The candidate prompts, scored by the current policy if the selector needs it."""
+def look_at(
+    config: Config, actor: Actor, engine, selector, prompts: Sequence[Prompt], step: int
+) -> Candidates:
+    """The candidate prompts, scored by the current policy if the selector needs it.
+
+    By the engine's copy of it if the settings say so; then the actor is asked, too, now and then.
+    """
+    settings = config.selection
     if not selector.needs_scores:
         return Candidates(prompts)
-    return Candidates(prompts, *prompt_scores(actor, prompts, config.selection.ppl_tokens))
+    if settings.ppl_from == "actor":
+        return Candidates(prompts, *prompt_scores(actor, prompts, settings.ppl_tokens))
+    candidates = Candidates(prompts, engine_perplexities(engine, prompts, settings.ppl_tokens))
+    if step == 0 or due(step, config.eval.every):
+        actor_ppl_P, _ = prompt_scores(actor, prompts, settings.ppl_tokens)
+        check_agreement(candidates.ppl_P, actor_ppl_P, settings.ppl_agreement)
+        candidates = replace(candidates, actor_ppl_P=actor_ppl_P)
+    return candidates
 
 
 def probe(
@@ -201,15 +261,19 @@ def roll_out(
     """G completions of each prompt, by the weights of the last update; paid for once."""
     rollouts = journal.find(purpose, engine.weight_version, prompts)
     if rollouts is None:
-        rollouts = engine.generate(
-            prompts,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=f"{config.train.seed}/{purpose}",
-        )
+        rollouts = engine.generate(prompts, **sampling(config, purpose))
         journal.add(purpose, rollouts)
     return rollouts
+
+
+def sampling(config: Config, purpose: str) -> dict:
+    """How rollouts are drawn; each purpose and step has random numbers of its own."""
+    return {
+        "samples_per_prompt": config.rollout.samples_per_prompt,
+        "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "seed": f"{config.train.seed}/{purpose}",
+    }
 
 
 def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
@@ -274,23 +338,32 @@ class OldScores:
     entropy_N: torch.Tensor
     """Mean token entropy of each rollout."""
     lengths_N: torch.Tensor
+    importance_N: list[torch.Tensor] | None = None
+    """What each token of a rollout counts, if `loss.importance` is on."""
+    staleness: int = 0
+    """Optimizer updates between the weights that generated the rollouts and these."""
 
-    def metrics(self, weight_N: torch.Tensor, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def metrics(
+        self, settings: LossConfig, weight_N: torch.Tensor, rollouts: Sequence[Rollout]
+    ) -> dict[str, float]:
         """Entropies, weights and the mismatch between engine and actor."""
-        return rollout_metrics(
-            self.entropy_N,
-            weight_N,
-            self.lengths_N,
-            [rollout.finished for rollout in rollouts],
-            torch.cat([score.logprobs_T for score in self.scores]),
-            torch.cat([torch.tensor(rollout.engine_logprobs) for rollout in rollouts]),
+        finished_N = [rollout.finished for rollout in rollouts]
+        metrics = rollout_metrics(self.entropy_N, weight_N, self.lengths_N, finished_N)
+        metrics["rollout/staleness"] = self.staleness
+        metrics |= mismatch_metrics(
+            [score.logprobs_T for score in self.scores],
+            [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
         )
+        if self.importance_N:
+            metrics |= importance_metrics(settings, torch.cat(self.importance_N))
+        return metrics
 
 
 def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) -> OldScores:
     """Old log-probabilities and entropies: always a pass of its own, PREPO's weights need it."""
-    stale = [r.prompt.id for r in rollouts if r.weight_version != actor.updates]
-    assert not stale, f"rollouts of {stale[:3]} come from weights other than the actor's"
+    staleness = max(actor.updates - rollout.weight_version for rollout in rollouts)
+    bound = config.train.mini_batches if config.train.overlap else 0
+    assert 0 <= staleness <= bound, f"rollouts of {staleness} updates ago, and {bound} may be"
     sequences = [scored_sequence(rollout) for rollout in rollouts]
     temperature = config.rollout.temperature
     scores = actor.score(sequences, temperature=temperature)
@@ -302,7 +375,21 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
         references,
         entropy_N=torch.stack([score.entropy_T.double().mean() for score in scores]),
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
+        importance_N=importance_of(config, scores, rollouts),
+        staleness=staleness,
     )
+
+
+def importance_of(
+    config: Config, scores: Sequence[Scores], rollouts: Sequence[Rollout]
+) -> list[torch.Tensor] | None:
+    """What each token of a rollout counts, as the engine was more or less likely to choose it."""
+    if config.loss.importance == "off":
+        return None
+    return [
+        importance(config.loss, score.logprobs_T, torch.tensor(rollout.engine_logprobs))
+        for score, rollout in zip(scores, rollouts, strict=True)
+    ]
 
 
 def update_policy(
@@ -384,18 +471,12 @@ def training_sequence(
     config: Config, rollout: Rollout, old: OldScores, i: int, advantage, coefficient
 ) -> TrainingSequence:
     """Rollout i as the actor's update takes it."""
-    importance_T, old_logprobs_T = None, old.scores[i].logprobs_T
-    if config.loss.importance_cap is not None:
-        engine_logprobs_T = torch.tensor(rollout.engine_logprobs)
-        importance_T = truncated_importance(
-            old_logprobs_T, engine_logprobs_T, config.loss.importance_cap
-        )
     return TrainingSequence(
         sequence=scored_sequence(rollout),
-        old_logprobs_T=old_logprobs_T,
+        old_logprobs_T=old.scores[i].logprobs_T,
         advantage=float(advantage),
         coefficient=float(coefficient),
-        importance_T=importance_T,
+        importance_T=old.importance_N[i] if old.importance_N else None,
         reference_logprobs_T=old.references[i].logprobs_T if old.references else None,
     )
 
@@ -454,6 +535,7 @@ def ledger_entries(
                 zero_variance=zero_variance_K[n // group_size],
                 weight_version=rollout.weight_version,
                 aborted=rollout.aborted,
+                staleness=0 if i is None else old.staleness,
             )
         )
     return entries

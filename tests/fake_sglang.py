@@ -89,6 +89,7 @@ class FakeSGLang:
         self.weights: dict = {}
         self.version, self.in_session, self.paused = "default", False, False
         self.fault = lambda path, body: None
+        self.prompt_logprobs = lambda ids: [prompt_logprob(self.weights)] * (len(ids) - 1)
         self.calls: list[str] = []
         self.requests: list[dict] = []
         """Bodies of /generate, in the order of arrival."""
@@ -96,6 +97,8 @@ class FakeSGLang:
         """Complete answers of /generate that were written, by prompt and seed."""
         self.under_way = self.most_under_way = 0
         self.aborted: set[str] = set()
+        self.seconds = 0.002
+        """How long an answer of /generate takes."""
         self.dead, self._closing = False, threading.Event()
         self._lock = threading.Lock()
         self._server = _Listener((host, port), _handler_of(self))
@@ -169,10 +172,11 @@ class FakeSGLang:
             "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
         }
         if body.get("logprob_start_len") == 0:
-            value = prompt_logprob(self.weights)
-            meta["input_token_logprobs"] = [[None, ids[0], None]] + [
-                [value, token, None] for token in ids[1:]
+            values = [None, *self.prompt_logprobs(ids)]
+            meta["input_token_logprobs"] = [
+                [value, token, None] for value, token in zip(values, ids, strict=True)
             ]
+            meta["finish_reason"] = {"type": "length"}
             return {"output_ids": [], "meta_info": meta}
         tokens, ends = completion(ids, sampling["sampling_seed"], sampling["max_new_tokens"])
         meta["finish_reason"] = {"type": "stop" if ends else "length"}
@@ -311,15 +315,18 @@ def _handler_of(fake: FakeSGLang):
             if fault == "text":
                 return self._write(200, "busy")
             status, content = fake.answer(self.path, body)
+            logprobs = "output_token_logprobs"
+            if self.path == "/generate" and body.get("logprob_start_len") == 0:
+                logprobs = "input_token_logprobs"
             if fault == "short":
-                content["meta_info"]["output_token_logprobs"].pop()
+                content["meta_info"][logprobs].pop()
             if fault == "stale":
                 content["meta_info"]["weight_version"] = "default"
             if fault == "nan":
-                content["meta_info"]["output_token_logprobs"][0][0] = float("nan")
+                content["meta_info"][logprobs][-1][0] = float("nan")
             if fault == "abort":
                 content["meta_info"]["finish_reason"] = {"type": "abort"}
-            time.sleep(0.002)
+            time.sleep(fake.seconds if self.path == "/generate" else 0.002)
             with fake._lock:
                 fake.under_way -= self.path == "/generate"
             self._write(status, content)
@@ -351,6 +358,7 @@ def main() -> None:
     host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     with FakeSGLang(int(port), host=host) as fake, contextlib.suppress(KeyboardInterrupt):
+        fake.seconds = float(os.environ.get("FAKE_SECONDS", fake.seconds))
         fake.fault = _fault_of_the_environment
         fake._closing.wait()
 

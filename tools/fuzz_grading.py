@@ -97,7 +97,7 @@ EMPTY = {
 }
 BATCH = 250
 KILLING = 10.0
-"""Seconds that it may take to kill a process and start another."""
+"""Seconds that it may take to kill a process on a busy machine."""
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 

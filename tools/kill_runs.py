@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,20 +139,20 @@ def killed_until_done(
     return Trial(case, kills, [f"{c.what}: {c.detail}" for c in checks if not c.equal])
 
 
-def trials(cases: Sequence[str], num_kills: int, directory: Path, seed: int) -> list[Trial]:
+def trials(cases: Sequence[str], num_kills: int, directory: Path, seed: int) -> Iterator[Trial]:
     """Trials of the cases in turn, until there are so many kills."""
-    draw, done, undisturbed = random.Random(seed), [], {}
-    while sum(len(trial.kills) for trial in done) < num_kills:
-        case = cases[len(done) % len(cases)]
+    draw, count, number, undisturbed = random.Random(seed), 0, 0, {}
+    while count < num_kills:
+        case = cases[number % len(cases)]
         if case not in undisturbed:
             whole = directory / f"undisturbed_{len(undisturbed)}"
             undisturbed[case] = whole, run_ranks(case, whole)
-        run = directory / f"killed_{len(done)}"
-        done.append(killed_until_done(case, run, *undisturbed[case], draw))
-        print(f"{case}: {len(done[-1].kills)} kills, differs: {done[-1].differs or 'nothing'}")
-        if not done[-1].differs:
+        run = directory / f"killed_{number}"
+        trial = killed_until_done(case, run, *undisturbed[case], draw)
+        if not trial.differs:
             shutil.rmtree(run)
-    return done
+        count, number = count + len(trial.kills), number + 1
+        yield trial
 
 
 def main() -> int:
@@ -160,23 +160,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="written anew after every run")
     options = parser.parse_args()
+    kills, differ, num_runs = [], [], 0
     with tempfile.TemporaryDirectory() as directory:
-        done = trials(list(CASES), options.kills, Path(directory), options.seed)
-    kills = [dataclasses.asdict(kill) for trial in done for kill in trial.kills]
-    differ = [dataclasses.asdict(trial) for trial in done if trial.differs]
-    print(f"{len(kills)} kills of {len(done)} runs; {len(differ)} differ from an undisturbed run")
-    if options.out:
-        result = {
-            "command": f"python tools/kill_runs.py --kills {options.kills} --seed {options.seed}",
-            "machine": machine.describe(),
-            "kills": len(kills),
-            "runs": len(done),
-            "runs_that_differ": differ,
-            "each": kills,
-        }
-        write_text(options.out, json.dumps(result, indent=1) + "\n")
+        for trial in trials(list(CASES), options.kills, Path(directory), options.seed):
+            num_runs += 1
+            kills += [dataclasses.asdict(kill) for kill in trial.kills]
+            differ += [dataclasses.asdict(trial)] if trial.differs else []
+            print(f"{trial.case}: {len(trial.kills)} kills, differs: {trial.differs or 'nothing'}")
+            if options.out:
+                result = {
+                    "command": f"tools/kill_runs.py --kills {options.kills} --seed {options.seed}",
+                    "machine": machine.describe(),
+                    "kills": len(kills),
+                    "runs": num_runs,
+                    "runs_that_differ": differ,
+                    "each": kills,
+                }
+                write_text(options.out, json.dumps(result, indent=1) + "\n")
+    print(f"{len(kills)} kills of {num_runs} runs; {len(differ)} differ from an undisturbed run")
     return 1 if differ else 0
 
 

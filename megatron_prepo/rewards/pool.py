@@ -47,7 +47,7 @@ class Grade:
     reason: str = ""
     """What was raised, or how the process ended."""
     seconds: float = 0.0
-    """How long it took, on the clock."""
+    """How long its process worked on it, on the clock."""
 
 
 class Grader:
@@ -111,7 +111,7 @@ class Grader:
         return list(self.threads.map(lambda pair: self._grade_one(*pair), pairs))
 
     def _grade_one(self, completion: str, answer: str) -> Grade:
-        start, worker = time.monotonic(), self.idle.get()
+        worker = self.idle.get()
         try:
             # twice: an answer is blamed for the end of a process only if that was a fresh one; an
             # older one may have been ended by someone else
@@ -119,6 +119,7 @@ class Grader:
                 if worker.ended:
                     worker = Worker(self.settings)
                     worker.wait_until_ready()
+                start = time.monotonic()
                 grade = worker.grade(completion, answer)
                 if grade.outcome != "error" or not worker.ended:
                     break

@@ -116,6 +116,14 @@ class EmbeddedEngine:
         completion_of = {i: c for share in self.gather(done) for i, c in share}
         return [self._rollout(prompt, *completion_of[i]) for i, (prompt, _) in enumerate(jobs)]
 
+    def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """The log-probabilities of each prompt's tokens but the first, on every rank."""
+        assert self.weight_version is not None, "the engine has no weights: sync first"
+        mine = range(self.rank, len(prompts), self.num_ranks)
+        scored = [(i, *self.prompt_logprobs(prompts[i].tokens).values()) for i in mine]
+        logprobs_of = dict(pair for share in self.gather(scored) for pair in share)
+        return [logprobs_of[i] for i in range(len(prompts))]
+
     @torch.inference_mode()
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
         """The log-probability of every token but the first, given those before it."""

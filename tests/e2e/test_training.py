@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     directories = {}
     for name, layout in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("run") / "run"
-        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance_cap=2.0"]
+        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
         assert train(directory, *SHORT, *more, *layout) == 0, name
         directories[name] = directory
     return directories
@@ -113,6 +113,21 @@ def test_run_directory(runs):
     assert weights["model_type"] == "qwen3"
     for name in ("pass_rate_before", "pass_rate_after", "pass_rate_after_ci95", "seconds"):
         assert name in summary(directory)
+
+
+def test_perplexities_of_the_engine_choose_the_same_prompts(runs, tmp_path):
+    """Both are computed, and agree, in the first step and where an evaluation follows."""
+    overrides = ["selection.ppl_from=engine", "parallel.tensor=1", "parallel.data=2"]
+    assert train(tmp_path / "run", *SHORT, *overrides, "optimizer.lr=0", "eval.every=2") == 0
+    ours, actors = (
+        pandas.read_json(directory / "ledger.jsonl", lines=True).query("step == 0")
+        for directory in (tmp_path / "run", runs["one rank"])
+    )
+    assert ours.prompt_id.tolist() == actors.prompt_id.tolist()
+    assert ours.ppl.tolist() == pytest.approx(actors.ppl.tolist(), rel=1e-5)
+    for step in metrics(tmp_path / "run"):
+        assert step["ppl/engine_actor_spearman"] > 0.999
+        assert 0 < step["ppl/engine_actor_relative_max"] < 1e-5
 
 
 def test_random_pays_no_perplexity_pass(tmp_path):

@@ -18,6 +18,13 @@ REQUIRED = {
     "train": {"total_steps": 5},
 }
 
+OVERLAP = {
+    "train__overlap": True,
+    "rollout__engine": "sglang",
+    "loss__importance": "truncated",
+}
+"""What overlapped training needs."""
+
 
 def tree(**changes):
     """The required settings, changed by `section__key=value` and `section={...}`."""
@@ -120,6 +127,11 @@ def test_all_mistakes_are_reported_at_once():
         ({"selection__target_pass_rate": 1.1}, r"selection\.target_pass_rate=1\.1 must lie"),
         ({"selection__mopps_decay": -0.1}, r"selection\.mopps_decay=-0\.1 must lie"),
         ({"train__rollout_budget": 0}, r"train\.rollout_budget=0 must be at least 1"),
+        ({"selection__ppl_agreement": 1.1}, r"selection\.ppl_agreement=1\.1 must lie"),
+        (
+            {"selection__method": "foresight", "selection__ppl_from": "engine"},
+            r"ppl_from=engine gives no entropies, .*set selection\.ppl_from=actor",
+        ),
         ({"selection__horizon": 0}, r"selection\.horizon=0 must be at least 1"),
         ({"parallel__tensor": 0}, r"parallel\.tensor=0"),
         ({"parallel__data": 0}, r"parallel\.data=0"),
@@ -145,7 +157,9 @@ def test_all_mistakes_are_reported_at_once():
         ({"loss__clip_high": 0.0}, r"loss\.clip_high=0\.0"),
         ({"loss__kl_coef": -1.0}, r"loss\.kl_coef=-1\.0"),
         ({"loss__entropy_coef": -1.0}, r"loss\.entropy_coef=-1\.0"),
-        ({"loss__importance_cap": 0.0}, r"loss\.importance_cap=0\.0"),
+        ({"loss__importance_high": 0.5}, r"importance_high=0\.5 must enclose 1"),
+        ({"loss__importance_low": 1.5}, r"importance_low=1\.5 .* must enclose 1"),
+        ({"loss__importance_low": -0.1}, r"importance_low=-0\.1 .* must enclose 1"),
         ({"loss__head_memory_mib": 0}, r"loss\.head_memory_mib=0"),
         ({"optimizer__lr": -1.0}, r"optimizer\.lr=-1\.0"),
         ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, r"optimizer\.min_lr=1e-05 must lie between"),
@@ -187,11 +201,23 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
         ),
         ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
         ({"optimizer__lr_warmup_steps": 5}, r"lr_warmup_steps=5 must be less than .*total_steps=5"),
+        (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
+        (
+            OVERLAP | {"selection__method": "dapo"},
+            r"overlap=true .*selection\.method=dapo has to see",
+        ),
+        (OVERLAP | {"selection__method": "greso"}, r"selection\.method=greso has to see"),
+        (OVERLAP | {"selection__method": "oracle"}, r"selection\.method=oracle has to see"),
+        (OVERLAP | {"loss__importance": "off"}, r"overlap=true .*set loss\.importance=truncated"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         from_tree(tree(**change))
+
+
+def test_overlap_with_all_that_it_needs_is_no_contradiction():
+    assert from_tree(tree(**OVERLAP)).train.overlap
 
 
 def test_the_edges_of_the_ranges_are_allowed():
@@ -293,6 +319,8 @@ def other_value(field):
         ("target_pass_rate", 0.5): 0.25,
         ("mopps_decay", 0.5): 0.25,
         ("clip_low", 0.2): 0.3,
+        ("importance_low", 0.5): 0.4,
+        ("ppl_agreement", 0.95): 0.9,
         ("mini_batches", 1): 2,
         ("clamp", None): 3.0,
         ("adam_beta1", 0.9): 0.8,

@@ -10,7 +10,13 @@ from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.policy import Scores
 from megatron_prepo.actor.rows import plan_rows
 from megatron_prepo.memory import Shape
-from megatron_prepo.perplexity import perplexity, prompt_scores, scored_span
+from megatron_prepo.perplexity import (
+    check_agreement,
+    engine_perplexities,
+    perplexity,
+    prompt_scores,
+    scored_span,
+)
 from megatron_prepo.records import Prompt
 
 V = 7
@@ -113,6 +119,38 @@ def test_order_and_packing_of_the_batch_do_not_matter(budget):
     order = [2, 0, 3, 1]
     ppl_P, _ = prompt_scores(model, [PROMPTS[i] for i in order])
     torch.testing.assert_close(ppl_P, expected_P[order], rtol=1e-12, atol=0)
+
+
+class BigramEngine:
+    """Stands in for an engine that has the weights of a `Bigram`."""
+
+    def __init__(self, bigram):
+        self.bigram = bigram
+
+    def score_prompts(self, prompts):
+        pairs = [[*zip(p.tokens, p.tokens[1:], strict=False)] for p in prompts]
+        return [[self.bigram.logprobs_VV[a, b].item() for a, b in row] for row in pairs]
+
+
+@pytest.mark.parametrize("tokens", ["all", "content"])
+def test_the_engines_perplexity_has_the_same_definition(tokens):
+    model = random_bigram()
+    prompts = [*PROMPTS, prompt([5, 6, 1, 2, 0], content=(2, 4))]
+    ppl_P = engine_perplexities(BigramEngine(model), prompts, tokens)
+    assert ppl_P.dtype == torch.float64
+    torch.testing.assert_close(ppl_P, prompt_scores(model, prompts, tokens)[0], rtol=1e-6, atol=0)
+
+
+def test_perplexities_that_rank_prompts_differently_are_refused():
+    """Spearman's correlation of (1, 2, 3) with (10, 11, 15) is 1, with (1, 3, 2) is 1/2."""
+    actor_P = torch.tensor([1.0, 2.0, 3.0])
+    check_agreement(torch.tensor([10.0, 11.0, 15.0]), actor_P, 1.0)
+    swapped_P = torch.tensor([1.0, 3.0, 2.0])
+    check_agreement(swapped_P, actor_P, 0.5)
+    with pytest.raises(ValueError, match=r"is 0\.500 over 3 prompts, below .*ppl_agreement=0\.51"):
+        check_agreement(swapped_P, actor_P, 0.51)
+    with pytest.raises(ValueError, match=r"is 0\.000 "):
+        check_agreement(torch.ones(3), actor_P, 0.1)
 
 
 def test_the_policy_is_asked_at_temperature_one():

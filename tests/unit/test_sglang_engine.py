@@ -1,5 +1,6 @@
 """The SGLang engine over fake servers: what a weight sync does, and what stops it."""
 
+import threading
 from types import SimpleNamespace
 
 import fake_sglang
@@ -97,6 +98,60 @@ def rollouts(engine):
     return engine.generate(
         PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x"
     )
+
+
+def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
+    """Asked in another order, which would spread them differently."""
+    engine, config = build(fakes, verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    fakes[0].prompt_logprobs = fakes[1].prompt_logprobs = lambda ids: [-t / 100 for t in ids[1:]]
+    assert engine.score_prompts(PROMPTS) == [[-0.06, -(7 + i) / 100] for i in range(4)]
+    scored = [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
+    assert all(len(prompts) == 2 for prompts in scored)
+    engine.generate(
+        [PROMPTS[i] for i in (1, 0, 3, 2)],
+        samples_per_prompt=3,
+        temperature=1.0,
+        max_new_tokens=12,
+        seed="1/x",
+    )
+    assert scored == [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
+
+
+def test_scores_of_other_weights_are_refused(build, hf, fakes):
+    engine, config = build(fakes[:1], verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    fakes[0].version = "another"
+    with pytest.raises(EngineError, match="by weights another"):
+        engine.score_prompts(PROMPTS)
+
+
+def test_generation_in_the_background_is_waited_for_and_the_engine_kept_from_all_else(
+    build, hf, fakes
+):
+    engine, config = build(fakes, verify="never")
+    actor, open_gate = FakeActor(hf), threading.Event()
+    sync_weights(actor, engine, config, PROBE)
+    expected = rollouts(engine)
+    for fake in fakes:
+        fake.fault = lambda path, body: path == "/generate" and not open_gate.wait(60)
+    under_way = engine.start_generate(
+        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x"
+    )
+    for call in (
+        lambda: sync_weights(actor, engine, config, PROBE),
+        lambda: rollouts(engine),
+        lambda: engine.score_prompts(PROMPTS),
+        lambda: engine.prompt_logprobs(PROBE),
+    ):
+        with pytest.raises(AssertionError, match="still generating"):
+            call()
+    actor.update()
+    open_gate.set()
+    assert under_way.result() == expected and under_way.seconds > 0
+    assert {rollout.weight_version for rollout in expected} == {0}
+    sync_weights(actor, engine, config, PROBE)
+    assert {rollout.weight_version for rollout in rollouts(engine)} == {1}
 
 
 def assert_has_weights(fake, actor) -> None:
