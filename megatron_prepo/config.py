@@ -435,6 +435,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProfileConfig:
+    """Traces of chosen steps, for Perfetto or chrome://tracing, in `profile/` of the run."""
+
+    steps: tuple[int, ...] = ()
+    """Steps that are traced, counted from 0 as in `metrics.jsonl`; each costs some 10 MB and
+    several times its seconds."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that are traced."""
+    stacks: bool = False
+    """Python's call stacks, too."""
+
+    def __post_init__(self):
+        for name in ("steps", "ranks"):
+            for value in getattr(self, name):
+                _at_least(f"profile.{name}", value, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A run."""
 
@@ -454,6 +472,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to megatron-core under its own names: fields of TransformerConfig,
     DistributedDataParallelConfig and OptimizerConfig; any other name is an error."""
@@ -475,6 +494,11 @@ class Config:
                 f"parallel.data={self.parallel.data} and train.mini_batches="
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
+            )
+        if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
+            raise ValueError(
+                f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
+                "counted from 0, and have none of that number"
             )
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(

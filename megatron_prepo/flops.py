@@ -1,4 +1,4 @@
-"""Floating-point operations that a model's mathematics asks for: what its utilisation is counted by.
+"""Floating-point operations that a model's mathematics asks for; utilisation is counted by them.
 
 A product of an m x k and a k x n matrix is 2 m k n operations; nothing else is counted (norms,
 rotations, softmax, the activation function, sampling, the optimizer).  With h the hidden size, q

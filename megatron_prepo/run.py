@@ -10,6 +10,7 @@
 | `pass_rate.png` | the result as a picture |
 | `checkpoints/` | Megatron checkpoints |
 | `hf/` | the trained model in Hugging Face format |
+| `profile/` | traces of `profile.steps` |
 | `logs/` | what ranks other than 0 printed, and errors |
 """
 
@@ -29,6 +30,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.evaluate import Evaluation, mean_ci95
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
+from megatron_prepo.profiling import profiled
 
 OURS = (
     "config.yaml",
@@ -39,6 +41,7 @@ OURS = (
     "pass_rate.png",
     "checkpoints",
     "hf",
+    "profile",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
@@ -82,14 +85,14 @@ def create_directory(config: Config) -> Path:
 
 
 class Run:
-    """Files, progress bar, seconds and totals of a run; only the rank that `writes` shows them."""
+    """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them."""
 
-    def __init__(self, config: Config, *, writes: bool):
-        self.config, self.writes = config, writes
+    def __init__(self, config: Config, *, rank: int):
+        self.config, self.rank, self.writes = config, rank, rank == 0
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()
         self.rollouts = self.tokens = self.num_steps = 0
-        if writes:
+        if self.writes:
             create_directory(config)
             project = config.run.wandb_project
             self.ledger = Ledger(self.directory / "ledger.jsonl")
@@ -105,7 +108,8 @@ class Run:
         """The numbers of the steps, from 0, with a progress bar; ends when the budget is spent."""
         self.bar = tqdm(range(self.config.train.total_steps), "train", disable=not self.writes)
         for step in self.bar:
-            yield step
+            with profiled(self.config.profile, step, self.rank, self.directory):
+                yield step
             if self.is_last(step):
                 break
         self.bar.close()

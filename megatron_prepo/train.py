@@ -33,6 +33,7 @@ from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.throughput import Throughput
 from megatron_prepo.weight_sync import sync_weights
 
 
@@ -44,7 +45,7 @@ def train(config: Config) -> dict:
     """
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
-    run = Run(config, writes=dist.get_rank() == 0)
+    run = Run(config, rank=dist.get_rank())
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.say("the section sglang: is for servers that the run starts, and is ignored here")
@@ -54,6 +55,7 @@ def train(config: Config) -> dict:
         preflight.check_engine(config, engine)
         actor = Actor(config)
         sync_weights(actor, engine, config, text)
+    throughput = Throughput(config, actor.hf)
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
     selector = METHODS[config.selection.method](
@@ -96,7 +98,13 @@ def train(config: Config) -> dict:
             selection_metrics(candidates, paid.chosen, paid.rewards_KG)
             | selector.metrics()
             | old.metrics(weight_N, groups.rollouts)
-            | losses,
+            | losses
+            | throughput.of_step(
+                run.seconds,
+                candidates,
+                [scored_sequence(rollout) for rollout in groups.rollouts],
+                groups.rewards_KG,
+            ),
         )
         if due(step, config.eval.every) and not run.is_last(step):
             run.evaluate(held_out, "during", step + 1, config.eval.samples_during)

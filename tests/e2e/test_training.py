@@ -47,8 +47,22 @@ def test_layouts_agree(runs, name):
     """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing."""
     for one, other in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
         for key, value in one.items():
-            if not key.startswith(("seconds/", "mismatch/")):
+            if not key.startswith(("seconds/", "speed/", "mismatch/")):
                 assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rates_times_seconds_are_the_same_work(runs, name):
+    """Whatever the layout.  A KL penalty scores twice, and has every rollout learnt from."""
+    ranks = summary(runs[name])["ranks"]
+    for one, step in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
+        for stage in ("perplexity", "old_logprobs", "update"):
+            for unit in ("tokens", "tflops"):
+                key = f"speed/{stage}_{unit}"
+                work = step[key] * step[f"seconds/{stage}"] * ranks
+                assert work == pytest.approx(one[key] * one[f"seconds/{stage}"])
+        old = step["speed/old_logprobs_tokens"] * step["seconds/old_logprobs"]
+        assert old == pytest.approx(2 * step["speed/update_tokens"] * step["seconds/update"])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
