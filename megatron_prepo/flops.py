@@ -51,15 +51,15 @@ class Work:
             pairs=sum(n * (n + 1) // 2 for n, _ in lengths_and_scored),
         )
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(self.tokens * times, self.scored * times, self.pairs * times)
+    def flops(self, shape: Shape) -> int:
+        """Operations of a forward pass."""
+        return forward_flops(shape, **vars(self))
 
 
-def forward_flops(shape: Shape, work: Work) -> float:
+def forward_flops(shape: Shape, *, tokens: int, scored: int, pairs: int) -> int:
     """Operations of a forward pass; with the backward pass it is three times as many."""
-    head = 2.0 * shape.hidden * shape.vocabulary * work.scored
-    attention = 4.0 * shape.queries * shape.layers * work.pairs
-    return 2.0 * layer_parameters(shape) * shape.layers * work.tokens + attention + head
+    layer = 2 * layer_parameters(shape) * tokens + 4 * shape.queries * pairs
+    return shape.layers * layer + 2 * shape.hidden * shape.vocabulary * scored
 
 
 def layer_parameters(shape: Shape) -> int:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_prepo.actor import parallel
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.config import Config
-from megatron_prepo.flops import Work, forward_flops
+from megatron_prepo.flops import Work
 from megatron_prepo.gpus import GIB, peak_flops
 from megatron_prepo.memory import Shape
 from megatron_prepo.metrics import Stopwatch
@@ -50,23 +50,27 @@ class Throughput:
         scored = candidates.prompts if candidates.ppl_P is not None else ()
         prompts = Work.of(ScoredSequence(prompt.tokens, 1) for prompt in scored)
         learnt = itertools.compress(sequences, self._learnt(rewards_KG))
-        scorings = 2 if self.config.loss.kl_coef else 1
+        scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
         rates = {}
-        for stage, work, times in (
-            ("perplexity", prompts, FORWARD),
-            ("old_logprobs", Work.of(sequences) * scorings, FORWARD),
-            ("update", Work.of(learnt), FORWARD_AND_BACKWARD),
+        for stage, work, passes, forwards in (
+            ("perplexity", prompts, 1, FORWARD),
+            ("old_logprobs", Work.of(sequences), scorings, FORWARD),
+            ("update", Work.of(learnt), 1, FORWARD_AND_BACKWARD),
         ):
-            rates |= self.rates(stage, work, times, seconds.so_far(stage))
+            spent = seconds.so_far(stage) * self.ranks / passes
+            rates |= self.rates(stage, work, forwards, spent)
         return rates | peak_memory()
 
-    def rates(self, stage: str, work: Work, times: int, seconds: float) -> dict[str, float]:
-        """Of a stage that costs `times` a forward pass; nothing where nothing was done."""
+    def rates(self, stage: str, work: Work, forwards: int, seconds: float) -> dict[str, float]:
+        """Of one pass, which costs so many forward passes, in seconds of all ranks together.
+
+        Nothing where nothing was done.
+        """
         if not (work.tokens and seconds):
             return {}
-        flops = times * forward_flops(self.shape, work) / (seconds * self.ranks)
+        flops = forwards * work.flops(self.shape) / seconds
         rates = {
-            f"speed/{stage}_tokens": work.tokens / (seconds * self.ranks),
+            f"speed/{stage}_tokens": work.tokens / seconds,
             f"speed/{stage}_tflops": flops / 1e12,
         }
         if self.peak:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import durable, machine
 from megatron_prepo.config import TrainConfig
-from megatron_prepo.flops import Work, forward_flops
+from megatron_prepo.flops import Work
 from megatron_prepo.memory import Shape
 from megatron_prepo.train import scored_sequence
 from tools import train_case
@@ -94,9 +94,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     """One case: agreement, the actor's passes, and whole steps where the model can write."""
     can_write = options.case == "laptop"
     if can_write:
-        case = train_case.laptop(folder, options.prompts or 32, micro_batch_size=32)
+        case = train_case.laptop(folder, options.prompts or 32)
     else:
-        case = train_case.log_normal(folder, options.prompts or 4, micro_batch_size=8)
+        case = train_case.log_normal(folder, options.prompts or 4)
     case.write(folder)
     arms = available(options.trl)
     fixed = take_turns(arms, "fixed", ("score", "update"), folder, options)
@@ -241,7 +241,6 @@ def products(case: Case, answers: dict[str, list[dict]]) -> dict:
     Operations are those of the rollouts that a pass goes through (`flops.py`).
     """
     shape = Shape.of(read_hf_config(case.config.model.hf))
-    learnt = Case(case.config, [g for g in case.groups if len(set(g.rewards)) > 1])
     a, seconds = torch.randn(1024, 1024), []
     for _ in range(20):
         start = time.process_time()
@@ -249,10 +248,10 @@ def products(case: Case, answers: dict[str, list[dict]]) -> dict:
         seconds.append(time.process_time() - start)
     peak = 2 * 1024**3 / min(seconds)
     rates = {"peak_gflops": peak / 1e9}
-    for task, times, passed in (("score", 1, case), ("update", 3, learnt)):
+    for task, times, passed in (("score", 1, case), ("update", 3, case.learnt())):
         work = Work.of(scored_sequence(rollout) for rollout in passed.rollouts(0))
         spent = median(answer["seconds"][task] for answer in answers[task][1:])
-        flops = times * forward_flops(shape, work) / spent
+        flops = times * work.flops(shape) / spent
         rates[task] = {"gflops": flops / 1e9, "of_peak": flops / peak}
     return rates
 

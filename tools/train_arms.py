@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -129,7 +130,7 @@ def trl(case: Case, orders: Orders, *, fixed: bool) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     config = case.config
-    micro, size = config.train.micro_batch_size, config.rollout.samples_per_prompt
+    micro, size = case.rows, config.rollout.samples_per_prompt
     groups = {group.text: group for group in case.groups}
 
     class Timed(GRPOTrainer):
@@ -295,7 +296,7 @@ def plain_loop(case: Case, orders: Orders) -> None:
                 )
                 for k, group in enumerate(case.groups)
             ]
-            made_case = Case(config, made)
+            made_case = replace(case, groups=made)
             with orders.timed("update"):
                 _plain_update(made_case, model, optimizer, list(_plain_batches(made_case)))
         orders.answer(completion_tokens=sum(map(len, completions)))
@@ -318,7 +319,7 @@ def _plain_model(case: Case):
 
 def _plain_batches(case: Case) -> Iterator[tuple]:
     """(ids_BS, mask_BS, scored_BS, advantage_B) with rows sorted by length."""
-    micro = case.config.train.micro_batch_size
+    micro = case.rows
     rewards_KG = torch.tensor([group.rewards for group in case.groups])
     std_K1 = rewards_KG.std(1, keepdim=True) + case.config.advantage.eps
     advantage_N = ((rewards_KG - rewards_KG.mean(1, keepdim=True)) / std_K1).flatten()

@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prepo import durable
-from megatron_prepo.config import Config, load, to_tree
+from megatron_prepo.config import Config, TrainConfig, load, to_tree
 from megatron_prepo.data import read_prompts
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards import FUNCTIONS, grade
@@ -56,6 +56,8 @@ class Case:
     """What the trainers are given; the settings of our configuration hold for all of them."""
 
     config: Config
+    rows: int
+    """Sequences in a micro-batch of those trainers that count sequences."""
     groups: list[Group]
 
     @property
@@ -66,8 +68,11 @@ class Case:
     @property
     def learnt_share(self) -> float:
         """Of these tokens, in groups with an advantage."""
-        groups = [g for g in self.groups if len(set(g.rewards)) > 1]
-        return Case(self.config, groups).tokens / self.tokens
+        return self.learnt().tokens / self.tokens
+
+    def learnt(self) -> "Case":
+        """Only the groups with an advantage."""
+        return replace(self, groups=[g for g in self.groups if len(set(g.rewards)) > 1])
 
     def rollouts(self, weight_version: int) -> list[Rollout]:
         """As our engine would hand them over, said to be made by these weights."""
@@ -84,18 +89,18 @@ class Case:
     def write(self, directory: Path) -> None:
         """To a directory that `read` reads."""
         durable.write_text(directory / "config.yaml", yaml.safe_dump(to_tree(self.config)))
-        groups = json.dumps([asdict(group) for group in self.groups])
-        durable.write_text(directory / "groups.json", groups)
+        tree = {"rows": self.rows, "groups": [asdict(group) for group in self.groups]}
+        durable.write_text(directory / "case.json", json.dumps(tree))
 
 
 def read(directory: str | Path, overrides: Sequence[str] = ()) -> Case:
     """The case that was written there, with some of our settings changed."""
-    groups = json.loads(Path(directory, "groups.json").read_text())
+    tree = json.loads(Path(directory, "case.json").read_text())
     config = load(Path(directory, "config.yaml"), overrides)
-    return Case(config, [Group(**group) for group in groups])
+    return Case(config, tree["rows"], [Group(**group) for group in tree["groups"]])
 
 
-def laptop(directory: Path, num_prompts: int, micro_batch_size: int) -> Case:
+def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
     """The demo's model, prompts and rewards; completions by our engine, before any training."""
     lines = (LAPTOP / "train.jsonl").read_text().splitlines(keepends=True)
     durable.write_text(directory / "train.jsonl", "".join(lines[:num_prompts]))
@@ -103,7 +108,7 @@ def laptop(directory: Path, num_prompts: int, micro_batch_size: int) -> Case:
         directory,
         f"model.hf={LAPTOP / 'base'}",
         f"selection.num_selected={num_prompts}",
-        f"train.micro_batch_size={micro_batch_size}",
+        *_micro_batches(rows),
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model.hf)
     prompts = read_prompts(config.data.train, tokenizer, max_tokens=config.data.max_prompt_tokens)
@@ -135,11 +140,11 @@ def laptop(directory: Path, num_prompts: int, micro_batch_size: int) -> Case:
         )
         for k, prompt in enumerate(prompts)
     ]
-    return Case(config, groups)
+    return Case(config, rows, groups)
 
 
 def log_normal(
-    directory: Path, num_prompts: int, micro_batch_size: int, *, hidden: int = 128, seed: int = 1
+    directory: Path, num_prompts: int, *, rows: int = 8, hidden: int = 128, seed: int = 1
 ) -> Case:
     """A model with a larger vocabulary and random weights; lengths as unequal as in practice.
 
@@ -165,8 +170,9 @@ def log_normal(
         f"model.hf={model}",
         "rollout.samples_per_prompt=4",
         "rollout.max_new_tokens=512",
+        "data.max_prompt_tokens=512",
         f"selection.num_selected={num_prompts}",
-        f"train.micro_batch_size={micro_batch_size}",
+        *_micro_batches(rows),
     )
     draw = random.Random(seed)
 
@@ -178,7 +184,13 @@ def log_normal(
         Group(str(k), "", text(48, 0.4), [text(96, 0.8) for _ in range(4)], [0.0, 1.0, 1.0, 0.0])
         for k in range(num_prompts)
     ]
-    return Case(config, groups)
+    return Case(config, rows, groups)
+
+
+def _micro_batches(rows: int) -> list[str]:
+    """Ours counts sequences, too, or tokens: then the configuration's own budget holds."""
+    counts_sequences = "micro_batch_size" in {field.name for field in fields(TrainConfig)}
+    return [f"train.micro_batch_size={rows}"] if counts_sequences else []
 
 
 def _config(directory: Path, *overrides: str) -> Config:

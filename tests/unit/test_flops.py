@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.policy import Actor
-from megatron_prepo.flops import Work, forward_flops
+from megatron_prepo.flops import Work
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
 
@@ -35,7 +35,7 @@ def test_against_torchs_counter_on_transformers(family, tmp_path):
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     num_tokens = SEQUENCES * LENGTH
-    expected = forward_flops(shape, Work(num_tokens, num_tokens, num_tokens * LENGTH))
+    expected = Work(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
     # outer products that make the rotary embedding's angles: no part of the model
     angles = LENGTH * shape.head_size
     assert forward.get_total_flops() - angles == expected
@@ -56,4 +56,4 @@ def test_the_actor_takes_the_heads_product_of_scored_tokens_only(tmp_path):
     work = Work.of(sequences)
     assert work == Work(SEQUENCES * LENGTH, SEQUENCES * 11, SEQUENCES * 153)
     without_attention = Work(work.tokens, work.scored)
-    assert counter.get_total_flops() == forward_flops(Shape.of(actor.hf), without_attention)
+    assert counter.get_total_flops() == without_attention.flops(Shape.of(actor.hf))

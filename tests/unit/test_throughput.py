@@ -10,7 +10,7 @@ from tiny_models import SHAPE, actor_config
 from megatron_prepo import throughput
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import ProfileConfig
-from megatron_prepo.flops import Work, forward_flops
+from megatron_prepo.flops import Work
 from megatron_prepo.gpus import DEVICE_NAMES, GPUS, peak_flops
 from megatron_prepo.metrics import Stopwatch
 from megatron_prepo.profiling import profiled
@@ -56,8 +56,8 @@ def test_tokens_a_second_by_hand():
 def test_operations_a_second_by_hand():
     rates = Throughput(actor_config("unused"), HF)
     old, update = Work(22, 10, 10 + 15 + 21 + 28), Work(9, 3, 10 + 15)
-    assert measured()["speed/old_logprobs_tflops"] == forward_flops(rates.shape, old) / 2e12
-    assert measured()["speed/update_tflops"] == 3 * forward_flops(rates.shape, update) / 4e12
+    assert measured()["speed/old_logprobs_tflops"] == old.flops(rates.shape) / 2e12
+    assert measured()["speed/update_tflops"] == 3 * update.flops(rates.shape) / 4e12
 
 
 @pytest.mark.parametrize("loss", [{"kl_coef": 0.1}, {"entropy_coef": 0.1}])
