@@ -495,15 +495,15 @@ class Config:
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
             )
-        if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
-            raise ValueError(
-                f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
-                "counted from 0, and have none of that number"
-            )
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
                 f"train.total_steps={self.train.total_steps}"
+            )
+        if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
+            raise ValueError(
+                f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
+                "counted from 0, and have none of that number"
             )
 
 
