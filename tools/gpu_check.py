@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one command of under 10 minutes.
+"""Everything that needs a GPU, in one command of under 12 minutes.
 
     python tools/gpu_check.py --out benchmarks/results/NAME.json [--verl FOLDER]
 
-Runs the tests marked `gpu`, the quick cases of tools/bench_head.py, and trains a little at tensor
-parallel 1; writes one JSON object with the machine, the versions and the numbers, after every part.
+Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a little at tensor
+parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py);
+writes one JSON object with the machine, the versions and the numbers, after every part.
 Each part is a process with a deadline: one that is slow is ended and reported, and costs the others
 nothing.  The exit code is 0 only if every part passed.
 """
@@ -43,6 +44,7 @@ def main() -> int:
         "tests": run_tests,
         "head": lambda: run_head(options.verl),
         "training": run_training,
+        "utilisation": run_utilisation,
     }
     return check(parts, options.out)
 
@@ -91,6 +93,17 @@ def run_training() -> dict:
         "passed": summary["gain_ci95"][0] > 0,
         "summary": summary,
     }
+
+
+def run_utilisation() -> dict:
+    """How much of the peak the actor's passes reach, packed and padded."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory, "utilisation.json")
+        command = [sys.executable, "tools/bench_utilisation.py", "--out", str(out)]
+        done = run_within(PART_SECONDS, [*command, "--seconds", str(PART_SECONDS / 2)])
+        print(done["output"][-6000:])
+        measured = json.loads(out.read_text()) if out.is_file() else None
+    return _without_output(done) | {"measured": measured}
 
 
 def run_within(seconds: float, command: list[str]) -> dict:

@@ -104,9 +104,9 @@ def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
     """The demo's model, prompts and rewards; completions by our engine, before any training."""
     lines = (LAPTOP / "train.jsonl").read_text().splitlines(keepends=True)
     durable.write_text(directory / "train.jsonl", "".join(lines[:num_prompts]))
-    config = _config(
-        directory,
-        f"model.hf={LAPTOP / 'base'}",
+    config = read_config(
+        f"run.dir={directory / 'run'}",
+        f"data.train={directory / 'train.jsonl'}",
         f"selection.num_selected={num_prompts}",
         *_micro_batches(rows),
     )
@@ -165,8 +165,8 @@ def log_normal(
     )
     Qwen2ForCausalLM(shape).save_pretrained(model)
     AutoTokenizer.from_pretrained(LAPTOP / "base").save_pretrained(model)
-    config = _config(
-        directory,
+    config = read_config(
+        f"run.dir={directory / 'run'}",
         f"model.hf={model}",
         "rollout.samples_per_prompt=4",
         "rollout.max_new_tokens=512",
@@ -193,13 +193,9 @@ def _micro_batches(rows: int) -> list[str]:
     return [f"train.micro_batch_size={rows}"] if counts_sequences else []
 
 
-def _config(directory: Path, *overrides: str) -> Config:
-    """The laptop's, as GRPO; with as many candidates as there are prompts."""
-    files = [
-        f"run.dir={directory / 'run'}",
-        f"data.train={directory / 'train.jsonl'}",
-        f"data.eval={LAPTOP / 'eval.jsonl'}",
-    ]
+def read_config(*overrides: str) -> Config:
+    """The laptop's configuration as GRPO, with as many candidates as prompts are selected."""
+    files = [f"data.eval={LAPTOP / 'eval.jsonl'}", f"model.hf={LAPTOP / 'base'}"]
     config = load(LAPTOP / "prepo.yaml", [*files, *GRPO, *overrides])
     selection = replace(config.selection, num_candidates=config.selection.num_selected)
     return replace(config, selection=selection)
