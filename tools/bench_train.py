@@ -120,10 +120,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def available(trl: Path | None) -> list[Arm]:
-    """The trainers that can run here; padding is an arm where packing is a setting."""
+    """The trainers that can run here; ours in the ways that are settings of it, too."""
     arms = [Arm("ours", "ours"), Arm("plain PyTorch", "plain")]
-    if "packing" in {field.name for field in fields(TrainConfig)}:
-        arms.append(Arm("ours, padded", "ours", ("train.packing=false",)))
+    settings = {field.name for field in fields(TrainConfig)}
+    if {"packing", "share_prefixes"} <= settings:
+        unshared = "train.share_prefixes=false"
+        arms.append(Arm("ours, prompts not shared", "ours", (unshared,)))
+        arms.append(Arm("ours, padded", "ours", (unshared, "train.packing=false")))
     if trl:
         arms.append(Arm("TRL", "trl"))
     return arms
