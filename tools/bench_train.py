@@ -112,8 +112,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         "products": products(case, fixed["ours"]),
     }
     if can_write:
-        arms.append(Arm("ours, PREPO", "ours", PREPO))
-        loop = take_turns(arms, "loop", ("step",), folder, options)
+        whole = [arm for arm in arms if not arm.overrides]
+        whole.append(Arm("ours, PREPO", "ours", PREPO))
+        loop = take_turns(whole, "loop", ("step",), folder, options)
         result["steps"] = {arm: steps(case, answers["step"]) for arm, answers in loop.items()}
         result["perplexity_share"] = perplexity_share(result["steps"]["ours, PREPO"])
     return result | {"goals": goals(result)}
