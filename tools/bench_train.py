@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     fixed = take_turns(arms, "fixed", ("score", "update"), folder, options)
     check_agreement(fixed)
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(options),
         "trl": _trl_version(options.trl),
         "rollouts": sum(len(g.completions) for g in case.groups),
         "tokens": case.tokens,
@@ -215,7 +215,10 @@ def passes(case: Case, answers: dict[str, list[dict]]) -> dict:
 
 
 def steps(case: Case, rounds: list[dict]) -> dict:
-    """Seconds by stage of whole steps, and tokens a second: prompts and what was generated."""
+    """Seconds by stage of whole steps, and tokens a second: prompts and what was generated.
+
+    A trainer that chooses its prompts says how long they were; the others have the case's.
+    """
     rounds, prompts = rounds[1:], sum(len(g.prompt) * len(g.completions) for g in case.groups)
     result = {"generate": [], "score": [], "update": [], "other": [], "step": []}
     for answer in rounds:
@@ -226,15 +229,16 @@ def steps(case: Case, rounds: list[dict]) -> dict:
         stages |= {"step": whole, "other": whole - sum(stages.values())}
         for stage, seconds in stages.items():
             result[stage].append(seconds)
-    tokens = [prompts + answer["completion_tokens"] for answer in rounds]
-    own = {name: median(a["seconds"].get(name, 0.0) for a in rounds) for name in ("perplexity",)}
+    given = [answer.get("prompt_tokens", prompts) for answer in rounds]
+    generated = [answer["completion_tokens"] for answer in rounds]
+    rates = [(p + c) / s for p, c, s in zip(given, generated, result["step"], strict=True)]
     return {
         "seconds": result,
-        "perplexity": own["perplexity"],
-        "prompt_tokens": prompts,
-        "completion_tokens": [answer["completion_tokens"] for answer in rounds],
+        "perplexity": median(answer["seconds"].get("perplexity", 0.0) for answer in rounds),
+        "prompt_tokens": given,
+        "completion_tokens": generated,
         "wall": [answer["wall"] for answer in rounds],
-        "tokens_per_second": median(n / s for n, s in zip(tokens, result["step"], strict=True)),
+        "tokens_per_second": median(rates),
         "memory": {key: rounds[-1][key] for key in ("resident_before", "resident_peak")},
     }
 
@@ -280,7 +284,7 @@ def perplexity_share(
     with length, weight sync, grading.
     """
     seconds = {stage: median(values) for stage, values in step["seconds"].items()}
-    generated, prompts = median(step["completion_tokens"]), step["prompt_tokens"]
+    generated, prompts = median(step["completion_tokens"]), median(step["prompt_tokens"])
     scoring = (prompts + generated) / (seconds["score"] - step["perplexity"])
     learning = (prompts + generated) / seconds["update"]
     probe = candidates * prompt_tokens / scoring
@@ -309,6 +313,13 @@ def goals(result: dict) -> list[dict]:
             measured = arms["ours"]["tokens_per_second"] / arms["TRL"]["tokens_per_second"]
         rows.append(at_least(f"{task}, tokens a second over TRL's", goal, measured))
     return rows
+
+
+def _command(options: argparse.Namespace) -> str:
+    """How to do it again, elsewhere."""
+    words = ["python tools/bench_train.py --case", options.case, "--rounds", options.rounds]
+    words += ["--prompts", options.prompts] if options.prompts else []
+    return " ".join(map(str, [*words, *(["--trl TRL/bin/python"] if options.trl else [])]))
 
 
 def _trl_version(python: Path | None) -> str | None:

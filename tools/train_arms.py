@@ -116,7 +116,10 @@ def ours_loop(case: Case, orders: Orders) -> None:
                 yield step
             for stage, total in run.seconds.total.items():
                 orders.seconds[stage] = total - spent.get(stage, 0.0)
-            orders.answer(completion_tokens=run.tokens - paid)
+            last = json.loads((run.directory / "metrics.jsonl").read_text().splitlines()[-1])
+            scored = last["speed/old_logprobs_tokens"] * last["seconds/old_logprobs"]
+            completions = run.tokens - paid
+            orders.answer(prompt_tokens=round(scored) - completions, completion_tokens=completions)
 
     clock = mock.Mock(perf_counter=time.process_time)
     with mock.patch.object(Run, "steps", told_when), mock.patch.object(metrics, "time", clock):
