@@ -439,8 +439,7 @@ class ProfileConfig:
     """Traces of chosen steps, for Perfetto or chrome://tracing, in `profile/` of the run."""
 
     steps: tuple[int, ...] = ()
-    """Steps that are traced, counted from 0 as in `metrics.jsonl`; each costs some 10 MB and
-    several times its seconds."""
+    """Steps that are traced, counted from 0 as in `metrics.jsonl`; a traced step is slower."""
     ranks: tuple[int, ...] = (0,)
     """Ranks that are traced."""
     stacks: bool = False

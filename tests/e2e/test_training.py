@@ -1,5 +1,6 @@
 """Short runs in several layouts: the same rollouts, the same numbers, and the engine in step."""
 
+import gzip
 import json
 
 import pandas
@@ -7,12 +8,13 @@ import pytest
 import yaml
 
 from megatron_prepo import config as configuration
+from megatron_prepo.run import TRAINING_STAGES
 from tests.e2e.laptop import SHORT, metrics, summary, train
 
 LAYOUTS = {
     "one rank": ["parallel.tensor=1"],
     "TP2": ["parallel.tensor=2"],
-    "TP2 again": ["parallel.tensor=2"],
+    "TP2 again": ["parallel.tensor=2", "profile.steps=[1]", "profile.ranks=[0,1]"],
     "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=5"],
     "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.micro_batch_size=4"],
     "DP2": [
@@ -63,6 +65,15 @@ def test_rates_times_seconds_are_the_same_work(runs, name):
                 assert work == pytest.approx(one[key] * one[f"seconds/{stage}"])
         old = step["speed/old_logprobs_tokens"] * step["seconds/old_logprobs"]
         assert old == pytest.approx(2 * step["speed/update_tokens"] * step["seconds/update"])
+
+
+def test_traces_of_a_step_are_each_ranks_with_all_stages(runs):
+    """And `test_same_seed_same_ledger` says that nothing comes out otherwise."""
+    for rank in range(2):
+        file = runs["TP2 again"] / "profile" / f"step_1_rank_{rank}.json.gz"
+        trace = json.loads(gzip.decompress(file.read_bytes()))
+        assert set(TRAINING_STAGES) <= {event["name"] for event in trace["traceEvents"]}
+    assert not (runs["TP2"] / "profile").exists()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
