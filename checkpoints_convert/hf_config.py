@@ -5,6 +5,7 @@ The file itself is read, not a library's idea of it: `transformers` 5 moved `rop
 """
 
 import json
+import reprlib
 from pathlib import Path
 
 from megatron_prepo.errors import UserError
@@ -19,6 +20,7 @@ REQUIRED = (
     "rms_norm_eps",
     "vocab_size",
 )
+SIZES = {*REQUIRED, "head_dim", "num_key_value_heads"} - {"rms_norm_eps"}
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 """Fixed in Megatron-Core's rope scaling, besides the original length of 8192."""
 
@@ -29,17 +31,25 @@ def read_hf_config(directory: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"no Hugging Face model in {directory}: {path} is missing")
     try:
-        hf = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: nested too deeply") from None
+    except ValueError as error:  # also of bytes that are no text, and of numbers without end
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(hf, dict):
         raise UserError(f"{path} is not a JSON object")
-    if hf.get("model_type") not in FAMILIES:
+    if str(hf.get("model_type")) not in FAMILIES:
         raise UserError(
             f"{path}: model_type {hf.get('model_type')!r} is not one of {', '.join(FAMILIES)}"
         )
     if missing := [name for name in REQUIRED if hf.get(name) is None]:
         raise UserError(f"{path} lacks {', '.join(missing)}")
+    for name in SIZES:
+        size = hf.get(name)
+        if size is not None and (type(size) is not int or not 0 < size < 1 << 31):
+            raise UserError(f"{path}: {name}={reprlib.repr(size)} is no size")
+    if not isinstance(hf["rms_norm_eps"], float | int):
+        raise UserError(f"{path}: rms_norm_eps={reprlib.repr(hf['rms_norm_eps'])} is no number")
     return hf
 
 

@@ -9,7 +9,7 @@ at once, and no file is ever whole in memory.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +111,7 @@ class HFWriter:
     """Writes a Hugging Face directory aside; `finish` gives it its name.
 
     `shapes`: name -> (dtype, shape) of all tensors, in the order in which files are filled.
-    `like`: a directory whose configuration and tokenizer files are carried over.
+    `like`: a directory whose configuration and tokenizer files are carried over; None: none are.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class HFWriter:
         directory: str | Path,
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
         *,
-        like: str | Path,
+        like: str | Path | None,
         shard_bytes: int = 5 << 30,
     ):
         self.directory = Path(directory)
@@ -135,7 +135,7 @@ class HFWriter:
             self.abandon()
             raise
 
-    def _start(self, shapes: dict, like: str | Path, shard_bytes: int) -> None:
+    def _start(self, shapes: dict, like: str | Path | None, shard_bytes: int) -> None:
         """Headers, index and other files."""
         shards = _shards(shapes, shard_bytes)
         for number, names in enumerate(shards, 1):
@@ -150,7 +150,8 @@ class HFWriter:
                 "weight_map": {name: p.file.name for name, p in sorted(self.places.items())},
             }
             (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        copy_other_files(like, self.aside)
+        if like is not None:
+            copy_other_files(like, self.aside)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor in its place; from any thread, each name once."""
@@ -180,6 +181,22 @@ class HFWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
+    bucket, size = [], 0
+    for name, tensor in weights:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if bucket and size + num_bytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += num_bytes
+    if bucket:
+        yield bucket
 
 
 def copy_other_files(source: str | Path, target: str | Path) -> None:

@@ -1,7 +1,8 @@
 """Stream a live Megatron model out under Hugging Face names, for weight sync and for export."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,26 +13,65 @@ from checkpoints_convert.hf_to_megatron import heads_of, split_group, stage_para
 from checkpoints_convert.mapping import Mapping, to_hf, unshard
 
 
+class Part(NamedTuple):
+    """A parameter of some pipeline stage, as each rank of that stage holds it."""
+
+    stage: int
+    position: int
+    """Among the stage's parameters."""
+    mapping: Mapping
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def hf_plan(model: torch.nn.Module) -> list[Part]:
+    """Every parameter of all stages, once, in the order of `hf_weights`; collective.
+
+    The last stage's copy of tied embeddings is left out.  It holds for as long as the model.
+    """
+    return _plan(stage_parameters(model))
+
+
 @torch.no_grad()
-def hf_weights(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_weights(
+    model: torch.nn.Module, vocab_size: int, parts: Sequence[Part] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, full tensor) of every Hugging Face tensor, one Megatron parameter at a time.
 
     Collective: every rank must consume it to the end; all ranks get the same full tensors in the
-    same order.  Each name comes once; tied embeddings have no `lm_head`.
+    same order.  Each name comes once; tied embeddings have no `lm_head`.  `parts`: its `hf_plan`,
+    where that is known.
     """
+    mine = stage_parameters(model)
+    yield from _whole_tensors(model, mine, vocab_size, _plan(mine) if parts is None else parts)
+
+
+@torch.no_grad()
+def hf_gradients(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
+
+    A gradient is cut and joined like its weight, since each mapping only moves numbers.
+    """
+    mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(model)]
+    yield from _whole_tensors(model, mine, vocab_size, _plan(mine))
+
+
+def _whole_tensors(
+    model, mine: list, vocab_size: int, parts: Sequence[Part]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of each (name, mapping, this rank's part) in `mine`, under Hugging Face names."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
-    mine = stage_parameters(model)
     heads = heads_of(model.config)
-    for stage, position, mapping, shape, dtype in _plan(mine, pp_group):
+    for stage, position, mapping, shape, dtype in parts:
         if stage == pp_group.rank():
             part = mine[position][2].detach().contiguous()
         else:
             part = torch.empty(shape, dtype=dtype, device=mine[0][2].device)
         if pp_group.size() > 1:
             dist.broadcast(part, dist.get_global_rank(pp_group, stage), group=pp_group)
-        parts = [part] if mapping.split_dim is None else _gather(part, split_group(mapping))
-        full = unshard(mapping, parts)
+        split = [part] if mapping.split_dim is None else _gather(part, split_group(mapping))
+        full = unshard(mapping, split)
         if mapping.expert is None:
             yield from zip(mapping.hf_names, to_hf(mapping, full, heads, vocab_size), strict=True)
             continue
@@ -42,15 +82,17 @@ def hf_weights(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, t
 
 
 def hf_shapes(
-    model: torch.nn.Module, vocab_size: int
+    model: torch.nn.Module, vocab_size: int, parts: Sequence[Part] | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of what `hf_weights` yields, in its order; collective, moves no weights."""
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    """Type and shape of what `hf_weights` yields, in its order; moves no weights.
+
+    Collective without the model's `hf_plan` in `parts`.
+    """
     ep_size = parallel_state.get_expert_model_parallel_group().size()
     heads, shapes = heads_of(model.config), {}
-    for _, _, mapping, shape, dtype in _plan(stage_parameters(model), pp_group):
-        parts = [torch.empty(shape, dtype=dtype, device="meta")]
-        full = unshard(mapping, parts * split_group(mapping).size())
+    for _, _, mapping, shape, dtype in hf_plan(model) if parts is None else parts:
+        part = torch.empty(shape, dtype=dtype, device="meta")
+        full = unshard(mapping, [part] * split_group(mapping).size())
         experts = [mapping]
         if mapping.expert is not None:
             experts_a_rank = model.config.num_moe_experts // ep_size
@@ -77,46 +119,31 @@ def save_hf(
     `like`: the directory that the model came from; its configuration and tokenizer files are
     carried over.
     """
-    shapes = hf_shapes(model, vocab_size)
+    parts = hf_plan(model)
+    shapes = hf_shapes(model, vocab_size, parts)
     writer = HFWriter(directory, shapes, like=like) if write else None
-    for name, tensor in hf_weights(model, vocab_size):
+    for name, tensor in hf_weights(model, vocab_size, parts):
         if writer:
             writer.write(name, tensor)
     if writer:
         writer.finish()
 
 
-def buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
-    bucket, size = [], 0
-    for name, tensor in weights:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if bucket and size + num_bytes > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += num_bytes
-    if bucket:
-        yield bucket
-
-
-def _plan(mine, pp_group) -> Iterator[tuple[int, int, Mapping, tuple[int, ...], torch.dtype]]:
-    """(stage, position there, mapping, part's shape, type) of every parameter of all stages.
-
-    The last stage's copy of tied embeddings is left out.
-    """
+def _plan(mine: list) -> list[Part]:
+    """Every part of `mine`, as each rank of a stage has it, of all stages."""
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
     stages: list = [None] * pp_group.size()
     dist.all_gather_object(
         stages, [(mapping, tuple(p.shape), p.dtype) for _, mapping, p in mine], group=pp_group
     )
     seen: set[str] = set()
-    for stage, plan in enumerate(stages):
-        for position, (mapping, shape, dtype) in enumerate(plan):
+    parts = []
+    for stage, theirs in enumerate(stages):
+        for position, (mapping, shape, dtype) in enumerate(theirs):
             if not seen.issuperset(mapping.hf_names):
                 seen.update(mapping.hf_names)
-                yield stage, position, mapping, shape, dtype
+                parts.append(Part(stage, position, mapping, shape, dtype))
+    return parts
 
 
 def _gather(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

@@ -94,7 +94,7 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig, ParallelConfig
 
-    theirs = AutoConfig.from_pretrained(hf, local_files_only=True)
+    theirs = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
     rope = dict(theirs.rope_parameters)
     with torch.device("meta"):
         their_model = AutoModelForCausalLM.from_config(theirs)
@@ -243,9 +243,13 @@ def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> Non
         for n in (32, longest)
     }
     if prompts:
-        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            hf, local_files_only=True, trust_remote_code=False
+        )
         sequences |= {p: torch.tensor(tokenizer(p).input_ids) for p in prompts}
-    theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     layout = ParallelConfig()
     parallel.initialize(layout, seed=0)
     try:

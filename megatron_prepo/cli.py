@@ -2,7 +2,11 @@
 
 megatron-prepo demo                              the laptop experiment, in runs/demo
 megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
+megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
+megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
+megatron-prepo replay DUMP [key=value ...]       a dumped step again, also in another layout
 megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
+megatron-prepo evaluate --model DIR ...          models on suites of problems, avg@k and pass@k
 megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
 megatron-prepo doctor [CONFIG]                   what this machine has, lacks, and what to do
@@ -15,15 +19,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 for a failed run, a plan that does not fit or a doctor who finds something
-    missing; 2 for something that the user can mend."""
+    missing; 2 for something that the user can mend; 75 for a run that stopped when it was asked to,
+    and can go on."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -32,15 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    options.command = compare.command_line(arguments)
+    options.arguments, options.command = arguments, compare.command_line(arguments)
     try:
         return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if error.exit_code == 2 else 1
     except RunsFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,36 +58,108 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def train_command(path: str, overrides: Sequence[str]) -> None:
-    """Check the configuration and its inputs, start the ranks, wait for them."""
-    from megatron_prepo import preflight
-    from megatron_prepo.run import check_free
+def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> None:
+    """Check the configuration and its inputs, start the ranks, wait for them.
+
+    After a failure that is not the user's, start them again, as often as `max_restarts` says.
+    """
+    from megatron_prepo import preflight, run_directory
 
     config = configuration.load(path, overrides)
-    check_free(config)
+    run_directory.check(config)
     preflight.check(config)
+    if config.run.overwrite:
+        run_directory.clear(Path(config.run.dir))
+    command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
+    for restarts_left in reversed(range(max_restarts + 1)):
+        try:
+            return local_ranks.start(
+                [*command, "run.overwrite=false"],  # what is there now is this run's
+                num_ranks=_num_ranks(config),
+                log_directory=Path(config.run.dir) / "logs",
+            )
+        except local_ranks.RanksFailed as error:
+            if error.exit_code == 2 or not restarts_left:
+                raise
+            print(f"{error}\nstarted again ({restarts_left} left)", file=sys.stderr)
+
+
+def _num_ranks(config: configuration.Config) -> int:
     parallel = config.parallel
-    local_ranks.start(
-        [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides],
-        num_ranks=parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data),
-        log_directory=Path(config.run.dir) / "logs",
-    )
+    return parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data)
 
 
 def _train(options: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
-        train_command(options.config, options.overrides)
+        train_command(options.config, options.overrides, options.max_restarts)
         return 0
 
     def as_rank() -> None:
         from megatron_prepo import report
         from megatron_prepo.train import train
+        from megatron_prepo.train_async import train_overlapped
 
-        summary = train(configuration.load(options.config, options.overrides))
+        config = configuration.load(options.config, options.overrides)
+        summary = train_overlapped(config) if config.train.overlap else train(config)
         if os.environ["RANK"] == "0":
             print(report.text(summary))
 
     return local_ranks.run_rank(as_rank)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from megatron_prepo import run_directory
+
+    if options.prove:
+        return _prove(options)
+    directory = Path(options.directory)
+    run_directory.check_unfinished(directory)
+    options.config = directory / "config.yaml"
+    # the saved configuration may say that it replaced a run
+    options.overrides = [f"run.dir={directory}", "run.overwrite=false", *options.overrides]
+    return _train(options)
+
+
+def _prove(options: argparse.Namespace) -> int:
+    from megatron_prepo import prove
+
+    run = Path(options.directory)
+    checks = prove.prove(
+        run / "config.yaml" if run.is_dir() else run,
+        options.overrides,
+        Path(options.dir),
+        before=options.steps[0],
+        after=options.steps[1],
+    )
+    print(prove.text(checks))
+    return 0 if all(check.equal for check in checks) else 1
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from megatron_prepo import replay
+    from megatron_prepo.actor.model import check_layout
+    from megatron_prepo.dump import read
+
+    directory, overrides = options.dump, options.overrides
+    if "RANK" in os.environ:
+        return local_ranks.run_rank(
+            lambda: replay.run(
+                directory,
+                overrides,
+                tolerance=options.tolerance,
+                num_tensors=None if options.all else 5,
+                write=options.write_gradients,
+            )
+        )
+    dump = read(directory, overrides)
+    check_layout(dump.config, read_hf_config(dump.config.model.hf))
+    this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
+    if not replay.has_gradients(dump) and not options.write_gradients:
+        print("the dump has no gradients: first one rank computes them", flush=True)
+        first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
+        local_ranks.start(first, 1, logs)
+    local_ranks.start([*this, *options.arguments], _num_ranks(dump.config), logs)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -103,6 +184,16 @@ def _compare(options: argparse.Namespace) -> int:
     )
     for record in records:
         print(compare.one_line(record))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_prepo import suites
+
+    config = suites.load_settings(options.config, options.model, options.overrides)
+    chosen = options.suite or suites.held_out(config)
+    results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
+    print(suites.table(results), end="")
     return 0
 
 
@@ -155,7 +246,43 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train as a configuration file says")
     train.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    _add_restarts(train)
     train.set_defaults(run=_train)
+    resume = commands.add_parser("resume", help="go on with an interrupted run")
+    resume.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
+    resume.add_argument(
+        "--prove",
+        action="store_true",
+        help="leave the run alone (a configuration file does, too): by its settings, make a short "
+        "run that is killed, and compare it with an undisturbed one; the exit code tells",
+    )
+    resume.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(2, 2),
+        metavar=("N", "M"),
+        help="with --prove: steps before and after the kill (default: 2 2)",
+    )
+    resume.add_argument(
+        "--dir", default="runs/prove", help="with --prove: where it goes (default: %(default)s)"
+    )
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    _add_restarts(resume)
+    resume.set_defaults(run=_resume)
+    replay = commands.add_parser(
+        "replay", help="the updates of a dumped step again, in any layout (docs/debugging.md)"
+    )
+    replay.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
+    replay.add_argument(
+        "--tolerance", type=float, help="largest difference (float32: 1e-4, bfloat16: 0.05)"
+    )
+    replay.add_argument("--all", action="store_true", help="show all tensors, not the worst only")
+    replay.add_argument(
+        "--write-gradients", action="store_true", help="keep gradients in the dump to compare with"
+    )
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    replay.set_defaults(run=_replay)
     demo = commands.add_parser("demo", help="the laptop experiment from end to end")
     demo.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
@@ -177,6 +304,28 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
     comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     comparison.set_defaults(run=_compare)
+    evaluation = commands.add_parser(
+        "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
+    )
+    evaluation.add_argument(
+        "--model",
+        action="append",
+        type=_named_place,
+        required=True,
+        metavar="[NAME=]DIR",
+        help="Hugging Face directory, Megatron checkpoint or run; may come several times",
+    )
+    evaluation.add_argument(
+        "--suite",
+        action="append",
+        type=_named_place,
+        metavar="[NAME=]FILE",
+        help="prompts with answers, JSON Lines; may come several times (default: data.eval)",
+    )
+    evaluation.add_argument("--out", required=True, help="folder; what is there is gone on with")
+    evaluation.add_argument("--config", help="YAML file (default: that of a run among the models)")
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    evaluation.set_defaults(run=_evaluate)
     report = commands.add_parser("report", help="one page of runs and comparisons")
     report.add_argument(
         "sources",
@@ -192,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="YAML file; of its model only config.json is read")
     plan.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
     plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
-    plan.add_argument("--engine", help="embedded or sglang (default: rollout.engine)")
+    plan.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
     plan.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
     plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)")
     plan.add_argument(
@@ -208,3 +357,19 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="print the configuration reference")
     reference.set_defaults(run=_reference)
     return parser
+
+
+def _named_place(word: str) -> tuple[str, str]:
+    """NAME=PLACE, or a place that names itself."""
+    name, equals, place = word.partition("=")
+    return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
+
+
+def _add_restarts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a failure, go on from the last checkpoint, so often (default: %(default)s)",
+    )

@@ -6,20 +6,31 @@ configuration reference in ``docs/configuration.md`` is printed from here (``meg
 reference``).  Whatever can be wrong without looking at a file or a model is refused here.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.rewards import check_name
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+STRICT = ConfigDict(
+    extra="forbid",
+    use_attribute_docstrings=True,
+    protected_namespaces=(),
+    allow_inf_nan=False,
+)
+MAX_FILE_BYTES, MAX_DEPTH, MAX_LINE = 1 << 20, 20, 500
+MAX_DEADLINE = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -29,7 +40,10 @@ class RunConfig:
     dir: str
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
-    """Replace a run that is already in `run.dir` (otherwise that is an error)."""
+    """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
+    finished one, or one of other settings, is an error)."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
     """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
 
@@ -72,7 +86,7 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("tensor", "pipeline", "expert", "data"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
-        _positive("parallel.timeout_minutes", self.timeout_minutes)
+        _deadline("parallel.timeout_minutes", self.timeout_minutes)
         if self.data and (self.tensor * self.data) % self.expert:
             raise ValueError(
                 f"parallel.expert={self.expert} must divide parallel.tensor={self.tensor} x "
@@ -137,6 +151,12 @@ class SelectionConfig:
     """`mopps`: how much of what was observed before still counts at the next observation."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Perplexity over all prompt tokens, or only the user's text without the chat template's."""
+    ppl_from: Literal["actor", "engine"] = "actor"
+    """Who computes it: a forward pass of the actor; or the engine, whose cache then has the prompts
+    that are rolled out (`docs/off_policy.md`; not for `foresight`, which needs entropies)."""
+    ppl_agreement: float = 0.95
+    """`ppl_from=engine`: in the first step and those that evaluate, both compute it, and a rank
+    correlation below this ends the run."""
 
     def __post_init__(self):
         _at_least("selection.num_selected", self.num_selected, 1)
@@ -149,6 +169,15 @@ class SelectionConfig:
         if not 0 <= self.rho_max <= 1:
             raise ValueError(f"selection.rho_max={self.rho_max} must lie between 0 and 1")
         _at_least("selection.horizon", self.horizon, 1)
+        if not -1 <= self.ppl_agreement <= 1:
+            raise ValueError(
+                f"selection.ppl_agreement={self.ppl_agreement} must lie between -1 and 1"
+            )
+        if self.method == "foresight" and self.ppl_from == "engine":
+            raise ValueError(
+                "selection.ppl_from=engine gives no entropies, which selection.method=foresight "
+                "needs; set selection.ppl_from=actor"
+            )
         for name in ("target_pass_rate", "mopps_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")
@@ -234,8 +263,9 @@ class ServersConfig:
         _at_least("servers.first_device", self.first_device, 0)
         for name in ("start_seconds", "connect_seconds", "request_seconds", "straggler_seconds"):
             if getattr(self, name) is not None:
-                _positive(f"servers.{name}", getattr(self, name))
+                _deadline(f"servers.{name}", getattr(self, name))
         for url in self.urls:
+            _no_secret(url)
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"servers.urls: {url!r} must start with http:// or https://")
         if len(set(self.urls)) < len(self.urls):
@@ -246,9 +276,10 @@ class ServersConfig:
 class WeightSyncConfig:
     """How the engine gets the actor's weights, and how that is checked."""
 
-    transport: Literal["value", "distributed", "disk"] = "value"
-    """To SGLang: inside the requests; by broadcast (NCCL, or gloo on a CPU) to servers on devices
-    of their own; or through a directory that actor and servers share."""
+    transport: Literal["value", "ipc", "distributed", "disk"] = "value"
+    """To SGLang: inside the requests; through memory, to servers on the devices of actor ranks on
+    rank 0's machine; by broadcast (NCCL, or gloo on a CPU), to servers on devices of their own; or
+    through a directory that actor and servers share."""
     bucket_mb: int = 512
     """Tensors travel together up to this size."""
     request_seconds: float = 300.0
@@ -266,7 +297,7 @@ class WeightSyncConfig:
 
     def __post_init__(self):
         _at_least("weight_sync.bucket_mb", self.bucket_mb, 1)
-        _positive("weight_sync.request_seconds", self.request_seconds)
+        _deadline("weight_sync.request_seconds", self.request_seconds)
         if self.tolerance is not None:
             _positive("weight_sync.tolerance", self.tolerance)
 
@@ -275,14 +306,31 @@ class WeightSyncConfig:
 class RewardConfig:
     """How a completion is graded."""
 
-    function: Literal["final_number"] = "final_number"
-    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention)."""
+    function: str = "final_number"
+    """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
+    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number."""
     low: float = 0.0
     """Smallest reward the function may give."""
     high: float = 1.0
     """Largest reward the function may give; a prompt passes at this reward."""
+    seconds: float = 5.0
+    """Processor time for an answer, ten times as much on the clock; then it gets `reward.low`."""
+    memory_mb: int = 1024
+    """Address space of a grading process; an answer that needs more gets `reward.low`."""
+    processes: int | None = None
+    """Grading processes, on rank 0's machine; empty: one a core, at most 16."""
+    max_failed: float = 0.5
+    """The run ends when more than this share of the answers graded at once break a limit, or raise
+    an error."""
 
     def __post_init__(self):
+        check_name(self.function)
+        _positive("reward.seconds", self.seconds)
+        _at_least("reward.memory_mb", self.memory_mb, 128)
+        _at_least("reward.processes", self.processes, 1)
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"reward.max_failed={self.max_failed} must lie between 0 and 1")
         if not self.low < self.high:
             raise ValueError(f"reward.low={self.low} must be below reward.high={self.high}")
 
@@ -316,8 +364,15 @@ class LossConfig:
     """Entropy bonus (paper: none)."""
     kl_coef: float = 0.0
     """Penalty on the k3 estimate of KL to the initial policy (paper: none); keeps a copy of it."""
-    importance_cap: float | None = None
-    """Truncated importance sampling: cap on actor over engine probability; empty: off."""
+    importance: Literal["off", "truncated", "masked"] = "off"
+    """Correction for an engine whose probabilities are not the actor's, by their ratio: counts at
+    most `importance_high`, or not at all outside of the band (`docs/off_policy.md`)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """The ratio is each token's, or the whole rollout's: the product over its tokens."""
+    importance_low: float = 0.5
+    """`masked`: the smallest ratio, of actor over engine, that counts."""
+    importance_high: float = 2.0
+    """`truncated`: what a larger ratio counts; `masked`: the largest that counts."""
     head: Literal["known-gradient", "recompute"] = "known-gradient"
     """How the output head gets its gradient: with the loss, while the logits exist (3 matrix
     products), or afterwards, from logits computed again (4 products)."""
@@ -333,8 +388,11 @@ class LossConfig:
         _at_least("loss.kl_coef", self.kl_coef, 0)
         if self.head_memory_mib is not None:
             _positive("loss.head_memory_mib", self.head_memory_mib)
-        if self.importance_cap is not None:
-            _positive("loss.importance_cap", self.importance_cap)
+        if not 0 <= self.importance_low <= 1 <= self.importance_high < math.inf:
+            raise ValueError(
+                f"loss.importance_low={self.importance_low} and loss.importance_high="
+                f"{self.importance_high} must enclose 1, the ratio where engine and actor agree"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -390,12 +448,28 @@ class TrainConfig:
     """Everything random in a run derives from it."""
     mini_batches: int = 1
     """Optimizer updates a step; the rollouts are split between them."""
-    micro_batch_size: int = 8
-    """Sequences in a forward pass of the actor."""
+    overlap: bool = False
+    """Generate the rollouts of the next step while this one trains, by weights that are a step
+    older than those that learn from them (`docs/off_policy.md`)."""
+    micro_batch_tokens: int = 8192
+    """Tokens in a forward pass of the actor, at most; a sequence is never split."""
+    packing: bool = True
+    """Lay sequences end to end; false: side by side, padded to the longest."""
+    share_prefixes: bool = False
+    """Compute the prompt of a group's rollouts once for all that share a micro-batch; changes no
+    result, but what experts count (`megatron.moe_aux_loss_coeff`)."""
+    max_skipped_updates: int = 3
+    """An update whose loss or gradient is not finite is skipped and dumped; more than so many in a
+    row end the run. 0: the first one does."""
 
     def __post_init__(self):
-        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_size"):
+        _at_least("train.max_skipped_updates", self.max_skipped_updates, 0)
+        for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.share_prefixes and not self.packing:
+            raise ValueError(
+                "train.share_prefixes=true needs train.packing=true: what is padded is not shared"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -428,10 +502,45 @@ class CheckpointConfig:
     every: int = 0
     """Save a Megatron checkpoint after every so many steps; 0: only at the end."""
     optimizer: bool = True
-    """Save the optimizer's state with the weights."""
+    """Save what a run needs to go on: the optimizer's state, random states, the loop's own. false:
+    weights only, and a run that is interrupted begins again."""
+    keep_last: int | None = None
+    """How many checkpoints are kept, the newest; empty: all."""
+    keep_every: int | None = None
+    """Beside those of `checkpoint.keep_last`, keep each whose step is a multiple of this."""
+    grace_seconds: float = 300.0
+    """After SIGTERM or SIGUSR1 the run saves at the end of its step; when this time has passed it
+    leaves without."""
 
     def __post_init__(self):
         _at_least("checkpoint.every", self.every, 0)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_every", self.keep_every, 1)
+        _positive("checkpoint.grace_seconds", self.grace_seconds)
+        if self.keep_every and not self.keep_last:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} has no effect without "
+                "checkpoint.keep_last, since all are kept"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DebugConfig:
+    """Looking into a run (`docs/debugging.md`)."""
+
+    mode: Literal["train", "rollout"] = "train"
+    """`rollout`: everything but the optimizer updates, for a look at prompts, rewards and speed."""
+    dump_steps: tuple[int, ...] = ()
+    """Steps, counted from 0, whose update is dumped to `dumps/` for `megatron-prepo replay`."""
+    dump_gradients: bool = True
+    """A dump holds the gradients too: 4 bytes a parameter and update."""
+    max_skip_dumps: int = 3
+    """So many of the updates that are skipped are dumped; the others are only counted."""
+
+    def __post_init__(self):
+        _at_least("debug.max_skip_dumps", self.max_skip_dumps, 0)
+        for step in self.dump_steps:
+            _at_least("debug.dump_steps", step, 0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -472,6 +581,7 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to megatron-core under its own names: fields of TransformerConfig,
     DistributedDataParallelConfig and OptimizerConfig; any other name is an error."""
@@ -482,6 +592,12 @@ class Config:
     run says so."""
 
     def __post_init__(self):
+        for key in self.sglang:
+            if key.replace("-", "_").endswith("api_key"):
+                raise ValueError(
+                    f"sglang.{key} would be in config.yaml and in the server's log; the run's own "
+                    "servers listen on servers.host, which is this machine unless changed"
+                )
         rollouts = self.selection.num_selected * self.rollout.samples_per_prompt
         if self.train.mini_batches > self.selection.num_selected:
             raise ValueError(
@@ -494,6 +610,16 @@ class Config:
                 f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
                 "of a step"
             )
+        if self.train.overlap:
+            self._check_overlap()
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.micro_batch_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} and rollout.max_new_tokens="
+                f"{self.rollout.max_new_tokens} together, and a sequence is never split; set it to "
+                f"{longest} or more"
+            )
         if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
             raise ValueError(
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
@@ -503,6 +629,25 @@ class Config:
             raise ValueError(
                 f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
                 "counted from 0, and have none of that number"
+            )
+
+    def _check_overlap(self):
+        if self.rollout.engine == "embedded":
+            raise ValueError(
+                "train.overlap=true needs servers that generate while the actor trains, and "
+                "rollout.engine=embedded computes in the actor's processes; set "
+                "rollout.engine=sglang, or train.overlap=false"
+            )
+        if self.selection.method in ("greso", "dapo", "oracle"):
+            raise ValueError(
+                f"train.overlap=true chooses a step's prompts once and beforehand, and "
+                f"selection.method={self.selection.method} has to see rollouts of a step to choose "
+                "its prompts; set train.overlap=false, or another method"
+            )
+        if self.loss.importance == "off":
+            raise ValueError(
+                "train.overlap=true learns from rollouts of older weights, which loss.importance="
+                "off does not correct for; set loss.importance=truncated (or masked)"
             )
 
 
@@ -516,18 +661,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"no such configuration file: {path}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    tree = _from_yaml(text, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return from_tree(tree)
 
 
 def from_tree(tree: dict) -> Config:
     """A checked `Config` from nested dictionaries."""
+    if not _is_small(tree):
+        raise UserError("the configuration has a whole number of more than 64 bits")
     try:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -565,32 +721,71 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _apply(tree: dict, override: str) -> None:
+def apply(tree: dict, override: str) -> None:
+    """Change nested dictionaries by an override such as ``optimizer.lr=1e-6``, in place."""
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):
-        raise UserError(f"override {override!r} must have the form section.key=value")
+        raise UserError(f"override {reprlib.repr(override)} must have the form section.key=value")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: {section} is a value, not a section")
+            raise UserError(
+                f"override {reprlib.repr(override)}: {section} is a value, not a section"
+            )
+    tree[name] = _from_yaml(value, f"override {key}: the value") if value else None
+
+
+def _from_yaml(text: str, what: str) -> Any:
+    """The value of YAML text.
+
+    Without aliases, some hundred bytes of which stand for gigabytes or for a list within itself,
+    and not deep, since PyYAML's time grows with the square of the depth.
+    """
+    depth = 0
     try:
-        tree[name] = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{what} has a YAML alias (*name), which is not supported")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"{what} is nested more than {MAX_DEPTH} deep")
+        return yaml.safe_load(text)
+    except UserError:
+        raise
+    # PyYAML lets pass what int() and date() raise for a number of 5,000 digits, or a month 13
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
+
+
+def _is_small(value: Any) -> bool:
+    """Whether all whole numbers fit 64 bits; thousands of digits cannot even be printed."""
+    if isinstance(value, dict):
+        return all(map(_is_small, (*value, *value.values())))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_small, value))
+    return not isinstance(value, int) or abs(value) < 1 << 63
 
 
 def _sentence(error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = _one_line(".".join(str(part) for part in error["loc"]))
     match error["type"]:
         case "unexpected_keyword_argument":
             return f"unknown setting {key}{nearest(key, _known_keys())}"
         case "missing":
             return f"setting {key} is required"
         case "value_error":
-            return str(error["ctx"]["error"])
+            return _one_line(error["ctx"]["error"])
         case _:
-            return f"setting {key}={error['input']!r}: {error['msg']}"
+            return f"setting {key}={reprlib.repr(error['input'])}: {error['msg']}"
+
+
+def _one_line(text: object) -> str:
+    """Without line breaks and other control characters, and not endless."""
+    words = "".join(c if c.isprintable() else " " for c in str(text)).split()
+    line = " ".join(words)
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
 def _known_keys() -> list[str]:
@@ -610,6 +805,24 @@ def _at_least(name: str, value: float | None, low: float) -> None:
 def _positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name}={value} must be above 0")
+
+
+def _deadline(name: str, value: float) -> None:
+    _positive(name, value)
+    if value > MAX_DEADLINE:
+        raise ValueError(f"{name}={value} must be at most {MAX_DEADLINE:,}")
+
+
+def _no_secret(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"servers.urls: {url!r} is no URL: {error}") from None
+    if "@" in parts.netloc:
+        raise ValueError(
+            "servers.urls: a user or password in a URL would be in config.yaml and in logs; "
+            "let a proxy on this machine add it"
+        )
 
 
 def _yaml(value: Any) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
 
+MAX_CHARACTERS_A_TOKEN = 1000
+"""No tokenizer has longer ones; what is longer still is not worth the time to tokenize it."""
+
 
 def read_prompts(
     path: str | Path, tokenizer, *, max_tokens: int, chat_template: bool = False
@@ -27,6 +30,8 @@ def read_prompts(
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -35,7 +40,9 @@ def read_prompts(
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except RecursionError:
+            raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+        except ValueError as error:  # also of a number with thousands of digits
             raise UserError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: must be an object with `prompt` and `answer`")
@@ -44,6 +51,11 @@ def read_prompts(
         if prompt_id in seen:
             raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
         seen[prompt_id] = number
+        if len(text) > MAX_CHARACTERS_A_TOKEN * max_tokens:
+            raise UserError(
+                f"{where}: prompt {prompt_id[:80]!r} has {len(text):,} characters, too many for "
+                f"data.max_prompt_tokens={max_tokens}"
+            )
         try:
             tokens, content = tokenize(text, tokenizer, chat_template=chat_template)
         except UserError:

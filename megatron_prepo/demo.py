@@ -19,7 +19,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
-from megatron_prepo.rewards import FUNCTIONS
+from megatron_prepo.rewards import load
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -74,12 +74,14 @@ def plain_transformers_pass_rate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(hf_directory, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(hf_directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(
+        hf_directory, padding_side="left", trust_remote_code=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(hf_directory, trust_remote_code=False).eval()
     prompts = read_prompts(config.data.eval, tokenizer, max_tokens=config.data.max_prompt_tokens)[
         : config.eval.max_prompts
     ]
-    grade = FUNCTIONS[config.reward.function]
+    grade = load(config.reward.function)
     torch.manual_seed(config.train.seed)
     passed = 0.0
     for first in tqdm(range(0, len(prompts), 64), "transformers"):

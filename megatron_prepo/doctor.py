@@ -71,12 +71,12 @@ def examine(config: Config | None = None) -> list[Finding]:
     needed = {"torch", "megatron-core", "transformers"}
     if config and config.model.layers == "te":
         needed.add("TransformerEngine")
-    if config and config.rollout.engine == "sglang":
+    if config and config.rollout.engine == "sglang" and not _servers_are_apart(config):
         needed.add("SGLang")
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
     findings += [*_gpus(config), _shared_memory(), _port()]
-    return findings + (_inputs(config) if config else [])
+    return findings + (examine_inputs(config) if config else [])
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -193,11 +193,15 @@ def _port() -> Finding:
     return Finding("port", "ok", f"{port} is free")
 
 
-def _inputs(config: Config) -> list[Finding]:
-    """What the run reads, one line each; a later one is left out where it needs an earlier one."""
+def examine_inputs(config: Config) -> list[Finding]:
+    """What the run reads, one line each; a later one is left out where it needs an earlier one.
+
+    Of the machine only the disk: it is also for a login node, where nothing will run.
+    """
     from checkpoints_convert.hf_config import read_hf_config
-    from megatron_prepo import preflight, run
+    from megatron_prepo import dashboards, preflight, run_directory
     from megatron_prepo.actor.model import check_layout, transformer_config
+    from megatron_prepo.rollout.sglang import launch
 
     findings = []
 
@@ -260,9 +264,29 @@ def _inputs(config: Config) -> list[Finding]:
                 lambda name=name: preflight.prompts_of(config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
-    look("run.dir", lambda: run.check_free(config), lambda _: config.run.dir)
+    if config.rollout.engine == "sglang" and _servers_are_apart(config):
+        given = config.servers.urls
+        look(
+            "servers",
+            lambda: launch.check_given(config) if given else launch.check(config),
+            lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
+        )
+    look("dashboards", lambda: dashboards.check(config), lambda _: _dashboards(config))
+    look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
     findings.append(_disk(config))
     return findings
+
+
+def _servers_are_apart(config: Config) -> bool:
+    """Whether SGLang is not in the trainer's own environment."""
+    return bool(config.servers.urls or config.servers.python)
+
+
+def _dashboards(config: Config) -> str:
+    names = ["metrics.jsonl"]
+    names += ["TensorBoard"] * config.run.tensorboard
+    names += ["Weights & Biases"] * bool(config.run.wandb_project)
+    return ", ".join(names)
 
 
 def _weights(config: Config) -> str:

@@ -1,7 +1,14 @@
-"""Files that are whole or absent: write aside, force to disk, rename."""
+"""Files that are whole or absent: write aside, force to disk, rename.
 
+Those that grow by lines may end in the middle of one.
+"""
+
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_prepo.errors import UserError
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -22,6 +29,20 @@ def rename_tree(aside: str | Path, final: str | Path) -> None:
     flush(aside)
     aside.rename(final)
     flush(Path(final).parent)
+
+
+def read_lines(path: str | Path) -> Iterator[dict]:
+    """The objects of a JSON Lines file; a last line that has no end yet is left out.
+
+    Raises UserError that names a line which is damaged.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}, line {number} is damaged: no JSON") from error
 
 
 def flush(path: str | Path) -> None:

@@ -16,8 +16,9 @@ n (n + 1) / 2 pairs in a sequence of n.  Backward, a product makes two: the grad
 side.  So forward is F, and forward with backward 3 F (2 N and 6 N a token).
 
 What is computed again (`recompute_granularity`, the head with `loss.head=recompute`) is not counted
-twice, padding not at all, and a prompt that several rollouts share counts for each of them: a
-better implementation has a higher utilisation, never a longer formula.
+twice, padding not at all.  A prompt that several rollouts share counts for each of them, and so
+does a sequence's last token, though nothing is predicted from it: who leaves them out has a higher
+utilisation, not another formula.
 """
 
 from collections.abc import Iterable

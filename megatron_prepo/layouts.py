@@ -1,7 +1,7 @@
 """Layouts that a model and a number of GPUs allow, the best first.
 
 Every division of the GPUs into tensor (inside a machine), pipeline, expert and data parallelism is
-tried, with the configuration's micro-batch or one sequence, as configured or with full
+tried, with the configuration's micro-batch or one as small as can be, as configured or with full
 recomputation; always with the distributed optimizer, and with sequence parallelism where there is
 tensor parallelism.  Of those that fit, the least seconds of scoring and learning come first:
 published rates, idle pipeline, a fourth more arithmetic for recomputation, least communication
@@ -84,11 +84,12 @@ def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
             "data": data,
             "sequence": tensor > 1,
         }
-        for size in dict.fromkeys((config.train.micro_batch_size, 1)):  # of equals the first wins
+        sizes = (config.train.micro_batch_tokens, longest(config))
+        for size in dict.fromkeys(sizes):  # of equals the first wins
             for recompute in (megatron, megatron | RECOMPUTE):
                 changed = {
                     "parallel": tree["parallel"] | parallel,
-                    "train": tree["train"] | {"micro_batch_size": size},
+                    "train": tree["train"] | {"micro_batch_tokens": size},
                     "optimizer": tree["optimizer"] | {"use_distributed_optimizer": True},
                     "megatron": recompute,
                 }

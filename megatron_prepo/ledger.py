@@ -4,10 +4,13 @@ Read it with ``pandas.read_json("ledger.jsonl", lines=True)``.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from megatron_prepo.durable import read_lines
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class LedgerEntry:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long."""
+    staleness: int = 0
+    """Optimizer updates between those weights and the ones that learnt from it."""
+    graded: Literal["ok", "timeout", "error"] = "ok"
+    """Whether the reward is the function's: else it broke a limit, or raised."""
 
 
 class Ledger:
@@ -52,6 +59,7 @@ class Ledger:
         """Write the entries of a step."""
         self._file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more entries."""
@@ -60,6 +68,4 @@ class Ledger:
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:
     """The entries of a ledger, in order."""
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            yield LedgerEntry(**json.loads(line))
+    return (LedgerEntry(**entry) for entry in read_lines(path))

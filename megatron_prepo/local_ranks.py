@@ -7,32 +7,48 @@ what is shown, last, is the error of the rank that failed first.
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
 
 ERROR_FILE = "MEGATRON_PREPO_ERROR_FILE"
-GRACE_SECONDS = 5.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Asked so, ranks save and leave."""
+STOPPED_EXIT_CODE = 75
+"""Of a run that has stopped as asked and can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
+LEAVING_SECONDS = 60.0
+"""From the first rank that leaves as asked to the last."""
+MEETING_FILE = "MEGATRON_PREPO_MEETING_FILE"
+"""Where the ranks find each other: torch's own server for that listens on all interfaces."""
 
 
 class RanksFailed(RuntimeError):
     """A rank ended with an error; the message is that error."""
 
+    def __init__(self, message: str, *, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     """Run `command` as ranks 0 ... num_ranks-1 and wait for all.
 
-    Raises RanksFailed with the error of the first rank that failed, after ending the others.
+    Raises RanksFailed with the error of the first rank that failed, after ending the others, and
+    Stopped if SIGTERM or SIGUSR1, passed on to the ranks, or to one of them, made them leave.
     """
     log_directory.mkdir(parents=True, exist_ok=True)
-    processes, logs, failed = [], [], {}
+    processes, logs, codes = [], [], {}
+    meeting_file = Path(tempfile.mkdtemp(prefix="megatron-prepo-")) / "ranks"
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     shared = {
         "WORLD_SIZE": str(num_ranks),
@@ -40,28 +56,44 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        MEETING_FILE: str(meeting_file),
     }
-    try:
-        for rank in range(num_ranks):
-            error_file = log_directory / f"rank_{rank}.error"
-            error_file.unlink(missing_ok=True)
-            log = None
-            if rank > 0:
-                log = open(log_directory / f"rank_{rank}.log", "w")  # noqa: SIM115
-                logs.append(log)
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(error_file)}
-            processes.append(
-                subprocess.Popen(
-                    command, env={**os.environ, **shared, **own}, stdout=log, stderr=log
+    if sys.platform == "linux":  # control messages stay on this machine, too
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    with _stop_signals_go_to(processes) as asked:
+        try:
+            for rank in range(num_ranks):
+                error_file = log_directory / f"rank_{rank}.error"
+                error_file.unlink(missing_ok=True)
+                log = None
+                if rank > 0:
+                    log = open(log_directory / f"rank_{rank}.log", "w")  # noqa: SIM115
+                    logs.append(log)
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(error_file)}
+                processes.append(
+                    subprocess.Popen(
+                        command, env={**os.environ, **shared, **own}, stdout=log, stderr=log
+                    )
                 )
-            )
-        failed = _wait(processes)
-    finally:
-        _end(processes)
-        for log in logs:
-            log.close()
-    if failed:
-        raise RanksFailed(_first_error(failed, log_directory))
+            codes = _wait(processes, asked)
+        finally:
+            _end(processes)
+            shutil.rmtree(meeting_file.parent)
+            for log in logs:
+                log.close()
+    if not codes:
+        return
+    if _leaving(codes, asked):
+        left = [rank for rank, code in codes.items() if code == STOPPED_EXIT_CODE]
+        said = _errors(left, log_directory)
+        raise Stopped(
+            said[0]
+            if said
+            else "stopped as asked before a step could be saved; the same command "
+            "goes on from the last checkpoint",
+            exit_code=STOPPED_EXIT_CODE,
+        )
+    raise RanksFailed(_first_error(codes, log_directory), exit_code=codes[min(codes)])
 
 
 def run_rank(main: Callable[[], None]) -> int:
@@ -81,6 +113,8 @@ def run_rank(main: Callable[[], None]) -> int:
         return 130
     except UserError as error:
         code, message = 2, f"error: {error}"
+    except Stopped as error:
+        code, message = error.exit_code, str(error)
     except Exception:
         code, message = 1, f"rank {rank} failed:\n{traceback.format_exc()}"
     if error_file:
@@ -90,37 +124,72 @@ def run_rank(main: Callable[[], None]) -> int:
     return code
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> dict[int, int]:
-    """Until all have ended well, or some badly: exit codes of those, by rank."""
+def _leaving(codes: dict[int, int], asked: set[int]) -> bool:
+    """Whether a rank has left because it was asked to.
+
+    Before it listens, a signal ends it as it would end any program.
+    """
+    return any(code == STOPPED_EXIT_CODE or -code in asked for code in codes.values())
+
+
+def _wait(processes: Sequence[subprocess.Popen], asked: set[int]) -> dict[int, int]:
+    """Until all have ended well, or some badly: exit codes of those, by rank.
+
+    Ranks that leave as asked wait for one another.
+    """
+    since = None
     while True:
         codes = [process.poll() for process in processes]
         failed = {rank: code for rank, code in enumerate(codes) if code}
-        if failed or None not in codes:
+        if None not in codes or (failed and not _leaving(failed, asked)):
             return failed
+        if failed:
+            since = since or time.monotonic()
+            if time.monotonic() - since > LEAVING_SECONDS:
+                return failed
         time.sleep(0.05)
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask those that still run to stop, then kill them."""
+    """Kill those that still run: what they hold is not worth waiting for."""
     for process in processes:
         if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+        process.wait()
+
+
+@contextmanager
+def _stop_signals_go_to(processes: Sequence[subprocess.Popen]) -> Iterator[set[int]]:
+    """Pass signals that ask for a stop on to the ranks; gives the set of those that came."""
+    asked = set()
+
+    def pass_on(number: int, frame) -> None:
+        asked.add(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _errors(ranks: Iterable[int], log_directory: Path) -> list[str]:
+    """What the ranks have left in their error files, the earliest first."""
+    files = [log_directory / f"rank_{rank}.error" for rank in ranks]
+    errors = [path.read_text().partition("\n") for path in files if path.is_file()]
+    return [message for _, _, message in sorted(errors, key=lambda error: int(error[0]))]
 
 
 def _first_error(failed: dict[int, int], log_directory: Path) -> str:
     """How a rank was killed, with the end of its log; if none was, the earliest error file."""
-    error_files = [log_directory / f"rank_{rank}.error" for rank in failed]
-    errors = [path.read_text().partition("\n") for path in error_files if path.is_file()]
+    errors = _errors(failed, log_directory)
     killed = [rank for rank, code in failed.items() if code < 0]
     if errors and not killed:
-        return min(errors, key=lambda error: int(error[0]))[2]
+        return errors[0]
     rank = (killed or list(failed))[0]
     code = failed[rank]
     how = f"exit code {code}" if code > 0 else signal.Signals(-code).name

@@ -24,7 +24,7 @@ class LossTerms:
     coefficient_T: torch.Tensor
     """Of the token's rollout."""
     importance_T: torch.Tensor | None = None
-    """Truncated ratio of actor to engine probability, where engine and actor differ."""
+    """What the token counts, where engine and actor differ (`mismatch.py`)."""
     reference_logprobs_T: torch.Tensor | None = None
     """The initial policy's, for the KL penalty."""
 
@@ -96,10 +96,3 @@ def policy_loss(
 def k3(log_ratio_T: torch.Tensor) -> torch.Tensor:
     """Estimate, never negative, of KL(p || q) from log p - log q at tokens sampled from p."""
     return torch.expm1(-log_ratio_T) + log_ratio_T
-
-
-def truncated_importance(
-    old_logprobs_T: torch.Tensor, engine_logprobs_T: torch.Tensor, cap: float
-) -> torch.Tensor:
-    """min(p_actor / p_engine, cap): corrects for an engine that computes other probabilities."""
-    return (old_logprobs_T - engine_logprobs_T).exp().clamp(max=cap)

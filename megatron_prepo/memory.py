@@ -86,7 +86,7 @@ class Shape:
 
 
 def layer_activations(
-    shape: Shape, parallel: ParallelConfig, layers: Layers, *, sequences: int, length: int
+    shape: Shape, parallel: ParallelConfig, layers: Layers, *, tokens: int
 ) -> float:
     """Bytes that one layer keeps of a micro-batch for its backward pass."""
     tensor = parallel.tensor
@@ -94,15 +94,14 @@ def layer_activations(
     hidden, queries, keys = shape.hidden, shape.queries, shape.keys
     if layers == "te":
         token = 8 * hidden / replicated + (4 * queries + 4 * keys + 4 * shape.heads) / tensor
-        rotary = 0
     else:
         token = (24 * hidden + 8) / replicated
         token += (6 * queries + 6 * keys + 4 * shape.heads) / tensor
         if shape.head_norms:
             token += (10 * (queries + keys) + 4 * (shape.heads + shape.groups)) / tensor
-        rotary = 8 * shape.head_size * length  # sine and cosine, of queries and keys, no batch
+        token += 8 * shape.head_size  # sine and cosine, for queries and for keys
     token += _mlp_activations(shape, parallel, layers)
-    return token * sequences * length + rotary
+    return token * tokens
 
 
 def _mlp_activations(shape: Shape, parallel: ParallelConfig, layers: Layers) -> float:
@@ -124,8 +123,7 @@ def stage_activations(
     *,
     num_layers: int,
     in_flight: int,
-    sequences: int,
-    length: int,
+    tokens: int,
 ) -> float:
     """Bytes of a pipeline stage at its fullest, `in_flight` micro-batches being under way.
 
@@ -133,10 +131,9 @@ def stage_activations(
     `recompute_method` and `recompute_num_layers`.  `selective` counts as nothing: what it drops by
     default, attention scores, these attentions never keep.
     """
-    one = layer_activations(shape, parallel, layers, sequences=sequences, length=length)
+    one = layer_activations(shape, parallel, layers, tokens=tokens)
     if megatron.get("recompute_granularity") != "full":
         return in_flight * num_layers * one
-    tokens = sequences * length
     split = parallel.tensor if parallel.sequence else 1
     kept = 2 * shape.hidden * tokens / split
     group = min(megatron.get("recompute_num_layers") or 1, num_layers)
@@ -146,7 +143,7 @@ def stage_activations(
 
 
 def head_workspace(
-    shape: Shape, parallel: ParallelConfig, *, chunk_tokens: int, sequences: int, length: int
+    shape: Shape, parallel: ParallelConfig, *, chunk_tokens: int, tokens: int
 ) -> float:
     """Bytes that the output head adds on the last stage, in backward.
 
@@ -155,7 +152,6 @@ def head_workspace(
     Megatron's buffer.
     """
     rows = -(-shape.vocabulary // parallel.tensor)
-    tokens = sequences * length
     logits = min(chunk_tokens, tokens) * rows * (4 + 2)
     return logits + tokens * (2 * shape.hidden * 2 + 100)
 

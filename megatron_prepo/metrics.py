@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -16,7 +17,8 @@ from scipy import stats
 from torch.profiler import record_function
 
 from megatron_prepo.advantages import zero_variance
-from megatron_prepo.loss import k3
+from megatron_prepo.dashboards import TensorBoard, WandB
+from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.candidates import Candidates
 
 
@@ -52,36 +54,36 @@ class Stopwatch:
         self._before_step = dict(self.total)
         return step
 
+    def go_on_from(self, total: dict[str, float]) -> None:
+        """Add up further from seconds that were measured before."""
+        self.total.update(total)
+        self._before_step = dict(self.total)
+
 
 def _nvtx_range(name: str):
     return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, and to Weights & Biases if a project is named."""
+    """Appends to `metrics.jsonl`, and shows the same on dashboards."""
 
-    def __init__(
-        self, path: str | Path, wandb_project: str | None = None, config: dict | None = None
-    ):
+    def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
-        self._wandb = None
-        if wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, config=config)
+        self._dashboards = dashboards
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One object; on disk when the method returns."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        if self._wandb:
-            self._wandb.log(metrics, step=step)
+        os.fsync(self._file.fileno())
+        for dashboard in self._dashboards:
+            dashboard.write(step, metrics)
 
     def close(self) -> None:
         """No more metrics."""
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        for dashboard in self._dashboards:
+            dashboard.close()
 
 
 def selection_metrics(
@@ -100,7 +102,19 @@ def selection_metrics(
         metrics["ppl/spearman_with_reward"] = spearman(ppl_K, rewards_KG.mean(dim=1))
         if candidates.pass_rate_P is not None:
             metrics |= candidate_metrics(candidates)
+        if candidates.actor_ppl_P is not None:
+            relative_P = (ppl_P / candidates.actor_ppl_P - 1).abs()
+            metrics["ppl/engine_actor_relative_max"] = float(relative_P.max())
+            metrics["ppl/engine_actor_spearman"] = spearman(ppl_P, candidates.actor_ppl_P)
     return metrics
+
+
+def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
+    """How many answers broke a limit or made the reward function raise."""
+    return {
+        "reward/failed_ratio": sum(grade.outcome != "ok" for grade in grades) / len(grades),
+        "seconds/slowest_answer": max(grade.seconds for grade in grades),
+    }
 
 
 def candidate_metrics(candidates: Candidates) -> dict[str, float]:
@@ -124,11 +138,8 @@ def rollout_metrics(
     weight_N: torch.Tensor,
     lengths_N: torch.Tensor,
     finished_N: Sequence[bool],
-    old_logprobs_T: torch.Tensor,
-    engine_logprobs_T: torch.Tensor,
 ) -> dict[str, float]:
-    """Entropies, weights, lengths, and how far the engine's probabilities are from the actor's."""
-    difference_T = (engine_logprobs_T - old_logprobs_T).double()
+    """Entropies, weights and lengths."""
     return {
         "entropy/mean": float((entropy_N * lengths_N).sum() / lengths_N.sum()),
         "weight/mean": float(weight_N.mean()),
@@ -137,9 +148,6 @@ def rollout_metrics(
         **quantiles("weight", weight_N),
         "rollout/length": float(lengths_N.double().mean()),
         "rollout/finished_ratio": sum(finished_N) / len(finished_N),
-        "mismatch/logprob_abs_mean": float(difference_T.abs().mean()),
-        "mismatch/logprob_abs_max": float(difference_T.abs().max()),
-        "mismatch/kl": float(k3(difference_T).mean()),
     }
 
 

@@ -39,7 +39,7 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
     sections: dict[str, list[dict]] = {}
     for source in map(Path, sources):
         results = source / "results.jsonl" if source.is_dir() else source
-        if source.is_dir() and run_record.is_finished(source):
+        if source.is_dir() and run_record.is_there(source):
             config = run_record.config_of(source)
             arm = {"arm": config.selection.method, "seed": config.train.seed}
             name = str(source)
@@ -49,7 +49,7 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
                 sections.setdefault(record["comparison"], []).append(record)
         else:
             raise UserError(
-                f"{source} is neither a finished run's directory nor a results file of `compare`"
+                f"{source} is neither a run's directory nor a results file of `compare`"
             )
     for name, records in sections.items():
         keys = [(record["arm"], record["seed"]) for record in records]
@@ -105,10 +105,12 @@ def _what(records: Sequence[dict]) -> str:
     """One sentence on what was run."""
     summary = records[0]["summary"]
     arms, seeds = ({record[key] for record in records} for key in ("arm", "seed"))
+    # a run that goes on has no summary that counts them
+    prompts = f"{summary['held_out_prompts']} " if "held_out_prompts" in summary else ""
     return (
         f"<p>{len(records)} run{'s' * (len(records) > 1)}: {len(arms)} arm{'s' * (len(arms) > 1)}, "
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Pass rates are avg@"
-        f"{summary['samples_per_prompt']} on {summary['held_out_prompts']} held-out prompts; "
+        f"{summary['samples_per_prompt']} on {prompts}held-out prompts; "
         f"before training {comparison.base_of(records):.3f}.</p>"
     )
 
@@ -240,20 +242,24 @@ def interval_words(saving: Saving) -> str:
 
 
 def _single_run(record: dict) -> str:
-    """A run's own result."""
+    """A run's own result, or how far it has come."""
     summary = record["summary"]
+    unfinished = "of_steps" in summary
 
     def rate(key: str) -> str:
+        if f"{key}_ci95" not in summary:
+            return f"{summary[key]:.3f}"
         low, high = summary[f"{key}_ci95"]
         return f"{summary[key]:.3f}<small>{low:.3f} to {high:.3f}</small>"
 
     rows = {
         "pass rate before": rate("pass_rate_before"),
-        "pass rate after": rate("pass_rate_after"),
-        "gain, prompt by prompt": rate("gain"),
+        "pass rate so far" if unfinished else "pass rate after": rate("pass_rate_after"),
+        "gain so far" if unfinished else "gain, prompt by prompt": rate("gain"),
         "rollouts": f"{summary['rollouts']:,}",
         "tokens": f"{summary['tokens']:,}",
-        "steps": f"{summary['steps']:,}",
+        "steps": f"{summary['steps']:,}"
+        + (f" of {summary['of_steps']:,}, unfinished" if unfinished else ""),
     }
     lines = "".join(f"<tr><th scope=row>{key}</th><td>{v}</td></tr>" for key, v in rows.items())
     method = html.escape(f"{summary['method']}, weights {summary['weighting']}")

@@ -2,13 +2,14 @@
 
 P_i = exp(-(1/T) sum_t log pi(x_t | x_<t)), natural log, over the prompt's tokens that have a
 predecessor, at temperature 1.  `selection.ppl_tokens=content` leaves the chat template out of the
-sum (it stays in the condition).
+sum (it stays in the condition).  The actor gives them, with entropies, or the engine, without.
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from megatron_prepo.metrics import spearman
 from megatron_prepo.records import Prompt, ScoredSequence
 
 
@@ -25,6 +26,30 @@ def prompt_scores(
     ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
     entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
     return torch.stack(ppl), torch.stack(entropy)
+
+
+def engine_perplexities(engine, prompts: Sequence[Prompt], tokens: str = "all") -> torch.Tensor:
+    """`ppl_P` by the engine's log-probabilities; float64, identical on every rank."""
+    scored = zip(engine.score_prompts(prompts), prompts, strict=True)
+    return torch.stack(
+        [perplexity(torch.tensor(logprobs), scored_span(p, tokens)) for logprobs, p in scored]
+    )
+
+
+def check_agreement(engine_ppl_P: torch.Tensor, actor_ppl_P: torch.Tensor, least: float) -> None:
+    """ValueError if the engine's perplexities do not stand for the actor's.
+
+    They do if the rank correlation is at least `least`; it counts as 0 where a side does not tell
+    prompts apart.
+    """
+    agreement = spearman(engine_ppl_P, actor_ppl_P) or 0.0
+    if agreement < least:
+        raise ValueError(
+            "selection.ppl_from=engine: the rank correlation of its perplexities with the actor's "
+            f"is {agreement:.3f} over {len(actor_ppl_P)} prompts, below selection.ppl_agreement="
+            f"{least:g}; set selection.ppl_from=actor, and look for the cause with "
+            "tools/compare_logprobs.py"
+        )
 
 
 def perplexity(logprobs_T: torch.Tensor, span: slice = slice(None)) -> torch.Tensor:

@@ -31,7 +31,7 @@ from megatron_prepo.memory import (
     stage_activations,
 )
 
-ENGINES = ("embedded", "sglang")
+ENGINES = ("embedded", "sglang", "elsewhere")
 RESERVE = 6 * GIB
 """Set aside on every GPU for the CUDA context, communication buffers, temporaries and
 fragmentation: a guess of ours, to be replaced by what a run measures."""
@@ -44,7 +44,8 @@ class Question:
     gpus: int
     gpu: str = "h100"
     engine: str | None = None
-    """`embedded` or `sglang`; empty: what `rollout.engine` says."""
+    """`embedded`, `sglang`, or `elsewhere` for servers on GPUs that are not counted; empty: what
+    `rollout.engine` says."""
     engine_tensor: int | None = None
     """GPUs that share one SGLang engine; empty: as few as leave it half of their memory."""
     prompt_tokens: float | None = None
@@ -204,7 +205,7 @@ def make_plan(config: Config, question: Question) -> Plan:
         engine=engine,
         micro_batches=num_micro_batches(config),
         sequence_tokens=longest(config),
-        token_budget=config.train.micro_batch_size * longest(config),
+        token_budget=config.train.micro_batch_tokens,
         seconds=seconds,
         rates=tuple(
             run.source for run in (gpu_rates.EXPERTS if shape.experts else gpu_rates.DENSE)
@@ -266,7 +267,7 @@ def _cautions(config: Config, hf: dict) -> tuple[str, ...]:
     if num_micro_batches(config) < parallel.pipeline:
         cautions.append(
             f"{num_micro_batches(config)} micro-batches leave a pipeline of {parallel.pipeline} "
-            "mostly idle; lower train.micro_batch_size or parallel.pipeline"
+            "mostly idle; lower train.micro_batch_tokens or parallel.pipeline"
         )
     if parallel.tensor > 1 and not parallel.sequence:
         cautions.append("parallel.sequence=true would split more activations at no cost")
@@ -289,11 +290,11 @@ def longest(config: Config) -> int:
 
 
 def num_micro_batches(config: Config) -> int:
-    """Micro-batches of a data-parallel rank in one optimizer update."""
+    """Micro-batches of a data-parallel rank in one update, if all sequences are the longest."""
     train = config.train
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     of_a_rank = -(-rollouts // (train.mini_batches * config.parallel.data))
-    return -(-of_a_rank // train.micro_batch_size)
+    return -(-of_a_rank // (train.micro_batch_tokens // longest(config)))
 
 
 def rollouts_a_step(config: Config) -> tuple[int, int]:
@@ -315,14 +316,14 @@ def rank_memory(
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
     parallel = config.parallel
-    batch = {"sequences": config.train.micro_batch_size, "length": longest(config)}
     in_flight = min(parallel.pipeline - stage, num_micro_batches(config))
     split = config.optimizer.use_distributed_optimizer
     of_type = 2 if config.model.dtype == "bfloat16" else 4
     # Adam's two moments, and float32 weights where those of the model are shorter
     state = 12 if config.model.dtype == "bfloat16" else 8
     last = stage == parallel.pipeline - 1
-    at_once = engine.sequences_at_once if engine.name == "embedded" else 1
+    # the embedded engine's batch, one sequence of SGLang's, or nothing
+    at_once = {"embedded": engine.sequences_at_once, "sglang": 1, "elsewhere": 0}[engine.name]
     return RankMemory(
         stage=stage,
         layers=layers,
@@ -341,7 +342,7 @@ def rank_memory(
                 config.megatron,
                 num_layers=layers,
                 in_flight=in_flight,
-                **batch,
+                tokens=config.train.micro_batch_tokens,
             )
         ),
         head=head_bytes(config, shape) if last else 0,
@@ -370,8 +371,7 @@ def head_bytes(config: Config, shape: Shape) -> int:
             shape,
             config.parallel,
             chunk_tokens=chunk_tokens_within(memory_mib, weight),
-            sequences=config.train.micro_batch_size,
-            length=longest(config),
+            tokens=config.train.micro_batch_tokens,
         )
     )
 
@@ -393,6 +393,8 @@ def build_engine(config: Config, question: Question, shape: Shape, parameters: i
     if name == "embedded":
         wanted = -(-rollouts // question.gpus)
         return Engine(name, 1, parameters * of_type, wanted, min(wanted, config.rollout.batch_size))
+    if name == "elsewhere":
+        return Engine(name, 1, 0, rollouts, rollouts)
     tensor = question.engine_tensor or _smallest_tensor(
         parameters * of_type, GPUS[question.gpu], question.gpus
     )
@@ -415,7 +417,7 @@ def with_room(
     config: Config, question: Question, shape: Shape, engine: Engine, ranks: tuple[RankMemory, ...]
 ) -> Engine:
     """With `sequences_at_once`: SGLang's cache takes what the fullest GPU has left."""
-    if engine.name == "embedded":
+    if engine.name != "sglang":
         return engine
     busiest = max(rank.actor for rank in ranks)
     room = GPUS[question.gpu].memory - question.reserve - busiest - engine.weights
@@ -437,7 +439,7 @@ def _work(config: Config, question: Question, parameters: int, active: int) -> g
         parameters=parameters,
         active_parameters=active,
         prompt_tokens=scored * prompt,
-        generated_tokens=least * response,
+        generated_tokens=0 if question.engine == "elsewhere" else least * response,
         # the initial policy scores, too, where there is a penalty for leaving it
         scored_tokens=learnt * (2 if config.loss.kl_coef else 1),
         learnt_tokens=learnt,

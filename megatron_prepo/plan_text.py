@@ -86,6 +86,8 @@ def _memory(plan: Plan) -> str:
 
 def _engine(plan: Plan) -> str:
     engine = plan.engine
+    if engine.name == "elsewhere":
+        return "engine: elsewhere, on GPUs that are not counted here, in the seconds neither"
     shared = "each GPU a whole one" if engine.tensor == 1 else f"one over {engine.tensor} GPUs"
     return (
         f"engine: {engine.name} on the same GPUs, {shared}; its cache has room for "

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo import dashboards
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
+from megatron_prepo.rewards import check_file
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,16 @@ def check(config: Config) -> Inputs:
     from megatron_prepo.actor.model import check_layout
     from megatron_prepo.rollout.sglang import launch
 
+    dashboards.check(config)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
     check_weights(config)
+    check_file(config.reward.function)
     tokenizer = read_tokenizer(config.model.hf)
     train_prompts = prompts_of(config, tokenizer, "train")
     eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
-    longest = max(train_prompts + eval_prompts, key=lambda prompt: len(prompt.tokens))
-    room = hf["max_position_embeddings"] - config.rollout.max_new_tokens
-    if len(longest.tokens) > room:
-        raise UserError(
-            f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
-            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
-        )
+    check_room(config, hf, train_prompts + eval_prompts)
     largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
     if largest >= hf["vocab_size"]:
         raise UserError(
@@ -49,6 +46,17 @@ def check(config: Config) -> Inputs:
     if config.rollout.engine == "sglang":
         launch.check_given(config) if config.servers.urls else launch.check(config)
     return Inputs(tokenizer, train_prompts, eval_prompts)
+
+
+def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
+    """UserError unless the longest prompt and its completion fit the model's positions."""
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if len(longest.tokens) > hf["max_position_embeddings"] - config.rollout.max_new_tokens:
+        raise UserError(
+            f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
+        )
 
 
 def check_engine(config: Config, engine) -> None:
@@ -96,7 +104,13 @@ def read_tokenizer(directory: str):
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise all kinds for files that are bad
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the tokenizer of {directory} cannot be read: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {directory} has no fast version (tokenizer.json)")
     if tokenizer.eos_token_id is None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from megatron_prepo.durable import read_lines
+
 
 def plot(directory: str | Path) -> Path:
     """`pass_rate.png`: held-out pass rate and the window's mean perplexity by rollouts paid."""
@@ -12,8 +14,8 @@ def plot(directory: str | Path) -> Path:
     from matplotlib import pyplot
 
     directory = Path(directory)
-    steps = _read(directory / "metrics.jsonl")
-    evaluations = _read(directory / "evaluations.jsonl")
+    steps = list(read_lines(directory / "metrics.jsonl"))
+    evaluations = list(read_lines(directory / "evaluations.jsonl"))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     rollouts = [e["rollouts"] for e in evaluations]
     rate = [e["pass_rate"] for e in evaluations]
@@ -65,7 +67,3 @@ def text(summary: dict) -> str:
             f"seconds by stage            {stages}; together {sum(seconds.values()):.0f}",
         ]
     )
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

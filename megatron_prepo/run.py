@@ -8,42 +8,36 @@
 | `ledger.jsonl` | one object a rollout |
 | `summary.json` | the result |
 | `pass_rate.png` | the result as a picture |
-| `checkpoints/` | Megatron checkpoints |
+| `checkpoints/` | Megatron checkpoints, and with them what the run goes on from |
+| `journal/` | rollouts that no checkpoint covers yet |
+| `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
 | `hf/` | the trained model in Hugging Face format |
 | `profile/` | traces of `profile.steps` |
+| `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
 | `logs/` | what ranks other than 0 printed, and errors |
 """
 
 import json
-import shutil
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import yaml
-from tqdm import tqdm
+import torch
 
-from megatron_prepo import machine, report
-from megatron_prepo.config import Config, to_tree
-from megatron_prepo.durable import write_text
+from megatron_prepo import machine, report, run_directory
+from megatron_prepo.config import Config
+from megatron_prepo.dashboards import dashboards
+from megatron_prepo.durable import flush, write_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluate import Evaluation, mean_ci95
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
 from megatron_prepo.profiling import profiled
+from megatron_prepo.progress import bar as progress_bar
 
-OURS = (
-    "config.yaml",
-    "metrics.jsonl",
-    "evaluations.jsonl",
-    "ledger.jsonl",
-    "summary.json",
-    "pass_rate.png",
-    "checkpoints",
-    "hf",
-    "profile",
-)
-"""What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
+LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
+"""Files that grow by lines."""
 
 TRAINING_STAGES = (
     "perplexity",
@@ -57,33 +51,6 @@ TRAINING_STAGES = (
 """Whose seconds a comparison by time counts: all of a step, but not what only looks at it."""
 
 
-def check_free(config: Config) -> None:
-    """UserError if the directory holds a run that may not be replaced."""
-    directory = Path(config.run.dir)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"run.dir={directory} is a file; choose a directory")
-    if (directory / "config.yaml").exists() and not config.run.overwrite:
-        raise UserError(
-            f"run.dir={directory} already holds a run; choose another directory, or set "
-            "run.overwrite=true to replace it"
-        )
-
-
-def create_directory(config: Config) -> Path:
-    """Make room for the run and save its configuration; one rank does it."""
-    check_free(config)
-    directory = Path(config.run.dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in OURS:
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    write_text(directory / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
-    return directory
-
-
 class Run:
     """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them."""
 
@@ -92,11 +59,13 @@ class Run:
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()
         self.rollouts = self.tokens = self.num_steps = 0
+        """Paid for so far, and the steps behind the run."""
+        self.before: Evaluation | None = None
+        """The evaluation before the first step."""
         if self.writes:
-            create_directory(config)
-            project = config.run.wandb_project
+            run_directory.prepare(config, self.say)
             self.ledger = Ledger(self.directory / "ledger.jsonl")
-            self.metrics = MetricsLog(self.directory / "metrics.jsonl", project, to_tree(config))
+            self.metrics = MetricsLog(self.directory / "metrics.jsonl", dashboards(config))
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
 
     def say(self, sentence: str) -> None:
@@ -105,8 +74,13 @@ class Run:
             print(sentence, file=sys.stderr)
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps, from 0, with a progress bar; ends when the budget is spent."""
-        self.bar = tqdm(range(self.config.train.total_steps), "train", disable=not self.writes)
+        """The numbers of the steps to come, with a progress bar; ends when the budget is spent."""
+        first, total = self.num_steps, self.config.train.total_steps
+        if first and self.is_last(first - 1):
+            return
+        self.bar = progress_bar(
+            range(first, total), "train", total=total, initial=first, disable=not self.writes
+        )
         for step in self.bar:
             with profiled(self.config.profile, step, self.rank, self.directory):
                 yield step
@@ -114,10 +88,10 @@ class Run:
                 break
         self.bar.close()
 
-    def is_last(self, step: int) -> bool:
-        """Whether this step, which has been recorded, ends the run."""
+    def is_last(self, step: int, to_be_recorded: int = 0) -> bool:
+        """Whether this step, of whose rollouts so many have not been recorded yet, ends the run."""
         budget = self.config.train.rollout_budget
-        spent = budget is not None and self.rollouts >= budget
+        spent = budget is not None and self.rollouts + to_be_recorded >= budget
         return spent or step + 1 == self.config.train.total_steps
 
     def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict) -> None:
@@ -140,7 +114,7 @@ class Run:
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
         """`held_out(samples_per_prompt, on_progress)` with a progress bar; written and shown."""
-        bar = tqdm(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
+        bar = progress_bar(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
@@ -163,8 +137,48 @@ class Run:
             )
         return evaluation
 
-    def finish(self, before: Evaluation, after: Evaluation, *, ranks: int) -> dict:
+    def state_dict(self) -> dict:
+        """Between two steps: totals, the first evaluation, and how long the files are."""
+        return {
+            "num_steps": self.num_steps,
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "seconds": dict(self.seconds.total),
+            "before": None if self.before is None else self.before.passes_P.tolist(),
+            "files": {name: os.path.getsize(self.directory / name) for name in LOGS}
+            if self.writes
+            else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state; lines that were written after it are cut off."""
+        self.num_steps, self.rollouts = state["num_steps"], state["rollouts"]
+        self.tokens = state["tokens"]
+        self.seconds.go_on_from(state["seconds"])
+        if state["before"] is not None:
+            self.before = Evaluation(torch.tensor(state["before"], dtype=torch.float64))
+        self.cut(state["files"])
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Keep so many bytes of the files of lines, of those that are not named nothing.
+
+        UserError if one is shorter.
+        """
+        if not self.writes:
+            return
+        for name in LOGS:
+            path, size = self.directory / name, sizes.get(name, 0)
+            if path.stat().st_size < size:
+                raise UserError(
+                    f"{path} has lost lines that its checkpoints count on ({size} bytes); put it "
+                    "back, or set run.overwrite=true to begin again"
+                )
+            os.truncate(path, size)
+            flush(path)
+
+    def finish(self, after: Evaluation, *, ranks: int) -> dict:
         """The summary; written with the plot, and the files closed."""
+        before = self.before
         gain_P = after.passes_P - before.passes_P
         summary = {
             "method": self.config.selection.method,

@@ -1,4 +1,4 @@
-"""A finished run as one line of JSON: what a comparison and a report need of its directory.
+"""A run as one line of JSON: what a comparison and a report need of its directory.
 
 Small enough to be committed (a run of 80 steps is about 8 KB, its directory megabytes), and without
 a path of the machine it ran on: files are named by what is in them.
@@ -17,6 +17,8 @@ import yaml
 from megatron_prepo import config as configuration
 from megatron_prepo import ledger
 from megatron_prepo.config import Config
+from megatron_prepo.durable import read_lines
+from megatron_prepo.errors import UserError
 
 SERIES = (
     "reward/mean",
@@ -51,6 +53,12 @@ FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
 def is_finished(directory: Path) -> bool:
     """Whether the run in this directory came to its end: the summary is written last."""
     return all((directory / name).is_file() for name in ("config.yaml", "summary.json"))
+
+
+def is_there(directory: Path) -> bool:
+    """Whether there is a run in this directory, finished or not."""
+    names = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "ledger.jsonl")
+    return all((directory / name).is_file() for name in names)
 
 
 def config_of(directory: Path) -> Config:
@@ -94,11 +102,19 @@ def differences(before: dict[str, object], now: dict[str, object]) -> list[str]:
 
 
 def record(directory: str | Path) -> dict:
-    """The record of a finished run."""
+    """The record of a run, finished or as far as it has come.
+
+    Raises UserError if it has not been evaluated yet.
+    """
     directory = Path(directory)
     config = config_of(directory)
-    summary = json.loads((directory / "summary.json").read_text())
-    steps = _lines(directory / "metrics.jsonl")
+    steps = list(read_lines(directory / "metrics.jsonl"))
+    evaluations = list(read_lines(directory / "evaluations.jsonl"))
+    if not evaluations:
+        raise UserError(f"the run in {directory} has not been evaluated yet")
+    summary = _summary_so_far(config, steps, evaluations)
+    if is_finished(directory):
+        summary = json.loads((directory / "summary.json").read_text())
     entries = list(ledger.read(directory / "ledger.jsonl"))
     seconds, machine = summary.pop("seconds"), summary.pop("machine")
     of_settings = settings(config)
@@ -108,7 +124,7 @@ def record(directory: str | Path) -> dict:
             "settings": of_settings,
             "machine": machine,
             "summary": summary,
-            "evaluations": _evaluations(_lines(directory / "evaluations.jsonl"), entries, steps),
+            "evaluations": _evaluations(evaluations, entries, steps),
             "probes": sum(entry.purpose == "probe" for entry in entries),
             "steps": _series(steps),
             "ppl_deciles": _pass_rate_by_decile(entries, config.reward.high),
@@ -116,6 +132,35 @@ def record(directory: str | Path) -> dict:
             "seconds": seconds,
         }
     )
+
+
+def _summary_so_far(config: Config, steps: Sequence[dict], evaluations: Sequence[dict]) -> dict:
+    """What `Run.finish` would say, of a run that has not come to its end; `of_steps` marks it.
+
+    The gain has no interval, since results of single prompts are not kept.
+    """
+    first, last = evaluations[0], evaluations[-1]
+    totals = steps[-1] if steps else {name: 0 for name in TOTALS}
+    stages = {name for step in steps for name in step if name.startswith("seconds/")}
+    return {
+        "method": config.selection.method,
+        "weighting": config.weighting.method,
+        "steps": len(steps),
+        "of_steps": config.train.total_steps,
+        "pass_rate_before": first["pass_rate"],
+        "pass_rate_before_ci95": first["pass_rate_ci95"],
+        "pass_rate_after": last["pass_rate"],
+        "pass_rate_after_ci95": last["pass_rate_ci95"],
+        "gain": last["pass_rate"] - first["pass_rate"],
+        "samples_per_prompt": last["samples_per_prompt"],
+        "rollouts": totals["rollout/paid"],
+        "tokens": totals["rollout/tokens_paid"],
+        "seconds": {
+            name.removeprefix("seconds/"): sum(step.get(name, 0.0) for step in steps)
+            for name in sorted(stages)
+        },
+        "machine": {},
+    }
 
 
 def _evaluations(
@@ -139,7 +184,7 @@ def _evaluations(
 
 def _series(steps: Sequence[dict]) -> dict[str, object]:
     """Columns of at most MAX_POINTS values, each of `step/every` steps."""
-    every = math.ceil(len(steps) / MAX_POINTS)
+    every = max(1, math.ceil(len(steps) / MAX_POINTS))
     chunks = [steps[first : first + every] for first in range(0, len(steps), every)]
 
     def column(name: str, of_chunk: Callable[[list[float]], float]) -> list[float | None]:
@@ -211,7 +256,3 @@ def _hash_of(path: Path) -> str:
     else:
         return "absent"  # a report of an old run does not need what it was trained on
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

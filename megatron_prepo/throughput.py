@@ -47,7 +47,8 @@ class Throughput:
         rewards_KG: torch.Tensor,
     ) -> dict[str, float]:
         """Metrics of a step, from its candidates and the rollouts that were trained on."""
-        scored = candidates.prompts if candidates.ppl_P is not None else ()
+        by_actor = candidates.ppl_P is not None and self.config.selection.ppl_from == "actor"
+        scored = candidates.prompts if by_actor else ()
         prompts = Work.of(ScoredSequence(prompt.tokens, 1) for prompt in scored)
         learnt = itertools.compress(sequences, self._learnt(rewards_KG))
         scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
@@ -80,6 +81,8 @@ class Throughput:
     def _learnt(self, rewards_KG: torch.Tensor) -> list[bool]:
         """Which rollouts the update passes through: the rule of `Actor.update`."""
         loss = self.config.loss
+        if self.config.debug.mode == "rollout":  # no updates at all
+            return [False] * rewards_KG.numel()
         if loss.entropy_coef or loss.kl_coef or self.shape.experts:
             return [True] * rewards_KG.numel()
         return (~zero_variance(rewards_KG)).repeat_interleave(rewards_KG.shape[1]).tolist()

@@ -18,22 +18,28 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import DTYPES, describe
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.advantages import group_advantages, zero_variance
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, LossConfig
 from megatron_prepo.data import CandidateBatches
+from megatron_prepo.dump import StepRecord
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.evaluate import Evaluation, evaluate
+from megatron_prepo.journal import Journal
 from megatron_prepo.ledger import LedgerEntry
-from megatron_prepo.loss import rollout_coefficients, truncated_importance
-from megatron_prepo.metrics import rollout_metrics, selection_metrics
-from megatron_prepo.perplexity import prompt_scores
+from megatron_prepo.loss import rollout_coefficients
+from megatron_prepo.metrics import grading_metrics, rollout_metrics, selection_metrics
+from megatron_prepo.mismatch import importance, importance_metrics, mismatch_metrics
+from megatron_prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
-from megatron_prepo.rewards import FUNCTIONS, grade
+from megatron_prepo.resume import Checkpoints
+from megatron_prepo.rewards.pool import Grade, Grader
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.stop import StopRequests
 from megatron_prepo.throughput import Throughput
+from megatron_prepo.updates import NoUpdates, StepUpdates, Updates
 from megatron_prepo.weight_sync import sync_weights
 
 
@@ -43,80 +49,159 @@ def train(config: Config) -> dict:
     Collective: every rank of the job calls it.  Raises UserError for a wrong input before any
     weight is loaded.
     """
+    job = set_up(config)
+    run, engine, actor = job.run, job.engine, job.actor
+    selector, journal, grader = job.selector, job.journal, job.grader
+    checkpoints = job.go_on({"run": run, "batches": job.batches, "selector": selector})
+    with checkpoints.saved_if_the_engine_fails():
+        if run.before is None:
+            run.before = job.evaluate("before", config.eval.samples_per_prompt)
+        for step in run.steps():
+            if step > 0 and due(step - 1, config.eval.every):
+                job.evaluate("during", config.eval.samples_during)
+            with run.seconds("perplexity"):
+                candidates = look_at(config, actor, engine, selector, job.batches.next(), step)
+            with run.seconds("probes"):
+                candidates, probes = probe(
+                    config, engine, journal, grader, selector, candidates, step
+                )
+            paid = Groups()
+            while chosen := selector.choose(candidates, step):
+                parallel.assert_equal_on_all_ranks("the selection", chosen)
+                selected = [candidates.prompts[i] for i in chosen]
+                with run.seconds("rollouts"):
+                    rollouts = roll_out(config, engine, journal, selected, f"rollouts/{step}")
+                with run.seconds("rewards"):
+                    grades = grader.grade(rollouts)
+                selector.observe(selected, rewards_of(grades).view(len(selected), -1))
+                paid = paid.and_also(chosen, rollouts, grades)
+                if not selector.refills:
+                    break
+            groups = paid.trained_on(config.selection.num_selected)
+
+            with run.seconds("old_logprobs"):
+                old = score_rollouts(config, actor, groups.rollouts)
+            with run.seconds("update"):
+                learner = job.updates.of_step(groups.record(config, step, candidates, old))
+                weight_N, losses = update_policy(
+                    config, learner, groups.rollouts, groups.rewards_KG, old
+                )
+            try:
+                with run.seconds("weight_sync"):
+                    job.sync()
+            finally:  # the step is done, whether or not the engine lives to see it
+                run.record(
+                    step,
+                    ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
+                    selection_metrics(candidates, paid.chosen, paid.rewards_KG)
+                    | grading_metrics(paid.grades)
+                    | selector.metrics()
+                    | old.metrics(config.loss, weight_N, groups.rollouts)
+                    | losses
+                    | job.speed(candidates, groups),
+                )
+                checkpoints.mark()
+            stopping = job.stop.anywhere()
+            if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
+                with run.seconds("checkpoint"):
+                    checkpoints.save()
+            if stopping:
+                raise job.stop.stopped(run.num_steps)
+        after = job.evaluate("after", config.eval.samples_per_prompt)
+
+    return job.finish(after)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop works with, on each rank."""
+
+    config: Config
+    inputs: preflight.Inputs
+    run: Run
+    stop: StopRequests
+    journal: Journal
+    engine: EmbeddedEngine | SGLangEngine
+    actor: Actor
+    updates: Updates | NoUpdates
+    grader: Grader
+    batches: CandidateBatches
+    selector: object
+    throughput: Throughput
+
+    def go_on(self, parts: dict[str, object]) -> Checkpoints:
+        """Set actor and parts to the last checkpoint, if there is one, and the engine to them."""
+        with self.run.seconds("setup"):
+            checkpoints = Checkpoints(self.config, self.actor, parts, self.journal, self.run.say)
+            checkpoints.restore()
+            self.sync()
+        return checkpoints
+
+    def sync(self) -> None:
+        """Give the engine the actor's weights."""
+        probe = self.inputs.train_prompts[0].tokens
+        sync_weights(self.actor, self.engine, self.config, probe)
+
+    def evaluate(self, when: str, samples: int) -> Evaluation:
+        """avg@k on held-out prompts; written, and shown."""
+
+        def held_out(**options) -> Evaluation:
+            return evaluate_held_out(
+                self.config, self.engine, self.grader, self.inputs.eval_prompts, **options
+            )
+
+        return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+
+    def speed(self, candidates: Candidates, groups: "Groups") -> dict[str, float]:
+        """Rates of the actor's passes in the step that is about to be recorded."""
+        sequences = [scored_sequence(rollout) for rollout in groups.rollouts]
+        return self.throughput.of_step(self.run.seconds, candidates, sequences, groups.rewards_KG)
+
+    def finish(self, after: Evaluation) -> dict:
+        """Export the weights and end everything; returns the summary."""
+        with self.run.seconds("export"):
+            self.actor.export(self.run.directory / "hf", write=self.run.writes)
+        self.engine.close()
+        self.grader.close()
+        self.journal.close()
+        return self.run.finish(after, ranks=dist.get_world_size())
+
+
+def set_up(config: Config) -> Job:
+    """Read the inputs, join the other ranks, build engine and actor; collective."""
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     run = Run(config, rank=dist.get_rank())
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.say("the section sglang: is for servers that the run starts, and is ignored here")
-    text = inputs.train_prompts[0].tokens
-    with run.seconds("setup"):
-        engine = build_engine(config, inputs.tokenizer, run.say)
-        preflight.check_engine(config, engine)
-        actor = Actor(config)
-        sync_weights(actor, engine, config, text)
-    throughput = Throughput(config, actor.hf)
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
     selector = METHODS[config.selection.method](
         config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )
-
-    def held_out(**options) -> Evaluation:
-        return evaluate_held_out(config, engine, inputs.eval_prompts, **options)
-
-    before = run.evaluate(held_out, "before", 0, config.eval.samples_per_prompt)
-    for step in run.steps():
-        with run.seconds("perplexity"):
-            candidates = look_at(config, actor, selector, batches.next())
-        with run.seconds("probes"):
-            candidates, probes = probe(config, engine, selector, candidates, step)
-        paid = Groups()
-        while chosen := selector.choose(candidates, step):
-            parallel.assert_equal_on_all_ranks("the selection", chosen)
-            selected = [candidates.prompts[i] for i in chosen]
-            with run.seconds("rollouts"):
-                rollouts = roll_out(config, engine, selected, f"rollouts/{step}")
-            with run.seconds("rewards"):
-                rewards_KG = rewards_of(config, rollouts).view(len(selected), -1)
-            selector.observe(selected, rewards_KG)
-            paid = paid.and_also(chosen, rollouts, rewards_KG)
-            if not selector.refills:
-                break
-        groups = paid.trained_on(config.selection.num_selected)
-
-        with run.seconds("old_logprobs"):
-            old = score_rollouts(config, actor, groups.rollouts)
-        with run.seconds("update"):
-            weight_N, losses = update_policy(config, actor, groups.rollouts, groups.rewards_KG, old)
-        with run.seconds("weight_sync"):
-            sync_weights(actor, engine, config, text)
-
-        run.record(
-            step,
-            ledger_entries(config, step, candidates, paid, probes, groups, old, weight_N),
-            selection_metrics(candidates, paid.chosen, paid.rewards_KG)
-            | selector.metrics()
-            | old.metrics(weight_N, groups.rollouts)
-            | losses
-            | throughput.of_step(
-                run.seconds,
-                candidates,
-                [scored_sequence(rollout) for rollout in groups.rollouts],
-                groups.rewards_KG,
-            ),
-        )
-        if due(step, config.eval.every) and not run.is_last(step):
-            run.evaluate(held_out, "during", step + 1, config.eval.samples_during)
-        if due(step, config.checkpoint.every) or run.is_last(step):
-            with run.seconds("checkpoint"):
-                actor.save(run.directory / "checkpoints", step=step + 1)
-
-    after = run.evaluate(held_out, "after", step + 1, config.eval.samples_per_prompt)
-    with run.seconds("export"):
-        actor.export(run.directory / "hf", write=run.writes)
-    engine.close()
-    return run.finish(before, after, ranks=dist.get_world_size())
+    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
+    with run.seconds("setup"):
+        grader = build_grader(config, run.say)
+        engine = build_engine(config, inputs.tokenizer, run.say)
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
+    return Job(
+        config=config,
+        inputs=inputs,
+        run=run,
+        stop=stop,
+        journal=journal,
+        engine=engine,
+        actor=actor,
+        updates=updates,
+        grader=grader,
+        batches=batches,
+        selector=selector,
+        throughput=Throughput(config, actor.hf),
+    )
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
@@ -128,6 +213,7 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
             device=parallel.device(),
             rank=dist.get_rank(),
             share=parallel.from_rank_zero_when_done,
+            gather=parallel.gather_to_all,
             say=say,
         )
     return EmbeddedEngine(
@@ -143,42 +229,75 @@ def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngin
     )
 
 
-def look_at(config: Config, actor: Actor, selector, prompts: Sequence[Prompt]) -> Candidates:
-    """The candidate prompts, scored by the current policy if the selector needs it."""
+def build_grader(config: Config, say) -> Grader:
+    """Grading processes beside rank 0, which share what they find."""
+    return Grader(
+        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, say=say
+    )
+
+
+def look_at(
+    config: Config, actor: Actor, engine, selector, prompts: Sequence[Prompt], step: int
+) -> Candidates:
+    """The candidate prompts, scored by the current policy if the selector needs it.
+
+    By the engine's copy of it if the settings say so; then the actor is asked, too, now and then.
+    """
+    settings = config.selection
     if not selector.needs_scores:
         return Candidates(prompts)
-    return Candidates(prompts, *prompt_scores(actor, prompts, config.selection.ppl_tokens))
+    if settings.ppl_from == "actor":
+        return Candidates(prompts, *prompt_scores(actor, prompts, settings.ppl_tokens))
+    candidates = Candidates(prompts, engine_perplexities(engine, prompts, settings.ppl_tokens))
+    if step == 0 or due(step, config.eval.every):
+        actor_ppl_P, _ = prompt_scores(actor, prompts, settings.ppl_tokens)
+        check_agreement(candidates.ppl_P, actor_ppl_P, settings.ppl_agreement)
+        candidates = replace(candidates, actor_ppl_P=actor_ppl_P)
+    return candidates
 
 
 def probe(
-    config: Config, engine, selector, candidates: Candidates, step: int
-) -> tuple[Candidates, list[Rollout]]:
+    config: Config,
+    engine,
+    journal: Journal,
+    grader: Grader,
+    selector,
+    candidates: Candidates,
+    step: int,
+) -> tuple[Candidates, "Groups"]:
     """For the oracle, which is no method: the pass rate of every candidate, and what it cost."""
     if not selector.needs_pass_rates:
-        return candidates, []
-    probes = roll_out(config, engine, candidates.prompts, f"probes/{step}")
-    passed_N = rewards_of(config, probes) >= config.reward.high
-    pass_rate_P = passed_N.double().view(len(candidates.prompts), -1).mean(dim=1)
+        return candidates, Groups()
+    rollouts = roll_out(config, engine, journal, candidates.prompts, f"probes/{step}")
+    probes = Groups().and_also(range(len(candidates.prompts)), rollouts, grader.grade(rollouts))
+    pass_rate_P = (probes.rewards_KG >= config.reward.high).double().mean(dim=1)
     return replace(candidates, pass_rate_P=pass_rate_P), probes
 
 
-def roll_out(config: Config, engine, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
-    """G completions of each prompt, by the weights of the last update."""
-    return engine.generate(
-        prompts,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=f"{config.train.seed}/{purpose}",
-    )
+def roll_out(
+    config: Config, engine, journal: Journal, prompts: Sequence[Prompt], purpose: str
+) -> list[Rollout]:
+    """G completions of each prompt, by the weights of the last update; paid for once."""
+    rollouts = journal.find(purpose, engine.weight_version, prompts)
+    if rollouts is None:
+        rollouts = engine.generate(prompts, **sampling(config, purpose))
+        journal.add(purpose, rollouts)
+    return rollouts
 
 
-def rewards_of(config: Config, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`rewards_N`; every rank grades, and comes to the same, since the functions are pure."""
-    reward = config.reward
-    return torch.tensor(
-        grade(rollouts, FUNCTIONS[reward.function], low=reward.low, high=reward.high)
-    )
+def sampling(config: Config, purpose: str) -> dict:
+    """How rollouts are drawn; each purpose and step has random numbers of its own."""
+    return {
+        "samples_per_prompt": config.rollout.samples_per_prompt,
+        "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "seed": f"{config.train.seed}/{purpose}",
+    }
+
+
+def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
+    """`rewards_N`."""
+    return torch.tensor([grade.reward for grade in grades])
 
 
 @dataclass(frozen=True)
@@ -188,13 +307,17 @@ class Groups:
     chosen: tuple[int, ...] = ()
     """Each group's prompt, as a position among the candidates."""
     rollouts: tuple[Rollout, ...] = ()
-    rewards_KG: torch.Tensor | None = None
+    grades: tuple[Grade, ...] = ()
+    """One a rollout."""
 
-    def and_also(self, chosen, rollouts, rewards_KG: torch.Tensor) -> "Groups":
+    @property
+    def rewards_KG(self) -> torch.Tensor:
+        """What the grades are worth."""
+        return rewards_of(self.grades).view(len(self.chosen), -1)
+
+    def and_also(self, chosen, rollouts, grades) -> "Groups":
         """With further groups behind."""
-        if self.rewards_KG is not None:
-            rewards_KG = torch.cat([self.rewards_KG, rewards_KG])
-        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), rewards_KG)
+        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
 
     def trained_on(self, num_groups: int) -> "Groups":
         """The first `num_groups` with an advantage; others fill up where there are too few.
@@ -203,10 +326,24 @@ class Groups:
         """
         useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
         kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
+        members = [k * group_size + g for k in kept for g in range(group_size)]
         return Groups(
             tuple(self.chosen[k] for k in kept),
-            tuple(r for k in kept for r in self.rollouts[k * group_size : (k + 1) * group_size]),
-            self.rewards_KG[kept],
+            tuple(self.rollouts[i] for i in members),
+            tuple(self.grades[i] for i in members),
+        )
+
+    def record(
+        self, config: Config, step: int, candidates: Candidates, old: "OldScores"
+    ) -> StepRecord:
+        """For a dump."""
+        return StepRecord(
+            step,
+            candidates,
+            self.rollouts,
+            self.rewards_KG.flatten(),
+            old.scores,
+            mini_batches(*self.rewards_KG.shape, config.train.mini_batches),
         )
 
 
@@ -220,23 +357,32 @@ class OldScores:
     entropy_N: torch.Tensor
     """Mean token entropy of each rollout."""
     lengths_N: torch.Tensor
+    importance_N: list[torch.Tensor] | None = None
+    """What each token of a rollout counts, if `loss.importance` is on."""
+    staleness: int = 0
+    """Optimizer updates between the weights that generated the rollouts and these."""
 
-    def metrics(self, weight_N: torch.Tensor, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def metrics(
+        self, settings: LossConfig, weight_N: torch.Tensor, rollouts: Sequence[Rollout]
+    ) -> dict[str, float]:
         """Entropies, weights and the mismatch between engine and actor."""
-        return rollout_metrics(
-            self.entropy_N,
-            weight_N,
-            self.lengths_N,
-            [rollout.finished for rollout in rollouts],
-            torch.cat([score.logprobs_T for score in self.scores]),
-            torch.cat([torch.tensor(rollout.engine_logprobs) for rollout in rollouts]),
+        finished_N = [rollout.finished for rollout in rollouts]
+        metrics = rollout_metrics(self.entropy_N, weight_N, self.lengths_N, finished_N)
+        metrics["rollout/staleness"] = self.staleness
+        metrics |= mismatch_metrics(
+            [score.logprobs_T for score in self.scores],
+            [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
         )
+        if self.importance_N:
+            metrics |= importance_metrics(settings, torch.cat(self.importance_N))
+        return metrics
 
 
 def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) -> OldScores:
     """Old log-probabilities and entropies: always a pass of its own, PREPO's weights need it."""
-    stale = [r.prompt.id for r in rollouts if r.weight_version != actor.updates]
-    assert not stale, f"rollouts of {stale[:3]} come from weights other than the actor's"
+    staleness = max(actor.updates - rollout.weight_version for rollout in rollouts)
+    bound = config.train.mini_batches if config.train.overlap else 0
+    assert 0 <= staleness <= bound, f"rollouts of {staleness} updates ago, and {bound} may be"
     sequences = [scored_sequence(rollout) for rollout in rollouts]
     temperature = config.rollout.temperature
     scores = actor.score(sequences, temperature=temperature)
@@ -248,12 +394,26 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
         references,
         entropy_N=torch.stack([score.entropy_T.double().mean() for score in scores]),
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
+        importance_N=importance_of(config, scores, rollouts),
+        staleness=staleness,
     )
+
+
+def importance_of(
+    config: Config, scores: Sequence[Scores], rollouts: Sequence[Rollout]
+) -> list[torch.Tensor] | None:
+    """What each token of a rollout counts, as the engine was more or less likely to choose it."""
+    if config.loss.importance == "off":
+        return None
+    return [
+        importance(config.loss, score.logprobs_T, torch.tensor(rollout.engine_logprobs))
+        for score, rollout in zip(scores, rollouts, strict=True)
+    ]
 
 
 def update_policy(
     config: Config,
-    actor: Actor,
+    actor: Actor | StepUpdates,
     rollouts: Sequence[Rollout],
     rewards_KG: torch.Tensor,
     old: OldScores,
@@ -277,7 +437,14 @@ def update_policy(
                 ]
             )
         )
-    return weight_N, {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    return weight_N, mean_metrics(updates)
+
+
+def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]:
+    """Means over the updates that were made, nothing if none was, and how many were skipped."""
+    made = [update for update in updates if update is not None]
+    means = {name: sum(u[name] for u in made) / len(made) for name in (made[0] if made else ())}
+    return means | {"loss/skipped_updates": len(updates) - len(made)}
 
 
 def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:
@@ -323,28 +490,24 @@ def training_sequence(
     config: Config, rollout: Rollout, old: OldScores, i: int, advantage, coefficient
 ) -> TrainingSequence:
     """Rollout i as the actor's update takes it."""
-    importance_T, old_logprobs_T = None, old.scores[i].logprobs_T
-    if config.loss.importance_cap is not None:
-        engine_logprobs_T = torch.tensor(rollout.engine_logprobs)
-        importance_T = truncated_importance(
-            old_logprobs_T, engine_logprobs_T, config.loss.importance_cap
-        )
     return TrainingSequence(
         sequence=scored_sequence(rollout),
-        old_logprobs_T=old_logprobs_T,
+        old_logprobs_T=old.scores[i].logprobs_T,
         advantage=float(advantage),
         coefficient=float(coefficient),
-        importance_T=importance_T,
+        importance_T=old.importance_N[i] if old.importance_N else None,
         reference_logprobs_T=old.references[i].logprobs_T if old.references else None,
     )
 
 
-def evaluate_held_out(config: Config, engine, prompts: Sequence[Prompt], **options) -> Evaluation:
+def evaluate_held_out(
+    config: Config, engine, grader: Grader, prompts: Sequence[Prompt], **options
+) -> Evaluation:
     """avg@k on held-out prompts, with the same random numbers each time."""
     return evaluate(
         engine.generate,
         prompts,
-        lambda rollouts: rewards_of(config, rollouts),
+        lambda rollouts: rewards_of(grader.grade(rollouts)),
         pass_reward=config.reward.high,
         temperature=config.eval.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -358,7 +521,7 @@ def ledger_entries(
     step: int,
     candidates: Candidates,
     paid: Groups,
-    probes: Sequence[Rollout],
+    probes: Groups,
     groups: Groups,
     old: OldScores,
     weight_N: torch.Tensor,
@@ -367,9 +530,8 @@ def ledger_entries(
     group_size = config.rollout.samples_per_prompt
     position_of = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
     trained = {(id(rollout)): i for i, rollout in enumerate(groups.rollouts)}
-    rollouts = [*paid.rollouts, *probes]
-    rewards_N = torch.cat([paid.rewards_KG.flatten(), rewards_of(config, probes)])
-    zero_variance_K = zero_variance(rewards_N.view(-1, group_size)).tolist()
+    rollouts, grades = [*paid.rollouts, *probes.rollouts], [*paid.grades, *probes.grades]
+    zero_variance_K = zero_variance(rewards_of(grades).view(-1, group_size)).tolist()
     entries = []
     for n, rollout in enumerate(rollouts):
         i = trained.get(id(rollout))
@@ -383,7 +545,8 @@ def ledger_entries(
                 purpose="probe" if n >= len(paid.rollouts) else "train",
                 trained=i is not None,
                 ppl=None if ppl_P is None else float(ppl_P[p]),
-                reward=float(rewards_N[n]),
+                reward=grades[n].reward,
+                graded=grades[n].outcome,
                 length=len(rollout.tokens),
                 finished=rollout.finished,
                 mean_entropy=None if i is None else float(old.entropy_N[i]),
@@ -391,6 +554,7 @@ def ledger_entries(
                 zero_variance=zero_variance_K[n // group_size],
                 weight_version=rollout.weight_version,
                 aborted=rollout.aborted,
+                staleness=0 if i is None else old.staleness,
             )
         )
     return entries

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_convert.hf_files import HFTensors
-from checkpoints_convert.megatron_to_hf import buckets
+from checkpoints_convert.hf_files import HFTensors, buckets
 from megatron_prepo.config import Config
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.rollout.sglang.fleet import SyncBroken
 
+MOST_TRIES = 3
+"""Of a sync that loses servers."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 """Mean absolute difference in nats.  Two right implementations stay below 1e-6 in float32 and some
 0.02 in bfloat16; a tensor that is missing, or in the wrong place, is off by far more."""
@@ -28,11 +30,24 @@ def sync_weights(actor, engine, config: Config, probe: Sequence[int]) -> None:
     settings, shapes = config.weight_sync, actor.hf_shapes()
     if engine.weight_version is None:
         check_names(shapes, config.model.hf)
-    weights = buckets(actor.hf_weights(), settings.bucket_mb << 20)
-    engine.load_weights(weights, actor.updates, shapes)
+    load_weights(actor, engine, settings.bucket_mb << 20, shapes)
     if settings.verify == "always" or (settings.verify == "first" and not engine.verified):
         verify(actor, engine, probe, settings.tolerance or TOLERANCE[config.model.dtype])
         engine.verified = True
+
+
+def load_weights(actor, engine, limit: int, shapes: dict) -> None:
+    """All weights to the engine, in buckets of `limit` bytes; all anew if a part of it is lost.
+
+    Then it has a server less, or one that was started anew.
+    """
+    for tries_left in reversed(range(MOST_TRIES)):
+        try:
+            engine.load_weights(buckets(actor.hf_weights(), limit), actor.updates, shapes)
+            return
+        except SyncBroken:
+            if not tries_left:
+                raise
 
 
 def check_names(shapes: dict, hf_directory: str | Path) -> None:

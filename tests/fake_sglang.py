@@ -37,7 +37,12 @@ ALLOWED = {
     ("torch", "bfloat16"),
     ("torch", "float64"),
     ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "Tensor"),
+    ("torch", "uint8"),
+    ("torch.storage", "UntypedStorage"),
     ("torch.storage", "_load_from_bytes"),
+    ("torch.multiprocessing.reductions", "rebuild_tensor"),
+    ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
     ("collections", "OrderedDict"),
 }
 """What SGLang's own unpickler lets through (0.5.21), as far as we use it."""
@@ -73,6 +78,7 @@ class FakeSGLang:
         self,
         port: int = 0,
         *,
+        host: str = "127.0.0.1",
         architectures=("Qwen3ForCausalLM",),
         sessions: bool = True,
         num_ranks: int = 1,
@@ -83,6 +89,7 @@ class FakeSGLang:
         self.weights: dict = {}
         self.version, self.in_session, self.paused = "default", False, False
         self.fault = lambda path, body: None
+        self.prompt_logprobs = lambda ids: [prompt_logprob(self.weights)] * (len(ids) - 1)
         self.calls: list[str] = []
         self.requests: list[dict] = []
         """Bodies of /generate, in the order of arrival."""
@@ -90,9 +97,11 @@ class FakeSGLang:
         """Complete answers of /generate that were written, by prompt and seed."""
         self.under_way = self.most_under_way = 0
         self.aborted: set[str] = set()
+        self.seconds = 0.002
+        """How long an answer of /generate takes."""
         self.dead, self._closing = False, threading.Event()
         self._lock = threading.Lock()
-        self._server = _Listener(("127.0.0.1", port), _handler_of(self))
+        self._server = _Listener((host, port), _handler_of(self))
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -137,13 +146,21 @@ class FakeSGLang:
                 return self._from_tensor(body)
             case "/update_weights_from_disk":
                 return self._from_disk(body)
+            case "/init_weights_update_group":
+                return self._join(body)
+            case "/update_weights_from_distributed":
+                return self._from_broadcast(body)
+            case "/destroy_weights_update_group":
+                return 200, {"success": True, "message": ""}
             case "/update_weight_version":
                 self.version = body["new_version"]
                 return 200, {"success": True}
             case "/pause_generation" | "/continue_generation" as path:
                 self.paused = path.startswith("/pause")
                 return 200, {"status": "ok"}
-            case "/flush_cache" | "/release_memory_occupation" | "/resume_memory_occupation":
+            case "/flush_cache" | "/freeze_gc":
+                return 200, {}
+            case "/release_memory_occupation" | "/resume_memory_occupation":
                 return 200, {}
         return 404, {"message": f"no {path}"}
 
@@ -155,10 +172,11 @@ class FakeSGLang:
             "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
         }
         if body.get("logprob_start_len") == 0:
-            value = prompt_logprob(self.weights)
-            meta["input_token_logprobs"] = [[None, ids[0], None]] + [
-                [value, token, None] for token in ids[1:]
+            values = [None, *self.prompt_logprobs(ids)]
+            meta["input_token_logprobs"] = [
+                [value, token, None] for value, token in zip(values, ids, strict=True)
             ]
+            meta["finish_reason"] = {"type": "length"}
             return {"output_ids": [], "meta_info": meta}
         tokens, ends = completion(ids, sampling["sampling_seed"], sampling["max_new_tokens"])
         meta["finish_reason"] = {"type": "stop" if ends else "length"}
@@ -172,11 +190,42 @@ class FakeSGLang:
             return 400, {"success": False, "message": "must run between begin and end"}
         payloads = body["serialized_named_tensors"]
         assert len(payloads) == self.num_ranks and body["load_format"] == "flattened_bucket"
-        bucket = _Strict(io.BytesIO(base64.b64decode(payloads[-1]))).load()
+        # each rank reads its own, and lets go of it
+        [*_, bucket] = [_Strict(io.BytesIO(base64.b64decode(p))).load() for p in payloads]
         assert len({meta.dtype for meta in bucket["metadata"]}) == 1, "bytes may be misaligned"
         for meta in bucket["metadata"]:
             flat = bucket["flattened_tensor"][meta.start_idx : meta.end_idx]
-            self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape)
+            # a copy: the sender's memory holds other tensors soon
+            self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape).clone()
+        return 200, {"success": True, "message": ""}
+
+    def _join(self, body: dict) -> tuple[int, object]:
+        """A process can be one member only: for this a fake has to have a process of its own."""
+        from datetime import timedelta
+
+        from megatron_prepo.rollout.sglang.transport import join_group
+
+        self._group = join_group(
+            f"tcp://{body['master_address']}:{body['master_port']}",
+            body["rank_offset"],
+            body["world_size"],
+            body["group_name"],
+            body["backend"],
+            timedelta(seconds=60),
+        )
+        return 200, {"success": True, "message": ""}
+
+    def _from_broadcast(self, body: dict) -> tuple[int, object]:
+        import torch
+
+        assert self.in_session and body["load_format"] == "flattened_bucket"
+        dtypes = [getattr(torch, name) for name in body["dtypes"]]
+        tensors = [torch.empty(s, dtype=d) for s, d in zip(body["shapes"], dtypes, strict=True)]
+        flat = torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
+        torch.distributed.broadcast(flat, src=0, group=self._group)
+        parts = flat.split([tensor.numel() * tensor.element_size() for tensor in tensors])
+        for name, part, tensor in zip(body["names"], parts, tensors, strict=True):
+            self.weights[name] = part.clone().view(tensor.dtype).view(tensor.shape)
         return 200, {"success": True, "message": ""}
 
     def _from_disk(self, body: dict) -> tuple[int, object]:
@@ -190,7 +239,19 @@ class FakeSGLang:
 class _Strict(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         assert (module, name) in ALLOWED, f"SGLang would refuse {module}.{name}"
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        return _as_another_process(found) if name == "rebuild_storage_filename" else found
+
+
+def _as_another_process(rebuild):
+    """It opens the file, where the process that has made it would take its own storage."""
+    from torch.multiprocessing.reductions import shared_cache
+
+    def rebuild_anew(kind, manager, handle, *sizes):
+        shared_cache.pop(handle, None)
+        return rebuild(kind, manager, handle, *sizes)
+
+    return rebuild_anew
 
 
 class _Listener(ThreadingHTTPServer):
@@ -254,15 +315,18 @@ def _handler_of(fake: FakeSGLang):
             if fault == "text":
                 return self._write(200, "busy")
             status, content = fake.answer(self.path, body)
+            logprobs = "output_token_logprobs"
+            if self.path == "/generate" and body.get("logprob_start_len") == 0:
+                logprobs = "input_token_logprobs"
             if fault == "short":
-                content["meta_info"]["output_token_logprobs"].pop()
+                content["meta_info"][logprobs].pop()
             if fault == "stale":
                 content["meta_info"]["weight_version"] = "default"
             if fault == "nan":
-                content["meta_info"]["output_token_logprobs"][0][0] = float("nan")
+                content["meta_info"][logprobs][-1][0] = float("nan")
             if fault == "abort":
                 content["meta_info"]["finish_reason"] = {"type": "abort"}
-            time.sleep(0.002)
+            time.sleep(fake.seconds if self.path == "/generate" else 0.002)
             with fake._lock:
                 fake.under_way -= self.path == "/generate"
             self._write(status, content)
@@ -286,12 +350,26 @@ def _handler_of(fake: FakeSGLang):
 
 
 def main() -> None:
-    """As `python -m sglang.launch_server --port N ...` would be called."""
-    port = int(sys.argv[sys.argv.index("--port") + 1])
+    """As `python -m sglang.launch_server --port N ...` would be called.
+
+    With `FAKE_DIES_AT=DIRECTORY/NAME`, whoever is first asked for /NAME is killed, once: it leaves
+    that file.
+    """
+    host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
     print("the fake is starting", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    with FakeSGLang(port) as fake, contextlib.suppress(KeyboardInterrupt):
+    with FakeSGLang(int(port), host=host) as fake, contextlib.suppress(KeyboardInterrupt):
+        fake.seconds = float(os.environ.get("FAKE_SECONDS", fake.seconds))
+        fake.fault = _fault_of_the_environment
         fake._closing.wait()
+
+
+def _fault_of_the_environment(path: str, body: dict) -> None:
+    at = Path(os.environ.get("FAKE_DIES_AT", "nothing"))
+    if at.name == path.strip("/"):
+        with contextlib.suppress(FileExistsError):
+            at.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import durable, machine
-from megatron_prepo.config import TrainConfig
 from megatron_prepo.flops import Work
 from megatron_prepo.memory import Shape
 from megatron_prepo.train import scored_sequence
@@ -122,15 +121,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
 
 def available(trl: Path | None) -> list[Arm]:
     """The trainers that can run here; ours in the ways that are settings of it, too."""
-    arms = [Arm("ours", "ours"), Arm("plain PyTorch", "plain")]
-    settings = {field.name for field in fields(TrainConfig)}
-    if {"packing", "share_prefixes"} <= settings:
-        unshared = "train.share_prefixes=false"
-        arms.append(Arm("ours, prompts not shared", "ours", (unshared,)))
-        arms.append(Arm("ours, padded", "ours", (unshared, "train.packing=false")))
-    if trl:
-        arms.append(Arm("TRL", "trl"))
-    return arms
+    unshared = "train.share_prefixes=false"
+    arms = [
+        Arm("ours", "ours"),
+        Arm("ours, prompts not shared", "ours", (unshared,)),
+        Arm("ours, padded", "ours", (unshared, "train.packing=false")),
+        Arm("plain PyTorch", "plain"),
+    ]
+    return arms + ([Arm("TRL", "trl")] if trl else [])
 
 
 def take_turns(

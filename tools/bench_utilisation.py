@@ -4,9 +4,9 @@
 
 Models are the shapes of Qwen2.5-Math-1.5B and Qwen2.5-7B, in bfloat16, as far as their layers go
 into memory with Adam's state: of a model that is too large, the first layers, as many as fit, which
-the result says.  Rollouts have log-normal lengths, all with an advantage.  Where packing is a
-setting, both ways are measured.  Operations are those of `megatron_prepo/flops.py`, the peak that
-of `megatron_prepo/gpus.py`; without a GPU (a test) there is none.
+the result says.  Rollouts have log-normal lengths, all with an advantage, packed and padded.
+Operations are those of `megatron_prepo/flops.py`, the peak is that of `megatron_prepo/gpus.py`;
+without a GPU (a test) there is none.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -30,7 +30,7 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import durable, machine
 from megatron_prepo.actor import parallel, policy
 from megatron_prepo.actor.policy import Actor, TrainingSequence
-from megatron_prepo.config import Config, TrainConfig, from_tree
+from megatron_prepo.config import Config, from_tree
 from megatron_prepo.flops import Work, layer_parameters
 from megatron_prepo.gpus import peak_flops
 from megatron_prepo.memory import Shape
@@ -133,8 +133,6 @@ def rollouts(num_sequences: int, response_tokens: int, vocabulary: int) -> list[
 
 def ways(config: Config) -> dict[str, Config]:
     """The settings that are compared."""
-    if "packing" not in {field.name for field in fields(TrainConfig)}:
-        return {"padded": config}
     padded = replace(config, train=replace(config.train, packing=False))
     return {"packed": config, "padded": padded}
 

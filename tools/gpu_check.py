@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one command of under 12 minutes.
 
-    python tools/gpu_check.py --out benchmarks/results/NAME.json [--verl FOLDER]
+    python tools/gpu_check.py --out benchmarks/results/NAME.json [--verl FOLDER] [--sglang FOLDER]
 
 Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a little at tensor
-parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py);
-writes one JSON object with the machine, the versions and the numbers, after every part.
+parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py).
+With the archives of tools/pack_sglang.py, and up to 10 minutes more, it also trains with an SGLang
+server on the same GPU, to which the weights go by CUDA IPC, and times that sync at the shape of a
+7B model.  Writes one JSON object with the machine, the versions and the numbers, after every part.
 Each part is a process with a deadline: one that is slow is ended and reported, and costs the others
 nothing.  The exit code is 0 only if every part passed.
 """
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -27,6 +30,14 @@ from megatron_prepo import durable, machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 180.0
+SGLANG_SECONDS = 300.0
+"""Kernels are compiled at first use."""
+SGLANG = {
+    "attention_backend": "triton",  # the packed kernels have no other
+    "sampling_backend": "pytorch",
+    "disable_cuda_graph": True,
+    "mem_fraction_static": 0.3,  # the actor is on the same GPU
+}
 HEAD_SECONDS = 150.0
 """After which the benchmark starts nothing new; the rest is for what it is at, and its start."""
 
@@ -36,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--verl", type=Path, help="as for tools/bench_head.py")
+    parser.add_argument("--sglang", type=Path, help="folder with the archives of pack_sglang.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device; this check is for a machine that has one", file=sys.stderr)
@@ -45,6 +57,7 @@ def main() -> int:
         "head": lambda: run_head(options.verl),
         "training": run_training,
         "utilisation": run_utilisation,
+        "sglang": lambda: run_sglang(options.sglang),
     }
     return check(parts, options.out)
 
@@ -104,6 +117,53 @@ def run_utilisation() -> dict:
         print(done["output"][-6000:])
         measured = json.loads(out.read_text()) if out.is_file() else None
     return _without_output(done) | {"measured": measured}
+
+
+def run_sglang(folder: Path | None) -> dict:
+    """A server on the actor's GPU: a few steps, each sync verified; then the sync alone, large."""
+    if folder is None:
+        return {"passed": True, "skipped": "no --sglang FOLDER, which tools/pack_sglang.py makes"}
+    result: dict = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        python = unpack(folder, Path(scratch))
+        run, out = Path(scratch, "run"), Path(scratch, "sync.json")
+        command = [sys.executable, "-m", "megatron_prepo", "demo", "--dir", str(run)]
+        command += ["parallel.tensor=1", "train.total_steps=4", "eval.samples_per_prompt=1"]
+        command += [
+            "rollout.engine=sglang",
+            f"servers.python={python}",
+            "weight_sync.verify=always",
+        ]
+        command += ["weight_sync.transport=ipc"]
+        command += [f"sglang.{key}={json.dumps(value)}" for key, value in SGLANG.items()]
+        result["training"] = done = run_within(SGLANG_SECONDS, command)
+        log = run / "logs" / "sglang_0.log"
+        if not done["passed"]:
+            print(done["output"][-4000:], log.read_text()[-8000:] if log.is_file() else "no log")
+        elif (run / "summary.json").is_file():
+            done["summary"] = json.loads((run / "summary.json").read_text())
+        command = [sys.executable, "tools/bench_sync.py", "--out", str(out), "--shape", "7b"]
+        command += ["--servers-python", str(python), "--transports", "ipc", "--rounds", "3"]
+        command += ["--bucket-mb", "1024", "--sglang", json.dumps(SGLANG)]
+        result["sync"] = done = run_within(SGLANG_SECONDS, command)
+        print(done["output"][-4000:])
+        done["measured"] = json.loads(out.read_text()) if out.is_file() else None
+    parts = {name: _without_output(done) for name, done in result.items()}
+    return parts | {"passed": all(done["passed"] for done in parts.values())}
+
+
+def unpack(folder: Path, scratch: Path) -> Path:
+    """An interpreter that has, beside what this one has, the packages of the folder's archives."""
+    packages, python = scratch / "packages", scratch / "python"
+    for archive in sorted(folder.glob("sglang_*.zip")):
+        with zipfile.ZipFile(archive) as files:
+            files.extractall(packages)
+    python.write_text(
+        f'#!/bin/sh\nexport PYTHONPATH="{packages}:$PYTHONPATH"\n'
+        f'export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1\nexec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    return python
 
 
 def run_within(seconds: float, command: list[str]) -> dict:

@@ -23,11 +23,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megatron_prepo.errors import UserError
+from megatron_prepo.rewards.boxed import last_boxed
 
 DAPO_BEFORE = re.compile(r"^Solve the following math problem step by step\..*?\n\n", re.DOTALL)
 DAPO_AFTER = re.compile(r'\n\nRemember to put your answer on its own line after "Answer:"\.?\s*$')
 WORD = re.compile(r"\w+")
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""What Qwen2.5-Math's model card asks for, and `reward.function=math` looks for."""
 
 
 @dataclass(frozen=True)
@@ -117,28 +122,6 @@ HENDRYCKS = (
     "precalculus",
 )
 """The configurations that make up MATH on the hub."""
-
-
-def last_boxed(solution: str) -> str:
-    r"""What the last `\boxed{...}` or `\fbox{...}` holds, braces inside matched; else nothing.
-
-    >>> last_boxed(r"so \boxed{1}, or \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
-    >>> last_boxed("no box"), last_boxed(r"\boxed 7 is")
-    ('', '7')
-    """
-    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
-    if start < 0:
-        return ""
-    rest = re.sub(r"^\\(boxed|fbox)\s*", "", solution[start:])
-    if not rest.startswith("{"):
-        return rest.split()[0].strip("$.") if rest.split() else ""
-    depth = 0
-    for i, letter in enumerate(rest):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return rest[1:i]
-    return ""
 
 
 def read_problems(name: str, place: str) -> list[Problem]:
@@ -309,6 +292,14 @@ def prepare(options: argparse.Namespace) -> dict:
             entry["held_out"] = write(path, held_out, options.instruction)
         statistics["train"][name] = entry
     out.mkdir(parents=True, exist_ok=True)
+    if options.perplexity:
+        from tools.prompt_perplexity import describe as describe_perplexities
+
+        files = {name: entry["file"] for name, entry in statistics["suites"].items()}
+        files |= {name: entry["train"]["file"] for name, entry in statistics["train"].items()}
+        statistics["perplexity"] = describe_perplexities(
+            options.perplexity, files, out / "perplexity.png"
+        )
     (out / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
     return statistics
 
@@ -329,7 +320,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--together", metavar="NAME", help="also write all suites as one file")
     parser.add_argument("--held-out", type=int, default=0, metavar="N", help="of each --train")
     parser.add_argument("--ngram", type=int, default=13, metavar="N", help="words (%(default)s)")
-    parser.add_argument("--instruction", default="", help="text behind every problem")
+    instruction = parser.add_mutually_exclusive_group()
+    instruction.add_argument("--instruction", default="", help="text behind every problem")
+    instruction.add_argument(
+        "--boxed",
+        action="store_const",
+        dest="instruction",
+        const=BOXED,
+        help="the text that asks for the answer in a box, as reward.function=math needs it",
+    )
+    parser.add_argument(
+        "--perplexity", metavar="HF", help="also draw the prompts' perplexities under this model"
+    )
     try:
         print(json.dumps(prepare(parser.parse_args(arguments)), indent=2))
     except UserError as error:

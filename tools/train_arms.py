@@ -32,7 +32,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.train_case import Case, read
+from megatron_prepo.rewards.final_number import final_number
+from tools.train_case import Case, Group, read
 
 
 class Orders:
@@ -180,7 +181,7 @@ def trl(case: Case, orders: Orders, *, fixed: bool) -> None:
 
     def reward(prompts, completions, **_) -> list[float]:
         if not fixed:
-            return [_final_number(c, groups[p].answer) for p, c in zip(prompts, completions)]
+            return [final_number(c, groups[p].answer) for p, c in zip(prompts, completions)]
         taken: dict[str, int] = defaultdict(int)
         rewards = []
         for text in prompts:
@@ -264,8 +265,6 @@ def plain_loop(case: Case, orders: Orders) -> None:
     """`generate` of `transformers`, our reward function, one update."""
     from transformers import AutoTokenizer
 
-    from tools.train_case import Group
-
     model, optimizer = _plain_model(case)
     tokenizer = AutoTokenizer.from_pretrained(case.config.model.hf)
     config, size = case.config, case.config.rollout.samples_per_prompt
@@ -286,7 +285,7 @@ def plain_loop(case: Case, orders: Orders) -> None:
             new = out[:, inputs["input_ids"].shape[1] :]
             completions = [_until(row, tokenizer.eos_token_id) for row in new.tolist()]
             graded = [
-                _final_number(tokenizer.decode(c, skip_special_tokens=True), group.answer)
+                final_number(tokenizer.decode(c, skip_special_tokens=True), group.answer)
                 for c, group in zip(completions, (g for g in case.groups for _ in range(size)))
             ]
             made = [
@@ -388,12 +387,6 @@ def _left_and_right(case: Case, pad: int) -> tuple[torch.Tensor, torch.Tensor, t
 
 def _until(tokens: list[int], stop: int) -> list[int]:
     return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
-
-
-def _final_number(text: str, answer: str) -> float:
-    from megatron_prepo.rewards import FUNCTIONS
-
-    return FUNCTIONS["final_number"](text, answer)
 
 
 ARMS = {

@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ import yaml
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prepo import durable
-from megatron_prepo.config import Config, TrainConfig, load, to_tree
+from megatron_prepo.config import Config, load, to_tree
 from megatron_prepo.data import read_prompts
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rewards import FUNCTIONS, grade
+from megatron_prepo.rewards.final_number import final_number
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -57,7 +57,7 @@ class Case:
 
     config: Config
     rows: int
-    """Sequences in a micro-batch of those trainers that count sequences."""
+    """Sequences in a micro-batch of the others; ours has a budget of tokens."""
     groups: list[Group]
 
     @property
@@ -108,7 +108,6 @@ def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
         f"run.dir={directory / 'run'}",
         f"data.train={directory / 'train.jsonl'}",
         f"selection.num_selected={num_prompts}",
-        *_micro_batches(rows),
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model.hf)
     prompts = read_prompts(config.data.train, tokenizer, max_tokens=config.data.max_prompt_tokens)
@@ -129,14 +128,14 @@ def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
         max_new_tokens=config.rollout.max_new_tokens,
         seed="bench",
     )
-    rewards = grade(rollouts, FUNCTIONS[config.reward.function], low=0.0, high=1.0)
+    rewards = [final_number(rollout.text, rollout.prompt.answer) for rollout in rollouts]
     groups = [
         Group(
             prompt.text,
             prompt.answer,
             list(prompt.tokens),
             [list(r.tokens) for r in rollouts[k * size : (k + 1) * size]],
-            list(rewards[k * size : (k + 1) * size]),
+            rewards[k * size : (k + 1) * size],
         )
         for k, prompt in enumerate(prompts)
     ]
@@ -172,7 +171,6 @@ def log_normal(
         "rollout.max_new_tokens=512",
         "data.max_prompt_tokens=512",
         f"selection.num_selected={num_prompts}",
-        *_micro_batches(rows),
     )
     draw = random.Random(seed)
 
@@ -185,12 +183,6 @@ def log_normal(
         for k in range(num_prompts)
     ]
     return Case(config, rows, groups)
-
-
-def _micro_batches(rows: int) -> list[str]:
-    """Ours counts sequences, too, or tokens: then the configuration's own budget holds."""
-    counts_sequences = "micro_batch_size" in {field.name for field in fields(TrainConfig)}
-    return [f"train.micro_batch_size={rows}"] if counts_sequences else []
 
 
 def read_config(*overrides: str) -> Config:

@@ -4,9 +4,17 @@ Megatron's local norm refuses sequence parallelism and its local attention mater
 these two take their places, on any device.
 """
 
+import functools
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from types import MethodType
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
 
@@ -26,10 +34,39 @@ class RMSNorm(torch.nn.Module):
         return (x.float() * scale).to(x.dtype) * self.weight
 
 
-class CausalAttention(MegatronModule):
-    """Causal grouped-query attention by `scaled_dot_product_attention`.
+@dataclass
+class RowLayout(PackedSeqParams):
+    """Where sequences lie in a row of T tokens; Megatron hands it through to every layer.
 
-    Sequences of a batch are padded on the right, which a causal mask never looks at.
+    Attention works on whole sequences: those of the row one after the other, or, where some share
+    a prefix of which the row has one copy, W tokens taken from the row, the copy several times.
+    To Megatron the row is an ordinary batch of one sequence (`qkv_format` stays empty): angles come
+    by position, and the inherited fields speak of the whole sequences.
+    """
+
+    positions_T: torch.Tensor | None = None
+    """Each token's position in its sequence."""
+    lengths: tuple[int, ...] = ()
+    """Of the whole sequences, in order; they add up to W (to T where nothing is shared)."""
+    whole_W: torch.Tensor | None = None
+    """The row's token at each place of the whole sequences; None: the row as it is."""
+    row_T: torch.Tensor | None = None
+    """A place among the whole sequences of each token of the row."""
+
+    def whole(self, x_T: torch.Tensor) -> torch.Tensor:
+        """From the row to whole sequences."""
+        return x_T if self.whole_W is None else x_T.index_select(0, self.whole_W)
+
+    def row(self, x_W: torch.Tensor) -> torch.Tensor:
+        """From whole sequences to the row."""
+        return x_W if self.row_T is None else x_W.index_select(0, self.row_T)
+
+
+class CausalAttention(MegatronModule):
+    """Causal grouped-query attention: torch's variable-length kernel, or sequence by sequence.
+
+    The kernel is for 16-bit numbers on CUDA.  On a CPU the loop is as fast as batches of equal
+    length, and faster than any padding (docs/packing.md).
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
@@ -46,16 +83,89 @@ class CausalAttention(MegatronModule):
         value,
         attention_mask=None,
         attn_mask_type=None,
-        packed_seq_params=None,
+        packed_seq_params: RowLayout | None = None,
         **_,
     ):
-        """[s, b, heads, d] queries and [s, b, groups, d] keys and values to [s, b, heads * d]."""
-        assert packed_seq_params is None, "torch-native attention takes padded sequences"
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+        """[s, b, heads, d] queries and [s, b, groups, d] keys and values to [s, b, heads * d].
+
+        With a layout b is 1, and tokens look at those before them in their own sequence; without,
+        each of b sequences is s long.
+        """
+        if packed_seq_params is None:
+            return _attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
+        layout = packed_seq_params
+        query, key, value = (layout.whole(x.squeeze(1)) for x in (query, key, value))
+        if query.is_cuda and query.element_size() == 2 and _has_kernel():
+            out = _attend_in_one_kernel(query, key, value, layout)
+        else:
+            parts = zip(*(x.split(layout.lengths) for x in (query, key, value)), strict=True)
+            outs = [_attend(*(x[None] for x in qkv))[0] for qkv in parts]
+            out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return layout.row(out)[:, None]
+
+
+def _attend(query, key, value) -> torch.Tensor:
+    """[b, s, heads, d] and so on to [b, s, heads * d]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attend_in_one_kernel(query, key, value, layout: RowLayout) -> torch.Tensor:
+    """[W, heads, d] and so on to [W, heads * d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_kv,
+        layout.max_seqlen_q,
+        layout.max_seqlen_kv,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.flatten(1)
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    """Whether this torch has the kernel, and it knows grouped queries."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def rotate_by_position(rotary: RotaryEmbedding) -> None:
+    """Have the model's rotary embedding look its angles up by a layout's positions, in place.
+
+    Megatron asks it first for a length and then for the angles of that length: here, with a layout,
+    the layout stands for the length.
+    """
+    rotary.get_rotary_seq_len = MethodType(_rotary_length, rotary)
+    rotary.forward = MethodType(_angles, rotary)
+
+
+def _rotary_length(
+    self, inference_context, transformer, transformer_input, config, packed_seq_params=None, **_
+):
+    if packed_seq_params is not None:
+        return packed_seq_params
+    return type(self).get_rotary_seq_len(
+        self, inference_context, transformer, transformer_input, config
+    )
+
+
+def _angles(self, length: int | RowLayout, **_) -> torch.Tensor:
+    """[T, 1, 1, d]"""
+    if isinstance(length, RowLayout):
+        return type(self).forward(self, length.max_seqlen_q)[length.positions_T]
+    return type(self).forward(self, length)
 
 
 def padding_multiple(config) -> int:

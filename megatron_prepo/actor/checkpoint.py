@@ -2,44 +2,126 @@
 
 The layout on disk is Megatron-LM's: `iter_0000042/` with the shards, and beside it
 `latest_checkpointed_iteration.txt`; an imported model is in `release/`.  A checkpoint gets its name
-only once it is whole.
+only once it is whole, and its manifest (`manifest.py`) says what whole means.
+
+Beside the shards there may be
+
+| file | what |
+|---|---|
+| `run.json` | what the training loop needs to go on (`resume.py`) |
+| `random_N.safetensors` | the random states of rank N |
 """
 
+import os
+import queue
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from checkpoints_convert.torch_dist import TorchDistReader
+from megatron_prepo.actor import manifest
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RUN_STATE = "run.json"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
+# Megatron forks a process for each file that it writes, for the sake of writing in the background.
+# We wait for it, and a fork whose rank is killed waits for ever for a lock that the rank held: here
+# its writers are threads, and a queue for their answers needs no process of its own, either.
+_THREADS = SimpleNamespace(
+    Process=threading.Thread,
+    Queue=queue.Queue,
+    JoinableQueue=queue.Queue,
+    Manager=lambda: SimpleNamespace(Queue=queue.Queue),
+)
+filesystem_async.mp = SimpleNamespace(
+    **vars(filesystem_async.mp) | {"get_context": lambda method: _THREADS}
+)
 
-def save(model, directory: str | Path, *, step: int, optimizer=None) -> None:
-    """Write the (unwrapped) model, and the optimizer's state if given; collective."""
-    final = Path(directory) / f"iter_{step:07d}"
+
+def save(
+    model,
+    directory: str | Path,
+    *,
+    step: int,
+    optimizer=None,
+    scheduler=None,
+    updates: int = 0,
+    run_state: str | None = None,
+) -> Path:
+    """Write the (unwrapped) model as the newest checkpoint below `directory`; collective.
+
+    With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
+    the text of `run.json`.  Raises OSError if a rank cannot write: older checkpoints stay.
+    """
+    final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left_behind in final.parent.glob("iter_*.partial"):
+            shutil.rmtree(left_behind)
         aside.mkdir(parents=True)
     dist.barrier()
     weights = _sharded_weights(model)
-    state = {"model": weights, "iteration": step, "checkpoint_version": 3.0}
+    state = {"model": weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
+        _fill_adam_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
-    # one writer a rank: the default of two starts a process for each
+        state["opt_param_scheduler"] = scheduler.state_dict()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
+    try:
+        dist_checkpointing.save(state, str(aside), strategy, content_metadata=OPTIMIZER_SHARDING)
+    except CheckpointException as error:  # on all ranks, and no Exception to Python
+        rank, (failure, _) = next(iter(error.failures.items()))
+        free = shutil.disk_usage(aside).free
+        raise OSError(
+            f"rank {rank} could not write {aside} ({free >> 20:,} MiB are free there): {failure}"
+        ) from error
+    if optimizer is not None:
+        save_file(_random_states(), aside / f"random_{dist.get_rank()}.safetensors")
+    if run_state is not None and dist.get_rank() == 0:
+        write_text(aside / RUN_STATE, run_state)
     dist.barrier()
+    manifest.write(aside)
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         rename_tree(aside, final)
         write_text(Path(directory) / TRACKER, str(step))
     dist.barrier()
+    return final
+
+
+def load(path: Path, model, optimizer, scheduler) -> int:
+    """Read what `save` wrote with an optimizer, under any layout; returns `updates`; collective.
+
+    Under the number of ranks that wrote it, random states are restored, too.
+    """
+    _fill_adam_state(optimizer)
+    weights = _sharded_weights(model)
+    sharded = {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(
+            weights, is_loading=True, metadata=OPTIMIZER_SHARDING
+        ),
+    }
+    state = load_without_running(path, sharded)
+    model.load_state_dict(state["model"], strict=False)
+    _load_optimizer(optimizer, state["optimizer"])
+    scheduler.load_state_dict(state["opt_param_scheduler"])
+    if len(list(path.glob("random_*.safetensors"))) == dist.get_world_size():
+        _restore_random_states(load_file(path / f"random_{dist.get_rank()}.safetensors"))
+    return state["updates"]
 
 
 def load_weights(model, directory: str | Path) -> None:
@@ -50,10 +132,32 @@ def load_weights(model, directory: str | Path) -> None:
     path = newest(directory)
     weights = _sharded_weights(model)
     try:
-        state = dist_checkpointing.load({"model": weights}, str(path))
+        state = load_without_running(path, {"model": weights})
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{path} does not fit the model of model.hf: {error}") from error
     model.load_state_dict(state["model"], strict=False)
+
+
+def load_without_running(path: Path, sharded: dict) -> dict:
+    """Megatron's `load` of a checkpoint from anywhere: nothing that is in it gets executed.
+
+    Megatron unpickles the table of tensors whatever it holds, so it is looked at before, and torch
+    unpickles what the table calls bytes, unless it is told to build tensors and plain values only.
+    Raises UserError for a table that holds anything else or names files that are not whole.
+    """
+    TorchDistReader(path)
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except CheckpointException as error:  # not an Exception; what the ranks raised is in it
+        first = " ".join(str(next(iter(error.failures.values()))[0]).split())
+        raise UserError(f"{path} cannot be read: {first[-400:]}") from error
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def newest(directory: str | Path) -> Path:
@@ -67,10 +171,33 @@ def newest(directory: str | Path) -> Path:
     name = tracker.read_text().strip()
     if name != "release" and not name.isdecimal():
         raise UserError(f"{tracker} is damaged: it says {name[:20]!r}, neither a step nor release")
-    path = directory / (name if name == "release" else f"iter_{int(name):07d}")
+    path = directory / name if name == "release" else path_of(directory, int(name))
     if not (path / "metadata.json").is_file():
         raise UserError(f"{tracker} names {path.name}, which is not a whole checkpoint")
     return path
+
+
+def path_of(directory: str | Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return Path(directory) / f"iter_{step:07d}"
+
+
+def all_of(directory: str | Path) -> dict[int, Path]:
+    """The checkpoints below `directory` by step, the oldest first, whole or not."""
+    names = [path.name.removeprefix("iter_") for path in Path(directory).glob("iter_*")]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    return {step: path_of(directory, step) for step in steps}
+
+
+def prune(directory: str | Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove checkpoints but the newest `keep_last`, and those of every `keep_every`-th step.
+
+    An empty `keep_last` keeps all.  One process calls it, after the newest has been saved.
+    """
+    steps = all_of(directory)
+    for step in list(steps)[: -keep_last if keep_last else 0]:
+        if not keep_every or step % keep_every:
+            shutil.rmtree(steps[step])
 
 
 def _sharded_weights(model) -> dict:
@@ -80,3 +207,55 @@ def _sharded_weights(model) -> dict:
         for name, value in model.sharded_state_dict().items()
         if not name.endswith("_extra_state")
     }
+
+
+def _fill_adam_state(optimizer) -> None:
+    """Give torch's Adam the state that it would make in its first step.
+
+    Without it Megatron's distributed optimizer can be neither saved nor loaded.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam):  # which AdamW is, too
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = part.optimizer.state[parameter]
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        state.setdefault(moment, torch.zeros_like(parameter))
+
+
+def _load_optimizer(optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict`, mended for torch's Adam (megatron-core 0.16.1).
+
+    A `step` of 0 is not saved.  The distributed optimizer looks for a `step` among the tensors of a
+    checkpoint, where none is, and then gives one tensor to all parameters, which each count it up.
+    """
+    parts = optimizer.chained_optimizers
+    states = [state] if len(parts) == 1 else [state[key] for key in sorted(state)]
+    for part, part_state in zip(parts, states, strict=True):
+        inner = part_state.get("optimizer", part_state)
+        if isinstance(part.optimizer, torch.optim.Adam) and "state" in inner:
+            inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+    moments = [part_state.pop("param_state", None) for part_state in states]
+    optimizer.load_state_dict(state)
+    for part, moment in zip(parts, moments, strict=True):
+        steps = [(s, s.pop("step")) for s in part.optimizer.state.values() if "step" in s]
+        if moment is not None:
+            part.load_parameter_state_from_fully_reshardable(moment)
+        for parameter_state, step in steps:
+            parameter_state["step"] = step.clone()
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """Of this rank's generators: torch's, CUDA's, and Megatron's tracker."""
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
+    return states | {f"tracker/{name}": state.cpu() for name, state in tracker.items()}
+
+
+def _restore_random_states(states: dict[str, torch.Tensor]) -> None:
+    torch.cuda.set_rng_state(states.pop("cuda"))
+    torch.set_rng_state(states.pop("torch"))
+    tensor_parallel.get_cuda_rng_tracker().set_states(
+        {name.removeprefix("tracker/"): state for name, state in states.items()}
+    )

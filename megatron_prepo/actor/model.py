@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_block import (
 
 from checkpoints_convert.hf_config import gpt_settings, num_experts, transformer_settings
 from megatron_prepo.actor import cpu, row_statistics
-from megatron_prepo.actor.attention import CausalAttention, RMSNorm
+from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_position
 from megatron_prepo.actor.vocab_parallel import row_operations
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
 from megatron_prepo.errors import UserError
@@ -137,15 +137,7 @@ def build_model(
 ) -> GPTModel:
     """This rank's stage of the model, with weights still to be loaded."""
     mcore = transformer_config(hf, model, parallel, megatron or {})
-    spec = (
-        get_gpt_layer_with_transformer_engine_spec(
-            num_experts=mcore.num_moe_experts,
-            moe_grouped_gemm=mcore.moe_grouped_gemm,
-            qk_layernorm=mcore.qk_layernorm,
-        )
-        if _uses_te(model)
-        else _torch_spec(mcore)
-    )
+    spec = _te_spec(mcore) if _uses_te(model) else _torch_spec(mcore)
     stage = GPTModel(
         config=mcore,
         transformer_layer_spec=spec,
@@ -155,6 +147,7 @@ def build_model(
         parallel_output=True,
         **gpt_settings(hf),
     )
+    rotate_by_position(stage.rotary_pos_emb)
     if stage.post_process:
         stage.output_layer.forward = MethodType(_hidden_states, stage.output_layer)
     return stage
@@ -188,6 +181,22 @@ def _hidden_states(self, hidden_states, weight=None, runtime_gather_output=None,
     Works on every megatron-core from 0.16; the layer keeps its weight, names and sharded state.
     """
     return hidden_states, None
+
+
+def _te_spec(mcore: TransformerConfig) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=mcore.num_moe_experts,
+        moe_grouped_gemm=mcore.moe_grouped_gemm,
+        qk_layernorm=mcore.qk_layernorm,
+    )
+    attention = layer.submodules.self_attention.submodules
+    if mcore.params_dtype is torch.float32:  # TransformerEngine packs 16-bit numbers only
+        attention.core_attention = CausalAttention
+    else:
+        from megatron_prepo.actor.te_attention import PackedTEAttention
+
+        attention.core_attention = PackedTEAttention
+    return layer
 
 
 def _torch_spec(mcore: TransformerConfig) -> TransformerBlockSubmodules:

@@ -17,6 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_prepo.actor import cpu
 from megatron_prepo.config import ParallelConfig
 from megatron_prepo.errors import UserError
+from megatron_prepo.local_ranks import MEETING_FILE
 
 _control: list[dist.ProcessGroup] = []
 
@@ -37,8 +38,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            # a job of one rank meets nobody, and needs no port
-            store=dist.HashStore() if world_size == 1 else None,
+            store=_meeting_place(world_size),
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size,
             timeout=timeout,
@@ -53,6 +53,14 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _control[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+
+
+def _meeting_place(world_size: int) -> dist.Store | None:
+    """A job of one rank meets nobody, ranks of our launcher in a file, others at MASTER_PORT."""
+    if world_size == 1:
+        return dist.HashStore()
+    file = os.environ.get(MEETING_FILE)
+    return dist.FileStore(file, world_size) if file else None
 
 
 def check_world_size(config: ParallelConfig, world_size: int) -> None:

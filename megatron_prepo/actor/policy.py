@@ -15,10 +15,11 @@ optimizer scales losses by.  `vocab_parallel_loss` is told so beforehand, since 
 the head's gradient up.  Tests hold all of this against one rank and one micro-batch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,12 +35,19 @@ from megatron.core.tensor_parallel import (
 
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_to_megatron import load_hf_weights
-from checkpoints_convert.megatron_to_hf import hf_shapes, hf_weights, save_hf
+from checkpoints_convert.megatron_to_hf import (
+    hf_gradients,
+    hf_plan,
+    hf_shapes,
+    hf_weights,
+    save_hf,
+)
 from megatron_prepo.actor import checkpoint, parallel
 from megatron_prepo.actor.attention import padding_multiple
-from megatron_prepo.actor.batching import MicroBatch, micro_batch, plan
+from megatron_prepo.actor.batching import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
+from megatron_prepo.actor.rows import Plan, plan_rows
 from megatron_prepo.actor.vocab_parallel import (
     IGNORE,
     LossOf,
@@ -49,6 +57,7 @@ from megatron_prepo.actor.vocab_parallel import (
 )
 from megatron_prepo.config import Config
 from megatron_prepo.loss import LossTerms, policy_loss
+from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
 
 
@@ -72,12 +81,26 @@ class TrainingSequence:
     reference_logprobs_T: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What a backward pass found; the gradient itself is in Megatron's buffers, not clipped."""
+
+    totals: dict[str, float]
+    """Loss and loss statistics, summed over the tokens of all ranks."""
+    norm: float
+    finite: bool
+    """Whether loss, norm and every element of the gradient are finite numbers, on all ranks."""
+    plan: Plan
+    """How the mini-batch was laid out."""
+
+
 class Actor:
     """This rank's part of the model that learns.  `parallel.initialize` comes first."""
 
     def __init__(self, config: Config):
         self.config = config
         self.hf = read_hf_config(config.model.hf)
+        self.shape = Shape.of(self.hf)
         self.device = parallel.device()
         self.model = build_model(self.hf, config.model, config.parallel, config.megatron).to(
             self.device
@@ -111,17 +134,16 @@ class Actor:
         flat_2T = torch.zeros(2, offsets[-1], device=self.device)
 
         def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool) -> None:
-            logprobs_BS, entropy_BS = self._scores(hidden, batch, temperature)
-            for row, i in enumerate(batch.index):
-                scored = slice(sequences[i].start - 1, len(sequences[i].tokens) - 1)
-                flat_2T[0, offsets[i] : offsets[i + 1]] = logprobs_BS[row, scored]
-                flat_2T[1, offsets[i] : offsets[i + 1]] = entropy_BS[row, scored]
+            scored_2R = torch.stack(self._scores(hidden, batch, temperature))
+            parts = scored_2R.split([sequences[i].num_scored for i in batch.index], dim=1)
+            for i, part_2R in zip(batch.index, parts, strict=True):
+                flat_2T[:, offsets[i] : offsets[i + 1]] = part_2R
             if on_progress:
                 on_progress(len(batch.index))
 
         self.ddp.eval()
         with torch.no_grad():
-            self._forward_backward(sequences, collect, forward_only=True)
+            self._forward_backward(sequences, self.plan(sequences), collect, forward_only=True)
         _share(flat_2T)
         return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
 
@@ -136,11 +158,14 @@ class Actor:
     def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
         """One optimizer update on one mini-batch; returns loss, gradient norm and loss statistics.
 
-        Rollouts that cannot move a weight are left out of the computation.  Clip fraction, ratio
-        and divergences are means over the tokens of the others, 0 if there are none.
+        Raises FloatingPointError as `step` does.
+        """
+        return self.step(self.backward(rollouts))
 
-        Raises FloatingPointError on all ranks, before any weight has changed, if the loss or the
-        gradient norm is not finite.
+    def backward(self, rollouts: Sequence[TrainingSequence]) -> Gradient:
+        """The gradient of one mini-batch's loss; no weight changes.
+
+        Rollouts that cannot move a weight are left out of the computation.
         """
         rollouts = [r for r in rollouts if self._has_gradient(r)]
         sequences = [r.sequence for r in rollouts]
@@ -168,20 +193,35 @@ class Actor:
             return loss * num_micro_batches * dp_size, {}
 
         dp_size = parallel_state.get_data_parallel_world_size()
-        num_micro_batches = len(self._plan(sequences))
+        plan = self.plan(sequences)
+        num_micro_batches = len(plan.ranks[0])
         loss_scale = dp_size * float(self.optimizer.get_loss_scale())
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._forward_backward(sequences, loss_func, forward_only=False)
+        self._forward_backward(sequences, plan, loss_func, forward_only=False)
         totals_T = _share(torch.stack([sums[name].float() for name in names]))
         totals = dict(zip(names, totals_T.tolist(), strict=True))
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        if not (torch.isfinite(totals_T).all() and torch.isfinite(torch.tensor(grad_norm))):
+        norm = float(self.optimizer.get_grad_norm())
+        finite = self._finite_on_all_ranks(sums["loss"], totals, norm)
+        return Gradient(totals, norm, finite, plan)
+
+    def step(self, gradient: Gradient) -> dict[str, float]:
+        """Change the weights by the gradient of the last `backward`; returns metrics.
+
+        Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
+        computed, 0 if there were none.
+
+        Raises FloatingPointError on all ranks if the gradient is not finite.  Weights, optimizer
+        state, learning rate and `updates` are then as before: the version counts what the weights
+        have gone through, and the engine's are still those.
+        """
+        totals, plan = gradient.totals, gradient.plan
+        if not gradient.finite:
             raise FloatingPointError(
-                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {grad_norm}; "
-                "the weights are left as they were"
+                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {gradient.norm}, "
+                "and not every number behind them is finite; the weights are left as they were"
             )
         self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -189,32 +229,107 @@ class Actor:
         tokens = max(1.0, totals["tokens"])
         metrics = {
             "loss/policy": totals["loss"],
-            "loss/grad_norm": grad_norm,
+            "loss/grad_norm": gradient.norm,
             "loss/clip_fraction": totals["clipped"] / tokens,
             "loss/ratio": totals["ratio"] / tokens,
             "loss/kl_to_old": totals["kl"] / tokens,
             "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train/tokens": float(plan.load.tokens),
+            "train/padding_fraction": plan.padding_fraction,
+            "train/balance_ratio": plan.balance_ratio,
         }
-        if settings.kl_coef:
+        if self.config.loss.kl_coef:
             metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
         return metrics
 
+    def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:
+        """The micro-batches of all data-parallel ranks; no communication, the same on every rank.
+
+        `plan(...).load` counts tokens and attention's pairs, `load.flops(actor.shape)` operations.
+        """
+        train = self.config.train
+        return plan_rows(
+            sequences,
+            num_ranks=parallel_state.get_data_parallel_world_size(),
+            budget=train.micro_batch_tokens,
+            shape=self.shape,
+            multiple=padding_multiple(self.model.config),
+            packing=train.packing,
+            share_prefixes=train.share_prefixes,
+        )
+
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
-        return hf_weights(self.model, self.hf["vocab_size"])
+        return hf_weights(self.model, self.hf["vocab_size"], self._hf_plan)
 
     def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of what `hf_weights` yields; collective, moves no weights."""
-        return hf_shapes(self.model, self.hf["vocab_size"])
+        return self._hf_shapes
+
+    @cached_property
+    def _hf_plan(self) -> list:
+        return hf_plan(self.model)
+
+    @cached_property
+    def _hf_shapes(self) -> dict:
+        return hf_shapes(self.model, self.hf["vocab_size"], self._hf_plan)
+
+    def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradient of the last `backward` under Hugging Face names; collective.
+
+        Of the plain sum of losses (see above): not clipped, and the same under every layout.
+        """
+        if self.ddp.ddp_config.use_distributed_optimizer:
+            self._gather_gradient_shards()
+        return hf_gradients(self.model, self.hf["vocab_size"])
 
     def export(self, directory: str | Path, *, write: bool) -> None:
         """Write the model in Hugging Face format; collective, the rank that is told to writes."""
         save_hf(self.model, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
-    def save(self, directory: str, *, step: int) -> None:
-        """Write a Megatron checkpoint of this step below `directory`; collective."""
-        optimizer = self.optimizer if self.config.checkpoint.optimizer else None
-        checkpoint.save(self.model, directory, step=step, optimizer=optimizer)
+    def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
+        """Write a Megatron checkpoint of this step below `directory`; collective.
+
+        With `checkpoint.optimizer=false` it has weights only, and nothing can go on from it.
+        """
+        if not self.config.checkpoint.optimizer:
+            return checkpoint.save(self.model, directory, step=step)
+        return checkpoint.save(
+            self.model,
+            directory,
+            step=step,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            updates=self.updates,
+            run_state=run_state,
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint with optimizer, written under any layout; collective."""
+        self.updates = checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+
+    def _gather_gradient_shards(self) -> None:
+        """The distributed optimizer has reduced to each rank its shard of the gradient only."""
+        for group in (*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups):
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()]
+                dist.all_gather_into_tensor(bucket.grad_data, shard.clone(), group=ranks)
+
+    def _finite_on_all_ranks(self, loss: torch.Tensor, totals: dict, norm: float) -> bool:
+        """Each rank looks at all that it holds, since no sum shows everything.
+
+        The norm leaves out the copies of parameters that other tensor-parallel ranks count, and
+        data-parallel replicas have norms of their own.
+        """
+        buffers = (*self.ddp.buffers, *self.ddp.expert_parallel_buffers)
+        # the largest magnitude, without a copy of the buffer; NaN if there is one
+        largest = [torch.linalg.vector_norm(b.grad_data, torch.inf).float() for b in buffers]
+        mine = torch.stack([loss.float(), *largest]).isfinite().all()
+        finite = mine and all(map(math.isfinite, (norm, *totals.values())))
+        broken = torch.tensor(float(not finite), device=self.device)
+        dist.all_reduce(broken)
+        return not broken
 
     def _has_gradient(self, rollout: TrainingSequence) -> bool:
         """False if its gradient is zero for certain: a factor of 0 in front of its only term.
@@ -224,28 +339,29 @@ class Actor:
         loss, experts = self.config.loss, self.model.config.num_moe_experts
         return bool(rollout.advantage or loss.entropy_coef or loss.kl_coef or experts)
 
-    def _plan(self, sequences: Sequence[ScoredSequence]) -> list[list[int]]:
-        dp_rank = parallel_state.get_data_parallel_rank()
-        dp_size = parallel_state.get_data_parallel_world_size()
-        lengths = [len(s.tokens) for s in sequences]
-        return plan(lengths, dp_size, self.config.train.micro_batch_size)[dp_rank]
-
-    def _forward_backward(self, sequences, last_stage: Callable, *, forward_only: bool) -> None:
+    def _forward_backward(
+        self,
+        sequences: Sequence[ScoredSequence],
+        plan: Plan,
+        last_stage: Callable,
+        *,
+        forward_only: bool,
+    ) -> None:
         """Megatron's schedule over this rank's micro-batches.
 
         `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
         """
         multiple = padding_multiple(self.model.config)
         micro_batches = [
-            micro_batch(sequences, index, multiple=multiple, device=self.device)
-            for index in self._plan(sequences)
+            micro_batch(sequences, row, multiple=multiple, device=self.device)
+            for row in plan.ranks[parallel_state.get_data_parallel_rank()]
         ]
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            positions_BS = torch.arange(batch.tokens_BS.shape[1], device=self.device)
-            positions_BS = positions_BS.expand_as(batch.tokens_BS)
-            return model(batch.tokens_BS, positions_BS, None), partial(last_stage, batch)
+            tokens_1T, positions_1T = batch.tokens_T[None], batch.layout.positions_T[None]
+            hidden = model(tokens_1T, positions_1T, None, packed_seq_params=batch.layout)
+            return hidden, partial(last_stage, batch)
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -261,15 +377,15 @@ class Actor:
     def _scores(
         self, hidden: torch.Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logprobs_BS` and `entropy_BS`, 0 where the target is `IGNORE`; last stage only."""
+        """`logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
         values = vocab_parallel_logprobs_and_entropy(
             self._hidden_TH(hidden),
             output_weight(self.model),
-            batch.targets_BS.flatten(),
+            batch.targets_T,
             temperature=temperature,
             **self._head_settings(),
         )
-        return tuple(value_T.view(batch.targets_BS.shape) for value_T in values)
+        return tuple(value_T[batch.targets_T != IGNORE] for value_T in values)
 
     def _loss(
         self,
@@ -284,32 +400,29 @@ class Actor:
         `loss_scale` is the gradient that will arrive at the loss.
         """
         if self.config.loss.head == "recompute":
-            logprobs_BS, entropy_BS = self._scores(hidden, batch, temperature)
-            scored_BS = batch.targets_BS != IGNORE
-            return loss_of(logprobs_BS[scored_BS], entropy_BS[scored_BS], slice(None))
+            return loss_of(*self._scores(hidden, batch, temperature), slice(None))
         return vocab_parallel_loss(
             self._hidden_TH(hidden),
             output_weight(self.model),
-            batch.targets_BS.flatten(),
+            batch.targets_T,
             loss_of,
             temperature=temperature,
             loss_scale=loss_scale,
             **self._head_settings(),
         )
 
-    def _hidden_TH(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+    def _hidden_TH(self, hidden_1TH: torch.Tensor) -> torch.Tensor:
         """The hidden states of all tokens, whole on every tensor-parallel rank.
 
         The region that they pass adds up the ranks' parts of their gradient, once.
         """
         if self.model.config.sequence_parallel:
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_BSH.transpose(0, 1), tensor_parallel_output_grad=True
+            return gather_from_sequence_parallel_region(
+                hidden_1TH.squeeze(0), tensor_parallel_output_grad=True
             )
-            return hidden_SBH.transpose(0, 1).flatten(0, 1)
         # Its backward sums in place, and loses the sum of a gradient that is not contiguous
         # (megatron-core 0.16.1, mappings._reduce): nothing may be transposed after it.
-        return copy_to_tensor_model_parallel_region(hidden_BSH.flatten(0, 1))
+        return copy_to_tensor_model_parallel_region(hidden_1TH.squeeze(0))
 
     def _head_settings(self) -> dict:
         return {

@@ -1,32 +1,49 @@
-"""Verifiable rewards: pure functions from a completion's text and the answer to a number."""
+"""Verifiable rewards: pure functions from a completion's text and the answer to a number.
 
-import math
-from collections.abc import Callable, Sequence
+They run in processes of their own (`pool`), which import them by name and nothing else of this
+project: what is in this package must not import torch.
+"""
 
-from megatron_prepo.records import Rollout
-from megatron_prepo.rewards.final_number import final_number
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
 
-FUNCTIONS: dict[str, Callable[[str, str], float]] = {"final_number": final_number}
+from megatron_prepo.errors import UserError
+
+FUNCTIONS = {
+    "final_number": "megatron_prepo.rewards.final_number:final_number",
+    "math": "megatron_prepo.rewards.math:boxed_answer",
+}
+"""What `reward.function` names, as module:function."""
 
 
-def grade(
-    rollouts: Sequence[Rollout],
-    function: Callable[[str, str], float],
-    *,
-    low: float = 0.0,
-    high: float = 1.0,
-) -> list[float]:
-    """The reward of each rollout; a completion cut at the length limit is graded as it stands.
+def check_name(function: str) -> None:
+    """UserError unless `reward.function` is in FUNCTIONS or has the form `FILE.py:FUNCTION`."""
+    file, _, name = function.rpartition(":")
+    if function not in FUNCTIONS and not (file.endswith(".py") and name.isidentifier()):
+        raise UserError(
+            f"reward.function={function} is none of {', '.join(FUNCTIONS)}, and not of the form "
+            "FILE.py:FUNCTION"
+        )
 
-    Raises ValueError naming the prompt for a reward that is not finite or out of [low, high].
+
+def check_file(function: str) -> None:
+    """UserError unless the file that `reward.function` names, if any, is there."""
+    file = function.rpartition(":")[0]
+    if function not in FUNCTIONS and not Path(file).is_file():
+        raise UserError(f"reward.function={function}: no such file: {file}")
+
+
+def load(name: str) -> Callable[[str, str], float]:
+    """The function of completion and answer that `reward.function` names.
+
+    `FILE.py:FUNCTION` runs the file, and raises whatever it raises.
     """
-    rewards_N = []
-    for rollout in rollouts:
-        reward = float(function(rollout.text, rollout.prompt.answer))
-        if not (math.isfinite(reward) and low <= reward <= high):
-            raise ValueError(
-                f"prompt {rollout.prompt.id!r}: reward {reward} of {rollout.text[:80]!r} is not "
-                f"within reward.low={low} and reward.high={high}"
-            )
-        rewards_N.append(reward)
-    return rewards_N
+    module_name, _, function = FUNCTIONS.get(name, name).rpartition(":")
+    if name in FUNCTIONS:
+        return getattr(importlib.import_module(module_name), function)
+    spec = importlib.util.spec_from_file_location("reward_function", module_name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)

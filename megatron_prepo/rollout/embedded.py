@@ -35,7 +35,8 @@ class EmbeddedEngine:
         num_ranks: int = 1,
         gather: Callable[[list], list[list]] = lambda mine: [mine],
     ):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf_directory))
+        settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(settings)
         self.model = model.to(device, dtype).eval()
         self.fp32_lm_head = fp32_lm_head
         """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""
@@ -114,6 +115,14 @@ class EmbeddedEngine:
             on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
         completion_of = {i: c for share in self.gather(done) for i, c in share}
         return [self._rollout(prompt, *completion_of[i]) for i, (prompt, _) in enumerate(jobs)]
+
+    def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """The log-probabilities of each prompt's tokens but the first, on every rank."""
+        assert self.weight_version is not None, "the engine has no weights: sync first"
+        mine = range(self.rank, len(prompts), self.num_ranks)
+        scored = [(i, *self.prompt_logprobs(prompts[i].tokens).values()) for i in mine]
+        logprobs_of = dict(pair for share in self.gather(scored) for pair in share)
+        return [logprobs_of[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:

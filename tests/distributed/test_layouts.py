@@ -32,21 +32,32 @@ class Scenario:
     importance: bool = False
     clip_grad: float = 100.0
     weight_decay: float = 0.0
+    start: int = 3
+    """Tokens of a prompt."""
+    num_prompts: int | None = None
+    """The rollouts take turns at so many prompts; None: each has its own."""
     layouts: tuple[str, ...] = ()
 
 
 LR, EPS, BETAS, CLIP_LOW, CLIP_HIGH = 1e-2, 1e-2, (0.9, 0.95), 0.2, 0.28
-MICRO_BATCH = 2
+MICRO_BATCH_TOKENS = 24
+SHARED = {"train": {"share_prefixes": True, "micro_batch_tokens": 40}}
+FULL_RECOMPUTATION = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 LAYOUTS = {
     # name: (parallel settings, other settings)
     "tp1": ({}, {}),
-    "tp1 micro-batches of 1": ({}, {"train": {"micro_batch_size": 1}}),
-    "tp1 one micro-batch": ({}, {"train": {"micro_batch_size": 8}}),
+    "tp1 smallest micro-batches": ({}, {"train": {"micro_batch_tokens": 20}}),
+    "tp1 one micro-batch": ({}, {"train": {"micro_batch_tokens": 128}}),
+    "tp1 padded": ({}, {"train": {"packing": False, "micro_batch_tokens": 40}}),
     "tp1 chunks of 3 tokens": ({}, {"loss": {"head_memory_mib": 3.1 * 4 * VOCAB / 2**20}}),
     "tp1 recompute": ({}, {"loss": {"head": "recompute"}}),
     "tp1 overlapped reduction": (
         {},
-        {"megatron": {"overlap_grad_reduce": True}, "train": {"micro_batch_size": 8}},
+        {"megatron": {"overlap_grad_reduce": True}, "train": {"micro_batch_tokens": 128}},
     ),
     "tp2": ({"tensor": 2}, {}),
     "tp2 sp": ({"tensor": 2, "sequence": True}, {}),
@@ -54,6 +65,7 @@ LAYOUTS = {
     "pp2": ({"pipeline": 2}, {}),
     "pp2 dp2 recompute": ({"pipeline": 2, "data": 2}, {"loss": {"head": "recompute"}}),
     "dp2": ({"data": 2}, {}),
+    "dp2 padded": ({"data": 2}, {"train": {"packing": False, "micro_batch_tokens": 40}}),
     "dp2 distributed optimizer": ({"data": 2}, {"optimizer": {"use_distributed_optimizer": True}}),
     "tp2 pp2": ({"tensor": 2, "pipeline": 2}, {}),
     "tp2 pp2 sp": ({"tensor": 2, "pipeline": 2, "sequence": True}, {}),
@@ -64,6 +76,20 @@ LAYOUTS = {
     ),
     "dp4": ({"data": 4}, {}),
     "pp4": ({"pipeline": 4}, {}),
+}
+SHARED_LAYOUTS = {
+    "tp1 shared": ({}, SHARED),
+    "tp1 shared recompute": ({}, SHARED | {"megatron": FULL_RECOMPUTATION}),
+    "tp2 shared": ({"tensor": 2}, SHARED),
+    "tp2 sp shared": ({"tensor": 2, "sequence": True}, SHARED),
+    "pp2 shared": ({"pipeline": 2}, SHARED),
+    "dp2 shared": ({"data": 2}, SHARED),
+    "tp2 pp2 sp shared": ({"tensor": 2, "pipeline": 2, "sequence": True}, SHARED),
+}
+EXPERT_LAYOUTS = {
+    "dp2 ep2": ({"data": 2, "expert": 2}, {}),
+    "dp2 ep2 shared": ({"data": 2, "expert": 2}, SHARED),
+    "tp2 sp ep2 shared": ({"tensor": 2, "sequence": True, "expert": 2}, SHARED),
 }
 SCENARIOS = {
     "plain": Scenario("qwen2", (9, 14, 5, 7, 20, 11, 6), clip_grad=2.0, layouts=tuple(LAYOUTS)),
@@ -77,6 +103,20 @@ SCENARIOS = {
         weight_decay=0.1,
         layouts=tuple(LAYOUTS),
     ),
+    "groups": Scenario(
+        "qwen3",
+        (12, 17, 10, 11, 15, 19, 14, 10, 20, 13),
+        start=9,
+        num_prompts=3,
+        layouts=("tp1", "tp1 padded", *SHARED_LAYOUTS),
+    ),
+    "experts": Scenario(
+        "qwen3_moe",
+        (14, 17, 10, 11, 15, 19, 12),
+        start=9,
+        num_prompts=3,
+        layouts=("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),
+    ),
     "fewer rollouts than ranks": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "dp4")),
     "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4")),
 }
@@ -87,12 +127,16 @@ RESHARDED = {
 }
 BFLOAT16_LAYOUTS = ("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer")
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
-MODELS = {"qwen2": lambda: tiny_models.qwen2(), "qwen3": lambda: tiny_models.qwen3(tied=False)}
+MODELS = {
+    "qwen2": lambda: tiny_models.qwen2(),
+    "qwen3": lambda: tiny_models.qwen3(tied=False),
+    "qwen3_moe": lambda: tiny_models.qwen3_moe(),
+}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rollouts of a scenario: token ids, scored from `START` on, and what the loss needs."""
+    """The rollouts of a scenario, their completions scored, and what the loss needs."""
 
     sequences: list[ScoredSequence] = field(default_factory=list)
     old_T: list[torch.Tensor] = field(default_factory=list)
@@ -102,16 +146,16 @@ class Batch:
     coefficient: list[float] = field(default_factory=list)
 
 
-START = 3
-
-
 def make_batch(name, model):
     """Old log-probabilities differ from the model's by up to 0.5: some ratios are clipped."""
     scenario, batch = SCENARIOS[name], Batch()
     generator = torch.Generator().manual_seed(5)
+    start, num_prompts = scenario.start, scenario.num_prompts or len(scenario.lengths)
     for i, length in enumerate(scenario.lengths):
-        tokens = torch.randint(0, VOCAB, (length,), generator=generator)
-        batch.sequences.append(ScoredSequence(tuple(tokens.tolist()), START))
+        tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        if i >= num_prompts:
+            tokens[:start] = batch.sequences[i - num_prompts].tokens[:start]
+        batch.sequences.append(ScoredSequence(tuple(tokens), start))
         logprobs_T, _ = score(model, batch.sequences[-1], scenario.temperature)
         noise = torch.rand(3, len(logprobs_T), generator=generator)
         batch.old_T.append(logprobs_T.detach().float() + noise[0] - 0.5)
@@ -151,7 +195,8 @@ def loss_and_statistics(model, scenario, batch):
         kl_T = to_reference_T.exp() - 1 - to_reference_T
         objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
         loss = loss - batch.coefficient[i] * objective_T.sum()
-        if advantage == 0.0 and not (scenario.entropy_coef or scenario.kl_coef):
+        terms = scenario.entropy_coef or scenario.kl_coef or scenario.model == "qwen3_moe"
+        if advantage == 0.0 and not terms:
             continue  # the statistics are of the tokens that there is something to learn from
         statistics["clipped"] += (clipped_T < plain_T).sum().item()
         statistics["ratio"] += ratio_T.sum().item()
@@ -175,7 +220,8 @@ def reference_updates(scenario, batch, model):
     )
 
     def weights():
-        return {names[id(p)]: p.detach().clone() for p in model.parameters()}
+        whole = {names[id(p)]: p.detach().clone() for p in model.parameters()}
+        return {name: tensor for item in whole.items() for name, tensor in expert_by_expert(*item)}
 
     metrics, snapshots = [], [weights()]
     for _ in range(2):
@@ -201,6 +247,20 @@ def reference_updates(scenario, batch, model):
     return metrics, snapshots
 
 
+def expert_by_expert(name, tensor):
+    """As files name them: transformers holds the matrices of all experts in one tensor."""
+    if ".experts." not in name:
+        return [(name, tensor)]
+    prefix, kind = name.rsplit(".", 1)
+    parts = tensor.chunk(2, dim=1) if kind == "gate_up_proj" else (tensor,)
+    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    return [
+        (f"{prefix}.{e}.{k}.weight", part[e])
+        for k, part in zip(kinds, parts, strict=True)
+        for e in range(len(tensor))
+    ]
+
+
 # What the ranks do
 
 
@@ -221,11 +281,13 @@ class ActorOn:
     """An actor of a scenario under a layout, on the first ranks; None on the others."""
 
     def __init__(self, name, layout, directories, **sections):
-        scenario, (parallel_settings, settings) = SCENARIOS[name], LAYOUTS[layout]
+        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS
+        scenario, (parallel_settings, settings) = SCENARIOS[name], every_layout[layout]
         merged = {
             "parallel": parallel_settings,
-            "rollout": {"temperature": scenario.temperature},
-            "train": {"micro_batch_size": MICRO_BATCH},
+            "data": {"max_prompt_tokens": 16},
+            "rollout": {"temperature": scenario.temperature, "max_new_tokens": 4},
+            "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
             "loss": {
                 "entropy_coef": scenario.entropy_coef,
                 "kl_coef": scenario.kl_coef,
@@ -375,7 +437,10 @@ def batches(directories):
 
 
 def float64_model(directory):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    # experts one after the other: transformers' grouped product is for 32 bits and less
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, experts_implementation="eager"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +470,7 @@ def test_metrics_equal_the_float64_reference(results, expected, name, layout):
     reference, _ = expected[name]
     for result in taking_part(results, (name, layout)):
         for ours, theirs in zip(result["metrics"], reference, strict=True):
+            ours = {key: value for key, value in ours.items() if not key.startswith("train/")}
             assert ours == pytest.approx(theirs, rel=5e-5, abs=1e-6)
 
 
@@ -422,8 +488,10 @@ def test_every_weight_equals_the_float64_reference(results, expected, name, layo
         for tensor_name, before in snapshots[0].items():
             change = snapshots[update][tensor_name] - before
             error = (ours[tensor_name].double() - before - change).norm()
-            # float32 rounding of the gradient, and of the weight itself
-            allowed = 5e-5 * change.norm() + 5e-8 * before.norm()
+            # float32 rounding of the gradient, and of the weight itself; a router's gradient is a
+            # difference of what its experts say
+            rounding = 2e-4 if tensor_name.endswith("mlp.gate.weight") else 5e-5
+            allowed = rounding * change.norm() + 5e-8 * before.norm()
             assert error <= allowed, f"update {update}, {tensor_name}: {error / change.norm():.1e}"
 
 

@@ -12,16 +12,21 @@ from megatron_prepo.run import TRAINING_STAGES
 from tests.e2e.laptop import SHORT, metrics, summary, train
 
 LAYOUTS = {
-    "one rank": ["parallel.tensor=1"],
+    "one rank": ["parallel.tensor=1", "train.share_prefixes=false"],
     "TP2": ["parallel.tensor=2"],
     "TP2 again": ["parallel.tensor=2", "profile.steps=[1]", "profile.ranks=[0,1]"],
-    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=5"],
-    "PP2": ["parallel.tensor=1", "parallel.pipeline=2", "train.micro_batch_size=4"],
+    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_tokens=601"],
+    "PP2": [
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+        "train.packing=false",
+        "train.share_prefixes=false",
+    ],
     "DP2": [
         "parallel.tensor=1",
         "parallel.data=2",
         "optimizer.use_distributed_optimizer=true",
-        "train.micro_batch_size=3",
+        "train.micro_batch_tokens=400",
     ],
 }
 
@@ -32,7 +37,7 @@ def runs(tmp_path_factory):
     directories = {}
     for name, layout in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("run") / "run"
-        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance_cap=2.0"]
+        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
         assert train(directory, *SHORT, *more, *layout) == 0, name
         directories[name] = directory
     return directories
@@ -46,10 +51,12 @@ def test_same_seed_same_ledger(runs):
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one rank"])
 def test_layouts_agree(runs, name):
-    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing."""
+    """Float32 rounding apart (1e-4 after an update, relative), a layout changes nothing, nor how
+    sequences are laid into micro-batches.
+    """
     for one, other in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
         for key, value in one.items():
-            if not key.startswith(("seconds/", "speed/", "mismatch/")):
+            if not key.startswith(("seconds/", "speed/", "mismatch/", "train/")):
                 assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
@@ -91,6 +98,16 @@ def test_engine_is_not_ahead_of_the_first_update(runs):
     assert first["loss/grad_norm"] > 0
 
 
+def test_what_is_packed_has_no_padding_and_what_is_shared_is_less(runs):
+    first = {name: metrics(runs[name])[0] for name in ("one rank", "TP2", "PP2", "DP2")}
+    tokens = {name: step["train/tokens"] for name, step in first.items()}
+    assert first["one rank"]["train/padding_fraction"] == 0
+    assert first["PP2"]["train/padding_fraction"] > 0.01
+    assert tokens["TP2"] < 0.6 * tokens["one rank"] < 0.6 * tokens["PP2"]
+    assert tokens["DP2"] < tokens["one rank"]
+    assert first["TP2"]["train/balance_ratio"] == 1 <= first["DP2"]["train/balance_ratio"]
+
+
 def test_ledger_is_complete_and_readable(runs):
     ledger = pandas.read_json(runs["TP2"] / "ledger.jsonl", lines=True)
     assert list(ledger.step.unique()) == [0, 1]
@@ -121,6 +138,21 @@ def test_run_directory(runs):
     assert weights["model_type"] == "qwen3"
     for name in ("pass_rate_before", "pass_rate_after", "pass_rate_after_ci95", "seconds"):
         assert name in summary(directory)
+
+
+def test_perplexities_of_the_engine_choose_the_same_prompts(runs, tmp_path):
+    """Both are computed, and agree, in the first step and where an evaluation follows."""
+    overrides = ["selection.ppl_from=engine", "parallel.tensor=1", "parallel.data=2"]
+    assert train(tmp_path / "run", *SHORT, *overrides, "optimizer.lr=0", "eval.every=2") == 0
+    ours, actors = (
+        pandas.read_json(directory / "ledger.jsonl", lines=True).query("step == 0")
+        for directory in (tmp_path / "run", runs["one rank"])
+    )
+    assert ours.prompt_id.tolist() == actors.prompt_id.tolist()
+    assert ours.ppl.tolist() == pytest.approx(actors.ppl.tolist(), rel=1e-5)
+    for step in metrics(tmp_path / "run"):
+        assert step["ppl/engine_actor_spearman"] > 0.999
+        assert 0 < step["ppl/engine_actor_relative_max"] < 1e-5
 
 
 def test_random_pays_no_perplexity_pass(tmp_path):

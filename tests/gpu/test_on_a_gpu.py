@@ -1,16 +1,21 @@
 """The same code on CUDA, with no stand-in: against float64, `transformers` and the CPU's claims."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_prepo.actor import row_statistics
+from megatron_prepo.actor import attention, row_statistics
+from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.rows import plan_rows
 from megatron_prepo.actor.vocab_parallel import (
     chunk_tokens_within,
     vocab_parallel_logprobs_and_entropy,
     vocab_parallel_loss,
 )
+from megatron_prepo.memory import Shape
+from megatron_prepo.records import ScoredSequence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,6 +173,36 @@ def test_known_gradient_equals_recomputation(with_main_grad):
         )
     for known, recomputed in zip(*gradients, strict=True):
         assert torch.equal(known, recomputed)
+
+
+@pytest.mark.parametrize("way", [{}, {"share_prefixes": True}], ids=str)
+def test_attention_of_a_packed_row_against_float64(way):
+    """torch's kernel on bfloat16, its gradients too, against each sequence alone in float64."""
+    if not attention._has_kernel():
+        pytest.skip("this torch has no variable-length kernel for grouped queries")
+    prompt, draw = tuple(range(70)), range(100)
+    sequences = [ScoredSequence((*prompt, *draw[:n]), 70) for n in (1, 33, 100, 64)]
+    plan = plan_rows(
+        sequences, num_ranks=1, budget=1000, shape=Shape(1, 1, 1, 1, 1, 1, 1, 0, 0, False), **way
+    )
+    layout = micro_batch(sequences, plan.ranks[0][0], device="cuda").layout
+    generator = torch.Generator(device="cuda").manual_seed(3)
+    size = len(layout.positions_T)
+    qkv = [
+        torch.randn(size, 1, heads, 64, device="cuda", generator=generator).bfloat16()
+        for heads in (8, 2, 2)
+    ]
+    qkv = [x.requires_grad_() for x in qkv]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    settings = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
+    core = attention.CausalAttention(settings, 1, None, "self")
+    outs = [core(*inputs, packed_seq_params=layout) for inputs in (qkv, exact)]
+    torch.testing.assert_close(outs[0].double(), outs[1], atol=2e-2, rtol=2e-2)
+    given = torch.randn(outs[1].shape, device="cuda", generator=generator).bfloat16()
+    grads = torch.autograd.grad(outs[0], qkv, given)
+    exact_grads = torch.autograd.grad(outs[1], exact, given.double())
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert (grad.double() - exact_grad).norm() <= 2e-2 * exact_grad.norm()
 
 
 def test_short_run(tmp_path):

@@ -1,6 +1,7 @@
 """Real SGLang servers have the actor's weights after each kind of sync, from each layout.
 
 A server a family starts with random weights (`load_format: dummy`); each case gives it others.
+`make test` does this with one family, `make test-sglang` with all.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from fake_sglang_package import wait_until_gone
 from ranks import join, on_ranks
 
 from megatron_prepo.config import Config
@@ -27,7 +29,7 @@ MODELS = {
     "qwen3 on a server of two ranks": lambda: tiny_models.qwen3(tied=True),
 }
 LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
-TRANSPORTS = ("value", "disk", "distributed")
+TRANSPORTS = ("value", "ipc", "disk", "distributed")
 TEMPERATURE = 0.8
 PROMPTS = [
     Prompt(f"p{i}", "", "", tuple(3 + (7 * i + j * j) % 250 for j in range(9 + 4 * i)), (0, 0))
@@ -116,6 +118,7 @@ def engine_of(config: Config, rank: int = 0):
         device=torch.device("cpu"),
         rank=rank,
         share=parallel.from_rank_zero_when_done,
+        gather=parallel.gather_to_all,
     )
 
 
@@ -136,7 +139,12 @@ def wait_until_healthy(server: OwnServer, seconds: float = 1200.0) -> None:
         time.sleep(1)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name == "qwen2" else pytest.mark.slow) for name in MODELS
+    ],
+)
 def results(request, sglang_python, tmp_path_factory):
     directory = tmp_path_factory.mktemp("sglang")
     hf = tiny_models.save(MODELS[request.param](), directory / "hf")
@@ -209,7 +217,7 @@ def faults(hf: str, directory: str, python: str) -> dict:
     found["frozen"] = message(lambda: generate(engine))
     processes = group(next(iter(children(server.own.process.pid))))
     engine.close()
-    found["left"] = [pid for pid in processes if os.path.exists(f"/proc/{pid}")]
+    wait_until_gone(processes)
     found["processes"] = len(processes)
     return found
 
@@ -230,10 +238,11 @@ def group_of(pid: str) -> int | None:
         return None
 
 
+@pytest.mark.slow
 def test_a_tampered_server_is_refused_started_anew_and_a_frozen_one_ended(sglang_python, tmp_path):
     hf = tiny_models.save(tiny_models.qwen3(tied=False), tmp_path / "hf")
     [found] = on_ranks(1, faults, hf, str(tmp_path), sglang_python, deadline_s=1500.0)
     assert "by weights another" in found["stale"]
     assert found["after a restart"] == "no error"
     assert "no answer from" in found["frozen"]
-    assert found["processes"] >= 3 and found["left"] == []
+    assert found["processes"] >= 3

@@ -6,6 +6,7 @@ import torch
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.records import Prompt
+from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
 
@@ -29,6 +30,11 @@ def prompts(num: int, prefix="p") -> list[Prompt]:
 def passes(*passes_K: int, group_size=4) -> torch.Tensor:
     """`rewards_KG`: of each group, so many rewards of 1 and zeros behind them."""
     return torch.tensor([[1.0] * s + [0.0] * (group_size - s) for s in passes_K])
+
+
+def grades(rewards_KG: torch.Tensor) -> list[Grade]:
+    """As a grader would have given them."""
+    return [Grade(reward) for reward in rewards_KG.flatten().tolist()]
 
 
 def run_step(

@@ -1,84 +1,216 @@
-"""Sequences to micro-batches: nothing lost, nothing twice, targets one ahead of tokens."""
+"""Sequences to rows: nothing lost, nothing twice, budgets kept, ranks alike, targets one ahead."""
 
-import itertools
-import math
 import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_prepo.actor.batching import micro_batch, plan
+from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.rows import Load, Piece, Row, pieces_of, plan_rows
 from megatron_prepo.actor.vocab_parallel import IGNORE
+from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
 
-CASES = list(itertools.product([1, 2, 5, 8, 17], [1, 2, 3, 4, 8], [1, 2, 3, 8]))
+SHAPE = Shape(
+    layers=2,
+    hidden=8,
+    heads=2,
+    groups=1,
+    head_size=4,
+    mlp=16,
+    vocabulary=32,
+    experts=0,
+    experts_a_token=0,
+    head_norms=False,
+)
+BUDGET = 40
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize(("num", "dp_size", "micro_batch_size"), CASES)
-def test_every_sequence_exactly_once_in_equally_many_micro_batches(num, dp_size, micro_batch_size):
-    """Pipelines and collectives need equal counts on all ranks, also of ranks without work."""
-    lengths = random.Random(num).choices(range(2, 30), k=num)
-    ranks = plan(lengths, dp_size, micro_batch_size)
-    assert sorted(i for rank in ranks for index in rank for i in index) == list(range(num))
-    assert len(ranks) == dp_size
-    longest_share = math.ceil(num / dp_size)
-    assert {len(rank) for rank in ranks} == {math.ceil(longest_share / micro_batch_size)}
-    assert all(len(index) <= micro_batch_size for rank in ranks for index in rank)
-    shares = [sum(len(index) for index in rank) for rank in ranks]
-    assert max(shares) - min(shares) <= 1
+@st.composite
+def batches(draw):
+    """Sequences of at most 41 tokens, with few different prompts."""
+    prompts = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1))
+    sequences = []
+    for _ in range(draw(st.integers(0, 30))):
+        prompt = draw(st.sampled_from(prompts))
+        rest = draw(st.lists(st.integers(3, 9), min_size=1, max_size=20))
+        sequences.append(ScoredSequence((*prompt, *rest), len(prompt)))
+    return sequences
 
 
-def test_longest_first_so_that_lengths_of_a_micro_batch_are_close():
-    lengths = [5, 9, 7, 3, 8, 9]
-    assert plan(lengths, 1, 2) == [[[1, 5], [4, 2], [0, 3]]]
-    assert plan(lengths, 2, 2) == [[[1, 4], [0]], [[5, 2], [3]]]
+WAYS = st.sampled_from([{}, {"packing": False}, {"share_prefixes": True}])
 
 
-def test_no_sequences_still_give_every_rank_a_micro_batch():
-    assert plan([], 2, 4) == [[[]], [[]]]
+@quick
+@given(batches(), st.integers(1, 8), st.integers(1, 4), WAYS)
+def test_every_sequence_once_in_as_many_rows_on_every_rank_within_the_budget(
+    sequences, num_ranks, multiple, way
+):
+    plan = plan_rows(
+        sequences, num_ranks=num_ranks, budget=BUDGET, shape=SHAPE, multiple=multiple, **way
+    )
+    assert len(plan.ranks) == num_ranks
+    assert len({len(rows) for rows in plan.ranks}) == 1 and plan.ranks[0]
+    rows = [row for rows in plan.ranks for row in rows]
+    assert sorted(i for row in rows for i in row.index) == list(range(len(sequences)))
+    for row in rows:
+        load = row.load
+        assert load.tokens % multiple == 0
+        assert load.tokens <= BUDGET + (multiple - 1) * max(1, len(row.pieces))
+        if way.get("packing", True):
+            assert load.tokens - load.padding <= BUDGET and load.padding < multiple
+    assert plan.load.scored == sum(s.num_scored for s in sequences)
+    if way == {}:
+        lengths = [len(s.tokens) - 1 for s in sequences]
+        assert plan.load.tokens - plan.load.padding == sum(lengths)
 
 
-SEQUENCES = [
-    ScoredSequence((11, 12, 13, 14, 15), 3),
-    ScoredSequence((21, 22), 1),
-    ScoredSequence((31, 32, 33), 1),
-]
+@quick
+@given(batches(), st.integers(1, 3), WAYS)
+def test_tensors_of_a_row_give_every_sequence_back(sequences, multiple, way):
+    """What attention sees of a sequence is the sequence; targets are the next tokens, in order."""
+    plan = plan_rows(sequences, num_ranks=1, budget=BUDGET, shape=SHAPE, multiple=multiple, **way)
+    for row in plan.ranks[0]:
+        batch = micro_batch(sequences, row, multiple=multiple)
+        layout, at = batch.layout, 0
+        tokens_W, positions_W = layout.whole(batch.tokens_T), layout.whole(layout.positions_T)
+        for i, length in zip(batch.index, layout.lengths, strict=False):
+            expected = sequences[i].tokens[:-1]
+            assert tuple(tokens_W[at : at + len(expected)].tolist()) == expected
+            assert positions_W[at : at + length].tolist() == list(range(length))
+            at += length
+        assert sum(layout.lengths) == len(tokens_W) and max(layout.lengths) == layout.max_seqlen_q
+        assert layout.cu_seqlens_q.tolist() == [
+            sum(layout.lengths[:n]) for n in range(len(layout.lengths) + 1)
+        ]
+        assert torch.equal(layout.row(tokens_W), batch.tokens_T)
+        targets = batch.targets_T[batch.targets_T != IGNORE].tolist()
+        assert targets == [
+            t for i in batch.index for t in sequences[i].tokens[sequences[i].start :]
+        ]
 
 
-def test_tokens_and_targets_by_hand():
-    """The prediction at position t is of token t + 1; the last of a prompt predicts the first of
-    its completion.  Padding is never a target.
-    """
-    batch = micro_batch(SEQUENCES, [0, 2], multiple=1, device="cpu")
-    x = IGNORE
-    assert batch.index == (0, 2)
-    assert batch.tokens_BS.tolist() == [[11, 12, 13, 14, 15], [31, 32, 33, 0, 0]]
-    assert batch.targets_BS.tolist() == [[x, x, 14, 15, x], [32, 33, x, x, x]]
+A, B = ScoredSequence((1, 2, 3, 4, 5), 3), ScoredSequence((1, 2, 3, 6, 7, 8), 3)
+C = ScoredSequence((9, 10, 11), 1)
+X = IGNORE
 
 
-@pytest.mark.parametrize(("multiple", "width"), [(1, 5), (2, 6), (4, 8), (5, 5)])
-def test_width_is_padded_to_a_multiple(multiple, width):
-    batch = micro_batch(SEQUENCES, [1, 0], multiple=multiple, device="cpu")
-    assert batch.tokens_BS[0].tolist() == [21, 22] + [0] * (width - 2)
-    assert batch.tokens_BS[1].tolist() == [11, 12, 13, 14, 15] + [0] * (width - 5)
-    assert batch.targets_BS[1].tolist() == [IGNORE, IGNORE, 14, 15] + [IGNORE] * (width - 4)
+def test_a_packed_row_by_hand():
+    """The last token of a sequence has no place; padding goes to the last sequence."""
+    row = Row(tuple(pieces_of([A, C])), (0, 2))
+    batch = micro_batch([A, C], row)
+    assert batch.index == (0, 1)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 9, 10, 0, 0]
+    assert batch.targets_T.tolist() == [X, X, 4, 5, 10, 11, X, X]
+    assert batch.layout.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.layout.lengths == (4, 4) and batch.layout.whole_W is None
+    assert row.load == Load(tokens=8, padding=2, pairs=20, scored=4)
 
 
-def test_scored_targets_are_the_sequences_own_tokens_in_order():
-    batch = micro_batch(SEQUENCES, [2, 0, 1], multiple=4, device="cpu")
-    for row, i in enumerate(batch.index):
-        scored = batch.targets_BS[row] != IGNORE
-        assert batch.targets_BS[row][scored].tolist() == list(
-            SEQUENCES[i].tokens[SEQUENCES[i].start :]
+def test_a_shared_prefix_by_hand():
+    """The last token of the prompt stays with each completion: it predicts the first of it."""
+    (piece, other) = pieces_of([A, C, B], most=10)
+    assert piece == Piece(index=(2, 0), prefix=2, scored=(3, 2)) and other.index == (1,)
+    row = Row((piece, other), (0, 1))
+    batch = micro_batch([A, C, B], row)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 6, 7, 3, 4, 9, 10, 0]
+    assert batch.targets_T.tolist() == [X, X, 6, 7, 8, 4, 5, 10, 11, X]
+    assert batch.layout.positions_T.tolist() == [0, 1, 2, 3, 4, 2, 3, 0, 1, 2]
+    assert batch.layout.lengths == (5, 4, 3)
+    assert batch.layout.whole_W.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9]
+    assert batch.layout.row_T.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert row.load == Load(tokens=10, padding=1, pairs=15 + 10 + 6, scored=7)
+
+
+def test_what_is_padded_lies_side_by_side():
+    plan = plan_rows([A, C, B], num_ranks=1, budget=15, shape=SHAPE, packing=False)
+    ((row,),) = plan.ranks
+    batch = micro_batch([A, C, B], row)
+    assert batch.tokens_T.view(3, 5).tolist() == [
+        [1, 2, 3, 6, 7],
+        [1, 2, 3, 4, 0],
+        [9, 10, 0, 0, 0],
+    ]
+    assert plan.padding_fraction == 4 / 15
+    plan = plan_rows([A, C, B], num_ranks=1, budget=14, shape=SHAPE, packing=False)
+    assert [row.index for row in plan.ranks[0]] == [(2, 0), (1,)]
+
+
+def test_a_row_without_a_sequence_is_tokens_without_a_target():
+    plan = plan_rows([], num_ranks=2, budget=BUDGET, shape=SHAPE, multiple=4)
+    assert plan.ranks == ((Row((), ()),), (Row((), ()),))
+    batch = micro_batch([], plan.ranks[0][0], multiple=4)
+    assert batch.index == () and batch.layout.lengths == (4,)
+    assert torch.equal(batch.targets_T, torch.full((4,), IGNORE))
+    assert (plan.padding_fraction, plan.balance_ratio, plan.load) == (0, 1, Load())
+
+
+def test_a_sequence_longer_than_the_budget_is_not_squeezed_in():
+    with pytest.raises(AssertionError, match="5 tokens in a row of at most 4"):
+        plan_rows([B], num_ranks=1, budget=4, shape=SHAPE)
+
+
+def test_prompts_without_a_prefix_have_nothing_to_share():
+    """Perplexity scores from the second token on: all prompts that begin alike stay apart."""
+    sequences = [ScoredSequence((1, n, n), 1) for n in range(4)]
+    assert pieces_of(sequences, most=100) == pieces_of(sequences)
+
+
+def rollouts(seed, groups=64, group_size=16, cap=8192):
+    """Log-normal lengths around a mean of their prompt's, as reasoning models write."""
+    draw, sequences = random.Random(seed), []
+    for group in range(groups):
+        prompt = (group,) * draw.randint(60, 400)
+        mean = draw.lognormvariate(6.6, 0.6)
+        for _ in range(group_size):
+            length = max(1, min(cap - len(prompt), int(mean * draw.lognormvariate(0, 0.5))))
+            sequences.append(ScoredSequence(prompt + (0,) * length, len(prompt)))
+    return sequences
+
+
+SEVEN = Shape(28, 3584, 28, 4, 128, 18944, 152064, 0, 0, False)
+
+
+def plans_of(sequences, num_ranks):
+    """Packed, and with shared prefixes."""
+    return [
+        plan_rows(
+            sequences, num_ranks=num_ranks, budget=16384, shape=SEVEN, share_prefixes=share_prefixes
         )
-        assert scored.sum() == SEQUENCES[i].num_scored
+        for share_prefixes in (False, True)
+    ]
 
 
-def test_an_empty_micro_batch_is_a_row_without_a_target():
-    batch = micro_batch(SEQUENCES, [], multiple=4, device="cpu")
-    assert batch.index == ()
-    assert torch.equal(batch.tokens_BS, torch.zeros(1, 4, dtype=torch.long))
-    assert torch.equal(batch.targets_BS, torch.full((1, 4), IGNORE))
+def busiest(plan):
+    return plan.balance_ratio * plan.load.flops(SEVEN) / len(plan.ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8, 32])
+def test_ranks_have_equal_work_on_a_log_normal_mix(num_ranks):
+    packed, shared = plans_of(rollouts(num_ranks), num_ranks)
+    assert packed.balance_ratio <= 1.03 and shared.balance_ratio <= 1.06
+    assert busiest(shared) < busiest(packed)
+
+
+@pytest.mark.parametrize("num_groups", [3, 8])
+def test_few_groups_are_cut_where_that_is_better_for_the_busiest_rank(num_groups):
+    """Whole, that many groups on eight ranks would differ by their lengths."""
+    packed, shared = plans_of(rollouts(3, groups=num_groups), 8)
+    assert shared.load.tokens < packed.load.tokens and busiest(shared) < busiest(packed)
+    whole = {piece.index for piece in pieces_of(rollouts(3, groups=num_groups), most=16384)}
+    dealt = {piece.index for rows in shared.ranks for row in rows for piece in row.pieces}
+    assert len(dealt) > len(whole)
+
+
+def test_operations_by_hand():
+    """One token of two layers: q and output 8 x 8, k and v 8 x 4, MLP three times 8 x 16."""
+    a_layer = 2 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
+    assert Load(tokens=1).flops(SHAPE) == 2 * a_layer
+    assert Load(pairs=1).flops(SHAPE) == 2 * (2 * 8 + 2 * 8)
+    assert Load(scored=1).flops(SHAPE) == 2 * 8 * 32
 
 
 @pytest.mark.parametrize("start", [0, 3, 4])

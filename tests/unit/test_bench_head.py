@@ -309,3 +309,17 @@ def test_the_gpu_check_has_written_every_part_before_the_next(tmp_path):
         gpu_check.check({"first": lambda: {"passed": True}, "second": breaks}, out)
     assert json.loads(out.read_text())["first"] == {"passed": True}
     assert gpu_check.check({"first": lambda: {"passed": False}}, out) == 1
+
+
+def test_packed_packages_are_on_the_path_of_the_servers_alone(tmp_path):
+    import zipfile
+
+    for n in (1, 2):
+        with zipfile.ZipFile(tmp_path / f"sglang_{n}.zip", "w") as archive:
+            archive.writestr(f"packed_{n}/__init__.py", f"number = {n}")
+    python = gpu_check.unpack(tmp_path, tmp_path)
+    code = "import packed_1, packed_2, torch, os; print(packed_1.number + packed_2.number)"
+    done = gpu_check.run_within(60.0, [str(python), "-c", code])
+    assert done["passed"] and done["output"] == "3\n"
+    assert not gpu_check.run_within(60.0, [sys.executable, "-c", "import packed_1"])["passed"]
+    assert gpu_check.run_sglang(None)["passed"]

@@ -18,6 +18,13 @@ REQUIRED = {
     "train": {"total_steps": 5},
 }
 
+OVERLAP = {
+    "train__overlap": True,
+    "rollout__engine": "sglang",
+    "loss__importance": "truncated",
+}
+"""What overlapped training needs."""
+
 
 def tree(**changes):
     """The required settings, changed by `section__key=value` and `section={...}`."""
@@ -120,6 +127,11 @@ def test_all_mistakes_are_reported_at_once():
         ({"selection__target_pass_rate": 1.1}, r"selection\.target_pass_rate=1\.1 must lie"),
         ({"selection__mopps_decay": -0.1}, r"selection\.mopps_decay=-0\.1 must lie"),
         ({"train__rollout_budget": 0}, r"train\.rollout_budget=0 must be at least 1"),
+        ({"selection__ppl_agreement": 1.1}, r"selection\.ppl_agreement=1\.1 must lie"),
+        (
+            {"selection__method": "foresight", "selection__ppl_from": "engine"},
+            r"ppl_from=engine gives no entropies, .*set selection\.ppl_from=actor",
+        ),
         ({"selection__horizon": 0}, r"selection\.horizon=0 must be at least 1"),
         ({"parallel__tensor": 0}, r"parallel\.tensor=0"),
         ({"parallel__data": 0}, r"parallel\.data=0"),
@@ -127,7 +139,7 @@ def test_all_mistakes_are_reported_at_once():
         ({"parallel__timeout_minutes": 0}, r"parallel\.timeout_minutes=0"),
         ({"data__max_prompt_tokens": 1}, r"data\.max_prompt_tokens=1 must be at least 2"),
         ({"weighting__clamp": 1.0}, r"weighting\.clamp=1\.0 must be above 1"),
-        ({"weighting__clamp": float("nan")}, r"weighting\.clamp=nan must be above 1"),
+        ({"weighting__clamp": float("nan")}, r"weighting\.clamp=nan: .*finite"),
         ({"optimizer__weight_decay": -1}, r"optimizer\.weight_decay=-1"),
         ({"optimizer__adam_beta1": 1.5}, r"optimizer\.adam_beta1=1\.5"),
         ({"optimizer__adam_beta2": 1.0}, r"optimizer\.adam_beta2=1\.0"),
@@ -145,16 +157,22 @@ def test_all_mistakes_are_reported_at_once():
         ({"loss__clip_high": 0.0}, r"loss\.clip_high=0\.0"),
         ({"loss__kl_coef": -1.0}, r"loss\.kl_coef=-1\.0"),
         ({"loss__entropy_coef": -1.0}, r"loss\.entropy_coef=-1\.0"),
-        ({"loss__importance_cap": 0.0}, r"loss\.importance_cap=0\.0"),
+        ({"loss__importance_high": 0.5}, r"importance_high=0\.5 must enclose 1"),
+        ({"loss__importance_low": 1.5}, r"importance_low=1\.5 .* must enclose 1"),
+        ({"loss__importance_low": -0.1}, r"importance_low=-0\.1 .* must enclose 1"),
         ({"loss__head_memory_mib": 0}, r"loss\.head_memory_mib=0"),
         ({"optimizer__lr": -1.0}, r"optimizer\.lr=-1\.0"),
         ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, r"optimizer\.min_lr=1e-05 must lie between"),
         ({"optimizer__clip_grad": 0.0}, r"optimizer\.clip_grad=0\.0"),
-        ({"train__micro_batch_size": 0}, r"train\.micro_batch_size=0"),
+        ({"train__micro_batch_tokens": 0}, r"train\.micro_batch_tokens=0"),
         ({"eval__every": -1}, r"eval\.every=-1"),
         ({"eval__temperature": 0.0}, r"eval\.temperature=0\.0"),
         ({"checkpoint__every": -1}, r"checkpoint\.every=-1"),
         ({"optimizer__lr": float("nan")}, r"optimizer\.lr=nan"),
+        ({"optimizer__lr": float("inf")}, r"optimizer\.lr=inf: .*finite"),
+        ({"debug__dump_steps": [3, -1]}, r"debug\.dump_steps=-1 must be at least 0"),
+        ({"train__max_skipped_updates": -1}, r"train\.max_skipped_updates=-1"),
+        ({"debug__max_skip_dumps": -1}, r"debug\.max_skip_dumps=-1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(change, message):
@@ -170,17 +188,37 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
             r"train\.mini_batches=3 is more than .*num_selected=2",
         ),
         (
+            {"train": {"total_steps": 5, "packing": False, "share_prefixes": True}},
+            r"train\.share_prefixes=true needs train\.packing=true",
+        ),
+        (
+            {"train__micro_batch_tokens": 1000},
+            r"micro_batch_tokens=1000 is less than data\.max_prompt_tokens=1024 .*set it to 1088",
+        ),
+        (
             {"parallel__data": 17},
             r"parallel\.data=17 .* without one of the 16 rollouts",
         ),
         ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
         ({"profile__steps": [4, 5]}, r"profile\.steps=\[5\]: train\.total_steps=5 steps are count"),
         ({"optimizer__lr_warmup_steps": 5}, r"lr_warmup_steps=5 must be less than .*total_steps=5"),
+        (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
+        (
+            OVERLAP | {"selection__method": "dapo"},
+            r"overlap=true .*selection\.method=dapo has to see",
+        ),
+        (OVERLAP | {"selection__method": "greso"}, r"selection\.method=greso has to see"),
+        (OVERLAP | {"selection__method": "oracle"}, r"selection\.method=oracle has to see"),
+        (OVERLAP | {"loss__importance": "off"}, r"overlap=true .*set loss\.importance=truncated"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         from_tree(tree(**change))
+
+
+def test_overlap_with_all_that_it_needs_is_no_contradiction():
+    assert from_tree(tree(**OVERLAP)).train.overlap
 
 
 def test_the_edges_of_the_ranges_are_allowed():
@@ -282,13 +320,18 @@ def other_value(field):
         ("target_pass_rate", 0.5): 0.25,
         ("mopps_decay", 0.5): 0.25,
         ("clip_low", 0.2): 0.3,
+        ("importance_low", 0.5): 0.4,
+        ("ppl_agreement", 0.95): 0.9,
         ("mini_batches", 1): 2,
         ("clamp", None): 3.0,
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
         ("steps", ()): (0, 3),
         ("ranks", (0,)): (0, 1),
+        ("function", "final_number"): "math",
+        ("max_failed", 0.5): 0.25,
         ("urls", ()): ("http://a:1", "http://b:2"),
+        ("dump_steps", ()): (3, 7),
         ("host", "127.0.0.1"): "10.0.0.1",
         ("address", "127.0.0.1"): "10.0.0.1",
     }
@@ -305,11 +348,12 @@ def other_value(field):
 
 
 def test_round_trip_of_every_setting(tmp_path):
-    """Through a tree and through YAML, with no setting at its default."""
+    """Through a tree and through YAML, with no setting at its default that need not be."""
     changed = tree(parallel__tensor=2)
     for section, field in all_fields():
         if field is not None and field.default is not dataclasses.MISSING:
             changed.setdefault(section.name, {})[field.name] = other_value(field)
+    changed["train"]["packing"] = True  # asked for by share_prefixes
     changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
     config = from_tree(changed)
     assert to_tree(config) == changed

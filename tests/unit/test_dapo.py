@@ -5,7 +5,7 @@ import torch
 
 from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.train import Groups
-from tests.unit.selectors import passes, prompts, run_step, selector
+from tests.unit.selectors import grades, passes, prompts, run_step, selector
 
 
 def pool(num):
@@ -28,7 +28,9 @@ def test_a_step_by_hand():
     def reward(chosen):
         nonlocal paid
         rewards_KG = next(right)
-        paid = paid.and_also(chosen, [f"{i}/{g}" for i in chosen for g in range(4)], rewards_KG)
+        paid = paid.and_also(
+            chosen, [f"{i}/{g}" for i in chosen for g in range(4)], grades(rewards_KG)
+        )
         return rewards_KG
 
     first, second = run_step(chooser, pool(6), 0, reward)
@@ -56,7 +58,7 @@ def test_a_step_without_any_advantage_ends_when_all_are_paid(right):
     def reward(chosen):
         nonlocal paid
         rewards_KG = passes(*[right] * len(chosen))
-        paid = paid.and_also(chosen, [None] * rewards_KG.numel(), rewards_KG)
+        paid = paid.and_also(chosen, [None] * rewards_KG.numel(), grades(rewards_KG))
         return rewards_KG
 
     rounds = run_step(chooser, pool(7), 0, reward)
@@ -73,7 +75,8 @@ def test_a_step_with_enough_advantages_has_one_round():
 
 def test_what_the_last_round_has_too_much_is_dropped():
     """1 + 2 useful groups for K = 2: the first two are trained."""
-    paid = Groups((0, 1), (None,) * 8, passes(0, 1)).and_also((2, 3), (None,) * 8, passes(2, 3))
+    paid = Groups().and_also((0, 1), (None,) * 8, grades(passes(0, 1)))
+    paid = paid.and_also((2, 3), (None,) * 8, grades(passes(2, 3)))
     assert paid.trained_on(2).chosen == (1, 2)
 
 

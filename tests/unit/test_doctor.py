@@ -126,6 +126,24 @@ def test_what_is_needed_depends_on_the_run():
     assert found(plain, "TransformerEngine").state == found(plain, "GPU").state == "note"
 
 
+def test_servers_in_another_environment_are_asked_there():
+    """The trainer's own need not have SGLang then."""
+    engine = "rollout.engine=sglang"
+    own = doctor.examine(laptop(engine))
+    assert "servers" not in [finding.what for finding in own]
+    apart = doctor.examine(laptop(engine, f"servers.python={sys.executable}"))
+    assert found(apart, "servers").state == found(own, "SGLang").state
+    assert found(apart, "SGLang").state != "missing"
+    gone = found(doctor.examine(laptop(engine, "servers.urls=[http://127.0.0.1:1]")), "servers")
+    assert gone.state == "missing" and "no answer from http://127.0.0.1:1/health" in gone.found
+
+
+def test_dashboards_are_named():
+    config = laptop("run.tensorboard=true", "run.wandb_project=mine")
+    assert doctor._dashboards(config) == "metrics.jsonl, TensorBoard, Weights & Biases"
+    assert found(doctor.examine(laptop()), "dashboards").found == "metrics.jsonl"
+
+
 def test_a_taken_port(monkeypatch):
     with socket.socket() as other:
         other.bind(("", 0))

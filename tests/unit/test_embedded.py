@@ -121,6 +121,24 @@ def test_a_completion_does_not_depend_on_its_rank(tmp_path):
     assert_same(generate(engine), generate(engine_of(model, tmp_path)))
 
 
+def test_scores_of_prompts_are_the_models_own_and_complete_on_every_rank(tmp_path):
+    model, shares = MODELS["qwen3"](), []
+
+    def collect(mine):
+        shares.append(mine)
+        return [mine]
+
+    engine = engine_of(model, tmp_path, rank=0, num_ranks=2, gather=collect)
+    with pytest.raises(KeyError):  # the other's share is still missing
+        engine.score_prompts(prompts())
+    engine = engine_of(model, tmp_path, rank=1, num_ranks=2, gather=lambda mine: [*shares, mine])
+    for prompt, scores in zip(prompts(), engine.score_prompts(prompts()), strict=True):
+        tokens_1S = torch.tensor([prompt.tokens])
+        logits_TV, targets_T = model(tokens_1S).logits[0, :-1], tokens_1S[0, 1:]
+        expected_T = -torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="none")
+        assert scores == pytest.approx(expected_T.tolist(), abs=1e-5)
+
+
 def test_a_prompt_is_computed_once_and_ended_rows_leave(tmp_path):
     engine, shapes = engine_of(MODELS["qwen3"](), tmp_path), []
     engine.model.get_input_embeddings().register_forward_hook(

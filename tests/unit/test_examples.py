@@ -69,4 +69,5 @@ def test_methods_of_the_paper_differ_in_selection_and_weighting_only(folder):
     assert known["selection"]["num_selected"] / known["selection"]["num_candidates"] == 0.2
     assert known["rollout"]["samples_per_prompt"] == 8
     assert (known["loss"]["clip_low"], known["loss"]["clip_high"]) == (0.2, 0.28)
+    assert known["reward"]["function"] == "math"
     assert known["loss"]["kl_coef"] == known["loss"]["entropy_coef"] == 0

@@ -1,10 +1,15 @@
 """The launcher: all end well, or all end, and the error shown is that of the first to fail."""
 
+import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
 
+from megatron_prepo import local_ranks
+from megatron_prepo.errors import Stopped
 from megatron_prepo.local_ranks import RanksFailed, start
 
 
@@ -56,7 +61,7 @@ def test_a_users_error_has_no_stack_trace(tmp_path):
     code = "sys.exit(run_rank(lambda: (_ for _ in ()).throw(UserError('set x=1'))))"
     with pytest.raises(RanksFailed) as failure:
         run(tmp_path, code)
-    assert str(failure.value) == "error: set x=1"
+    assert str(failure.value) == "error: set x=1" and failure.value.exit_code == 2
 
 
 def test_a_killed_rank_is_named(tmp_path):
@@ -64,3 +69,62 @@ def test_a_killed_rank_is_named(tmp_path):
     with pytest.raises(RanksFailed, match="rank 1 died with SIGKILL") as failure:
         run(tmp_path, code)
     assert "out of memory" in str(failure.value) and "last words" in str(failure.value)
+
+
+STOPPABLE = """
+from megatron_prepo.errors import Stopped
+def main():
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: asked.append(True))
+    open(os.path.join(os.environ["READY"], str(rank)), "w").close()
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(0.3 * rank)
+    raise Stopped("saved", exit_code=75)
+sys.exit(run_rank(main))
+"""
+
+
+def ask_when_ready(tmp_path, number: int, ask) -> None:
+    """In the background: `ask(number)` once all three ranks listen."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("[0-9]"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ask(number)
+
+    threading.Thread(target=wait).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_reaches_all_ranks_and_waits_for_them(
+    tmp_path, monkeypatch, number
+):
+    monkeypatch.setenv("READY", str(tmp_path))
+    before = signal.getsignal(number)
+    ask_when_ready(tmp_path, number, lambda number: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match="saved") as stopped:
+        run(tmp_path, STOPPABLE)
+    assert stopped.value.exit_code == 75
+    assert len(list((tmp_path / "logs").glob("*.error"))) == 3
+    assert signal.getsignal(number) == before
+
+
+def test_a_rank_that_leaves_without_saving_has_not_failed(tmp_path):
+    code = "time.sleep(0.2 * rank)\nos._exit(75 if rank == 0 else 1)"
+    with pytest.raises(Stopped, match="before a step could be saved"):
+        run(tmp_path, code)
+
+
+def test_a_signal_before_the_ranks_listen_stops_them_too(tmp_path):
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped):
+        run(tmp_path, "time.sleep(60)")
+
+
+def test_ranks_that_do_not_follow_the_one_that_left_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_ranks, "LEAVING_SECONDS", 0.3)
+    with pytest.raises(Stopped):
+        run(tmp_path, "os._exit(75) if rank == 0 else time.sleep(60)")

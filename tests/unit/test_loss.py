@@ -11,7 +11,6 @@ from megatron_prepo.loss import (
     k3,
     policy_loss,
     rollout_coefficients,
-    truncated_importance,
 )
 
 LENGTHS_N = torch.tensor([3, 1, 4, 2])
@@ -299,14 +298,6 @@ def test_importance_multiplies_the_objective_but_not_bonus_and_penalty():
     with_all, with_only, without_but, without = gradients
     torch.testing.assert_close(with_only, importance_T * without)
     torch.testing.assert_close(with_all - with_only, without_but - without)
-
-
-def test_truncated_importance_by_hand():
-    """Ratios 1/2, 1, 2 and 8 under a cap of 2."""
-    old_T = torch.tensor([0.1, 0.2, 0.4, 0.8]).log()
-    engine_T = torch.tensor([0.2, 0.2, 0.2, 0.1]).log()
-    importance_T = truncated_importance(old_T, engine_T, 2.0)
-    assert importance_T.tolist() == pytest.approx([0.5, 1.0, 2.0, 2.0], rel=1e-6)
 
 
 # Kullback-Leibler

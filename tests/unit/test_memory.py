@@ -8,8 +8,10 @@ import torch
 from megatron.core import tensor_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.dry_run import pretend
 from megatron_prepo.actor.model import build_model
+from megatron_prepo.actor.rows import Piece, Row
 from megatron_prepo.actor.vocab_parallel import vocab_parallel_logprobs_and_entropy
 from megatron_prepo.config import ModelConfig, ParallelConfig
 from megatron_prepo.memory import (
@@ -19,6 +21,7 @@ from megatron_prepo.memory import (
     layer_activations,
     stage_activations,
 )
+from megatron_prepo.records import ScoredSequence
 
 DENSE = {
     "model_type": "qwen2",
@@ -40,7 +43,7 @@ EXPERTS = NORMED | {
     "moe_intermediate_size": 96,
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-BATCH = {"sequences": 2, "length": 64}
+TOKENS = 128
 
 
 def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers: int) -> int:
@@ -58,9 +61,12 @@ def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers:
                 kept[storage.data_ptr()] = storage  # alive, so that no address comes twice
             return tensor
 
-        tokens = torch.arange(128).view(2, 64)
+        # one sequence is one call of attention, as a GPU's kernel is for any number of them
+        sequence = ScoredSequence(tuple(range(TOKENS + 1)), 1)
+        piece = Piece(index=(0,), prefix=0, scored=(TOKENS,))
+        batch = micro_batch([sequence], Row((piece,), (0,)))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(tokens, torch.arange(64).expand(2, 64), None)
+            model(batch.tokens_T[None], None, None, packed_seq_params=batch.layout)
         return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -71,7 +77,7 @@ def test_a_layers_activations_are_what_autograd_keeps(hf, tensor, sequence):
         pytest.skip("Megatron's experts need sequence parallelism beside tensor parallelism")
     parallel = ParallelConfig(tensor=tensor, sequence=sequence)
     two, three = (kept_by_autograd(hf, parallel, {}, layers) for layers in (2, 3))
-    predicted = layer_activations(Shape.of(hf), parallel, "torch", **BATCH)
+    predicted = layer_activations(Shape.of(hf), parallel, "torch", tokens=TOKENS)
     # routing probabilities of experts are not split over tensor ranks: 2 bytes a token
     assert predicted == pytest.approx(three - two, rel=1e-3 if hf is EXPERTS else 1e-9)
 
@@ -81,19 +87,21 @@ def test_full_recomputation_keeps_the_layers_inputs(tensor, sequence):
     parallel = ParallelConfig(tensor=tensor, sequence=sequence)
     two, four = (kept_by_autograd(DENSE, parallel, FULL, layers) for layers in (2, 4))
     shape = Shape.of(DENSE)
-    one = layer_activations(shape, parallel, "torch", **BATCH)
-    stage = stage_activations(shape, parallel, "torch", FULL, num_layers=4, in_flight=3, **BATCH)
+    one = layer_activations(shape, parallel, "torch", tokens=TOKENS)
+    stage = stage_activations(
+        shape, parallel, "torch", FULL, num_layers=4, in_flight=3, tokens=TOKENS
+    )
     assert stage == 3 * 2 * (four - two) + one
 
 
 def test_recomputation_of_groups_and_of_the_first_layers():
     shape, parallel = Shape.of(DENSE), ParallelConfig()
-    one = layer_activations(shape, parallel, "torch", **BATCH)
-    kept = 2 * 128 * 2 * 64
+    one = layer_activations(shape, parallel, "torch", tokens=TOKENS)
+    kept = 2 * 128 * TOKENS
 
     def stage(megatron: dict) -> float:
         return stage_activations(
-            shape, parallel, "torch", megatron, num_layers=5, in_flight=2, **BATCH
+            shape, parallel, "torch", megatron, num_layers=5, in_flight=2, tokens=TOKENS
         )
 
     assert stage({}) == stage({"recompute_granularity": "selective"}) == 10 * one
@@ -105,7 +113,7 @@ def test_recomputation_of_groups_and_of_the_first_layers():
 def test_transformer_engines_layers_by_hand():
     """One token, all numbers small: 8 h + 4 q + 4 g + 4 a + 6 f, over tensor 2 but for 8 h."""
     shape = Shape.of(DENSE)
-    count = {"sequences": 1, "length": 1}
+    count = {"tokens": 1}
     assert (shape.queries, shape.keys) == (128, 32)
     rest = 4 * 128 + 4 * 32 + 4 * 8 + 6 * 192
     whole = layer_activations(shape, ParallelConfig(), "te", **count)
@@ -119,7 +127,7 @@ def test_transformer_engines_layers_by_hand():
 def test_experts_spread_over_ranks_get_their_share_of_the_tokens():
     """Expert parallelism: a token's experts see it on one rank, and are whole there."""
     shape = Shape.of(EXPERTS)
-    count = {"sequences": 1, "length": 1}
+    count = {"tokens": 1}
     both = ParallelConfig(tensor=2, sequence=True)
     together = layer_activations(shape, both, "te", **count)
     apart = layer_activations(
@@ -177,9 +185,7 @@ def test_the_heads_workspace_covers_its_peak(chunk, tokens):
             hidden, weight, targets, vocab_size=4096, chunk_tokens=chunk
         )
         (logprobs.sum() + entropy.sum()).backward()
-    predicted = head_workspace(
-        shape, ParallelConfig(), chunk_tokens=chunk, sequences=1, length=tokens
-    )
+    predicted = head_workspace(shape, ParallelConfig(), chunk_tokens=chunk, tokens=tokens)
     # on a CPU operands are copied to float32 first, which CUDA's matrix product does not need
     copies = 4 * (4096 * 128 + chunk * 4096 + chunk * 128)
     assert 0.9 * predicted <= mode.most <= predicted + copies, (predicted, mode.most, copies)

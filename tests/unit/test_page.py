@@ -2,9 +2,12 @@
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as xml
 
+import fake_train
 import pytest
+import yaml
 
 from megatron_prepo import comparison, figures, page
 from megatron_prepo.cli import main
@@ -177,3 +180,71 @@ def test_without_a_baseline_that_gains_the_page_says_so():
 def test_names_are_escaped():
     records = [lifelike("random", 1, "<script>alert(1)</script>")]
     assert "<script" not in page.page({records[0]["comparison"]: records})
+
+
+@pytest.fixture
+def cluster_run(tmp_path, monkeypatch):
+    """A run of GRESO through SGLang, as its directory is: groups dropped, one completion cut."""
+    model = tmp_path / "model"
+    model.mkdir()
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"hf": str(model)},
+        "data": {"train": "absent", "eval": "absent"},
+        "selection": {"method": "greso", "num_candidates": 20, "num_selected": 4},
+        "rollout": {"engine": "sglang", "samples_per_prompt": 2, "max_new_tokens": 8},
+        "servers": {"urls": ["http://10.0.0.8:30000"]},
+        "train": {"total_steps": 80},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    monkeypatch.setenv("FAKE_STARTED", str(tmp_path / "started"))
+    directory = tmp_path / "run"
+    (directory / "logs" / "node_1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["train", str(path)])
+    fake_train.main()
+    entries = [json.loads(line) for line in (directory / "ledger.jsonl").read_text().splitlines()]
+    for entry in entries[:2]:
+        entry |= {"trained": False, "weight": None, "mean_entropy": None, "aborted": True}
+    (directory / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return directory
+
+
+def test_a_run_that_goes_on_is_reported_as_far_as_it_is(cluster_run, tmp_path):
+    """Also while a line is being written."""
+    (cluster_run / "summary.json").unlink()
+    for name in ("metrics", "ledger", "evaluations"):
+        with open(cluster_run / f"{name}.jsonl", "a") as file:
+            file.write('{"step": 3, "rew')
+    assert main(["report", str(cluster_run), "--out", str(tmp_path / "page.html")]) == 0
+    text = body_of((tmp_path / "page.html").read_text())
+    assert "steps 3 of 80, unfinished" in text and "rollouts 24 " in text
+    assert "pass rate so far 0.600 0.300 to 0.700" in text and "gain so far 0.200 " in text
+    assert "greso, weights relative_entropy" in text
+
+
+def test_a_finished_run_of_a_cluster_is_reported(cluster_run, tmp_path):
+    summary = json.loads((cluster_run / "summary.json").read_text())
+    intervals = {f"{key}_ci95": [0.3, 0.7] for key in ("pass_rate_before", "pass_rate_after")}
+    summary |= intervals | {"gain": 0.2, "gain_ci95": [0.1, 0.3], "weighting": "none", "ranks": 16}
+    (cluster_run / "summary.json").write_text(json.dumps(summary))
+    assert main(["report", str(cluster_run), "--out", str(tmp_path / "page.html")]) == 0
+    text = body_of((tmp_path / "page.html").read_text())
+    assert "gain, prompt by prompt 0.200 0.100 to 0.300" in text and "unfinished" not in text
+
+
+def test_a_run_without_an_evaluation_is_a_sentence(cluster_run, tmp_path, capsys):
+    for name in ("summary.json", "evaluations.jsonl", "metrics.jsonl", "ledger.jsonl"):
+        (cluster_run / name).unlink()
+    assert main(["report", str(cluster_run)]) == 2
+    assert "neither a run's directory" in capsys.readouterr().err
+    for name in ("evaluations.jsonl", "metrics.jsonl", "ledger.jsonl"):
+        (cluster_run / name).touch()
+    assert main(["report", str(cluster_run)]) == 2
+    assert "has not been evaluated yet" in capsys.readouterr().err
+    first = json.dumps(
+        {"step": 0, "rollouts": 0, "tokens": 0, "seconds": 0.0, "pass_rate": 0.4}
+        | {"pass_rate_ci95": [0.3, 0.5], "samples_per_prompt": 4}
+    )
+    (cluster_run / "evaluations.jsonl").write_text(first + "\n")
+    assert main(["report", str(cluster_run), "--out", str(tmp_path / "page.html")]) == 0

@@ -8,33 +8,54 @@ import torch.nn.functional as F
 
 from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.policy import Scores
-from megatron_prepo.perplexity import perplexity, prompt_scores, scored_span
+from megatron_prepo.actor.rows import plan_rows
+from megatron_prepo.memory import Shape
+from megatron_prepo.perplexity import (
+    check_agreement,
+    engine_perplexities,
+    perplexity,
+    prompt_scores,
+    scored_span,
+)
 from megatron_prepo.records import Prompt
 
 V = 7
+SHAPE = Shape(
+    layers=1,
+    hidden=1,
+    heads=1,
+    groups=1,
+    head_size=1,
+    mlp=1,
+    vocabulary=V,
+    experts=0,
+    experts_a_token=0,
+    head_norms=False,
+)
 
 
 class Bigram:
-    """Stands in for the actor: log p(next | previous) from a table, a padded batch at a time."""
+    """Stands in for the actor: log p(next | previous) from a table, a row at a time."""
 
-    def __init__(self, logits_VV, micro_batch_size=2):
+    def __init__(self, logits_VV, budget=8):
         self.logprobs_VV = logits_VV.log_softmax(-1)
-        self.micro_batch_size = micro_batch_size
+        self.budget = budget
         self.temperatures = []
 
     def score(self, sequences, *, temperature):
         self.temperatures.append(temperature)
-        scores = []
-        for first in range(0, len(sequences), self.micro_batch_size):
-            index = range(first, min(first + self.micro_batch_size, len(sequences)))
-            batch = micro_batch(sequences, index, multiple=4, device="cpu")
-            for row in range(len(index)):
-                scored = batch.targets_BS[row] >= 0
-                tokens = batch.tokens_BS[row][scored]
-                logprobs_TV = self.logprobs_VV[tokens]
-                targets_T = batch.targets_BS[row][scored]
-                entropy_T = -torch.special.xlogy(logprobs_TV.exp(), logprobs_TV.exp()).sum(-1)
-                scores.append(Scores(logprobs_TV.gather(1, targets_T[:, None])[:, 0], entropy_T))
+        scores = [None] * len(sequences)
+        plan = plan_rows(sequences, num_ranks=1, budget=self.budget, shape=SHAPE, multiple=4)
+        for row in plan.ranks[0]:
+            batch = micro_batch(sequences, row, multiple=4)
+            scored_T = batch.targets_T >= 0
+            logprobs_RV = self.logprobs_VV[batch.tokens_T[scored_T]]
+            logprobs_R = logprobs_RV.gather(1, batch.targets_T[scored_T][:, None])[:, 0]
+            entropy_R = -torch.special.xlogy(logprobs_RV.exp(), logprobs_RV.exp()).sum(-1)
+            lengths = [sequences[i].num_scored for i in batch.index]
+            parts = zip(logprobs_R.split(lengths), entropy_R.split(lengths), strict=True)
+            for i, part in zip(batch.index, parts, strict=True):
+                scores[i] = Scores(*part)
         return scores
 
 
@@ -90,14 +111,46 @@ def test_never_below_one():
     assert (prompt_scores(random_bigram(), PROMPTS)[0] >= 1).all()
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
-def test_order_and_padding_of_the_batch_do_not_matter(micro_batch_size):
+@pytest.mark.parametrize("budget", [6, 9, 100])
+def test_order_and_packing_of_the_batch_do_not_matter(budget):
     model = random_bigram()
     expected_P = torch.cat([prompt_scores(model, [item])[0] for item in PROMPTS])
-    model.micro_batch_size = micro_batch_size
+    model.budget = budget
     order = [2, 0, 3, 1]
     ppl_P, _ = prompt_scores(model, [PROMPTS[i] for i in order])
     torch.testing.assert_close(ppl_P, expected_P[order], rtol=1e-12, atol=0)
+
+
+class BigramEngine:
+    """Stands in for an engine that has the weights of a `Bigram`."""
+
+    def __init__(self, bigram):
+        self.bigram = bigram
+
+    def score_prompts(self, prompts):
+        pairs = [[*zip(p.tokens, p.tokens[1:], strict=False)] for p in prompts]
+        return [[self.bigram.logprobs_VV[a, b].item() for a, b in row] for row in pairs]
+
+
+@pytest.mark.parametrize("tokens", ["all", "content"])
+def test_the_engines_perplexity_has_the_same_definition(tokens):
+    model = random_bigram()
+    prompts = [*PROMPTS, prompt([5, 6, 1, 2, 0], content=(2, 4))]
+    ppl_P = engine_perplexities(BigramEngine(model), prompts, tokens)
+    assert ppl_P.dtype == torch.float64
+    torch.testing.assert_close(ppl_P, prompt_scores(model, prompts, tokens)[0], rtol=1e-6, atol=0)
+
+
+def test_perplexities_that_rank_prompts_differently_are_refused():
+    """Spearman's correlation of (1, 2, 3) with (10, 11, 15) is 1, with (1, 3, 2) is 1/2."""
+    actor_P = torch.tensor([1.0, 2.0, 3.0])
+    check_agreement(torch.tensor([10.0, 11.0, 15.0]), actor_P, 1.0)
+    swapped_P = torch.tensor([1.0, 3.0, 2.0])
+    check_agreement(swapped_P, actor_P, 0.5)
+    with pytest.raises(ValueError, match=r"is 0\.500 over 3 prompts, below .*ppl_agreement=0\.51"):
+        check_agreement(swapped_P, actor_P, 0.51)
+    with pytest.raises(ValueError, match=r"is 0\.000 "):
+        check_agreement(torch.ones(3), actor_P, 0.1)
 
 
 def test_the_policy_is_asked_at_temperature_one():

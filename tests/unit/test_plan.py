@@ -7,7 +7,7 @@ import yaml
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_prepo import gpus, layouts, plan
+from megatron_prepo import gpus, layouts, plan, plan_text
 from megatron_prepo.actor.dry_run import count_parameters, each_rank, each_stage, pretend
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.cli import main
@@ -33,7 +33,7 @@ TREE = {
     "data": {"train": "absent", "eval": "absent", "max_prompt_tokens": 1024},
     "selection": {"num_candidates": 640, "num_selected": 128},
     "rollout": {"max_new_tokens": 3072},
-    "train": {"total_steps": 100, "micro_batch_size": 1, "mini_batches": 2},
+    "train": {"total_steps": 100, "micro_batch_tokens": 4096, "mini_batches": 2},
     "optimizer": {"use_distributed_optimizer": True},
 }
 
@@ -212,7 +212,11 @@ def test_a_thousand_gpus_and_more(configured):
         ({"parallel": {"pipeline": 5}}, 10, "num_hidden_layers=28"),
         ({"parallel": {"tensor": 4}}, 6, "6 ranks do not fit parallel.tensor=4"),
         ({"parallel": {"data": 3}}, 4, "parallel.data=3"),
-        ({"rollout": {"max_new_tokens": 8000}}, 4, "8192 positions"),
+        (
+            {"rollout": {"max_new_tokens": 8000}, "train": {"micro_batch_tokens": 16384}},
+            4,
+            "8192 positions",
+        ),
         ({"parallel": {}, "selection": {"num_selected": 1}}, 64, "mini_batches=2"),
     ],
 )
@@ -360,6 +364,19 @@ def test_suggestions_fit_and_come_in_order(configured):
         assert layout.total + question.reserve <= memory
 
 
+def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
+    here, elsewhere = (
+        plan.make_plan(configured(), plan.Question(gpus=8, engine=engine))
+        for engine in ("sglang", "elsewhere")
+    )
+    for beside, alone in zip(here.ranks, elsewhere.ranks, strict=True):
+        assert alone.engine_weights == alone.kv_cache == 0 < beside.engine_weights
+        assert alone.actor == beside.actor and alone.activations == beside.activations
+    assert elsewhere.seconds["rollouts"] == (0, 0) and here.seconds["rollouts"][0] > 0
+    assert elsewhere.seconds["update"] == here.seconds["update"]
+    assert "engine: elsewhere" in plan_text.text(elsewhere, ())
+
+
 def test_suggestions_undo_an_uneven_pipeline(configured):
     """Its numbers of layers belong to the configured pipeline, not to a suggested one."""
     uneven = {"num_layers_in_first_pipeline_stage": 13}
@@ -386,7 +403,7 @@ def test_the_command_prints_a_narrow_table_and_json(configured, tmp_path, capsys
     assert max(map(len, table.splitlines())) <= 100
     for part in ("7,615,616,512 parameters", "\nfits: ", "issue 959", "102,400 rollouts"):
         assert part in table, table
-    assert main([*words, *layout, "train.micro_batch_size=64", "--json"]) == 1
+    assert main([*words, *layout, "train.micro_batch_tokens=262144", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["parameters"] == 7_615_616_512 and not answer["fits"]
     assert answer["ranks"][0]["total"] > answer["memory"]

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.rewards.boxed import last_boxed
 from tools.prepare_data import (
     HENDRYCKS,
     Problem,
     decontaminate,
-    last_boxed,
     main,
     read_problems,
     split,
@@ -273,3 +273,35 @@ def test_a_wrong_name_or_file_is_a_sentence(tmp_path, capsys):
     assert "no such file or folder: absent.jsonl" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--suite", "aime25", "--out", str(tmp_path)])
+
+
+def test_perplexities_are_those_of_transformers_and_are_drawn(tmp_path):
+    """exp of its own loss, of the laptop's model on its own prompts and on rows of one prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.e2e.laptop import LAPTOP
+
+    base = str(LAPTOP / "base")
+    lines = (LAPTOP / "train.jsonl").read_text().splitlines()[:20]
+    rows = [
+        {"problem": json.loads(line)["prompt"], "answer": "1", "id": str(i)}
+        for i, line in enumerate(lines)
+    ]
+    path = rows_file(tmp_path, "rows", *rows)
+    words = ["--suite", f"aime25={path}", "--out", str(tmp_path), "--perplexity", base]
+    assert main(words) == 0
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(base),
+    )
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            ids = tokenizer(row["problem"], return_tensors="pt").input_ids
+            losses.append(float(model(ids, labels=ids).loss))
+    expected = torch.tensor(losses).exp().quantile(torch.tensor([0.0, 0.5, 1.0]))
+    found = json.loads((tmp_path / "statistics.json").read_text())["perplexity"]["aime25"]
+    assert [found[q] for q in ("q0", "q50", "q100")] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert found["prompts"] == 20
+    assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")

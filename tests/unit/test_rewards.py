@@ -1,12 +1,14 @@
-"""Grading: GSM8K's `####` convention, and the bounds that a reward function promises."""
+"""Reward functions by name, and GSM8K's `####` convention."""
 
-import math
+from pathlib import Path
 
 import pytest
 
-from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rewards import FUNCTIONS, grade
+from megatron_prepo.errors import UserError
+from megatron_prepo.rewards import FUNCTIONS, check_file, check_name, load
 from megatron_prepo.rewards.final_number import final_number
+
+FILE = Path(__file__).resolve().parents[1] / "reward_functions.py"
 
 
 @pytest.mark.parametrize(
@@ -47,30 +49,23 @@ def test_anything_else_is_wrong(completion, answer):
     assert final_number(completion, answer) == 0.0
 
 
-def rollouts(texts):
-    prompt = Prompt("prompt-7", "2 + 3", "5", (1, 2), (0, 2))
-    return [Rollout(prompt, (3,), (-0.5,), text, True, 0) for text in texts]
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_found_by_name_and_tell_right_from_wrong(name):
+    right = {"final_number": "#### 5", "math": "\\boxed{5}"}[name]
+    assert load(name)(right, "5") == 1.0 and load(name)("5", "5") == 0.0
 
 
-def test_rewards_come_in_the_order_of_the_rollouts():
-    texts = ["#### 5", "#### 4", "", "#### 5"]
-    assert grade(rollouts(texts), FUNCTIONS["final_number"]) == [1.0, 0.0, 0.0, 1.0]
-    assert grade([], FUNCTIONS["final_number"]) == []
+def test_a_function_of_ones_own_is_found_by_its_file():
+    assert load(f"{FILE}:length")("four", "") == 0.4
 
 
-def test_a_completion_is_graded_against_the_answer_of_its_own_prompt():
-    graded = []
-    grade(rollouts(["a", "b"]), lambda text, answer: graded.append((text, answer)) or 0.0)
-    assert graded == [("a", "5"), ("b", "5")]
+@pytest.mark.parametrize("name", ["maths", "file.py", "file:f", "file.py:f()", ":math", ""])
+def test_another_name_is_refused(name):
+    with pytest.raises(UserError, match="is none of final_number, math, and not of the form"):
+        check_name(name)
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -0.1, 1.1])
-def test_a_reward_out_of_bounds_is_refused_by_name(reward):
-    with pytest.raises(
-        ValueError, match=r"prompt-7.*the text.*reward\.low=0\.0.*reward\.high=1\.0"
-    ):
-        grade(rollouts(["the text"]), lambda text, answer: reward)
-
-
-def test_bounds_are_settings():
-    assert grade(rollouts(["a"]), lambda text, answer: -1, low=-1, high=1) == [-1.0]
+def test_a_file_that_is_not_there_is_refused():
+    check_file("math"), check_file(f"{FILE}:length")
+    with pytest.raises(UserError, match=r"no such file: absent\.py"):
+        check_file("absent.py:f")

@@ -1,5 +1,6 @@
 """The SGLang engine over fake servers: what a weight sync does, and what stops it."""
 
+import threading
 from types import SimpleNamespace
 
 import fake_sglang
@@ -10,6 +11,7 @@ from fake_sglang import FakeSGLang
 
 from megatron_prepo import weight_sync
 from megatron_prepo.records import Prompt
+from megatron_prepo.rollout.sglang import ipc
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.weight_sync import check_names, sync_weights
@@ -98,13 +100,67 @@ def rollouts(engine):
     )
 
 
+def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
+    """Asked in another order, which would spread them differently."""
+    engine, config = build(fakes, verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    fakes[0].prompt_logprobs = fakes[1].prompt_logprobs = lambda ids: [-t / 100 for t in ids[1:]]
+    assert engine.score_prompts(PROMPTS) == [[-0.06, -(7 + i) / 100] for i in range(4)]
+    scored = [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
+    assert all(len(prompts) == 2 for prompts in scored)
+    engine.generate(
+        [PROMPTS[i] for i in (1, 0, 3, 2)],
+        samples_per_prompt=3,
+        temperature=1.0,
+        max_new_tokens=12,
+        seed="1/x",
+    )
+    assert scored == [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
+
+
+def test_scores_of_other_weights_are_refused(build, hf, fakes):
+    engine, config = build(fakes[:1], verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    fakes[0].version = "another"
+    with pytest.raises(EngineError, match="by weights another"):
+        engine.score_prompts(PROMPTS)
+
+
+def test_generation_in_the_background_is_waited_for_and_the_engine_kept_from_all_else(
+    build, hf, fakes
+):
+    engine, config = build(fakes, verify="never")
+    actor, open_gate = FakeActor(hf), threading.Event()
+    sync_weights(actor, engine, config, PROBE)
+    expected = rollouts(engine)
+    for fake in fakes:
+        fake.fault = lambda path, body: path == "/generate" and not open_gate.wait(60)
+    under_way = engine.start_generate(
+        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x"
+    )
+    for call in (
+        lambda: sync_weights(actor, engine, config, PROBE),
+        lambda: rollouts(engine),
+        lambda: engine.score_prompts(PROMPTS),
+        lambda: engine.prompt_logprobs(PROBE),
+    ):
+        with pytest.raises(AssertionError, match="still generating"):
+            call()
+    actor.update()
+    open_gate.set()
+    assert under_way.result() == expected and under_way.seconds > 0
+    assert {rollout.weight_version for rollout in expected} == {0}
+    sync_weights(actor, engine, config, PROBE)
+    assert {rollout.weight_version for rollout in rollouts(engine)} == {1}
+
+
 def assert_has_weights(fake, actor) -> None:
     assert fake.weights.keys() == actor.weights.keys()
     for name, tensor in actor.weights.items():
         assert torch.equal(fake.weights[name], tensor), name
 
 
-@pytest.mark.parametrize("transport", ["value", "disk"])
+@pytest.mark.parametrize("transport", ["value", "disk", "ipc"])
 def test_a_sync_brings_every_tensor_bit_for_bit(build, hf, fakes, transport, monkeypatch):
     engine, config = build(fakes, transport=transport)
     monkeypatch.setattr(weight_sync, "buckets", lambda weights, limit: small_buckets(weights))
@@ -128,7 +184,7 @@ def test_a_server_whose_logits_are_rounded_otherwise_is_refused(build, hf):
 
 
 def small_buckets(weights):
-    from checkpoints_convert.megatron_to_hf import buckets
+    from checkpoints_convert.hf_files import buckets
 
     return buckets(weights, 4096)
 
@@ -219,6 +275,53 @@ def test_a_server_that_dies_in_a_sync_is_left_out_and_comes_back_at_the_next(
     assert "logprob_start_len" in fakes[0].requests[0], "a server that came back is verified"
     rollouts(engine)
     assert all(len(fake.requests) > 4 for fake in fakes)
+
+
+@pytest.mark.parametrize(
+    ("transport", "fault"),
+    [
+        ("ipc", "die"),
+        ("ipc", "hang"),
+        ("ipc", "garbage"),
+        ("value", "drip"),
+        ("value", "reset"),
+        ("disk", "500"),
+        ("disk", "text"),
+    ],
+)
+def test_a_server_at_fault_in_a_sync_has_no_part_in_the_next_rollouts(
+    build, hf, fakes, transport, fault
+):
+    engine, config = build(fakes, transport=transport, request_seconds=6.0)
+    actor = FakeActor(hf)
+    fakes[0].fault = lambda called, body: fault if "update_weights" in called else None
+    if fault == "text":  # an answer, and no yes
+        with pytest.raises(EngineError, match=f"{fakes[0].url} answered busy"):
+            sync_weights(actor, engine, config, PROBE)
+        return
+    sync_weights(actor, engine, config, PROBE)
+    assert fakes[0].url in engine.said[0] and len(engine.said) == 1
+    assert len(rollouts(engine)) == 12 and not fakes[0].requests
+    assert_has_weights(fakes[1], actor)
+    fakes[0].restart()
+    sync_weights(actor, engine, config, PROBE)
+    assert_has_weights(fakes[0], actor)
+
+
+def test_a_disk_that_takes_nothing_is_an_error_of_the_engine(build, hf, fakes, tmp_path):
+    (tmp_path / "file").touch()
+    engine, config = build(fakes, transport="disk", directory=str(tmp_path / "file" / "weights"))
+    with pytest.raises(EngineError, match=r"weights to the servers: .*file"):
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+    assert not fakes[0].paused and not fakes[1].paused
+
+
+def test_shared_memory_that_does_not_suffice(build, hf, fakes, monkeypatch):
+    engine, config = build(fakes, transport="ipc")
+    monkeypatch.setattr(ipc.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(EngineError, match=r"0 are free: lower weight_sync.bucket_mb=1"):
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+    assert not fakes[0].paused
 
 
 def test_a_server_that_comes_back_with_old_weights_gets_no_work_until_the_next_sync(

@@ -2,7 +2,9 @@
 
 import hashlib
 import random
+import time
 from collections import Counter
+from dataclasses import replace
 
 import fake_sglang
 import pytest
@@ -12,10 +14,12 @@ from megatron_prepo.config import ServersConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.sglang import generation
 from megatron_prepo.rollout.sglang.completion import Job, Sampling
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
+from megatron_prepo.rollout.sglang.perplexity import Probing
 
 SAMPLING = Sampling(0.7, 12, frozenset({2}), "run.3", fake_sglang.VOCAB)
+PROBING = Probing("run.3", fake_sglang.VOCAB)
 GROUP = 4
 
 
@@ -49,17 +53,24 @@ def expected(job: Job) -> tuple[int, ...]:
 class Run:
     """One generation over some fakes; what came of it, and what the fleet said."""
 
-    def __init__(self, fakes, num_prompts=8, **settings):
+    def __init__(self, fakes, num_prompts=8, asked=SAMPLING, cached_at=None, **settings):
         self.jobs, self.said, self.progress = jobs(num_prompts), [], []
+        if isinstance(asked, Probing):
+            self.jobs = [replace(job, number=n) for n, job in enumerate(self.jobs[::GROUP])]
         settings = {"request_seconds": 6.0, "connect_seconds": 4.0} | settings
         self.fleet = Fleet(
             [Server(fake.url) for fake in fakes], ServersConfig(**settings), say=self.said.append
         )
         try:
-            run = Generation(
-                self.fleet, self.jobs, SAMPLING, lambda *state: self.progress.append(state)
-            ).run()
-            self.completions = self.fleet.run(run).result(timeout=300)
+            generation = Generation(
+                self.fleet,
+                self.jobs,
+                asked,
+                lambda *state: self.progress.append(state),
+                {prompt: self.fleet.servers[i] for prompt, i in (cached_at or {}).items()},
+            )
+            self.completions = self.fleet.run(generation.run()).result(timeout=300)
+            self.homes = {p: self.fleet.servers.index(s) for p, s in generation.homes.items()}
         finally:
             self.fleet.close()
 
@@ -106,6 +117,71 @@ def test_a_prompt_stays_at_a_server_and_servers_share_the_prompts(fakes):
     prompts = [Counter(tuple(body["input_ids"]) for body in fake.requests) for fake in fakes]
     assert not prompts[0].keys() & prompts[1].keys()
     assert {len(p) for p in prompts} == {6} and set(prompts[0].values()) == {GROUP}
+
+
+def test_a_prompt_goes_where_it_was_scored_as_long_as_that_is_hardly_busier(fakes):
+    """Without a hint the first prompt goes to the first server, the second to the second, ..."""
+    hints = {f"p{i}": 1 - i % 2 for i in range(8)}
+    followed = Run(fakes, cached_at=hints)
+    followed.assert_complete()
+    assert followed.homes == hints
+    alone = Run(fakes, num_prompts=12, cached_at=dict.fromkeys(hints, 1), concurrency=64)
+    alone.assert_complete()
+    share = Counter(alone.homes.values())
+    assert min(share.values()) >= 5, "one server is not left to idle"
+
+
+def test_a_full_server_that_has_scored_a_prompt_is_not_waited_for(fakes):
+    Run(fakes, cached_at={f"p{i}": 1 for i in range(8)}, concurrency=2).assert_complete()
+    assert len(fakes[0].requests) >= 8
+
+
+def test_probes_score_each_prompt_once_and_in_order(fakes):
+    for fake in fakes:
+        fake.prompt_logprobs = lambda ids: [-token / 100 for token in ids[1:]]
+    run = Run(fakes, asked=PROBING)
+    assert run.completions == [[-t / 100 for t in job.prompt.tokens[1:]] for job in run.jobs]
+    bodies = fakes[0].requests + fakes[1].requests
+    assert len(bodies) == 8 and all(fake.requests for fake in fakes)
+    for body in bodies:
+        assert body["return_logprob"] is True and body["logprob_start_len"] == 0
+        assert body["sampling_params"] == {"max_new_tokens": 0, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "garbage", "text", "short", "nan"])
+def test_a_probe_that_fails_is_mended_by_another_try(fakes, fault):
+    fakes[0].fault = only_generate(fault, at={0, 1})
+    run = Run(fakes, asked=PROBING)
+    assert [len(logprobs) for logprobs in run.completions] == [2] * 8
+    assert run.said == []
+
+
+@pytest.mark.parametrize(("number", "accepted"), [(258, True), (0, True), (5, False)])
+def test_the_last_token_of_the_vocabulary_may_have_the_number_0(number, accepted):
+    """SGLang 0.5.21: any token from `vocab_size - 1` on is numbered 0, its value is its own."""
+    job = Job(0, Prompt("p", "", "", (5, 258, 7), (0, 0)), "")
+    triples = [[None, 5, None], [-0.5, number, None], [-0.7, 7, None]]
+    answer = {"meta_info": {"weight_version": "run.3", "input_token_logprobs": triples}}
+    if accepted:
+        assert PROBING.read(answer, job, cut=False, server="url") == [-0.5, -0.7]
+    else:
+        with pytest.raises(ServerFailed, match="of other tokens than the prompt's"):
+            PROBING.read(answer, job, cut=False, server="url")
+
+
+def test_a_server_that_scores_by_other_weights_is_given_up(fakes):
+    fakes[0].fault = only_generate("stale")
+    run = Run(fakes, asked=PROBING)
+    assert len(run.completions) == 8
+    assert fakes[0].url in run.said[0] and "by weights default" in run.fleet.servers[0].lost
+
+
+def test_a_slow_probe_is_not_cut(fakes):
+    """A part of a score is of no use, and cutting it would only mean to ask again."""
+    for fake in fakes:
+        fake.prompt_logprobs = lambda ids: time.sleep(0.5) or [-1.0] * (len(ids) - 1)
+    Run(fakes, num_prompts=2, asked=PROBING, straggler_seconds=0.05)
+    assert not any("/abort_request" in fake.calls for fake in fakes)
 
 
 def test_concurrency_is_bounded(fakes):

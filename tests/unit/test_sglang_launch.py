@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from fake_sglang import FakeSGLang
-from fake_sglang_package import processes, wait_until_gone
+from fake_sglang_package import alive, processes, wait_until_gone
 
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
@@ -187,12 +187,12 @@ def test_servers_end_with_the_trainer_however_that_ends(tmp_path, pids, how):
     wait_until_gone(ids)
 
 
-def build(hf, tmp_path, **servers):
+def build(hf, tmp_path, transport="value", **servers):
     config = config_of(
         hf,
         run={"dir": str(tmp_path / "run")},
         servers={"python": sys.executable, "start_seconds": 60.0, "connect_seconds": 5.0} | servers,
-        weight_sync={"verify": "always"},
+        weight_sync={"verify": "always", "transport": transport, "request_seconds": 30.0},
     )
     engine = SGLangEngine(
         config,
@@ -219,6 +219,20 @@ def test_a_server_that_does_not_start_is_shown_with_its_last_lines(tmp_path, pid
         assert part in str(error.value)
 
 
+def test_slurms_warning_before_the_time_limit_is_not_for_servers(tmp_path, pids, hf):
+    """It goes to all processes of a job."""
+    engine, config = build(hf, tmp_path)
+    try:
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        guard = engine.fleet.servers[0].own.process.pid
+        for pid in [guard, *processes(pids)]:
+            os.kill(pid, signal.SIGUSR1)
+        assert len(rollouts(engine)) == 12 and not engine.said
+        assert all(alive(pid) for pid in [guard, *processes(pids)])
+    finally:
+        engine.close()
+
+
 def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_path, pids, hf):
     engine, config = build(hf, tmp_path, count=2)
     actor = FakeActor(hf)
@@ -232,6 +246,35 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
         actor.update()
         sync_weights(actor, engine, config, PROBE)
         assert "serves again" in engine.said[-1] and len(engine.fleet.living()) == 2
+        assert {r.weight_version for r in rollouts(engine)} == {1}
+    finally:
+        engine.close()
+    wait_until_gone(processes(pids, servers=3))
+
+
+@pytest.mark.parametrize(
+    ("transport", "path", "left"),
+    [
+        ("value", "update_weights_from_tensor", 1),
+        ("ipc", "update_weights_from_tensor", 1),
+        ("disk", "update_weights_from_disk", 1),
+        ("distributed", "update_weights_from_distributed", 2),
+    ],
+)
+def test_a_server_killed_in_the_middle_of_a_sync(
+    tmp_path, pids, hf, monkeypatch, transport, path, left
+):
+    """The others go on without it; what needs all of them, a broadcast, is done anew with all."""
+    monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / path))
+    engine, config = build(hf, tmp_path, transport, count=2)
+    actor = FakeActor(hf)
+    try:
+        sync_weights(actor, engine, config, PROBE)
+        assert "is given up" in engine.said[0] and path in engine.said[0]
+        assert len(engine.fleet.living()) == left and len(rollouts(engine)) == 12
+        actor.update()
+        sync_weights(actor, engine, config, PROBE)
+        assert len(engine.fleet.living()) == 2
         assert {r.weight_version for r in rollouts(engine)} == {1}
     finally:
         engine.close()

@@ -4,6 +4,7 @@ That weights come out the same without them, `tests/distributed/test_layouts.py`
 float64: one rollout of each of its scenarios has an advantage of 0.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,13 @@ from tiny_models import actor_config
 
 from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
-from megatron_prepo.train import OldScores, update_policy
+from megatron_prepo.train import (
+    OldScores,
+    importance_of,
+    mean_metrics,
+    score_rollouts,
+    update_policy,
+)
 
 LENGTHS = (2, 3, 1, 4)
 
@@ -50,6 +57,65 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
     assert [r.advantage != 0 for r in batch] == [True, True, False, False]
 
 
+def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_normaliser():
+    """The actor finds what the engine chose twice, 1/5 times and once as likely."""
+    prompt = Prompt("p", "", "", (5, 6), (0, 2))
+    rollouts = [Rollout(prompt, (7, 8), (-1.0, -2.0), "", True, 0) for _ in range(2)]
+    old_T = torch.tensor([-1.0 + math.log(2), -2.0 - math.log(5)]), torch.tensor([-1.0, -2.0])
+    scores = [Scores(logprobs_T, torch.ones(2)) for logprobs_T in old_T]
+    coefficients = {}
+    for method, expected in {"truncated": [1.5, 0.2], "masked": [0.0, 0.0], "off": None}.items():
+        config = actor_config("unused", loss={"importance": method, "importance_high": 1.5})
+        old = OldScores(
+            scores,
+            None,
+            torch.ones(2).double(),
+            torch.tensor([2, 2]),
+            importance_of(config, scores, rollouts),
+        )
+        actor = RecordingActor()
+        update_policy(config, actor, rollouts, torch.tensor([[0.0, 1.0]]), old)
+        one, other = actor.batches[0]
+        coefficients[method] = one.coefficient, other.coefficient
+        if expected is None:
+            assert one.importance_T is None
+            continue
+        assert one.importance_T.tolist() == pytest.approx(expected)
+        assert other.importance_T.tolist() == [1.0, 1.0]
+    assert coefficients["masked"] == coefficients["truncated"] == coefficients["off"]
+
+
+@pytest.mark.parametrize(
+    ("overlap", "age", "accepted"),
+    [(False, 0, True), (False, 1, False), (True, 0, True), (True, 2, True), (True, 3, False)]
+    + [(overlap, -1, False) for overlap in (False, True)],
+)
+def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
+    """Of now; overlapped, those of the step before, which two updates have followed."""
+    config = actor_config(
+        "unused",
+        rollout={"engine": "sglang"},
+        loss={"importance": "truncated"},
+        train={"mini_batches": 2, "overlap": overlap},
+    )
+    actor = SimpleNamespace(
+        updates=5,
+        score=lambda sequences, temperature: [Scores(torch.full((1,), -1.0), torch.ones(1))],
+    )
+    rollout = Rollout(Prompt("p", "", "", (5, 6), (0, 2)), (7,), (-1.0,), "", True, 5 - age)
+    if accepted:
+        assert score_rollouts(config, actor, [rollout]).staleness == age
+    else:
+        with pytest.raises(AssertionError, match=f"rollouts of {age} updates ago"):
+            score_rollouts(config, actor, [rollout])
+
+
+def test_skipped_updates_are_counted_and_not_averaged():
+    updates = [{"loss/policy": 1.0}, None, {"loss/policy": 4.0}, None]
+    assert mean_metrics(updates) == {"loss/policy": 2.5, "loss/skipped_updates": 2}
+    assert mean_metrics([None]) == {"loss/skipped_updates": 1}
+
+
 @pytest.mark.parametrize(
     ("advantage", "loss", "experts", "computed"),
     [
@@ -57,7 +123,7 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
         (0.1, {}, None, True),
         (-0.1, {}, None, True),
         (float("nan"), {}, None, True),  # to be seen, and refused
-        (0.0, {"importance_cap": 2.0}, None, False),
+        (0.0, {"importance": "truncated"}, None, False),
         (0.0, {"entropy_coef": 0.01}, None, True),
         (0.0, {"kl_coef": 0.01}, None, True),
         (0.0, {}, 8, True),

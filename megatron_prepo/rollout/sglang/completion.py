@@ -11,18 +11,6 @@ FINISHES = ("stop", "length", "abort")
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What all completions of a call have in common."""
-
-    temperature: float
-    max_new_tokens: int
-    stop_tokens: frozenset[int]
-    weight_version: str
-    """The servers' name for the actor's weights."""
-    vocab_size: int
-
-
-@dataclass(frozen=True)
 class Job:
     """One completion to be had."""
 
@@ -43,70 +31,82 @@ class Completion:
     """`stop`: by itself; `length`: at the limit of new tokens; `abort`: cut by us."""
 
 
-def request(job: Job, sampling: Sampling, request_id: str) -> dict:
-    """The body of `POST /generate`.
+@dataclass(frozen=True)
+class Sampling:
+    """What all completions of a call have in common."""
 
-    Log-probabilities are asked for from the first new token on only: asking for the prompt's would
-    keep SGLang from reusing the prompt's cached prefix.
-    """
-    digest = hashlib.sha256(job.seed.encode()).digest()
-    return {
-        "rid": request_id,
-        "input_ids": list(job.prompt.tokens),
-        "return_logprob": True,
-        "sampling_params": {
-            "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "max_new_tokens": sampling.max_new_tokens,
-            "stop_token_ids": sorted(sampling.stop_tokens),
-            "sampling_seed": int.from_bytes(digest[:8], "little") >> 1,
-        },
-    }
+    temperature: float
+    max_new_tokens: int
+    stop_tokens: frozenset[int]
+    weight_version: str
+    """The servers' name for the actor's weights."""
+    vocab_size: int
+    can_be_cut = True
+    """A part of a completion is of use, too."""
 
+    def request(self, job: Job, request_id: str) -> dict:
+        """The body of `POST /generate`.
 
-def read(answer: object, job: Job, sampling: Sampling, *, cut: bool, server: str) -> Completion:
-    """The completion in an answer of `POST /generate`.
+        Log-probabilities are asked for from the first new token on only: asking for the prompt's
+        would keep SGLang from reusing the prompt's cached prefix.
+        """
+        digest = hashlib.sha256(job.seed.encode()).digest()
+        return {
+            "rid": request_id,
+            "input_ids": list(job.prompt.tokens),
+            "return_logprob": True,
+            "sampling_params": {
+                "temperature": self.temperature,
+                "top_p": 1.0,
+                "top_k": -1,
+                "min_p": 0.0,
+                "max_new_tokens": self.max_new_tokens,
+                "stop_token_ids": sorted(self.stop_tokens),
+                "sampling_seed": int.from_bytes(digest[:8], "little") >> 1,
+            },
+        }
 
-    `cut`: we have asked for its abort.  Raises StaleWeights for an answer by other weights, and
-    ServerFailed for anything that is not a complete answer to this request.
-    """
+    def read(self, answer: object, job: Job, *, cut: bool, server: str) -> Completion:
+        """The completion in an answer of `POST /generate`.
 
-    def require(truth: object, what: str) -> None:
-        if not truth:
-            raise ServerFailed(f"{server} answered a request for {job.prompt.id!r} with {what}")
+        `cut`: we have asked for its abort.  Raises StaleWeights for an answer by other weights, and
+        ServerFailed for anything that is not a complete answer to this request.
+        """
 
-    try:
-        meta, tokens = answer["meta_info"], tuple(answer["output_ids"])
-        finish, version = meta["finish_reason"]["type"], meta["weight_version"]
-        spans = [span["version"] for span in meta.get("weight_versions") or ()]
-        triples = meta["output_token_logprobs"]
-        logprobs, ids = tuple(t[0] for t in triples), tuple(t[1] for t in triples)
-        num_prompt_tokens = meta["prompt_tokens"]
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        require(False, f"something else than a completion: {error!r} in {str(answer)[:200]}")
-    if any(v != sampling.weight_version for v in (version, *spans)):
-        raise StaleWeights(
-            f"{server} answered by weights {version} (in turn: {spans}), and the actor's are "
-            f"{sampling.weight_version}"
+        def require(truth: object, what: str) -> None:
+            if not truth:
+                raise ServerFailed(f"{server} answered a request for {job.prompt.id!r} with {what}")
+
+        try:
+            meta, tokens = answer["meta_info"], tuple(answer["output_ids"])
+            finish, version = meta["finish_reason"]["type"], meta["weight_version"]
+            spans = [span["version"] for span in meta.get("weight_versions") or ()]
+            triples = meta["output_token_logprobs"]
+            logprobs, ids = tuple(t[0] for t in triples), tuple(t[1] for t in triples)
+            num_prompt_tokens = meta["prompt_tokens"]
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            require(False, f"something else than a completion: {error!r} in {str(answer)[:200]}")
+        if any(v != self.weight_version for v in (version, *spans)):
+            raise StaleWeights(
+                f"{server} answered by weights {version} (in turn: {spans}), and the actor's are "
+                f"{self.weight_version}"
+            )
+        require(num_prompt_tokens == len(job.prompt.tokens), f"{num_prompt_tokens} prompt tokens")
+        require(tokens, f"no token (finish {finish})")
+        require(len(tokens) <= self.max_new_tokens, f"{len(tokens)} tokens, more than asked for")
+        require(ids == tokens, "log-probabilities of other tokens than the completion's")
+        require(
+            all(type(t) is int and 0 <= t < self.vocab_size for t in tokens),
+            "tokens outside of the vocabulary",
         )
-    require(num_prompt_tokens == len(job.prompt.tokens), f"{num_prompt_tokens} prompt tokens")
-    require(tokens, f"no token (finish {finish})")
-    require(len(tokens) <= sampling.max_new_tokens, f"{len(tokens)} tokens, more than asked for")
-    require(ids == tokens, "log-probabilities of other tokens than the completion's")
-    require(
-        all(type(t) is int and 0 <= t < sampling.vocab_size for t in tokens),
-        "tokens outside of the vocabulary",
-    )
-    require(
-        all(isinstance(p, float | int) and math.isfinite(p) and p < 1e-3 for p in logprobs),
-        "log-probabilities that are none",
-    )
-    require(finish in FINISHES, f"the unknown finish {finish!r}")
-    require(finish != "abort" or cut, "an abort that we did not ask for")
-    require(
-        finish != "length" or len(tokens) == sampling.max_new_tokens,
-        f"{len(tokens)} of {sampling.max_new_tokens} tokens, cut for length",
-    )
-    return Completion(tokens, tuple(map(float, logprobs)), finish)
+        require(
+            all(isinstance(p, float | int) and math.isfinite(p) and p < 1e-3 for p in logprobs),
+            "log-probabilities that are none",
+        )
+        require(finish in FINISHES, f"the unknown finish {finish!r}")
+        require(finish != "abort" or cut, "an abort that we did not ask for")
+        require(
+            finish != "length" or len(tokens) == self.max_new_tokens,
+            f"{len(tokens)} of {self.max_new_tokens} tokens, cut for length",
+        )
+        return Completion(tokens, tuple(map(float, logprobs)), finish)

@@ -11,6 +11,7 @@ version is one that no rollout is accepted from.
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,16 +23,22 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.config import Config
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.embedded import stop_tokens
-from megatron_prepo.rollout.sglang import launch
+from megatron_prepo.rollout.sglang import ipc, launch
 from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
+from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
+from megatron_prepo.rollout.sglang.perplexity import Probing
 from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
 
 
 class SGLangEngine:
-    """`share` gives the result of rank 0's future to every rank; None is passed on the others."""
+    """Two collectives are passed in.
+
+    `share` gives the result of rank 0's future to every rank (None is passed on the others), and
+    `gather` every rank's value to all.
+    """
 
     def __init__(
         self,
@@ -41,11 +48,12 @@ class SGLangEngine:
         device: torch.device,
         rank: int = 0,
         share: Callable[[Future | None], Any] = lambda future: future.result(),
+        gather: Callable[[Any], list] = lambda value: [value],
         say: Callable[[str], None] = print,
     ):
         """Servers of our own are starting when this returns, and the first sync waits for them."""
         self.settings, self.tokenizer = config.servers, tokenizer
-        self.rank, self.share = rank, share
+        self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf)
         self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
         self.weight_version: int | None = None
@@ -54,7 +62,12 @@ class SGLangEngine:
         """Whether the servers there are have had their weights compared with the actor's."""
         self.fp32_lm_head = launch.fp32_lm_head(config)
         """Whether the servers' logits are float32; each is asked whether it is so."""
+        self._busy = False
+        """Whether rollouts are on their way that nobody has taken."""
         self._run_name = secrets.token_hex(4)  # another run's "update 3" is not ours
+        self.fleet = None
+        if config.weight_sync.transport == "ipc":
+            ipc.check(config, device)
         if rank == 0:
             self._seconds = config.weight_sync.request_seconds
             self.fleet = Fleet(
@@ -64,24 +77,48 @@ class SGLangEngine:
                 say,
                 self.fp32_lm_head,
             )
-            self.transport = _transport(config, self.fleet, device)
+            self._cached_at: dict[str, Server] = {}
+            """Who has scored a prompt last, by its id."""
+        self.transport = self.transport_of(config, device)
+        """What this rank does in a sync; None: nothing."""
+
+    def transport_of(self, config: Config, device: torch.device):
+        """The one that `weight_sync.transport` names; in most, rank 0 alone has something to do."""
+        settings, seconds = config.weight_sync, config.weight_sync.request_seconds
+        if settings.transport == "ipc":
+            ranks = {"rank": self.rank, "share": self.share, "gather": self.gather}
+            return ByIPC(self.fleet, config, device=device, **ranks)
+        if self.rank != 0:
+            return None
+        match settings.transport:
+            case "value":
+                return ByValue(self.fleet, seconds=seconds)
+            case "distributed":
+                address = settings.address
+                return Distributed(self.fleet, seconds=seconds, address=address, device=device)
+            case "disk":
+                directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
+                like = config.model.hf
+                return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
 
-        A server that fails is lost; what comes back by the next sync is taken back.  Raises
-        EngineError on every rank if a server refuses, or none is left.
+        A server that fails is lost; what comes back by the next sync is taken back.  Raises, on
+        every rank, EngineError if a server refuses, or none is left, and SyncBroken if those that
+        are left need to have it all anew.
         """
+        assert not self._busy, "the engine is still generating"
         self.weight_version = None
         some_are_new = self.share(self._on_rank_zero(self._prepare))
         self.verified = self.verified and not some_are_new
         failure = None
-        if self.rank == 0:
+        if self.transport:
             failure = _failure_of(lambda: self.transport.start(shapes))
         for bucket in buckets:  # to the end, whatever happens: the other ranks take part
-            if self.rank == 0 and failure is None:
+            if self.transport and failure is None:
                 failure = _failure_of(lambda bucket=bucket: self.transport.send(bucket))
-        if self.rank == 0 and failure is None:
+        if self.transport and failure is None:
             failure = _failure_of(self.transport.finish)
         self.share(self._on_rank_zero(self._conclude, version, failure))
         self.weight_version = version
@@ -100,7 +137,30 @@ class SGLangEngine:
 
         Raises EngineError on every rank if no server is left, or one refuses.
         """
-        assert self.weight_version is not None, "the engine has no weights: sync first"
+        return self.start_generate(
+            prompts,
+            samples_per_prompt=samples_per_prompt,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            on_progress=on_progress,
+        ).result()
+
+    def start_generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: str,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> "Generating":
+        """`generate` in the background; nothing else may be asked of the engine until its result.
+
+        Every rank calls it and later `result`, and may do other things in between.
+        """
+        self._assert_ready()
         pairs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
         jobs = [
             Job(number, prompt, f"{seed}/{prompt.id}/{sample}")
@@ -113,15 +173,27 @@ class SGLangEngine:
             weight_version=self._name_of(self.weight_version),
             vocab_size=self.hf["vocab_size"],
         )
-        completions = self.share(self._on_rank_zero(self._generate, jobs, sampling, on_progress))
-        return [self._rollout(job, c) for job, c in zip(jobs, completions, strict=True)]
+        self._busy = True
+        future = self._on_rank_zero(self._generate, jobs, sampling, on_progress)
+        return Generating(self, jobs, future)
+
+    def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """The log-probabilities of each prompt's tokens but the first, at temperature 1.
+
+        On every rank.  The rollouts that follow go where their prompt was scored, and is cached.
+        Raises EngineError on every rank if no server is left, or one refuses.
+        """
+        self._assert_ready()
+        jobs = [Job(number, prompt, seed="") for number, prompt in enumerate(prompts)]
+        probing = Probing(self._name_of(self.weight_version), self.hf["vocab_size"])
+        return self.share(self._on_rank_zero(self._score, jobs, probing))
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
         """By each server: the log-probability of every token but the first, given those before it.
 
         On every rank.  Raises EngineError for an answer by other weights than the last sync's.
         """
-        assert self.weight_version is not None, "the engine has no weights: sync first"
+        self._assert_ready()
         name = self._name_of(self.weight_version)
         return self.share(self._on_rank_zero(self._prompt_logprobs, list(tokens), name))
 
@@ -129,6 +201,10 @@ class SGLangEngine:
         """End the servers that are ours."""
         if self.rank == 0:
             self.fleet.close()
+
+    def _assert_ready(self) -> None:
+        assert self.weight_version is not None, "the engine has no weights: sync first"
+        assert not self._busy, "the engine is still generating"
 
     def _on_rank_zero(self, function: Callable, *arguments) -> Future | None:
         return self.fleet.run(function(*arguments)) if self.rank == 0 else None
@@ -157,14 +233,26 @@ class SGLangEngine:
         await self._version(self._name_of(version))
         await self._all("/continue_generation")
 
-    async def _generate(self, jobs, sampling: Sampling, on_progress) -> list[Completion]:
+    async def _generate(
+        self, jobs, sampling: Sampling, on_progress
+    ) -> tuple[list[Completion], float]:
+        """The completions, and the seconds they took."""
+        start = time.monotonic()
         await self._wake()
-        completions = await Generation(self.fleet, jobs, sampling, on_progress).run()
+        generation = Generation(self.fleet, jobs, sampling, on_progress, self._cached_at)
+        completions = await generation.run()
         if self.settings.release_memory:
             await self._all("/release_memory_occupation", {"tags": ["kv_cache"]})
             for server in self.fleet.living():
                 server.asleep = True
-        return completions
+        return completions, time.monotonic() - start
+
+    async def _score(self, jobs, probing: Probing) -> list[list[float]]:
+        await self._wake()
+        scoring = Generation(self.fleet, jobs, probing, lambda done, total: None)
+        logprobs = await scoring.run()
+        self._cached_at = scoring.homes
+        return logprobs
 
     async def _prompt_logprobs(self, tokens: list[int], version: str) -> dict[str, list[float]]:
         await self._wake()
@@ -228,6 +316,22 @@ class SGLangEngine:
         )
 
 
+class Generating:
+    """Rollouts that are on their way."""
+
+    def __init__(self, engine: SGLangEngine, jobs: Sequence[Job], future: Future | None):
+        self._engine, self._jobs, self._future = engine, jobs, future
+        self.seconds = 0.0
+        """How long they took, once there is a result: less of it was waited for, maybe."""
+
+    def result(self) -> list[Rollout]:
+        """What `generate` would have returned, once it is there; collective."""
+        self._engine._busy = False
+        completions, self.seconds = self._engine.share(self._future)
+        pairs = zip(self._jobs, completions, strict=True)
+        return [self._engine._rollout(job, completion) for job, completion in pairs]
+
+
 def _servers(config: Config, device: torch.device) -> list[Server]:
     """The given ones, or ours, which start."""
     if config.servers.urls:
@@ -237,22 +341,12 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
     return [Server(own.url, own) for own in owned]
 
 
-def _transport(config: Config, fleet: Fleet, device: torch.device):
-    """The one that `weight_sync.transport` names."""
-    settings, seconds = config.weight_sync, config.weight_sync.request_seconds
-    match settings.transport:
-        case "value":
-            return ByValue(fleet, seconds=seconds)
-        case "distributed":
-            return Distributed(fleet, seconds=seconds, address=settings.address, device=device)
-        case "disk":
-            directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
-            return FromDisk(fleet, seconds=seconds, directory=directory, like=config.model.hf)
-
-
 def _failure_of(step: Callable[[], None]) -> EngineError | None:
+    """What went wrong, so that all ranks can hear of it."""
     try:
         step()
     except EngineError as error:
         return error
+    except OSError as error:
+        return EngineError(f"weights to the servers: {error}")
     return None

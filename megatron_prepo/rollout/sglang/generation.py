@@ -1,16 +1,18 @@
 """Many completions over several servers: bounded, balanced, retried, and each counted once.
 
 The completions of a prompt go to one server, one after the other, so that it computes the prompt
-once (SGLang's radix cache); the server is the one with the fewest completions under way.
+once (SGLang's radix cache); the server is the one with the fewest completions under way, or the one
+that has scored the prompt, if that is hardly busier.  What is asked of a server, and what its
+answer has to look like, is for `completion.Sampling` or `perplexity.Probing` to say.
 """
 
 import asyncio
 import contextlib
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling, read, request
+from megatron_prepo.rollout.sglang.completion import Job
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
 
 BACKOFF_SECONDS = 0.5
@@ -23,21 +25,25 @@ class Generation:
         self,
         fleet: Fleet,
         jobs: Sequence[Job],
-        sampling: Sampling,
+        asked,
         on_progress: Callable[[int, int], None],
+        cached_at: Mapping[str, Server] | None = None,
     ):
+        """`asked`: a `Sampling` or `Probing`; `cached_at`: who has seen a prompt, by its id."""
         self.fleet, self.settings = fleet, fleet.settings
-        self.jobs, self.sampling, self.on_progress = jobs, sampling, on_progress
+        self.jobs, self.asked, self.on_progress = jobs, asked, on_progress
+        self.cached_at = cached_at or {}
+        self.group_size = len(jobs) // len({job.prompt.id for job in jobs}) if jobs else 0
         self.waiting = deque(jobs)
         self.under_way: dict[asyncio.Task, tuple[Job, Server, float]] = {}
         self.ended: asyncio.Queue[asyncio.Task] = asyncio.Queue()
         self.homes: dict[str, Server] = {}
         self.failed_at: defaultdict[int, list[Server]] = defaultdict(list)
         """By job, the servers of its failed tries."""
-        self.completions: dict[int, Completion] = {}
+        self.completions: dict = {}
 
-    async def run(self) -> list[Completion]:
-        """The jobs' completions, in their order.
+    async def run(self) -> list:
+        """What `asked` has read for each job, in their order.
 
         Raises EngineError if no server is left, one refuses a request, or a job has failed
         `servers.attempts` times.
@@ -70,6 +76,10 @@ class Generation:
         home = self.homes.get(job.prompt.id)
         if home not in fresh or home.in_flight >= bound:
             home = min(fresh, key=lambda server: server.in_flight)
+            cached_at = self.cached_at.get(job.prompt.id)
+            busiest = min(bound - 1, home.in_flight + self.group_size)
+            if cached_at in fresh and cached_at.in_flight <= busiest:
+                home = cached_at
         if home.in_flight >= bound:
             return None
         self.homes[job.prompt.id] = home
@@ -108,7 +118,7 @@ class Generation:
                 f"a completion of {job.prompt.id!r} failed {tries} times, at last: {failure}"
             )
 
-    async def _complete(self, server: Server, job: Job) -> Completion:
+    async def _complete(self, server: Server, job: Job):
         """One try of a job at a server."""
         if tries := len(self.failed_at[job.number]):
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (tries - 1))
@@ -118,16 +128,16 @@ class Generation:
             answer = await self.fleet.call(
                 server,
                 "/generate",
-                request(job, self.sampling, request_id),
+                self.asked.request(job, request_id),
                 seconds=self.settings.request_seconds,
             )
         finally:
             cutting.cancel()
-        return read(answer, job, self.sampling, cut=cut.is_set(), server=server.url)
+        return self.asked.read(answer, job, cut=cut.is_set(), server=server.url)
 
     async def _cut(self, server: Server, request_id: str, cut: asyncio.Event) -> None:
         """After `servers.straggler_seconds`, ask for the completion as far as it is."""
-        if self.settings.straggler_seconds is None:
+        if self.settings.straggler_seconds is None or not self.asked.can_be_cut:
             return
         await asyncio.sleep(self.settings.straggler_seconds)
         cut.set()

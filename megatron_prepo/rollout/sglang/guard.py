@@ -26,6 +26,8 @@ def main(parent: int, command: list[str]) -> int:
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(True))
+    # Slurm's warning before the time limit goes to all processes of a job; it is for the trainer
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_guard)
     while server.poll() is None and os.getppid() == parent and not asked:
         time.sleep(POLL_SECONDS)

@@ -161,16 +161,25 @@ def environment(
 class OwnServer:
     """A server's process, whose end is ours: by `stop`, at exit, and when we are killed."""
 
-    def __init__(self, config: Config, index: int, log_directory: Path, *, cuda: bool):
-        self.config, self.index, self.cuda = config, index, cuda
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        log_directory: Path,
+        *,
+        cuda: bool,
+        port: int | None = None,
+    ):
+        """At a given port, or at one that is free when it starts."""
+        self.config, self.index, self.cuda, self.port = config, index, cuda, port
         self.log = Path(log_directory) / f"sglang_{index}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it anew, at a free port."""
-        port = _free_port(self.config.servers.host)
+        """Start it, or start it anew."""
+        port = self.port or _free_port(self.config.servers.host)
         self.url = f"http://{self.config.servers.host}:{port}"
         python = interpreter(self.config)
         words = arguments(self.config, self.index, port=port, cuda=self.cuda)

@@ -1,10 +1,11 @@
-"""Three ways in which weights reach the servers.  Rank 0 alone uses them, bucket by bucket.
+"""Ways in which weights reach the servers, bucket by bucket.  Rank 0 alone uses those of this file.
 
 | transport | how | for |
 |---|---|---|
 | `value` | the bytes, base64, inside an HTTP request | any layout; slowest |
 | `distributed` | a broadcast to all servers' ranks | servers on devices of their own |
 | `disk` | safetensors files that the servers read | any layout with a shared file system |
+| `ipc` (`ipc.py`) | memory that both sides map | servers on the actor's devices |
 
 A transport has `start`, `send` (a bucket) and `finish`, which returns when all servers have all.
 `in_session`: between `begin_weight_update` and `end_weight_update`, where the server has these.
@@ -14,11 +15,12 @@ shapes are therefore compared before anything is sent (`weight_sync.py`).
 
 import base64
 import contextlib
+import math
 import pickle
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet
+from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, SyncBroken
 
 Bucket = list[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -49,21 +51,18 @@ class ByValue:
     def send(self, bucket: Bucket) -> None:
         """Give every server a bucket; returns when the one before has arrived."""
         for part in of_one_type(bucket):
-            payload = base64.b64encode(flattened(part)).decode()
+            # storage goes by value, and not, as between related processes, by a shared file, whose
+            # reader dies where it cannot open it
+            payload = serialized(part, flatten(part).cpu())
             self._wait()
             self._under_way = self.fleet.run(
-                self.fleet.call_all(
-                    "/update_weights_from_tensor",
-                    lambda server, payload=payload: {
-                        # a string for each rank of the server; all get the whole tensors
-                        "serialized_named_tensors": [payload] * server.num_ranks,
-                        "load_format": "flattened_bucket",
-                        "flush_cache": False,
-                    },
+                update_from_tensor(
+                    self.fleet,
+                    lambda server, payload=payload: [payload] * server.num_ranks,
+                    described(part),
                     seconds=self.seconds,
                 )
             )
-            self._what = described(part)
 
     def finish(self) -> None:
         """Wait for the last bucket."""
@@ -72,7 +71,7 @@ class ByValue:
     def _wait(self) -> None:
         under_way, self._under_way = self._under_way, None
         if under_way:
-            settle(under_way, self._what)
+            under_way.result()
 
 
 class Distributed:
@@ -103,8 +102,10 @@ class Distributed:
         offsets, next_rank = {}, 1
         for url, num_ranks in members:
             offsets[url], next_rank = next_rank, next_rank + num_ranks
+        where = f"tcp://{self.address}:{port}"
         joining = self.fleet.run(
-            self.fleet.call_all(
+            ask_all(
+                self.fleet,
                 "/init_weights_update_group",
                 lambda server: {
                     "master_address": self.address,
@@ -114,33 +115,34 @@ class Distributed:
                     "group_name": self._name,
                     "backend": self.backend,
                 },
+                f"founding a process group at {where}",
                 seconds=self.seconds,
             )
         )
-        where = f"tcp://{self.address}:{port}"
         try:
             self._group = join_group(
                 where, 0, size, self._name, self.backend, timedelta(seconds=self.seconds)
             )
         except dist.DistError as error:
             if joining.done():  # then the servers' own words say more
-                settle(joining, f"founding a process group at {where}")
+                joining.result()
             raise EngineError(
                 f"{[url for url, _ in members]} did not join the process group for weights at "
                 f"{where}: {error}"
             ) from error
-        settle(joining, f"founding a process group at {where}")
+        joining.result()
         self._changes = self.fleet.changes
 
     def send(self, bucket: Bucket) -> None:
         """Announce a bucket to every server, and broadcast it.
 
-        Raises EngineError if a server fails: the group cannot go on without it.
+        Raises SyncBroken if a server fails: the group cannot go on without it, another can.
         """
         for part in of_one_type(bucket):
             flat = flatten(part).to(self.device)
             receiving = self.fleet.run(
-                self.fleet.call_all(
+                ask_all(
+                    self.fleet,
                     "/update_weights_from_distributed",
                     lambda server, part=part: {
                         "names": [name for name, _ in part],
@@ -150,16 +152,24 @@ class Distributed:
                         "load_format": "flattened_bucket",
                         "flush_cache": False,
                     },
+                    described(part),
                     seconds=self.seconds,
                 )
             )
-            sending = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-            group, self._group = self._group, None  # after a failure its broadcast may never end
-            settle(receiving, described(part))
-            if self._changes != self.fleet.changes:
-                lost = [f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost]
-                raise EngineError(f"{described(part)} did not arrive\n" + "\n".join(lost))
-            sending.wait()
+            group, self._group = self._group, None
+            try:
+                sending = dist.broadcast(flat, src=0, group=group, async_op=True)
+                receiving.result()
+                if self._changes != self.fleet.changes:
+                    lost = [f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost]
+                    raise SyncBroken(f"{described(part)} did not arrive\n" + "\n".join(lost))
+                sending.wait()
+            except RuntimeError as error:
+                if self.backend == "nccl":  # what is left of the broadcast would end the process
+                    group.abort()
+                if isinstance(error, EngineError):
+                    raise
+                raise SyncBroken(f"{described(part)} was not sent: {error}") from error
             self._group = group
 
     def finish(self) -> None:
@@ -204,17 +214,19 @@ class FromDisk:
         """Have all servers read what was written."""
         self._writer.finish()
         reading = self.fleet.run(
-            self.fleet.call_all(
+            ask_all(
+                self.fleet,
                 "/update_weights_from_disk",
                 lambda server: {
                     "model_path": str(self.directory.resolve()),
                     "load_format": "auto",
                     "flush_cache": False,
                 },
+                str(self.directory),
                 seconds=self.seconds,
             )
         )
-        settle(reading, str(self.directory))
+        reading.result()
         shutil.rmtree(self.directory)
 
 
@@ -224,21 +236,26 @@ def of_one_type(bucket: Bucket) -> Iterator[Bucket]:
         yield [(name, tensor) for name, tensor in bucket if tensor.dtype == dtype]
 
 
-def flatten(bucket: Bucket) -> torch.Tensor:
-    """The bytes of all tensors, one behind the other."""
-    return torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for _, t in bucket])
+def num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Of a tensor."""
+    return math.prod(shape) * dtype.itemsize
 
 
-def flattened(bucket: Bucket) -> bytes:
-    """What SGLang calls a flattened bucket, pickled by value.
+def flatten(bucket: Bucket, into: torch.Tensor | None = None) -> torch.Tensor:
+    """The bytes of all tensors, one behind the other; `into` the beginning of a larger tensor."""
+    flat = [t.detach().contiguous().view(-1).view(torch.uint8) for _, t in bucket]
+    return torch.cat(flat, out=None if into is None else into[: sum(map(len, flat))])
+
+
+def serialized(bucket: Bucket, flat: object) -> str:
+    """What SGLang calls a flattened bucket, as a string; unpickled, `flat` is its bytes.
 
     SGLang unpickles only what is on its list.  `SimpleNamespace` is, and has the attributes of its
-    `FlattenedTensorMetadata`; storage goes by value and not, as between related processes, by a
-    shared file, whose reader dies where it cannot open it.
+    `FlattenedTensorMetadata`.
     """
     metadata, start = [], 0
     for name, tensor in bucket:
-        size = tensor.numel() * tensor.element_size()
+        size = num_bytes(tensor.dtype, tensor.shape)
         metadata.append(
             SimpleNamespace(
                 name=name,
@@ -250,7 +267,7 @@ def flattened(bucket: Bucket) -> bytes:
             )
         )
         start += size
-    return pickle.dumps({"flattened_tensor": flatten(bucket).cpu(), "metadata": metadata})
+    return base64.b64encode(pickle.dumps({"flattened_tensor": flat, "metadata": metadata})).decode()
 
 
 def described(bucket: Bucket) -> str:
@@ -259,10 +276,29 @@ def described(bucket: Bucket) -> str:
     return first if first == last else f"{first} ... {last}"
 
 
-def settle(under_way: Future, what: str) -> None:
-    """Wait for `Fleet.call_all`; EngineError unless every server says that it has done it."""
+async def update_from_tensor(
+    fleet: Fleet, payloads_of: Callable[[Server], list[str]], what: str, *, seconds: float
+) -> None:
+    """Have the servers load a bucket; `payloads_of` a server has a string for each of its ranks."""
+    await ask_all(
+        fleet,
+        "/update_weights_from_tensor",
+        lambda server: {
+            "serialized_named_tensors": payloads_of(server),
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        },
+        what,
+        seconds=seconds,
+    )
+
+
+async def ask_all(
+    fleet: Fleet, path: str, body_of: Callable[[Server], dict], what: str, *, seconds: float
+) -> None:
+    """`Fleet.call_all`; EngineError naming `what` unless every server says that it has done it."""
     try:
-        answers = under_way.result()
+        answers = await fleet.call_all(path, body_of, seconds=seconds)
     except EngineError as error:
         raise EngineError(f"{what}: {error}") from error
     for url, answer in answers.items():

@@ -1,0 +1,63 @@
+"""A checkpoint's manifest: every file with its size and SHA-256, to know a whole one by.
+
+Ranks share the reading; they all see the directory, as Megatron's checkpoints require.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_prepo.actor import parallel
+from megatron_prepo.durable import write_text
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 20
+
+
+def write(directory: Path) -> None:
+    """Of all files that are there; collective."""
+    files = _summed(sorted(path for path in directory.iterdir() if path.name != MANIFEST))
+    if dist.get_rank() == 0:
+        write_text(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def problem(directory: Path) -> str | None:
+    """What keeps a checkpoint from being whole, as half a sentence; collective."""
+    text = parallel.from_rank_zero(_text(directory))
+    if text is None:
+        return "has no manifest"
+    try:
+        expected = dict(json.loads(text)["files"])
+    except (ValueError, KeyError, TypeError):
+        return "has a damaged manifest"
+    missing = [name for name in expected if not (directory / name).is_file()]
+    if missing := parallel.from_rank_zero(missing):
+        return f"lacks {missing[0]}"
+    found = _summed([directory / name for name in sorted(expected)])
+    changed = [name for name in sorted(expected) if found[name] != expected[name]]
+    return f"has a damaged {changed[0]}" if changed else None
+
+
+def _text(directory: Path) -> str | None:
+    try:
+        return (directory / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _summed(paths: list[Path]) -> dict[str, dict]:
+    """Size and SHA-256 by name, on every rank."""
+    mine = paths[dist.get_rank() :: dist.get_world_size()]
+    shares = parallel.gather_to_all({path.name: _sum_of(path) for path in mine})
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _sum_of(path: Path) -> dict:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}

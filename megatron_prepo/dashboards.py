@@ -1,0 +1,101 @@
+"""Where metrics can be watched besides `metrics.jsonl`: TensorBoard and Weights & Biases.
+
+Both keep what they write in the run's directory, and go on with it when the run does.
+"""
+
+import importlib.util
+import math
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_prepo.config import Config, to_tree
+from megatron_prepo.errors import UserError
+
+
+def check(config: Config) -> None:
+    """UserError if the package of a dashboard that the run asks for is not there."""
+    for setting, wanted, package in (
+        ("run.tensorboard=true", config.run.tensorboard, "tensorboard"),
+        (f"run.wandb_project={config.run.wandb_project}", config.run.wandb_project, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f'{setting} needs the package {package}: pip install -e ".[{package}]", or leave '
+                "the setting out"
+            )
+
+
+def dashboards(config: Config) -> "list[TensorBoard | WandB]":
+    """Those that the section `run` names."""
+    directory, found = Path(config.run.dir), []
+    if config.run.tensorboard:
+        found.append(TensorBoard(directory))
+    if config.run.wandb_project:
+        found.append(WandB(directory, config))
+    return found
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`: `tensorboard --logdir RUN`."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._writer = directory / "tensorboard", None
+
+    def write(self, step: int, metrics: Mapping[str, object]) -> None:
+        """The numbers of a step; on disk when the method returns."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # steps that an interrupted run wrote behind its last checkpoint are hidden
+            self._writer = SummaryWriter(str(self._directory), purge_step=step)
+        for name, value in metrics.items():
+            if is_number(value):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """No more metrics."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, in `wandb/`; `WANDB_MODE=offline` keeps it there."""
+
+    def __init__(self, directory: Path, config: Config):
+        import wandb
+
+        self._run = wandb.init(
+            project=config.run.wandb_project,
+            name=directory.name,
+            id=_run_id(directory / "wandb" / "run_id"),
+            resume="allow",
+            dir=str(directory),
+            config=to_tree(config),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, object]) -> None:
+        """The numbers of a step; a step that was sent before is not sent again."""
+        self._run.log({k: v for k, v in metrics.items() if is_number(v)}, step=step)
+
+    def close(self) -> None:
+        """No more metrics."""
+        self._run.finish()
+
+
+def is_number(value: object) -> bool:
+    """Whether a dashboard can draw it.
+
+    >>> is_number(2), is_number(0.5), is_number(None), is_number(float("nan")), is_number([1])
+    (True, True, False, False, False)
+    """
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _run_id(path: Path) -> str:
+    """The same for a run that goes on."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()

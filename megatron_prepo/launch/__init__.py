@@ -1,0 +1,14 @@
+"""Runs on clusters: `python -m megatron_prepo.launch RECIPE --executor slurm ...` (docs/launch.md).
+
+| file | what | imports NeMo-Run |
+|---|---|---|
+| `__main__.py` | the command | |
+| `recipes.py` | names of the configurations in `examples/` | |
+| `job.py` | what a job runs on which nodes, as command lines | |
+| `executors.py` | the job as a NeMo-Run experiment | yes |
+| `rank.py` | inside a Slurm job: one rank of the training | |
+| `servers.py` | inside a Slurm job: the SGLang servers of one node | |
+| `nodes.py` | what Slurm says of nodes and tasks | |
+
+What runs inside a job needs nothing of NeMo-Run, so containers need not have it.
+"""

@@ -1,0 +1,149 @@
+"""The command `python -m megatron_prepo.launch`.
+
+python -m megatron_prepo.launch qwen2.5-7b --executor slurm --account A --nodes 4 [key=value ...]
+python -m megatron_prepo.launch examples/laptop/prepo.yaml --executor local
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from megatron_prepo import doctor
+from megatron_prepo.errors import UserError
+from megatron_prepo.gpus import GPUS
+from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, launch
+from megatron_prepo.launch.job import Job, make_job
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: done, or submitted; 1: a job, the doctor or the plan says no; 2: the user can mend it."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        job = make_job(
+            options.recipe,
+            options.overrides,
+            nodes=options.nodes,
+            gpus_per_node=options.gpus_per_node,
+            server_nodes=options.server_nodes,
+        )
+        place = Place(
+            executor=options.executor,
+            account=options.account,
+            partition=options.partition,
+            time=options.time,
+            image=options.image,
+            mounts=tuple(options.mount),
+            environment=_pairs("--env", options.env),
+            python=options.python,
+            chain=options.chain,
+            fields={k: yaml.safe_load(v) for k, v in _pairs("--with", options.field).items()},
+        )
+        _check_chain(job, place)
+        if place.executor != "local" and not _examined(job, options) and not options.dry_run:
+            return 1
+        print(launch(job, place, dry_run=options.dry_run, wait=options.wait))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LaunchFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _examined(job: Job, options: argparse.Namespace) -> bool:
+    """Whether doctor and plan, as far as they were not switched off, have nothing against it."""
+    good = True
+    if options.doctor:
+        findings = doctor.examine_inputs(job.config)
+        bad = [finding for finding in findings if finding.state != "ok"]
+        if bad:
+            print(doctor.text(bad), file=sys.stderr)
+        good = not any(finding.state == "missing" for finding in bad)
+    if options.plan and options.gpu:
+        good = _fits(job, options.gpu) and good
+    if not good and not options.dry_run:
+        print("nothing was submitted (--no-doctor, --no-plan)", file=sys.stderr)
+    return good
+
+
+def _fits(job: Job, gpu: str) -> bool:
+    from megatron_prepo import plan, plan_text
+
+    elsewhere = job.server_nodes or job.config.servers.urls
+    question = plan.Question(
+        gpus=job.ranks,
+        gpu=gpu,
+        engine="elsewhere" if elsewhere else None,
+        engine_tensor=job.config.servers.tensor if job.starts_servers else None,
+    )
+    answer = plan.make_plan(job.config, question)
+    if not answer.fits:
+        print(plan_text.text(answer, ()), file=sys.stderr)
+    return answer.fits
+
+
+def _check_chain(job: Job, place: Place) -> None:
+    if place.chain < 1:
+        raise UserError(f"--chain {place.chain} must be at least 1")
+    if place.chain > 1 and place.executor != "slurm":
+        raise UserError(f"--chain {place.chain} needs --executor slurm")
+    if place.chain > 1 and job.config.run.overwrite:
+        raise UserError(
+            f"--chain {place.chain} with run.overwrite=true: each job would remove what the one "
+            "before it has done"
+        )
+
+
+def _pairs(option: str, words: Sequence[str]) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{option} {word!r} must have the form NAME=VALUE")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_prepo.launch",
+        description="Launch a run by NeMo-Run (docs/launch.md).",
+    )
+    parser.add_argument("recipe", help="such as qwen2.5-7b or qwen2.5-7b/random; or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--executor", choices=EXECUTORS, required=True)
+    parser.add_argument("--nodes", type=int, help="that train (default: what the layout needs)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    parser.add_argument(
+        "--server-nodes", type=int, default=0, metavar="N", help="further nodes, for SGLang"
+    )
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="so many jobs behind each other"
+    )
+    parser.add_argument("--account")
+    parser.add_argument("--partition")
+    parser.add_argument("--time", default="04:00:00", help="of a job (default: %(default)s)")
+    parser.add_argument("--image", help="container")
+    parser.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--python", default="python", help="on the nodes (default: %(default)s)")
+    parser.add_argument(
+        "--with",
+        dest="field",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of NeMo-Run's executor, such as qos=high",
+    )
+    parser.add_argument("--gpu", choices=GPUS, help="kind of GPU: then the plan has to fit, too")
+    parser.add_argument("--no-doctor", dest="doctor", action="store_false")
+    parser.add_argument("--no-plan", dest="plan", action="store_false")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run")
+    parser.add_argument(
+        "--wait", action="store_true", help="for the end of jobs of slurm, skypilot"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""A job as a NeMo-Run experiment (nemo-run 0.11.1, extra `launch`).
+
+| executor | nodes | how the ranks start | |
+|---|---|---|---|
+| `local` | this machine | torchrun | really runs |
+| `slurm` | many | a task of `srun` each | also SGLang servers on nodes, jobs in a chain |
+| `docker` | one container | torchrun | |
+| `skypilot` | many | torchrun | NeMo-Run wants its extra `skypilot` |
+| `kubeflow` | many | torchrun | NeMo-Run wants `kubernetes` and a kubeconfig |
+
+Tasks are `run.Script`, so that what runs inside a job needs no NeMo-Run.  Jobs of Slurm are for the
+checkout that they are launched from, on a file system that all nodes share: nothing is packed, and
+relative paths stay what they are.
+
+Of NeMo-Run 0.11.1: words of a command reach the scripts of Slurm and Docker unquoted, values of the
+environment that of Slurm; a task that fails leaves the launcher at exit code 0; names of variables
+are turned to capitals.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from megatron_prepo.config import nearest
+from megatron_prepo.errors import UserError
+from megatron_prepo.launch.job import Job, local
+
+EXECUTORS = ("local", "slurm", "docker", "skypilot", "kubeflow")
+
+LEAVING_SECONDS = 60
+"""Between the end of the time that a run has for saving, and the limit of its job."""
+
+
+class LaunchFailed(RuntimeError):
+    """A task did not succeed; the message names it and its state."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs."""
+
+    executor: str
+    account: str | None = None
+    partition: str | None = None
+    time: str = "04:00:00"
+    image: str | None = None
+    """Container; empty: none, and `python` is found on the nodes."""
+    mounts: tuple[str, ...] = ()
+    """`from:to` of the container; the working directory is always there, under its own name."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    python: str = "python"
+    chain: int = 1
+    """Jobs of Slurm one behind the other, each of which goes on where the last one stopped."""
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """Of NeMo-Run's executor, under its own names."""
+
+
+def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
+    """Run the job, or say what would be run; returns what is to be shown.
+
+    Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises
+    LaunchFailed if a job that was waited for did not succeed, and UserError where NeMo-Run or a
+    part of it is missing.
+    """
+    run = _nemo_run()
+    with run.Experiment(job.name) as experiment:
+        EXPERIMENTS[place.executor](run, experiment, job, place)
+        if dry_run:
+            experiment.dryrun(log=place.executor != "slurm", delete_exp_dir=False)
+            return _scripts(experiment)
+        detach = place.executor in ("slurm", "skypilot") and not wait
+        experiment.run(detach=detach, tail_logs=not detach)
+        if detach:
+            return f"submitted: {', '.join(added.id for added in experiment.jobs)}"
+    _raise_if_failed(experiment)
+    return "finished"
+
+
+def _nemo_run():
+    # where it keeps experiments is read once, when it is imported
+    os.environ.setdefault("NEMORUN_HOME", str(Path("runs/launch").resolve()))
+    try:
+        import nemo_run
+    except ImportError as error:  # also of leptonai, whose newer versions it cannot import
+        raise UserError(
+            f'NeMo-Run cannot be imported ({error}): pip install -e ".[launch]"'
+        ) from error
+    return nemo_run
+
+
+def _local(run, experiment, job: Job, place: Place) -> None:
+    # NeMo-Run looks for torchrun on PATH, where it is not unless the environment is activated
+    scripts = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    executor = _build(
+        run.LocalExecutor,
+        place,
+        launcher="torchrun",
+        ntasks_per_node=job.ranks,
+        env_vars=dict(place.environment),
+    )
+    experiment.add(_script(run, local(job).train_words()), executor=executor, name="train")
+
+
+def _slurm(run, experiment, job: Job, place: Place) -> None:
+    if not place.account:
+        raise UserError("--executor slurm needs --account")
+    steps = [(job.rank_words(), job.nodes, job.gpus_per_node, 0)]
+    if job.starts_servers:
+        first = job.nodes if job.server_nodes else 0
+        steps.insert(0, (job.server_words(), job.server_nodes or job.nodes, 1, first))
+    tasks = [_script(run, map(shlex.quote, words), place.python) for words, *_ in steps]
+    executors = [_slurm_executor(run, job, place, *where) for _, *where in steps]
+    previous: list[str] = []
+    for number in range(place.chain):
+        name = "train" if place.chain == 1 else f"train_{number + 1}"
+        alone = len(tasks) == 1
+        added = experiment.add(
+            tasks[0] if alone else tasks,
+            executor=executors[0] if alone else executors,
+            name=name,
+            dependencies=previous,
+        )
+        previous = [added]
+
+
+def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, first: int):
+    """For a step of so many tasks on each of some of the job's nodes."""
+    here = os.getcwd()
+    where = f"--container-workdir={here}" if place.image else f"--chdir={here}"
+    return _build(
+        run.SlurmExecutor,
+        place,
+        account=place.account,
+        partition=place.partition,
+        time=place.time,
+        nodes=job.nodes + job.server_nodes,
+        ntasks_per_node=job.gpus_per_node,
+        gpus_per_node=job.gpus_per_node,
+        exclusive=True,
+        mem="0",
+        signal=f"USR1@{round(job.config.checkpoint.grace_seconds) + LEAVING_SECONDS}",
+        container_image=place.image,
+        container_mounts=[f"{here}:{here}", *place.mounts],
+        env_vars={name: shlex.quote(value) for name, value in place.environment.items()},
+        srun_args=[
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * tasks_a_node}",
+            f"--ntasks-per-node={tasks_a_node}",
+            f"--relative={first}",
+            "--overlap",  # else Slurm would start servers and ranks one after the other
+            where,
+        ],
+        packager=run.Packager(),
+        tunnel=run.LocalTunnel(job_dir=""),
+        dependency_type="afterany",
+        job_name_prefix="megatron-prepo.",
+        wait_time_for_group_job=0,  # the ranks wait for the servers themselves
+        monitor_group_job_wait_time=10,
+    )
+
+
+def _docker(run, experiment, job: Job, place: Place) -> None:
+    if not place.image:
+        raise UserError("--executor docker needs --image")
+    if job.nodes + job.server_nodes > 1:
+        raise UserError(
+            f"--executor docker is for one machine, and the job has {job.nodes + job.server_nodes} "
+            "nodes"
+        )
+    executor = _build(
+        run.DockerExecutor,
+        place,
+        container_image=place.image,
+        launcher="torchrun",
+        ntasks_per_node=job.ranks,
+        num_gpus=-1,
+        ipc_mode="host",
+        volumes=[f"{os.getcwd()}:/nemo_run/code", *place.mounts],  # where it starts commands
+        env_vars=dict(place.environment),
+        packager=run.Packager(),
+    )
+    words = map(shlex.quote, job.train_words())
+    experiment.add(_script(run, words), executor=executor, name="train")
+
+
+def _skypilot(run, experiment, job: Job, place: Place) -> None:
+    _refuse_servers(job, place)
+    executor = _build(
+        run.SkypilotExecutor,
+        place,
+        container_image=place.image,
+        num_nodes=job.nodes,
+        gpus_per_node=job.gpus_per_node,
+        launcher="torchrun",
+        env_vars=dict(place.environment),
+    )
+    experiment.add(_script(run, job.train_words()), executor=executor, name="train")
+
+
+def _kubeflow(run, experiment, job: Job, place: Place) -> None:
+    _refuse_servers(job, place)
+    if not place.image:
+        raise UserError("--executor kubeflow needs --image")
+    executor = _build(
+        run.KubeflowExecutor,
+        place,
+        image=place.image,
+        num_nodes=job.nodes,
+        gpus_per_node=job.gpus_per_node,
+        launcher="torchrun",
+        env_vars=dict(place.environment),
+    )
+    experiment.add(_script(run, job.train_words()), executor=executor, name="train")
+
+
+EXPERIMENTS = {
+    "local": _local,
+    "slurm": _slurm,
+    "docker": _docker,
+    "skypilot": _skypilot,
+    "kubeflow": _kubeflow,
+}
+
+
+def _refuse_servers(job: Job, place: Place) -> None:
+    if job.starts_servers:
+        raise UserError(
+            f"--executor {place.executor} starts no SGLang servers on several nodes: start them "
+            "and name them in servers.urls, or use --executor slurm"
+        )
+
+
+def _script(run, words, python: str = "python"):
+    module, *arguments = words
+    return run.Script(path=module, m=True, entrypoint=python, args=arguments)
+
+
+def _build(kind, place: Place, **settings):
+    """The executor, with the user's fields on top; UserError for one that it does not have."""
+    known = [known.name for known in fields(kind)]
+    for name in place.fields:
+        if name not in known:
+            raise UserError(
+                f"--with {name}=...: {kind.__name__} has no such field{nearest(name, known)}"
+            )
+    try:
+        return kind(**settings | dict(place.fields))
+    except (AssertionError, ImportError) as error:  # how NeMo-Run says that an extra is missing
+        raise UserError(f"--executor {place.executor}: {error}") from error
+
+
+def _scripts(experiment) -> str:
+    """The sbatch scripts that were written, each under its path."""
+    paths = [
+        Path(job.executor.experiment_dir) / f"{job.executor.job_name}_sbatch.sh"
+        for job in experiment.jobs
+        if hasattr(job.executor, "job_name")
+    ]
+    return "\n".join(f"# {path}\n{path.read_text()}" for path in paths if path.is_file())
+
+
+def _raise_if_failed(experiment) -> None:
+    """LaunchFailed unless the last job, which ends the run, succeeded."""
+    last = experiment.jobs[-1]
+    if last.state.name != "SUCCEEDED":
+        where = last.executor.job_dir
+        raise LaunchFailed(f"{last.id} ended as {last.state.name}; its logs are in {where}")

@@ -1,0 +1,42 @@
+"""Names of the configurations in `examples/`: a model, and behind a slash the method.
+
+qwen2.5-7b               examples/paper/qwen2.5-7b/prepo.yaml
+qwen2.5-7b/random        examples/paper/qwen2.5-7b/random.yaml
+qwen2.5_72b              examples/cluster/qwen2.5-72b/prepo.yaml
+mine/run.yaml            any file
+"""
+
+from pathlib import Path
+
+from megatron_prepo.config import nearest
+from megatron_prepo.errors import UserError
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FOLDERS = ("paper", "cluster")
+
+
+def recipes() -> dict[str, Path]:
+    """Every recipe's configuration by its name."""
+    return {
+        f"{path.parent.name}/{path.stem}": path
+        for folder in FOLDERS
+        for path in sorted((EXAMPLES / folder).glob("*/*.yaml"))
+    }
+
+
+def find(name: str) -> Path:
+    """The configuration of a recipe, or the file of that name.
+
+    Raises UserError that lists the recipes for an unknown one.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipes()
+    words = name.replace("_", "-")
+    path = known.get(words) or known.get(f"{words}/prepo")
+    if path is None:
+        raise UserError(
+            f"no recipe and no file is called {name!r}{nearest(words, list(known))}; the recipes "
+            f"are {', '.join(known) or 'in examples/ of the repository, which is not here'}"
+        )
+    return path

@@ -1,0 +1,73 @@
+r"""Mathematics: the last `\boxed{...}` against the answer, by math-verify (with latex2sympy2).
+
+math-verify knows fractions, units, per cent, sets, intervals, tuples, matrices and equations.
+Where we differ from it, and why, is in `docs/evaluation.md`: only a box is an answer; a word such
+as `million` is no unit; an interval may be written as an inequality; a decimal per cent equals its
+number; spaces between thousands, a full stop and other signs for the empty set are tidied up.
+"""
+
+import logging
+import re
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from megatron_prepo.rewards.boxed import last_boxed
+
+LONGEST = 2000
+"""Characters; a longer answer is wrong unless it is the same text."""
+BOXED = [LatexExtractionConfig(boxed_match_priority=0)]
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;! ]|\{,\}|~| )\d{3})+(?![\d,])")
+SIZE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
+PER_CENT = re.compile(r"\s*\\?%$")
+
+for _library in ("math_verify", "latex2sympy2_extended"):
+    # that there is no time limit of its own, and which answers did not parse: the pool has limits
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
+
+
+def boxed_answer(completion: str, answer: str) -> float:
+    r"""1.0 if the last box of the completion holds what equals the answer, else 0.0.
+
+    >>> boxed_answer(r"so it is \boxed{\frac{1}{2}}", "0.5"), boxed_answer("it is 0.5", "0.5")
+    (1.0, 0.0)
+    """
+    given = last_boxed(completion)
+    return float(bool(given) and same(given, answer))
+
+
+def same(given: str, answer: str) -> bool:
+    """Whether two answers, in LaTeX without delimiters, are the same."""
+    given, answer = tidy(given), tidy(answer)
+    if given == answer:
+        return bool(given)
+    if len(given) > LONGEST or SIZE.findall(given) != SIZE.findall(answer):
+        return False
+    if _equal(given, answer):
+        return True
+    plain = PER_CENT.sub("", given), PER_CENT.sub("", answer)
+    return plain != (given, answer) and _equal(*plain)
+
+
+def tidy(answer: str) -> str:
+    r"""Without what does not change an answer's meaning.
+
+    >>> tidy(r" $1\,234{,}567$. "), tidy("100, 200"), tidy(r"\varnothing")
+    ('1234567', '100, 200', '\\emptyset')
+    """
+    answer = re.sub(r"^[\s$]+|(?<!\\)[\s$.]+$", "", answer)
+    answer = THOUSANDS.sub(lambda number: re.sub(r"\D", "", number.group()), answer)
+    return answer.replace("\\varnothing", "\\emptyset")
+
+
+def _equal(given: str, answer: str) -> bool:
+    return verify(
+        _parsed(answer), _parsed(given), allow_set_relation_comp=True, timeout_seconds=None
+    )
+
+
+def _parsed(answer: str) -> list:
+    return parse(f"\\boxed{{{answer}}}", BOXED, parsing_timeout=None)
+
+
+# the parser fills its tables at first use: once here, and not in each process forked from this one
+same(r"\frac{1}{2}", "0.5")

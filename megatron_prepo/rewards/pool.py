@@ -1,0 +1,243 @@
+"""Grading in processes of their own, which hostile answers may break: rank 0's, for all ranks.
+
+Each answer has a limit of processor time and memory.  One that breaks a limit, or makes the
+function raise, gets `reward.low` and says so in its `Grade`; the process it broke is replaced.
+Processes are started anew, not forked from one with threads and a GPU, and import `rewards` only.
+"""
+
+import json
+import math
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_prepo.config import RewardConfig
+from megatron_prepo.errors import UserError
+from megatron_prepo.records import Rollout
+from megatron_prepo.rewards import FUNCTIONS
+
+START_SECONDS = 120.0
+"""Deadline for a process to have imported its function."""
+WAITING = 10.0
+"""How much longer than its processor time an answer may take on the clock: a process may sleep, and
+a machine may be busy, which must not turn a right answer into a wrong one."""
+MOST_PROCESSES = 16
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A completion's reward, and how it came about."""
+
+    reward: float
+    outcome: Literal["ok", "timeout", "error"] = "ok"
+    """`timeout`: over its time; `error`: the function raised, or broke its process.  The reward is
+    then `reward.low`."""
+    reason: str = ""
+    """What was raised, or how the process ended."""
+    seconds: float = 0.0
+    """How long its process worked on it, on the clock."""
+
+
+class Grader:
+    """Grades on rank 0; `share` gives the result of its future to every rank, others pass None."""
+
+    def __init__(
+        self,
+        settings: RewardConfig,
+        *,
+        rank: int = 0,
+        share: Callable[[Future | None], Any] = lambda future: future.result(),
+        say: Callable[[str], None] = print,
+    ):
+        """Raises UserError on every rank for a function that cannot be loaded."""
+        self.settings, self.rank, self.share, self.say = settings, rank, share, say
+        self.said_failure = False
+        if rank == 0:
+            cores = len(os.sched_getaffinity(0))
+            self.processes = settings.processes or min(cores, MOST_PROCESSES)
+            self.threads = ThreadPoolExecutor(self.processes, "grading")
+            self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.share(self._on_rank_zero(self._start))
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        """A grade for each rollout; one that was cut at the length limit is graded as it stands.
+
+        Collective.  Raises UserError for a reward out of `reward.low` to `reward.high`, and if more
+        than the share `reward.max_failed` of the answers failed.
+        """
+        pairs = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
+        grades = self.share(self._on_rank_zero(self._grade_all, pairs))
+        for rollout, grade in zip(rollouts, grades, strict=True):
+            self._check_range(rollout, grade.reward)
+        self._check_failures(rollouts, grades)
+        return grades
+
+    def close(self) -> None:
+        """End the processes."""
+        if self.rank == 0:
+            self.threads.shutdown(cancel_futures=True)
+            while not self.idle.empty():
+                worker = self.idle.get()
+                if not worker.ended:
+                    worker.end()
+
+    def _on_rank_zero(self, function: Callable, *arguments) -> Future | None:
+        if self.rank != 0:
+            return None
+        future = Future()
+        threading.Thread(target=_run, args=(future, function, *arguments), daemon=True).start()
+        return future
+
+    def _start(self) -> None:
+        workers = [Worker(self.settings) for _ in range(self.processes)]
+        for worker in workers:
+            self.idle.put(worker)
+        for worker in workers:
+            worker.wait_until_ready()
+
+    def _grade_all(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        return list(self.threads.map(lambda pair: self._grade_one(*pair), pairs))
+
+    def _grade_one(self, completion: str, answer: str) -> Grade:
+        worker = self.idle.get()
+        try:
+            # twice: an answer is blamed for the end of a process only if that was a fresh one; an
+            # older one may have been ended by someone else
+            for _ in range(2):
+                if worker.ended:
+                    worker = Worker(self.settings)
+                    worker.wait_until_ready()
+                start = time.monotonic()
+                grade = worker.grade(completion, answer)
+                if grade.outcome != "error" or not worker.ended:
+                    break
+            return replace(grade, seconds=time.monotonic() - start)
+        finally:
+            self.idle.put(worker)
+
+    def _check_range(self, rollout: Rollout, reward: float) -> None:
+        low, high = self.settings.low, self.settings.high
+        if not (math.isfinite(reward) and low <= reward <= high):
+            raise UserError(
+                f"prompt {rollout.prompt.id!r}: reward {reward} of {rollout.text[:80]!r} is not "
+                f"within reward.low={low} and reward.high={high}"
+            )
+
+    def _check_failures(self, rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> None:
+        failed = [i for i, grade in enumerate(grades) if grade.outcome != "ok"]
+        if not failed:
+            return
+        name, first = self.settings.function, grades[failed[0]]
+        sentence = (
+            f"reward.function={name} failed on {len(failed)} of {len(grades)} answers; the first, "
+            f"to prompt {rollouts[failed[0]].prompt.id!r}: {first.outcome} {first.reason}".rstrip()
+        )
+        if len(failed) > self.settings.max_failed * len(grades):
+            raise UserError(f"{sentence}; more than reward.max_failed={self.settings.max_failed}")
+        if not self.said_failure:
+            self.say(f"{sentence}; reward/failed_ratio counts them from here on")
+            self.said_failure = True
+
+
+class Worker:
+    """One grading process, and our end of the socket to it."""
+
+    def __init__(self, settings: RewardConfig):
+        self.settings = settings
+        self.ended = False
+        """Whether it is of no more use."""
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self.channel, theirs = socket.socketpair()
+        self.replies = self.channel.makefile("r", encoding="ascii")
+        path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
+        limits = (settings.seconds, settings.memory_mb)
+        with theirs:
+            arguments = map(str, (theirs.fileno(), absolute(settings.function), *limits))
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_prepo.rewards.worker", *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.log,
+                # the order of sets, and so of what sympy does, must not differ between processes
+                env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+                start_new_session=True,  # Ctrl-C is for the trainer, whose end ends the process
+            )
+
+    def wait_until_ready(self) -> None:
+        """Raises UserError if it cannot load its function."""
+        try:
+            reply = self._receive(START_SECONDS)
+        except (OSError, ValueError):
+            reply = {}
+        if "ready" not in reply:
+            status = self.end()
+            raise UserError(
+                f"reward.function={self.settings.function} does not load in a grading process with "
+                f"reward.memory_mb={self.settings.memory_mb}: {reply.get('error', status)}"
+            )
+
+    def grade(self, completion: str, answer: str) -> Grade:
+        """If it has no answer to give it has ended."""
+        low, seconds = self.settings.low, self.settings.seconds * WAITING
+        try:
+            self.channel.settimeout(seconds)
+            self.channel.sendall(json.dumps([completion, answer]).encode("ascii") + b"\n")
+            reply = self._receive(seconds)
+        except TimeoutError:
+            self.end()
+            return Grade(low, "timeout")
+        except (OSError, ValueError):
+            return Grade(low, "error", self.end())
+        match reply:
+            case {"reward": reward}:
+                return Grade(reward)
+            case {"error": reason}:
+                return Grade(low, "error", reason)
+            case {"timeout": True}:
+                return Grade(low, "timeout")
+
+    def end(self) -> str:
+        """Let it end, or kill it and its child; returns how it ended."""
+        self.ended = True
+        self.replies.close()
+        self.channel.close()
+        try:
+            status = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            status = self.process.wait()
+        with self.log:
+            self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 300))
+            words = self.log.read().decode(errors="replace").strip().splitlines()
+        return ": ".join([f"the grading process ended with status {status}", *words[-1:]])
+
+    def _receive(self, seconds: float) -> dict:
+        """The next reply; ValueError if there is none."""
+        self.channel.settimeout(seconds)
+        return json.loads(self.replies.readline())
+
+
+def absolute(function: str) -> str:
+    """`reward.function` with the whole path of its file, if it has one."""
+    file, _, name = function.rpartition(":")
+    return f"{Path(file).resolve()}:{name}" if function not in FUNCTIONS else function
+
+
+def _run(future: Future, function: Callable, *arguments) -> None:
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,90 @@
+"""A grading process: `python -m megatron_prepo.rewards.worker`, started by `pool`.
+
+It imports the function once and then works through a child that it forks: no threads, nothing but
+the function in memory, and a new child in no time.  The child reads `[completion, answer]` and
+writes `{"reward": ...}` or `{"error": ...}`, a line of JSON each, on the socket whose other end
+`pool` holds.  Memory is limited, and so is the processor time of an answer: over that the kernel
+ends the child, whatever it is doing, and the parent writes `{"timeout": true}`.  A child that ends
+otherwise takes the parent with it, and `pool` starts another.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+from megatron_prepo.rewards import load
+
+FULL = 3
+"""Exit code of a child that used up half its memory."""
+
+
+def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
+    """Say that the function is there, or why not; then grade until the socket is closed."""
+    limit_memory(int(memory_mb) << 20)
+    with socket.socket(fileno=int(descriptor)) as channel:
+        try:
+            function = load(name)
+        except Exception as error:  # whatever a user's file raises is for the user to read
+            send(channel, {"error": sentence(error)})
+            return
+        send(channel, {"ready": True})
+        status = FULL
+        while status in (FULL, -signal.SIGPROF):
+            if status == -signal.SIGPROF:
+                send(channel, {"timeout": True})
+            child = os.fork()
+            if child == 0:
+                serve(channel, function, float(seconds), int(memory_mb) << 20)
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Address space of this process; it leaves no core file, and writes no large one."""
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve(channel: socket.socket, function: Callable, seconds: float, memory: int) -> None:
+    """Grade until the socket is closed, or half the memory is in use: no later answer is to pay."""
+    for line in channel.makefile("r", encoding="ascii"):
+        completion, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            reply = {"reward": float(function(completion, answer))}
+        except MemoryError:
+            os._exit(1)  # there may be no memory left to say so in
+        except Exception as error:  # whatever a function raises is this answer's grade
+            reply = {"error": sentence(error)}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        send(channel, reply)
+        if address_space() > memory // 2:
+            os._exit(FULL)
+
+
+def address_space() -> int:
+    """Bytes of it in use."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def send(channel: socket.socket, reply: dict) -> None:
+    """A line of ASCII, whatever is in it."""
+    channel.sendall(json.dumps(reply).encode("ascii") + b"\n")
+
+
+def sentence(error: Exception) -> str:
+    """The exception in a few words."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

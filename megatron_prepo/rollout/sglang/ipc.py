@@ -1,0 +1,212 @@
+"""Weights through memory that the trainer and the servers of one machine share.
+
+Requests carry handles only.  On GPUs these are CUDA's, of memory on the server rank's own device:
+the trainer rank that has this device gives it, so that no byte crosses between devices.  On a CPU
+rank 0 alone gives one, of shared memory that all server ranks map.  While servers copy out of one
+bucket, the next is already with them, and the one after is gathered.
+"""
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_strategy
+
+from megatron_prepo.config import Config, ServersConfig
+from megatron_prepo.errors import UserError
+from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.sglang.transport import (
+    Bucket,
+    Shapes,
+    described,
+    flatten,
+    num_bytes,
+    of_one_type,
+    serialized,
+    update_from_tensor,
+)
+
+SHARED_MEMORY = "/dev/shm"
+IN_FLIGHT = 2
+"""Buckets that the servers have and have not yet read."""
+DEVICE = 6
+"""The argument of torch's `rebuild_cuda_tensor` that is the number of the device."""
+
+
+class ByIPC:
+    """All ranks take part, in step; `fleet` is rank 0's, and None on the others.
+
+    `share` and `gather` are the engine's.  Errors are raised on all ranks alike.
+    """
+
+    in_session = True
+
+    def __init__(
+        self,
+        fleet: Fleet | None,
+        config: Config,
+        *,
+        device: torch.device,
+        rank: int,
+        share: Callable[[Future | None], Any],
+        gather: Callable[[Any], list],
+    ):
+        self.fleet, self.share, self.gather = fleet, share, gather
+        self.servers, self.sync = config.servers, config.weight_sync
+        self.cuda, self.device = device.type == "cuda", device.index or 0
+        # the servers are on the machine of rank 0
+        self.near = rank < _num_local_ranks() if self.cuda else rank == 0
+        self._buffers: list[torch.Tensor] = []
+        self._under_way: deque[Future | None] = deque()
+        self._num_sent = 0
+
+    def start(self, shapes: Shapes) -> None:
+        """A new set of weights.  Raises EngineError if there is too little shared memory."""
+        self._under_way.clear()
+        shortage, devices = None, [0]
+        if self.fleet and self.cuda:  # nobody would let go of what is given to a lost server
+            living = [server.own.index for server in self.fleet.living()]
+            devices = [d for index in living for d in _devices_of(self.servers, index)]
+        elif self.fleet:
+            shortage = self._make_buffers(shapes)
+        shortage, devices = self.gather((shortage, devices))[0]
+        if shortage:
+            raise EngineError(shortage)
+        self.gives = self.near and self.device in devices
+
+    def send(self, bucket: Bucket) -> None:
+        """Give every server a bucket; returns when all but the last IN_FLIGHT have arrived."""
+        for part in of_one_type(bucket):
+            given = self._give(part) if self.gives else None
+            all_given = self.gather(given)  # now every rank's memory holds this part
+            self._under_way.append(self._request(part, all_given) if self.fleet else None)
+            self._num_sent += 1
+            self._wait(IN_FLIGHT)
+
+    def finish(self) -> None:
+        """Wait for the last buckets."""
+        self._wait(0)
+        if self.cuda:
+            torch.cuda.ipc_collect()
+
+    def _request(self, part: Bucket, given: list[tuple[int, str] | None]) -> Future:
+        return self.fleet.run(
+            update_from_tensor(
+                self.fleet,
+                lambda server: self._payloads(server, given),
+                described(part),
+                seconds=self.sync.request_seconds,
+            )
+        )
+
+    def _wait(self, most: int) -> None:
+        """Until no more than so many buckets are under way."""
+        while len(self._under_way) > most:
+            self.share(self._under_way.popleft())
+
+    def _give(self, part: Bucket) -> tuple[int, str]:
+        """The device on which this rank has put the part, and what its server rank gets."""
+        if self.cuda:
+            # fresh memory each time: torch keeps it until the server has let go of it, and an
+            # answer may come before the copies on the server's stream are done
+            rank = (self.device - self.servers.first_device) % self.servers.tensor
+            return self.device, serialized(part, _Reduced(*on_device(flatten(part), rank)))
+        # what was in this buffer has been read: `send` has waited for it
+        flat = flatten(part, into=self._buffers[self._num_sent % len(self._buffers)])
+        readers = sum(server.num_ranks for server in self.fleet.servers if server.lost is None)
+        return self.device, serialized(part, _Reduced(*in_memory(flat, readers)))
+
+    def _payloads(self, server: Server, given: list[tuple[int, str] | None]) -> list[str]:
+        """For each rank of the server."""
+        by_device = dict(filter(None, given))
+        if not self.cuda:
+            return [by_device[self.device]] * server.num_ranks
+        return [by_device[device] for device in _devices_of(self.servers, server.own.index)]
+
+    def _make_buffers(self, shapes: Shapes) -> str | None:
+        """For the largest bucket each; what is wrong if there is no room for them."""
+        sizes = [num_bytes(dtype, shape) for dtype, shape in shapes.values()]
+        size = min(sum(sizes), max(self.sync.bucket_mb << 20, *sizes))
+        if self._buffers and len(self._buffers[0]) >= size:
+            return None
+        self._buffers = []
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, (IN_FLIGHT + 1) * size
+        if free < needed:
+            return (
+                f"weight_sync.transport=ipc needs {needed >> 20} MiB in {SHARED_MEMORY}, and "
+                f"{free >> 20} are free: lower weight_sync.bucket_mb={self.sync.bucket_mb}, or "
+                "give the machine (docker: --shm-size) more"
+            )
+        self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(IN_FLIGHT + 1)]
+        return None
+
+
+class _Reduced:
+    """Pickled as a call."""
+
+    def __init__(self, function: Callable, arguments: tuple):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable, tuple]:
+    """How other processes get at a tensor on the CPU, so many times; it moves to shared memory.
+
+    By the name of a file, which any process can open; by descriptor, which is torch's way between
+    related processes, a server would die.
+    """
+    strategy, storage = get_sharing_strategy(), flat.untyped_storage()
+    set_sharing_strategy("file_system")
+    try:
+        function, arguments = reductions.reduce_storage(storage)
+    finally:
+        set_sharing_strategy(strategy)
+    for _ in range(readers - 1):  # a reader takes one count away, and the last the file
+        storage._shared_incref()
+    bytes_there = _Reduced(function, (*arguments, flat.dtype))
+    metadata = flat.storage_offset(), flat.size(), flat.stride(), False
+    return reductions.rebuild_tensor, (torch.Tensor, bytes_there, metadata)
+
+
+def on_device(flat: torch.Tensor, device: int) -> tuple[Callable, tuple]:
+    """How the process that has this memory's device as its number `device` gets at it, once."""
+    function, arguments = reductions.reduce_tensor(flat)
+    return function, (*arguments[:DEVICE], device, *arguments[DEVICE + 1 :])
+
+
+def check(config: Config, device: torch.device) -> None:
+    """UserError for a server on a device of which no rank can give a handle."""
+    if device.type != "cuda":
+        return
+    if config.servers.urls:
+        raise UserError(
+            "weight_sync.transport=ipc: which devices the servers of servers.urls have is not "
+            "known; let the run start its servers, or choose another weight_sync.transport"
+        )
+    num_local = _num_local_ranks()
+    if without := [d for d in _devices(config.servers) if d >= num_local]:
+        raise UserError(
+            f"weight_sync.transport=ipc: devices {without} have a server's rank (servers."
+            "first_device, servers.count, servers.tensor), and none of the actor's, of which this "
+            f"machine has {num_local}; choose weight_sync.transport=distributed"
+        )
+
+
+def _num_local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _devices(servers: ServersConfig) -> list[int]:
+    return [d for index in range(servers.count) for d in _devices_of(servers, index)]
+
+
+def _devices_of(servers: ServersConfig, index: int) -> range:
+    """The devices of the ranks of the server with this index, as the trainer numbers them."""
+    first = servers.first_device + index * servers.tensor
+    return range(first, first + servers.tensor)

@@ -1,0 +1,57 @@
+"""What is asked of a server to score a prompt, and what its answer must look like.
+
+A probe is a prefill and nothing else.  Asking for the prompt's log-probabilities keeps SGLang from
+reusing what it has cached of the prompt, but not from caching what it computes: the rollouts of the
+prompts that are selected find them there.  Entropies are not to be had of a server.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_prepo.rollout.sglang.completion import Job
+from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What all probes of a call have in common."""
+
+    weight_version: str
+    """The servers' name for the actor's weights."""
+    vocab_size: int
+    can_be_cut = False
+
+    def request(self, job: Job, request_id: str) -> dict:
+        """The body of `POST /generate`; temperature 1, whatever that of the rollouts is."""
+        return {
+            "rid": request_id,
+            "input_ids": list(job.prompt.tokens),
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        }
+
+    def read(self, answer: object, job: Job, *, cut: bool, server: str) -> list[float]:
+        """The log-probability of each of the prompt's tokens but the first, given those before it.
+
+        Raises StaleWeights for an answer by other weights, and ServerFailed for anything that is
+        not a complete answer to this request.
+        """
+        tokens, where = job.prompt.tokens, f"{server} scored the prompt {job.prompt.id!r}"
+        try:
+            version = answer["meta_info"]["weight_version"]
+            triples = answer["meta_info"]["input_token_logprobs"]
+            logprobs, ids = [t[0] for t in triples[1:]], [t[1] for t in triples]
+        except (TypeError, KeyError, IndexError) as error:
+            raise ServerFailed(f"{where} with {error!r} in {str(answer)[:200]}") from error
+        if version != self.weight_version:
+            raise StaleWeights(
+                f"{where} by weights {version}, and the actor's are {self.weight_version}"
+            )
+        # SGLang gives the last token of the vocabulary its value, and the number 0
+        numbered = [0 if token == self.vocab_size - 1 else token for token in tokens]
+        if ids not in (list(tokens), numbered):
+            raise ServerFailed(f"{where} with log-probabilities of other tokens than the prompt's")
+        if not all(isinstance(p, float | int) and math.isfinite(p) and p < 1e-3 for p in logprobs):
+            raise ServerFailed(f"{where} with log-probabilities that are none")
+        return [float(p) for p in logprobs]

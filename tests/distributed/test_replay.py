@@ -1,0 +1,368 @@
+"""A dump of one rank, run again in other layouts; and numbers that are not finite, on one rank.
+
+One start of 2 ranks goes through all of it; the tests look at its results.
+"""
+
+import io
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+from ranks import join, on_ranks
+from tiny_models import VOCAB, actor_config
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_prepo.errors import UserError
+from megatron_prepo.records import Prompt, Rollout
+
+LENGTHS = (5, 9, 3, 4, 12, 6, 8, 2)
+LAYOUTS = {
+    "TP1": ["train.micro_batch_tokens=16"],
+    "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true"],
+    "PP2": ["parallel.pipeline=2", "train.micro_batch_tokens=48"],
+    "DP2": ["parallel.data=2"],
+    "DP2 distributed optimizer": [
+        "parallel.data=2",
+        "optimizer.use_distributed_optimizer=true",
+        "loss.head=recompute",
+    ],
+}
+POISONS = {
+    # a name: layout, what rank 1 alone does wrong
+    "a copy of a norm's gradient": ({"tensor": 2}, "gradient"),
+    "an activation of a tensor-parallel rank": ({"tensor": 2}, "activation"),
+    "a gradient of the second stage": ({"pipeline": 2}, "gradient"),
+    "an activation of the second stage": ({"pipeline": 2}, "activation"),
+    "one replica's gradient, once reduced": ({"data": 2}, "gradient"),
+    "an activation of one replica": ({"data": 2}, "activation"),
+}
+MAX_SKIPPED = 1
+
+
+def config_of(hf, **sections):
+    train = {"total_steps": 9, "mini_batches": 2, "micro_batch_tokens": 32}
+    train["max_skipped_updates"] = MAX_SKIPPED
+    limits = {"data": {"max_prompt_tokens": 4}, "rollout": {"max_new_tokens": max(LENGTHS)}}
+    return actor_config(hf, train=train, optimizer={"lr": 1e-2}, **limits, **sections)
+
+
+def made_up_step(actor):
+    """4 groups of 2 rollouts of random tokens, and their old scores."""
+    from megatron_prepo.rewards.pool import Grade
+    from megatron_prepo.selection.candidates import Candidates
+    from megatron_prepo.train import Groups, score_rollouts
+
+    generator = torch.Generator().manual_seed(3)
+
+    def tokens(count):
+        return tuple(torch.randint(0, VOCAB, (count,), generator=generator).tolist())
+
+    prompts = [Prompt(f"p{k}", f"text {k}", "1", tokens(4), (0, 4)) for k in range(4)]
+    rollouts = [
+        Rollout(prompts[i // 2], tokens(n), (-0.5,) * n, f"completion {i}", True, actor.updates)
+        for i, n in enumerate(LENGTHS)
+    ]
+    candidates = Candidates(prompts, torch.arange(1.0, 5.0))
+    groups = Groups((0, 1, 2, 3), tuple(rollouts), (Grade(0.0), Grade(1.0)) * 4)
+    old = score_rollouts(actor.config, actor, rollouts)
+    return groups, candidates, old
+
+
+def run_everything(hf, root):
+    """On each rank: what the tests look at."""
+    results = {"dumped": dump_of_one_rank(hf, root)}
+    for name in LAYOUTS:
+        results[name] = replayed(root, LAYOUTS[name])
+    results["one copy wrong"] = replayed(root, LAYOUTS["TP2 SP"], mutate=scale_one_shard)
+    results["norms not summed"] = replayed(root, LAYOUTS["TP2 SP"], mutate=forget_the_norms)
+    for name, (layout, what) in POISONS.items():
+        results[name] = poisoned(hf, root / name.replace(" ", "-"), layout, what)
+    return results
+
+
+def dump_of_one_rank(hf, root):
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.train import update_policy
+    from megatron_prepo.updates import Updates
+
+    if not join(1):
+        return None
+    config = config_of(hf, debug={"dump_steps": [7]})
+    parallel.initialize(config.parallel, seed=1)
+    actor = Actor(config)
+    groups, candidates, old = made_up_step(actor)
+    learner = Updates(config, actor, SimpleNamespace(directory=root, say=print)).of_step(
+        groups.record(config, 7, candidates, old)
+    )
+    _, metrics = update_policy(config, learner, groups.rollouts, groups.rewards_KG, old)
+    hostile = hostile_checkpoints(actor, root / "dumps" / "step_0007" / "weights_0", root)
+    parallel.shut_down()
+    return {
+        "metrics": metrics,
+        "rollouts": groups.rollouts,
+        "old": old.scores,
+        "hostile": hostile,
+    }
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def hostile_checkpoints(actor, good, root):
+    """What became of checkpoints that run a command when they are unpickled: (error, was it run).
+
+    One has it in place of the table of tensors, one in place of an object, where Megatron's own
+    `load` does run it.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_prepo.actor import checkpoint
+
+    def attempt(what, load):
+        marker = root / f"executed-{what}"
+        try:
+            load(marker)
+            message = None
+        except (UserError, CheckpointException, TypeError) as error:
+            message = f"{type(error).__name__}: {error}"
+        return message, marker.exists()
+
+    def table(marker):
+        directory = shutil.copytree(good, root / "hostile-table")
+        (checkpoint.newest(directory) / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
+        checkpoint.load_weights(actor.model, directory)
+
+    def saved_object(marker):
+        directory = root / marker.name.replace("executed", "hostile")
+        directory.mkdir()
+        good = {"thing": ShardedObject("thing", "good", (1,), (0,))}
+        dist_checkpointing.save(good, str(directory))
+        put_in_place_of_an_object(directory, Evil(marker))
+        return directory, {"thing": ShardedObject("thing", None, (1,), (0,))}
+
+    def by_megatron(marker):
+        directory, wanted = saved_object(marker)
+        dist_checkpointing.load(wanted, str(directory))
+
+    return {
+        "table": attempt("table", table),
+        "object": attempt("object", lambda m: checkpoint.load_without_running(*saved_object(m))),
+        "object, by Megatron's own load": attempt("megatron", by_megatron),
+    }
+
+
+def put_in_place_of_an_object(directory, evil):
+    """Of the only one in the checkpoint: its place in the table becomes that of other bytes."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    ((index, place),) = metadata.storage_data.items()
+    file, data = directory / place.relative_path, io.BytesIO()
+    torch.save(evil, data)
+    metadata.storage_data[index] = replace(
+        place, offset=file.stat().st_size, length=len(data.getvalue())
+    )
+    file.write_bytes(file.read_bytes() + data.getvalue())
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def replayed(root, overrides, mutate=None):
+    """The comparison's differing rows and largest errors; None on a rank that is not needed."""
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.dump import read
+    from megatron_prepo.replay import replay
+
+    if not join(2 if overrides[0].endswith("=2") else 1):
+        return None
+    dump = read(root / "dumps" / "step_0007", overrides)
+    parallel.initialize(dump.config.parallel, seed=1)
+    backward = Actor.backward
+    if mutate:
+        Actor.backward = lambda actor, batch: mutate(actor, lambda: backward(actor, batch))
+    try:
+        comparison = replay(dump)
+    finally:
+        Actor.backward = backward
+        parallel.shut_down()
+    return {
+        "differing": [row.name for row in comparison.differing()],
+        "numbers": {row.name: row.error for row in comparison.numbers},
+        "tensors": {row.name: row.error for row in comparison.tensors},
+        "text": comparison.text(),
+    }
+
+
+def scale_one_shard(actor, backward):
+    """Rank 1's rows of one matrix are 1 % too large."""
+    gradient = backward()
+    if torch.distributed.get_rank() == 1:
+        actor.model.decoder.layers[2].mlp.linear_fc2.weight.main_grad.mul_(1.01)
+    return gradient
+
+
+def forget_the_norms(actor, backward):
+    """Sequence parallelism without the sum over ranks of what each saw of the sequence."""
+    for parameter in actor.model.parameters():
+        parameter.sequence_parallel = False
+    return backward()
+
+
+def poisoned(hf, root, layout, what):
+    """A good update, a NaN on rank 1 alone, a good one, NaN after NaN; the good ones without."""
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.updates import Updates
+
+    join(2)
+    config = config_of(hf, parallel=layout, debug={"max_skip_dumps": 2})
+    parallel.initialize(config.parallel, seed=1)
+    actor, untouched = Actor(config), Actor(config)
+    groups, candidates, old = made_up_step(actor)
+    record, said = groups.record(config, 3, candidates, old), []
+    updates = Updates(config, actor, SimpleNamespace(directory=root, say=said.append))
+
+    def update(poison):
+        batches = []
+        collect = SimpleNamespace(update=lambda batch: batches.append(batch))
+        from megatron_prepo.train import update_policy
+
+        update_policy(config, collect, groups.rollouts, groups.rewards_KG, old)
+        if not poison:
+            return updates.of_step(record).update(batches[0]), untouched.update(batches[0])
+        with poisoned_rank(actor, what):
+            return updates.of_step(record).update(batches[0]), None
+
+    update(poison=False)  # so that Adam has moments to lose
+    before = state_of(actor)
+    result = {"first": update(poison=True)[0], "unchanged": before == state_of(actor)}
+    result["good"], result["expected"] = update(poison=False)
+    result["weights equal"] = state_of(actor) == state_of(untouched)
+    update(poison=True)
+    try:
+        update(poison=True)
+        result["message"] = None
+    except FloatingPointError as error:
+        result["message"] = str(error)
+    result["at the end"] = state_of(actor) == state_of(untouched)
+    result["said"] = said
+    parallel.shut_down()
+    return result
+
+
+class poisoned_rank:
+    """On rank 1: a NaN in an activation, or in a gradient after all reductions."""
+
+    def __init__(self, actor, what):
+        self.actor, self.what = actor, what
+
+    def __enter__(self):
+        actor, self.hook = self.actor, None
+        self.prepare_grads = actor.optimizer.prepare_grads
+        if torch.distributed.get_rank() != 1:
+            return
+        layer = actor.model.decoder.layers[-1]
+        if self.what == "activation":
+            self.hook = layer.mlp.linear_fc1.register_forward_hook(with_a_nan)
+            return
+
+        def prepare_grads():
+            layer.input_layernorm.weight.main_grad[3] = float("nan")
+            return self.prepare_grads()
+
+        actor.optimizer.prepare_grads = prepare_grads
+
+    def __exit__(self, *_):
+        self.actor.optimizer.prepare_grads = self.prepare_grads
+        if self.hook:
+            self.hook.remove()
+
+
+def with_a_nan(module, inputs, output):
+    output[0].view(-1)[5] = float("nan")
+    return output
+
+
+def state_of(actor):
+    """All that an update changes, of this rank: weights, moments, schedule, version."""
+    tensors = [p.detach() for p in actor.model.parameters()]
+    tensors += [
+        value
+        for optimizer in actor.optimizer.chained_optimizers
+        for state in optimizer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    rate = actor.optimizer.param_groups[0]["lr"]
+    numbers = torch.cat([tensor.double().flatten() for tensor in tensors]).numpy().tobytes()
+    return numbers, rate, actor.scheduler.num_steps, actor.updates
+
+
+# The tests
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    hf = tiny_models.save(tiny_models.qwen2(), root / "hf")
+    return on_ranks(2, run_everything, hf, root)
+
+
+def test_a_hostile_checkpoint_is_refused_and_not_executed(results):
+    hostile = results[0]["dumped"]["hostile"]
+    for what, refused in (("table", "posix.system"), ("object", "posix.system")):
+        message, executed = hostile[what]
+        assert message.startswith("UserError") and refused in message
+        assert not executed
+    _, executed = hostile["object, by Megatron's own load"]
+    assert executed, "the test is harmless"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_replay_agrees_with_the_dump_in_any_layout(results, layout):
+    """To 1e-5, of which float32 rounding in another order needs some 2e-6."""
+    replay = results[0][layout]
+    assert replay["differing"] == []
+    assert len(replay["tensors"]) == 2 * 50 and len(replay["numbers"]) == 2 + 2 * 2
+    assert max(*replay["tensors"].values(), *replay["numbers"].values()) < 1e-5
+
+
+def test_a_gradient_that_is_wrong_on_one_rank_is_named(results):
+    assert results[0]["one copy wrong"]["differing"] == [
+        "update 1: model.layers.2.mlp.down_proj.weight",
+        "update 0: model.layers.2.mlp.down_proj.weight",
+    ]
+
+
+def test_norms_that_are_not_summed_are_named(results):
+    names = {name.split(": ")[1] for name in results[0]["norms not summed"]["differing"]}
+    tensors = {name for name in names if name.startswith("model.")}
+    assert {"model.layers.0.input_layernorm.weight", "model.norm.weight"} <= tensors
+    assert all("norm" in name or "bias" in name for name in tensors)
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(results, name):
+    for rank in results:
+        seen = rank[name]
+        assert seen["first"] is None and seen["unchanged"]
+        assert seen["good"] == seen["expected"] and seen["weights equal"]
+        assert "2 in a row are more than train.max_skipped_updates=1" in seen["message"]
+        assert seen["at the end"]
+        assert "skipped: update 2: loss" in seen["said"][0] and "dumps/step_0003" in seen["said"][0]

@@ -1,0 +1,376 @@
+"""An actor that is saved and read again goes on as the one that was never saved.
+
+Under the layout that wrote it bit for bit, under another up to rounding.  One start of 2 ranks goes
+through everything that needs a job; the tests look at its results.
+"""
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from ranks import join, on_ranks
+from tiny_models import actor_config
+
+from megatron_prepo.records import ScoredSequence
+
+DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True}}
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"parallel": {"tensor": 2}},
+    "pp2": {"parallel": {"pipeline": 2}},
+    "dp2": {"parallel": {"data": 2}},
+    "dp2 distributed": {"parallel": {"data": 2}, **DISTRIBUTED},
+    "tp2 distributed": {"parallel": {"tensor": 2}, **DISTRIBUTED},
+    "tp1 bf16": {"model": {"dtype": "bfloat16"}},
+    "tp2 bf16": {"model": {"dtype": "bfloat16"}, "parallel": {"tensor": 2}},
+    "dp2 bf16 distributed": {
+        "model": {"dtype": "bfloat16"},
+        "parallel": {"data": 2},
+        **DISTRIBUTED,
+    },
+}
+RESHARDED = [
+    ("tp2", "tp1"),
+    ("tp1", "tp2"),
+    ("pp2", "tp2"),
+    ("tp2", "dp2"),
+    ("dp2 distributed", "tp2 distributed"),
+    ("tp2 distributed", "dp2 distributed"),
+    ("tp2 bf16", "tp1 bf16"),
+]
+SECTIONS = {
+    "data": {"max_prompt_tokens": 16},
+    "train": {"total_steps": 8, "micro_batch_tokens": 24},
+    "optimizer": {"lr": 1e-2, "lr_warmup_steps": 3, "lr_decay_style": "cosine"},
+}
+
+
+class ActorOn:
+    """An actor under a layout, on the first ranks; None on the others."""
+
+    def __init__(self, hf, layout):
+        sections = {name: dict(section) for name, section in SECTIONS.items()}
+        for name, values in LAYOUTS[layout].items():
+            sections[name] = sections.get(name, {}) | values
+        self.config = actor_config(hf, **sections)
+
+    def __enter__(self):
+        from megatron_prepo.actor import parallel
+        from megatron_prepo.actor.policy import Actor
+
+        layout = self.config.parallel
+        self.taking_part = join(layout.tensor * layout.pipeline * (layout.data or 1))
+        if not self.taking_part:
+            return None
+        parallel.initialize(layout, seed=1)
+        return Actor(self.config)
+
+    def __exit__(self, *_):
+        from megatron_prepo.actor import parallel
+
+        if self.taking_part:
+            parallel.shut_down()
+
+
+def batch():
+    from megatron_prepo.actor.policy import TrainingSequence
+
+    generator = torch.Generator().manual_seed(3)
+    sequences = []
+    for i, length in enumerate((9, 14, 5, 7)):
+        tokens = torch.randint(3, tiny_models.VOCAB, (length,), generator=generator).tolist()
+        sequences.append(
+            TrainingSequence(
+                ScoredSequence(tuple(tokens), start=3),
+                old_logprobs_T=torch.full((length - 3,), -5.0),
+                advantage=(-1.0) ** i,
+                coefficient=0.25,
+            )
+        )
+    return sequences
+
+
+def state_of(actor):
+    """Weights, and the metrics of the last update: what is compared."""
+    return {name: tensor.clone() for name, tensor in actor.hf_weights()}
+
+
+def go_on(actor):
+    metrics = [actor.update(batch()) for _ in range(2)]
+    return {"metrics": metrics, "weights": state_of(actor), "updates": actor.updates}
+
+
+def run_everything(hf, scratch):
+    results, saved, uninterrupted = {}, {}, {}
+    for layout in LAYOUTS:
+        with ActorOn(hf, layout) as actor:
+            if actor is None:
+                continue
+            actor.update(batch())
+            saved[layout] = actor.save(f"{scratch}/{layout.replace(' ', '-')}", step=1)
+            uninterrupted[layout] = go_on(actor)
+    for source, target in [*((layout, layout) for layout in LAYOUTS), *RESHARDED]:
+        with ActorOn(hf, target) as actor:
+            if actor is None:
+                continue
+            path = Path(scratch, source.replace(" ", "-"), "iter_0000001")
+            actor.load(path)
+            results[source, target] = go_on(actor)
+    for layout in ("tp1", "tp2 distributed"):
+        results |= {("before any update", layout): from_the_start(hf, layout, scratch)}
+    results["disk full"] = disk_full(hf, scratch)
+    results["manifests"] = manifests(hf, scratch)
+    results["checkpoints"] = run_checkpoints(hf, f"{scratch}/run")
+    return results, uninterrupted
+
+
+def from_the_start(hf, layout, scratch):
+    """Metrics of the first updates, without and with a checkpoint before them."""
+    metrics = []
+    for reads in (False, True):
+        with ActorOn(hf, layout) as actor:
+            if actor is None:
+                continue
+            if reads:
+                actor.load(Path(scratch, f"start-{layout}", "iter_0000000"))
+            else:
+                actor.save(f"{scratch}/start-{layout}", step=0)
+            metrics.append([actor.update(batch()) for _ in range(2)])
+    return metrics
+
+
+def disk_full(hf, scratch):
+    """A save that runs out of space, then one that does not; a limit on file sizes stands in."""
+    from megatron_prepo.actor import checkpoint, manifest
+
+    with ActorOn(hf, "tp1") as actor:
+        if actor is None:
+            return None
+        directory = f"{scratch}/full"
+        whole = actor.save(directory, step=1)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            actor.save(directory, step=2)
+            error = None
+        except OSError as raised:
+            error = str(raised)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        result = {
+            "error": error,
+            "left": list(checkpoint.all_of(directory)),
+            "newest": checkpoint.newest(directory) == whole and manifest.problem(whole),
+        }
+        os.fork = None  # a fork whose rank is killed may wait for ever
+        result["later"] = manifest.problem(actor.save(directory, step=3))
+        return result
+
+
+def manifests(hf, scratch):
+    """What is said of a checkpoint after each kind of damage."""
+    from megatron_prepo.actor import manifest
+
+    with ActorOn(hf, "tp2") as actor:
+        path = actor.save(f"{scratch}/damage", step=3)
+        first, said = torch.distributed.get_rank() == 0, {"whole": manifest.problem(path)}
+
+        def after(name, damage, undo):
+            if first:
+                damage()
+            torch.distributed.barrier()
+            said[name] = manifest.problem(path)
+            torch.distributed.barrier()
+            if first:
+                undo()
+            torch.distributed.barrier()
+
+        shard, kept = path / "__1_0.distcp", path / "kept"
+        shutil.copy(shard, f"{scratch}/shard") if first else None
+
+        def flip():
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+
+        def restore():
+            shutil.copy(f"{scratch}/shard", shard)
+
+        after("a bit flipped", flip, restore)
+        after("cut short", lambda: os.truncate(shard, 100), restore)
+        after("gone", lambda: shard.unlink(), restore)
+        text = path / "manifest.json"
+        after("manifest gone", lambda: text.rename(kept), lambda: kept.rename(text))
+        whole = text.read_text()
+        after("manifest cut", lambda: text.write_text(whole[:50]), lambda: text.write_text(whole))
+        said["whole again"] = manifest.problem(path)
+        return said
+
+
+class Part:
+    """Something that remembers, and the run."""
+
+    def __init__(self):
+        self.num_steps, self.cut_to = 0, None
+
+    def state_dict(self):
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state):
+        self.num_steps = state["num_steps"]
+
+    def cut(self, sizes):
+        self.cut_to = sizes
+
+
+def run_checkpoints(hf, run_directory):
+    """A run of 6 steps that keeps few checkpoints, and what is restored after damage to them."""
+    from megatron_prepo.actor import checkpoint, parallel
+    from megatron_prepo.config import from_tree, to_tree
+    from megatron_prepo.journal import Journal
+    from megatron_prepo.resume import Checkpoints
+    from megatron_prepo.rollout.sglang.fleet import EngineError
+
+    result = {}
+    with ActorOn(hf, "tp2") as actor:
+        tree = to_tree(actor.config)
+        tree["run"]["dir"] = run_directory
+        tree["checkpoint"] |= {"keep_last": 2, "keep_every": 3}
+        first = torch.distributed.get_rank() == 0
+
+        def fresh():
+            said, run = [], Part()
+            journal = Journal(Path(run_directory, "journal"), first, parallel.from_rank_zero)
+            checkpoints = Checkpoints(
+                from_tree(tree), actor, {"run": run}, journal, lambda text: said.append(text)
+            )
+            return checkpoints, run, said
+
+        checkpoints, run, _ = fresh()
+        result["nothing there"] = (checkpoints.restore(), run.cut_to)
+        for _ in range(6):
+            actor.update(batch())
+            run.num_steps += 1
+            checkpoints.save()
+        directory = checkpoints.directory
+        torch.distributed.barrier()
+        result["kept"] = list(checkpoint.all_of(directory))
+
+        def restored():
+            checkpoints, run, said = fresh()
+            torch.distributed.barrier()
+            return checkpoints.restore(), run.num_steps, actor.updates, said
+
+        result["the newest"] = restored()
+        if first:
+            path = checkpoint.path_of(directory, 6) / "__0_0.distcp"
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            checkpoint.path_of(directory, 7).with_suffix(".partial").mkdir()
+        torch.distributed.barrier()
+        result["the newest is damaged"] = restored()
+
+        checkpoints, run, _ = fresh()
+        checkpoints.restore()
+        actor.update(batch())
+        run.num_steps += 1
+        checkpoints.mark()
+        try:
+            with checkpoints.saved_if_the_engine_fails():
+                raise EngineError("all servers are gone")
+        except Exception as error:
+            result["engine"] = (type(error).__name__, str(error), error.exit_code)
+        result["after the engine"] = restored()
+        result["left behind"] = [path.name for path in directory.glob("*.partial")]
+    return result
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    hf = tiny_models.save(tiny_models.qwen3(tied=True), tmp_path_factory.mktemp("hf"))
+    return on_ranks(2, run_everything, hf, str(tmp_path_factory.mktemp("checkpoints")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_layout_goes_on_bit_for_bit(results, layout):
+    for resumed, uninterrupted in results:
+        if (layout, layout) in resumed:
+            one, other = resumed[layout, layout], uninterrupted[layout]
+            assert one["metrics"] == other["metrics"]
+            assert one["updates"] == other["updates"] == 3
+            for name, weight in other["weights"].items():
+                assert torch.equal(one["weights"][name], weight), name
+
+
+def test_updates_move_the_weights(results):
+    """Otherwise nothing above is shown."""
+    norms = [metrics["loss/grad_norm"] for metrics in results[0][1]["tp1"]["metrics"]]
+    rates = [metrics["loss/learning_rate"] for metrics in results[0][1]["tp1"]["metrics"]]
+    assert norms[0] != norms[1] and min(norms) > 0.01 and rates[0] < rates[1]
+
+
+@pytest.mark.parametrize(("source", "target"), RESHARDED)
+def test_another_layout_goes_on_up_to_rounding(results, source, target):
+    uninterrupted = results[0][1][source]
+    tolerance = {"rel": 0.05} if "bf16" in source else {"rel": 1e-3}
+    for resumed, _ in results:
+        if (source, target) in resumed:
+            assert resumed[source, target]["updates"] == 3
+            for one, other in zip(
+                resumed[source, target]["metrics"], uninterrupted["metrics"], strict=True
+            ):
+                assert one["loss/policy"] == pytest.approx(other["loss/policy"], **tolerance)
+                assert one["loss/learning_rate"] == other["loss/learning_rate"]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2 distributed"])
+def test_a_checkpoint_before_any_update_is_read(results, layout):
+    for resumed, _ in results:
+        if resumed["before any update", layout]:
+            never_saved, read = resumed["before any update", layout]
+            assert read == never_saved
+
+
+def test_a_full_disk_costs_no_checkpoint_that_was_there(results):
+    found = results[0][0]["disk full"]
+    assert "rank 0 could not write" in found["error"] and "MiB are free" in found["error"]
+    assert (found["left"], found["newest"], found["later"]) == ([1], None, None)
+
+
+def test_damage_is_found_and_named(results):
+    expected = {
+        "whole": None,
+        "a bit flipped": "has a damaged __1_0.distcp",
+        "cut short": "has a damaged __1_0.distcp",
+        "gone": "lacks __1_0.distcp",
+        "manifest gone": "has no manifest",
+        "manifest cut": "has a damaged manifest",
+        "whole again": None,
+    }
+    for resumed, _ in results:
+        assert resumed["manifests"] == expected
+
+
+def test_checkpoints_are_kept_restored_and_passed_over(results):
+    for rank, (resumed, _) in enumerate(results):
+        found = resumed["checkpoints"]
+        assert found["nothing there"] == (False, {})
+        assert found["kept"] == [3, 5, 6]
+        assert found["the newest"][:3] == (True, 6, 6)
+        passed, steps, updates, said = found["the newest is damaged"]
+        assert (passed, steps, updates) == (True, 5, 5)
+        assert "iter_0000006 has a damaged __0_0.distcp" in said[0], rank
+
+
+def test_when_the_engine_fails_the_step_is_saved(results):
+    for resumed, _ in results:
+        kind, message, exit_code = resumed["checkpoints"]["engine"]
+        assert kind == "Stopped" and exit_code == 1
+        assert "all servers are gone" in message and "6 steps are saved" in message
+        assert resumed["checkpoints"]["after the engine"][:3] == (True, 6, 6)
+        assert resumed["checkpoints"]["left behind"] == []

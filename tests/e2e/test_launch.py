@@ -1,0 +1,251 @@
+"""NeMo-Run itself: what it would submit for every recipe, and runs on this machine and on a Slurm
+that is played there.  Skipped where it is not installed."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fake_sglang_package
+import fake_slurm
+import pytest
+
+from megatron_prepo.cli import main
+from megatron_prepo.launch import recipes
+from megatron_prepo.launch.job import make_job
+from tests.e2e.laptop import FILES, REPOSITORY, SHORT, metrics, summary
+
+OWN = REPOSITORY / ".venv-launch" / "bin" / "python"
+PYTHON = str(OWN) if OWN.is_file() else sys.executable
+"""The interpreter that has NeMo-Run: `make test` sets one up."""
+pytestmark = pytest.mark.skipif(
+    not OWN.is_file() and importlib.util.find_spec("nemo_run") is None,
+    reason="NeMo-Run is not installed (make .venv-launch/ready)",
+)
+LAPTOP = "examples/laptop/prepo.yaml"
+ODD = 'data.train=/data/it\'s "$HOME" [1].jsonl'
+"""A word that a shell would change."""
+DRY_RUNS = """
+import json, sys
+from megatron_prepo.launch.__main__ import main
+for words in json.load(sys.stdin):
+    print("=====", " ".join(words))
+    code = main([*words, "--dry-run", "--no-doctor"])
+    print(f"code {code}")
+"""
+
+
+def python(*words: str, home: Path, given: str = "", **variables: str):
+    # the ranks run where torch is: in this environment, which has no NeMo-Run
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        [PYTHON, *words],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", "PATH": path}
+        | {"NEMORUN_HOME": str(home), "OMP_NUM_THREADS": "1", **variables},
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def launch(*words: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
+    return python("-m", "megatron_prepo.launch", *words, home=home, **variables)
+
+
+SLURM = ["--executor", "slurm", "--account", "acct"]
+SGLANG = "rollout.engine=sglang"
+CASES = {name: [name, *SLURM, SGLANG] for name in recipes.recipes()} | {
+    "container": [
+        *["qwen2.5-7b", *SLURM, "--nodes", "4", "--server-nodes", "2", "--chain", "2"],
+        *["--partition", "h100", "--time", "08:00:00"],
+        *["--image", "registry/prepo:1", "--mount", "/lustre:/lustre", "--with", "qos=high"],
+        *[
+            "--env",
+            "NCCL_DEBUG=WARN INFO",
+            SGLANG,
+            "servers.tensor=4",
+            "checkpoint.grace_seconds=840",
+            ODD,
+        ],
+    ],
+    "docker": ["qwen2.5-7b", "--executor", "docker", "--image", "registry/prepo:1", ODD],
+    "docker on two machines": ["qwen2.5-72b", "--executor", "docker", "--image", "x", SGLANG],
+    "no account": ["qwen2.5-7b", "--executor", "slurm"],
+    "unknown field": ["qwen2.5-7b", *SLURM, "--with", "qso=high"],
+    "skypilot": ["qwen2.5-7b", "--executor", "skypilot"],
+    "kubeflow": ["qwen2.5-7b", "--executor", "kubeflow", "--image", "x"],
+}
+
+
+@pytest.fixture(scope="module")
+def dry_runs(tmp_path_factory) -> dict[str, str]:
+    """What each of CASES printed; one process, since NeMo-Run takes seconds to import."""
+    home = tmp_path_factory.mktemp("nemo_run")
+    done = python("-c", DRY_RUNS, home=home, given=json.dumps(list(CASES.values())))
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = iter(re.findall(r"^error: .*", done.stderr, re.M))
+    printed = re.split(r"^===== .*$", done.stdout, flags=re.M)[1:]
+    return {
+        name: text + (next(errors) if "code 2" in text else "")
+        for name, text in zip(CASES, printed, strict=True)
+    }
+
+
+def flags(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.M))
+
+
+def steps(script: str) -> list[list[str]]:
+    """The words of each `srun`, as the shell splits them."""
+    lines = [line for line in script.splitlines() if line.startswith("srun --output")]
+    return [shlex.split(line.partition(" & pids")[0]) for line in lines]
+
+
+@pytest.mark.parametrize("name", sorted(recipes.recipes()))
+def test_a_recipe_asks_slurm_for_what_its_layout_needs(name, dry_runs):
+    script = dry_runs[name]
+    assert "code 0" in script
+    assert (
+        subprocess.run(["bash", "-n"], input=script.partition("code 0")[0], text=True).returncode
+        == 0
+    )
+    job = make_job(name, [SGLANG])
+    asked = flags(script)
+    assert asked["nodes"] == str(job.nodes) and asked["gpus-per-node"] == "8"
+    assert asked["account"] == "acct" and asked["signal"] == "USR1@360" and "exclusive" in asked
+    training = steps(script)[-1]
+    assert {f"--nodes={job.nodes}", f"--ntasks={job.ranks}", "--relative=0"} <= set(training)
+    assert training[training.index("-m") + 1 :] == job.rank_words()
+    assert len(steps(script)) == (2 if job.nodes > 1 else 1), "servers beside ranks of many nodes"
+
+
+def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
+    assert "code 0" in dry_runs["container"]
+    first, second = re.split(r"^# /.*_sbatch\.sh$", dry_runs["container"], flags=re.M)[1:]
+    job = make_job(
+        "qwen2.5-7b",
+        [SGLANG, "servers.tensor=4", "checkpoint.grace_seconds=840", ODD],
+        nodes=4,
+        server_nodes=2,
+    )
+    for script in (first, second):
+        asked = flags(script)
+        assert asked["nodes"] == "6" and asked["time"] == "08:00:00" and asked["qos"] == "high"
+        assert asked["partition"] == "h100" and asked["signal"] == "USR1@900"
+        assert "export NCCL_DEBUG='WARN INFO'" in script
+        servers, ranks = steps(script)
+        assert {"--nodes=2", "--ntasks=2", "--relative=4", "--overlap"} <= set(servers)
+        assert {"--nodes=4", "--ntasks=32", "--relative=0", "--overlap"} <= set(ranks)
+        assert servers[servers.index("-m") + 1 :] == job.server_words()
+        assert ranks[ranks.index("-m") + 1 :] == job.rank_words() and ranks[-1] == ODD
+        for step in (servers, ranks):
+            assert step[step.index("--container-image") + 1] == "registry/prepo:1"
+            mounts = step[step.index("--container-mounts") + 1].split(",")
+            assert {f"{REPOSITORY}:{REPOSITORY}", "/lustre:/lustre"} <= set(mounts)
+            assert f"--container-workdir={REPOSITORY}" in step
+    assert flags(first)["job-name"] != flags(second)["job-name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("docker on two machines", "--executor docker is for one machine, and the job has 8 nodes"),
+        ("no account", "--executor slurm needs --account"),
+        ("unknown field", "SlurmExecutor has no such field (did you mean qos?)"),
+        ("skypilot", "Skypilot is not installed"),
+        ("kubeflow", "kubernetes package is required"),
+    ],
+)
+def test_what_cannot_be_launched_is_said(name, expected, dry_runs):
+    package = {"skypilot": "sky", "kubeflow": "kubernetes"}.get(name)
+    if package and importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    assert "code 2" in dry_runs[name] and expected in dry_runs[name]
+
+
+def test_docker_starts_torchrun_where_the_checkout_is_mounted(dry_runs):
+    words = " ".join(dry_runs["docker"].split())
+    assert "code 0" in words
+    for part in ("torchrun", "--nproc-per-node - '8'", f"{REPOSITORY}:/nemo_run/code"):
+        assert part in words.replace("' '", "'"), dry_runs["docker"]
+
+
+def test_ranks_of_the_local_executor_train(tmp_path):
+    done = launch(
+        *[LAPTOP, "--executor", "local", f"run.dir={tmp_path / 'run'}", *FILES, *SHORT],
+        "train.total_steps=1",
+        home=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert summary(tmp_path / "run")["ranks"] == 2
+
+
+def test_a_job_that_fails_is_the_launchers_failure(tmp_path):
+    """NeMo-Run's own launcher ends with 0."""
+    done = launch(
+        *[LAPTOP, "--executor", "local", f"run.dir={tmp_path / 'run'}", "data.train=absent.jsonl"],
+        home=tmp_path,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "error: train ended as FAILED" in done.stderr
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a Slurm that is played."""
+    environment = fake_slurm.install(tmp_path / "slurm")
+    yield environment
+    fake_slurm.end(environment)
+
+
+def states(slurm: dict[str, str]) -> list[str]:
+    """Of all jobs, in the order of their submission."""
+    jobs = sorted(path.stem for path in Path(slurm["FAKE_SLURM"]).glob("*.state"))
+    return [fake_slurm.state_of(slurm, job) for job in jobs]
+
+
+def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
+    """Two nodes of one rank each, a third with a server (the fake one).  Slurm asks the first job
+    to save, the second goes on to the end, the third finds the run finished."""
+    pids = fake_sglang_package.install(tmp_path / "package", monkeypatch)
+    run = tmp_path / "run"
+
+    def ask_to_save() -> None:
+        written = run / "metrics.jsonl"
+        seconds = 300.0  # imports take long on a busy machine
+        fake_sglang_package.wait_for(
+            "a step", lambda: written.is_file() and written.read_text(), seconds
+        )
+        fake_slurm.signal_steps(slurm, signal.SIGUSR1)
+
+    asking = threading.Thread(target=ask_to_save)
+    asking.start()
+    done = launch(
+        *[LAPTOP, *SLURM, "--nodes", "2", "--gpus-per-node", "1", "--server-nodes", "1"],
+        *["--chain", "3", "--wait", "--python", sys.executable],
+        *["--with", "monitor_group_job_wait_time=1", f"run.dir={run}", *FILES, *SHORT],
+        *[SGLANG, f"servers.python={sys.executable}", "weight_sync.verify=never"],
+        *["parallel.tensor=2", "train.total_steps=20"],
+        home=tmp_path,
+        **slurm,
+    )
+    asking.join()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert states(slurm) == ["COMPLETED"] * 3
+    assert [step["step"] for step in metrics(run)] == list(range(20))
+    assert summary(run)["ranks"] == 2
+    logs = sorted(tmp_path.rglob("log-megatron-prepo*.out"))
+    log = "".join(path.read_text() for path in logs)
+    assert "\r" not in log and log.count("\ntrain ") == 20, "a line a step"
+    assert log.count("stopped as asked") == log.count("holds a finished run") == 1
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    fake_sglang_package.wait_until_gone(fake_sglang_package.processes(pids))

@@ -1,0 +1,131 @@
+"""Runs that are asked to stop, killed, restarted, or lose their engine, end as undisturbed ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_sglang import FakeSGLang
+
+from megatron_prepo import prove
+from megatron_prepo.cli import main
+from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
+
+RUN = [*SHORT, "train.total_steps=4", "parallel.tensor=1", "eval.every=1", "checkpoint.every=3"]
+DEADLINE_SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(directory, *RUN) == 0
+    return directory
+
+
+def start(directory: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_prepo", "train", str(LAPTOP / "prepo.yaml")]
+    return subprocess.Popen(
+        [*command, f"run.dir={directory}", *FILES, *RUN, *options],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(count: int, directory: Path, process: subprocess.Popen) -> None:
+    """Until there are so many; a job that begins again first takes back what it cannot keep."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while prove.num_lines(directory / "metrics.jsonl") != count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_equal(undisturbed: Path, directory: Path) -> None:
+    checks = prove.compare(undisturbed, directory)
+    assert all(check.equal for check in checks), prove.text(checks)
+    assert not (directory / "journal").exists()
+
+
+def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, undisturbed):
+    directory = tmp_path / "run"
+    process = start(directory, "--max-restarts", "1", "run.overwrite=true")
+    wait_for_steps(1, directory, process)
+    [rank] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(rank), signal.SIGKILL)
+    wait_for_steps(0, directory, process)
+    wait_for_steps(1, directory, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 75, said
+    assert said.count("started again (1 left)") == 1 and "died with SIGKILL" in said
+    steps = prove.num_lines(directory / "metrics.jsonl")
+    assert f"stopped as asked; {steps} steps are saved" in said and steps < 4
+    assert not (directory / "summary.json").exists()
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("overwrite: false", "overwrite: true"))
+    assert main(["resume", str(directory)]) == 0
+    assert "going on from" in capfd.readouterr().err
+    assert_equal(undisturbed, directory)
+
+
+def test_a_users_error_is_not_tried_again(capsys, tmp_path):
+    code = train(tmp_path / "run", *RUN, "--max-restarts", "3", "train.seed=x")
+    assert code == 2 and "started again" not in capsys.readouterr().err
+
+
+def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
+    config = (undisturbed / "config.yaml").read_text()
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text(config)
+    assert train(directory, *RUN, "train.seed=2") == 2
+    said = capsys.readouterr().err
+    assert "train.seed=1, now 2" in said and len(said.strip().splitlines()) == 1
+    assert (directory / "config.yaml").read_text() == config
+    assert main(["resume", str(undisturbed)]) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_run_whose_engine_is_gone_is_saved_and_pays_for_nothing_twice(capfd, tmp_path):
+    """All servers die in the second step's rollouts; the next time, in the sync after that step."""
+    with FakeSGLang() as fake:
+        settings = ["rollout.engine=sglang", f"servers.urls=[{fake.url}]", "servers.attempts=1"]
+        settings += ["weight_sync.verify=never", "checkpoint.every=0", "servers.connect_seconds=2"]
+        assert train(tmp_path / "whole", *RUN, *settings) == 0
+        paid = len(fake.requests)
+
+        def in_rollouts(path: str, body: dict) -> str | None:
+            return "die" if len(fake.requests) >= 60 else None
+
+        def in_sync(path: str, body: dict) -> str | None:
+            syncs = path.startswith("/update_weights")
+            return "die" if syncs and len(fake.requests) >= 40 else None
+
+        for fault, steps in ((in_rollouts, 1), (in_sync, 2)):
+            fake.restart()
+            fake.requests.clear()
+            fake.fault = fault
+            assert train(tmp_path / "gone", *RUN, *settings) == 1
+            said = capfd.readouterr().err
+            assert "the engine failed" in said and f"{steps} steps are saved" in said
+            assert "Traceback" not in said
+        fake.restart()
+        fake.requests.clear()
+        assert train(tmp_path / "gone", *RUN, *settings) == 0
+        # two steps of 32 rollouts and three evaluations of 8: what was there is not paid again
+        assert len(fake.requests) == paid - (8 + 32) - (8 + 32) == 2 * 32 + 3 * 8
+        assert_equal(tmp_path / "whole", tmp_path / "gone")
+
+
+def test_five_kills(tmp_path):
+    """Of the hundred that `tools/kill_runs.py` makes."""
+    out = tmp_path / "kills.json"
+    command = [sys.executable, str(REPOSITORY / "tools" / "kill_runs.py"), "--kills", "5"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["kills"] >= 5 and result["runs_that_differ"] == []

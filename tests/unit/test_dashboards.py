@@ -1,0 +1,69 @@
+"""Metrics where they are watched: read back by TensorBoard, kept by W&B without a network."""
+
+import json
+
+import pytest
+
+from megatron_prepo import config as configuration
+from megatron_prepo import dashboards
+from megatron_prepo.errors import UserError
+from megatron_prepo.metrics import MetricsLog
+from tests.e2e.laptop import REPOSITORY
+
+STEPS = [{"reward/mean": 0.25, "ppl/spearman_with_reward": None}, {"reward/mean": 0.5}]
+
+
+def configured(directory, *overrides: str) -> configuration.Config:
+    path = REPOSITORY / "examples" / "laptop" / "prepo.yaml"
+    return configuration.load(path, [f"run.dir={directory}", *overrides])
+
+
+def write(config: configuration.Config, path, steps: list[dict], first: int = 0) -> None:
+    log = MetricsLog(path, dashboards.dashboards(config))
+    for step, metrics in enumerate(steps, first):
+        log.write(step, metrics)
+    log.close()
+
+
+def test_tensorboard_reads_what_was_written_and_what_a_resumed_run_writes_anew(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configured(tmp_path, "run.tensorboard=true")
+    write(config, tmp_path / "metrics.jsonl", [*STEPS, {"reward/mean": 0.9}])
+    write(config, tmp_path / "metrics.jsonl", [{"reward/mean": 0.75}], first=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["reward/mean"]
+    points = [(event.step, event.value) for event in events.Scalars("reward/mean")]
+    assert points == [(0, 0.25), (1, 0.5), (2, 0.75)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = configured(tmp_path, "run.wandb_project=mine")
+    write(config, tmp_path / "metrics.jsonl", STEPS)
+    [kept] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    assert b"reward/mean" in content and b"ppl/spearman_with_reward" not in content
+    run_id = (tmp_path / "wandb" / "run_id").read_text()
+    assert kept.name == f"run-{run_id}.wandb"
+    assert dashboards._run_id(tmp_path / "wandb" / "run_id") == run_id, "a resumed run is the same"
+
+
+def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    dashboards.check(configured(tmp_path))
+    monkeypatch.setattr(dashboards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"run\.tensorboard=true needs the package tensorboard"):
+        dashboards.check(configured(tmp_path, "run.tensorboard=true"))
+    with pytest.raises(UserError, match=r"run\.wandb_project=mine needs the package wandb"):
+        dashboards.check(configured(tmp_path, "run.wandb_project=mine"))
+
+
+def test_without_dashboards_there_is_the_file(tmp_path):
+    write(configured(tmp_path), tmp_path / "metrics.jsonl", STEPS)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {"step": 1, "reward/mean": 0.5}
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,167 @@
+"""Prompt files, tokenizers and model configurations that are broken or meant to harm."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo.data import read_prompts
+from megatron_prepo.errors import UserError
+from megatron_prepo.preflight import read_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = REPOSITORY / "examples" / "laptop" / "base"
+GOOD = '{"id": "a", "prompt": "tom has 3 apples", "answer": "3"}'
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return read_tokenizer(str(BASE))
+
+
+@pytest.fixture
+def model(tmp_path):
+    return Path(shutil.copytree(BASE, tmp_path / "model"))
+
+
+def read(tmp_path, content, tokenizer):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_prompts(file, tokenizer, max_tokens=96)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, r"line 2: not valid JSON \(nested too deeply\)"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, r"line 2: not valid JSON \(nested too deeply\)"),
+        ('{"prompt": "tom", "answer": ' + "9" * 5000 + "}", r"line 2: not valid JSON .*digits"),
+        ('{"prompt": "' + "tom " * 5_000_000 + '", "answer": "1"}', "line 2: .*20,000,000 char"),
+        ('{"prompt": "tom \\u0000 tom", "answer": "1"}', "line 2: the tokenizer refuses"),
+        ('{"prompt": "tom \\ud800 tom", "answer": "1"}', "line 2: the tokenizer refuses"),
+        ("\x00" * 1000, "line 2: not valid JSON"),
+        (b"\xff\xfe\x00{", "not UTF-8"),
+        ("\ufeff" + GOOD, "line 2: not valid JSON"),
+        ('{"prompt": {"a": 1}, "answer": "1"}', "line 2: field `prompt` is missing or not a text"),
+    ],
+    ids=range(10),
+)
+def test_a_hostile_line_is_refused_by_number(tmp_path, tokenizer, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, GOOD.encode() + b"\n" + line, tokenizer)
+    assert len(str(caught.value)) < 600
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.binary(max_size=40), st.integers(0, len(GOOD)))
+def test_any_bytes_are_prompts_or_refused(tmp_path, tokenizer, noise, position):
+    content = GOOD.encode()
+    try:
+        prompts = read(tmp_path, content[:position] + noise + content[position:], tokenizer)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert all(len(prompt.tokens) >= 2 for prompt in prompts)
+
+
+def test_a_prompt_file_that_may_not_be_read_is_refused(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text(GOOD)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied"):
+        read_prompts(tmp_path / "prompts.jsonl", tokenizer, max_tokens=96)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"[]", b'{"model": 7}', b"[" * 100_000, b"\x80\x04\x95\x00"]
+)
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_refused(model, file, content):
+    (model / file).write_bytes(content)
+    with pytest.raises(UserError, match="the tokenizer of"):
+        read_tokenizer(str(model))
+
+
+@pytest.mark.parametrize("model_known", [True, False])
+def test_code_beside_a_tokenizer_is_not_run(model, tmp_path, model_known):
+    """Nor is anybody asked; transformers' own class serves for a model that it knows."""
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "EvilTokenizer"
+    settings["auto_map"] = {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    if model_known:
+        assert read_tokenizer(str(model)).is_fast
+    else:
+        (model / "config.json").unlink()
+        with pytest.raises(UserError, match="contains custom code"):
+            read_tokenizer(str(model))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": ["qwen3"]}, "model_type"),
+        ({"hidden_size": "64"}, "hidden_size='64' is no size"),
+        ({"vocab_size": -5}, "vocab_size=-5 is no size"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers=1000000000000000 is no size"),
+        ({"num_attention_heads": True}, "num_attention_heads=True is no size"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads=1.5 is no size"),
+        ({"rms_norm_eps": [1]}, r"rms_norm_eps=\[1\] is no number"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(model, change, message):
+    config = json.loads((model / "config.json").read_text()) | change
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        read_hf_config(model)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_model_configuration_that_is_no_json_is_refused(model, content):
+    (model / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_hf_config(model)
+
+
+# What the code may not do
+
+
+def calls(names):
+    """(file, call) of every call of a function with such a name in the two packages."""
+    for package in ("megatron_prepo", "checkpoints_convert"):
+        for file in (REPOSITORY / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(names):
+                    yield str(file.relative_to(REPOSITORY)), node
+
+
+def test_remote_code_is_refused_wherever_something_is_read_by_transformers():
+    found = list(calls("from_pretrained"))
+    assert len(found) >= 5
+    for file, call in found:
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if not ast.unparse(call).startswith("GenerationConfig"):  # holds no code
+            assert keywords.get("trust_remote_code") == "False", f"{file}: {ast.unparse(call)}"
+
+
+def test_nothing_is_unpickled_but_tensors():
+    """`pickle.load` nowhere, `torch.load` with `weights_only`, and Megatron's load in one place."""
+    assert not list(calls(("pickle.load", "pickle.loads", "allow_pickle")))
+    for file, call in calls("torch.load"):
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("weights_only") == "True", f"{file}: {ast.unparse(call)}"
+    places = [file for file, _ in calls("dist_checkpointing.load")]
+    assert places == ["megatron_prepo/actor/checkpoint.py"]

@@ -1,0 +1,254 @@
+"""Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
+
+import importlib.util
+import os
+import signal
+from typing import ClassVar
+
+import pytest
+
+from megatron_prepo.errors import UserError
+from megatron_prepo.launch import nodes, rank, recipes, servers
+from megatron_prepo.launch.__main__ import main
+from megatron_prepo.launch.job import make_job
+from tests.e2e.laptop import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_every_example_for_a_cluster_is_a_recipe():
+    known = recipes.recipes()
+    assert len(known) == 15 + 5 and all(path.is_file() for path in known.values())
+    assert recipes.find("qwen2.5_7b") == REPOSITORY / "examples/paper/qwen2.5-7b/prepo.yaml"
+    assert recipes.find("llama-3.1-8b/random").name == "random.yaml"
+    assert recipes.find("examples/laptop/prepo.yaml").is_file()
+    with pytest.raises(UserError, match=r"'qwen2.5-8b'.*did you mean qwen2.5-7b"):
+        recipes.find("qwen2.5-8b")
+
+
+@pytest.mark.parametrize("name", sorted(recipes.recipes()))
+def test_a_recipe_has_the_nodes_that_its_layout_needs(name):
+    job = make_job(name, ["rollout.engine=sglang"])
+    parallel = job.config.parallel
+    assert job.ranks == parallel.tensor * parallel.pipeline * parallel.data
+    assert job.gpus_per_node == 8
+
+
+def test_data_parallelism_follows_from_the_nodes_unless_it_is_said():
+    job = make_job("qwen2.5-7b", nodes=4)
+    assert (job.ranks, job.config.parallel.data) == (32, 8)
+    assert job.train_words()[:4] == [
+        "megatron_prepo",
+        "train",
+        "examples/paper/qwen2.5-7b/prepo.yaml",
+        "parallel.data=8",
+    ]
+    with pytest.raises(UserError, match="32 ranks do not fit parallel"):
+        make_job("qwen2.5-7b", ["parallel.data=2"], nodes=4)
+    with pytest.raises(UserError, match="12 ranks do not fit parallel"):
+        make_job("qwen2.5-72b", ["parallel.pipeline=1"], nodes=3, gpus_per_node=4)
+
+
+def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
+    sglang = ["rollout.engine=sglang", "servers.tensor=2"]
+    assert not make_job("qwen2.5-7b", sglang).starts_servers
+    assert not make_job("qwen2.5-72b").starts_servers, "the embedded engine has none"
+    given = [*sglang, "servers.urls=[http://10.0.0.7:30000]"]
+    assert not make_job("qwen2.5-72b", given).starts_servers
+    beside = make_job("qwen2.5-72b", sglang)
+    assert beside.starts_servers and beside.servers_a_node == 4
+    assert beside.rank_words()[1:3] == ["--servers-a-node=4", "--server-nodes=0"]
+    own_nodes = make_job("qwen2.5-7b", sglang, server_nodes=2)
+    assert own_nodes.starts_servers
+    assert own_nodes.server_words()[:3] == [
+        "megatron_prepo.launch.servers",
+        "--servers-a-node=4",
+        "--server-nodes=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "server_nodes", "expected"),
+    [
+        ([], 1, "--server-nodes 1 is for SGLang"),
+        (["rollout.engine=sglang", "servers.urls=[http://a:1]"], 1, "servers.urls empty"),
+        (["rollout.engine=sglang", "servers.tensor=3"], 1, "servers.tensor=3 does not divide"),
+        (["rollout.engine=sglang", "servers.tensor=16"], 0, "servers.tensor=16 does not divide"),
+        (
+            ["rollout.engine=sglang", "weight_sync.transport=distributed"],
+            0,
+            "weight_sync.transport=distributed needs servers on GPUs of their own",
+        ),
+        ([], -1, "--server-nodes -1 must be at least 0"),
+    ],
+)
+def test_servers_that_cannot_be_are_refused(overrides, server_nodes, expected):
+    with pytest.raises(UserError, match=expected):
+        make_job("qwen2.5-72b", overrides, server_nodes=server_nodes)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4217",
+    "SLURM_JOB_NODELIST": "gpu[08-10,12]",
+    "SLURM_STEP_NODELIST": "gpu[08-09]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+}
+
+
+def test_ranks_are_numbered_along_the_nodes_of_their_step_and_meet_at_its_first():
+    assert nodes.rank_environment(SLURM) == {
+        "RANK": "11",
+        "LOCAL_RANK": "3",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu08",
+        "MASTER_PORT": str(20000 + 17 * 32),
+    }
+
+
+def test_a_rank_outside_of_slurm_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    assert rank.main(["examples/laptop/prepo.yaml"]) == 2
+    assert "error: SLURM_STEP_NODELIST is not set" in capsys.readouterr().err
+
+
+def test_servers_are_on_the_last_nodes_or_on_all(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    first = 20000 + 17 * 32 + 1
+    assert rank.server_urls(2, 2) == [
+        f"http://gpu10:{first}",
+        f"http://gpu10:{first + 1}",
+        f"http://gpu12:{first}",
+        f"http://gpu12:{first + 1}",
+    ]
+    assert len(rank.server_urls(0, 1)) == 4
+
+
+def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, monkeypatch, capsys):
+    """What a chain of jobs relies on."""
+    for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
+        monkeypatch.setenv(name, "")  # to be restored behind the test
+    codes = iter([75, 3])
+    trained = []
+    monkeypatch.setattr(rank.cli, "main", lambda words: trained.append(words) or next(codes))
+    words = ["examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
+    assert rank.main(words) == 0, "saved, and not ended"
+    assert rank.main(words) == 3
+    assert trained == [["train", *words]] * 2
+    (tmp_path / "summary.json").touch()
+    assert rank.main(words) == 0 and len(trained) == 2
+    assert "finished run" in capsys.readouterr().out
+    assert rank.main(["absent.yaml"]) == 2
+    assert "error: no such configuration file: absent.yaml" in capsys.readouterr().err
+
+
+def test_servers_that_do_not_come_are_named(monkeypatch):
+    monkeypatch.setattr(rank, "POLL_SECONDS", 0.01)
+    config = make_job("qwen2.5-7b", ["servers.start_seconds=0.1"]).config
+    with pytest.raises(UserError, match=r"no SGLang server at http://127\.0\.0\.1:1 within"):
+        rank.wait_for(["http://127.0.0.1:1"], config)
+
+
+def test_the_doctor_comes_before_a_cluster(capsys):
+    """The examples have no weights here; nothing of NeMo-Run is needed to find that out."""
+    words = ["qwen2.5-7b", "--executor", "slurm", "--account", "acct"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "no tokenizer" in said and "nothing was submitted" in said
+    assert "ok  " not in said, "only what is to be mended"
+
+
+def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
+    words = ["qwen2.5-72b", "--executor", "slurm", "--account", "acct", "--no-doctor"]
+    small = [*words, "--nodes", "1", "parallel.pipeline=1", "rollout.engine=sglang"]
+    assert main([*small, "--gpu", "h100"]) == 1
+    said = capsys.readouterr().err
+    assert "DOES NOT FIT" in said and "nothing was submitted" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--executor", "local", "--chain", "2"], "--chain 2 needs --executor slurm"),
+        (["--executor", "slurm", "--chain", "0"], "--chain 0 must be at least 1"),
+        (
+            ["--executor", "slurm", "--chain", "2", "run.overwrite=true"],
+            "each job would remove what the one before it has done",
+        ),
+        (["--executor", "slurm", "--env", "NCCL_DEBUG"], "--env 'NCCL_DEBUG' must have the form"),
+    ],
+)
+def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
+    assert main(["examples/laptop/prepo.yaml", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="it is installed")
+def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("NEMORUN_HOME", "unused")
+    assert main(["examples/laptop/prepo.yaml", "--executor", "local"]) == 2
+    assert 'pip install -e ".[launch]"' in capsys.readouterr().err
+
+
+class FakeServer:
+    """In place of `OwnServer`: one that ends as often as it is started, or never."""
+
+    made: ClassVar[list] = []
+    ends = True
+
+    def __init__(self, config, index, logs, *, cuda, port):
+        self.config, self.index, self.logs, self.port = config, index, logs, port
+        self.url, self.starts, self.stopped = f"http://{config.servers.host}:{port}", 1, False
+        self.made.append(self)
+
+    def ended(self):
+        if not self.ends:
+            os.kill(os.getpid(), signal.SIGTERM)  # as srun does when the ranks have left
+            return None
+        return "ended with code 1" if self.index == 1 else None
+
+    def start(self):
+        self.starts += 1
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.fixture
+def node(monkeypatch, tmp_path):
+    """Runs the servers of the second node of a step."""
+    for name, value in (SLURM | {"SLURM_NODEID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(servers, "OwnServer", FakeServer)
+    monkeypatch.setattr(servers, "check", lambda config: None)
+    monkeypatch.setattr(servers, "POLL_SECONDS", 0.01)
+    FakeServer.made.clear()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield lambda: servers.main(
+        ["--servers-a-node=2", "examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
+    )
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_servers_of_a_node_are_started_anew_but_not_for_ever(node, tmp_path, capsys):
+    assert node() == 1
+    first, second = FakeServer.made
+    assert (first.starts, second.starts) == (1, servers.MAX_STARTS)
+    assert second.port == first.port + 1 == 20000 + 17 * 32 + 2
+    assert second.logs == tmp_path / "logs" / "node_1" and second.config.servers.host == "0.0.0.0"
+    assert f":{second.port} ended with code 1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+def test_servers_of_a_node_end_with_the_job(node, monkeypatch):
+    monkeypatch.setattr(FakeServer, "ends", False)
+    assert node() == 0 and all(server.stopped for server in FakeServer.made)

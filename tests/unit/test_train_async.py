@@ -1,0 +1,159 @@
+"""A step ahead: what of it is saved, and how it goes on."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_prepo import train_async
+from megatron_prepo.metrics import Stopwatch
+from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.selection import METHODS
+from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.train_async import Ahead
+from tests.tiny_models import actor_config
+
+PROMPTS = [Prompt(f"p{i}", "", "", tuple(range(3, 9 + i)), (0, 0)) for i in range(12)]
+
+
+class Batches:
+    """Four prompts a step, in order."""
+
+    def __init__(self):
+        self.position = 0
+
+    def next(self):
+        self.position += 4
+        return [PROMPTS[i % 12] for i in range(self.position - 4, self.position)]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class Engine:
+    """Counts what it is asked for."""
+
+    def __init__(self, weight_version):
+        self.weight_version, self.started = weight_version, []
+
+    def start_generate(self, prompts, **settings):
+        self.started.append(([p.id for p in prompts], settings["seed"]))
+        rollouts = [Rollout(p, (7,), (-1.0,), "", True, self.weight_version) for p in prompts]
+        return SimpleNamespace(result=lambda: rollouts, seconds=1.5)
+
+
+class Journal:
+    """Like the real one, in memory."""
+
+    def __init__(self):
+        self.batches = {}
+
+    def find(self, purpose, weight_version, prompts):
+        return self.batches.pop((purpose, weight_version, *(p.id for p in prompts)), None)
+
+    def add(self, purpose, rollouts):
+        key = purpose, rollouts[0].weight_version, *(r.prompt.id for r in rollouts)
+        self.batches[key] = rollouts
+
+
+@pytest.fixture
+def job_of(monkeypatch):
+    """A job whose weights have this version; perplexities follow from prompts and weights."""
+    monkeypatch.setattr(train_async.parallel, "assert_equal_on_all_ranks", lambda name, value: None)
+    monkeypatch.setattr(train_async, "look_at", look_at)
+
+    def look_for(version, journal, method="foresight"):
+        selection = {"method": method, "num_candidates": 4, "num_selected": 2}
+        config = actor_config("unused", selection=selection)
+        return SimpleNamespace(
+            config=config,
+            actor=SimpleNamespace(updates=version),
+            engine=Engine(version),
+            run=SimpleNamespace(seconds=Stopwatch()),
+            batches=Batches(),
+            journal=journal,
+            selector=METHODS[method](config.selection, total_steps=9, seed=1, pass_reward=1.0),
+        )
+
+    return look_for
+
+
+def look_at(config, actor, engine, selector, prompts, step):
+    generator = torch.Generator().manual_seed(100 * actor.updates + step)
+    ppl_P, entropy_P = torch.rand(2, len(prompts), generator=generator, dtype=torch.float64) + 1
+    return Candidates(prompts, ppl_P, entropy_P)
+
+
+def learn(job, ready):
+    """What the loop does with a step's rollouts, as far as it concerns the selector."""
+    rewards_KG = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    job.selector.observe(ready.selected, rewards_KG)
+
+
+@pytest.mark.parametrize("method", ["prepo", "foresight", "mopps"])
+def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
+    """As chosen by the old weights, with the rollouts of the journal, and nothing learnt twice."""
+    journal = Journal()
+    job = job_of(0, journal, method)
+    ahead = Ahead(job)
+    ahead.start(0)
+    learn(job, ahead.take())
+    ahead.start(1)
+    ahead.wait()
+    saved = json.loads(json.dumps(ahead.state_dict()))
+
+    again = job_of(1, journal, method)  # the weights have moved on
+    went_on = Ahead(again)
+    went_on.load_state_dict(saved)
+    assert json.loads(json.dumps(went_on.state_dict())) == saved
+    one, other = ahead.take(), went_on.take()
+    assert (one.chosen, one.weight_version) == (other.chosen, other.weight_version)
+    assert other.rollouts == one.rollouts and again.engine.started == []
+    for name in ("ppl_P", "entropy_P"):
+        assert torch.equal(getattr(one.candidates, name), getattr(other.candidates, name))
+    for each, ready in ((job, one), (again, other)):
+        learn(each, ready)
+    assert job.selector.state_dict() == again.selector.state_dict()
+    assert job.batches.state_dict() == again.batches.state_dict()
+
+
+def test_rollouts_that_never_came_are_generated_by_the_weights_of_the_day(job_of):
+    """The engine failed while the step before was learnt from, which is done and saved."""
+    job = job_of(0, Journal())
+    ahead = Ahead(job)
+    ahead.start(1)
+    job.engine.weight_version = 1
+    saved = ahead.state_dict()
+    again = job_of(2, Journal())
+    went_on = Ahead(again)
+    went_on.load_state_dict(saved)
+    ready = went_on.take()
+    assert again.engine.started == [([p.id for p in ready.selected], "1/rollouts/1")]
+    assert ready.weight_version == 2 == ready.rollouts[0].weight_version
+    assert ready.chosen == ahead.coming.chosen and ready.seconds == 1.5
+
+
+def test_what_is_generated_is_journalled_once(job_of):
+    journal = Journal()
+    ahead = Ahead(job_of(3, journal))
+    ahead.start(5)
+    assert journal.batches == {}
+    ahead.wait()
+    ahead.wait()
+    ((purpose, version, *_),) = journal.batches
+    assert (purpose, version) == ("rollouts/5", 3)
+
+
+def test_without_a_step_ahead_the_state_is_that_of_now(job_of):
+    job = job_of(0, Journal())
+    ahead = Ahead(job)
+    ahead.start(0)
+    learn(job, ahead.take())
+    state = ahead.state_dict()
+    assert state["coming"] is None and state["batches"] == {"position": 4}
+    assert state["selector"] == job.selector.state_dict()
+    ahead.wait()  # for nothing

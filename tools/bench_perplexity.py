@@ -1,0 +1,128 @@
+"""What the candidates' perplexity costs: the actor's pass, or the engine's probes.
+
+    python tools/bench_perplexity.py CONFIG [key=value ...] --out result.json
+
+Of one step, with the settings of a run and a server of its own: how well both agree, and medians of
+seconds, processor seconds (of this process and the server's) and prompt tokens, of each way and of
+the rollouts of the first K prompts, alone and behind the probes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_prepo import config as configuration
+from megatron_prepo import durable, machine, preflight
+from megatron_prepo.metrics import spearman
+from megatron_prepo.perplexity import engine_perplexities, prompt_scores
+from tools.compare_logprobs import actor_and_engine, one_rank
+
+REPEATS = 3
+PARTS = ("actor", "engine", "rollouts_alone", "rollouts_behind_probes")
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    overrides = ["rollout.engine=sglang", *one_rank(), *options.overrides]
+    config = configuration.load(options.config, overrides)
+    inputs = preflight.check(config)
+    with actor_and_engine(config, inputs) as (actor, engine):
+        result = measure(config, inputs.train_prompts, actor, engine)
+    result |= {"machine": machine.describe(), "overrides": overrides}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(options.out, json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def measure(config, prompts, actor, engine) -> dict:
+    """The numbers of one step."""
+    from megatron_prepo.train import sampling
+
+    candidates = prompts[: config.selection.num_candidates]
+    selected = candidates[: config.selection.num_selected]
+    answers = watch(engine)
+    processes = [psutil.Process(server.own.process.pid) for server in engine.fleet.servers]
+
+    def cost(function, *, flushed: bool) -> dict:
+        """Seconds, of clock and processors, and tokens."""
+        if flushed:
+            engine.fleet.run(
+                engine.fleet.call_all("/flush_cache", lambda _: {}, seconds=60)
+            ).result()
+        before, start, cpu = len(answers), time.perf_counter(), cpu_seconds(processes)
+        function()
+        metas = [answer["meta_info"] for answer in answers[before:]]
+        return {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": cpu_seconds(processes) - cpu,
+            "prompt_tokens": sum(meta["prompt_tokens"] for meta in metas),
+            "of_these_from_the_cache": sum(meta["cached_tokens"] for meta in metas),
+        }
+
+    def by_actor() -> torch.Tensor:
+        return prompt_scores(actor, candidates, config.selection.ppl_tokens)[0]
+
+    def by_engine() -> torch.Tensor:
+        return engine_perplexities(engine, candidates, config.selection.ppl_tokens)
+
+    def roll_out() -> None:
+        engine.generate(selected, **sampling(config, "bench"))
+
+    roll_out()  # once for whatever the server does at first
+    actor_ppl_P, engine_ppl_P = by_actor(), by_engine()
+    runs: dict[str, list[dict]] = {name: [] for name in PARTS}
+    for _ in range(REPEATS):
+        runs["actor"].append(cost(by_actor, flushed=False))
+        runs["rollouts_alone"].append(cost(roll_out, flushed=True))
+        runs["engine"].append(cost(by_engine, flushed=True))
+        runs["rollouts_behind_probes"].append(cost(roll_out, flushed=False))
+    return {
+        "candidates": len(candidates),
+        "candidate_tokens": sum(len(prompt.tokens) for prompt in candidates),
+        "selected": len(selected),
+        "samples_per_prompt": config.rollout.samples_per_prompt,
+        "spearman": spearman(engine_ppl_P, actor_ppl_P),
+        "relative_max": float((engine_ppl_P / actor_ppl_P - 1).abs().max()),
+        **{
+            name: {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
+            for name in PARTS
+        },
+    }
+
+
+def cpu_seconds(roots: list[psutil.Process]) -> float:
+    """Of this process and those of the servers, so far: less a matter of what else runs here."""
+    everyone = [psutil.Process(), *(p for root in roots for p in root.children(recursive=True))]
+    return sum(sum(process.cpu_times()[:2]) for process in everyone)
+
+
+def watch(engine) -> list[dict]:
+    """From now on, all answers of `/generate`."""
+    answers, call = [], engine.fleet.call
+
+    async def watched(server, path, *arguments, **options):
+        answer = await call(server, path, *arguments, **options)
+        if path == "/generate":
+            answers.append(answer)
+        return answer
+
+    engine.fleet.call = watched
+    return answers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Engine, actor and `transformers` on the same completions: whose log-probabilities differ, where.
+
+    python tools/compare_logprobs.py CONFIG [key=value ...] --out runs/compare_logprobs
+    python tools/compare_logprobs.py --hf DIR --url URL --prompts FILE.jsonl --out ...
+
+The run's engine gets the actor's weights (a server that is given by URL, too: not one of a run that
+is going on), completes a few training prompts, and all three score what it said.  Prints how far
+each two are apart and the worst tokens with their context, and draws a histogram.  Exit code 1 if
+engine and actor differ by more than `--tolerance` nats a token on average.
+
+One process; under torchrun, the ranks of the configuration's layout.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_prepo import config as configuration
+from megatron_prepo import preflight
+from megatron_prepo.config import Config
+from megatron_prepo.errors import UserError
+from megatron_prepo.mismatch import mismatch_metrics
+from megatron_prepo.records import Rollout
+from megatron_prepo.weight_sync import TOLERANCE
+
+WORST = 10
+CONTEXT = 12
+"""Tokens before a worst one that are shown."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print and draw; the exit code says whether engine and actor agree."""
+    options = parse(arguments)
+    try:
+        config = config_of(options)
+        inputs = preflight.check(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from megatron_prepo.train import sampling
+
+    with actor_and_engine(config, inputs) as (actor, engine):
+        prompts = inputs.train_prompts[: options.num_prompts]
+        rollouts = engine.generate(prompts, **sampling(config, "compare_logprobs"))
+        directory = reference_directory(config, actor, options.out)
+        comparison = compare(config, actor, rollouts, directory)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    print(text(comparison, inputs.tokenizer))
+    picture = draw(comparison, options.out / "compare_logprobs.png")
+    difference = float(comparison.difference_T("engine", "actor").abs().mean())
+    tolerance = options.tolerance or TOLERANCE[config.model.dtype]
+    agree = difference <= tolerance
+    verdict = "agree" if agree else "DIFFER"
+    print(
+        f"{picture}\nengine and actor {verdict}: {difference:.2g} nats a token, {tolerance:g} pass"
+    )
+    return int(not agree)
+
+
+@contextmanager
+def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple]:
+    """Both, with the same weights, as at the start of a run."""
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.train import build_engine
+    from megatron_prepo.weight_sync import sync_weights
+
+    parallel.initialize(config.parallel, config.train.seed)
+    engine = build_engine(config, inputs.tokenizer, lambda line: print(line, file=sys.stderr))
+    try:
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+        sync_weights(actor, engine, config, inputs.train_prompts[0].tokens)
+        yield actor, engine
+    finally:
+        engine.close()
+        parallel.shut_down()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same completions, scored by each; names to one tensor of log-probabilities a rollout."""
+
+    rollouts: list[Rollout]
+    logprobs_N: dict[str, list[torch.Tensor]]
+
+    def difference_T(self, one: str, other: str) -> torch.Tensor:
+        """Of all tokens, one rollout behind the other."""
+        return torch.cat(self.logprobs_N[one]) - torch.cat(self.logprobs_N[other])
+
+
+def compare(config: Config, actor, rollouts: list[Rollout], directory: str) -> Comparison:
+    """Collective.  `transformers` reads the weights of `directory`, in float32."""
+    from megatron_prepo.train import scored_sequence
+
+    temperature = config.rollout.temperature
+    scores = actor.score([scored_sequence(r) for r in rollouts], temperature=temperature)
+    return Comparison(
+        rollouts,
+        {
+            "engine": [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
+            "actor": [score.logprobs_T for score in scores],
+            "transformers": transformers_logprobs(directory, rollouts, temperature),
+        },
+    )
+
+
+def reference_directory(config: Config, actor, out: Path) -> str:
+    """Hugging Face files with the actor's weights: those that it has read, or an export."""
+    if not config.model.megatron:
+        return config.model.hf
+    actor.export(out / "hf", write=os.environ.get("RANK", "0") == "0")
+    return str(out / "hf")
+
+
+@torch.inference_mode()
+def transformers_logprobs(
+    directory: str, rollouts: Sequence[Rollout], temperature: float
+) -> list[torch.Tensor]:
+    """Of each completion's tokens, by the plainest of all implementations."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    logprobs_N = []
+    for rollout in rollouts:
+        tokens_S = torch.tensor(rollout.prompt.tokens + rollout.tokens, device=device)
+        start = len(rollout.prompt.tokens)
+        logits_TV = model(tokens_S[None]).logits[0, start - 1 : -1]
+        logprobs_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+        logprobs_N.append(logprobs_TV.gather(1, tokens_S[start:, None])[:, 0].cpu())
+    return logprobs_N
+
+
+def text(comparison: Comparison, tokenizer) -> str:
+    """Each two in a row, then the tokens on which engine and actor differ most."""
+    lines = [f"{'nats a token':26}{'mean':>10}{'99 %':>10}{'largest':>10}{'KL':>10}"]
+    for one, other in combinations(comparison.logprobs_N, 2):
+        found = mismatch_metrics(comparison.logprobs_N[other], comparison.logprobs_N[one])
+        values = [found[f"mismatch/logprob_abs_{name}"] for name in ("mean", "q99", "max")]
+        values.append(found["mismatch/kl"])
+        lines.append(f"{one + ' - ' + other:26}" + "".join(f"{value:10.2g}" for value in values))
+    names = list(comparison.logprobs_N)
+    heads = [*names, "engine - actor"]
+    lines += ["", "".join(f"{name:>15}" for name in heads) + "  token, and what stands before it"]
+    difference_T = comparison.difference_T("engine", "actor")
+    order = difference_T.abs().argsort(descending=True)[:WORST].tolist()
+    places = [(n, t) for n, rollout in enumerate(comparison.rollouts) for t in range_of(rollout)]
+    for i in order:
+        n, t = places[i]
+        rollout = comparison.rollouts[n]
+        before = (rollout.prompt.tokens + rollout.tokens[:t])[-CONTEXT:]
+        token, context = tokenizer.decode([rollout.tokens[t]]), tokenizer.decode(list(before))
+        values = "".join(f"{comparison.logprobs_N[name][n][t]:15.5f}" for name in names)
+        values += f"{difference_T[i]:15.2g}"
+        lines.append(f"{values}  {token!r} after {context!r} ({rollout.prompt.id}, token {t})")
+    return "\n".join(lines)
+
+
+def range_of(rollout: Rollout) -> range:
+    """Positions of the completion's tokens."""
+    return range(len(rollout.tokens))
+
+
+def draw(comparison: Comparison, path: Path) -> Path:
+    """Histograms of the differences' sizes, each two on one axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    sizes = {
+        f"{one} - {other}": comparison.difference_T(one, other).abs().clamp(min=1e-9).log10()
+        for one, other in combinations(comparison.logprobs_N, 2)
+    }
+    lowest = min(float(values_T.min()) for values_T in sizes.values())
+    highest = max(float(values_T.max()) for values_T in sizes.values())
+    for name, values_T in sizes.items():
+        axes.hist(values_T.numpy(), bins=60, range=(lowest, highest), histtype="step", label=name)
+    axes.set_xlabel("size of the difference in nats, log10 (equal: -9)")
+    axes.set_ylabel("tokens")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """The given configuration, or the least that a model and a server need, in this layout."""
+    layout = [] if "RANK" in os.environ else one_rank()
+    overrides = [*options.overrides, f"run.dir={options.out}", *layout]
+    if options.config:
+        return configuration.load(options.config, overrides)
+    tree = {
+        "model": {"hf": options.hf},
+        "data": {"train": options.prompts, "eval": options.prompts},
+        "selection": {"num_candidates": 1, "num_selected": 1},
+        "rollout": {"engine": "sglang", "max_new_tokens": 64, "samples_per_prompt": 2},
+        "servers": {"urls": [options.url]},
+        "train": {"total_steps": 1},
+    }
+    for override in overrides:
+        configuration.apply(tree, override)
+    return configuration.from_tree(tree)
+
+
+def one_rank() -> list[str]:
+    """Settings of a layout of one rank."""
+    sizes = [f"parallel.{name}=1" for name in ("tensor", "pipeline", "expert", "data")]
+    return [*sizes, "parallel.sequence=false"]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", nargs="?", help="a run's configuration")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--hf", help="without a configuration: the model's directory,")
+    parser.add_argument("--url", help="a server that has this model,")
+    parser.add_argument("--prompts", help="and prompts (docs/data.md)")
+    parser.add_argument("--num-prompts", type=int, default=8, help="to complete (%(default)s)")
+    parser.add_argument("--tolerance", type=float, help="nats (default: 1e-4; 0.1 for bfloat16)")
+    parser.add_argument("--out", type=Path, required=True, help="directory for logs and picture")
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides += rest
+    if options.config and "=" in options.config:
+        options.overrides.insert(0, options.config)
+        options.config = None
+    given = [options.hf, options.url, options.prompts]
+    if any(given) == bool(options.config) or (any(given) and not all(given)):
+        parser.error("give a configuration, or all of --hf, --url and --prompts")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
