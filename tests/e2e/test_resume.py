@@ -53,7 +53,7 @@ def assert_equal(undisturbed: Path, directory: Path) -> None:
 def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, undisturbed):
     """And saves in the background, as the undisturbed run does not."""
     directory = tmp_path / "run"
-    settings = ["run.overwrite=true", "checkpoint.asynchronous=true", "checkpoint.every=1"]
+    settings = ["run.overwrite=true", "checkpoint.asynchronous=true"]
     process = start(directory, "--max-restarts", "1", *settings)
     wait_for_steps(1, directory, process)
     [rank] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
