@@ -102,10 +102,14 @@ def text(checks: Sequence[Check]) -> str:
     )
 
 
+CLOCKED = ("seconds", "speed/")
+"""Metrics that differ from run to run."""
+
+
 def without_seconds(path: Path) -> list[dict]:
     """The lines of metrics or evaluations without what a clock has measured."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
 
 
 def num_lines(path: Path) -> int:
