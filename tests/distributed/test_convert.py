@@ -122,7 +122,7 @@ def load_everything(hf, megatron, scratch):
                 else:
                     checkpoint.load_weights(model, megatron[name, cuts[0]])
                     spoil_padding(model)
-                    checkpoint.save(model, directory, step=3)
+                    checkpoint.start_saving(model, directory, step=3).finish(5)
             if name == "moe" and layout in SCORED:
                 source = {"megatron": megatron[name, cuts[-1]]}
                 actor = Actor(actor_config(hf[name], parallel=sizes, model=source))
