@@ -45,6 +45,12 @@ OWN_SETTINGS = {
     "expert_tensor_parallel_size": "parallel.expert",
 }
 """Megatron's names that have a setting of ours: not to be given twice."""
+REFUSED = {
+    "optimizer_cpu_offload": "it needs a GPU to be held against anything, and its state is in no "
+    "checkpoint of ours; optimizer.use_distributed_optimizer=true saves memory, too",
+    "overlap_param_gather_with_optimizer_step": "set megatron.overlap_param_gather=true",
+}
+"""Megatron's names that would change what we rely on, and what to do."""
 
 
 def check_layout(config: Config, hf: dict) -> None:
@@ -93,6 +99,14 @@ def check_layout(config: Config, hf: dict) -> None:
                 "TransformerConfig, DistributedDataParallelConfig and OptimizerConfig have no such "
                 "field"
             )
+        if name in REFUSED and config.megatron[name]:
+            raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
+    split = config.optimizer.use_distributed_optimizer
+    if config.megatron.get("overlap_param_gather") and not split:
+        raise UserError(
+            "megatron.overlap_param_gather=true has nothing to gather without "
+            "optimizer.use_distributed_optimizer=true"
+        )
 
 
 def megatron_overrides(megatron: dict, kind: type) -> dict:
@@ -127,9 +141,16 @@ def transformer_config(
         settings["persist_layer_norm"] = False
     settings |= megatron_overrides(megatron, TransformerConfig)
     try:
-        return TransformerConfig(**settings)
+        mcore = TransformerConfig(**settings)
     except (ValueError, AssertionError) as error:  # how Megatron says what does not go together
         raise UserError(f"megatron-core refuses the model's settings: {error}") from error
+    without_te = {"layernorm", "moe_act"}.intersection(mcore.recompute_modules)
+    if mcore.recompute_granularity == "selective" and without_te and not _uses_te(model):
+        raise UserError(
+            f"megatron.recompute_modules={sorted(without_te)}: megatron-core drops these outputs "
+            "with TransformerEngine's help only; recompute core_attn, mlp or moe instead"
+        )
+    return mcore
 
 
 def build_model(

@@ -113,6 +113,8 @@ class Actor:
         self.optimizer, self.scheduler = build_optimizer(config, [self.ddp])
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.model.config.finalize_model_grads_func = finalize_model_grads
+        # gradients are reduced once they are whole, in the last micro-batch
+        self.model.config.no_sync_func = self.ddp.no_sync
         self.reference = self._copy_of_weights() if config.loss.kl_coef else None
         self.updates = 0
         """Optimizer updates so far: the version of the weights."""
@@ -260,6 +262,7 @@ class Actor:
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
+        self._gather_weights()
         return hf_weights(self.model, self.hf["vocab_size"], self._hf_plan)
 
     def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -285,6 +288,7 @@ class Actor:
 
     def export(self, directory: str | Path, *, write: bool) -> None:
         """Write the model in Hugging Face format; collective, the rank that is told to writes."""
+        self._gather_weights()
         save_hf(self.model, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
     def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
@@ -292,6 +296,7 @@ class Actor:
 
         With `checkpoint.optimizer=false` it has weights only, and nothing can go on from it.
         """
+        self._gather_weights()
         if not self.config.checkpoint.optimizer:
             return checkpoint.save(self.model, directory, step=step)
         return checkpoint.save(
@@ -307,6 +312,12 @@ class Actor:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint with optimizer, written under any layout; collective."""
         self.updates = checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+
+    def _gather_weights(self) -> None:
+        """After an update under overlap_param_gather, weights are on their way until a forward pass
+        waits for them: here they arrive."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
 
     def _gather_gradient_shards(self) -> None:
         """The distributed optimizer has reduced to each rank its shard of the gradient only."""
@@ -437,6 +448,7 @@ class Actor:
         }
 
     def _copy_of_weights(self) -> list[torch.Tensor]:
+        self._gather_weights()
         return [p.detach().clone() for p in self.model.parameters()]
 
     @contextmanager

@@ -40,6 +40,8 @@ def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> No
         ("train.total_steps=many", ["train.total_steps", "many"]),
         ("megatron.recompute_granularty=full", ["recompute_granularty", "did you mean"]),
         ("megatron.sequence_parallel=true", ["parallel.sequence"]),
+        ("megatron.optimizer_cpu_offload=true", ["optimizer_cpu_offload is not supported"]),
+        ("megatron.overlap_param_gather=true", ["optimizer.use_distributed_optimizer=true"]),
         ("data.chat_template=true", ["data.chat_template", "no chat template"]),
         ("loss.clip_low=1.5", ["loss.clip_low=1.5"]),
         ("no_equals_sign", ["no_equals_sign", "section.key=value"]),
