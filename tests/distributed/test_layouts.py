@@ -124,12 +124,28 @@ PASSED_ON = {
 PASSED_ON_TO_DENSE = [
     name for name in PASSED_ON if name not in ("dp4 overlapped", "tp2 sp ep2 recomputed experts")
 ]
+INTERLEAVED = {
+    "pp2 x 2": ({"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "pp2 x 2 padded": (
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"train": {"packing": False, "micro_batch_tokens": 40}},
+    ),
+    "tp2 pp2 x 2 sp": (
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True},
+        {"megatron": FULL_RECOMPUTATION},
+    ),
+    "pp2 x 2 dp2 overlapped": (
+        {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
+        DISTRIBUTED | {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
+    "pp2 x 2 dp2 ep2": ({"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2}, SHARED),
+}
 SCENARIOS = {
     "plain": Scenario(
         "qwen2",
         (9, 14, 5, 7, 20, 11, 6),
         clip_grad=2.0,
-        layouts=(*LAYOUTS, *PASSED_ON_TO_DENSE),
+        layouts=(*LAYOUTS, *PASSED_ON_TO_DENSE, *list(INTERLEAVED)[:4]),
     ),
     "all terms": Scenario(
         "qwen3",
@@ -153,7 +169,10 @@ SCENARIOS = {
         (14, 17, 10, 11, 15, 19, 12),
         start=9,
         num_prompts=3,
-        layouts=("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS, "tp2 sp ep2 recomputed experts"),
+        layouts=(
+            *("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),
+            *("tp2 sp ep2 recomputed experts", "pp2 x 2 dp2 ep2"),
+        ),
     ),
     "fewer rollouts than ranks": Scenario(
         "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped")
@@ -162,8 +181,9 @@ SCENARIOS = {
 }
 RESHARDED = {
     # layout that writes a checkpoint: layouts that read it
-    "tp2": ("tp1", "pp2", "tp2 pp2"),
+    "tp2": ("tp1", "pp2", "tp2 pp2", "pp2 x 2"),
     "pp2 dp2 distributed optimizer": ("tp1", "tp2"),
+    "pp2 x 2 dp2 overlapped": ("tp1", "pp2 x 2"),
 }
 RECOMPUTED = {
     # how often a micro-batch goes through each part
@@ -324,6 +344,8 @@ def run_everything(directories, batches, scratch):
         )
     for name, layout in RECOMPUTED:
         results["recomputed", layout] = recomputed(name, layout, directories, batches)
+    for layout in ("dp2", "dp2 overlapped"):
+        results["numbers", layout] = other_numbers_of_micro_batches(layout, directories, batches)
     results["not finite"] = not_finite(directories, batches)
     results["reference policy"] = reference_policy(directories, batches)
     results["checkpoints"] = checkpoints(directories, batches, scratch)
@@ -334,7 +356,7 @@ class ActorOn:
     """An actor of a scenario under a layout, on the first ranks; None on the others."""
 
     def __init__(self, name, layout, directories, **sections):
-        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS | PASSED_ON
+        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS | PASSED_ON | INTERLEAVED
         scenario, (parallel_settings, settings) = SCENARIOS[name], every_layout[layout]
         merged = {
             "parallel": parallel_settings,
@@ -412,9 +434,9 @@ def two_updates(name, layout, directories, batches, **sections):
         return {
             "metrics": metrics,
             "weights": weights if first_rank else None,
-            "main gradients": {p.main_grad.dtype for p in actor.model.parameters()},
-            "reduced early": actor.ddp.ddp_config.overlap_grad_reduce,
-            "gathered late": bool(actor.ddp.remove_forward_pre_hook_handles),
+            "main gradients": {p.main_grad.dtype for c in actor.chunks for p in c.parameters()},
+            "reduced early": actor.ddp[0].ddp_config.overlap_grad_reduce,
+            "gathered late": bool(actor.ddp[0].remove_forward_pre_hook_handles),
         }
 
 
@@ -423,7 +445,7 @@ def recomputed(name, layout, directories, batches):
     with ActorOn(name, layout, directories) as actor:
         if actor is None:
             return None
-        layer, calls = actor.model.decoder.layers[0], Counter()
+        layer, calls = actor.chunks[0].decoder.layers[0], Counter()
         for part in ("input_layernorm", "self_attention.core_attention", "mlp"):
             layer.get_submodule(part).register_forward_hook(
                 lambda *_, part=part: calls.update([part.split(".")[-1]])
@@ -432,6 +454,15 @@ def recomputed(name, layout, directories, batches):
             layer.mlp.experts.register_forward_hook(lambda *_: calls.update(["experts"]))
         plan = actor.backward(training_sequences(name, batches[name])).plan
         return {part: count / len(plan.ranks[0]) for part, count in calls.items()}
+
+
+def other_numbers_of_micro_batches(layout, directories, batches):
+    """The gradient norms of three updates, of all rollouts, of two and of all."""
+    with ActorOn("plain", layout, directories) as actor:
+        if actor is None:
+            return None
+        rollouts = training_sequences("plain", batches["plain"])
+        return [actor.update(part)["loss/grad_norm"] for part in (rollouts, rollouts[:2], rollouts)]
 
 
 def not_finite(directories, batches):
@@ -598,6 +629,13 @@ def test_communication_overlaps_where_it_was_asked_for(results, layout):
     for result in taking_part(results, ("plain", layout)):
         assert result["reduced early"] == asked.get("overlap_grad_reduce", False)
         assert result["gathered late"] == asked.get("overlap_param_gather", False)
+
+
+def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(results):
+    """Megatron remembers how often a gradient was added to in its first update."""
+    for rank in results[:2]:
+        expected = rank["numbers", "dp2"]
+        assert rank["numbers", "dp2 overlapped"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_add_up_in_float32_whatever_the_weights_are(results):
