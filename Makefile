@@ -11,11 +11,11 @@ PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constrai
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
 
-# With a real SGLang server, where SGLang has a wheel.
-SGLANG_RUNS := $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.version_info[:2] in \
+# With a real SGLang server and NeMo-Run, where both have been tried.
+OTHERS_RUN := $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.version_info[:2] in \
   ((3, 11), (3, 12)) and platform.system() == "Linux" and platform.machine() == "x86_64"))')
 
-test: .venv/ready-dev .venv-launch/ready $(if $(SGLANG_RUNS),.venv-sglang/ready)
+test: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
 	.venv/bin/python -m pytest
 
 # SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
@@ -90,10 +90,9 @@ SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # NeMo-Run brings a hundred packages, and older versions of some: it sees .venv, not the reverse.
 LAUNCH_PIP = .venv-launch/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
-WHERE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .venv-launch/ready: .venv/ready-dev
 	$(PYTHON) -m venv .venv-launch
-	.venv/bin/python $(WHERE) > $$(.venv-launch/bin/python $(WHERE))/shared.pth
+	.venv/bin/python $(SITE_PACKAGES) > $$(.venv-launch/bin/python $(SITE_PACKAGES))/shared.pth
 	$(LAUNCH_PIP) --editable ".[launch]"
 	touch $@

@@ -32,6 +32,7 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
         "data": ["datasets>=2.19"],  # brings pyarrow
+        "bench": ["trl==1.16.0"],  # tools/bench_train.py times methods that have no public name
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.18"],
         "dev": [

@@ -557,6 +557,23 @@ class DebugConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProfileConfig:
+    """Traces of chosen steps, for Perfetto or chrome://tracing, in `profile/` of the run."""
+
+    steps: tuple[int, ...] = ()
+    """Steps that are traced, counted from 0 as in `metrics.jsonl`; a traced step is slower."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that are traced."""
+    stacks: bool = False
+    """Python's call stacks, too."""
+
+    def __post_init__(self):
+        for name in ("steps", "ranks"):
+            for value in getattr(self, name):
+                _at_least(f"profile.{name}", value, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A run."""
 
@@ -576,6 +593,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to megatron-core under its own names: fields of TransformerConfig,
@@ -619,6 +637,11 @@ class Config:
             raise ValueError(
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
                 f"train.total_steps={self.train.total_steps}"
+            )
+        if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
+            raise ValueError(
+                f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
+                "counted from 0, and have none of that number"
             )
 
     def _check_overlap(self):

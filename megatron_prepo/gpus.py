@@ -32,9 +32,28 @@ GPUS = {
     "h200": Gpu(143771 * 2**20, 989e12, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet"),
     "b200": Gpu(183359 * 2**20, 2250e12, 8e12, 900e9, "NVIDIA DGX B200 data sheet, an eighth"),
 }
+DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""What the driver calls them.  Cards of the same family that are slower (PCIe, NVL) have other
+names, and no peak here."""
 GPUS_A_MACHINE = 8
 NETWORK = 50e9
 """Bytes a second between machines for each GPU: a 400 Gb/s adapter each (DGX H100, H200, B200)."""
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """The published peak of a device for products of this type; None where we know of none.
+
+    >>> peak_flops("NVIDIA H200", "bfloat16"), peak_flops("NVIDIA H200", "float32")
+    (989000000000000.0, None)
+    """
+    if dtype != "bfloat16" or device_name not in DEVICE_NAMES:
+        return None
+    return GPUS[DEVICE_NAMES[device_name]].flops
 
 
 @dataclass(frozen=True)

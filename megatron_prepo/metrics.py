@@ -9,11 +9,12 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from scipy import stats
+from torch.profiler import record_function
 
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.dashboards import TensorBoard, WandB
@@ -22,7 +23,10 @@ from megatron_prepo.selection.candidates import Candidates
 
 
 class Stopwatch:
-    """Seconds by stage, in all and since the last step."""
+    """Seconds by stage, in all and since the last step; a trace has the stages under their names.
+
+    On CUDA a stage ends when the device is done with it: else its seconds would be the next one's.
+    """
 
     def __init__(self):
         self.total: dict[str, float] = defaultdict(float)
@@ -33,9 +37,16 @@ class Stopwatch:
         """Time a stage; several visits add up."""
         start = time.perf_counter()
         try:
-            yield
+            with record_function(stage), _nvtx_range(stage):
+                yield
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
         finally:
             self.total[stage] += time.perf_counter() - start
+
+    def so_far(self, stage: str) -> float:
+        """Seconds of a stage since the last call of `of_step`."""
+        return self.total[stage] - self._before_step.get(stage, 0.0)
 
     def of_step(self) -> dict[str, float]:
         """Seconds of each stage since the last call."""
@@ -47,6 +58,10 @@ class Stopwatch:
         """Add up further from seconds that were measured before."""
         self.total.update(total)
         self._before_step = dict(self.total)
+
+
+def _nvtx_range(name: str):
+    return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
 
 
 class MetricsLog:

@@ -12,6 +12,7 @@
 | `journal/` | rollouts that no checkpoint covers yet |
 | `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
 | `hf/` | the trained model in Hugging Face format |
+| `profile/` | traces of `profile.steps` |
 | `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
 | `logs/` | what ranks other than 0 printed, and errors |
 """
@@ -32,6 +33,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.evaluate import Evaluation, mean_ci95
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
+from megatron_prepo.profiling import profiled
 from megatron_prepo.progress import bar as progress_bar
 
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
@@ -50,17 +52,17 @@ TRAINING_STAGES = (
 
 
 class Run:
-    """Files, progress bar, seconds and totals of a run; only the rank that `writes` shows them."""
+    """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them."""
 
-    def __init__(self, config: Config, *, writes: bool):
-        self.config, self.writes = config, writes
+    def __init__(self, config: Config, *, rank: int):
+        self.config, self.rank, self.writes = config, rank, rank == 0
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()
         self.rollouts = self.tokens = self.num_steps = 0
         """Paid for so far, and the steps behind the run."""
         self.before: Evaluation | None = None
         """The evaluation before the first step."""
-        if writes:
+        if self.writes:
             run_directory.prepare(config, self.say)
             self.ledger = Ledger(self.directory / "ledger.jsonl")
             self.metrics = MetricsLog(self.directory / "metrics.jsonl", dashboards(config))
@@ -80,7 +82,8 @@ class Run:
             range(first, total), "train", total=total, initial=first, disable=not self.writes
         )
         for step in self.bar:
-            yield step
+            with profiled(self.config.profile, step, self.rank, self.directory):
+                yield step
             if self.is_last(step):
                 break
         self.bar.close()

@@ -26,6 +26,7 @@ OURS = (
     "hf",
     "tensorboard",
     "wandb",
+    "profile",
 )
 """What a run writes, and `run.overwrite` removes; anything else in the directory is left alone."""
 
@@ -41,6 +42,7 @@ FREE = (
     "debug.dump_steps",
     "debug.dump_gradients",
     "debug.max_skip_dumps",
+    "profile",
 )
 """Sections and settings that a run may go on with changed: they move no number."""
 

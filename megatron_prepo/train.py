@@ -38,6 +38,7 @@ from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
 from megatron_prepo.stop import StopRequests
+from megatron_prepo.throughput import Throughput
 from megatron_prepo.updates import NoUpdates, StepUpdates, Updates
 from megatron_prepo.weight_sync import sync_weights
 
@@ -96,7 +97,8 @@ def train(config: Config) -> dict:
                     | grading_metrics(paid.grades)
                     | selector.metrics()
                     | old.metrics(config.loss, weight_N, groups.rollouts)
-                    | losses,
+                    | losses
+                    | job.speed(candidates, groups),
                 )
                 checkpoints.mark()
             stopping = job.stop.anywhere()
@@ -125,6 +127,7 @@ class Job:
     grader: Grader
     batches: CandidateBatches
     selector: object
+    throughput: Throughput
 
     def go_on(self, parts: dict[str, object]) -> Checkpoints:
         """Set actor and parts to the last checkpoint, if there is one, and the engine to them."""
@@ -149,6 +152,11 @@ class Job:
 
         return self.run.evaluate(held_out, when, self.run.num_steps, samples)
 
+    def speed(self, candidates: Candidates, groups: "Groups") -> dict[str, float]:
+        """Rates of the actor's passes in the step that is about to be recorded."""
+        sequences = [scored_sequence(rollout) for rollout in groups.rollouts]
+        return self.throughput.of_step(self.run.seconds, candidates, sequences, groups.rewards_KG)
+
     def finish(self, after: Evaluation) -> dict:
         """Export the weights and end everything; returns the summary."""
         with self.run.seconds("export"):
@@ -164,7 +172,7 @@ def set_up(config: Config) -> Job:
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
-    run = Run(config, writes=dist.get_rank() == 0)
+    run = Run(config, rank=dist.get_rank())
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.say("the section sglang: is for servers that the run starts, and is ignored here")
@@ -181,7 +189,18 @@ def set_up(config: Config) -> Job:
         actor = Actor(config)
     updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
     return Job(
-        config, inputs, run, stop, journal, engine, actor, updates, grader, batches, selector
+        config=config,
+        inputs=inputs,
+        run=run,
+        stop=stop,
+        journal=journal,
+        engine=engine,
+        actor=actor,
+        updates=updates,
+        grader=grader,
+        batches=batches,
+        selector=selector,
+        throughput=Throughput(config, actor.hf),
     )
 
 

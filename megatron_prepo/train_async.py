@@ -78,6 +78,7 @@ def train_overlapped(config: Config) -> dict:
                     | of_selector
                     | old.metrics(config.loss, weight_N, paid.rollouts)
                     | losses
+                    | job.speed(ready.candidates, paid)
                     | {"seconds/generation": ready.seconds},
                 )
                 checkpoints.mark()

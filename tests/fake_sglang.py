@@ -356,7 +356,6 @@ def main() -> None:
     that file.
     """
     host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
-    print("the fake is starting", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     with FakeSGLang(int(port), host=host) as fake, contextlib.suppress(KeyboardInterrupt):
         fake.seconds = float(os.environ.get("FAKE_SECONDS", fake.seconds))

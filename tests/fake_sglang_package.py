@@ -9,6 +9,7 @@ LAUNCH_SERVER = """
 import os, subprocess, sys
 if os.environ.get("FAKE_FAILS"):
     sys.exit("the fake cannot find its model")
+print("the fake is starting", flush=True)
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 with open(os.environ["FAKE_PIDS"], "a") as pids:
     pids.write(f"{os.getpid()} {child.pid}\\n")

@@ -41,7 +41,9 @@ def main() -> int:
     inputs = preflight.check(config)
     with actor_and_engine(config, inputs) as (actor, engine):
         result = measure(config, inputs.train_prompts, actor, engine)
-    result |= {"machine": machine.describe(), "overrides": overrides}
+    elsewhere = ("run.", "servers.python")  # where something lies moves no number
+    settings = [override for override in overrides if not override.startswith(elsewhere)]
+    result |= {"machine": machine.describe(), "config": options.config, "overrides": settings}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(options.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one command of under 10 minutes.
+"""Everything that needs a GPU, in one command of under 12 minutes.
 
     python tools/gpu_check.py --out benchmarks/results/NAME.json [--verl FOLDER] [--sglang FOLDER]
 
-Runs the tests marked `gpu`, the quick cases of tools/bench_head.py, and trains a little at tensor
-parallel 1.  With the archives of tools/pack_sglang.py, and up to 10 minutes more, it also trains
-with an SGLang server on the same GPU, to which the weights go by CUDA IPC, and times that sync at
-the shape of a 7B model.  Writes one JSON object with the machine, the versions and the numbers,
-after every part.
+Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a little at tensor
+parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py).
+With the archives of tools/pack_sglang.py, and up to 10 minutes more, it also trains with an SGLang
+server on the same GPU, to which the weights go by CUDA IPC, and times that sync at the shape of a
+7B model.  Writes one JSON object with the machine, the versions and the numbers, after every part.
 Each part is a process with a deadline: one that is slow is ended and reported, and costs the others
 nothing.  The exit code is 0 only if every part passed.
 """
@@ -56,6 +56,7 @@ def main() -> int:
         "tests": run_tests,
         "head": lambda: run_head(options.verl),
         "training": run_training,
+        "utilisation": run_utilisation,
         "sglang": lambda: run_sglang(options.sglang),
     }
     return check(parts, options.out)
@@ -105,6 +106,17 @@ def run_training() -> dict:
         "passed": summary["gain_ci95"][0] > 0,
         "summary": summary,
     }
+
+
+def run_utilisation() -> dict:
+    """How much of the peak the actor's passes reach, packed and padded."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory, "utilisation.json")
+        command = [sys.executable, "tools/bench_utilisation.py", "--out", str(out)]
+        done = run_within(PART_SECONDS, [*command, "--seconds", str(PART_SECONDS / 2)])
+        print(done["output"][-6000:])
+        measured = json.loads(out.read_text()) if out.is_file() else None
+    return _without_output(done) | {"measured": measured}
 
 
 def run_sglang(folder: Path | None) -> dict:

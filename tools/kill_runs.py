@@ -131,10 +131,12 @@ def killed_until_done(
         victim = draw.choice([None, 0, 1]) if case.endswith(("2", "optimizer")) else None
         if run_ranks(case, directory, kill_after=kill_after, victim=victim) is not None:
             break
-        step = prove.num_lines(directory / "metrics.jsonl")
-        kills.append(
-            Kill(case, "all" if victim is None else f"rank {victim}", round(kill_after, 3), step)
-        )
+        step, who = prove.num_lines(directory / "metrics.jsonl"), "all"
+        if victim is not None:
+            who = f"rank {victim}"
+        kills.append(Kill(case, who, round(kill_after, 3), step))
+        if (directory / "summary.json").exists():
+            break  # killed when all was done
     checks = prove.compare(undisturbed, directory)
     return Trial(case, kills, [f"{c.what}: {c.detail}" for c in checks if not c.equal])
 

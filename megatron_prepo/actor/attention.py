@@ -65,8 +65,8 @@ class RowLayout(PackedSeqParams):
 class CausalAttention(MegatronModule):
     """Causal grouped-query attention: torch's variable-length kernel, or sequence by sequence.
 
-    The kernel is for 16-bit numbers on CUDA.  On a CPU the loop is as fast as batches of equal
-    length, and faster than any padding (docs/packing.md).
+    The kernel is for 16-bit numbers on CUDA.  On a CPU the loop is faster than padding, unless
+    lengths are nearly equal (docs/packing.md).
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_prepo.actor.balance import balance, fill
+from megatron_prepo.flops import forward_flops
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
 
@@ -43,12 +44,7 @@ class Load:
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of the forward pass; a backward pass costs twice as many."""
-        projections = 2 * shape.hidden * (shape.queries + shape.keys)
-        mlp = 3 * shape.hidden * shape.mlp * max(1, shape.experts_a_token)
-        router = shape.hidden * shape.experts
-        a_token = 2 * (projections + mlp + router)
-        layers = shape.layers * (self.tokens * a_token + self.pairs * 4 * shape.queries)
-        return layers + self.scored * 2 * shape.hidden * shape.vocabulary
+        return forward_flops(shape, tokens=self.tokens, scored=self.scored, pairs=self.pairs)
 
 
 @dataclass(frozen=True)

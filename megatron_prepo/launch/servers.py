@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
-from megatron_prepo.launch.rank import parser
+from megatron_prepo.launch.rank import is_finished, parser
 from megatron_prepo.rollout.sglang.launch import OwnServer, check
 
 POLL_SECONDS = 1.0
@@ -26,9 +26,8 @@ MAX_STARTS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start them and watch them; 0 when the job ends them, 1 if one does not stay."""
-    import torch
-
+    """Start them and watch them; 0 when the job ends them, or the run is finished already; 1 if
+    one does not stay."""
     options = parser().parse_args(arguments)
     # the signal before the time limit is for the ranks; the servers inherit that it is ignored
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -38,10 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(
             options.config, [*options.overrides, "servers.host=0.0.0.0", "servers.first_device=0"]
         )
+        if is_finished(config):
+            return 0
         check(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    import torch
+
     logs = Path(config.run.dir) / "logs" / f"node_{os.environ['SLURM_NODEID']}"
     cuda, slurm = torch.cuda.is_available(), os.environ
     servers = [

@@ -53,7 +53,7 @@ def python(*words: str, home: Path, given: str = "", **variables: str):
         input=given,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
 
 
@@ -215,7 +215,7 @@ def states(slurm: dict[str, str]) -> list[str]:
 
 def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
     """Two nodes of one rank each, a third with a server (the fake one).  Slurm asks the first job
-    to save, the second goes on to the end, the third finds the run finished."""
+    to save, the second goes on to the end."""
     pids = fake_sglang_package.install(tmp_path / "package", monkeypatch)
     run = tmp_path / "run"
 
@@ -231,7 +231,7 @@ def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, mo
     asking.start()
     done = launch(
         *[LAPTOP, *SLURM, "--nodes", "2", "--gpus-per-node", "1", "--server-nodes", "1"],
-        *["--chain", "3", "--wait", "--python", sys.executable],
+        *["--chain", "2", "--wait", "--python", sys.executable],
         *["--with", "monitor_group_job_wait_time=1", f"run.dir={run}", *FILES, *SHORT],
         *[SGLANG, f"servers.python={sys.executable}", "weight_sync.verify=never"],
         *["parallel.tensor=2", "train.total_steps=20"],
@@ -240,12 +240,12 @@ def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, mo
     )
     asking.join()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert states(slurm) == ["COMPLETED"] * 3
+    assert states(slurm) == ["COMPLETED"] * 2
     assert [step["step"] for step in metrics(run)] == list(range(20))
     assert summary(run)["ranks"] == 2
     logs = sorted(tmp_path.rglob("log-megatron-prepo*.out"))
     log = "".join(path.read_text() for path in logs)
     assert "\r" not in log and log.count("\ntrain ") == 20, "a line a step"
-    assert log.count("stopped as asked") == log.count("holds a finished run") == 1
+    assert log.count("stopped as asked") == 1
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     fake_sglang_package.wait_until_gone(fake_sglang_package.processes(pids))

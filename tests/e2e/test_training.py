@@ -1,5 +1,6 @@
 """Short runs in several layouts: the same rollouts, the same numbers, and the engine in step."""
 
+import gzip
 import json
 
 import pandas
@@ -7,12 +8,13 @@ import pytest
 import yaml
 
 from megatron_prepo import config as configuration
+from megatron_prepo.run import TRAINING_STAGES
 from tests.e2e.laptop import SHORT, metrics, summary, train
 
 LAYOUTS = {
     "one rank": ["parallel.tensor=1", "train.share_prefixes=false"],
     "TP2": ["parallel.tensor=2"],
-    "TP2 again": ["parallel.tensor=2"],
+    "TP2 again": ["parallel.tensor=2", "profile.steps=[1]", "profile.ranks=[0,1]"],
     "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_tokens=601"],
     "PP2": [
         "parallel.tensor=1",
@@ -54,8 +56,31 @@ def test_layouts_agree(runs, name):
     """
     for one, other in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
         for key, value in one.items():
-            if not key.startswith(("seconds/", "mismatch/", "train/")):
+            if not key.startswith(("seconds/", "speed/", "mismatch/", "train/")):
                 assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rates_times_seconds_are_the_same_work(runs, name):
+    """Whatever the layout.  A KL penalty scores twice, and has every rollout learnt from."""
+    ranks = summary(runs[name])["ranks"]
+    for one, step in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
+        for stage in ("perplexity", "old_logprobs", "update"):
+            for unit in ("tokens", "tflops"):
+                key = f"speed/{stage}_{unit}"
+                work = step[key] * step[f"seconds/{stage}"] * ranks
+                assert work == pytest.approx(one[key] * one[f"seconds/{stage}"])
+        old = step["speed/old_logprobs_tokens"] * step["seconds/old_logprobs"]
+        assert old == pytest.approx(2 * step["speed/update_tokens"] * step["seconds/update"])
+
+
+def test_traces_of_a_step_are_each_ranks_with_all_stages(runs):
+    """And `test_same_seed_same_ledger` says that nothing comes out otherwise."""
+    for rank in range(2):
+        file = runs["TP2 again"] / "profile" / f"step_1_rank_{rank}.json.gz"
+        trace = json.loads(gzip.decompress(file.read_bytes()))
+        assert set(TRAINING_STAGES) <= {event["name"] for event in trace["traceEvents"]}
+    assert not (runs["TP2"] / "profile").exists()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

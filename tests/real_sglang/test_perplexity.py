@@ -8,6 +8,7 @@ from ranks import join, on_ranks
 from megatron_prepo.records import Prompt
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
+pytestmark = pytest.mark.slow
 LAST_TOKEN = tiny_models.VOCAB - 1
 SCORED = [
     *PROMPTS,

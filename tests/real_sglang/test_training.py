@@ -32,6 +32,7 @@ def test_it_learns(sglang_python, tmp_path):
     assert min(share) > 0.35 * sum(share), "both servers work"
 
 
+@pytest.mark.slow
 def test_it_learns_overlapped_and_from_the_servers_perplexities(sglang_python, tmp_path):
     """Rollouts a step old, corrected for; the servers choose as the actor would."""
     directory = tmp_path / "run"

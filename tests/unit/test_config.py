@@ -200,6 +200,7 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
             r"parallel\.data=17 .* without one of the 16 rollouts",
         ),
         ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
+        ({"profile__steps": [4, 5]}, r"profile\.steps=\[5\]: train\.total_steps=5 steps are count"),
         ({"optimizer__lr_warmup_steps": 5}, r"lr_warmup_steps=5 must be less than .*total_steps=5"),
         (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
         (
@@ -325,6 +326,8 @@ def other_value(field):
         ("clamp", None): 3.0,
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
+        ("steps", ()): (0, 3),
+        ("ranks", (0,)): (0, 1),
         ("function", "final_number"): "math",
         ("max_failed", 0.5): 0.25,
         ("urls", ()): ("http://a:1", "http://b:2"),

@@ -103,6 +103,15 @@ def test_any_text_gets_through(grader, text):
     assert outcome(grader, text) == "ok"
 
 
+def test_a_clusters_warning_ends_no_process(grader):
+    """Slurm sends it to every process of a step."""
+    before = processes(grader)
+    for leader in before:
+        os.killpg(leader, signal.SIGUSR1)
+    assert outcome(grader, "fine") == "ok"
+    assert processes(grader) == before
+
+
 def test_grades_come_in_the_order_of_the_rollouts():
     grader = Grader(settings("length", processes=2))
     texts = ["x" * (i % 10) for i in range(200)]

@@ -249,6 +249,11 @@ def test_servers_of_a_node_are_started_anew_but_not_for_ever(node, tmp_path, cap
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
 
 
+def test_a_finished_run_gets_no_servers(node, tmp_path):
+    (tmp_path / "summary.json").touch()
+    assert node() == 0 and not FakeServer.made
+
+
 def test_servers_of_a_node_end_with_the_job(node, monkeypatch):
     monkeypatch.setattr(FakeServer, "ends", False)
     assert node() == 0 and all(server.stopped for server in FakeServer.made)

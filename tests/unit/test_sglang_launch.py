@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from fake_sglang import FakeSGLang
-from fake_sglang_package import alive, processes, wait_until_gone
+from fake_sglang_package import alive, processes, wait_for, wait_until_gone
 
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
@@ -241,6 +241,8 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
         victim, child = processes(pids, servers=2)[:2]
         os.kill(victim, signal.SIGKILL)
         wait_until_gone([victim, child])
+        guards = [server.own for server in engine.fleet.servers]
+        wait_for("the guard's end", lambda: any(guard.ended() for guard in guards))
         assert len(rollouts(engine)) == 12
         assert "is given up" in engine.said[0] and "ended with SIGKILL" in engine.said[0]
         actor.update()

@@ -1,0 +1,97 @@
+"""How fast the actor's passes of a step were: tokens and operations a second of each rank.
+
+| metric | what |
+|---|---|
+| `speed/STAGE_tokens` | tokens a second of a rank, of the sequences that the stage passes through |
+| `speed/STAGE_tflops` | 10^12 operations a second of a rank, counted as in `flops.py` |
+| `speed/STAGE_mfu` | those over the GPU's published peak (`gpus.py`), where there is one |
+| `memory/peak_gib` | the most that torch's allocator held on a rank in the step; CUDA only |
+
+for the stages `perplexity`, `old_logprobs` and `update`.  Seconds are the whole stage's, with all
+that is not arithmetic.  A rank's share is the job's over the number of ranks, whatever the layout.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_prepo.actor import parallel
+from megatron_prepo.advantages import zero_variance
+from megatron_prepo.config import Config
+from megatron_prepo.flops import Work
+from megatron_prepo.gpus import GIB, peak_flops
+from megatron_prepo.memory import Shape
+from megatron_prepo.metrics import Stopwatch
+from megatron_prepo.records import ScoredSequence
+from megatron_prepo.selection.candidates import Candidates
+
+FORWARD, FORWARD_AND_BACKWARD = 1, 3
+
+
+class Throughput:
+    """Of this run's model, layout and GPUs; every rank has one."""
+
+    def __init__(self, config: Config, hf: dict):
+        self.config, self.shape, self.ranks = config, Shape.of(hf), dist.get_world_size()
+        on_cuda = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if on_cuda else ""
+        self.peak = peak_flops(device, config.model.dtype)
+
+    def of_step(
+        self,
+        seconds: Stopwatch,
+        candidates: Candidates,
+        sequences: Sequence[ScoredSequence],
+        rewards_KG: torch.Tensor,
+    ) -> dict[str, float]:
+        """Metrics of a step, from its candidates and the rollouts that were trained on."""
+        by_actor = candidates.ppl_P is not None and self.config.selection.ppl_from == "actor"
+        scored = candidates.prompts if by_actor else ()
+        prompts = Work.of(ScoredSequence(prompt.tokens, 1) for prompt in scored)
+        learnt = itertools.compress(sequences, self._learnt(rewards_KG))
+        scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
+        rates = {}
+        for stage, work, passes, forwards in (
+            ("perplexity", prompts, 1, FORWARD),
+            ("old_logprobs", Work.of(sequences), scorings, FORWARD),
+            ("update", Work.of(learnt), 1, FORWARD_AND_BACKWARD),
+        ):
+            spent = seconds.so_far(stage) * self.ranks / passes
+            rates |= self.rates(stage, work, forwards, spent)
+        return rates | peak_memory()
+
+    def rates(self, stage: str, work: Work, forwards: int, seconds: float) -> dict[str, float]:
+        """Of one pass, which costs so many forward passes, in seconds of all ranks together.
+
+        Nothing where nothing was done.
+        """
+        if not (work.tokens and seconds):
+            return {}
+        flops = forwards * work.flops(self.shape) / seconds
+        rates = {
+            f"speed/{stage}_tokens": work.tokens / seconds,
+            f"speed/{stage}_tflops": flops / 1e12,
+        }
+        if self.peak:
+            rates[f"speed/{stage}_mfu"] = flops / self.peak
+        return rates
+
+    def _learnt(self, rewards_KG: torch.Tensor) -> list[bool]:
+        """Which rollouts the update passes through: the rule of `Actor.update`."""
+        loss = self.config.loss
+        if self.config.debug.mode == "rollout":  # no updates at all
+            return [False] * rewards_KG.numel()
+        if loss.entropy_coef or loss.kl_coef or self.shape.experts:
+            return [True] * rewards_KG.numel()
+        return (~zero_variance(rewards_KG)).repeat_interleave(rewards_KG.shape[1]).tolist()
+
+
+def peak_memory() -> dict[str, float]:
+    """The fullest rank's; collective on CUDA, and the next step's peak starts anew."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = max(parallel.gather_to_all(torch.cuda.max_memory_allocated()))
+    torch.cuda.reset_peak_memory_stats()
+    return {"memory/peak_gib": peak / GIB}

@@ -1,0 +1,60 @@
+"""The formula of operations against what torch counts while real models run."""
+
+import pytest
+import torch
+from tiny_models import SHAPE, actor_config, llama3, qwen2, qwen3, qwen3_moe, save
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo.actor import parallel
+from megatron_prepo.actor.policy import Actor
+from megatron_prepo.flops import Work
+from megatron_prepo.memory import Shape
+from megatron_prepo.records import ScoredSequence
+
+FAMILIES = {
+    "qwen2": qwen2,
+    "qwen3": lambda: qwen3(tied=True),
+    "llama3": llama3,
+    "qwen3_moe": qwen3_moe,
+}
+SEQUENCES, LENGTH = 3, 17
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_torchs_counter_on_transformers(family, tmp_path):
+    """Eager attention multiplies whole squares of scores, and the head sees every token."""
+    model = FAMILIES[family]()
+    shape = Shape.of(read_hf_config(save(model, tmp_path)))
+    model.set_attn_implementation("eager")
+    if shape.experts:
+        model.set_experts_implementation("eager")
+    tokens = torch.randint(SHAPE["vocab_size"], (SEQUENCES, LENGTH))
+    with FlopCounterMode(display=False) as forward:
+        logits = model(tokens).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    num_tokens = SEQUENCES * LENGTH
+    expected = Work(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
+    # outer products that make the rotary embedding's angles: no part of the model
+    angles = LENGTH * shape.head_size
+    assert forward.get_total_flops() - angles == expected
+    assert backward.get_total_flops() == 2 * expected
+
+
+def test_the_actor_takes_the_heads_product_of_scored_tokens_only(tmp_path):
+    """Its attention is one kernel, which torch's counter does not see on a CPU."""
+    config = actor_config(save(qwen3(tied=True), tmp_path))
+    sequences = [ScoredSequence(tuple(range(LENGTH)), start=6)] * SEQUENCES
+    parallel.initialize(config.parallel, seed=0)
+    try:
+        actor = Actor(config)
+        with FlopCounterMode(display=False) as counter:
+            actor.score(sequences, temperature=1.0)
+    finally:
+        parallel.shut_down()
+    work = Work.of(sequences)
+    assert work == Work(SEQUENCES * LENGTH, SEQUENCES * 11, SEQUENCES * 153)
+    # the last token of a sequence predicts nothing, and is in no row
+    passed = Work(work.tokens - SEQUENCES, work.scored)
+    assert counter.get_total_flops() == passed.flops(Shape.of(actor.hf))

@@ -1,0 +1,107 @@
+"""Rates by hand, peaks, and a trace that has the stages' names."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from tiny_models import SHAPE, actor_config
+
+from megatron_prepo import throughput
+from megatron_prepo.actor import parallel
+from megatron_prepo.config import ProfileConfig
+from megatron_prepo.flops import Work
+from megatron_prepo.gpus import DEVICE_NAMES, GPUS, peak_flops
+from megatron_prepo.metrics import Stopwatch
+from megatron_prepo.profiling import profiled
+from megatron_prepo.records import Prompt, ScoredSequence
+from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.throughput import Throughput
+
+HF = SHAPE | {"model_type": "qwen2"}
+PROMPTS = [Prompt(name, "", "", (5, 6, 7), (0, 3)) for name in "ab"]
+SEQUENCES = [ScoredSequence((5, 6, 7, *range(n)), 3) for n in (1, 2, 3, 4)]
+REWARDS_KG = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    parallel.initialize(actor_config("unused").parallel, seed=0)
+    yield
+    parallel.shut_down()
+
+
+def spent(**seconds: float) -> Stopwatch:
+    watch = Stopwatch()
+    watch.total.update(perplexity=8.0, old_logprobs=8.0, update=8.0)
+    watch.of_step()  # an earlier step's seconds do not count
+    for stage, value in seconds.items():
+        watch.total[stage] += value
+    return watch
+
+
+def measured(*, ppl_P=None, **loss) -> dict[str, float]:
+    watch = spent(perplexity=0.5, old_logprobs=2.0, update=4.0)
+    rates = Throughput(actor_config("unused", loss=loss), HF)
+    return rates.of_step(watch, Candidates(PROMPTS, ppl_P), SEQUENCES, REWARDS_KG)
+
+
+def test_tokens_a_second_by_hand():
+    rates = measured(ppl_P=torch.ones(2))
+    assert rates["speed/perplexity_tokens"] == 6 / 0.5
+    assert rates["speed/old_logprobs_tokens"] == (4 + 5 + 6 + 7) / 2.0
+    assert rates["speed/update_tokens"] == (4 + 5) / 4.0  # the second group has no advantage
+
+
+def test_operations_a_second_by_hand():
+    rates = Throughput(actor_config("unused"), HF)
+    old, update = Work(22, 10, 10 + 15 + 21 + 28), Work(9, 3, 10 + 15)
+    assert measured()["speed/old_logprobs_tflops"] == old.flops(rates.shape) / 2e12
+    assert measured()["speed/update_tflops"] == 3 * update.flops(rates.shape) / 4e12
+
+
+@pytest.mark.parametrize("loss", [{"kl_coef": 0.1}, {"entropy_coef": 0.1}])
+def test_a_further_term_of_the_loss_has_every_rollout_learnt_from(loss):
+    rates = measured(**loss)
+    assert rates["speed/update_tokens"] == 22 / 4.0
+    assert rates["speed/old_logprobs_tokens"] == (44 if "kl_coef" in loss else 22) / 2.0
+
+
+def test_what_was_not_done_has_no_rate():
+    rates = measured()
+    assert not [name for name in rates if "perplexity" in name]
+    nothing = Throughput(actor_config("unused"), HF).of_step(
+        spent(old_logprobs=1.0, update=1.0), Candidates(PROMPTS), SEQUENCES, torch.ones(2, 2)
+    )
+    assert "speed/old_logprobs_tokens" in nothing
+    assert "speed/update_tokens" not in nothing
+
+
+def test_utilisation_is_of_the_devices_peak(monkeypatch):
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: 1e9)
+    rates = measured()
+    assert rates["speed/update_mfu"] == pytest.approx(rates["speed/update_tflops"] * 1e3)
+    monkeypatch.undo()
+    assert "speed/update_mfu" not in measured(), "a CPU has no published peak"
+
+
+def test_every_gpu_is_known_by_its_name_in_bfloat16_only():
+    assert set(DEVICE_NAMES.values()) == set(GPUS)
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == GPUS["h100"].flops
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+
+
+def test_a_trace_has_the_stages(tmp_path):
+    config, watch = ProfileConfig(steps=(1,)), Stopwatch()
+    for step in range(3):
+        for rank in range(2):
+            with profiled(config, step, rank, tmp_path), watch("old_logprobs"):
+                torch.ones(2, 2) @ torch.ones(2, 2)
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == "step_1_rank_0.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    named = {event["name"]: event for event in events if "dur" in event}
+    stage, product = named["old_logprobs"], named["aten::mm"]
+    assert stage["ts"] <= product["ts"]
+    assert product["ts"] + product["dur"] <= stage["ts"] + stage["dur"]
