@@ -249,10 +249,10 @@ def _fill_adam_state(optimizer) -> None:
 def _positions_without_padding(optimizer) -> Iterator[None]:
     """Where the distributed optimizer looks for each parameter, as it has laid them out itself.
 
-    megatron-core 0.16.1 joins the buckets of a buffer without the padding at their ends, and then
-    looks parameters up as if it was there: those behind the first bucket come out as others' parts.
-    There are several buckets under overlap_grad_reduce, and on the last stage of a pipeline with
-    tied embeddings.
+    megatron-core (0.16.1, 0.19.2) joins the buckets of a buffer without the padding at their ends,
+    and then looks parameters up as if it was there: those behind the first bucket come out as
+    others' parts.  There are several buckets under overlap_grad_reduce, and on the last stage of a
+    pipeline with tied embeddings.
     """
     parts = [p for p in optimizer.chained_optimizers if isinstance(p, DistributedOptimizer)]
     buffers = [(buffer, buffer.param_index_map) for part in parts for buffer in part.buffers]
