@@ -189,9 +189,9 @@ def plan_checkpoint(
     refuse_layout(layout, settings)
     model_config = ModelConfig(hf="", dtype="bfloat16")
     plan: dict[tuple[str, ...], PlannedParameter] = {}
-    for _, model in each_rank(settings, model_config, layout):
+    for _, (model,) in each_rank(settings, model_config, layout):
         entries = model.sharded_state_dict()
-        for name, mapping, _ in stage_parameters(model):
+        for name, mapping, _ in stage_parameters([model]):
             entry = entries[name]
             parts = [entry] if isinstance(entry, ShardedTensor) else entry.build()
             for part in parts:

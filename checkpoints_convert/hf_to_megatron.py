@@ -1,5 +1,6 @@
 """Fill a live Megatron model from Hugging Face safetensors; each rank reads what it holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,14 @@ from checkpoints_convert.mapping import Heads, Mapping, mapping_of, shard, to_me
 from megatron_prepo.errors import UserError
 
 
-def stage_parameters(model: torch.nn.Module) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
-    """(Megatron's name, mapping, parameter) of all that this rank's (unwrapped) GPTModel holds."""
+def stage_parameters(
+    chunks: Sequence[torch.nn.Module],
+) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
+    """(Megatron's name, mapping, parameter) of all that this rank's (unwrapped) GPTModels hold."""
+    return [parameter for chunk in chunks for parameter in _chunk_parameters(chunk)]
+
+
+def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     experts_here = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
@@ -45,14 +52,14 @@ def split_group(mapping: Mapping) -> dist.ProcessGroup:
 
 
 @torch.no_grad()
-def load_hf_weights(model: torch.nn.Module, directory: str | Path) -> None:
-    """Copy a Hugging Face checkpoint into this rank's (unwrapped) GPTModel.
+def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
+    """Copy a Hugging Face checkpoint into this rank's (unwrapped) GPTModels.
 
     Collective over all ranks, which together must have used every tensor of the files.
     Raises UserError for a missing file or tensor, a shape that does not fit, a tensor left over.
     """
-    heads = heads_of(model.config)
-    mine = stage_parameters(model)
+    heads = heads_of(chunks[0].config)
+    mine = stage_parameters(chunks)
     with HFTensors(directory) as tensors:
         for _, mapping, parameter in mine:
             group = split_group(mapping)
@@ -64,7 +71,8 @@ def load_hf_weights(model: torch.nn.Module, directory: str | Path) -> None:
             parameter.copy_(part)
         used: list = [None] * dist.get_world_size()
         dist.all_gather_object(used, [n for _, mapping, _ in mine for n in mapping.hf_names])
-        refuse_leftover(tensors, set().union(*used), model.share_embeddings_and_output_weights)
+        tied = chunks[0].share_embeddings_and_output_weights
+        refuse_leftover(tensors, set().union(*used), tied)
 
 
 def refuse_leftover(tensors: HFTensors, used: set[str], tied: bool) -> None:

@@ -24,17 +24,17 @@ class Part(NamedTuple):
     dtype: torch.dtype
 
 
-def hf_plan(model: torch.nn.Module) -> list[Part]:
+def hf_plan(chunks: Sequence[torch.nn.Module]) -> list[Part]:
     """Every parameter of all stages, once, in the order of `hf_weights`; collective.
 
     The last stage's copy of tied embeddings is left out.  It holds for as long as the model.
     """
-    return _plan(stage_parameters(model))
+    return _plan(stage_parameters(chunks))
 
 
 @torch.no_grad()
 def hf_weights(
-    model: torch.nn.Module, vocab_size: int, parts: Sequence[Part] | None = None
+    chunks: Sequence[torch.nn.Module], vocab_size: int, parts: Sequence[Part] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, full tensor) of every Hugging Face tensor, one Megatron parameter at a time.
 
@@ -42,27 +42,30 @@ def hf_weights(
     same order.  Each name comes once; tied embeddings have no `lm_head`.  `parts`: its `hf_plan`,
     where that is known.
     """
-    mine = stage_parameters(model)
-    yield from _whole_tensors(model, mine, vocab_size, _plan(mine) if parts is None else parts)
+    mine = stage_parameters(chunks)
+    parts = _plan(mine) if parts is None else parts
+    yield from _whole_tensors(chunks[0].config, mine, vocab_size, parts)
 
 
 @torch.no_grad()
-def hf_gradients(model: torch.nn.Module, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_gradients(
+    chunks: Sequence[torch.nn.Module], vocab_size: int
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
 
     A gradient is cut and joined like its weight, since each mapping only moves numbers.
     """
-    mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(model)]
-    yield from _whole_tensors(model, mine, vocab_size, _plan(mine))
+    mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(chunks)]
+    yield from _whole_tensors(chunks[0].config, mine, vocab_size, _plan(mine))
 
 
 def _whole_tensors(
-    model, mine: list, vocab_size: int, parts: Sequence[Part]
+    config, mine: list, vocab_size: int, parts: Sequence[Part]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Of each (name, mapping, this rank's part) in `mine`, under Hugging Face names."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
-    heads = heads_of(model.config)
+    heads = heads_of(config)
     for stage, position, mapping, shape, dtype in parts:
         if stage == pp_group.rank():
             part = mine[position][2].detach().contiguous()
@@ -75,27 +78,28 @@ def _whole_tensors(
         if mapping.expert is None:
             yield from zip(mapping.hf_names, to_hf(mapping, full, heads, vocab_size), strict=True)
             continue
-        experts_a_rank = model.config.num_moe_experts // ep_group.size()
+        experts_a_rank = config.num_moe_experts // ep_group.size()
         for rank, other in enumerate(_gather(full, ep_group)):
             theirs = mapping.of_expert(mapping.expert % experts_a_rank + rank * experts_a_rank)
             yield from zip(theirs.hf_names, to_hf(theirs, other, heads, vocab_size), strict=True)
 
 
 def hf_shapes(
-    model: torch.nn.Module, vocab_size: int, parts: Sequence[Part] | None = None
+    chunks: Sequence[torch.nn.Module], vocab_size: int, parts: Sequence[Part] | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of what `hf_weights` yields, in its order; moves no weights.
 
     Collective without the model's `hf_plan` in `parts`.
     """
     ep_size = parallel_state.get_expert_model_parallel_group().size()
-    heads, shapes = heads_of(model.config), {}
-    for _, _, mapping, shape, dtype in hf_plan(model) if parts is None else parts:
+    config, shapes = chunks[0].config, {}
+    heads = heads_of(config)
+    for _, _, mapping, shape, dtype in hf_plan(chunks) if parts is None else parts:
         part = torch.empty(shape, dtype=dtype, device="meta")
         full = unshard(mapping, [part] * split_group(mapping).size())
         experts = [mapping]
         if mapping.expert is not None:
-            experts_a_rank = model.config.num_moe_experts // ep_size
+            experts_a_rank = config.num_moe_experts // ep_size
             local = mapping.expert % experts_a_rank
             experts = [mapping.of_expert(local + r * experts_a_rank) for r in range(ep_size)]
         for each in experts:
@@ -107,7 +111,7 @@ def hf_shapes(
 
 
 def save_hf(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     vocab_size: int,
     like: str | Path,
     directory: str | Path,
@@ -119,10 +123,10 @@ def save_hf(
     `like`: the directory that the model came from; its configuration and tokenizer files are
     carried over.
     """
-    parts = hf_plan(model)
-    shapes = hf_shapes(model, vocab_size, parts)
+    parts = hf_plan(chunks)
+    shapes = hf_shapes(chunks, vocab_size, parts)
     writer = HFWriter(directory, shapes, like=like) if write else None
-    for name, tensor in hf_weights(model, vocab_size, parts):
+    for name, tensor in hf_weights(chunks, vocab_size, parts):
         if writer:
             writer.write(name, tensor)
     if writer:

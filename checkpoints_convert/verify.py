@@ -98,7 +98,7 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
     rope = dict(theirs.rope_parameters)
     with torch.device("meta"):
         their_model = AutoModelForCausalLM.from_config(theirs)
-    _, ours = next(each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), ParallelConfig()))
+    _, (ours,) = next(each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), ParallelConfig()))
     mcore = ours.config
     biased = any(name.endswith("q_proj.bias") for name, _ in their_model.named_parameters())
     fields = {
@@ -200,8 +200,8 @@ def _parts(
     from megatron_prepo.config import ModelConfig, ParallelConfig
 
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
-    for _, model in each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), layout):
-        for _, mapping, parameter in stage_parameters(model):
+    for _, chunks in each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), layout):
+        for _, mapping, parameter in stage_parameters(chunks):
             yield mapping.hf_names, (mapping, parameter.shape, split_group(mapping).size())
 
 
@@ -253,11 +253,11 @@ def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> Non
     layout = ParallelConfig()
     parallel.initialize(layout, seed=0)
     try:
-        ours = build_model(settings, ModelConfig(hf=str(hf), dtype="float32"), layout).eval()
+        (ours,) = build_model(settings, ModelConfig(hf=str(hf), dtype="float32"), layout)
         if megatron:
-            checkpoint.load_weights(ours, megatron)
+            checkpoint.load_weights([ours.eval()], megatron)
         else:
-            load_hf_weights(ours, hf)
+            load_hf_weights([ours.eval()], hf)
         for label, tokens in tqdm(sequences.items(), "logits"):
             with torch.no_grad():
                 expected_TV = theirs(tokens[None]).logits[0].float()

@@ -73,6 +73,9 @@ class ParallelConfig:
     """Tensor-parallel size."""
     pipeline: int = 1
     """Pipeline-parallel size."""
+    virtual_pipeline: int = 1
+    """Model chunks of each pipeline rank. With several the schedule is interleaved: less idle time,
+    more messages; the number of micro-batches becomes a multiple of `parallel.pipeline`."""
     expert: int = 1
     """Expert-parallel size (mixture of experts): whole experts are spread over this many of the
     tensor- and data-parallel ranks; 1: each rank holds its tensor-parallel part of all experts."""
@@ -84,7 +87,7 @@ class ParallelConfig:
     """Deadline of every collective; a rank that waits longer fails instead of hanging."""
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "expert", "data"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "data"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         _deadline("parallel.timeout_minutes", self.timeout_minutes)
         if self.data and (self.tensor * self.data) % self.expert:
@@ -92,10 +95,20 @@ class ParallelConfig:
                 f"parallel.expert={self.expert} must divide parallel.tensor={self.tensor} x "
                 f"parallel.data={self.data}, over whose ranks experts are spread"
             )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1; "
+                "set parallel.virtual_pipeline=1"
+            )
         if self.sequence and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false"
             )
+
+    @property
+    def virtual_size(self) -> int | None:
+        """Model chunks of each rank as Megatron counts them: None without interleaving."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
 
     @property
     def expert_tensor(self) -> int:

@@ -180,13 +180,13 @@ def predict_seconds(
     }
 
 
-def bubble(pipeline: int, micro_batches: int) -> float:
-    """Length of a 1F1B pipeline over its work: (m + p - 1) / m (arXiv 2104.04473, section 2.2.1).
+def bubble(pipeline: int, micro_batches: int, chunks: int = 1) -> float:
+    """Length of a pipeline over its work: (m + (p - 1) / v) / m (arXiv 2104.04473, section 2.2).
 
-    >>> bubble(4, 8)
-    1.375
+    >>> bubble(4, 8), bubble(4, 8, chunks=3)
+    (1.375, 1.125)
     """
-    return (micro_batches + pipeline - 1) / micro_batches
+    return (micro_batches + (pipeline - 1) / chunks) / micro_batches
 
 
 def communication_seconds(

@@ -80,6 +80,7 @@ def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
         parallel = {
             "tensor": tensor,
             "pipeline": pipeline,
+            "virtual_pipeline": 1,
             "expert": expert,
             "data": data,
             "sequence": tensor > 1,
@@ -118,7 +119,7 @@ def _parts(config: Config, hf: dict) -> _Parts:
     from megatron_prepo.actor.optimizer import ddp_config
 
     one_layer = hf | {"num_hidden_layers": 1, "tie_word_embeddings": True}
-    parallel = dataclasses.replace(config.parallel, pipeline=1, data=None)
+    parallel = dataclasses.replace(config.parallel, pipeline=1, virtual_pipeline=1, data=None)
     (stage,) = each_stage(
         one_layer,
         config.model,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import gpus as gpu_rates
-from megatron_prepo.config import Config, from_tree, to_tree
+from megatron_prepo.config import Config, ParallelConfig, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.gpus import GIB, GPUS, Gpu
 from megatron_prepo.memory import (
@@ -244,7 +244,8 @@ def check(config: Config, hf: dict) -> tuple[str, ...]:
         f"{shape.heads} heads, {shape.groups} key-value heads, MLP {hf['intermediate_size']:,} "
         f"over tensor {tensor}",
         f"vocabulary {shape.vocabulary:,} + {padding} rows of padding over tensor {tensor}",
-        f"{shape.layers} layers over pipeline {parallel.pipeline}",
+        f"{shape.layers} layers over pipeline {parallel.pipeline}"
+        + (f" x {parallel.virtual_pipeline} chunks" if parallel.virtual_size else ""),
     ]
     if shape.experts:
         sentences.append(f"{shape.experts} experts over expert {parallel.expert}")
@@ -294,7 +295,21 @@ def num_micro_batches(config: Config) -> int:
     train = config.train
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     of_a_rank = -(-rollouts // (train.mini_batches * config.parallel.data))
-    return -(-of_a_rank // (train.micro_batch_tokens // longest(config)))
+    needed = -(-of_a_rank // (train.micro_batch_tokens // longest(config)))
+    return needed + (-needed % config.parallel.pipeline if config.parallel.virtual_size else 0)
+
+
+def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
+    """Micro-batches whose activations a stage keeps at its fullest, of a model chunk each.
+
+    1F1B begins with one for each stage behind; interleaved, with twice as many and all chunks but
+    one of a round besides (arXiv 2104.04473, section 2.2.2).
+    """
+    behind = parallel.pipeline - stage - 1
+    chunks = parallel.virtual_pipeline
+    if chunks == 1:
+        return min(behind + 1, micro_batches)
+    return min(2 * behind + (chunks - 1) * parallel.pipeline + 1, micro_batches * chunks)
 
 
 def rollouts_a_step(config: Config) -> tuple[int, int]:
@@ -316,7 +331,6 @@ def rank_memory(
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
     parallel = config.parallel
-    in_flight = min(parallel.pipeline - stage, num_micro_batches(config))
     split = config.optimizer.use_distributed_optimizer
     of_type = 2 if config.model.dtype == "bfloat16" else 4
     # Adam's two moments, and float32 weights where those of the model are shorter
@@ -340,8 +354,8 @@ def rank_memory(
                 parallel,
                 layers_of(config),
                 config.megatron,
-                num_layers=layers,
-                in_flight=in_flight,
+                num_layers=layers // parallel.virtual_pipeline,
+                in_flight=in_flight(parallel, stage, num_micro_batches(config)),
                 tokens=config.train.micro_batch_tokens,
             )
         ),
@@ -443,7 +457,9 @@ def _work(config: Config, question: Question, parameters: int, active: int) -> g
         # the initial policy scores, too, where there is a penalty for leaving it
         scored_tokens=learnt * (2 if config.loss.kl_coef else 1),
         learnt_tokens=learnt,
-        bubble=gpu_rates.bubble(config.parallel.pipeline, num_micro_batches(config)),
+        bubble=gpu_rates.bubble(
+            config.parallel.pipeline, num_micro_batches(config), config.parallel.virtual_pipeline
+        ),
     )
 
 

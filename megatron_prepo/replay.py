@@ -29,6 +29,7 @@ from megatron_prepo.errors import UserError
 ONE_RANK = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
+    "parallel.virtual_pipeline=1",
     "parallel.expert=1",
     "parallel.data=1",
     "parallel.sequence=false",
@@ -137,7 +138,7 @@ def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -
         compare_scores(dump, actor, comparison)
     for number, (result, batch) in enumerate(dump.updates()):
         if number:
-            checkpoint.load_weights(actor.model, dump.weights(number))
+            checkpoint.load_weights(actor.chunks, dump.weights(number))
         gradient = actor.backward(batch)
         name = f"update {result['update']}"
         comparison.add_number(f"{name}: loss", result["loss"], gradient.totals["loss"])

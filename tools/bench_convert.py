@@ -247,7 +247,7 @@ def _load(scratch: Path):
     from checkpoints_convert.hf_to_megatron import load_hf_weights
 
     model = _live_model(scratch)
-    return lambda: load_hf_weights(model, scratch / "hf")
+    return lambda: load_hf_weights([model], scratch / "hf")
 
 
 def _mbridge(scratch: Path):
@@ -284,7 +284,8 @@ def _live_model(scratch: Path):
 
     parallel.initialize(ParallelConfig(), seed=0)
     hf = read_hf_config(scratch / "hf")
-    return build_model(hf, ModelConfig(hf="", dtype="bfloat16"), ParallelConfig())
+    (model,) = build_model(hf, ModelConfig(hf="", dtype="bfloat16"), ParallelConfig())
+    return model
 
 
 TASKS = {

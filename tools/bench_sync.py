@@ -193,14 +193,15 @@ class Weights:
         from checkpoints_convert.hf_config import read_hf_config
 
         hf = read_hf_config(config.model.hf)
-        self.model = build_model(hf, config.model, config.parallel).to(device)
+        (self.model,) = build_model(hf, config.model, config.parallel)
+        self.model.to(device)
         self.vocab_size, self.version = hf["vocab_size"], 0
-        self.plan = hf_plan(self.model)
-        self.shapes = hf_shapes(self.model, self.vocab_size, self.plan)
+        self.plan = hf_plan([self.model])
+        self.shapes = hf_shapes([self.model], self.vocab_size, self.plan)
 
     def stream(self):
         """As the actor has it."""
-        return hf_weights(self.model, self.vocab_size, self.plan)
+        return hf_weights([self.model], self.vocab_size, self.plan)
 
     @torch.no_grad()
     def negate(self) -> None:

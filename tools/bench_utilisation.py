@@ -92,7 +92,10 @@ def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
         for name, changed in ways(config).items():
             actor.config = changed
             arms[name] = passes(actor, sequences)
-        shape, parameters = Shape.of(actor.hf), sum(p.numel() for p in actor.model.parameters())
+        shape, parameters = (
+            Shape.of(actor.hf),
+            sum(p.numel() for c in actor.chunks for p in c.parameters()),
+        )
         del actor
         parallel.shut_down()
     gc.collect()

@@ -14,11 +14,15 @@ Beside the shards there may be
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
@@ -35,7 +39,7 @@ OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def start_saving(
-    model,
+    chunks: Sequence[torch.nn.Module],
     directory: str | Path,
     *,
     step: int,
@@ -45,9 +49,9 @@ def start_saving(
     run_state: str | None = None,
     copy: bool = True,
 ) -> Saving:
-    """Begin to write the (unwrapped) model as the newest checkpoint below `directory`; collective.
+    """Begin to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
-    With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
+    Collective.  With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
     the text of `run.json`.  It is there when the `Saving` is finished, and nothing else may be
     saved below `directory` before; without a `copy`, nor may model and optimizer change.  Raises
     OSError if a rank cannot write: older checkpoints stay.
@@ -59,11 +63,12 @@ def start_saving(
             shutil.rmtree(left_behind)
         aside.mkdir(parents=True)
     dist.barrier()
-    weights = _sharded_weights(model)
-    state = {"model": weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
+    weights = _sharded_weights(chunks)
+    state = {**weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
         _fill_adam_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
+        with _positions_without_padding(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
         state["opt_param_scheduler"] = scheduler.state_dict()
 
     def publish() -> None:
@@ -86,21 +91,19 @@ def start_saving(
     )
 
 
-def load(path: Path, model, optimizer, scheduler) -> int:
+def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler) -> int:
     """Read what `save` wrote with an optimizer, under any layout; returns `updates`; collective.
 
     Under the number of ranks that wrote it, random states are restored, too.
     """
     _fill_adam_state(optimizer)
-    weights = _sharded_weights(model)
-    sharded = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(
+    weights = _sharded_weights(chunks)
+    with _positions_without_padding(optimizer):
+        sharded = optimizer.sharded_state_dict(
             weights, is_loading=True, metadata=OPTIMIZER_SHARDING
-        ),
-    }
-    state = load_without_running(path, sharded)
-    model.load_state_dict(state["model"], strict=False)
+        )
+    state = load_without_running(path, {**weights, "optimizer": sharded})
+    _load_chunks(chunks, state)
     _load_optimizer(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["opt_param_scheduler"])
     if len(list(path.glob("random_*.safetensors"))) == dist.get_world_size():
@@ -108,18 +111,18 @@ def load(path: Path, model, optimizer, scheduler) -> int:
     return state["updates"]
 
 
-def load_weights(model, directory: str | Path) -> None:
-    """Read the newest checkpoint of `directory` into the (unwrapped) model; collective.
+def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
+    """Read the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
     Raises UserError if there is none, or if it is not of this model.
     """
     path = newest(directory)
-    weights = _sharded_weights(model)
+    weights = _sharded_weights(chunks)
     try:
-        state = load_without_running(path, {"model": weights})
+        state = load_without_running(path, weights)
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{path} does not fit the model of model.hf: {error}") from error
-    model.load_state_dict(state["model"], strict=False)
+    _load_chunks(chunks, state)
 
 
 def load_without_running(path: Path, sharded: dict) -> dict:
@@ -184,13 +187,31 @@ def prune(directory: str | Path, *, keep_last: int | None, keep_every: int | Non
             shutil.rmtree(steps[step])
 
 
-def _sharded_weights(model) -> dict:
-    """Without TransformerEngine's `_extra_state`: empty in bf16, and absent elsewhere."""
+def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:
+    """Without TransformerEngine's `_extra_state`: empty in bf16, and absent elsewhere.
+
+    The sections of chunks are for this rank only: on disk a tensor has its name in the whole model.
+    """
     return {
-        name: value
-        for name, value in model.sharded_state_dict().items()
-        if not name.endswith("_extra_state")
+        section: {
+            name: value
+            for name, value in chunk.sharded_state_dict().items()
+            if not name.endswith("_extra_state")
+        }
+        for section, chunk in _sections(chunks).items()
     }
+
+
+def _load_chunks(chunks: Sequence[torch.nn.Module], state: dict) -> None:
+    for section, chunk in _sections(chunks).items():
+        chunk.load_state_dict(state[section], strict=False)
+
+
+def _sections(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """As Megatron-LM calls them."""
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
 def _fill_adam_state(optimizer) -> None:
@@ -206,6 +227,31 @@ def _fill_adam_state(optimizer) -> None:
                     state.setdefault("step", torch.zeros((), dtype=torch.float32))
                     for moment in ("exp_avg", "exp_avg_sq"):
                         state.setdefault(moment, torch.zeros_like(parameter))
+
+
+@contextmanager
+def _positions_without_padding(optimizer) -> Iterator[None]:
+    """Where the distributed optimizer looks for each parameter, as it has laid them out itself.
+
+    megatron-core (0.16.1, 0.19.2) joins the buckets of a buffer without the padding at their ends,
+    and then looks parameters up as if it was there: those behind the first bucket come out as
+    others' parts.  There are several buckets under overlap_grad_reduce, and on the last stage of a
+    pipeline with tied embeddings.
+    """
+    parts = [p for p in optimizer.chained_optimizers if isinstance(p, DistributedOptimizer)]
+    buffers = [(buffer, buffer.param_index_map) for part in parts for buffer in part.buffers]
+    for buffer, positions in buffers:
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = [0, *accumulate(padding)]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in positions.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in buffers:
+            buffer.param_index_map = positions
 
 
 def _load_optimizer(optimizer, state: dict) -> None:

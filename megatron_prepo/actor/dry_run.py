@@ -79,15 +79,17 @@ def each_stage(
         rank = stage * (world_size // parallel.pipeline)
         with pretend(rank, world_size, parallel), torch.device("meta"), _buffers_on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
-            part = build_model(hf, model, parallel, overrides)
-            wrapped = DistributedDataParallel(part.config, ddp, part)
-            buffers = [_buffer(buffer, experts=False) for buffer in wrapped.buffers]
-            buffers += [_buffer(buffer, experts=True) for buffer in wrapped.expert_parallel_buffers]
+            chunks = build_model(hf, model, parallel, overrides)
+            wrapped = [DistributedDataParallel(c.config, ddp, c) for c in chunks]
+            buffers = [_buffer(b, experts=False) for w in wrapped for b in w.buffers]
+            buffers += [
+                _buffer(b, experts=True) for w in wrapped for b in w.expert_parallel_buffers
+            ]
             yield Stage(
                 stage,
-                part.decoder.num_layers_per_pipeline_rank,
+                sum(chunk.decoder.num_layers_per_pipeline_rank for chunk in chunks),
                 tuple(buffers),
-                _whole_tensors(part),
+                {name: s for chunk in chunks for name, s in _whole_tensors(chunk).items()},
             )
 
 
@@ -129,7 +131,7 @@ def _buffers_on_meta():
 
 def each_rank(
     hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
-) -> Iterator[tuple[int, GPTModel]]:
+) -> Iterator[tuple[int, list[GPTModel]]]:
     """(rank, its part of the model on the meta device) for each rank of one data-parallel replica.
 
     With expert parallelism, of as many replicas as it takes to spread the experts.
@@ -153,6 +155,7 @@ def pretend(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[No
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_size,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=False,

@@ -39,12 +39,20 @@ OWN_SETTINGS = {
     "sequence_parallel": "parallel.sequence",
     "params_dtype": "model.dtype",
     "bf16": "model.dtype",
-    "context_parallel_size": "parallel.tensor and parallel.pipeline (there is no context parallel)",
-    "virtual_pipeline_model_parallel_size": "parallel.pipeline (there are no virtual stages)",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.expert",
 }
 """Megatron's names that have a setting of ours: not to be given twice."""
+REFUSED = {
+    "context_parallel_size": "torch-native layers cannot split a sequence over ranks, and with "
+    "TransformerEngine's it has not been held against a reference; parallel.tensor with "
+    "parallel.sequence=true and parallel.pipeline make room for long sequences",
+    "optimizer_cpu_offload": "it needs a GPU to be held against anything, and its state is in no "
+    "checkpoint of ours; optimizer.use_distributed_optimizer=true saves memory, too",
+    "overlap_param_gather_with_optimizer_step": "set megatron.overlap_param_gather=true",
+}
+"""Megatron's names that would change what we rely on, and what to do."""
 
 
 def check_layout(config: Config, hf: dict) -> None:
@@ -74,6 +82,12 @@ def check_layout(config: Config, hf: dict) -> None:
             "or last stage another number by megatron.num_layers_in_first_pipeline_stage or "
             "megatron.num_layers_in_last_pipeline_stage"
         )
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.virtual_pipeline > 1 and (uneven or hf["num_hidden_layers"] % chunks):
+        raise UserError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs chunks of equally many "
+            f"layers, and num_hidden_layers={hf['num_hidden_layers']} are not {chunks} of them"
+        )
     if (experts := num_experts(hf)) % parallel.expert or (parallel.expert > 1 and not experts):
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide the model's {experts} experts"
@@ -93,6 +107,14 @@ def check_layout(config: Config, hf: dict) -> None:
                 "TransformerConfig, DistributedDataParallelConfig and OptimizerConfig have no such "
                 "field"
             )
+        if name in REFUSED and config.megatron[name]:
+            raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
+    split = config.optimizer.use_distributed_optimizer
+    if config.megatron.get("overlap_param_gather") and not split:
+        raise UserError(
+            "megatron.overlap_param_gather=true has nothing to gather without "
+            "optimizer.use_distributed_optimizer=true"
+        )
 
 
 def megatron_overrides(megatron: dict, kind: type) -> dict:
@@ -108,6 +130,7 @@ def transformer_config(
     settings = transformer_settings(hf) | {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_size,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
         "sequence_parallel": parallel.sequence,
@@ -123,27 +146,56 @@ def transformer_config(
         settings |= cpu.model_settings()
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA apex
         settings["gradient_accumulation_fusion"] = False
+    if parallel.virtual_size is not None:
+        # One message at a time between two ranks: of several, a pipeline of two ranks takes one for
+        # the other where their lengths differ (megatron-core 0.16.1, _communicate_shapes).
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if not _uses_te(model):
         settings["persist_layer_norm"] = False
     settings |= megatron_overrides(megatron, TransformerConfig)
     try:
-        return TransformerConfig(**settings)
+        mcore = TransformerConfig(**settings)
     except (ValueError, AssertionError) as error:  # how Megatron says what does not go together
         raise UserError(f"megatron-core refuses the model's settings: {error}") from error
+    without_te = {"layernorm", "moe_act"}.intersection(mcore.recompute_modules)
+    if mcore.recompute_granularity == "selective" and without_te and not _uses_te(model):
+        raise UserError(
+            f"megatron.recompute_modules={sorted(without_te)}: megatron-core drops these outputs "
+            "with TransformerEngine's help only; recompute core_attn, mlp or moe instead"
+        )
+    return mcore
 
 
 def build_model(
     hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
-) -> GPTModel:
-    """This rank's stage of the model, with weights still to be loaded."""
+) -> list[GPTModel]:
+    """This rank's part of the model, with weights still to be loaded.
+
+    One chunk, or `parallel.virtual_pipeline` of them: with P pipeline ranks, chunk v of rank p is
+    stage v * P + p.
+    """
     mcore = transformer_config(hf, model, parallel, megatron or {})
-    spec = _te_spec(mcore) if _uses_te(model) else _torch_spec(mcore)
+    if parallel.virtual_size is None:
+        return [_build_chunk(hf, model, parallel, mcore, None)]
+    return [_build_chunk(hf, model, parallel, mcore, v) for v in range(parallel.virtual_size)]
+
+
+def _build_chunk(
+    hf: dict,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    mcore: TransformerConfig,
+    virtual_stage: int | None,
+) -> GPTModel:
+    spec = _te_spec(mcore) if _uses_te(model) else _torch_spec(mcore, virtual_stage)
+    of_stage = {"ignore_virtual": False, "vp_stage": virtual_stage}
     stage = GPTModel(
         config=mcore,
         transformer_layer_spec=spec,
         vocab_size=-(-hf["vocab_size"] // parallel.tensor) * parallel.tensor,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**of_stage),
+        post_process=parallel_state.is_pipeline_last_stage(**of_stage),
+        vp_stage=virtual_stage,
         parallel_output=True,
         **gpt_settings(hf),
     )
@@ -158,10 +210,12 @@ def describe(config: Config) -> str:
     where = "CUDA" if torch.cuda.is_available() else "the CPU over gloo"
     layers = "TransformerEngine's" if _uses_te(config.model) else "torch-native"
     logits = "float32" if config.model.fp32_lm_head else config.model.dtype
+    chunks = config.parallel.virtual_pipeline
     rows = row_operations(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return (
         f"actor: megatron-core {megatron.core.__version__} on {where}, {layers} layers, "
         f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
+        f"{f' x {chunks} chunks' if chunks > 1 else ''}"
         f"{' with sequence parallelism' if config.parallel.sequence else ''}, "
         f"{config.model.dtype}; {config.loss.head} head with {logits} logits, rows in "
         f"{'torch' if rows is row_statistics else 'Triton'}"
@@ -199,7 +253,7 @@ def _te_spec(mcore: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def _torch_spec(mcore: TransformerConfig) -> TransformerBlockSubmodules:
+def _torch_spec(mcore: TransformerConfig, virtual_stage: int | None) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(
         num_experts=mcore.num_moe_experts,
         qk_layernorm=mcore.qk_layernorm,
@@ -213,7 +267,7 @@ def _torch_spec(mcore: TransformerConfig) -> TransformerBlockSubmodules:
     if mcore.num_moe_experts:
         # Megatron saves this norm under a name that its TransformerEngine layers do not look for
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    layers_here = get_num_layers_to_build(mcore, pp_rank=_pipeline_rank())
+    layers_here = get_num_layers_to_build(mcore, virtual_stage, pp_rank=_pipeline_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
 
 

@@ -46,6 +46,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_size,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),

@@ -103,17 +103,21 @@ class Actor:
         self.hf = read_hf_config(config.model.hf)
         self.shape = Shape.of(self.hf)
         self.device = parallel.device()
-        self.model = build_model(self.hf, config.model, config.parallel, config.megatron).to(
-            self.device
-        )
+        built = build_model(self.hf, config.model, config.parallel, config.megatron)
+        self.chunks = [chunk.to(self.device) for chunk in built]
+        """One, or several stages of an interleaved pipeline; the last has this rank's head."""
+        mcore = self.mcore = self.chunks[0].config
         if config.model.megatron:
-            checkpoint.load_weights(self.model, config.model.megatron)
+            checkpoint.load_weights(self.chunks, config.model.megatron)
         else:
-            load_hf_weights(self.model, config.model.hf)
-        self.ddp = DistributedDataParallel(self.model.config, ddp_config(config), self.model)
-        self.optimizer, self.scheduler = build_optimizer(config, [self.ddp])
-        self.model.config.grad_scale_func = self.optimizer.scale_loss
-        self.model.config.finalize_model_grads_func = finalize_model_grads
+            load_hf_weights(self.chunks, config.model.hf)
+        self.ddp = [DistributedDataParallel(mcore, ddp_config(config), c) for c in self.chunks]
+        self.optimizer, self.scheduler = build_optimizer(config, self.ddp)
+        mcore.grad_scale_func = self.optimizer.scale_loss
+        mcore.finalize_model_grads_func = finalize_model_grads
+        # gradients are reduced once they are whole, in the last micro-batch
+        waiting = [ddp.no_sync for ddp in self.ddp]
+        mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self.reference = self._copy_of_weights() if config.loss.kl_coef else None
         self.updates = 0
         """Optimizer updates so far: the version of the weights."""
@@ -142,7 +146,8 @@ class Actor:
             if on_progress:
                 on_progress(len(batch.index))
 
-        self.ddp.eval()
+        for ddp in self.ddp:
+            ddp.eval()
         with torch.no_grad():
             self._forward_backward(sequences, self.plan(sequences), collect, forward_only=True)
         _share(flat_2T)
@@ -197,8 +202,9 @@ class Actor:
         plan = self.plan(sequences)
         num_micro_batches = len(plan.ranks[0])
         loss_scale = dp_size * float(self.optimizer.get_loss_scale())
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._forward_backward(sequences, plan, loss_func, forward_only=False)
         totals_T = _share(torch.stack([sums[name].float() for name in names]))
@@ -254,14 +260,16 @@ class Actor:
             num_ranks=parallel_state.get_data_parallel_world_size(),
             budget=train.micro_batch_tokens,
             shape=self.shape,
-            multiple=padding_multiple(self.model.config),
+            multiple=padding_multiple(self.mcore),
+            rows_multiple=self.config.parallel.pipeline if len(self.chunks) > 1 else 1,
             packing=train.packing,
             share_prefixes=train.share_prefixes,
         )
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
-        return hf_weights(self.model, self.hf["vocab_size"], self._hf_plan)
+        self._gather_weights()
+        return hf_weights(self.chunks, self.hf["vocab_size"], self._hf_plan)
 
     def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of what `hf_weights` yields; collective, moves no weights."""
@@ -269,24 +277,25 @@ class Actor:
 
     @cached_property
     def _hf_plan(self) -> list:
-        return hf_plan(self.model)
+        return hf_plan(self.chunks)
 
     @cached_property
     def _hf_shapes(self) -> dict:
-        return hf_shapes(self.model, self.hf["vocab_size"], self._hf_plan)
+        return hf_shapes(self.chunks, self.hf["vocab_size"], self._hf_plan)
 
     def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradient of the last `backward` under Hugging Face names; collective.
 
         Of the plain sum of losses (see above): not clipped, and the same under every layout.
         """
-        if self.ddp.ddp_config.use_distributed_optimizer:
+        if self.ddp[0].ddp_config.use_distributed_optimizer:
             self._gather_gradient_shards()
-        return hf_gradients(self.model, self.hf["vocab_size"])
+        return hf_gradients(self.chunks, self.hf["vocab_size"])
 
     def export(self, directory: str | Path, *, write: bool) -> None:
         """Write the model in Hugging Face format; collective, the rank that is told to writes."""
-        save_hf(self.model, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
+        self._gather_weights()
+        save_hf(self.chunks, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
     def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
         """Write a Megatron checkpoint of this step below `directory`; collective.
@@ -301,10 +310,11 @@ class Actor:
         self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
     ) -> Saving:
         """The same, still to be finished; the actor may go on if its state is copied."""
+        self._gather_weights()
         if not self.config.checkpoint.optimizer:
-            return checkpoint.start_saving(self.model, directory, step=step, copy=copy)
+            return checkpoint.start_saving(self.chunks, directory, step=step, copy=copy)
         return checkpoint.start_saving(
-            self.model,
+            self.chunks,
             directory,
             step=step,
             optimizer=self.optimizer,
@@ -316,11 +326,23 @@ class Actor:
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint with optimizer, written under any layout; collective."""
-        self.updates = checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+        self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler)
+
+    def _gather_weights(self) -> None:
+        """After an update under overlap_param_gather, weights are on their way until a forward pass
+        waits for them: here they arrive."""
+        for ddp in self.ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
 
     def _gather_gradient_shards(self) -> None:
         """The distributed optimizer has reduced to each rank its shard of the gradient only."""
-        for group in (*self.ddp.bucket_groups, *self.ddp.expert_parallel_bucket_groups):
+        groups = [
+            group
+            for ddp in self.ddp
+            for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups)
+        ]
+        for group in groups:
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
                 shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()]
@@ -332,7 +354,7 @@ class Actor:
         The norm leaves out the copies of parameters that other tensor-parallel ranks count, and
         data-parallel replicas have norms of their own.
         """
-        buffers = (*self.ddp.buffers, *self.ddp.expert_parallel_buffers)
+        buffers = [b for d in self.ddp for b in (*d.buffers, *d.expert_parallel_buffers)]
         # the largest magnitude, without a copy of the buffer; NaN if there is one
         largest = [torch.linalg.vector_norm(b.grad_data, torch.inf).float() for b in buffers]
         mine = torch.stack([loss.float(), *largest]).isfinite().all()
@@ -346,7 +368,7 @@ class Actor:
 
         Experts may have losses of their own, on whatever tokens they see (`megatron.moe_...`).
         """
-        loss, experts = self.config.loss, self.model.config.num_moe_experts
+        loss, experts = self.config.loss, self.mcore.num_moe_experts
         return bool(rollout.advantage or loss.entropy_coef or loss.kl_coef or experts)
 
     def _forward_backward(
@@ -361,7 +383,7 @@ class Actor:
 
         `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
         """
-        multiple = padding_multiple(self.model.config)
+        multiple = padding_multiple(self.mcore)
         micro_batches = [
             micro_batch(sequences, row, multiple=multiple, device=self.device)
             for row in plan.ranks[parallel_state.get_data_parallel_rank()]
@@ -375,7 +397,7 @@ class Actor:
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
+            data_iterator=[iter(micro_batches) for _ in self.ddp],
             model=self.ddp,
             num_microbatches=len(micro_batches),
             seq_length=1,  # not used: variable_seq_lengths
@@ -390,7 +412,7 @@ class Actor:
         """`logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
         values = vocab_parallel_logprobs_and_entropy(
             self._hidden_TH(hidden),
-            output_weight(self.model),
+            output_weight(self.chunks[-1]),
             batch.targets_T,
             temperature=temperature,
             **self._head_settings(),
@@ -413,7 +435,7 @@ class Actor:
             return loss_of(*self._scores(hidden, batch, temperature), slice(None))
         return vocab_parallel_loss(
             self._hidden_TH(hidden),
-            output_weight(self.model),
+            output_weight(self.chunks[-1]),
             batch.targets_T,
             loss_of,
             temperature=temperature,
@@ -426,7 +448,7 @@ class Actor:
 
         The region that they pass adds up the ranks' parts of their gradient, once.
         """
-        if self.model.config.sequence_parallel:
+        if self.mcore.sequence_parallel:
             return gather_from_sequence_parallel_region(
                 hidden_1TH.squeeze(0), tensor_parallel_output_grad=True
             )
@@ -439,15 +461,19 @@ class Actor:
             "vocab_size": self.hf["vocab_size"],
             "group": parallel_state.get_tensor_model_parallel_group(),
             "chunk_tokens": chunk_tokens_within(
-                self.config.loss.head_memory_mib, output_weight(self.model)
+                self.config.loss.head_memory_mib, output_weight(self.chunks[-1])
             ),
             "fp32_logits": self.config.model.fp32_lm_head,
             # with overlap_grad_reduce, DDP insists on a gradient from autograd
-            "into_main_grad": not self.ddp.ddp_config.overlap_grad_reduce,
+            "into_main_grad": not self.ddp[0].ddp_config.overlap_grad_reduce,
         }
 
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (p for chunk in self.chunks for p in chunk.parameters())
+
     def _copy_of_weights(self) -> list[torch.Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
+        self._gather_weights()
+        return [p.detach().clone() for p in self._parameters()]
 
     @contextmanager
     def _weights(self, other: list[torch.Tensor]):
@@ -460,7 +486,7 @@ class Actor:
 
     @torch.no_grad()
     def _set_weights(self, weights: list[torch.Tensor]) -> None:
-        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+        for parameter, weight in zip(self._parameters(), weights, strict=True):
             parameter.copy_(weight)
 
 

@@ -145,21 +145,25 @@ def plan_rows(
     budget: int,
     shape: Shape,
     multiple: int = 1,
+    rows_multiple: int = 1,
     packing: bool = True,
     share_prefixes: bool = False,
 ) -> Plan:
     """Which sequence goes where.
 
     No row holds more than `budget` tokens, rounded up to a `multiple`; a rank may get a row without
-    a sequence, when there are fewer than ranks.  Without `packing`, sequences of similar length lie
-    side by side, padded to the longest.
+    a sequence, when there are fewer than rows.  All ranks get as many rows, a multiple of
+    `rows_multiple`.  Without `packing`, sequences of similar length lie side by side, padded to the
+    longest.
     """
     if not packing:
-        return Plan(tuple(_padded(pieces_of(sequences), num_ranks, budget, multiple)), shape)
+        rows = _padded(pieces_of(sequences), num_ranks, budget, multiple, rows_multiple)
+        return Plan(tuple(rows), shape)
     pieces = pieces_of(sequences)
     if share_prefixes:
         pieces = _shared_pieces(sequences, num_ranks, budget, shape)
-    return Plan(tuple(_packed(pieces, num_ranks, budget, multiple, shape)), shape)
+    rows = _packed(pieces, num_ranks, budget, multiple, rows_multiple, shape)
+    return Plan(tuple(rows), shape)
 
 
 def _shared_pieces(
@@ -182,7 +186,12 @@ def _costs(pieces: Sequence[Piece], shape: Shape) -> list[int]:
 
 
 def _packed(
-    pieces: Sequence[Piece], num_ranks: int, budget: int, multiple: int, shape: Shape
+    pieces: Sequence[Piece],
+    num_ranks: int,
+    budget: int,
+    multiple: int,
+    rows_multiple: int,
+    shape: Shape,
 ) -> list[tuple[Row, ...]]:
     costs = _costs(pieces, shape)
     ranks = []
@@ -190,6 +199,7 @@ def _packed(
         bins = fill([pieces[i].tokens for i in share], budget)
         ranks.append([[share[i] for i in chosen] for chosen in bins])
     num_rows = max(1, *map(len, ranks))
+    num_rows += -num_rows % rows_multiple
     for bins in ranks:
         while len(bins) < num_rows:
             _split_one(bins, costs)
@@ -219,7 +229,7 @@ def _packed_row(pieces: Sequence[Piece], multiple: int, budget: int) -> Row:
 
 
 def _padded(
-    pieces: Sequence[Piece], num_ranks: int, budget: int, multiple: int
+    pieces: Sequence[Piece], num_ranks: int, budget: int, multiple: int, rows_multiple: int
 ) -> list[tuple[Row, ...]]:
     longest_first = sorted(pieces, key=lambda piece: (-piece.tokens, piece.index))
     ranks = []
@@ -231,6 +241,7 @@ def _padded(
             rows[-1].append(piece)
         ranks.append(rows)
     num_rows = max(1, *map(len, ranks))
+    num_rows += -num_rows % rows_multiple
     return [
         tuple(_padded_row(pieces, multiple) for pieces in (*rows, *[[]] * (num_rows - len(rows))))
         for rows in ranks

@@ -106,7 +106,7 @@ def load_everything(hf, megatron, scratch):
             cuts = [cut for cut in IMPORTS if (name, layout, cut) in READS]
             for cut in cuts:
                 poison(model)
-                checkpoint.load_weights(model, megatron[name, cut])
+                checkpoint.load_weights([model], megatron[name, cut])
                 found[name, layout, cut] = {
                     "parameters": differing(model, expected),
                     "export": oddities(model, hf[name]),
@@ -120,9 +120,9 @@ def load_everything(hf, megatron, scratch):
                 if with_optimizer:
                     Actor(config).save(directory, step=3)
                 else:
-                    checkpoint.load_weights(model, megatron[name, cuts[0]])
+                    checkpoint.load_weights([model], megatron[name, cuts[0]])
                     spoil_padding(model)
-                    checkpoint.start_saving(model, directory, step=3).finish(5)
+                    checkpoint.start_saving([model], directory, step=3).finish(5)
             if name == "moe" and layout in SCORED:
                 source = {"megatron": megatron[name, cuts[-1]]}
                 actor = Actor(actor_config(hf[name], parallel=sizes, model=source))
@@ -140,9 +140,9 @@ def from_hf(config):
     from megatron_prepo.actor.model import build_model
 
     hf = read_hf_config(config.model.hf)
-    model = build_model(hf, config.model, config.parallel, config.megatron)
+    (model,) = build_model(hf, config.model, config.parallel, config.megatron)
     poison(model)
-    load_hf_weights(model, config.model.hf)
+    load_hf_weights([model], config.model.hf)
     return model, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
@@ -167,7 +167,7 @@ def oddities(model, hf):
     from checkpoints_convert.megatron_to_hf import hf_weights
 
     source, streamed, changed = load_file(f"{hf}/model.safetensors"), [], []
-    for name, tensor in hf_weights(model, VOCAB):
+    for name, tensor in hf_weights([model], VOCAB):
         streamed.append(name)
         if name in source and not torch.equal(tensor, source[name]):
             changed.append(name)

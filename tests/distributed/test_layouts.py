@@ -8,6 +8,7 @@ sign of a small g.  An `adam_eps` of 1e-2 makes the update smooth in the gradien
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -91,8 +92,61 @@ EXPERT_LAYOUTS = {
     "dp2 ep2 shared": ({"data": 2, "expert": 2}, SHARED),
     "tp2 sp ep2 shared": ({"tensor": 2, "sequence": True, "expert": 2}, SHARED),
 }
+DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True}}
+PASSED_ON = {
+    # what is Megatron's own, under its own names
+    "tp1 overlapped micro-batches": ({}, {"megatron": {"overlap_grad_reduce": True}}),
+    "dp2 overlapped": ({"data": 2}, {"megatron": {"overlap_grad_reduce": True}}),
+    "dp4 overlapped": ({"data": 4}, {"megatron": {"overlap_grad_reduce": True}}),
+    "pp2 dp2 overlapped": (
+        {"pipeline": 2, "data": 2},
+        DISTRIBUTED | {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
+    "dp2 gathered late": (
+        {"data": 2},
+        DISTRIBUTED | {"megatron": {"overlap_param_gather": True}},
+    ),
+    "pp2 full recomputation": ({"pipeline": 2}, {"megatron": FULL_RECOMPUTATION}),
+    "tp1 selective recomputation": (
+        {},
+        {
+            "megatron": {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["core_attn", "mlp"],
+            }
+        },
+    ),
+    "tp2 sp ep2 recomputed experts": (
+        {"tensor": 2, "sequence": True, "expert": 2},
+        {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    ),
+}
+PASSED_ON_TO_DENSE = [
+    name for name in PASSED_ON if name not in ("dp4 overlapped", "tp2 sp ep2 recomputed experts")
+]
+INTERLEAVED = {
+    "pp2 x 2": ({"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "pp2 x 2 padded": (
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"train": {"packing": False, "micro_batch_tokens": 40}},
+    ),
+    "tp2 pp2 x 2 sp": (
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True},
+        {"megatron": FULL_RECOMPUTATION},
+    ),
+    "pp2 x 2 dp2 overlapped": (
+        {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
+        DISTRIBUTED | {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
+    "pp2 x 2 dp2 ep2": ({"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2}, SHARED),
+}
 SCENARIOS = {
-    "plain": Scenario("qwen2", (9, 14, 5, 7, 20, 11, 6), clip_grad=2.0, layouts=tuple(LAYOUTS)),
+    "plain": Scenario(
+        "qwen2",
+        (9, 14, 5, 7, 20, 11, 6),
+        clip_grad=2.0,
+        layouts=(*LAYOUTS, *PASSED_ON_TO_DENSE, *list(INTERLEAVED)[:4]),
+    ),
     "all terms": Scenario(
         "qwen3",
         (12, 6, 17, 8, 10),
@@ -115,15 +169,32 @@ SCENARIOS = {
         (14, 17, 10, 11, 15, 19, 12),
         start=9,
         num_prompts=3,
-        layouts=("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),
+        layouts=(
+            *("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),
+            *("tp2 sp ep2 recomputed experts", "pp2 x 2 dp2 ep2"),
+        ),
     ),
-    "fewer rollouts than ranks": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "dp4")),
+    "fewer rollouts than ranks": Scenario(
+        "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped")
+    ),
     "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4")),
 }
 RESHARDED = {
     # layout that writes a checkpoint: layouts that read it
-    "tp2": ("tp1", "pp2", "tp2 pp2"),
+    "tp2": ("tp1", "pp2", "tp2 pp2", "pp2 x 2"),
     "pp2 dp2 distributed optimizer": ("tp1", "tp2"),
+    "pp2 x 2 dp2 overlapped": ("tp1", "pp2 x 2"),
+}
+RECOMPUTED = {
+    # how often a micro-batch goes through each part
+    ("plain", "pp2 full recomputation"): {"input_layernorm": 2, "core_attention": 2, "mlp": 2},
+    ("plain", "tp1 selective recomputation"): {"input_layernorm": 1, "core_attention": 2, "mlp": 2},
+    ("experts", "tp2 sp ep2 recomputed experts"): {
+        "input_layernorm": 1,
+        "core_attention": 1,
+        "mlp": 1,
+        "experts": 2,
+    },
 }
 BFLOAT16_LAYOUTS = ("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer")
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
@@ -271,6 +342,10 @@ def run_everything(directories, batches, scratch):
         results["bfloat16", layout] = two_updates(
             "plain", layout, directories, batches, model={"dtype": "bfloat16"}
         )
+    for name, layout in RECOMPUTED:
+        results["recomputed", layout] = recomputed(name, layout, directories, batches)
+    for layout in ("dp2", "dp2 overlapped"):
+        results["numbers", layout] = other_numbers_of_micro_batches(layout, directories, batches)
     results["not finite"] = not_finite(directories, batches)
     results["reference policy"] = reference_policy(directories, batches)
     results["checkpoints"] = checkpoints(directories, batches, scratch)
@@ -281,7 +356,7 @@ class ActorOn:
     """An actor of a scenario under a layout, on the first ranks; None on the others."""
 
     def __init__(self, name, layout, directories, **sections):
-        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS
+        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS | PASSED_ON | INTERLEAVED
         scenario, (parallel_settings, settings) = SCENARIOS[name], every_layout[layout]
         merged = {
             "parallel": parallel_settings,
@@ -356,7 +431,38 @@ def two_updates(name, layout, directories, batches, **sections):
             metrics.append(actor.update(rollouts))
             weights.append(exported(actor))
         first_rank = torch.distributed.get_rank() == 0
-        return {"metrics": metrics, "weights": weights if first_rank else None}
+        return {
+            "metrics": metrics,
+            "weights": weights if first_rank else None,
+            "main gradients": {p.main_grad.dtype for c in actor.chunks for p in c.parameters()},
+            "reduced early": actor.ddp[0].ddp_config.overlap_grad_reduce,
+            "gathered late": bool(actor.ddp[0].remove_forward_pre_hook_handles),
+        }
+
+
+def recomputed(name, layout, directories, batches):
+    """How often each part of a rank's first layer computes in a backward pass, a micro-batch."""
+    with ActorOn(name, layout, directories) as actor:
+        if actor is None:
+            return None
+        layer, calls = actor.chunks[0].decoder.layers[0], Counter()
+        for part in ("input_layernorm", "self_attention.core_attention", "mlp"):
+            layer.get_submodule(part).register_forward_hook(
+                lambda *_, part=part: calls.update([part.split(".")[-1]])
+            )
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_hook(lambda *_: calls.update(["experts"]))
+        plan = actor.backward(training_sequences(name, batches[name])).plan
+        return {part: count / len(plan.ranks[0]) for part, count in calls.items()}
+
+
+def other_numbers_of_micro_batches(layout, directories, batches):
+    """The gradient norms of three updates, of all rollouts, of two and of all."""
+    with ActorOn("plain", layout, directories) as actor:
+        if actor is None:
+            return None
+        rollouts = training_sequences("plain", batches["plain"])
+        return [actor.update(part)["loss/grad_norm"] for part in (rollouts, rollouts[:2], rollouts)]
 
 
 def not_finite(directories, batches):
@@ -509,6 +615,33 @@ def test_bfloat16_stays_near_the_float64_reference(results, expected, layout):
         change = after[name] - before[name]
         error = (weight.double() - after[name]).norm()
         assert error <= 0.2 * change.norm() + 2**-8 * before[name].norm(), name
+
+
+@pytest.mark.parametrize(("name", "layout"), RECOMPUTED)
+def test_what_is_to_be_recomputed_is(results, name, layout):
+    for result in taking_part(results, ("recomputed", layout)):
+        assert result == RECOMPUTED[name, layout]
+
+
+@pytest.mark.parametrize("layout", PASSED_ON_TO_DENSE)
+def test_communication_overlaps_where_it_was_asked_for(results, layout):
+    asked = PASSED_ON[layout][1].get("megatron", {})
+    for result in taking_part(results, ("plain", layout)):
+        assert result["reduced early"] == asked.get("overlap_grad_reduce", False)
+        assert result["gathered late"] == asked.get("overlap_param_gather", False)
+
+
+def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(results):
+    """Megatron remembers how often a gradient was added to in its first update."""
+    for rank in results[:2]:
+        expected = rank["numbers", "dp2"]
+        assert rank["numbers", "dp2 overlapped"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_add_up_in_float32_whatever_the_weights_are(results):
+    for layout in BFLOAT16_LAYOUTS:
+        for result in taking_part(results, ("bfloat16", layout)):
+            assert result["main gradients"] == {torch.float32}
 
 
 def test_scenarios_cover_what_they_promise(expected):

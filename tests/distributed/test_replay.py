@@ -144,7 +144,7 @@ def hostile_checkpoints(actor, good, root):
     def table(marker):
         directory = shutil.copytree(good, root / "hostile-table")
         (checkpoint.newest(directory) / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
-        checkpoint.load_weights(actor.model, directory)
+        checkpoint.load_weights(actor.chunks, directory)
 
     def saved_object(marker):
         directory = root / marker.name.replace("executed", "hostile")
@@ -209,13 +209,13 @@ def scale_one_shard(actor, backward):
     """Rank 1's rows of one matrix are 1 % too large."""
     gradient = backward()
     if torch.distributed.get_rank() == 1:
-        actor.model.decoder.layers[2].mlp.linear_fc2.weight.main_grad.mul_(1.01)
+        actor.chunks[0].decoder.layers[2].mlp.linear_fc2.weight.main_grad.mul_(1.01)
     return gradient
 
 
 def forget_the_norms(actor, backward):
     """Sequence parallelism without the sum over ranks of what each saw of the sequence."""
-    for parameter in actor.model.parameters():
+    for parameter in actor.chunks[0].parameters():
         parameter.sequence_parallel = False
     return backward()
 
@@ -273,7 +273,7 @@ class poisoned_rank:
         self.prepare_grads = actor.optimizer.prepare_grads
         if torch.distributed.get_rank() != 1:
             return
-        layer = actor.model.decoder.layers[-1]
+        layer = actor.chunks[0].decoder.layers[-1]
         if self.what == "activation":
             self.hook = layer.mlp.linear_fc1.register_forward_hook(with_a_nan)
             return
@@ -297,7 +297,7 @@ def with_a_nan(module, inputs, output):
 
 def state_of(actor):
     """All that an update changes, of this rank: weights, moments, schedule, version."""
-    tensors = [p.detach() for p in actor.model.parameters()]
+    tensors = [p.detach() for p in actor.chunks[0].parameters()]
     tensors += [
         value
         for optimizer in actor.optimizer.chained_optimizers

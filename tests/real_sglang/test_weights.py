@@ -82,7 +82,7 @@ def one_sync(config: Config, scale: float) -> dict | None:
     parallel.initialize(config.parallel, seed=1)
     actor = Actor(config)
     with torch.no_grad():
-        for parameter in actor.model.parameters():
+        for parameter in actor.chunks[0].parameters():
             parameter.mul_(scale)
     engine = engine_of(config, rank=torch.distributed.get_rank())
     sync_weights(actor, engine, config, PROMPTS[0].tokens)

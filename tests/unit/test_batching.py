@@ -139,6 +139,19 @@ def test_what_is_padded_lies_side_by_side():
     assert [row.index for row in plan.ranks[0]] == [(2, 0), (1,)]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_rank_has_a_multiple_of_rows(packing):
+    """For an interleaved pipeline: rows are halved, and then empty ones added."""
+    for count in range(1, 9):
+        sequences = [ScoredSequence(tuple(range(6)), 2)] * count
+        plan = plan_rows(
+            sequences, num_ranks=2, budget=10, shape=SHAPE, rows_multiple=4, packing=packing
+        )
+        assert {len(rows) for rows in plan.ranks} == {4}
+        index = sorted(i for rows in plan.ranks for row in rows for i in row.index)
+        assert index == list(range(count))
+
+
 def test_a_row_without_a_sequence_is_tokens_without_a_target():
     plan = plan_rows([], num_ranks=2, budget=BUDGET, shape=SHAPE, multiple=4)
     assert plan.ranks == ((Row((), ()),), (Row((), ()),))

@@ -1,6 +1,7 @@
 """Engine and actor turn the same hidden states into the same log-probabilities, or do not start."""
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -90,11 +91,16 @@ def test_an_engine_with_another_precision_is_refused(actor, engine):
 
 def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     config = actor_config("unused", model={"dtype": "bfloat16"})
-    inputs = SimpleNamespace(tokenizer=None, train_prompts=[SimpleNamespace(tokens=(1, 2))])
+    prompts = [SimpleNamespace(tokens=(1, 2))] * config.selection.num_candidates
+    inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts)
     monkeypatch.setattr(train.preflight, "check", lambda config: inputs)
     monkeypatch.setattr(train.parallel, "initialize", lambda *_: None)
     monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-    run = SimpleNamespace(say=print, seconds=lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(train, "Journal", lambda *_, **__: None)
+    monkeypatch.setattr(train, "build_grader", lambda *_: None)
+    run = SimpleNamespace(
+        say=print, directory=Path(), writes=False, seconds=lambda name: contextlib.nullcontext()
+    )
     monkeypatch.setattr(train, "Run", lambda *_, **__: run)
     monkeypatch.setattr(train, "Actor", lambda config: pytest.fail("the actor was built"))
     monkeypatch.setattr(train, "build_engine", lambda *_: SimpleNamespace(fp32_lm_head=False))
@@ -146,12 +152,12 @@ def test_the_actor_uses_the_head_that_is_set(monkeypatch, head, called):
     monkeypatch.setattr(policy, "output_weight", lambda model: None)
     actor = SimpleNamespace(
         config=actor_config("unused", loss={"head": head}),
-        model=None,
+        chunks=[None],
         _hidden_TH=lambda hidden: hidden,
         _head_settings=lambda: {"fp32_logits": True},
     )
     actor._scores = lambda *args: Actor._scores(actor, *args)
-    batch = SimpleNamespace(targets_BS=torch.tensor([[1, 2, -100]]))
+    batch = SimpleNamespace(targets_T=torch.tensor([1, 2, -100]))
     Actor._loss(actor, torch.zeros(3, 4), batch, 0.7, lambda a, b, s: (a.sum(), {}), 2.0)
     ((name, settings),) = names
     assert name == called and settings["temperature"] == 0.7

@@ -51,7 +51,7 @@ def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers:
     with pretend(0, parallel.tensor, parallel):
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         shape = hf | {"num_hidden_layers": layers}
-        model = build_model(shape, ModelConfig(hf="", layers="torch"), parallel, megatron)
+        (model,) = build_model(shape, ModelConfig(hf="", layers="torch"), parallel, megatron)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept = {}
 

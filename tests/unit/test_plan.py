@@ -6,6 +6,7 @@ import pytest
 import yaml
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from megatron_prepo import gpus, layouts, plan, plan_text
 from megatron_prepo.actor.dry_run import count_parameters, each_rank, each_stage, pretend
@@ -61,19 +62,20 @@ def stages_of(hf: dict, world_size: int, **sizes) -> list:
     [
         (DENSE | {"vocab_size": 257}, {"tensor": 2, "pipeline": 2}),
         (DENSE | {"vocab_size": 257, "tie_word_embeddings": True}, {"tensor": 2, "pipeline": 4}),
+        (DENSE | {"tie_word_embeddings": True}, {"pipeline": 2, "virtual_pipeline": 2}),
         (DENSE, {"tensor": 4, "pipeline": 2}),  # more tensor ranks than key-value heads
         (EXPERTS, {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}),
     ],
-    ids=["padded", "tied", "few key-value heads", "experts"],
+    ids=["padded", "tied", "interleaved", "few key-value heads", "experts"],
 )
 def test_every_rank_of_a_stage_holds_what_its_first_one_does(hf, sizes):
     parallel = ParallelConfig(**sizes)
     world_size = parallel.tensor * parallel.pipeline * parallel.smallest_data
     stages = stages_of(hf, world_size, **sizes)
-    for rank, model in each_rank(hf, MODEL, parallel):
+    for rank, chunks in each_rank(hf, MODEL, parallel):
         stage = stages[rank // (world_size // parallel.pipeline)]
-        assert sum(p.numel() for p in model.parameters()) == stage.parameters
-        assert len(model.decoder.layers) == stage.layers
+        assert sum(p.numel() for c in chunks for p in c.parameters()) == stage.parameters
+        assert sum(len(chunk.decoder.layers) for chunk in chunks) == stage.layers
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -82,8 +84,26 @@ def test_parameters_do_not_depend_on_the_layout(tied):
     whole = count_parameters(hf, stages_of(hf, 1))
     (alone,) = stages_of(hf, 1)
     assert whole == alone.parameters
-    for sizes in ({"tensor": 2}, {"pipeline": 2}, {"tensor": 4, "pipeline": 4}):
+    for sizes in (
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"tensor": 4, "pipeline": 4},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ):
         assert count_parameters(hf, stages_of(hf, 32, **sizes)) == whole
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_micro_batches_in_flight_are_those_of_megatrons_schedule(chunks):
+    for pipeline, micro_batches in ((2, 2), (2, 8), (4, 4), (4, 12)):
+        parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=chunks)
+        for stage in range(pipeline):
+            with pretend(stage, pipeline, parallel):
+                total, _, warm_up, _ = get_pp_rank_microbatches(
+                    micro_batches, chunks, microbatch_group_size_per_vp_stage=pipeline
+                )
+            expected = min(warm_up + 1, total)
+            assert plan.in_flight(parallel, stage, micro_batches) == expected
 
 
 def test_uneven_pipelines_are_megatrons_own():
@@ -107,7 +127,7 @@ def test_the_distributed_optimizer_splits_as_planned(hf, sizes):
     held = []
     for rank in range(8):
         with pretend(rank, 8, parallel):
-            model = build_model(hf, ModelConfig(hf="", layers="torch"), parallel)
+            (model,) = build_model(hf, ModelConfig(hf="", layers="torch"), parallel)
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, use_distributed_optimizer=True
             )
