@@ -51,10 +51,10 @@ def start_saving(
 ) -> Saving:
     """Begin to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
-    Collective.  With optimizer and scheduler if given; then with this rank's random states, too.  `run_state` is
-    the text of `run.json`.  It is there when the `Saving` is finished, and nothing else may be
-    saved below `directory` before; without a `copy`, nor may model and optimizer change.  Raises
-    OSError if a rank cannot write: older checkpoints stay.
+    Collective.  With optimizer and scheduler if given; then with this rank's random states, too.
+    `run_state` is the text of `run.json`.  It is there when the `Saving` is finished, and nothing
+    else may be saved below `directory` before; without a `copy`, nor may model and optimizer
+    change.  Raises OSError if a rank cannot write: older checkpoints stay.
     """
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
