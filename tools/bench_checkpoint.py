@@ -56,7 +56,7 @@ def main() -> int:
     result = {
         "machine": machine.describe(),
         "threads": 1,
-        "parameters": sum(parameter.numel() for parameter in actor.model.parameters()),
+        "parameters": sum(p.numel() for chunk in actor.chunks for p in chunk.parameters()),
         "bytes": num_bytes,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "bytes_per_second": {name: round(num_bytes / value) for name, value in seconds.items()},
