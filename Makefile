@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang
@@ -16,7 +17,7 @@ OTHERS_RUN := $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.ver
   ((3, 11), (3, 12)) and platform.system() == "Linux" and platform.machine() == "x86_64"))')
 
 test: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
 sglang-cpu: .venv-sglang/ready

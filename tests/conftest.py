@@ -1,6 +1,7 @@
 """Makes the package, the examples and the tests' helpers importable, wherever pytest is started."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,3 +17,7 @@ torch.set_num_threads(1)
 # without a GPU, Triton's kernels are interpreted; Triton looks at this when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# started in the background of a script, processes do not hear Ctrl-C, and tests send it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
