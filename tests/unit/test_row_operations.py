@@ -156,7 +156,8 @@ def test_the_gradient_is_rounded_once(rows):
         z_CV, torch.tensor([0]), 1.0, lse_C, torch.zeros(1), torch.ones(1), None, out_CV
     )
     p = math.exp(9.0 - lse_C.item())
-    assert out_CV[0, 0].item() == pytest.approx(1 - p, rel=2**-8, abs=1e-7)
+    # bfloat16's rounding, and that of p to float32, which differs between processors
+    assert out_CV[0, 0].item() == pytest.approx(1 - p, rel=0, abs=2**-8 * (1 - p) + 2**-23)
 
 
 def test_gradient_at_logits_of_minus_infinity_is_zero(rows):

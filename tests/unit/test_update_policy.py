@@ -130,7 +130,7 @@ def test_skipped_updates_are_counted_and_not_averaged():
     ],
 )
 def test_which_rollouts_cost_a_pass(advantage, loss, experts, computed):
-    model = SimpleNamespace(config=SimpleNamespace(num_moe_experts=experts))
-    actor = SimpleNamespace(config=actor_config("unused", loss=loss), model=model)
+    mcore = SimpleNamespace(num_moe_experts=experts)
+    actor = SimpleNamespace(config=actor_config("unused", loss=loss), mcore=mcore)
     rollout = TrainingSequence(ScoredSequence((5, 7), 1), torch.zeros(1), advantage, 0.25)
     assert Actor._has_gradient(actor, rollout) == computed

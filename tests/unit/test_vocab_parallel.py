@@ -501,7 +501,8 @@ def test_a_real_vocabulary_with_a_peaked_row():
         vocab_size=152064,
         chunk_tokens=4,
     )
-    torch.testing.assert_close(logprobs_T.double(), exact_T, rtol=0, atol=1e-5)
+    # the last value is -89, whose neighbours in float32 are 8e-6 apart, and processors' sums differ
+    torch.testing.assert_close(logprobs_T.double(), exact_T, rtol=0, atol=2e-5)
     torch.testing.assert_close(entropy_T.double(), exact_entropy_T, rtol=0, atol=2e-6)
     expected = values_and_gradients(full_softmax, hidden_TH, weight_VH, targets_T, 152064)[2:]
     for gradient, reference in zip(gradients, expected, strict=True):
