@@ -55,7 +55,8 @@ def text(summary: dict) -> str:
         return f"{summary[when]:.3f}  (95 % interval {low:.3f} to {high:.3f})"
 
     seconds = summary["seconds"]
-    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5)
+    stages = [f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5]
+    stages.append(f"together {sum(seconds.values()):.0f}")
     return "\n".join(
         [
             f"held-out pass rate before   {rate('pass_rate_before')}",
@@ -64,6 +65,6 @@ def text(summary: dict) -> str:
             f"                            avg@{summary['samples_per_prompt']} over "
             f"{summary['held_out_prompts']} prompts",
             f"rollouts, tokens paid       {summary['rollouts']:,}, {summary['tokens']:,}",
-            f"seconds by stage            {stages}; together {sum(seconds.values()):.0f}",
+            f"seconds by stage            {', '.join(stages)}",
         ]
     )

@@ -103,14 +103,7 @@ def train(config: Config) -> dict:
                     | job.speed(candidates, groups),
                 )
                 checkpoints.mark()
-            stopping = job.stop.anywhere()
-            with run.seconds("checkpoint"):
-                checkpoints.finish_if_done()
-                if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
-                    checkpoints.save()
-                if stopping:
-                    checkpoints.finish()
-                    raise job.stop.stopped(run.num_steps)
+            job.save_if_due(checkpoints, step)
         after = job.evaluate("after", config.eval.samples_per_prompt)
         with run.seconds("checkpoint"):
             checkpoints.finish()
@@ -157,6 +150,20 @@ class Job:
             )
 
         return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+
+    def save_if_due(self, checkpoints: Checkpoints, step: int) -> None:
+        """Between two steps: finish what is written, and save if settings or a signal ask for it.
+
+        Raises Stopped on all ranks, behind the checkpoint, if one was asked to stop.
+        """
+        stopping = self.stop.anywhere()
+        with self.run.seconds("checkpoint"):
+            checkpoints.finish_if_done()
+            if due(step, self.config.checkpoint.every) or self.run.is_last(step) or stopping:
+                checkpoints.save()
+            if stopping:
+                checkpoints.finish()
+                raise self.stop.stopped(self.run.num_steps)
 
     def speed(self, candidates: Candidates, groups: "Groups") -> dict[str, float]:
         """Rates of the actor's passes in the step that is about to be recorded."""

@@ -82,14 +82,7 @@ def train_overlapped(config: Config) -> dict:
                     | {"seconds/generation": ready.seconds},
                 )
                 checkpoints.mark()
-            stopping = job.stop.anywhere()
-            with run.seconds("checkpoint"):
-                checkpoints.finish_if_done()
-                if due(step, config.checkpoint.every) or run.is_last(step) or stopping:
-                    checkpoints.save()
-                if stopping:
-                    checkpoints.finish()
-                    raise job.stop.stopped(run.num_steps)
+            job.save_if_due(checkpoints, step)
         after = job.evaluate("after", config.eval.samples_per_prompt)
         with run.seconds("checkpoint"):
             checkpoints.finish()

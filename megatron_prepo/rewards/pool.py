@@ -239,5 +239,5 @@ def absolute(function: str) -> str:
 def _run(future: Future, function: Callable, *arguments) -> None:
     try:
         future.set_result(function(*arguments))
-    except BaseException as error:
+    except BaseException as error:  # raised where the result is asked for
         future.set_exception(error)
