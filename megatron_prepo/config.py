@@ -790,7 +790,7 @@ def _sentence(error: dict) -> str:
         case "unexpected_keyword_argument":
             return f"unknown setting {key}{nearest(key, _known_keys())}"
         case "missing":
-            return f"setting {key} is required"
+            return "\n".join(f"setting {name} is required" for name in _required(key))
         case "value_error":
             return _one_line(error["ctx"]["error"])
         case _:
@@ -802,6 +802,15 @@ def _one_line(text: object) -> str:
     words = "".join(c if c.isprintable() else " " for c in str(text)).split()
     line = " ".join(words)
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
+
+
+def _required(key: str) -> list[str]:
+    """The settings without a default in a section; anything else is one itself."""
+    kinds = {section.name: section.type for section in dataclasses.fields(Config)}
+    fields = dataclasses.fields(kinds[key]) if key in kinds else ()
+    return [f"{key}.{field.name}" for field in fields if field.default is dataclasses.MISSING] or [
+        key
+    ]
 
 
 def _known_keys() -> list[str]:

@@ -126,7 +126,10 @@ def test_what_is_there_is_not_mixed_with_something_else(whole, capsys, change, w
         (["--model", "m=absent", "--suite", SUITE, *SETTINGS], "absent is neither a Hugging Face"),
         (["--model", "absent", "--suite", "x=absent.jsonl", *SETTINGS], "no such prompt file"),
         (["--model", f"m={LAPTOP / 'base'}", *SETTINGS], "name them by --suite"),
-        (["--model", f"m={LAPTOP / 'base'}", "--suite", SUITE], "setting rollout is required"),
+        (
+            ["--model", f"m={LAPTOP / 'base'}", "--suite", SUITE],
+            "rollout.max_new_tokens is required",
+        ),
         (
             ["--model", str(LAPTOP / "base"), "--suite", SUITE, "rollout.max_new_tokens=9999"],
             "does not fit the model's",

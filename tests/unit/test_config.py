@@ -296,7 +296,7 @@ def test_a_wrong_override_is_refused(tmp_path, override, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("run: [", "not valid YAML"), ("- a\n- b", "not a list"), ("", "setting run is required")],
+    [("run: [", "not valid YAML"), ("- a\n- b", "not a list"), ("", "setting run.dir is required")],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
