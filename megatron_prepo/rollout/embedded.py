@@ -69,7 +69,7 @@ class EmbeddedEngine:
         """
         self.weight_version = None
         # a tied head is the same parameter as the embedding, and comes once, under that name
-        missing = dict(self.model.named_parameters())
+        missing = _parameters_by_file_name(self.model)
         for bucket in buckets:
             for name, tensor in bucket:
                 if name not in missing:
@@ -226,6 +226,26 @@ class Decoder:
             logits_to_keep=1,
         )
         self.logits_RV = out.logits[:, -1]
+
+
+def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
+    """All parameters, as views, by the names that they have in files.
+
+    In memory, transformers 5 has the experts of a layer in two tensors, one after the other.
+    """
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".mlp.experts.")
+        if not layer:
+            parameters[name] = parameter
+            continue
+        for number, expert in enumerate(parameter):
+            parts = {"down_proj": expert}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True))
+            for part, view in parts.items():
+                parameters[f"{layer}.mlp.experts.{number}.{part}.weight"] = view
+    return parameters
 
 
 def draw(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prepo.records import Prompt
@@ -48,7 +49,12 @@ def engine_of(model, directory, **settings):
         **{"batch_size": 256} | settings,
     )
     engine.stop_tokens = STOP
-    engine.load_weights([list(model.named_parameters())], 1)
+    files = load_file(directory / "model.safetensors")
+    engine.load_weights([list(files.items())], 1)
+    for (name, theirs), (_, ours) in zip(
+        model.named_parameters(), engine.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(theirs, ours), name
     return engine
 
 
