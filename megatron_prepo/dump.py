@@ -109,7 +109,7 @@ class DumpWriter:
         dist.barrier()
 
     def _line(self, i: int, update: int) -> dict:
-        rollout, tensors = self.record.rollouts[i], ("tokens", "engine_logprobs")
+        rollout, tensors = self.record.rollouts[i], ("tokens", "engine_logprobs", "routing")
         line = {k: v for k, v in dataclasses.asdict(rollout).items() if k not in tensors}
         return line | {"reward": float(self.record.rewards_N[i]), "update": update}
 
@@ -183,6 +183,9 @@ def to_tensors(batch: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
         "length_N": torch.tensor([len(s.tokens) for s in sequences]),
         "start_N": torch.tensor([s.start for s in sequences]),
     }
+    if any(s.routing is not None for s in sequences):
+        routing = bytearray(b"".join(s.routing for s in sequences))
+        tensors["routing"] = torch.frombuffer(routing, dtype=torch.uint8)
     for name in _other_fields():
         values = [getattr(s, name) for s in batch]
         if any(value is None for value in values):
@@ -196,8 +199,10 @@ def from_tensors(tensors: dict[str, torch.Tensor]) -> list[TrainingSequence]:
     """What `to_tensors` was given, to the bit."""
     tokens = tensors["tokens"].split(tensors["length_N"].tolist())
     sequences = [
-        ScoredSequence(tuple(t.tolist()), start)
-        for t, start in zip(tokens, tensors["start_N"].tolist(), strict=True)
+        ScoredSequence(tuple(t.tolist()), start, routing)
+        for t, start, routing in zip(
+            tokens, tensors["start_N"].tolist(), _routings(tensors), strict=True
+        )
     ]
     num_scored = [s.num_scored for s in sequences]
     columns = {"sequence": sequences}
@@ -228,6 +233,16 @@ def write_gradients(directory: Path, actor: Actor) -> list[str]:
     return not_finite
 
 
+def _routings(tensors: dict[str, torch.Tensor]) -> list[bytes | None]:
+    """Each sequence's; all tokens but the last have equally many bytes."""
+    routed_N = tensors["length_N"] - 1
+    if "routing" not in tensors:
+        return [None] * len(routed_N)
+    bytes_a_token = len(tensors["routing"]) // int(routed_N.sum())
+    parts = tensors["routing"].split((routed_N * bytes_a_token).tolist())
+    return [part.numpy().tobytes() for part in parts]
+
+
 def _other_fields() -> list[str]:
     return [f.name for f in dataclasses.fields(TrainingSequence) if f.name != "sequence"]
 
@@ -237,4 +252,5 @@ def _rollout(line: dict, batch: TrainingSequence, engine_logprobs_T: torch.Tenso
     prompt = line.pop("prompt")
     prompt = Prompt(**prompt | {k: tuple(prompt[k]) for k in ("tokens", "content")})
     completion = batch.sequence.tokens[batch.sequence.start :]
-    return Rollout(prompt, completion, tuple(engine_logprobs_T.tolist()), **line)
+    routing = batch.sequence.routing
+    return Rollout(prompt, completion, tuple(engine_logprobs_T.tolist()), routing=routing, **line)

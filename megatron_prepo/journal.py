@@ -4,6 +4,7 @@ Each batch of rollouts is a line of `journal/PURPOSE_STEP.jsonl`, on disk before
 it.  A run that goes on and comes to the same batch, by the same weights, finds its rollouts there.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from megatron_prepo.durable import flush
 from megatron_prepo.records import Prompt, Rollout
 
 FIELDS = ("tokens", "engine_logprobs", "text", "finished", "aborted")
-"""What a line holds of each rollout; prompt and weight version are the batch's."""
+"""What a line holds of each rollout; prompt and weight version are the batch's.  Behind them comes
+its routing, base64, if it has one."""
 
 
 class Journal:
@@ -47,7 +49,7 @@ class Journal:
             "purpose": purpose,
             "weight_version": rollouts[0].weight_version,
             "prompts": list(dict.fromkeys(rollout.prompt.id for rollout in rollouts)),
-            "rollouts": [[getattr(rollout, name) for name in FIELDS] for rollout in rollouts],
+            "rollouts": [_row(rollout) for rollout in rollouts],
         }
         self.directory.mkdir(exist_ok=True)
         with open(self.directory / f"{purpose.replace('/', '_')}.jsonl", "a") as file:
@@ -80,7 +82,15 @@ def _read(directory: Path) -> list[dict]:
     return lines
 
 
+def _row(rollout: Rollout) -> list:
+    row = [getattr(rollout, name) for name in FIELDS]
+    return row if rollout.routing is None else [*row, base64.b64encode(rollout.routing).decode()]
+
+
 def _rollout(row: list, prompt: Prompt, weight_version: int) -> Rollout:
+    row, routing = row[: len(FIELDS)], row[len(FIELDS) :]
     values = dict(zip(FIELDS, row, strict=True))
     values |= {name: tuple(values[name]) for name in ("tokens", "engine_logprobs")}
+    if routing:
+        values["routing"] = base64.b64decode(*routing, validate=True)
     return Rollout(prompt=prompt, weight_version=weight_version, **values)

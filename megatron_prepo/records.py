@@ -40,6 +40,9 @@ class Rollout:
     """Optimizer updates behind the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long (`servers.straggler_seconds`)."""
+    routing: bytes | None = None
+    """The experts of all tokens of prompt and completion but the last (`routing.RoutingFormat`), if
+    they were asked for (`rollout.router_replay`)."""
 
     def __post_init__(self):
         assert self.tokens, f"prompt {self.prompt.id}: an engine returned an empty completion"
@@ -55,13 +58,24 @@ class ScoredSequence:
 
     tokens: tuple[int, ...]
     start: int
+    routing: bytes | None = None
+    """The experts of all tokens but the last, equally many bytes each; None: the actor chooses."""
 
     def __post_init__(self):
         assert 1 <= self.start < len(self.tokens), (
             f"start={self.start} must leave a predecessor and a token of {len(self.tokens)}"
+        )
+        assert self.routing is None or len(self.routing) % (len(self.tokens) - 1) == 0, (
+            f"{len(self.routing)} bytes of routing are not shared out over {len(self.tokens) - 1}"
         )
 
     @property
     def num_scored(self) -> int:
         """Tokens that get a log-probability."""
         return len(self.tokens) - self.start
+
+    def routing_of_first(self, count: int) -> bytes | None:
+        """The experts of the first so many tokens."""
+        if self.routing is None:
+            return None
+        return self.routing[: count * (len(self.routing) // (len(self.tokens) - 1))]

@@ -18,6 +18,7 @@ def rollouts(version: int = 5) -> list[Rollout]:
             finished=sample == 0,
             weight_version=version,
             aborted=sample == 1,
+            routing=bytes([250, sample, 10]) if version == 6 else None,
         )
         for prompt in PROMPTS
         for sample in range(2)
@@ -48,6 +49,12 @@ def test_a_batch_is_found_once_and_as_it_was(tmp_path):
 def test_another_batch_is_not_taken(tmp_path, purpose, version, prompts):
     journal(tmp_path / "j").add("rollouts/3", rollouts())
     assert journal(tmp_path / "j").find(purpose, version, prompts) is None
+
+
+def test_a_batch_with_routings_is_found_as_it_was(tmp_path):
+    journal(tmp_path / "j").add("rollouts/3", rollouts(version=6))
+    found = journal(tmp_path / "j").find("rollouts/3", 6, PROMPTS)
+    assert found == rollouts(version=6) and found[1].routing == b"\xfa\x01\n"
 
 
 def test_rounds_of_a_step_are_told_apart(tmp_path):
