@@ -229,6 +229,9 @@ class RolloutConfig:
     """A completion is cut there."""
     batch_size: int = 256
     """Completions generated at once by a rank (embedded engine)."""
+    router_replay: bool = False
+    """Mixtures of experts: the actor's passes over rollouts send each token to the experts that the
+    engine's forward pass chose, so that both compute the same function (`docs/off_policy.md`)."""
 
     def __post_init__(self):
         _at_least("rollout.samples_per_prompt", self.samples_per_prompt, 2)

@@ -1,6 +1,6 @@
 """A planned row as tensors: what the model reads, what the head scores, where sequences lie.
 
-T tokens of a row, W tokens of whole sequences (`attention.RowLayout`).
+T tokens of a row, W tokens of whole sequences (`attention.RowLayout`); L layers, k experts a token.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from megatron_prepo.actor.attention import RowLayout
 from megatron_prepo.actor.rows import Row
 from megatron_prepo.actor.vocab_parallel import IGNORE
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.routing import RoutingFormat
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,19 @@ class MicroBatch:
     targets_T: torch.Tensor
     """The next token where it is to be scored, else `IGNORE`."""
     layout: RowLayout
+    routing_TLk: torch.Tensor | None = None
+    """The experts to replay, on the CPU; -1, of padding: the actor's own choice.  None: all are."""
 
 
 def micro_batch(
-    sequences: Sequence[ScoredSequence], row: Row, *, multiple: int = 1, device="cpu"
+    sequences: Sequence[ScoredSequence],
+    row: Row,
+    *,
+    multiple: int = 1,
+    device="cpu",
+    routing: RoutingFormat | None = None,
 ) -> MicroBatch:
-    """The tensors of a row.
+    """The tensors of a row, with the sequences' routing if its format is given, and they have one.
 
     One without a sequence becomes `multiple` tokens without a target, so that every pipeline stage
     has work.
@@ -55,7 +63,31 @@ def micro_batch(
     if not lengths:
         whole, lengths = [torch.arange(size)], [size]
     layout = _layout(torch.cat(whole), lengths, size, device)
-    return MicroBatch(row.index, tokens_T.to(device), targets_T.to(device), layout)
+    routing_TLk = _routing(sequences, row, size, routing) if routing else None
+    return MicroBatch(row.index, tokens_T.to(device), targets_T.to(device), layout, routing_TLk)
+
+
+def _routing(
+    sequences: Sequence[ScoredSequence], row: Row, size: int, routing: RoutingFormat
+) -> torch.Tensor | None:
+    routed = [sequences[i].routing is not None for i in row.index]
+    if not any(routed):
+        return None
+    assert all(routed), "sequences with and without a routing in one row"
+    shape = (size, routing.layers, routing.experts_a_token)
+    routing_TLk = torch.full(shape, -1, dtype=torch.int16)
+    place = 0
+    for piece, lengths in row.whole():
+        for n, (i, scored, length) in enumerate(
+            zip(piece.index, piece.scored, lengths, strict=True)
+        ):
+            experts_TLk = torch.from_numpy(routing.unpack(sequences[i].routing))
+            if n == 0:
+                routing_TLk[place : place + piece.prefix] = experts_TLk[: piece.prefix]
+                place += piece.prefix
+            routing_TLk[place : place + scored] = experts_TLk[piece.prefix :]
+            place += length - piece.prefix
+    return routing_TLk
 
 
 def _layout(whole_W: torch.Tensor, lengths: Sequence[int], size: int, device) -> RowLayout:

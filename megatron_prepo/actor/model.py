@@ -42,6 +42,7 @@ OWN_SETTINGS = {
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.expert",
+    "moe_enable_routing_replay": "rollout.router_replay",
 }
 """Megatron's names that have a setting of ours: not to be given twice."""
 REFUSED = {
@@ -97,6 +98,8 @@ def check_layout(config: Config, hf: dict) -> None:
             f"parallel.sequence=false: megatron-core trains experts under parallel.tensor="
             f"{parallel.tensor} with sequence parallelism only; set parallel.sequence=true"
         )
+    if config.rollout.router_replay:
+        _check_router_replay(config, experts)
     for name in config.megatron:
         if name in OWN_SETTINGS:
             raise UserError(f"megatron.{name}: set it through {OWN_SETTINGS[name]}")
@@ -115,6 +118,25 @@ def check_layout(config: Config, hf: dict) -> None:
             "megatron.overlap_param_gather=true has nothing to gather without "
             "optimizer.use_distributed_optimizer=true"
         )
+
+
+def _check_router_replay(config: Config, experts: int) -> None:
+    """UserError if the model has no routers, or they would not ask which experts to take."""
+    if not experts:
+        raise UserError(
+            "rollout.router_replay=true: the model has no experts, and nothing to route; set "
+            "rollout.router_replay=false"
+        )
+    for name, value, why in (
+        ("moe_router_fusion", True, "the fused kernel makes its own choice of experts"),
+        ("moe_router_load_balancing_type", "sinkhorn", "its choice is made by a solver"),
+        ("moe_router_force_load_balancing", True, "it draws logits at random"),
+    ):
+        if config.megatron.get(name) == value:
+            raise UserError(
+                f"rollout.router_replay=true does not go with megatron.{name}={value}: {why}; drop "
+                "one of them"
+            )
 
 
 def megatron_overrides(megatron: dict, kind: type) -> dict:

@@ -17,7 +17,7 @@ the head's gradient up.  Tests hold all of this against one rank and one micro-b
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -47,6 +47,7 @@ from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.batching import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
+from megatron_prepo.actor.router_replay import RouterReplay
 from megatron_prepo.actor.rows import Plan, plan_rows
 from megatron_prepo.actor.saving import Saving
 from megatron_prepo.actor.vocab_parallel import (
@@ -60,6 +61,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.loss import LossTerms, policy_loss
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.routing import RoutingFormat
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,10 @@ class Actor:
         self.chunks = [chunk.to(self.device) for chunk in built]
         """One, or several stages of an interleaved pipeline; the last has this rank's head."""
         mcore = self.mcore = self.chunks[0].config
+        self.routing = self.router_replay = None
+        if config.rollout.router_replay:
+            self.routing = RoutingFormat.of(self.hf)
+            self.router_replay = RouterReplay(self.chunks, self.device)
         if config.model.megatron:
             checkpoint.load_weights(self.chunks, config.model.megatron)
         else:
@@ -131,7 +137,8 @@ class Actor:
     ) -> list[Scores]:
         """Log-probabilities and exact entropies of all sequences: one forward pass, no gradient.
 
-        `on_progress` is called with the number of sequences of each finished micro-batch.
+        Sequences with a routing are routed by it (`rollout.router_replay`).  `on_progress` is
+        called with the number of sequences of each finished micro-batch.
         """
         offsets = [0]
         for sequence in sequences:
@@ -148,10 +155,18 @@ class Actor:
 
         for ddp in self.ddp:
             ddp.eval()
+        if self.router_replay:
+            self.router_replay.forget_choices()
         with torch.no_grad():
             self._forward_backward(sequences, self.plan(sequences), collect, forward_only=True)
         _share(flat_2T)
         return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
+
+    def routed_differently(self) -> float | None:
+        """Share of tokens and layers of the last `score` where the actor's own choice of experts
+        was another than the replayed one; None without `rollout.router_replay`.  Collective.
+        """
+        return self.router_replay.routed_differently() if self.router_replay else None
 
     def reference_score(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
@@ -385,14 +400,15 @@ class Actor:
         """
         multiple = padding_multiple(self.mcore)
         micro_batches = [
-            micro_batch(sequences, row, multiple=multiple, device=self.device)
+            micro_batch(sequences, row, multiple=multiple, device=self.device, routing=self.routing)
             for row in plan.ranks[parallel_state.get_data_parallel_rank()]
         ]
 
         def forward_step(iterator, model):
             batch = next(iterator)
             tokens_1T, positions_1T = batch.tokens_T[None], batch.layout.positions_T[None]
-            hidden = model(tokens_1T, positions_1T, None, packed_seq_params=batch.layout)
+            with self._routed(model, batch):
+                hidden = model(tokens_1T, positions_1T, None, packed_seq_params=batch.layout)
             return hidden, partial(last_stage, batch)
 
         get_forward_backward_func()(
@@ -405,6 +421,14 @@ class Actor:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        if self.router_replay:
+            self.router_replay.check_all_recomputed()
+
+    def _routed(self, ddp: DistributedDataParallel, batch: MicroBatch) -> AbstractContextManager:
+        """Around the forward pass of a chunk: its routers replay the micro-batch's routing."""
+        if self.router_replay is None:
+            return nullcontext()
+        return self.router_replay.of_micro_batch(self.ddp.index(ddp), batch.routing_TLk)
 
     def _scores(
         self, hidden: torch.Tensor, batch: MicroBatch, temperature: float

@@ -120,6 +120,8 @@ class Plan:
 def pieces_of(sequences: Sequence[ScoredSequence], most: int | None = None) -> list[Piece]:
     """Each sequence by itself; or, given `most`, those of a prompt together, up to so many tokens.
 
+    Prompts are the same only if the engine has routed their tokens to the same experts, too.
+
     >>> a, b = ScoredSequence((7, 8, 9, 1), 3), ScoredSequence((7, 8, 9, 2, 3), 3)
     >>> pieces_of([a, b], most=10)
     [Piece(index=(1, 0), prefix=2, scored=(2, 1))]
@@ -127,7 +129,8 @@ def pieces_of(sequences: Sequence[ScoredSequence], most: int | None = None) -> l
     groups = defaultdict(list)
     for i, sequence in enumerate(sequences):
         shared = most is not None and sequence.start > 1
-        groups[sequence.tokens[: sequence.start] if shared else i].append(i)
+        routing = sequence.routing_of_first(sequence.start - 1)
+        groups[(sequence.tokens[: sequence.start], routing) if shared else i].append(i)
     pieces = []
     for group in groups.values():
         prefix = sequences[group[0]].start - 1

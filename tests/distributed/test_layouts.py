@@ -8,8 +8,12 @@ sign of a small g.  An `adam_eps` of 1e-2 makes the update smooth in the gradien
 """
 
 import os
+import pickle
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MethodType
 
 import pytest
 import tiny_models
@@ -19,6 +23,7 @@ from tiny_models import VOCAB, actor_config
 from transformers import AutoModelForCausalLM
 
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.routing import RoutingFormat
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Scenario:
     """Tokens of a prompt."""
     num_prompts: int | None = None
     """The rollouts take turns at so many prompts; None: each has its own."""
+    routed: bool = False
+    """Whether all tokens go to experts that are drawn beforehand, those of a prompt in two ways."""
     layouts: tuple[str, ...] = ()
 
 
@@ -139,6 +146,10 @@ INTERLEAVED = {
         DISTRIBUTED | {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
     ),
     "pp2 x 2 dp2 ep2": ({"pipeline": 2, "virtual_pipeline": 2, "data": 2, "expert": 2}, SHARED),
+    "pp2 x 2 recomputed experts": (
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    ),
 }
 SCENARIOS = {
     "plain": Scenario(
@@ -174,6 +185,21 @@ SCENARIOS = {
             *("tp2 sp ep2 recomputed experts", "pp2 x 2 dp2 ep2"),
         ),
     ),
+    "routed": Scenario(
+        "qwen3_moe",
+        (14, 17, 10, 11, 15, 19, 12, 13),
+        temperature=0.8,
+        start=9,
+        num_prompts=2,
+        kl_coef=0.1,
+        routed=True,
+        layouts=(
+            *("tp1", "tp1 smallest micro-batches", "tp1 padded", "tp1 shared recompute"),
+            *("dp2 ep2 shared", "tp2 sp ep2 shared", "tp2 sp ep2 recomputed experts"),
+            *("pp2 full recomputation", "tp2 pp2 x 2 sp"),
+            *("pp2 x 2 dp2 ep2", "pp2 x 2 recomputed experts"),
+        ),
+    ),
     "fewer rollouts than ranks": Scenario(
         "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped")
     ),
@@ -196,8 +222,10 @@ RECOMPUTED = {
         "experts": 2,
     },
 }
+CHOOSING = ("tp1 shared", "tp1 padded", "pp2", "tp2 sp ep2 shared", "pp2 x 2 dp2 ep2")
 BFLOAT16_LAYOUTS = ("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer")
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
+ROUTING = RoutingFormat(layers=4, experts_a_token=2, experts=8)
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
     "qwen3": lambda: tiny_models.qwen3(tied=False),
@@ -227,6 +255,13 @@ def make_batch(name, model):
         if i >= num_prompts:
             tokens[:start] = batch.sequences[i - num_prompts].tokens[:start]
         batch.sequences.append(ScoredSequence(tuple(tokens), start))
+        if scenario.routed:
+            # the first two rollouts of each prompt share its routing; the others' differ
+            drawn = draw_routing(generator, length - 1)
+            if 0 <= i - num_prompts < num_prompts:
+                earlier = batch.sequences[i - num_prompts].routing_of_first(start - 1)
+                drawn = earlier + drawn[len(earlier) :]
+            batch.sequences[i] = replace(batch.sequences[i], routing=drawn)
         logprobs_T, _ = score(model, batch.sequences[-1], scenario.temperature)
         noise = torch.rand(3, len(logprobs_T), generator=generator)
         batch.old_T.append(logprobs_T.detach().float() + noise[0] - 0.5)
@@ -238,10 +273,42 @@ def make_batch(name, model):
     return batch
 
 
+def draw_routing(generator, num_tokens):
+    shape = (num_tokens, ROUTING.layers, ROUTING.experts)
+    experts_TLk = torch.rand(shape, generator=generator).argsort(-1)[..., : ROUTING.experts_a_token]
+    return ROUTING.pack(experts_TLk.numpy())
+
+
 # The reference
 
 
+@contextmanager
+def routed_by(model, routing):
+    """Within it, transformers' routers take these experts, and weigh them as they do their own."""
+    experts_TLk = torch.from_numpy(ROUTING.unpack(routing)).long()
+    # the last token is routed somewhere, and nothing depends on it
+    experts_TLk = torch.cat([experts_TLk, experts_TLk[-1:]])
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    for number, router in enumerate(routers):
+        router.forward = MethodType(forced_to(experts_TLk[:, number]), router)
+    yield
+    for router in routers:
+        del router.forward
+
+
+def forced_to(experts_Tk):
+    def forward(self, hidden_TH):
+        logits_TE = hidden_TH @ self.weight.t()
+        probs_Tk = logits_TE.softmax(-1).gather(1, experts_Tk)
+        return logits_TE, probs_Tk / probs_Tk.sum(-1, keepdim=True), experts_Tk
+
+    return forward
+
+
 def score(model, sequence, temperature):
+    if sequence.routing is not None:
+        with routed_by(model, sequence.routing):
+            return score(model, replace(sequence, routing=None), temperature)
     tokens = torch.tensor(sequence.tokens)
     logits_TV = model(tokens[None]).logits[0, sequence.start - 1 : -1] / temperature
     logp_TV = logits_TV.log_softmax(-1)
@@ -346,6 +413,10 @@ def run_everything(directories, batches, scratch):
         results["recomputed", layout] = recomputed(name, layout, directories, batches)
     for layout in ("dp2", "dp2 overlapped"):
         results["numbers", layout] = other_numbers_of_micro_batches(layout, directories, batches)
+    chosen = Path(scratch, "chosen")
+    results["own choice"] = own_choice(directories, batches, chosen)
+    for layout in CHOOSING:
+        results["counted", layout] = counted(layout, directories, batches, chosen)
     results["not finite"] = not_finite(directories, batches)
     results["reference policy"] = reference_policy(directories, batches)
     results["checkpoints"] = checkpoints(directories, batches, scratch)
@@ -361,7 +432,11 @@ class ActorOn:
         merged = {
             "parallel": parallel_settings,
             "data": {"max_prompt_tokens": 16},
-            "rollout": {"temperature": scenario.temperature, "max_new_tokens": 4},
+            "rollout": {
+                "temperature": scenario.temperature,
+                "max_new_tokens": 4,
+                "router_replay": scenario.routed,
+            },
             "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
             "loss": {
                 "entropy_coef": scenario.entropy_coef,
@@ -463,6 +538,82 @@ def other_numbers_of_micro_batches(layout, directories, batches):
             return None
         rollouts = training_sequences("plain", batches["plain"])
         return [actor.update(part)["loss/grad_norm"] for part in (rollouts, rollouts[:2], rollouts)]
+
+
+def own_choice(directories, batches, chosen):
+    """What a plain actor of one rank computes, and one that replays the plain one's routing, which
+    is left in the file `chosen`.
+    """
+    rollouts = training_sequences("routed", batches["routed"])
+    plain = [replace(r, sequence=replace(r.sequence, routing=None)) for r in rollouts]
+    results, routings = {}, None
+    for name, setting in (("plain", False), ("asked", True), ("replayed", True)):
+        rollout = {"router_replay": setting, "max_new_tokens": 4}
+        one_row = "tp1 one micro-batch"
+        with ActorOn("routed", one_row, directories, rollout=rollout) as actor:
+            if actor is None:
+                continue
+            if name == "asked":
+                routings = recorded_choice(actor, [r.sequence for r in plain])
+                chosen.write_bytes(pickle.dumps(routings))
+            elif name == "replayed":
+                plain = [
+                    replace(r, sequence=replace(r.sequence, routing=routing))
+                    for r, routing in zip(plain, routings, strict=True)
+                ]
+            scores = actor.score([r.sequence for r in plain], temperature=0.8)
+            results[name] = {
+                "scores": torch.cat([torch.cat([s.logprobs_T, s.entropy_T]) for s in scores]),
+                "routed differently": actor.routed_differently(),
+                "norm": actor.backward(plain).norm,
+                "gradients": {n: g.clone() for n, g in actor.hf_gradients()},
+            }
+    return results
+
+
+def recorded_choice(actor, sequences):
+    """The routing of each sequence that the actor chooses, all in one row."""
+    [row] = actor.plan(sequences).ranks[0]
+    chosen = []
+    for router in actor.router_replay.chunks[0].routers:
+        router.get_replay_topk = lambda scores, topk, groups, group_topk, default: recorded(
+            default(scores, topk, groups, group_topk)
+        )
+
+    def recorded(choice):
+        chosen.append(choice[1])
+        return choice
+
+    actor.score(sequences, temperature=0.8)
+    parts = torch.stack(chosen, dim=1).split([piece.tokens for piece in row.pieces])
+    routing_of = dict(zip(row.index, parts, strict=True))
+    return [ROUTING.pack(routing_of[i].numpy()) for i in range(len(sequences))]
+
+
+def counted(layout, directories, batches, chosen):
+    """The share of token and layers that differ, when of all tokens that have a score the last
+    layer's routing is another than the plain actor's choice."""
+    with ActorOn("routed", layout, directories) as actor:
+        if actor is None:
+            return None
+        sequences = [
+            replace(sequence, routing=turned(routing, first=sequence.start - 1))
+            for sequence, routing in zip(
+                batches["routed"].sequences, pickle.loads(chosen.read_bytes()), strict=True
+            )
+        ]
+        actor.score(sequences, temperature=0.8)
+        load = actor.plan(sequences).load
+        return actor.routed_differently(), load.scored / (4 * (load.tokens - load.padding))
+
+
+def turned(routing, first):
+    """In the last layer, from token `first` on: other experts; before it, in another order."""
+    experts_TLk = ROUTING.unpack(routing).copy()
+    experts_TLk[:first, -1] = experts_TLk[:first, -1, ::-1]
+    for experts_k in experts_TLk[first:, -1]:
+        experts_k[1] = next(e for e in range(8) if e not in experts_k)
+    return ROUTING.pack(experts_TLk)
 
 
 def not_finite(directories, batches):
@@ -685,3 +836,30 @@ def test_the_initial_policy_is_kept_and_the_current_one_restored(results):
 def test_a_checkpoint_is_read_under_another_layout_bit_for_bit(results, written, read):
     """All weights as exported before saving and after loading, after an update."""
     assert results[0]["checkpoints"][written, read] == {"changed": [], "missing or new": []}
+
+
+def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(results):
+    """Scores, and the gradient of every tensor; and no choice is counted as another."""
+    own = results[0]["own choice"]
+    assert own["plain"]["routed differently"] is None
+    for name in ("asked", "replayed"):
+        assert own[name]["routed differently"] == 0.0
+        assert torch.equal(own[name]["scores"], own["plain"]["scores"])
+        assert own[name]["norm"] == own["plain"]["norm"]
+        for tensor, gradient in own["plain"]["gradients"].items():
+            assert torch.equal(own[name]["gradients"][tensor], gradient), tensor
+
+
+@pytest.mark.parametrize("layout", CHOOSING)
+def test_other_choices_are_counted_as_sets_once_a_token_and_layer(results, layout):
+    """Only the last layer is changed, on which no router's input depends."""
+    for share, expected in taking_part(results, ("counted", layout)):
+        assert 0.05 < expected < 0.25
+        assert share == pytest.approx(expected, rel=1e-12)
+
+
+def test_some_prompts_of_a_group_were_routed_alike_and_some_were_not(batches):
+    from megatron_prepo.actor.rows import pieces_of
+
+    sizes = [len(piece.index) for piece in pieces_of(batches["routed"].sequences, most=40)]
+    assert sorted(sizes) == [1, 1, 1, 1, 2, 2]

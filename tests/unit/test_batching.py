@@ -12,7 +12,9 @@ from megatron_prepo.actor.rows import Load, Piece, Row, pieces_of, plan_rows
 from megatron_prepo.actor.vocab_parallel import IGNORE
 from megatron_prepo.memory import Shape
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.routing import RoutingFormat
 
+ROUTING = RoutingFormat(layers=2, experts_a_token=2, experts=4)
 SHAPE = Shape(
     layers=2,
     hidden=8,
@@ -31,13 +33,18 @@ quick = settings(max_examples=60, deadline=None, derandomize=True, database=None
 
 @st.composite
 def batches(draw):
-    """Sequences of at most 41 tokens, with few different prompts."""
+    """Sequences of at most 41 tokens, with few different prompts, each routed in two ways."""
     prompts = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1))
     sequences = []
     for _ in range(draw(st.integers(0, 30))):
-        prompt = draw(st.sampled_from(prompts))
+        prompt, way = draw(st.sampled_from(prompts)), draw(st.booleans())
         rest = draw(st.lists(st.integers(3, 9), min_size=1, max_size=20))
-        sequences.append(ScoredSequence((*prompt, *rest), len(prompt)))
+        tokens = (*prompt, *rest)
+        pairs = [(0, 1), (1, 2), (2, 0), (3, 1)]
+        routing = bytes(
+            e for t in tokens[:-1] for layer in (0, way) for e in pairs[(t + layer) % 4]
+        )
+        sequences.append(ScoredSequence(tokens, len(prompt), routing))
     return sequences
 
 
@@ -74,13 +81,17 @@ def test_tensors_of_a_row_give_every_sequence_back(sequences, multiple, way):
     """What attention sees of a sequence is the sequence; targets are the next tokens, in order."""
     plan = plan_rows(sequences, num_ranks=1, budget=BUDGET, shape=SHAPE, multiple=multiple, **way)
     for row in plan.ranks[0]:
-        batch = micro_batch(sequences, row, multiple=multiple)
+        batch = micro_batch(sequences, row, multiple=multiple, routing=ROUTING)
         layout, at = batch.layout, 0
+        routing_WLk = layout.whole(batch.routing_TLk) if batch.index else None
         tokens_W, positions_W = layout.whole(batch.tokens_T), layout.whole(layout.positions_T)
         for i, length in zip(batch.index, layout.lengths, strict=False):
             expected = sequences[i].tokens[:-1]
             assert tuple(tokens_W[at : at + len(expected)].tolist()) == expected
             assert positions_W[at : at + length].tolist() == list(range(length))
+            routing_SLk, end = torch.from_numpy(ROUTING.unpack(sequences[i].routing)), at + length
+            assert torch.equal(routing_WLk[at : at + len(expected)], routing_SLk)
+            assert (routing_WLk[at + len(expected) : end] == -1).all()
             at += length
         assert sum(layout.lengths) == len(tokens_W) and max(layout.lengths) == layout.max_seqlen_q
         assert layout.cu_seqlens_q.tolist() == [
@@ -230,3 +241,27 @@ def test_operations_by_hand():
 def test_a_sequence_needs_a_predecessor_and_something_to_score(start):
     with pytest.raises(AssertionError, match="must leave a predecessor"):
         ScoredSequence((1, 2, 3), start)
+
+
+def routed(sequence, *experts):
+    """One layer, one expert a token, given by its number."""
+    return ScoredSequence(sequence.tokens, sequence.start, bytes(experts))
+
+
+def test_prompts_that_were_routed_differently_are_not_shared():
+    """Up to the token before the prompt's last, which each completion brings along."""
+    one, same, other = routed(A, 5, 6, 0, 1), routed(B, 5, 6, 3, 4, 2), routed(B, 5, 7, 3, 4, 2)
+    assert [piece.index for piece in pieces_of([one, same], most=10)] == [(1, 0)]
+    assert [piece.index for piece in pieces_of([one, other], most=10)] == [(0,), (1,)]
+    assert [piece.index for piece in pieces_of([one, B], most=10)] == [(0,), (1,)]
+
+
+def test_the_routing_of_a_shared_prefix_by_hand():
+    one, other, form = routed(A, 5, 6, 0, 1), routed(B, 5, 6, 3, 4, 2), RoutingFormat(1, 1, 8)
+    [piece] = pieces_of([one, other], most=10)
+    batch = micro_batch([one, other], Row((piece,), (1,)), routing=form)
+    assert batch.routing_TLk.flatten().tolist() == [5, 6, 3, 4, 2, 0, 1, -1]
+    assert micro_batch([one, other], Row((piece,), (1,))).routing_TLk is None
+    assert micro_batch([A, B], Row((piece,), (1,)), routing=form).routing_TLk is None
+    with pytest.raises(AssertionError, match="with and without a routing"):
+        micro_batch([one, B], Row((piece,), (1,)), routing=form)

@@ -1,0 +1,132 @@
+"""Routers that send tokens to the experts of a micro-batch's routing, in place of their own choice.
+
+Megatron-Core hands its routers' top-k over to an object, if they have one (`router_replay`, alike
+from 0.16 to 0.20).  Its own keeps one global list of all routers; ours are told the micro-batch by
+`of_micro_batch`.  Only the choice is replayed: probabilities are the actor's, from the logits of
+the chosen experts, so that the router learns, too.
+
+T tokens that the rank has, k experts a token.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+
+class RouterReplay:
+    """All routers of this rank; routings are replayed from when it is made."""
+
+    def __init__(self, chunks: Sequence[GPTModel], device: torch.device):
+        self.chunks = [_Chunk(chunk, device) for chunk in chunks]
+
+    @contextmanager
+    def of_micro_batch(self, chunk: int, routing_TLk: torch.Tensor | None) -> Iterator[None]:
+        """Around a chunk's forward pass of a micro-batch; its routers recompute by the same.
+
+        `routing_TLk` is of the whole row and all layers; None, or a token's -1: their own choice.
+        """
+        self.chunks[chunk].begin(routing_TLk)
+        yield
+        self.chunks[chunk].end()
+
+    def check_all_recomputed(self) -> None:
+        """Behind a pass: each routing that was kept for recomputation has been used."""
+        left = sum(len(router.kept) for chunk in self.chunks for router in chunk.routers)
+        assert left == 0, f"{left} routings were kept for a recomputation that never came"
+
+    def forget_choices(self) -> None:
+        """Begin to count anew."""
+        for chunk in self.chunks:
+            chunk.counts_2.zero_()
+
+    def routed_differently(self) -> float:
+        """Share of tokens and layers where the actor would have chosen another set of experts.
+
+        Of all scoring passes since `forget_choices`; collective.
+        """
+        # all ranks hold other tokens or other layers: tensor-parallel ones, too, since experts are
+        # trained with sequence parallelism only
+        counts_2 = torch.stack([chunk.counts_2 for chunk in self.chunks]).sum(0)
+        dist.all_reduce(counts_2)
+        different, all_of_them = counts_2.tolist()
+        return different / max(1, all_of_them)
+
+
+class _Chunk:
+    """The routers of a model chunk."""
+
+    def __init__(self, chunk: GPTModel, device: torch.device):
+        self.model, self.device = chunk, device
+        self.in_forward = False
+        self.counts_2 = torch.zeros(2, dtype=torch.long, device=device)
+        """Tokens times layers of scoring passes that differ, and all."""
+        layers = chunk.decoder.layers
+        self.layers = [layer.layer_number - 1 for layer in layers]
+        """Their numbers in the whole model."""
+        self.routers = [_Router(self, number) for number in range(len(layers))]
+        for layer, router in zip(layers, self.routers, strict=True):
+            layer.mlp.router.router_replay = router
+
+    def begin(self, routing_TLk: torch.Tensor | None) -> None:
+        if routing_TLk is not None:
+            if self.model.config.sequence_parallel:
+                ranks = parallel_state.get_tensor_model_parallel_world_size()
+                rank = parallel_state.get_tensor_model_parallel_rank()
+                routing_TLk = routing_TLk.chunk(ranks)[rank]
+            routing_TLk = routing_TLk[:, self.layers].to(self.device)
+        self.in_forward, self.routing_TLk = True, routing_TLk
+
+    def end(self) -> None:
+        self.in_forward, self.routing_TLk = False, None
+
+
+class _Router:
+    """Stands in for Megatron's RouterReplay in one router."""
+
+    def __init__(self, chunk: _Chunk, number: int):
+        self.chunk, self.number = chunk, number
+        self.kept: deque[torch.Tensor | None] = deque()
+        """Of the micro-batches whose forward pass is going to be recomputed, in order."""
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and numbers of each token's experts, both [T, k], from scores [T, experts]."""
+        own_scores_Tk, own_Tk = default_compute_topk(scores, topk, num_groups, group_topk)
+        replayed_Tk = self._routing()
+        if replayed_Tk is None:
+            return own_scores_Tk, own_Tk
+        assert len(replayed_Tk) == len(own_Tk), "the routing of another micro-batch"
+        real_T1 = replayed_Tk[:, :1] >= 0
+        chosen_Tk = torch.where(real_T1, replayed_Tk.long(), own_Tk)
+        if not self.chunk.model.training:
+            self._count(own_Tk, chosen_Tk, real_T1)
+        return scores.gather(1, chosen_Tk), chosen_Tk
+
+    def _routing(self) -> torch.Tensor | None:
+        """[T, k] of the micro-batch in its forward pass, or of the one that is being recomputed.
+
+        Megatron computes what it is going to recompute without a graph, and recomputes in backward
+        passes, which each chunk has in the order of its forward passes.
+        """
+        chunk = self.chunk
+        if not chunk.in_forward:
+            return self.kept.popleft()
+        now = None if chunk.routing_TLk is None else chunk.routing_TLk[:, self.number]
+        if chunk.model.training and not torch.is_grad_enabled():
+            self.kept.append(now)
+        return now
+
+    def _count(self, own_Tk: torch.Tensor, chosen_Tk: torch.Tensor, real_T1: torch.Tensor) -> None:
+        differs_T = (own_Tk.sort(1).values != chosen_Tk.sort(1).values).any(1)
+        self.chunk.counts_2 += torch.stack([differs_T.sum(), real_T1.sum()])
