@@ -305,6 +305,7 @@ def sampling(config: Config, purpose: str) -> dict:
         "temperature": config.rollout.temperature,
         "max_new_tokens": config.rollout.max_new_tokens,
         "seed": f"{config.train.seed}/{purpose}",
+        "routing": config.rollout.router_replay,
     }
 
 
@@ -374,6 +375,9 @@ class OldScores:
     """What each token of a rollout counts, if `loss.importance` is on."""
     staleness: int = 0
     """Optimizer updates between the weights that generated the rollouts and these."""
+    routed_differently: float | None = None
+    """Share of tokens and layers where the policy would have chosen other experts than the engine
+    (`rollout.router_replay`)."""
 
     def metrics(
         self, settings: LossConfig, weight_N: torch.Tensor, rollouts: Sequence[Rollout]
@@ -386,6 +390,8 @@ class OldScores:
             [score.logprobs_T for score in self.scores],
             [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
         )
+        if self.routed_differently is not None:
+            metrics["mismatch/routed_differently"] = self.routed_differently
         if self.importance_N:
             metrics |= importance_metrics(settings, torch.cat(self.importance_N))
         return metrics
@@ -399,6 +405,7 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
     sequences = [scored_sequence(rollout) for rollout in rollouts]
     temperature = config.rollout.temperature
     scores = actor.score(sequences, temperature=temperature)
+    routed_differently = actor.routed_differently()
     references = None
     if config.loss.kl_coef:
         references = actor.reference_score(sequences, temperature=temperature)
@@ -409,6 +416,7 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
         importance_N=importance_of(config, scores, rollouts),
         staleness=staleness,
+        routed_differently=routed_differently,
     )
 
 
@@ -496,7 +504,7 @@ def rollout_weights(
 def scored_sequence(rollout: Rollout) -> ScoredSequence:
     """Prompt and completion; the completion is scored."""
     prompt = rollout.prompt.tokens
-    return ScoredSequence(prompt + rollout.tokens, start=len(prompt))
+    return ScoredSequence(prompt + rollout.tokens, len(prompt), rollout.routing)
 
 
 def training_sequence(

@@ -6,7 +6,8 @@
 Its completions are a function of prompt and seed, its prompt log-probabilities of the weights that
 it was given.  Faults: `hang`, `drip` (a byte at a time, for ever), `reset`, `500`, `garbage` (no
 JSON), `text`, `short` (a log-probability too few), `stale` (other weights), `nan`, `abort`, `die`
-(this request and all later ones are refused), `refuse` (400), `slow` (answers when asked to abort).
+(this request and all later ones are refused), `refuse` (400), `slow` (answers when asked to abort),
+`unrouted` and `misrouted` (no routing, and one of a token too few).
 
 Run as `python fake_sglang.py --port N ...` it is a server of its own.
 """
@@ -71,6 +72,16 @@ def prompt_logprob(weights: dict) -> float:
     return -1.0 - total % 100_000 / 100_000
 
 
+def experts(tokens: list[int], layers: int, experts_a_token: int) -> list[int]:
+    """Of each token in each layer, different ones of 8."""
+    return [
+        (token + 3 * layer + n) % 8
+        for token in tokens
+        for layer in range(layers)
+        for n in range(experts_a_token)
+    ]
+
+
 class FakeSGLang:
     """The server; `port=0` takes a free one."""
 
@@ -83,8 +94,10 @@ class FakeSGLang:
         sessions: bool = True,
         num_ranks: int = 1,
         fp32_lm_head: bool = False,
+        routing: tuple[int, int] | None = None,
     ):
-        self.fp32_lm_head = fp32_lm_head
+        """`routing`: layers and experts a token, of those that are told on request."""
+        self.fp32_lm_head, self.routing = fp32_lm_head, routing
         self.architectures, self.sessions, self.num_ranks = list(architectures), sessions, num_ranks
         self.weights: dict = {}
         self.version, self.in_session, self.paused = "default", False, False
@@ -127,8 +140,9 @@ class FakeSGLang:
             case "/health":
                 return 200, {}
             case "/server_info":
-                head = {"enable_fp32_lm_head": self.fp32_lm_head}
-                return 200, {"tp_size": self.num_ranks, "dp_size": 1} | head
+                info = {"tp_size": self.num_ranks, "dp_size": 1}
+                info["enable_fp32_lm_head"] = self.fp32_lm_head
+                return 200, info | {"enable_return_routed_experts": self.routing is not None}
             case "/model_info":
                 return 200, {"architectures": self.architectures, "weight_version": self.version}
             case "/openapi.json":
@@ -183,6 +197,9 @@ class FakeSGLang:
         if body["rid"] in self.aborted:
             tokens, meta["finish_reason"] = tokens[:1], {"type": "abort"}
         meta["output_token_logprobs"] = [[logprob(token), token, None] for token in tokens]
+        if body.get("return_routed_experts") and self.routing:
+            rows = experts([*ids, *tokens][:-1], *self.routing)
+            meta["routed_experts"] = base64.b64encode(struct.pack(f"<{len(rows)}i", *rows)).decode()
         return {"output_ids": tokens, "meta_info": meta}
 
     def _from_tensor(self, body: dict) -> tuple[int, object]:
@@ -320,6 +337,12 @@ def _handler_of(fake: FakeSGLang):
                 logprobs = "input_token_logprobs"
             if fault == "short":
                 content["meta_info"][logprobs].pop()
+            if fault == "unrouted":
+                content["meta_info"].pop("routed_experts")
+            if fault == "misrouted":
+                rows = base64.b64decode(content["meta_info"]["routed_experts"])
+                one = 4 * fake.routing[0] * fake.routing[1]
+                content["meta_info"]["routed_experts"] = base64.b64encode(rows[:-one]).decode()
             if fault == "stale":
                 content["meta_info"]["weight_version"] = "default"
             if fault == "nan":

@@ -8,6 +8,7 @@ rounding in a batch of another shape).
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
 
@@ -15,8 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.integrations import sdpa_attention
 
+from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.products import product
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rollout.chosen_experts import ChosenExperts
+from megatron_prepo.routing import RoutingFormat
 
 
 class EmbeddedEngine:
@@ -48,6 +52,7 @@ class EmbeddedEngine:
             # transformers repeats keys and values for grouped queries wherever there is a mask, for
             # the sake of CUDA's kernels; the CPU's needs no copies, and gives the same numbers
             sdpa_attention.use_gqa_in_sdpa = lambda mask, key: True
+        self.hf = read_hf_config(hf_directory)
         self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
         self.stop_tokens = stop_tokens(hf_directory, tokenizer)
@@ -93,12 +98,13 @@ class EmbeddedEngine:
         temperature: float,
         max_new_tokens: int,
         seed: str,
+        routing: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Rollout]:
         """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
 
-        `on_progress` is called after each batch with about how many completions all ranks have
-        done, and how many there are.
+        With their routing, if it is asked for.  `on_progress` is called after each batch with about
+        how many completions all ranks have done, and how many there are.
         """
         assert self.weight_version is not None, "the engine has no weights: sync first"
         jobs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
@@ -108,9 +114,11 @@ class EmbeddedEngine:
         for first in range(0, len(mine), self.batch_size):
             batch = mine[first : first + self.batch_size]
             seeds = [f"{seed}/{jobs[i][0].id}/{jobs[i][1]}" for i in batch]
-            completions = self._complete(
-                [jobs[i][0].tokens for i in batch], seeds, temperature, max_new_tokens
-            )
+            experts = ChosenExperts(self.model) if routing else None
+            with experts.watched() if experts else nullcontext():
+                completions = self._complete(
+                    [jobs[i][0].tokens for i in batch], seeds, temperature, max_new_tokens, experts
+                )
             done += zip(batch, completions, strict=True)
             on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
         completion_of = {i: c for share in self.gather(done) for i, c in share}
@@ -135,7 +143,9 @@ class EmbeddedEngine:
     def close(self) -> None:
         """Nothing is left behind."""
 
-    def _rollout(self, prompt: Prompt, tokens: list[int], logprobs: list[float]) -> Rollout:
+    def _rollout(
+        self, prompt: Prompt, tokens: list[int], logprobs: list[float], routing: bytes | None
+    ) -> Rollout:
         return Rollout(
             prompt=prompt,
             tokens=tuple(tokens),
@@ -143,6 +153,7 @@ class EmbeddedEngine:
             text=self.tokenizer.decode(tokens, skip_special_tokens=True),
             finished=tokens[-1] in self.stop_tokens,
             weight_version=self.weight_version,
+            routing=routing,
         )
 
     @torch.inference_mode()
@@ -152,10 +163,12 @@ class EmbeddedEngine:
         seeds: Sequence[str],
         temperature: float,
         max_new_tokens: int,
-    ) -> list[tuple[list[int], list[float]]]:
-        """Tokens and their log-probabilities, one completion a prompt and seed.
+        experts: ChosenExperts | None,
+    ) -> list[tuple[list[int], list[float], bytes | None]]:
+        """Tokens, their log-probabilities and, with `experts`, the routing of prompt and tokens.
 
-        Letters: B completions, of which R are in the running batch; T new tokens; V vocabulary.
+        One completion a prompt and seed.  Letters: B completions, of which R are in the running
+        batch; T new tokens; V vocabulary; S tokens, L layers and k experts a token.
         """
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
@@ -163,7 +176,8 @@ class EmbeddedEngine:
         stop = torch.tensor(sorted(self.stop_tokens), device=self.device)
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         running_R = torch.arange(len(prompts), device=self.device)
-        decoder = Decoder(self.model, prompts, self.device)
+        decoder = Decoder(self.model, prompts, self.device, experts)
+        chosen_BSLk = [decoder.experts_RSLk]
         for t in range(max_new_tokens):
             token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
@@ -175,12 +189,24 @@ class EmbeddedEngine:
                 running_R, token_R = running_R[going], token_R[going]
                 decoder.keep(going)
             decoder.advance(token_R)
+            if experts:
+                chosen_BSLk.append(torch.zeros_like(chosen_BSLk[0][:, :1]))
+                chosen_BSLk[-1][running_R] = decoder.experts_RSLk
         completions = []
         for tokens, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
             ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
             length = next(ends, len(tokens))
             completions.append((tokens[:length], logprobs[:length]))
-        return completions
+        routings = [None] * len(prompts)
+        if experts:
+            form, width = RoutingFormat.of(self.hf), max(map(len, prompts))  # padded on the left
+            routings = [
+                form.pack(chosen_SLk[width - len(prompt) : width + len(tokens) - 1])
+                for prompt, (tokens, _), chosen_SLk in zip(
+                    prompts, completions, torch.cat(chosen_BSLk, dim=1).cpu().numpy(), strict=True
+                )
+            ]
+        return [(*both, routing) for both, routing in zip(completions, routings, strict=True)]
 
 
 SHRINK_AT = 0.9
@@ -193,8 +219,16 @@ class Decoder:
     A prompt that several rows share is computed once.  Rows are padded on the left.
     """
 
-    def __init__(self, model, prompts: Sequence[Sequence[int]], device: torch.device):
+    def __init__(
+        self,
+        model,
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        experts: ChosenExperts | None = None,
+    ):
         self.model, self.cache = model, DynamicCache(config=model.config)
+        self.experts, self.experts_RSLk = experts, None
+        """What is watched, and what was chosen for the tokens that came last."""
         number_of = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, number_of))
         ids_US = torch.zeros(len(number_of), width, dtype=torch.long)
@@ -210,6 +244,8 @@ class Decoder:
         """These rows, each as often as it is named, in this order."""
         self.cache.batch_select_indices(rows)
         self.mask_RS, self.logits_RV = self.mask_RS[rows], self.logits_RV[rows]
+        if self.experts:
+            self.experts_RSLk = self.experts_RSLk[rows]
 
     def advance(self, token_R: torch.Tensor) -> None:
         """Append a token to each row; `logits_RV` then are those of the token after it."""
@@ -226,6 +262,8 @@ class Decoder:
             logits_to_keep=1,
         )
         self.logits_RV = out.logits[:, -1]
+        if self.experts:
+            self.experts_RSLk = self.experts.take(len(ids_RS)).short()
 
 
 def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:

@@ -43,6 +43,8 @@ def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> No
         ("megatron.recompute_granularty=full", ["recompute_granularty", "did you mean"]),
         ("megatron.sequence_parallel=true", ["parallel.sequence"]),
         ("megatron.context_parallel_size=2", ["is not supported", "parallel.sequence=true"]),
+        ("rollout.router_replay=true", ["rollout.router_replay=false", "the model has no experts"]),
+        ("megatron.moe_enable_routing_replay=true", ["set it through rollout.router_replay"]),
         ("megatron.optimizer_cpu_offload=true", ["optimizer_cpu_offload is not supported"]),
         ("megatron.overlap_param_gather=true", ["optimizer.use_distributed_optimizer=true"]),
         ("data.chat_template=true", ["data.chat_template", "no chat template"]),

@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.embedded import SHRINK_AT, EmbeddedEngine, _uniform, draw
+from megatron_prepo.routing import RoutingFormat
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
 STOP = frozenset(range(0, tiny_models.VOCAB, 16))
@@ -157,6 +158,24 @@ def test_a_prompt_is_computed_once_and_ended_rows_leave(tmp_path):
     for t, (rows, _) in enumerate(steps, 1):
         going = sum(length > t for length in lengths)
         assert going <= rows <= going / SHRINK_AT
+
+
+def test_a_routing_is_that_of_the_whole_sequence_but_its_last_token(tmp_path):
+    """Against one pass over each sequence alone; rows leave the batch, and prompts are padded."""
+    model = MODELS["qwen3_moe"]()
+    engine, form = engine_of(model, tmp_path), RoutingFormat(4, 2, 8)
+    settings = {"samples_per_prompt": SAMPLES, "temperature": TEMPERATURE, "seed": SEED}
+    settings["max_new_tokens"] = NEW_TOKENS
+    plain = engine.generate(prompts(), **settings)
+    assert all(rollout.routing is None for rollout in plain)
+    routed = engine.generate(prompts(), **settings, routing=True)
+    assert [r.tokens for r in routed] == [r.tokens for r in plain]
+    for rollout in routed:
+        tokens_1S = torch.tensor([rollout.prompt.tokens + rollout.tokens[:-1]])
+        logits = model(tokens_1S, output_router_logits=True).router_logits
+        expected_SLk = torch.stack([layer.topk(2).indices for layer in logits], dim=1)
+        assert (form.unpack(rollout.routing) == expected_SLk.numpy()).all()
+    assert not any(layer.mlp.gate._forward_hooks for layer in engine.model.model.layers)
 
 
 def test_draw_never_takes_a_token_of_probability_0():

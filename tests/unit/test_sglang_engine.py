@@ -63,12 +63,16 @@ def build(hf, tmp_path):
     """An engine for some fakes, closed at the end, and its configuration."""
     engines = []
 
-    def build(fakes, servers=None, model=None, **sync):
+    def build(fakes, servers=None, model=None, router_replay=False, **sync):
         config = tiny_models.actor_config(
             hf,
             model={"hf": hf, "dtype": "float32"} | (model or {}),
             run={"dir": str(tmp_path / "run")},
-            rollout={"engine": "sglang", "max_new_tokens": 12},
+            rollout={
+                "engine": "sglang",
+                "max_new_tokens": 12,
+                "router_replay": router_replay,
+            },
             servers={
                 "urls": [fake.url for fake in fakes],
                 "request_seconds": 20.0,
@@ -180,6 +184,18 @@ def test_a_server_whose_logits_are_rounded_otherwise_is_refused(build, hf):
         sync_weights(FakeActor(hf), equal, config, PROBE)
         engine, config = build([fake], model={"dtype": "bfloat16", "fp32_lm_head": False})
         with pytest.raises(EngineError, match=rf"{fake.url} has enable_fp32_lm_head=true"):
+            sync_weights(FakeActor(hf), engine, config, PROBE)
+
+
+def test_a_server_that_does_not_tell_its_experts_is_refused_if_they_are_to_be_replayed(build, hf):
+    with FakeSGLang(routing=(2, 2)) as tells, FakeSGLang() as silent:
+        engine, config = build([tells], router_replay=True, verify="never")
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        engine, config = build([silent], verify="never")
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        engine, config = build([silent], router_replay=True, verify="never")
+        words = rf"{silent.url} does not tell .*rollout\.router_replay=.*--enable-return-routed"
+        with pytest.raises(EngineError, match=words):
             sync_weights(FakeActor(hf), engine, config, PROBE)
 
 

@@ -1,7 +1,9 @@
 """Completions from servers that misbehave: none lost, none counted twice, no fault unnamed."""
 
+import base64
 import hashlib
 import random
+import struct
 import time
 from collections import Counter
 from dataclasses import replace
@@ -17,8 +19,10 @@ from megatron_prepo.rollout.sglang.completion import Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
+from megatron_prepo.routing import RoutingFormat
 
 SAMPLING = Sampling(0.7, 12, frozenset({2}), "run.3", fake_sglang.VOCAB)
+ROUTED = replace(SAMPLING, routing=RoutingFormat(3, 2, 8))
 PROBING = Probing("run.3", fake_sglang.VOCAB)
 GROUP = 4
 
@@ -182,6 +186,55 @@ def test_a_slow_probe_is_not_cut(fakes):
         fake.prompt_logprobs = lambda ids: time.sleep(0.5) or [-1.0] * (len(ids) - 1)
     Run(fakes, num_prompts=2, asked=PROBING, straggler_seconds=0.05)
     assert not any("/abort_request" in fake.calls for fake in fakes)
+
+
+@pytest.mark.parametrize("fault", [None, "unrouted", "misrouted"])
+def test_routings_cover_prompt_and_completion_but_the_last_token(fakes, fault):
+    """And an answer without one, or one of another number of tokens, is mended by another try."""
+    for fake in fakes:
+        fake.routing = (3, 2)
+    fakes[0].fault = only_generate(fault, at={0, 1, 5})
+    run = Run(fakes, asked=ROUTED)
+    run.assert_complete()
+    for job, c in zip(run.jobs, run.completions, strict=True):
+        routed = [*job.prompt.tokens, *c.tokens][:-1]
+        assert list(c.routing) == fake_sglang.experts(routed, 3, 2)
+    assert all(body["return_routed_experts"] for body in fakes[0].requests + fakes[1].requests)
+
+
+def test_no_routing_is_asked_for_unless_it_is_wanted(fakes):
+    fakes[0].routing = fakes[1].routing = (3, 2)
+    run = Run(fakes)
+    assert all(c.routing is None for c in run.completions)
+    assert not any("return_routed_experts" in body for body in fakes[0].requests)
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (None, "None; is enable_return_routed_experts set?"),
+        ("AAAA!", "Non-base64|Only base64|Incorrect padding|Invalid base64"),
+        ("AAAA", "buffer size must be a multiple of element size"),
+        (("0", 12), "cannot reshape array of size 12 into shape"),
+        (("1", 18), "a token that goes to one expert twice"),
+        (("9", 18), "experts 9 to 9 of 8"),
+    ],
+)
+def test_a_routing_that_is_none_is_refused_by_the_name_of_the_setting(routing, message):
+    """Of two prompt tokens and two new ones, the last of which is not routed: 3 x 3 layers x 2."""
+    if isinstance(routing, tuple):
+        number, count = routing
+        routing = base64.b64encode(struct.pack(f"<{count}i", *[int(number)] * count)).decode()
+    meta = {
+        "finish_reason": {"type": "stop"},
+        "weight_version": "run.3",
+        "output_token_logprobs": [[-0.5, 9, None], [-0.7, 2, None]],
+        "prompt_tokens": 2,
+        "routed_experts": routing,
+    }
+    job = Job(0, Prompt("p", "", "", (5, 6), (0, 0)), "")
+    with pytest.raises(ServerFailed, match=rf"rollout\.router_replay.*({message})"):
+        ROUTED.read({"output_ids": [9, 2], "meta_info": meta}, job, cut=False, server="url")
 
 
 def test_concurrency_is_bounded(fakes):

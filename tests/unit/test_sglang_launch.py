@@ -25,7 +25,8 @@ from tests.unit.test_sglang_engine import PROBE, FakeActor, rollouts
 
 
 def config_of(hf="a model", **sections):
-    sections["rollout"] = {"engine": "sglang", "max_new_tokens": 12}
+    rollout = {"engine": "sglang", "max_new_tokens": 12}
+    sections["rollout"] = rollout | sections.get("rollout", {})
     return tiny_models.actor_config(str(hf), **sections)
 
 
@@ -54,6 +55,12 @@ def test_arguments_on_gpus():
     servers["release_memory"] = False
     words = arguments(config_of(servers=servers), 1, port=1, cuda=True)
     assert "--enable-memory-saver" not in words
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_our_servers_tell_their_experts_if_they_are_to_be_replayed(asked):
+    words = arguments(config_of(rollout={"router_replay": asked}), 0, port=1, cuda=True)
+    assert ("--enable-return-routed-experts" in words) is asked
 
 
 def test_arguments_of_sglang_pass_through():

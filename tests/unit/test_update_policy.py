@@ -101,6 +101,7 @@ def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
     actor = SimpleNamespace(
         updates=5,
         score=lambda sequences, temperature: [Scores(torch.full((1,), -1.0), torch.ones(1))],
+        routed_differently=lambda: None,
     )
     rollout = Rollout(Prompt("p", "", "", (5, 6), (0, 2)), (7,), (-1.0,), "", True, 5 - age)
     if accepted:

@@ -1,11 +1,15 @@
 """What is asked of a server for one completion, and what its answer has to look like."""
 
+import base64
 import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
+from megatron_prepo.routing import RoutingFormat
 
 FINISHES = ("stop", "length", "abort")
 
@@ -29,6 +33,8 @@ class Completion:
     logprobs: tuple[float, ...]
     finish: str
     """`stop`: by itself; `length`: at the limit of new tokens; `abort`: cut by us."""
+    routing: bytes | None = None
+    """The experts of prompt and completion, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Sampling:
     weight_version: str
     """The servers' name for the actor's weights."""
     vocab_size: int
+    routing: RoutingFormat | None = None
+    """That of the routing to ask for; None: none."""
     can_be_cut = True
     """A part of a completion is of use, too."""
 
@@ -55,6 +63,7 @@ class Sampling:
             "rid": request_id,
             "input_ids": list(job.prompt.tokens),
             "return_logprob": True,
+            **({"return_routed_experts": True} if self.routing else {}),
             "sampling_params": {
                 "temperature": self.temperature,
                 "top_p": 1.0,
@@ -109,4 +118,23 @@ class Sampling:
             finish != "length" or len(tokens) == self.max_new_tokens,
             f"{len(tokens)} of {self.max_new_tokens} tokens, cut for length",
         )
-        return Completion(tokens, tuple(map(float, logprobs)), finish)
+        routing = None
+        if self.routing:
+            try:
+                routing = self._routing(meta.get("routed_experts"), num_prompt_tokens + len(tokens))
+            except ValueError as error:
+                require(False, f"a routing (rollout.router_replay) that is none: {error}")
+        return Completion(tokens, tuple(map(float, logprobs)), finish, routing)
+
+    def _routing(self, encoded: object, num_tokens: int) -> bytes:
+        """The routing in an answer; ValueError if it is not one of so many tokens.
+
+        SGLang keeps it with keys and values: for tokens that it has found in its cache it is that
+        of the pass that has computed them, and so that of every completion that uses them.
+        """
+        if not isinstance(encoded, str):
+            raise ValueError(f"{str(encoded)[:50]}; is enable_return_routed_experts set?")
+        numbers = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")
+        # the last token's comes with its successor, and there is none
+        shape = (num_tokens - 1, self.routing.layers, self.routing.experts_a_token)
+        return self.routing.pack(numbers.reshape(shape))

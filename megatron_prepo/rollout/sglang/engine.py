@@ -31,6 +31,7 @@ from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.perplexity import Probing
 from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
+from megatron_prepo.routing import RoutingFormat
 
 
 class SGLangEngine:
@@ -76,6 +77,7 @@ class SGLangEngine:
                 self._architectures(),
                 say,
                 self.fp32_lm_head,
+                routing=config.rollout.router_replay,
             )
             self._cached_at: dict[str, Server] = {}
             """Who has scored a prompt last, by its id."""
@@ -131,10 +133,12 @@ class SGLangEngine:
         temperature: float,
         max_new_tokens: int,
         seed: str,
+        routing: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Rollout]:
         """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
 
+        With their routing, if it is asked for (servers need `enable_return_routed_experts`).
         Raises EngineError on every rank if no server is left, or one refuses.
         """
         return self.start_generate(
@@ -143,6 +147,7 @@ class SGLangEngine:
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            routing=routing,
             on_progress=on_progress,
         ).result()
 
@@ -154,6 +159,7 @@ class SGLangEngine:
         temperature: float,
         max_new_tokens: int,
         seed: str,
+        routing: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Generating":
         """`generate` in the background; nothing else may be asked of the engine until its result.
@@ -172,6 +178,7 @@ class SGLangEngine:
             stop_tokens=self.stop_tokens,
             weight_version=self._name_of(self.weight_version),
             vocab_size=self.hf["vocab_size"],
+            routing=RoutingFormat.of(self.hf) if routing else None,
         )
         self._busy = True
         future = self._on_rank_zero(self._generate, jobs, sampling, on_progress)
@@ -313,6 +320,7 @@ class SGLangEngine:
             finished=completion.finish == "stop",
             aborted=completion.finish == "abort",
             weight_version=self.weight_version,
+            routing=completion.routing,
         )
 
 

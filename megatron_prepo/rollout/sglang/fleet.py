@@ -72,10 +72,16 @@ class Fleet:
         architectures: Sequence[str] = (),
         say: Callable[[str], None] = print,
         fp32_lm_head: bool | None = None,
+        *,
+        routing: bool = False,
     ):
-        """`fp32_lm_head`: what the servers are to say of their logits; None if it is the same."""
+        """`fp32_lm_head`: what the servers are to say of their logits; None if it is the same.
+
+        `routing`: whether they are going to be asked for the experts of their tokens.
+        """
         self.servers, self.settings, self.say = list(servers), settings, say
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
+        self.routing = routing
         self.changes = 0
         """How often a server came or went."""
         self._clients: dict[str, httpx.AsyncClient] = {}
@@ -244,6 +250,7 @@ class Fleet:
             server.has_sessions = "/begin_weight_update" in paths["paths"]
             replicas, architectures = info["dp_size"], model.get("architectures")
             fp32_lm_head = bool(info.get("enable_fp32_lm_head"))
+            tells_routing = bool(info.get("enable_return_routed_experts"))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ServerFailed(f"does not describe itself as SGLang does: {error!r}") from error
         if replicas != 1:
@@ -260,6 +267,12 @@ class Fleet:
                 f"{server.url} has enable_fp32_lm_head={str(fp32_lm_head).lower()}, and the actor "
                 f"model.fp32_lm_head={str(self.fp32_lm_head).lower()}: their logits are rounded "
                 "differently; start the server, or set the actor, as the other"
+            )
+        if self.routing and not tells_routing:
+            raise EngineError(
+                f"{server.url} does not tell which experts it chooses, as rollout.router_replay="
+                "true needs it to: start it with --enable-return-routed-experts, or set "
+                "rollout.router_replay=false"
             )
         server.described = True
 

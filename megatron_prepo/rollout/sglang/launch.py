@@ -97,6 +97,7 @@ def arguments(config: Config, index: int, *, port: int, cuda: bool) -> list[str]
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
         "enable_fp32_lm_head": bool(fp32_lm_head(config)),
+        "enable_return_routed_experts": config.rollout.router_replay,
     }
     if not cuda:
         settings |= {

@@ -34,10 +34,16 @@ def leave_kernels_alone(batch_invariant_ops) -> None:
     batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
 
 
+def pin_no_memory(host_pools) -> None:
+    """The routed experts are kept in host memory, which it would have CUDA pin."""
+    host_pools._cuda_host_register = lambda *args, **kwargs: None
+
+
 BEFORE = {"torchvision": declare_torchvision_operators}
 AFTER = {
     "sglang.srt.arg_groups.choices": allow_seeds_with_torch_native,
     "sglang.srt.batch_invariant_ops": leave_kernels_alone,
+    "sglang.srt.mem_cache.pool_host.common": pin_no_memory,
 }
 _kept: list = []
 
