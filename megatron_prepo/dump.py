@@ -5,7 +5,7 @@
 | `step.json` | which step, why it was dumped, the candidates' perplexities, the updates' results |
 | `config.yaml` | the run's configuration |
 | `rollouts.jsonl` | one rollout a line, in the order of the tensors below: text, reward, update |
-| `batch.safetensors` | what the loss was given, and entropies; `_T`: tokens of all rollouts |
+| `batch.safetensors` | what the loss was given, routing, entropies; `_T`: tokens of all rollouts |
 | `weights_0/`, ... | before each update, a Megatron checkpoint, its optimizer state with it |
 | `gradients_0/`, ... | of each update, under Hugging Face names, before it is clipped |
 
