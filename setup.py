@@ -30,7 +30,7 @@ setup(
     extras_require={
         "sglang": ["sglang>=0.5.11"],
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
-        "launch": ["nemo-run==0.11.1", "leptonai>=0.26.6,<0.28"],
+        "launch": ["nemo-run[kubeflow]==0.11.1", "leptonai>=0.26.6,<0.28"],
         "data": ["datasets>=2.19"],  # brings pyarrow
         "bench": ["trl==1.16.0"],  # tools/bench_train.py times methods that have no public name
         "tensorboard": ["tensorboard>=2.14"],

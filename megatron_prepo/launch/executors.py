@@ -6,7 +6,7 @@
 | `slurm` | many | a task of `srun` each | also SGLang servers on nodes, jobs in a chain |
 | `docker` | one container | torchrun | |
 | `skypilot` | many | torchrun | NeMo-Run wants its extra `skypilot` |
-| `kubeflow` | many | torchrun | NeMo-Run wants `kubernetes` and a kubeconfig |
+| `kubeflow` | many | torchrun | a TrainJob; NeMo-Run wants `kubernetes`, `kubectl`, a kubeconfig |
 
 Tasks are `run.Script`, so that what runs inside a job needs no NeMo-Run.  Jobs of Slurm are for the
 checkout that they are launched from, on a file system that all nodes share: nothing is packed, and
@@ -14,15 +14,19 @@ relative paths stay what they are.
 
 Of NeMo-Run 0.11.1: words of a command reach the scripts of Slurm and Docker unquoted, values of the
 environment that of Slurm; a task that fails leaves the launcher at exit code 0; names of variables
-are turned to capitals.
+are turned to capitals.  Its torchrun launcher writes `$PET_MASTER_ADDR` into a TrainJob, whose
+command no shell reads.  It cannot print a dry run of SkyPilot 0.10 and later.
 """
 
+import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+import yaml
 
 from megatron_prepo.config import nearest
 from megatron_prepo.errors import UserError
@@ -69,8 +73,9 @@ def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
     with run.Experiment(job.name) as experiment:
         EXPERIMENTS[place.executor](run, experiment, job, place)
         if dry_run:
-            experiment.dryrun(log=place.executor != "slurm", delete_exp_dir=False)
-            return _scripts(experiment)
+            written = WRITTEN.get(place.executor)
+            experiment.dryrun(log=written is None, delete_exp_dir=False)
+            return "\n".join(map(written, experiment.jobs)) if written else ""
         detach = place.executor in ("slurm", "skypilot") and not wait
         experiment.run(detach=detach, tail_logs=not detach)
         if detach:
@@ -189,10 +194,15 @@ def _docker(run, experiment, job: Job, place: Place) -> None:
 
 def _skypilot(run, experiment, job: Job, place: Place) -> None:
     _refuse_servers(job, place)
+    if not {"gpus", "instance_type"} & set(place.fields):
+        raise UserError(
+            "--executor skypilot needs --with gpus=H100, or another of `sky show-gpus`; without it "
+            "SkyPilot takes machines that have none"
+        )
     executor = _build(
         run.SkypilotExecutor,
         place,
-        container_image=place.image,
+        container_image=place.image and f"docker:{place.image.removeprefix('docker:')}",
         num_nodes=job.nodes,
         gpus_per_node=job.gpus_per_node,
         launcher="torchrun",
@@ -205,16 +215,20 @@ def _kubeflow(run, experiment, job: Job, place: Place) -> None:
     _refuse_servers(job, place)
     if not place.image:
         raise UserError("--executor kubeflow needs --image")
+    # with a volume for the code, NeMo-Run writes words and variables into a script as they are
+    quote = shlex.quote if place.fields.get("workdir_pvc") else str
     executor = _build(
         run.KubeflowExecutor,
         place,
         image=place.image,
         num_nodes=job.nodes,
         gpus_per_node=job.gpus_per_node,
-        launcher="torchrun",
-        env_vars=dict(place.environment),
+        env_vars={name: quote(value) for name, value in place.environment.items()},
     )
-    experiment.add(_script(run, job.train_words()), executor=executor, name="train")
+    # no launcher: the operator sets PET_NNODES and the like, which torchrun reads by itself
+    words = map(quote, job.train_words())
+    script = run.Script(path="-m", entrypoint="torchrun", args=list(words))
+    experiment.add(script, executor=executor, name="train")
 
 
 EXPERIMENTS = {
@@ -249,18 +263,37 @@ def _build(kind, place: Place, **settings):
             )
     try:
         return kind(**settings | dict(place.fields))
-    except (AssertionError, ImportError) as error:  # how NeMo-Run says that an extra is missing
+    except (AssertionError, ImportError, *_no_kubeconfig()) as error:
+        # the first two are how NeMo-Run says that an extra is missing
         raise UserError(f"--executor {place.executor}: {error}") from error
 
 
-def _scripts(experiment) -> str:
-    """The sbatch scripts that were written, each under its path."""
-    paths = [
-        Path(job.executor.experiment_dir) / f"{job.executor.job_name}_sbatch.sh"
-        for job in experiment.jobs
-        if hasattr(job.executor, "job_name")
-    ]
-    return "\n".join(f"# {path}\n{path.read_text()}" for path in paths if path.is_file())
+def _no_kubeconfig() -> tuple[type[Exception], ...]:
+    """What the package of Kubernetes raises where it finds no cluster."""
+    if importlib.util.find_spec("kubernetes") is None:
+        return ()
+    from kubernetes.config import ConfigException
+
+    return (ConfigException,)
+
+
+def _sbatch_script(job) -> str:
+    path = Path(job.executor.experiment_dir) / f"{job.executor.job_name}_sbatch.sh"
+    return f"# {path}\n{path.read_text()}"
+
+
+def _sky_task(job) -> str:
+    return yaml.safe_dump(job._dryrun_info.request.task.to_yaml_config(), sort_keys=False)
+
+
+def _train_job(job) -> str:
+    request = job._dryrun_info.request
+    body = request.executor.get_job_body(request.name, request.cmd)
+    return yaml.safe_dump(body, sort_keys=False)
+
+
+WRITTEN = {"slurm": _sbatch_script, "skypilot": _sky_task, "kubeflow": _train_job}
+"""What a job of the executor is submitted as; the others are requests that NeMo-Run prints."""
 
 
 def _raise_if_failed(experiment) -> None:

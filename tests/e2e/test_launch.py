@@ -1,9 +1,7 @@
 """NeMo-Run itself: what it would submit for every recipe, and runs on this machine and on a Slurm
 that is played there.  Skipped where it is not installed."""
 
-import importlib.util
 import json
-import os
 import re
 import shlex
 import signal
@@ -19,15 +17,11 @@ import pytest
 from megatron_prepo.cli import main
 from megatron_prepo.launch import recipes
 from megatron_prepo.launch.job import make_job
+from tests.e2e import launcher
 from tests.e2e.laptop import FILES, REPOSITORY, SHORT, metrics, summary
+from tests.e2e.launcher import launch, python
 
-OWN = REPOSITORY / ".venv-launch" / "bin" / "python"
-PYTHON = str(OWN) if OWN.is_file() else sys.executable
-"""The interpreter that has NeMo-Run: `make test` sets one up."""
-pytestmark = pytest.mark.skipif(
-    not OWN.is_file() and importlib.util.find_spec("nemo_run") is None,
-    reason="NeMo-Run is not installed (make .venv-launch/ready)",
-)
+pytestmark = launcher.NEEDED
 LAPTOP = "examples/laptop/prepo.yaml"
 ODD = 'data.train=/data/it\'s "$HOME" [1].jsonl'
 """A word that a shell would change."""
@@ -39,26 +33,6 @@ for words in json.load(sys.stdin):
     code = main([*words, "--dry-run", "--no-doctor"])
     print(f"code {code}")
 """
-
-
-def python(*words: str, home: Path, given: str = "", **variables: str):
-    # the ranks run where torch is: in this environment, which has no NeMo-Run
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        [PYTHON, *words],
-        cwd=REPOSITORY,
-        env=os.environ
-        | {"PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}", "PATH": path}
-        | {"NEMORUN_HOME": str(home), "OMP_NUM_THREADS": "1", **variables},
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
-def launch(*words: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
-    return python("-m", "megatron_prepo.launch", *words, home=home, **variables)
 
 
 SLURM = ["--executor", "slurm", "--account", "acct"]
@@ -81,8 +55,6 @@ CASES = {name: [name, *SLURM, SGLANG] for name in recipes.recipes()} | {
     "docker on two machines": ["qwen2.5-72b", "--executor", "docker", "--image", "x", SGLANG],
     "no account": ["qwen2.5-7b", "--executor", "slurm"],
     "unknown field": ["qwen2.5-7b", *SLURM, "--with", "qso=high"],
-    "skypilot": ["qwen2.5-7b", "--executor", "skypilot"],
-    "kubeflow": ["qwen2.5-7b", "--executor", "kubeflow", "--image", "x"],
 }
 
 
@@ -161,14 +133,9 @@ def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
         ("docker on two machines", "--executor docker is for one machine, and the job has 8 nodes"),
         ("no account", "--executor slurm needs --account"),
         ("unknown field", "SlurmExecutor has no such field (did you mean qos?)"),
-        ("skypilot", "Skypilot is not installed"),
-        ("kubeflow", "kubernetes package is required"),
     ],
 )
 def test_what_cannot_be_launched_is_said(name, expected, dry_runs):
-    package = {"skypilot": "sky", "kubeflow": "kubernetes"}.get(name)
-    if package and importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
     assert "code 2" in dry_runs[name] and expected in dry_runs[name]
 
 
