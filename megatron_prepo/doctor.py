@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
+from megatron_prepo.launch import nodes
 
 GIB = 2**30
 WIDTH = 100
@@ -63,20 +65,51 @@ PACKAGES = {
     ),
     "apex": Package("apex", ("apex",), "optional: fuses weight gradients; build it from source"),
     "SGLang": Package("sglang", ("sglang",), 'pip install -e ".[sglang]"'),
+    "math-verify": Package(
+        "math_verify",
+        ("math-verify",),
+        "pip install -c constraints.txt -e . (reward.function=math)",
+    ),
+    "TensorBoard": Package(
+        "torch.utils.tensorboard",
+        ("tensorboard",),
+        'pip install -e ".[tensorboard]", or leave run.tensorboard out',
+    ),
+    "Weights & Biases": Package(
+        "wandb", ("wandb",), 'pip install -e ".[wandb]", or leave run.wandb_project out'
+    ),
+    "NeMo-Run": Package(
+        "nemo_run", ("nemo_run",), 'pip install -e ".[launch]", only where you launch from'
+    ),
 }
 
 
 def examine(config: Config | None = None) -> list[Finding]:
     """Look at the machine and, if there is a configuration, at what its run needs."""
-    needed = {"torch", "megatron-core", "transformers"}
-    if config and config.model.layers == "te":
-        needed.add("TransformerEngine")
-    if config and config.rollout.engine == "sglang" and not _servers_are_apart(config):
-        needed.add("SGLang")
+    needed = _needed(config)
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
     findings += [*_gpus(config), _shared_memory(), _port()]
+    if config and config.rollout.engine == "sglang":
+        findings += [] if config.servers.urls else [_server_ports(config)]
+        distributed = config.weight_sync.transport == "distributed"
+        findings += [_weight_sync(config)] if distributed else []
     return findings + (examine_inputs(config) if config else [])
+
+
+def _needed(config: Config | None) -> set[str]:
+    """The PACKAGES without which the run cannot be."""
+    needed = {"torch", "megatron-core", "transformers"}
+    if config:
+        asked = {
+            "TransformerEngine": config.model.layers == "te",
+            "SGLang": config.rollout.engine == "sglang" and not _servers_are_apart(config),
+            "math-verify": config.reward.function == "math",
+            "TensorBoard": config.run.tensorboard,
+            "Weights & Biases": config.run.wandb_project,
+        }
+        needed |= {name for name, wanted in asked.items() if wanted}
+    return needed
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -180,17 +213,64 @@ def _shared_memory() -> Finding:
 
 
 def _port() -> Finding:
-    """The port at which torchrun's ranks meet."""
+    """The port at which torchrun's ranks meet; in a Slurm job all that `launch` uses there."""
+    if "SLURM_JOB_ID" in os.environ:
+        ports = nodes.ports(os.environ)
+        for port in ports:
+            if trouble := _trouble("", port):
+                remedy = "they follow from the job's number: submit it again, or end what is there"
+                return Finding("ports", "missing", f"{port} is {trouble}", remedy)
+        return Finding("ports", "ok", f"{ports[0]} to {ports[-1]}, this job's, are free")
     port = int(os.environ.get("MASTER_PORT", "29500"))
+    if trouble := _trouble("", port):
+        remedy = "torchrun --master-port another, or set MASTER_PORT"
+        return Finding("port", "note", f"{port} is {trouble}", remedy)
+    return Finding("port", "ok", f"{port} is free")
+
+
+def _trouble(host: str, port: int) -> str | None:
+    """Why nobody can listen there; None if one can."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("", port))
+            listener.bind((host, port))
         except OSError as error:
-            reason = "taken" if error.errno == errno.EADDRINUSE else error.strerror
-            remedy = "torchrun --master-port another, or set MASTER_PORT"
-            return Finding("port", "note", f"{port} is {reason}", remedy)
-    return Finding("port", "ok", f"{port} is free")
+            return "taken" if error.errno == errno.EADDRINUSE else error.strerror
+    return None
+
+
+def _server_ports(config: Config) -> Finding:
+    """Servers of the run listen at ports that are free when they start: are there any?"""
+    host, count = config.servers.host, config.servers.count
+    if trouble := _trouble(host, 0):
+        found = f"servers.host={host} is no address to listen at here: {trouble}"
+        remedy = "127.0.0.1 for servers of the run, or another address of this machine"
+        return Finding("server ports", "missing", found, remedy)
+    return Finding("server ports", "ok", f"{count} free ones at {host}")
+
+
+def _weight_sync(config: Config) -> Finding:
+    """Whether servers will find rank 0, if it is here, by `weight_sync.address`."""
+    address = config.weight_sync.address
+    hosts = {urlsplit(url).hostname for url in config.servers.urls}
+    remedy = "weight_sync.address: this machine's, as the servers see it"
+    if _is_here(address) and not all(map(_is_here, hosts)):
+        found = f"servers at {', '.join(sorted(hosts))} would look for rank 0 on themselves: "
+        found += f"weight_sync.address={address}"
+        return Finding("weight sync", "missing", found, remedy)
+    with socket.create_server(("", 0)) as store:
+        where = (address, store.getsockname()[1])
+        try:
+            socket.create_connection(where, timeout=config.servers.connect_seconds).close()
+        except OSError as error:
+            found = f"nobody reaches this machine at weight_sync.address={address}: {error}"
+            return Finding("weight sync", "missing", found, remedy)
+    return Finding("weight sync", "ok", f"rank 0 answers at {address}")
+
+
+def _is_here(host: str | None) -> bool:
+    """Whether every machine means itself by it."""
+    return host in ("localhost", "127.0.0.1", "::1")
 
 
 def examine_inputs(config: Config) -> list[Finding]:
@@ -199,7 +279,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     Of the machine only the disk: it is also for a login node, where nothing will run.
     """
     from checkpoints_convert.hf_config import read_hf_config
-    from megatron_prepo import dashboards, preflight, run_directory
+    from megatron_prepo import preflight, run_directory
     from megatron_prepo.actor.model import check_layout, transformer_config
     from megatron_prepo.rollout.sglang import launch
 
@@ -271,7 +351,6 @@ def examine_inputs(config: Config) -> list[Finding]:
             lambda: launch.check_given(config) if given else launch.check(config),
             lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
         )
-    look("dashboards", lambda: dashboards.check(config), lambda _: _dashboards(config))
     look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
     findings.append(_disk(config))
     return findings
@@ -280,13 +359,6 @@ def examine_inputs(config: Config) -> list[Finding]:
 def _servers_are_apart(config: Config) -> bool:
     """Whether SGLang is not in the trainer's own environment."""
     return bool(config.servers.urls or config.servers.python)
-
-
-def _dashboards(config: Config) -> str:
-    names = ["metrics.jsonl"]
-    names += ["TensorBoard"] * config.run.tensorboard
-    names += ["Weights & Biases"] * bool(config.run.wandb_project)
-    return ", ".join(names)
 
 
 def _weights(config: Config) -> str:

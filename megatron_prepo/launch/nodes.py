@@ -62,15 +62,16 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": str(tasks // len(step_hosts)),
         "MASTER_ADDR": step_hosts[0],
-        "MASTER_PORT": str(_ports(slurm)[0]),
+        "MASTER_PORT": str(ports(slurm)[0]),
     }
 
 
 def server_port(slurm: Mapping[str, str], index: int) -> int:
     """The port of a node's SGLang server with this index."""
-    return _ports(slurm)[1 + index]
+    return ports(slurm)[1 + index]
 
 
-def _ports(slurm: Mapping[str, str]) -> range:
+def ports(slurm: Mapping[str, str]) -> range:
+    """Those of the job, on each of its nodes."""
     first = FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % 300 * PORTS
     return range(first, first + PORTS)

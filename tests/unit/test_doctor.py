@@ -13,6 +13,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo import doctor
 from megatron_prepo.cli import main
 from megatron_prepo.doctor import GIB
+from megatron_prepo.launch import nodes
 from tests.e2e.laptop import LAPTOP, REPOSITORY
 
 
@@ -20,6 +21,7 @@ from tests.e2e.laptop import LAPTOP, REPOSITORY
 def from_the_root(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 def laptop(*overrides: str) -> configuration.Config:
@@ -138,21 +140,80 @@ def test_servers_in_another_environment_are_asked_there():
     assert gone.state == "missing" and "no answer from http://127.0.0.1:1/health" in gone.found
 
 
-def test_dashboards_are_named():
-    config = laptop("run.tensorboard=true", "run.wandb_project=mine")
-    assert doctor._dashboards(config) == "metrics.jsonl, TensorBoard, Weights & Biases"
-    assert found(doctor.examine(laptop()), "dashboards").found == "metrics.jsonl"
+@pytest.mark.parametrize(
+    ("override", "what", "module"),
+    [
+        ("reward.function=math", "math-verify", "math_verify"),
+        ("run.tensorboard=true", "TensorBoard", "torch.utils.tensorboard"),
+        ("run.wandb_project=mine", "Weights & Biases", "wandb"),
+    ],
+)
+def test_what_a_setting_asks_for_is_needed_only_then(override, what, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    finding = found(doctor.examine(laptop(override)), what)
+    assert finding.state == "missing" and "pip install" in finding.remedy
+    assert found(doctor.examine(laptop()), what).state == "note"
+    monkeypatch.undo()
+    monkeypatch.chdir(REPOSITORY)
+    assert found(doctor.examine(laptop(override)), what).state == "ok"
 
 
-def test_a_taken_port(monkeypatch):
+def test_packages_are_the_jobs_and_not_the_login_nodes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    whats = [finding.what for finding in doctor.examine_inputs(laptop("run.wandb_project=mine"))]
+    assert not {"Weights & Biases", "torch", "NeMo-Run"} & set(whats)
+
+
+@pytest.fixture
+def taken():
+    """A port that somebody listens at."""
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        port = other.getsockname()[1]
-        monkeypatch.setenv("MASTER_PORT", str(port))
-        finding = doctor._port()
-    assert (finding.state, finding.found) == ("note", f"{port} is taken")
+        yield other.getsockname()[1]
+
+
+def test_a_taken_port(monkeypatch, taken):
+    monkeypatch.setenv("MASTER_PORT", str(taken))
+    finding = doctor._port()
+    assert (finding.state, finding.found) == ("note", f"{taken} is taken")
+    monkeypatch.delenv("MASTER_PORT")
     assert doctor._port().state == "ok"
+
+
+def test_the_ports_of_a_slurm_job(monkeypatch, taken):
+    """Those of its ranks and servers follow from its number, so none can be chosen instead."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4217")
+    finding = doctor._port()
+    assert (finding.state, finding.found) == ("ok", "20544 to 20575, this job's, are free")
+    monkeypatch.setattr(nodes, "ports", lambda slurm: range(taken, taken + 1))
+    finding = doctor._port()
+    assert finding.state == "missing" and f"{taken} is taken" in finding.found
+
+
+SGLANG = ("rollout.engine=sglang", f"servers.python={sys.executable}")
+
+
+def test_ports_of_own_servers_are_tried_at_their_address():
+    finding = found(doctor.examine(laptop(*SGLANG, "servers.count=3")), "server ports")
+    assert (finding.state, finding.found) == ("ok", "3 free ones at 127.0.0.1")
+    for host in ("192.0.2.1", "no.such.host.invalid"):  # an address for examples, of no machine
+        finding = found(doctor.examine(laptop(*SGLANG, f"servers.host={host}")), "server ports")
+        assert finding.state == "missing" and f"servers.host={host}" in finding.found
+    whats = [finding.what for finding in doctor.examine(laptop())]
+    assert "server ports" not in whats and "weight sync" not in whats
+
+
+def test_servers_have_to_find_rank_0():
+    sync = "weight_sync.transport=distributed"
+    finding = found(doctor.examine(laptop(*SGLANG, sync)), "weight sync")
+    assert (finding.state, finding.found) == ("ok", "rank 0 answers at 127.0.0.1")
+    nowhere = [*SGLANG, sync, "weight_sync.address=no.such.host.invalid"]
+    finding = found(doctor.examine(laptop(*nowhere)), "weight sync")
+    assert finding.state == "missing" and "weight_sync.address=no.such.host" in finding.found
+    away = ["rollout.engine=sglang", sync, "servers.urls=[http://192.0.2.1:30000]"]
+    finding = doctor._weight_sync(laptop(*away))
+    assert finding.state == "missing" and "would look for rank 0 on themselves" in finding.found
 
 
 def test_gpus_as_torch_tells_of_them(monkeypatch):
