@@ -198,21 +198,27 @@ def communication_seconds(
     hidden: int,
     tokens: int,
     gradient_bytes: float,
+    pipeline: int = 1,
+    chunks: int = 1,
 ) -> float:
-    """Least seconds that an update waits for its ring all-reduces, at the vendor's peak rates.
+    """Least seconds that an update waits for other GPUs, at the vendor's peak rates.
 
     Tensor parallelism: 4 all-reduces a layer of `tokens` x `hidden` bfloat16 numbers, two forward
     and two backward (arXiv 1909.08053, section 3), over NVLink.  Data parallelism: one of
     `gradient_bytes`, over NVLink inside a machine and the network between machines.  A ring moves
-    2 (n - 1) / n of the bytes.  It ranks layouts and is no part of the predicted seconds, since the
-    published runs communicated too.
+    2 (n - 1) / n of the bytes.  A pipeline sends a token's hidden state forth and its gradient
+    back, from each of a rank's `chunks`, cut over the tensor ranks (sequence parallelism).  It
+    ranks layouts and is no part of the predicted seconds, since the published runs communicated
+    too.
     """
     inside = math.prod((tensor, data)) <= GPUS_A_MACHINE
     over = gpu.nvlink if inside else NETWORK
+    # stages are the outermost: neighbours of a pipeline are on one machine only if all ranks are
+    to_next = gpu.nvlink if math.prod((tensor, data, pipeline)) <= GPUS_A_MACHINE else NETWORK
+    messages = 2 * chunks * tokens * hidden * 2 / tensor if pipeline > 1 else 0
 
     def ring(ranks: int, num_bytes: float, rate: float) -> float:
         return 2 * (ranks - 1) / ranks * num_bytes / rate
 
-    return ring(tensor, 4 * layers * tokens * hidden * 2, gpu.nvlink) + ring(
-        data, gradient_bytes, over
-    )
+    reduced = ring(tensor, 4 * layers * tokens * hidden * 2, gpu.nvlink)
+    return reduced + ring(data, gradient_bytes, over) + messages / to_next

@@ -2,13 +2,15 @@
 
 Every division of the GPUs into tensor (inside a machine), pipeline, expert and data parallelism is
 tried, with the configuration's micro-batch or one as small as can be, as configured or with full
-recomputation; always with the distributed optimizer, and with sequence parallelism where there is
-tensor parallelism.  Of those that fit, the least seconds of scoring and learning come first:
-published rates, idle pipeline, a fourth more arithmetic for recomputation, least communication
-(`gpus`).  It is an order, not a measurement.
+recomputation, a pipeline also in chunks if they save a hundredth or more; always with the
+distributed optimizer, and with sequence parallelism where there is tensor parallelism.  Of those
+that fit, the least seconds of scoring and learning come first: published rates, idle pipeline, a
+fourth more arithmetic for recomputation, least communication (`gpus`).  It is an order, not a
+measurement.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +28,12 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+
+CHUNKS = (1, 2, 4)
+"""Of a pipeline's rank.  More save little of what is idle, and cost what is not counted here:
+smaller kernels and more messages."""
+WORTH = 0.99
+"""Of the seconds without more chunks; below it they are worth their messages."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ def suggest(config: Config, question: Question, *, most: int = 5) -> list[Layout
             parts[sizes] = _parts(variant, hf)
         layout = _evaluate(variant, config, question, hf, shape, parts[sizes])
         key = (parallel.tensor, parallel.pipeline, parallel.expert)
-        if layout and (key not in best or layout.seconds < best[key].seconds):
+        worth = WORTH if parallel.virtual_pipeline > 1 else 1.0
+        if layout and (key not in best or layout.seconds < worth * best[key].seconds):
             best[key] = layout
     return sorted(best.values(), key=lambda layout: (layout.seconds, layout.total))[:most]
 
@@ -75,31 +84,31 @@ def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
     tree = to_tree(config)
     uneven = [name for name in config.megatron if name.startswith("num_layers_in_")]
     megatron = {name: value for name, value in config.megatron.items() if name not in uneven}
+    micro_batches = dict.fromkeys((config.train.micro_batch_tokens, longest(config)))
     for tensor, pipeline, expert in _sizes(question.gpus, hf["num_hidden_layers"], Shape.of(hf)):
-        data = question.gpus // (tensor * pipeline)
         parallel = {
             "tensor": tensor,
             "pipeline": pipeline,
-            "virtual_pipeline": 1,
             "expert": expert,
-            "data": data,
+            "data": question.gpus // (tensor * pipeline),
             "sequence": tensor > 1,
         }
-        sizes = (config.train.micro_batch_tokens, longest(config))
-        for size in dict.fromkeys(sizes):  # of equals the first wins
-            for recompute in (megatron, megatron | RECOMPUTE):
-                changed = {
-                    "parallel": tree["parallel"] | parallel,
-                    "train": tree["train"] | {"micro_batch_tokens": size},
-                    "optimizer": tree["optimizer"] | {"use_distributed_optimizer": True},
-                    "megatron": recompute,
-                }
-                try:
-                    variant = from_tree(tree | changed)
-                    check_layout(variant, hf)
-                except UserError:  # this division is not one: the next
-                    continue
-                yield variant
+        # of equals the first wins
+        for size, recompute, chunks in itertools.product(
+            micro_batches, (megatron, megatron | RECOMPUTE), CHUNKS if pipeline > 1 else (1,)
+        ):
+            changed = {
+                "parallel": tree["parallel"] | parallel | {"virtual_pipeline": chunks},
+                "train": tree["train"] | {"micro_batch_tokens": size},
+                "optimizer": tree["optimizer"] | {"use_distributed_optimizer": True},
+                "megatron": recompute,
+            }
+            try:
+                variant = from_tree(tree | changed)
+                check_layout(variant, hf)
+            except UserError:  # this division is not one: the next
+                continue
+            yield variant
 
 
 def _sizes(gpus: int, layers: int, shape: Shape) -> Iterator[tuple[int, int, int]]:
@@ -197,11 +206,14 @@ def _seconds(config: Config, question: Question, shape: Shape, parts: _Parts, ra
         1 / run.rate("old_logprobs") + (4 / 3 if full else 1) / run.rate("update") for run in runs
     )
     busy = (whole - shape.idle_parameters) * tokens * slow / question.gpus
-    busy *= gpu_rates.bubble(parallel.pipeline, num_micro_batches(config))
+    chunks = parallel.virtual_pipeline
+    busy *= gpu_rates.bubble(parallel.pipeline, num_micro_batches(config), chunks)
     return busy + gpu_rates.communication_seconds(
         gpu=gpu,
         tensor=parallel.tensor,
         data=parallel.data,
+        pipeline=parallel.pipeline,
+        chunks=chunks,
         layers=shape.layers // parallel.pipeline,
         hidden=shape.hidden,
         tokens=tokens // parallel.data,

@@ -334,6 +334,15 @@ def test_least_communication_by_hand():
     assert far == pytest.approx(2 * 15 / 16 * 1e9 / 50e9)
 
 
+def test_messages_of_a_pipeline_by_hand():
+    """10 tokens x 8 numbers x 2 bytes, there and back, for each chunk; tensor ranks send a part."""
+    asked = {"gpu": gpus.GPUS["h100"], "layers": 0, "hidden": 8, "tokens": 10, "gradient_bytes": 0}
+    inside = gpus.communication_seconds(**asked, tensor=1, data=2, pipeline=4)
+    assert inside == pytest.approx(2 * 10 * 8 * 2 / 450e9)
+    between = gpus.communication_seconds(**asked, tensor=2, data=2, pipeline=4, chunks=3)
+    assert between == pytest.approx(3 * 2 * 10 * 8 * 2 / 2 / 50e9)
+
+
 @pytest.mark.parametrize(
     ("hf", "sizes", "world_size"),
     [
@@ -341,6 +350,7 @@ def test_least_communication_by_hand():
         (DENSE | {"tie_word_embeddings": True}, {"tensor": 1, "pipeline": 2}, 4),
         (DENSE | {"tie_word_embeddings": True}, {"tensor": 2, "pipeline": 1}, 4),
         (EXPERTS, {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}, 16),
+        (DENSE, {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2}, 4),
         (EXPERTS, {"tensor": 2, "pipeline": 1, "expert": 1, "sequence": True}, 4),
     ],
 )
@@ -403,6 +413,37 @@ def test_suggestions_undo_an_uneven_pipeline(configured):
     config = configured(parallel={"pipeline": 2}, megatron=uneven)
     best = layouts.suggest(config, plan.Question(gpus=8, engine="sglang"))[0]
     assert "megatron.num_layers_in_first_pipeline_stage=" in best.settings
+
+
+def suggested(config: Config) -> dict[tuple[str, ...], layouts.Layout]:
+    """All suggestions for 16 GPUs, by the settings that make the pipeline."""
+    found = layouts.suggest(config, plan.Question(gpus=16, engine="elsewhere"), most=99)
+    return {
+        tuple(word for word in layout.settings if "tensor" in word or "pipeline" in word): layout
+        for layout in found
+    }
+
+
+def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configured, monkeypatch):
+    """Of 2 x 8 longest sequences, two data-parallel ranks have 8 micro-batches each: 1 in 8 is
+    idle, or 1 in 16 with two chunks; of 512 x 8 sequences, too little to be worth it."""
+    chunks = "parallel.virtual_pipeline=2"  # of 7 layers; 4 do not divide 14
+    tree = {"parallel": {"tensor": 4, "pipeline": 2}, "train": {"mini_batches": 1}}
+    few = configured(**tree, selection={"num_selected": 2})
+    many = configured(**tree, selection={"num_selected": 512})
+    interleaved = suggested(few)[chunks,]
+    assert suggested(many)[()].seconds > 0
+    monkeypatch.setattr(layouts, "CHUNKS", (1,))
+    plain = suggested(few)[()]
+    messages = gpus.communication_seconds(
+        gpu=gpus.GPUS["h100"],
+        **{"tensor": 4, "data": 2, "pipeline": 2, "layers": 0, "gradient_bytes": 0},
+        **{"hidden": 3584, "tokens": 8 * 4096},
+    )
+    busy = (plain.seconds - interleaved.seconds + messages) / (1 / 8 - 1 / 16)
+    assert plain.seconds > busy > 0.8 * plain.seconds
+    # both chunks keep their activations, and the first stage those of one more round
+    assert interleaved.total > plain.total
 
 
 def test_recomputation_is_suggested_only_where_it_is_needed(configured):
