@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one command of under 12 minutes.
+"""Everything that needs a GPU, in one command of under 15 minutes.
 
     python tools/gpu_check.py --out benchmarks/results/NAME.json [--verl FOLDER] [--sglang FOLDER]
 
 Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a little at tensor
-parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py).
+parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py),
+and how far a plan's memory is from what is really taken (tools/bench_plan.py).
 With the archives of tools/pack_sglang.py, and up to 10 minutes more, it also trains with an SGLang
 server on the same GPU, to which the weights go by CUDA IPC, and times that sync at the shape of a
 7B model.  Writes one JSON object with the machine, the versions and the numbers, after every part.
@@ -57,6 +58,7 @@ def main() -> int:
         "head": lambda: run_head(options.verl),
         "training": run_training,
         "utilisation": run_utilisation,
+        "plan": run_plan,
         "sglang": lambda: run_sglang(options.sglang),
     }
     return check(parts, options.out)
@@ -110,9 +112,18 @@ def run_training() -> dict:
 
 def run_utilisation() -> dict:
     """How much of the peak the actor's passes reach, packed and padded."""
+    return _run_benchmark("bench_utilisation")
+
+
+def run_plan() -> dict:
+    """What a plan says of memory against what is taken; rates of products and copies."""
+    return _run_benchmark("bench_plan")
+
+
+def _run_benchmark(name: str) -> dict:
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory, "utilisation.json")
-        command = [sys.executable, "tools/bench_utilisation.py", "--out", str(out)]
+        out = Path(directory, "result.json")
+        command = [sys.executable, f"tools/{name}.py", "--out", str(out)]
         done = run_within(PART_SECONDS, [*command, "--seconds", str(PART_SECONDS / 2)])
         print(done["output"][-6000:])
         measured = json.loads(out.read_text()) if out.is_file() else None
