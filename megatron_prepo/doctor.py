@@ -296,11 +296,13 @@ def examine_inputs(config: Config) -> list[Finding]:
 
     findings = []
 
-    def look(what: str, check: Callable, found: Callable[..., str] = lambda _: ""):
+    def look(
+        what: str, check: Callable, found: Callable[..., str] = lambda _: "", remedy: str = ""
+    ):
         try:
             result = check()
         except UserError as error:
-            findings.append(Finding(what, "missing", str(error)))
+            findings.append(Finding(what, "missing", str(error), remedy))
             return None
         findings.append(Finding(what, "ok", found(result)))
         return result
@@ -332,24 +334,34 @@ def examine_inputs(config: Config) -> list[Finding]:
                 "a prompt of data.max_prompt_tokens would be refused: lower rollout.max_new_tokens",
             )
         )
-    look("weights", lambda: preflight.check_weights(config), lambda _: _weights(config))
+    whole = "model.hf=DIR, all of the model as Hugging Face has it (`hf download NAME`)"
+    look(
+        "weights",
+        lambda: preflight.check_weights(config),
+        lambda _: _weights(config),
+        "" if config.model.megatron else whole,
+    )
     tokenizer = look(
         "tokenizer",
         lambda: preflight.read_tokenizer(config.model.hf),
         lambda tokenizer: f"{len(tokenizer):,} tokens",
+        whole,
     )
-    if tokenizer:
-        if hf and len(tokenizer) > hf["vocab_size"]:
-            findings.append(
-                Finding(
-                    "vocabulary",
-                    "note",
-                    f"the tokenizer knows {len(tokenizer):,} tokens, the model "
-                    f"{hf['vocab_size']:,}",
-                    "is it this model's tokenizer?",
-                )
+    if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
+        findings.append(
+            Finding(
+                "vocabulary",
+                "note",
+                f"the tokenizer knows {len(tokenizer):,} tokens, the model {hf['vocab_size']:,}",
+                "is it this model's tokenizer?",
             )
-        for name in ("train", "eval"):
+        )
+    for name in ("train", "eval"):
+        file = getattr(config.data, name)
+        if not Path(file).is_file():
+            remedy = f"data.{name}=FILE; tools/prepare_data.py makes such files (docs/data.md)"
+            findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
+        elif tokenizer:
             look(
                 f"data.{name}",
                 lambda name=name: preflight.prompts_of(config, tokenizer, name),

@@ -63,6 +63,8 @@ def test_a_model_without_weights_and_tokenizer(capsys, tmp_path):
     states = {finding.what: finding.state for finding in findings}
     assert (states["model"], states["weights"], states["tokenizer"]) == ("ok", "missing", "missing")
     assert "data.train" not in states
+    for what in ("weights", "tokenizer"):
+        assert "model.hf=DIR" in found(findings, what).remedy
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,14 @@ def test_a_model_without_weights_and_tokenizer(capsys, tmp_path):
 def test_what_a_run_would_refuse_is_missing(override, what, expected):
     finding = found(doctor.examine(laptop(override)), what)
     assert finding.state == "missing" and expected in finding.found
+
+
+def test_prompts_are_looked_for_without_a_tokenizer_too(tmp_path):
+    shutil.copy(LAPTOP / "base" / "config.json", tmp_path)
+    findings = doctor.examine(laptop(f"model.hf={tmp_path}", "data.train=absent.jsonl"))
+    train = found(findings, "data.train")
+    assert train.state == "missing" and "tools/prepare_data.py" in train.remedy
+    assert "data.eval" not in [finding.what for finding in findings]
 
 
 def test_a_length_beyond_the_models_positions_is_said():
