@@ -206,7 +206,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from megatron_prepo import layouts, plan, plan_text
+    from megatron_prepo import layouts, measured, plan, plan_text
 
     config = configuration.load(options.config, options.overrides)
     question = plan.Question(
@@ -216,6 +216,7 @@ def _plan(options: argparse.Namespace) -> int:
         engine_tensor=options.engine_tensor,
         prompt_tokens=options.prompt_tokens,
         response_tokens=options.response_tokens,
+        rates=measured.rates_of(options.rates) if options.rates else None,
     )
     answer = plan.make_plan(config, question)
     suggestions = layouts.suggest(config, question)
@@ -346,6 +347,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)")
     plan.add_argument(
         "--response-tokens", type=float, metavar="N", help="mean (default: the limit)"
+    )
+    plan.add_argument(
+        "--rates", metavar="RUN", help="directory of a finished run (default: published rates)"
     )
     plan.add_argument("--json", action="store_true", help="for machines: bytes and seconds")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")

@@ -2,10 +2,11 @@
 
 Nothing here was measured by us.  A prediction is a range between two published runs of another
 trainer (NeMo-RL with Megatron-Core and vLLM on H100), scaled as `predict_seconds` says; a run of
-one's own replaces it.
+one's own takes their place (`measured`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -71,6 +72,7 @@ class Published:
     rates err on the slow side."""
     seconds: dict[str, float]
     source: str
+    gpu: str = "h100"
 
     def rate(self, stage: str) -> float:
         """Active parameters times tokens, a second and GPU."""
@@ -101,7 +103,7 @@ DENSE = (
         rollouts=2048,
         tokens=795,
         seconds={"rollouts": 58, "old_logprobs": 18, "update": 28, "weight_sync": 5},
-        source=f"Llama 3.1 8B on 8 H100 ({_NEMO_959})",
+        source=f"published: Llama 3.1 8B on 8 H100 ({_NEMO_959})",
     ),
     Published(
         parameters=70.55e9,
@@ -110,7 +112,7 @@ DENSE = (
         rollouts=2048,
         tokens=398,
         seconds={"rollouts": 84, "old_logprobs": 18, "update": 28, "weight_sync": 14},
-        source=f"Llama 3.1 70B on 64 H100 ({_NEMO_959})",
+        source=f"published: Llama 3.1 70B on 64 H100 ({_NEMO_959})",
     ),
 )
 EXPERTS = (
@@ -121,7 +123,7 @@ EXPERTS = (
         rollouts=2048,
         tokens=3154,
         seconds=_shares(225),
-        source=f"Qwen3-30B-A3B on 32 H100 ({_NEMO_V04})",
+        source=f"published: Qwen3-30B-A3B on 32 H100 ({_NEMO_V04})",
     ),
     Published(
         parameters=235.09e9,
@@ -130,7 +132,7 @@ EXPERTS = (
         rollouts=512,
         tokens=5671,
         seconds=_shares(506),
-        source=f"Qwen3-235B-A22B on 128 H100 ({_NEMO_V04})",
+        source=f"published: Qwen3-235B-A22B on 128 H100 ({_NEMO_V04})",
     ),
 )
 
@@ -152,30 +154,33 @@ class Work:
     """Factor by which an idle pipeline lengthens scoring and learning."""
 
 
+def published(experts: bool) -> tuple[Published, ...]:
+    """The published runs of a kind of model."""
+    return EXPERTS if experts else DENSE
+
+
 def predict_seconds(
-    work: Work, *, gpu: Gpu, gpus: int, experts: bool
+    work: Work, *, gpu: Gpu, gpus: int, runs: Sequence
 ) -> dict[str, tuple[float, float]]:
-    """(fast, slow) seconds of each stage of a step, by the two published runs of that kind.
+    """(fast, slow) seconds of each stage of a step, by the runs, `Published` or `Measured`.
 
     Work is parameters times tokens.  Rates scale with the number of GPUs; generation with the GPU's
-    memory bandwidth over an H100's, scoring and learning with its arithmetic: our scaling, not
-    published.  Weight sync scales with all parameters, whatever the number of GPUs.  Perplexity is
-    priced as scoring.
+    memory bandwidth over that of the run's, scoring and learning with its arithmetic: our scaling,
+    not published.  Weight sync scales with all parameters, whatever the number of GPUs.  Perplexity
+    is priced as scoring.
     """
-    h100, runs = GPUS["h100"], EXPERTS if experts else DENSE
-    arithmetic, memory = gpu.flops / h100.flops, gpu.bandwidth / h100.bandwidth
 
-    def seconds(stage: str, tokens: float, speed: float, factor: float = 1.0):
-        work_done = work.active_parameters * tokens * factor / (gpus * speed)
-        both = sorted(work_done / run.rate(stage) for run in runs)
-        return both[0], both[-1]
+    def seconds(stage: str, tokens: float, peak: str, factor: float = 1.0):
+        work_done = work.active_parameters * tokens * factor / (gpus * getattr(gpu, peak))
+        all_of = sorted(work_done * getattr(GPUS[run.gpu], peak) / run.rate(stage) for run in runs)
+        return all_of[0], all_of[-1]
 
     syncs = sorted(work.parameters * run.seconds["weight_sync"] / run.parameters for run in runs)
     return {
-        "perplexity": seconds("old_logprobs", work.prompt_tokens, arithmetic, work.bubble),
-        "rollouts": seconds("rollouts", work.generated_tokens, memory),
-        "old_logprobs": seconds("old_logprobs", work.scored_tokens, arithmetic, work.bubble),
-        "update": seconds("update", work.learnt_tokens, arithmetic, work.bubble),
+        "perplexity": seconds("old_logprobs", work.prompt_tokens, "flops", work.bubble),
+        "rollouts": seconds("rollouts", work.generated_tokens, "bandwidth"),
+        "old_logprobs": seconds("old_logprobs", work.scored_tokens, "flops", work.bubble),
+        "update": seconds("update", work.learnt_tokens, "flops", work.bubble),
         "weight_sync": (syncs[0], syncs[-1]),
     }
 

@@ -197,7 +197,7 @@ def _whole_parameters(parallel, shape: Shape, parts: _Parts, tied: bool) -> int:
 
 def _seconds(config: Config, question: Question, shape: Shape, parts: _Parts, ranks) -> float:
     parallel, gpu = config.parallel, GPUS[question.gpu]
-    runs = gpu_rates.EXPERTS if shape.experts else gpu_rates.DENSE
+    runs = plan.runs_behind(question, shape)
     whole = _whole_parameters(parallel, shape, parts, tied=False)
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     tokens = rollouts * longest(config)

@@ -4,8 +4,8 @@
 
 Parameters and buffers are Megatron-Core's own: each pipeline stage of the real model is built on
 the meta device (`actor.dry_run`).  Activations, output head and key-value cache are formulas
-(`memory`), seconds are published rates (`gpus`); each says where it comes from.  Of the model only
-`config.json` is read.
+(`memory`), seconds are published or measured rates (`gpus`, `measured`); each says where it comes
+from.  Of the model only `config.json` is read.
 
 Bytes of a rank, by what Megatron-Core keeps for bfloat16 weights and Adam:
 
@@ -23,6 +23,7 @@ from megatron_prepo import gpus as gpu_rates
 from megatron_prepo.config import Config, ParallelConfig, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.gpus import GIB, GPUS, Gpu
+from megatron_prepo.measured import Measured
 from megatron_prepo.memory import (
     Layers,
     Shape,
@@ -53,6 +54,8 @@ class Question:
     response_tokens: float | None = None
     """Mean length of a completion; empty: the longest, `rollout.max_new_tokens`."""
     reserve: int = RESERVE
+    rates: Measured | None = None
+    """Of a run of one's own; empty: published ones."""
 
     def __post_init__(self):
         if self.gpus < 1:
@@ -185,7 +188,7 @@ def make_plan(config: Config, question: Question) -> Plan:
     active = parameters - shape.idle_parameters
     work = _work(config, question, parameters, active)
     seconds = gpu_rates.predict_seconds(
-        work, gpu=GPUS[question.gpu], gpus=question.gpus, experts=bool(shape.experts)
+        work, gpu=GPUS[question.gpu], gpus=question.gpus, runs=runs_behind(question, shape)
     )
     least, most = rollouts_a_step(config)
     gpu_hours = _gpu_hours(config, question.gpus, seconds, least, most)
@@ -207,13 +210,16 @@ def make_plan(config: Config, question: Question) -> Plan:
         sequence_tokens=longest(config),
         token_budget=config.train.micro_batch_tokens,
         seconds=seconds,
-        rates=tuple(
-            run.source for run in (gpu_rates.EXPERTS if shape.experts else gpu_rates.DENSE)
-        ),
+        rates=tuple(run.source for run in runs_behind(question, shape)),
         steps=config.train.total_steps,
         rollouts=(_until_budget(config, least), _until_budget(config, most)),
         gpu_hours=gpu_hours,
     )
+
+
+def runs_behind(question: Question, shape: Shape) -> tuple:
+    """The runs whose rates predict: one's own, or the published ones of that kind of model."""
+    return (question.rates,) if question.rates else gpu_rates.published(bool(shape.experts))
 
 
 def with_data(config: Config, gpus: int) -> Config:

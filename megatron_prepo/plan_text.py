@@ -98,12 +98,12 @@ def _engine(plan: Plan) -> str:
 
 
 def _step(plan: Plan) -> str:
-    lines = ["seconds a step, predicted (not measured by us)"]
+    lines = ["seconds a step, predicted"]
     for stage, (fast, slow) in plan.seconds.items():
         lines.append(f"  {stage:<14}{fast:>9.1f} to {slow:.1f}")
     fast, slow = (sum(both[i] for both in plan.seconds.values()) for i in (0, 1))
     lines.append(f"  {'all':<14}{fast:>9.1f} to {slow:.1f}")
-    lines += [_wrapped("at the rates of: " + source) for source in plan.rates]
+    lines += [_wrapped("rates " + source) for source in plan.rates]
     return "\n".join(lines)
 
 

@@ -299,7 +299,7 @@ def test_seconds_are_the_published_runs_themselves():
         tokens = run.rollouts * run.tokens
         work = gpus.Work(run.parameters, run.active, 0, tokens, tokens, tokens, bubble=1.0)
         seconds = gpus.predict_seconds(
-            work, gpu=gpus.GPUS["h100"], gpus=run.gpus, experts=run in gpus.EXPERTS
+            work, gpu=gpus.GPUS["h100"], gpus=run.gpus, runs=gpus.published(run in gpus.EXPERTS)
         )
         assert seconds["perplexity"] == (0, 0)
         for stage in ("rollouts", "old_logprobs", "update", "weight_sync"):
@@ -310,7 +310,9 @@ def test_seconds_scale_with_work_gpus_and_bandwidth():
     work = gpus.Work(7e9, 7e9, 1e5, 2e6, 3e6, 3e6, bubble=1.5)
 
     def seconds(gpu: str, count: int) -> dict:
-        return gpus.predict_seconds(work, gpu=gpus.GPUS[gpu], gpus=count, experts=False)
+        return gpus.predict_seconds(
+            work, gpu=gpus.GPUS[gpu], gpus=count, runs=gpus.published(False)
+        )
 
     one, twice, other = seconds("h100", 8), seconds("h100", 16), seconds("h200", 8)
     for stage in ("perplexity", "rollouts", "old_logprobs", "update"):
@@ -462,7 +464,12 @@ def test_the_command_prints_a_narrow_table_and_json(configured, tmp_path, capsys
     assert main([*words, *layout]) == 0
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines())) <= 100
-    for part in ("7,615,616,512 parameters", "\nfits: ", "issue 959", "102,400 rollouts"):
+    for part in (
+        "7,615,616,512 parameters",
+        "\nfits: ",
+        "rates published: Llama 3.1 8B",
+        "102,400 rollouts",
+    ):
         assert part in table, table
     assert main([*words, *layout, "train.micro_batch_tokens=262144", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
