@@ -13,7 +13,7 @@ import yaml
 from megatron_prepo import doctor
 from megatron_prepo.errors import UserError
 from megatron_prepo.gpus import GPUS
-from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, launch
+from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
 from megatron_prepo.launch.job import Job, make_job
 
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fields={k: yaml.safe_load(v) for k, v in _pairs("--with", options.field).items()},
         )
         _check_chain(job, place)
+        check(job, place)
         if place.executor != "local" and not _examined(job, options) and not options.dry_run:
             return 1
         print(launch(job, place, dry_run=options.dry_run, wait=options.wait))

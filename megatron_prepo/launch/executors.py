@@ -62,6 +62,36 @@ class Place:
     """Of NeMo-Run's executor, under its own names."""
 
 
+READS = {
+    "local": ("environment",),
+    "slurm": ("account", "partition", "time", "image", "mounts", "environment", "python", "chain"),
+    "docker": ("image", "mounts", "environment"),
+    "skypilot": ("image", "environment"),
+    "kubeflow": ("image", "environment"),
+}
+"""Fields of a place that mean something to an executor."""
+OPTIONS = {"mounts": "--mount", "environment": "--env"}
+"""Of fields whose option has another name."""
+
+
+def check(job: Job, place: Place) -> None:
+    """UserError for an option that the executor would not look at."""
+    if job.server_nodes and place.executor == "local":
+        raise UserError("--server-nodes means nothing to --executor local: leave it out")
+    for known in fields(Place):
+        name = known.name
+        if name in ("executor", "fields", *READS[place.executor]):
+            continue
+        if getattr(place, name) != known.default:
+            option = OPTIONS.get(name, f"--{name}")
+            raise UserError(
+                f"{option} means nothing to --executor {place.executor}: leave it out, or say it "
+                "by --with FIELD=VALUE as NeMo-Run's executor has it"
+            )
+    if place.executor == "slurm" and place.mounts and not place.image:
+        raise UserError("--mount is for containers: add --image, or leave it out")
+
+
 def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
     """Run the job, or say what would be run; returns what is to be shown.
 

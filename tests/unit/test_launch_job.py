@@ -184,6 +184,15 @@ def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
             "each job would remove what the one before it has done",
         ),
         (["--executor", "slurm", "--env", "NCCL_DEBUG"], "--env 'NCCL_DEBUG' must have the form"),
+        (["--executor", "slurm", "--mount", "/a:/a"], "--mount is for containers: add --image"),
+        (["--executor", "kubeflow", "--mount", "/a:/a"], "--mount means nothing to --executor kub"),
+        (["--executor", "skypilot", "--time", "08:00:00"], "--time means nothing to --executor sk"),
+        (["--executor", "docker", "--account", "a"], "--account means nothing to --executor dock"),
+        (["--executor", "local", "--image", "x"], "--image means nothing to --executor local"),
+        (
+            ["--executor", "local", "--server-nodes", "1", "rollout.engine=sglang"],
+            "--server-nodes means nothing to --executor local",
+        ),
     ],
 )
 def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
