@@ -137,6 +137,7 @@ def test_a_train_job_trains(tmp_path):
     assert len(jobs) == 1 and summary(tmp_path / "run")["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_a_pod_that_fails_is_the_launchers_failure(tmp_path):
     needs("kubernetes")
     with fake_kubernetes.serve(tmp_path, cwd=REPOSITORY) as (cluster, _):
@@ -150,6 +151,7 @@ def test_a_pod_that_fails_is_the_launchers_failure(tmp_path):
     assert "error: train ended as FAILED" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_named_is_a_sentence(tmp_path):
     needs("kubernetes")
     done = launch(
@@ -168,6 +170,7 @@ def test_a_sky_task_asks_for_what_the_layout_needs(dry_runs):
     assert task["envs"]["NCCL_DEBUG"] == "WARN INFO"
 
 
+@pytest.mark.slow
 def test_a_sky_task_trains(tmp_path):
     """Its script on two machines, which are both this one."""
     needs("sky")
