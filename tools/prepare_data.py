@@ -181,7 +181,15 @@ def _hub_rows(hub: tuple[str, str | None, str]) -> Iterator[dict]:
         raise UserError('`hub` needs the package datasets: pip install -e ".[data]"') from error
     repository, configuration, split = hub
     for part in HENDRYCKS if configuration == "all" else (configuration,):
-        yield from load_dataset(repository, part, split=split)
+        try:
+            rows = load_dataset(repository, part, split=split)
+        except (OSError, ValueError) as error:  # no network or data set; no such part or split
+            where = ", ".join(filter(None, (part, split)))
+            raise UserError(
+                f"{repository} ({where}) cannot be read from the hub: {error}; name a copy of it, "
+                "NAME=FILE in place of NAME=hub"
+            ) from error
+        yield from rows
 
 
 def unique(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:

@@ -130,6 +130,18 @@ def test_the_hub_is_asked_for_the_right_data_set(monkeypatch):
     assert [part for _, part, _ in asked[1:]] == list(HENDRYCKS)
 
 
+@pytest.mark.parametrize("error", [ConnectionError("no network"), ValueError("no such split")])
+def test_a_hub_that_does_not_answer_is_a_sentence(monkeypatch, tmp_path, capsys, error):
+    def load_dataset(repository, part, split):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert main(["--suite", "gsm8k=hub", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"openai/gsm8k (main, test) cannot be read from the hub: {error}" in said
+    assert "NAME=FILE" in said
+
+
 def test_parquet_and_hub_without_their_packages(monkeypatch, tmp_path):
     for package in ("pyarrow", "datasets"):
         monkeypatch.setitem(sys.modules, package, None)
