@@ -5,6 +5,7 @@ Both keep what they write in the run's directory, and go on with it when the run
 
 import importlib.util
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_prepo.errors import UserError
 
 
 def check(config: Config) -> None:
-    """UserError if a dashboard that the run asks for lacks its package, or its login."""
+    """UserError if a dashboard that is asked for lacks its package or, on rank 0, its login."""
     for setting, wanted, package in (
         ("run.tensorboard=true", config.run.tensorboard, "tensorboard"),
         (f"run.wandb_project={config.run.wandb_project}", config.run.wandb_project, "wandb"),
@@ -24,7 +25,7 @@ def check(config: Config) -> None:
                 f'{setting} needs the package {package}: pip install -e ".[{package}]", or leave '
                 "the setting out"
             )
-    if config.run.wandb_project:
+    if config.run.wandb_project and os.environ.get("RANK", "0") == "0":
         _check_login(config.run.wandb_project)
 
 

@@ -84,6 +84,7 @@ def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp
         ("WANDB_API_KEY", 40 * "0", None),
         ("WANDB_MODE", "offline", None),
         ("WANDB_MODE", "disabled", None),
+        ("RANK", "3", None),  # rank 0 alone writes
     ],
 )
 def test_a_login_that_is_missing_is_said_before_anything_starts(
