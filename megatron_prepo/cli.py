@@ -75,18 +75,13 @@ def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int 
         try:
             return local_ranks.start(
                 [*command, "run.overwrite=false"],  # what is there now is this run's
-                num_ranks=_num_ranks(config),
+                num_ranks=config.parallel.num_ranks,
                 log_directory=Path(config.run.dir) / "logs",
             )
         except local_ranks.RanksFailed as error:
             if error.exit_code == 2 or not restarts_left:
                 raise
             print(f"{error}\nstarted again ({restarts_left} left)", file=sys.stderr)
-
-
-def _num_ranks(config: configuration.Config) -> int:
-    parallel = config.parallel
-    return parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -158,7 +153,7 @@ def _replay(options: argparse.Namespace) -> int:
         print("the dump has no gradients: first one rank computes them", flush=True)
         first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
         local_ranks.start(first, 1, logs)
-    local_ranks.start([*this, *options.arguments], _num_ranks(dump.config), logs)
+    local_ranks.start([*this, *options.arguments], dump.config.parallel.num_ranks, logs)
     return 0
 
 

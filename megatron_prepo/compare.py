@@ -301,7 +301,7 @@ def run_all(
     """
     if not waiting:
         return
-    num_ranks = ranks(waiting[0].config)
+    num_ranks = waiting[0].config.parallel.num_ranks
     devices = visible_devices()
     jobs = jobs or max(1, (len(devices) or os.cpu_count() or 1) // num_ranks)
     queue, running = list(waiting), {}
@@ -334,7 +334,7 @@ def start(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     if devices:
-        num_ranks = ranks(run.config)
+        num_ranks = run.config.parallel.num_ranks
         mine = [devices[(slot * num_ranks + i) % len(devices)] for i in range(num_ranks)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
     # what is here and not finished is the rest of an interrupted run
@@ -348,12 +348,6 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def ranks(config: Config) -> int:
-    """Processes of a run."""
-    parallel = config.parallel
-    return parallel.tensor * parallel.pipeline * (parallel.data or parallel.smallest_data)
 
 
 def visible_devices() -> list[str]:

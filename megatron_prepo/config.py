@@ -76,9 +76,12 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks of each pipeline rank. With several the schedule is interleaved: less idle time,
     more messages; the number of micro-batches becomes a multiple of `parallel.pipeline`."""
+    context: int = 1
+    """Context-parallel size: so many ranks share the tokens of each micro-batch, for long sequences
+    (`docs/long_context.md`); times `parallel.tensor` it must divide the attention heads."""
     expert: int = 1
     """Expert-parallel size (mixture of experts): whole experts are spread over this many of the
-    tensor- and data-parallel ranks; 1: each rank holds its tensor-parallel part of all experts."""
+    tensor-, context- and data-parallel ranks; 1: each holds its tensor-parallel part of all."""
     data: int | None = None
     """Data-parallel size; empty: what the ranks given by torchrun leave, or the smallest."""
     sequence: bool = False
@@ -87,13 +90,14 @@ class ParallelConfig:
     """Deadline of every collective; a rank that waits longer fails instead of hanging."""
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "data"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         _deadline("parallel.timeout_minutes", self.timeout_minutes)
-        if self.data and (self.tensor * self.data) % self.expert:
+        if self.data and (self.tensor * self.context * self.data) % self.expert:
+            context = f"parallel.context={self.context} x " if self.context > 1 else ""
             raise ValueError(
                 f"parallel.expert={self.expert} must divide parallel.tensor={self.tensor} x "
-                f"parallel.data={self.data}, over whose ranks experts are spread"
+                f"{context}parallel.data={self.data}, over whose ranks experts are spread"
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
@@ -118,7 +122,17 @@ class ParallelConfig:
     @property
     def smallest_data(self) -> int:
         """The smallest data-parallel size: 1, or what it takes to spread the experts."""
-        return self.expert // math.gcd(self.expert, self.tensor)
+        return self.expert // math.gcd(self.expert, self.tensor * self.context)
+
+    @property
+    def replica(self) -> int:
+        """Ranks of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the job, with the smallest data-parallel size where none is given."""
+        return self.replica * (self.data or self.smallest_data)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

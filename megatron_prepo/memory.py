@@ -15,6 +15,10 @@ and with the torch-native layers, exactly as autograd keeps them (tests run them
     (6 q + 6 g + 4 a) / t                the joint q, k, v stays alive beside q and k
     10 f / t                             two more intermediates of the activation function
 
+Under context parallelism a rank has its share of the tokens; keys and values are kept once more, as
+the exchange between ranks gives them, and the joint q, k, v no longer for the keys' sake: 4 r g in
+place of 4 g and of 6 g, each head being repeated r times so that every rank gets one.
+
 h hidden size, q query width (heads times head size), g key width, a heads, f MLP width, t tensor
 parallel size, s = t under sequence parallelism, else 1.  A mixture of experts keeps, in place of
 the last line, k (2 h + 6 f / t) or k (2 h + 12 f / t) for the k experts of a token, if they are
@@ -25,6 +29,7 @@ What is left out: temporaries of the backward pass, communication buffers, fragm
 sets an allowance aside for them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,20 +93,28 @@ class Shape:
 def layer_activations(
     shape: Shape, parallel: ParallelConfig, layers: Layers, *, tokens: int
 ) -> float:
-    """Bytes that one layer keeps of a micro-batch for its backward pass."""
+    """Bytes that one layer keeps of a micro-batch of so many tokens for its backward pass."""
     tensor = parallel.tensor
     replicated = tensor if parallel.sequence else 1
     hidden, queries, keys = shape.hidden, shape.queries, shape.keys
+    exchanged = 4 * keys * _repeats(shape, parallel)
     if layers == "te":
-        token = 8 * hidden / replicated + (4 * queries + 4 * keys + 4 * shape.heads) / tensor
+        token = 8 * hidden / replicated + (4 * queries + exchanged + 4 * shape.heads) / tensor
     else:
         token = (24 * hidden + 8) / replicated
-        token += (6 * queries + 6 * keys + 4 * shape.heads) / tensor
+        kept = 6 * keys if parallel.context == 1 else exchanged
+        token += (6 * queries + kept + 4 * shape.heads) / tensor
         if shape.head_norms:
             token += (10 * (queries + keys) + 4 * (shape.heads + shape.groups)) / tensor
         token += 8 * shape.head_size  # sine and cosine, for queries and for keys
     token += _mlp_activations(shape, parallel, layers)
-    return token * tokens
+    return token * tokens / parallel.context
+
+
+def _repeats(shape: Shape, parallel: ParallelConfig) -> int:
+    """How often attention has each key-value head of a tensor rank, over its context ranks."""
+    heads = max(1, shape.groups // parallel.tensor)
+    return math.lcm(heads, parallel.context) // heads
 
 
 def _mlp_activations(shape: Shape, parallel: ParallelConfig, layers: Layers) -> float:
@@ -135,7 +148,7 @@ def stage_activations(
     if megatron.get("recompute_granularity") != "full":
         return in_flight * num_layers * one
     split = parallel.tensor if parallel.sequence else 1
-    kept = 2 * shape.hidden * tokens / split
+    kept = 2 * shape.hidden * tokens / (split * parallel.context)
     group = min(megatron.get("recompute_num_layers") or 1, num_layers)
     if megatron.get("recompute_method") == "block":
         return in_flight * (group * kept + (num_layers - group) * one) + one
@@ -151,6 +164,7 @@ def head_workspace(
     (gathered, and their gradient), and some 100 bytes a token.  The weight's gradient goes into
     Megatron's buffer.
     """
+    tokens = -(-tokens // parallel.context)
     rows = -(-shape.vocabulary // parallel.tensor)
     logits = min(chunk_tokens, tokens) * rows * (4 + 2)
     return logits + tokens * (2 * shape.hidden * 2 + 100)

@@ -227,7 +227,7 @@ def with_data(config: Config, gpus: int) -> Config:
     from megatron_prepo.actor.parallel import check_world_size
 
     check_world_size(config.parallel, gpus)
-    data = gpus // (config.parallel.tensor * config.parallel.pipeline)
+    data = gpus // config.parallel.replica
     tree = to_tree(config)
     return from_tree(tree | {"parallel": tree["parallel"] | {"data": data}})
 
@@ -287,7 +287,7 @@ def _cautions(config: Config, hf: dict) -> tuple[str, ...]:
 def layout_of(config: Config) -> dict[str, int | bool]:
     """The layout's sizes, by the names of the section `parallel`."""
     parallel = config.parallel
-    names = ("tensor", "pipeline", "data", "expert", "sequence")
+    names = ("tensor", "pipeline", "context", "data", "expert", "sequence")
     return {name: getattr(parallel, name) for name in names}
 
 

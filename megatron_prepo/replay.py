@@ -30,6 +30,7 @@ ONE_RANK = (
     "parallel.tensor=1",
     "parallel.pipeline=1",
     "parallel.virtual_pipeline=1",
+    "parallel.context=1",
     "parallel.expert=1",
     "parallel.data=1",
     "parallel.sequence=false",

@@ -96,7 +96,7 @@ def run_ranks(
     """
     overrides = [*SHORT, *CASES[case], f"run.dir={directory}"]
     config = configuration.load(LAPTOP / "prepo.yaml", overrides)
-    num_ranks = config.parallel.tensor * (config.parallel.data or 1)
+    num_ranks = config.parallel.num_ranks
     begin, port = time.monotonic(), _free_port()
     ranks = [_fork(config, rank, num_ranks, port, directory) for rank in range(num_ranks)]
     running = dict.fromkeys(ranks)

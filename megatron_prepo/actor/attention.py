@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+
+from megatron_prepo.actor.context_parallel import heads_to_tokens, tokens_to_heads
 
 
 class RMSNorm(torch.nn.Module):
@@ -42,24 +45,31 @@ class RowLayout(PackedSeqParams):
     a prefix of which the row has one copy, W tokens taken from the row, the copy several times.
     To Megatron the row is an ordinary batch of one sequence (`qkv_format` stays empty): angles come
     by position, and the inherited fields speak of the whole sequences.
+
+    Under context parallelism this rank has a slice of the row, and attention works on the whole row
+    for some of the heads (`context_parallel`).
     """
 
     positions_T: torch.Tensor | None = None
-    """Each token's position in its sequence."""
+    """The position in its sequence of each of this rank's tokens."""
     lengths: tuple[int, ...] = ()
     """Of the whole sequences, in order; they add up to W (to T where nothing is shared)."""
     whole_W: torch.Tensor | None = None
     """The row's token at each place of the whole sequences; None: the row as it is."""
     row_T: torch.Tensor | None = None
     """A place among the whole sequences of each token of the row."""
+    context: dist.ProcessGroup | None = None
+    """The ranks that have the slices of the row, in their order; None: this one has all of it."""
 
-    def whole(self, x_T: torch.Tensor) -> torch.Tensor:
-        """From the row to whole sequences."""
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """From this rank's tokens [., heads, d] to whole sequences, of this rank's heads."""
+        x_T = x if self.context is None else tokens_to_heads(x, self.context)
         return x_T if self.whole_W is None else x_T.index_select(0, self.whole_W)
 
     def row(self, x_W: torch.Tensor) -> torch.Tensor:
-        """From whole sequences to the row."""
-        return x_W if self.row_T is None else x_W.index_select(0, self.row_T)
+        """From whole sequences [W, heads * d] of this rank's heads back to its tokens."""
+        x_T = x_W if self.row_T is None else x_W.index_select(0, self.row_T)
+        return x_T if self.context is None else heads_to_tokens(x_T, self.context)
 
 
 class CausalAttention(MegatronModule):
@@ -71,9 +81,7 @@ class CausalAttention(MegatronModule):
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, (
-            "torch-native attention has no context parallelism"
-        )
+        assert config.context_parallel_size == 1, "the layout's group says it, not Megatron's size"
         assert config.attention_dropout == 0.0, "torch-native attention has no dropout"
 
     def forward(
@@ -164,12 +172,15 @@ def _rotary_length(
 def _angles(self, length: int | RowLayout, **_) -> torch.Tensor:
     """[T, 1, 1, d]"""
     if isinstance(length, RowLayout):
-        return type(self).forward(self, length.max_seqlen_q)[length.positions_T]
+        # `packed_seq`: all angles, not those of the slice that Megatron would give this rank
+        return type(self).forward(self, length.max_seqlen_q, packed_seq=True)[length.positions_T]
     return type(self).forward(self, length)
 
 
 def padding_multiple(config) -> int:
-    """Sequence lengths must be a multiple of this: sequence parallelism splits them evenly."""
+    """Row lengths must be a multiple of this: context parallelism splits a row evenly, and sequence
+    parallelism each slice of it."""
+    slices = parallel_state.get_context_parallel_world_size()
     if config.sequence_parallel:
-        return parallel_state.get_tensor_model_parallel_world_size()
-    return 1
+        return slices * parallel_state.get_tensor_model_parallel_world_size()
+    return slices

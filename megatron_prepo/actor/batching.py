@@ -1,6 +1,7 @@
 """A planned row as tensors: what the model reads, what the head scores, where sequences lie.
 
 T tokens of a row, W tokens of whole sequences (`attention.RowLayout`); L layers, k experts a token.
+Under context parallelism tokens, targets, positions and routing are those of this rank's slice.
 """
 
 from collections.abc import Sequence
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 
 from megatron_prepo.actor.attention import RowLayout
+from megatron_prepo.actor.context_parallel import slice_of_row
 from megatron_prepo.actor.rows import Row
 from megatron_prepo.actor.vocab_parallel import IGNORE
 from megatron_prepo.records import ScoredSequence
@@ -21,7 +24,9 @@ class MicroBatch:
     """A row as tensors."""
 
     index: tuple[int, ...]
-    """The sequences in the order of their scored tokens."""
+    """The sequences of the row, in the order of their scored tokens."""
+    scored: slice
+    """Which of the row's scored tokens have their targets here."""
     tokens_T: torch.Tensor
     targets_T: torch.Tensor
     """The next token where it is to be scored, else `IGNORE`."""
@@ -35,10 +40,13 @@ def micro_batch(
     row: Row,
     *,
     multiple: int = 1,
+    context: dist.ProcessGroup | None = None,
     device="cpu",
     routing: RoutingFormat | None = None,
 ) -> MicroBatch:
-    """The tensors of a row, with the sequences' routing if its format is given, and they have one.
+    """The tensors of a row, or of this rank's slice if the ranks of `context` share it.
+
+    With the sequences' routing if its format is given, and they have one.
 
     One without a sequence becomes `multiple` tokens without a target, so that every pipeline stage
     has work.
@@ -62,9 +70,18 @@ def micro_batch(
             place += length - piece.prefix
     if not lengths:
         whole, lengths = [torch.arange(size)], [size]
-    layout = _layout(torch.cat(whole), lengths, size, device)
+    mine = slice_of_row(size, context)
     routing_TLk = _routing(sequences, row, size, routing) if routing else None
-    return MicroBatch(row.index, tokens_T.to(device), targets_T.to(device), layout, routing_TLk)
+    before = int((targets_T[: mine.start] != IGNORE).sum())
+    here = int((targets_T[mine] != IGNORE).sum())
+    return MicroBatch(
+        index=row.index,
+        scored=slice(before, before + here),
+        tokens_T=tokens_T[mine].to(device),
+        targets_T=targets_T[mine].to(device),
+        layout=_layout(torch.cat(whole), lengths, size, mine, context, device),
+        routing_TLk=None if routing_TLk is None else routing_TLk[mine],
+    )
 
 
 def _routing(
@@ -90,7 +107,14 @@ def _routing(
     return routing_TLk
 
 
-def _layout(whole_W: torch.Tensor, lengths: Sequence[int], size: int, device) -> RowLayout:
+def _layout(
+    whole_W: torch.Tensor,
+    lengths: Sequence[int],
+    size: int,
+    mine: slice,
+    context: dist.ProcessGroup | None,
+    device,
+) -> RowLayout:
     positions_W = torch.cat([torch.arange(length) for length in lengths])
     # of a token that is at several places, the first
     row_T = torch.full((size,), len(whole_W)).scatter_reduce(
@@ -103,8 +127,9 @@ def _layout(whole_W: torch.Tensor, lengths: Sequence[int], size: int, device) ->
         cu_seqlens_kv=starts,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        positions_T=positions_W[row_T].to(device),
+        positions_T=positions_W[row_T[mine]].to(device),
         lengths=tuple(lengths),
         whole_W=whole_W.to(device) if shared else None,
         row_T=row_T.to(device) if shared else None,
+        context=context,
     )

@@ -137,7 +137,7 @@ def each_rank(
     With expert parallelism, of as many replicas as it takes to spread the experts.
     Raises AssertionError in a process that is part of a job.
     """
-    world_size = parallel.tensor * parallel.pipeline * parallel.smallest_data
+    world_size = parallel.replica * parallel.smallest_data
     for rank in range(world_size):
         with pretend(rank, world_size, parallel), torch.device("meta"):
             overrides = (megatron or {}) | {"perform_initialization": False}
@@ -154,6 +154,7 @@ def pretend(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[No
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
+            context_parallel_size=parallel.context,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_size,
             expert_model_parallel_size=parallel.expert,

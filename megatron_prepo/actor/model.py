@@ -36,6 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_SETTINGS = {
     "tensor_model_parallel_size": "parallel.tensor",
     "pipeline_model_parallel_size": "parallel.pipeline",
+    "context_parallel_size": "parallel.context",
     "sequence_parallel": "parallel.sequence",
     "params_dtype": "model.dtype",
     "bf16": "model.dtype",
@@ -46,9 +47,8 @@ OWN_SETTINGS = {
 }
 """Megatron's names that have a setting of ours: not to be given twice."""
 REFUSED = {
-    "context_parallel_size": "torch-native layers cannot split a sequence over ranks, and with "
-    "TransformerEngine's it has not been held against a reference; parallel.tensor with "
-    "parallel.sequence=true and parallel.pipeline make room for long sequences",
+    "cp_comm_type": "parallel.context exchanges heads around every attention, and nothing else",
+    "hybrid_context_parallel": "parallel.context is the same for every micro-batch",
     "optimizer_cpu_offload": "it needs a GPU to be held against anything, and its state is in no "
     "checkpoint of ours; optimizer.use_distributed_optimizer=true saves memory, too",
     "overlap_param_gather_with_optimizer_step": "set megatron.overlap_param_gather=true",
@@ -70,6 +70,12 @@ def check_layout(config: Config, hf: dict) -> None:
                 f"parallel.tensor={parallel.tensor} does not divide the model's {name}={count}; "
                 "choose a tensor-parallel size that does"
             )
+    if heads % (parallel.tensor * parallel.context):
+        raise UserError(
+            f"parallel.context={parallel.context} x parallel.tensor={parallel.tensor} does not "
+            f"divide the model's num_attention_heads={heads}, which context-parallel ranks share; "
+            "choose sizes that do"
+        )
     if groups % parallel.tensor and parallel.tensor % groups:
         raise UserError(
             f"parallel.tensor={parallel.tensor} neither divides nor is a multiple of the model's "
@@ -238,6 +244,7 @@ def describe(config: Config) -> str:
         f"actor: megatron-core {megatron.core.__version__} on {where}, {layers} layers, "
         f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline}"
         f"{f' x {chunks} chunks' if chunks > 1 else ''}"
+        f"{f' x context {context}' if (context := config.parallel.context) > 1 else ''}"
         f"{' with sequence parallelism' if config.parallel.sequence else ''}, "
         f"{config.model.dtype}; {config.loss.head} head with {logits} logits, rows in "
         f"{'torch' if rows is row_statistics else 'Triton'}"

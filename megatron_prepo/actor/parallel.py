@@ -45,6 +45,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
+        context_parallel_size=config.context,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_size,
         expert_model_parallel_size=config.expert,
@@ -65,15 +66,15 @@ def _meeting_place(world_size: int) -> dist.Store | None:
 
 
 def check_world_size(config: ParallelConfig, world_size: int) -> None:
-    """UserError unless tensor x pipeline (x data, if given) ranks make up the job."""
-    replica = config.tensor * config.pipeline
-    fits = world_size % (replica * config.smallest_data) == 0
-    if not fits or (config.data and config.data * replica != world_size):
-        needed = replica * (config.data or config.smallest_data)
+    """UserError unless tensor x pipeline x context (x data, if given) ranks make up the job."""
+    fits = world_size % (config.replica * config.smallest_data) == 0
+    if not fits or (config.data and config.num_ranks != world_size):
+        context = f"parallel.context={config.context} x " if config.context > 1 else ""
         raise UserError(
             f"{world_size} ranks do not fit parallel.tensor={config.tensor} x "
-            f"parallel.pipeline={config.pipeline} x parallel.data={config.data or 'any'}, with "
-            f"parallel.expert={config.expert}; start {needed} ranks or change the layout"
+            f"parallel.pipeline={config.pipeline} x {context}parallel.data={config.data or 'any'}, "
+            f"with parallel.expert={config.expert}; start {config.num_ranks} ranks or change the "
+            "layout"
         )
 
 

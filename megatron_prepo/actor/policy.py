@@ -4,15 +4,16 @@ Every rank calls the same method with the same arguments.  Data-parallel ranks s
 out among themselves, and results are the same, complete, on every rank.
 
 How losses add up.  Our loss is a sum over tokens with all normalisers inside (`loss.py`), so the
-gradient wanted is that of the plain sum over micro-batches m and data-parallel ranks d.  Megatron's
-schedule divides each micro-batch's loss by their number M (a `loss_func` of two results), and its
-DDP averages gradients over the D ranks:
+gradient wanted is that of the plain sum over micro-batches m, data-parallel ranks d and the slices
+c of their rows (context parallelism).  Megatron's schedule multiplies the loss of each slice by
+their number C and divides it by that of the micro-batches, M (a `loss_func` of two results), and
+its DDP averages gradients over the D * C ranks:
 
-    gradient = (1/D) sum_d sum_m (1/M) grad loss_func(d, m)
+    gradient = (1/(D C)) sum_d sum_c sum_m (C/M) grad loss_func(d, c, m)
 
-so `loss_func` returns ``M * D * loss``, and what arrives at `loss` in backward is D, times what the
-optimizer scales losses by.  `vocab_parallel_loss` is told so beforehand, since by then it has added
-the head's gradient up.  Tests hold all of this against one rank and one micro-batch.
+so `loss_func` returns ``M * D * loss``, and what arrives at `loss` in backward is D * C, times what
+the optimizer scales losses by.  `vocab_parallel_loss` is told so beforehand, since by then it has
+added the head's gradient up.  Tests hold all of this against one rank and one micro-batch.
 """
 
 import math
@@ -45,6 +46,7 @@ from checkpoints_convert.megatron_to_hf import (
 from megatron_prepo.actor import checkpoint, parallel
 from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.batching import MicroBatch, micro_batch
+from megatron_prepo.actor.context_parallel import context_group
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
 from megatron_prepo.actor.router_replay import RouterReplay
@@ -146,8 +148,10 @@ class Actor:
         flat_2T = torch.zeros(2, offsets[-1], device=self.device)
 
         def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool) -> None:
-            scored_2R = torch.stack(self._scores(hidden, batch, temperature))
-            parts = scored_2R.split([sequences[i].num_scored for i in batch.index], dim=1)
+            lengths = [sequences[i].num_scored for i in batch.index]
+            scored_2R = torch.zeros(2, sum(lengths), device=self.device)
+            scored_2R[:, batch.scored] = torch.stack(self._scores(hidden, batch, temperature))
+            parts = scored_2R.split(lengths, dim=1)
             for i, part_2R in zip(batch.index, parts, strict=True):
                 flat_2T[:, offsets[i] : offsets[i + 1]] = part_2R
             if on_progress:
@@ -195,7 +199,7 @@ class Actor:
         settings, temperature = self.config.loss, self.config.rollout.temperature
 
         def loss_func(batch: MicroBatch, hidden: torch.Tensor):
-            terms = _loss_terms([rollouts[i] for i in batch.index], self.device)
+            terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
 
             def loss_of(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice):
                 return policy_loss(
@@ -216,7 +220,8 @@ class Actor:
         dp_size = parallel_state.get_data_parallel_world_size()
         plan = self.plan(sequences)
         num_micro_batches = len(plan.ranks[0])
-        loss_scale = dp_size * float(self.optimizer.get_loss_scale())
+        cp_size = parallel_state.get_context_parallel_world_size()
+        loss_scale = dp_size * cp_size * float(self.optimizer.get_loss_scale())
         for ddp in self.ddp:
             ddp.train()
             ddp.zero_grad_buffer()
@@ -398,9 +403,9 @@ class Actor:
 
         `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
         """
-        multiple = padding_multiple(self.mcore)
+        layout = {"multiple": padding_multiple(self.mcore), "context": context_group()}
         micro_batches = [
-            micro_batch(sequences, row, multiple=multiple, device=self.device, routing=self.routing)
+            micro_batch(sequences, row, **layout, device=self.device, routing=self.routing)
             for row in plan.ranks[parallel_state.get_data_parallel_rank()]
         ]
 
@@ -538,7 +543,8 @@ def _loss_terms(rollouts: Sequence[TrainingSequence], device) -> LossTerms:
 
 
 def _share(values: torch.Tensor) -> torch.Tensor:
-    """Sum over data-parallel ranks of what their last pipeline stages hold, in place, everywhere.
+    """Sum over data- and context-parallel ranks of what their last pipeline stages hold, in place,
+    everywhere.
 
     The tensor-parallel ranks of a last stage hold equal values, of which the first one's counts.
     """

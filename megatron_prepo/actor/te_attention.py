@@ -1,13 +1,20 @@
 """TransformerEngine's attention on rows of sequences; imported only where it is installed."""
 
+import copy
+
+from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_prepo.actor.attention import RowLayout
+from megatron_prepo.actor.context_parallel import heads_of_a_rank
 
 
 class PackedTEAttention(TEDotProductAttention):
     """`CausalAttention`'s contract for rows, by TransformerEngine's kernels for `thd`."""
+
+    def __init__(self, config, *arguments, **options):
+        super().__init__(_of_this_ranks_heads(config), *arguments, **options)
 
     def forward(
         self,
@@ -36,3 +43,15 @@ class PackedTEAttention(TEDotProductAttention):
             **options,
         )
         return layout.row(out.flatten(1))[:, None]
+
+
+def _of_this_ranks_heads(config):
+    """TransformerEngine compares the heads that it gets with those of the configuration."""
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks <= 1:
+        return config
+    tensor = config.tensor_model_parallel_size
+    config = copy.copy(config)
+    config.num_attention_heads //= ranks
+    config.num_query_groups = tensor * heads_of_a_rank(config.num_query_groups // tensor, ranks)
+    return config

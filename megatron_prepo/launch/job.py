@@ -92,14 +92,15 @@ def make_job(
     """
     path = recipes.find(recipe)
     config = configuration.load(path, overrides)
-    parallel = config.parallel
-    replica = parallel.tensor * parallel.pipeline
     if nodes is None:
-        ranks = replica * (parallel.data or parallel.smallest_data)
+        ranks = config.parallel.num_ranks
         gpus_per_node = min(gpus_per_node, ranks)
         nodes = -(-ranks // gpus_per_node)
     elif not any(override.startswith("parallel.data=") for override in overrides):
-        overrides = (f"parallel.data={max(1, nodes * gpus_per_node // replica)}", *overrides)
+        overrides = (
+            f"parallel.data={max(1, nodes * gpus_per_node // config.parallel.replica)}",
+            *overrides,
+        )
         config = configuration.load(path, overrides)
     job = Job(path, tuple(overrides), config, nodes, gpus_per_node, server_nodes)
     check(job)

@@ -151,12 +151,44 @@ INTERLEAVED = {
         {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
     ),
 }
+CONTEXT = {
+    # 4 heads of queries, 2 of keys and values, which cp4 and tp2 cp2 repeat
+    "cp2": ({"context": 2}, {}),
+    "cp2 padded": ({"context": 2}, {"train": {"packing": False, "micro_batch_tokens": 40}}),
+    "cp2 recompute": (
+        {"context": 2},
+        {"loss": {"head": "recompute"}, "megatron": FULL_RECOMPUTATION},
+    ),
+    "cp4": ({"context": 4}, {}),
+    "tp2 cp2": ({"tensor": 2, "context": 2}, {}),
+    "tp2 cp2 sp": ({"tensor": 2, "context": 2, "sequence": True}, {}),
+    "pp2 cp2": ({"pipeline": 2, "context": 2}, {}),
+    "pp2 x 2 cp2": ({"pipeline": 2, "virtual_pipeline": 2, "context": 2}, {}),
+    "dp2 cp2 overlapped": (
+        {"data": 2, "context": 2},
+        DISTRIBUTED | {"megatron": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    ),
+    "cp2 shared": ({"context": 2}, SHARED),
+    "cp4 shared": ({"context": 4}, SHARED),
+    "cp2 ep2": ({"context": 2, "expert": 2}, {}),
+    "tp2 cp2 sp ep4 shared": (
+        {"tensor": 2, "context": 2, "sequence": True, "expert": 4},
+        SHARED,
+    ),
+    "pp2 cp2 ep2 recomputed experts": (
+        {"pipeline": 2, "context": 2, "expert": 2},
+        {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    ),
+}
+CONTEXT_OF_DENSE = tuple(CONTEXT)[:9]
+CONTEXT_OF_GROUPS = ("cp2", "tp2 cp2 sp", "cp2 shared", "cp4 shared")
+CONTEXT_OF_EXPERTS = tuple(CONTEXT)[-3:]
 SCENARIOS = {
     "plain": Scenario(
         "qwen2",
         (9, 14, 5, 7, 20, 11, 6),
         clip_grad=2.0,
-        layouts=(*LAYOUTS, *PASSED_ON_TO_DENSE, *list(INTERLEAVED)[:4]),
+        layouts=(*LAYOUTS, *PASSED_ON_TO_DENSE, *list(INTERLEAVED)[:4], *CONTEXT_OF_DENSE),
     ),
     "all terms": Scenario(
         "qwen3",
@@ -166,14 +198,14 @@ SCENARIOS = {
         kl_coef=0.1,
         importance=True,
         weight_decay=0.1,
-        layouts=tuple(LAYOUTS),
+        layouts=(*LAYOUTS, "tp2 cp2 sp", "cp2 recompute"),
     ),
     "groups": Scenario(
         "qwen3",
         (12, 17, 10, 11, 15, 19, 14, 10, 20, 13),
         start=9,
         num_prompts=3,
-        layouts=("tp1", "tp1 padded", *SHARED_LAYOUTS),
+        layouts=("tp1", "tp1 padded", *SHARED_LAYOUTS, *CONTEXT_OF_GROUPS),
     ),
     "experts": Scenario(
         "qwen3_moe",
@@ -183,6 +215,7 @@ SCENARIOS = {
         layouts=(
             *("tp1", "pp2", "tp1 shared", *EXPERT_LAYOUTS),
             *("tp2 sp ep2 recomputed experts", "pp2 x 2 dp2 ep2"),
+            *CONTEXT_OF_EXPERTS,
         ),
     ),
     "routed": Scenario(
@@ -198,18 +231,20 @@ SCENARIOS = {
             *("dp2 ep2 shared", "tp2 sp ep2 shared", "tp2 sp ep2 recomputed experts"),
             *("pp2 full recomputation", "tp2 pp2 x 2 sp"),
             *("pp2 x 2 dp2 ep2", "pp2 x 2 recomputed experts"),
+            *CONTEXT_OF_EXPERTS,
         ),
     ),
     "fewer rollouts than ranks": Scenario(
-        "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped")
+        "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped", "dp2 cp2 overlapped")
     ),
-    "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4")),
+    "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4", "cp4")),
 }
 RESHARDED = {
     # layout that writes a checkpoint: layouts that read it
     "tp2": ("tp1", "pp2", "tp2 pp2", "pp2 x 2"),
     "pp2 dp2 distributed optimizer": ("tp1", "tp2"),
     "pp2 x 2 dp2 overlapped": ("tp1", "pp2 x 2"),
+    "dp2 cp2 overlapped": ("tp1", "tp2 cp2"),
 }
 RECOMPUTED = {
     # how often a micro-batch goes through each part
@@ -222,7 +257,14 @@ RECOMPUTED = {
         "experts": 2,
     },
 }
-CHOOSING = ("tp1 shared", "tp1 padded", "pp2", "tp2 sp ep2 shared", "pp2 x 2 dp2 ep2")
+CHOOSING = (
+    "tp1 shared",
+    "tp1 padded",
+    "pp2",
+    "tp2 sp ep2 shared",
+    "pp2 x 2 dp2 ep2",
+    "tp2 cp2 sp ep4 shared",
+)
 BFLOAT16_LAYOUTS = ("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer")
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
 ROUTING = RoutingFormat(layers=4, experts_a_token=2, experts=8)
@@ -427,7 +469,7 @@ class ActorOn:
     """An actor of a scenario under a layout, on the first ranks; None on the others."""
 
     def __init__(self, name, layout, directories, **sections):
-        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS | PASSED_ON | INTERLEAVED
+        every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS | PASSED_ON | INTERLEAVED | CONTEXT
         scenario, (parallel_settings, settings) = SCENARIOS[name], every_layout[layout]
         merged = {
             "parallel": parallel_settings,
@@ -462,7 +504,7 @@ class ActorOn:
         from megatron_prepo.actor.policy import Actor
 
         layout = self.config.parallel
-        self.taking_part = join(layout.tensor * layout.pipeline * (layout.data or 1))
+        self.taking_part = join(layout.num_ranks)
         if not self.taking_part:
             return None
         parallel.initialize(layout, seed=1)

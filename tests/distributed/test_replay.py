@@ -26,6 +26,7 @@ LAYOUTS = {
     "TP2 SP": ["parallel.tensor=2", "parallel.sequence=true"],
     "PP2": ["parallel.pipeline=2", "train.micro_batch_tokens=48"],
     "DP2": ["parallel.data=2"],
+    "CP2": ["parallel.context=2"],
     "DP2 distributed optimizer": [
         "parallel.data=2",
         "optimizer.use_distributed_optimizer=true",
@@ -40,6 +41,7 @@ POISONS = {
     "an activation of the second stage": ({"pipeline": 2}, "activation"),
     "one replica's gradient, once reduced": ({"data": 2}, "gradient"),
     "an activation of one replica": ({"data": 2}, "activation"),
+    "an activation of a slice of the row": ({"context": 2}, "activation"),
 }
 MAX_SKIPPED = 1
 

@@ -32,6 +32,8 @@ LAYOUTS = {
     "dp2": {"parallel": {"data": 2}},
     "dp2 distributed": {"parallel": {"data": 2}, **DISTRIBUTED},
     "tp2 distributed": {"parallel": {"tensor": 2}, **DISTRIBUTED},
+    "cp2": {"parallel": {"context": 2}},
+    "cp2 distributed": {"parallel": {"context": 2}, **DISTRIBUTED},
     "tp1 bf16": {"model": {"dtype": "bfloat16"}},
     "tp2 bf16": {"model": {"dtype": "bfloat16"}, "parallel": {"tensor": 2}},
     "dp2 bf16 distributed": {
@@ -52,6 +54,9 @@ RESHARDED = [
     ("pp2 distributed", "dp2 distributed"),
     ("dp2 distributed", "tp2 distributed"),
     ("tp2 distributed", "dp2 distributed"),
+    ("cp2", "tp1"),
+    ("cp2 distributed", "tp2 distributed"),
+    ("dp2 distributed", "cp2 distributed"),
     ("tp2 bf16", "tp1 bf16"),
 ]
 DEADLINE_SECONDS = 240.0
@@ -76,7 +81,7 @@ class ActorOn:
         from megatron_prepo.actor.policy import Actor
 
         layout = self.config.parallel
-        self.taking_part = join(layout.tensor * layout.pipeline * (layout.data or 1))
+        self.taking_part = join(layout.num_ranks)
         if not self.taking_part:
             return None
         parallel.initialize(layout, seed=1)

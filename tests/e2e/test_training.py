@@ -28,6 +28,7 @@ LAYOUTS = {
         "optimizer.use_distributed_optimizer=true",
         "train.micro_batch_tokens=400",
     ],
+    "CP2": ["parallel.tensor=1", "parallel.context=2"],
 }
 
 

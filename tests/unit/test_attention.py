@@ -103,7 +103,11 @@ def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
 
 
 class TransformerEngines(torch.nn.Module):
-    """What `TEDotProductAttention.forward` is given by Megatron, for `thd`."""
+    """What `TEDotProductAttention` is given by Megatron, for `thd`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads, config.num_query_groups
 
     def forward(self, query, key, value, attention_mask, attn_mask_type, packed_seq_params=None):
         assert attention_mask is None and attn_mask_type == "causal"
@@ -115,19 +119,54 @@ class TransformerEngines(torch.nn.Module):
         return kernel(query, key, value, *starts, *longest, window_size=(-1, 0), enable_gqa=True)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_transformer_engine_is_told_the_same_sequences(monkeypatch, way):
-    """With its attention replaced: it is not here."""
+@pytest.fixture
+def te_attention(monkeypatch):
+    """Its module, with TransformerEngine's attention replaced: it is not here."""
     monkeypatch.setattr(
         transformer_engine, "TEDotProductAttention", TransformerEngines, raising=False
     )
     monkeypatch.delitem(sys.modules, "megatron_prepo.actor.te_attention", raising=False)
     module = importlib.import_module("megatron_prepo.actor.te_attention")
     monkeypatch.delitem(sys.modules, "megatron_prepo.actor.te_attention")
+    return module
+
+
+def te_config(tensor, heads, groups):
+    return SimpleNamespace(
+        num_attention_heads=heads, num_query_groups=groups, tensor_model_parallel_size=tensor
+    )
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
     layout = row_of(way)
     qkv = random_qkv(len(layout.positions_T))
-    ours = module.PackedTEAttention()(*qkv, None, attn_mask_type="causal", packed_seq_params=layout)
+    module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS))
+    ours = module(*qkv, None, attn_mask_type="causal", packed_seq_params=layout)
     assert_equal_with_gradients(ours, expected_of(qkv, layout), qkv)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "heads", "groups", "told"),
+    [
+        (1, 1, 28, 4, (28, 4)),
+        (1, 2, 28, 4, (14, 2)),
+        (4, 7, 28, 4, (4, 4)),  # one head a rank, and its group's keys and values
+        (2, 4, 32, 8, (8, 2)),
+        (1, 8, 32, 4, (4, 1)),
+        (8, 2, 64, 8, (32, 8)),
+    ],
+)
+def test_transformer_engine_is_told_the_heads_of_a_context_rank(
+    monkeypatch, te_attention, tensor, context, heads, groups, told
+):
+    """For all tensor-parallel ranks together: it divides by their number itself."""
+    monkeypatch.setattr(
+        te_attention.parallel_state, "get_context_parallel_world_size", lambda: context
+    )
+    config = te_config(tensor, heads, groups)
+    assert te_attention.PackedTEAttention(config).heads == told
+    assert (config.num_attention_heads, config.num_query_groups) == (heads, groups)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

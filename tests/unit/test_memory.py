@@ -9,6 +9,7 @@ from megatron.core import tensor_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prepo.actor.batching import micro_batch
+from megatron_prepo.actor.context_parallel import context_group
 from megatron_prepo.actor.dry_run import pretend
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.actor.rows import Piece, Row
@@ -48,7 +49,7 @@ TOKENS = 128
 
 def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers: int) -> int:
     """Bytes of distinct tensors, weights apart, that a forward pass of a real model saves."""
-    with pretend(0, parallel.tensor, parallel):
+    with pretend(0, parallel.replica, parallel):
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         shape = hf | {"num_hidden_layers": layers}
         (model,) = build_model(shape, ModelConfig(hf="", layers="torch"), parallel, megatron)
@@ -64,27 +65,32 @@ def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers:
         # one sequence is one call of attention, as a GPU's kernel is for any number of them
         sequence = ScoredSequence(tuple(range(TOKENS + 1)), 1)
         piece = Piece(index=(0,), prefix=0, scored=(TOKENS,))
-        batch = micro_batch([sequence], Row((piece,), (0,)))
+        batch = micro_batch([sequence], Row((piece,), (0,)), context=context_group())
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(batch.tokens_T[None], None, None, packed_seq_params=batch.layout)
         return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("hf", [DENSE, NORMED, EXPERTS], ids=["qwen2", "qwen3", "qwen3_moe"])
-@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
-def test_a_layers_activations_are_what_autograd_keeps(hf, tensor, sequence):
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "context"),
+    [(1, False, 1), (2, False, 1), (2, True, 1), (1, False, 2), (1, False, 4), (2, True, 4)],
+)
+def test_a_layers_activations_are_what_autograd_keeps(hf, tensor, sequence, context):
     if hf is EXPERTS and tensor > 1 and not sequence:
         pytest.skip("Megatron's experts need sequence parallelism beside tensor parallelism")
-    parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence, context=context)
     two, three = (kept_by_autograd(hf, parallel, {}, layers) for layers in (2, 3))
     predicted = layer_activations(Shape.of(hf), parallel, "torch", tokens=TOKENS)
     # routing probabilities of experts are not split over tensor ranks: 2 bytes a token
     assert predicted == pytest.approx(three - two, rel=1e-3 if hf is EXPERTS else 1e-9)
 
 
-@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, True)])
-def test_full_recomputation_keeps_the_layers_inputs(tensor, sequence):
-    parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "context"), [(1, False, 1), (2, True, 1), (2, True, 2)]
+)
+def test_full_recomputation_keeps_the_layers_inputs(tensor, sequence, context):
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence, context=context)
     two, four = (kept_by_autograd(DENSE, parallel, FULL, layers) for layers in (2, 4))
     shape = Shape.of(DENSE)
     one = layer_activations(shape, parallel, "torch", tokens=TOKENS)
