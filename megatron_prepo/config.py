@@ -78,7 +78,7 @@ class ParallelConfig:
     more messages; the number of micro-batches becomes a multiple of `parallel.pipeline`."""
     context: int = 1
     """Context-parallel size: so many ranks share the tokens of each micro-batch, for long sequences
-    (`docs/long_context.md`); times `parallel.tensor` it must divide the attention heads."""
+    (`docs/parallel.md`); times `parallel.tensor` it must divide the attention heads."""
     expert: int = 1
     """Expert-parallel size (mixture of experts): whole experts are spread over this many of the
     tensor-, context- and data-parallel ranks; 1: each holds its tensor-parallel part of all."""

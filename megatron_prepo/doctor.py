@@ -322,7 +322,10 @@ def examine_inputs(config: Config) -> list[Finding]:
                 check_layout(config, hf),
                 transformer_config(hf, torch_native, parallel, config.megatron),
             ),
-            lambda _: f"tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+            lambda _: (
+                f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+                + (f" x context {parallel.context}" if parallel.context > 1 else "")
+            ),
         )
         limit = hf["max_position_embeddings"]
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens

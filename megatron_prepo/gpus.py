@@ -205,6 +205,7 @@ def communication_seconds(
     gradient_bytes: float,
     pipeline: int = 1,
     chunks: int = 1,
+    exchanged: float = 0,
 ) -> float:
     """Least seconds that an update waits for other GPUs, at the vendor's peak rates.
 
@@ -212,9 +213,10 @@ def communication_seconds(
     and two backward (arXiv 1909.08053, section 3), over NVLink.  Data parallelism: one of
     `gradient_bytes`, over NVLink inside a machine and the network between machines.  A ring moves
     2 (n - 1) / n of the bytes.  A pipeline sends a token's hidden state forth and its gradient
-    back, from each of a rank's `chunks`, cut over the tensor ranks (sequence parallelism).  It
-    ranks layouts and is no part of the predicted seconds, since the published runs communicated
-    too.
+    back, from each of a rank's `chunks`, cut over the tensor ranks (sequence parallelism).
+    Context parallelism (whose ranks are among `data`): so many numbers of a token and a layer are
+    `exchanged`, forth and in backward.  It ranks layouts and is no part of the predicted seconds,
+    since the published runs communicated too.
     """
     inside = math.prod((tensor, data)) <= GPUS_A_MACHINE
     over = gpu.nvlink if inside else NETWORK
@@ -226,4 +228,5 @@ def communication_seconds(
         return 2 * (ranks - 1) / ranks * num_bytes / rate
 
     reduced = ring(tensor, 4 * layers * tokens * hidden * 2, gpu.nvlink)
-    return reduced + ring(data, gradient_bytes, over) + messages / to_next
+    exchanges = 2 * layers * tokens * exchanged * 2 / over
+    return reduced + exchanges + ring(data, gradient_bytes, over) + messages / to_next

@@ -1,12 +1,12 @@
 """Layouts that a model and a number of GPUs allow, the best first.
 
 Every division of the GPUs into tensor (inside a machine), pipeline, expert and data parallelism is
-tried, with the configuration's micro-batch or one as small as can be, as configured or with full
-recomputation, a pipeline also in chunks if they save a hundredth or more; always with the
-distributed optimizer, and with sequence parallelism where there is tensor parallelism.  Of those
-that fit, the least seconds of scoring and learning come first: published rates, idle pipeline, a
-fourth more arithmetic for recomputation, least communication (`gpus`).  It is an order, not a
-measurement.
+tried, with the configuration's context parallelism, with its micro-batch or one as small as can be,
+as configured or with full recomputation, a pipeline also in chunks if they save a hundredth or
+more; always with the distributed optimizer, and with sequence parallelism where there is tensor
+parallelism.  Of those that fit, the least seconds of scoring and learning come first: published
+rates, idle pipeline, a fourth more arithmetic for recomputation, least communication (`gpus`).  It
+is an order, not a measurement.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from megatron_prepo import plan
 from megatron_prepo.config import Config, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.gpus import GPUS
-from megatron_prepo.memory import Shape
+from megatron_prepo.memory import Shape, exchanged_numbers
 from megatron_prepo.plan import Held, Question, longest, num_micro_batches
 
 RECOMPUTE = {
@@ -85,12 +85,14 @@ def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
     uneven = [name for name in config.megatron if name.startswith("num_layers_in_")]
     megatron = {name: value for name, value in config.megatron.items() if name not in uneven}
     micro_batches = dict.fromkeys((config.train.micro_batch_tokens, longest(config)))
-    for tensor, pipeline, expert in _sizes(question.gpus, hf["num_hidden_layers"], Shape.of(hf)):
+    context = config.parallel.context
+    sizes = _sizes(question.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
+    for tensor, pipeline, expert in sizes:
         parallel = {
             "tensor": tensor,
             "pipeline": pipeline,
             "expert": expert,
-            "data": question.gpus // (tensor * pipeline),
+            "data": question.gpus // (tensor * pipeline * context),
             "sequence": tensor > 1,
         }
         # of equals the first wins
@@ -111,10 +113,10 @@ def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
             yield variant
 
 
-def _sizes(gpus: int, layers: int, shape: Shape) -> Iterator[tuple[int, int, int]]:
+def _sizes(gpus: int, context: int, layers: int, shape: Shape) -> Iterator[tuple[int, int, int]]:
     for tensor in (1, 2, 4, 8):
-        for pipeline in range(1, min(layers, gpus // tensor) + 1):
-            if gpus % (tensor * pipeline) or layers % pipeline:
+        for pipeline in range(1, min(layers, gpus // (tensor * context)) + 1):
+            if gpus % (tensor * context * pipeline) or layers % pipeline:
                 continue
             expert = 1
             while expert <= min(max(1, shape.experts), gpus // pipeline):
@@ -134,7 +136,7 @@ def _parts(config: Config, hf: dict) -> _Parts:
         config.model,
         parallel,
         ddp_config(config),
-        world_size=parallel.tensor * parallel.smallest_data,
+        world_size=parallel.num_ranks,
     )
     tensor = config.parallel.tensor
     embedding = -(-hf["vocab_size"] // tensor) * hf["hidden_size"]
@@ -165,7 +167,8 @@ def _evaluate(
 
 def _ranks(config: Config, question: Question, hf: dict, shape: Shape, parts: _Parts):
     parallel = config.parallel
-    expert_ranks = parallel.data * parallel.tensor // (parallel.expert * parallel.expert_tensor)
+    replicas = parallel.data * parallel.context  # of a weight that is not an expert's
+    expert_ranks = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor)
     layers = shape.layers // parallel.pipeline
     tied = bool(hf.get("tie_word_embeddings"))
 
@@ -176,7 +179,7 @@ def _ranks(config: Config, question: Question, hf: dict, shape: Shape, parts: _P
         if stage == parallel.pipeline - 1:
             dense += shape.hidden + (parts.embedding if stage or not tied else 0)
         experts = layers * parts.experts
-        shard = dense / parallel.data + experts / expert_ranks
+        shard = dense / replicas + experts / expert_ranks
         return Held(dense + experts, dense + experts, shard, parts.gradient_bytes)
 
     whole = _whole_parameters(parallel, shape, parts, tied)
@@ -211,12 +214,13 @@ def _seconds(config: Config, question: Question, shape: Shape, parts: _Parts, ra
     return busy + gpu_rates.communication_seconds(
         gpu=gpu,
         tensor=parallel.tensor,
-        data=parallel.data,
+        data=parallel.data * parallel.context,
         pipeline=parallel.pipeline,
         chunks=chunks,
         layers=shape.layers // parallel.pipeline,
         hidden=shape.hidden,
-        tokens=tokens // parallel.data,
+        tokens=tokens // (parallel.data * parallel.context),
+        exchanged=exchanged_numbers(shape, parallel),
         gradient_bytes=config.train.mini_batches * max(rank.gradients for rank in ranks),
     )
 

@@ -111,6 +111,15 @@ def layer_activations(
     return token * tokens / parallel.context
 
 
+def exchanged_numbers(shape: Shape, parallel: ParallelConfig) -> float:
+    """Numbers of a token and a layer that go to other ranks around attention: context parallelism.
+
+    Queries, keys and values before it, its output behind it; a rank keeps its own part of each.
+    """
+    numbers = 2 * shape.queries + 2 * shape.keys * _repeats(shape, parallel)
+    return numbers / parallel.tensor * (1 - 1 / parallel.context)
+
+
 def _repeats(shape: Shape, parallel: ParallelConfig) -> int:
     """How often attention has each key-value head of a tensor rank, over its context ranks."""
     heads = max(1, shape.groups // parallel.tensor)

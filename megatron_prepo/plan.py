@@ -248,7 +248,8 @@ def check(config: Config, hf: dict) -> tuple[str, ...]:
     padding = -shape.vocabulary % tensor
     sentences = [
         f"{shape.heads} heads, {shape.groups} key-value heads, MLP {hf['intermediate_size']:,} "
-        f"over tensor {tensor}",
+        f"over tensor {tensor}"
+        + (f" x context {parallel.context} (heads only)" if parallel.context > 1 else ""),
         f"vocabulary {shape.vocabulary:,} + {padding} rows of padding over tensor {tensor}",
         f"{shape.layers} layers over pipeline {parallel.pipeline}"
         + (f" x {parallel.virtual_pipeline} chunks" if parallel.virtual_size else ""),

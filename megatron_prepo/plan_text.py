@@ -42,7 +42,8 @@ def as_json(plan: Plan, layouts: Sequence[Layout]) -> str:
 
 
 def _title(plan: Plan) -> str:
-    sizes = " x ".join(f"{name} {plan.layout[name]}" for name in ("tensor", "pipeline", "data"))
+    names = ["tensor", "pipeline", *["context"] * (plan.layout["context"] > 1), "data"]
+    sizes = " x ".join(f"{name} {plan.layout[name]}" for name in names)
     if plan.layout["expert"] > 1:
         sizes += f", expert {plan.layout['expert']}"
     if plan.layout["sequence"]:

@@ -65,12 +65,13 @@ def stages_of(hf: dict, world_size: int, **sizes) -> list:
         (DENSE | {"tie_word_embeddings": True}, {"pipeline": 2, "virtual_pipeline": 2}),
         (DENSE, {"tensor": 4, "pipeline": 2}),  # more tensor ranks than key-value heads
         (EXPERTS, {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}),
+        (EXPERTS, {"context": 2, "pipeline": 2, "expert": 4}),
     ],
-    ids=["padded", "tied", "interleaved", "few key-value heads", "experts"],
+    ids=["padded", "tied", "interleaved", "few key-value heads", "experts", "context"],
 )
 def test_every_rank_of_a_stage_holds_what_its_first_one_does(hf, sizes):
     parallel = ParallelConfig(**sizes)
-    world_size = parallel.tensor * parallel.pipeline * parallel.smallest_data
+    world_size = parallel.num_ranks
     stages = stages_of(hf, world_size, **sizes)
     for rank, chunks in each_rank(hf, MODEL, parallel):
         stage = stages[rank // (world_size // parallel.pipeline)]
