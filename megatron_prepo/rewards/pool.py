@@ -32,6 +32,8 @@ START_SECONDS = 120.0
 WAITING = 10.0
 """How much longer than its processor time an answer may take on the clock: a process may sleep, and
 a machine may be busy, which must not turn a right answer into a wrong one."""
+STARTS = 3
+"""How often a process is started that ends without a word: someone else may have ended it."""
 MOST_PROCESSES = 16
 PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -101,11 +103,8 @@ class Grader:
         return future
 
     def _start(self) -> None:
-        workers = [Worker(self.settings) for _ in range(self.processes)]
-        for worker in workers:
-            self.idle.put(worker)
-        for worker in workers:
-            worker.wait_until_ready()
+        for worker in [Worker(self.settings) for _ in range(self.processes)]:
+            self.idle.put(worker.when_ready())
 
     def _grade_all(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         return list(self.threads.map(lambda pair: self._grade_one(*pair), pairs))
@@ -117,8 +116,7 @@ class Grader:
             # older one may have been ended by someone else
             for _ in range(2):
                 if worker.ended:
-                    worker = Worker(self.settings)
-                    worker.wait_until_ready()
+                    worker = Worker(self.settings).when_ready()
                 start = time.monotonic()
                 grade = worker.grade(completion, answer)
                 if grade.outcome != "error" or not worker.ended:
@@ -176,18 +174,24 @@ class Worker:
                 start_new_session=True,  # Ctrl-C is for the trainer, whose end ends the process
             )
 
-    def wait_until_ready(self) -> None:
-        """Raises UserError if it cannot load its function."""
+    def when_ready(self, starts: int = STARTS) -> "Worker":
+        """This one, or another, should it end before; raises UserError for one without function."""
+        reply = {}
         try:
             reply = self._receive(START_SECONDS)
+        except TimeoutError:
+            starts = 1
         except (OSError, ValueError):
-            reply = {}
-        if "ready" not in reply:
-            status = self.end()
-            raise UserError(
-                f"reward.function={self.settings.function} does not load in a grading process with "
-                f"reward.memory_mb={self.settings.memory_mb}: {reply.get('error', status)}"
-            )
+            pass
+        if "ready" in reply:
+            return self
+        status = self.end()
+        if starts > 1 and "error" not in reply:
+            return Worker(self.settings).when_ready(starts - 1)
+        raise UserError(
+            f"reward.function={self.settings.function} does not load in a grading process with "
+            f"reward.memory_mb={self.settings.memory_mb}: {reply.get('error', status)}"
+        )
 
     def grade(self, completion: str, answer: str) -> Grade:
         """If it has no answer to give it has ended."""

@@ -140,6 +140,24 @@ def test_too_many_failures_end_the_run_and_the_first_few_are_said_once():
     grader.close()
 
 
+def test_a_process_that_someone_killed_before_it_was_ready_is_started_again(tmp_path):
+    """The first two kill themselves, as far as anybody can see."""
+    file = tmp_path / "slow.py"
+    file.write_text(
+        "import os, pathlib, signal\n"
+        f"starts = pathlib.Path({str(tmp_path)!r})\n"
+        "(starts / f'start_{len(list(starts.iterdir()))}').touch()\n"
+        "if len(list(starts.iterdir())) <= 3:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def fine(completion, answer):\n"
+        "    return 1.0\n"
+    )
+    grader = Grader(settings("fine", file))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert [grade.reward for grade in grader.grade(rollouts("fine"))] == [1.0]
+    grader.close()
+
+
 def test_a_function_that_does_not_load_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"does not load.*no attribute 'absent'"):
         Grader(settings("absent"))
