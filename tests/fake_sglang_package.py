@@ -20,15 +20,19 @@ main()
 
 def install(directory: Path, monkeypatch) -> Path:
     """Put it on `PYTHONPATH`; returns the file to which a server writes its processes' ids."""
+    for name, value in environment(directory).items():
+        monkeypatch.setenv(name, value)
+    return directory / "pids"
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """The package, written to the directory, and the variables with which Python finds it."""
     package = directory / "sglang"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "launch_server.py").write_text(LAUNCH_SERVER)
-    pids = directory / "pids"
     path = [str(directory), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    monkeypatch.setenv("FAKE_PIDS", str(pids))
-    return pids
+    return {"PYTHONPATH": os.pathsep.join(path), "FAKE_PIDS": str(directory / "pids")}
 
 
 def processes(pids: Path, servers: int = 1) -> list[int]:

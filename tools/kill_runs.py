@@ -1,11 +1,14 @@
-"""Kill short runs at random moments, go on with them, and compare with runs that were never killed.
+"""Kill processes of short runs at random moments, and compare with runs that were left alone.
 
     python tools/kill_runs.py --kills 100 --out benchmarks/results/kill_runs.json
 
-A run is killed (SIGKILL, one rank or all) and gone on with until it comes to its end; then ledger,
-weights, optimizer and metrics have to be those of the undisturbed run of the same settings, bit for
-bit.  Ranks are forked from this process, which has imported everything: a kill then costs a second
-and not the seconds of an import.  Needs no GPU, and uses none.
+Victims (SIGKILL each): all ranks at once; one rank, after which the others are killed, as a
+launcher does; a grading process; a process of a rollout server, which is the fake one of `tests`,
+started by the run.  After the death of a grading process the run has to go on by itself, after that
+of a server it may end instead.  A run that has ended early is gone on with, until it comes to its
+end; then ledger, weights, optimizer and metrics have to be those of the undisturbed run of the same
+settings, bit for bit.  Ranks are forked from this process, which has imported everything: a kill
+then costs a second and not the seconds of an import.  Needs no GPU, and uses none.
 """
 
 import argparse
@@ -20,16 +23,21 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_prepo import config as configuration
 from megatron_prepo import machine, prove
 from megatron_prepo.durable import write_text
+from megatron_prepo.errors import Stopped
+from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.train import train
+from megatron_prepo.train_async import train_overlapped
 
-LAPTOP = Path(__file__).resolve().parents[1] / "examples" / "laptop"
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAPTOP = REPOSITORY / "examples" / "laptop"
 SHORT = (
     f"model.hf={LAPTOP / 'base'}",
     f"data.train={LAPTOP / 'train.jsonl'}",
@@ -43,9 +51,22 @@ SHORT = (
     "eval.every=2",
     "parallel.tensor=1",
 )
+SERVERS = (
+    "rollout.engine=sglang",
+    f"servers.python={sys.executable}",
+    "servers.count=2",
+    "servers.concurrency=4",
+    "weight_sync.verify=never",
+)
 CASES = {
+    "tensor parallel 2, two servers": (*SERVERS, "parallel.tensor=2", "checkpoint.every=1"),
     "prepo": ("checkpoint.every=1",),
     "foresight, a checkpoint in two steps": ("selection.method=foresight", "checkpoint.every=2"),
+    "one server, greso, no checkpoint but the last": (
+        *SERVERS,
+        "servers.count=1",
+        "selection.method=greso",
+    ),
     "greso, one checkpoint kept": (
         "selection.method=greso",
         "checkpoint.every=1",
@@ -55,6 +76,12 @@ CASES = {
         "selection.method=oracle",
         "model.dtype=bfloat16",
     ),
+    "overlapped, two servers": (
+        *SERVERS,
+        "train.overlap=true",
+        "loss.importance=truncated",
+        "checkpoint.every=1",
+    ),
     "tensor parallel 2": ("parallel.tensor=2", "checkpoint.every=1"),
     "data parallel 2, distributed optimizer": (
         "parallel.data=2",
@@ -62,6 +89,11 @@ CASES = {
         "checkpoint.every=2",
     ),
 }
+KINDS = ("all", "rank", "grader", "engine")
+SECONDS_OF_A_COMPLETION = 0.1
+"""At a fake server, so that kills fall among rollouts, too."""
+ENGINE_FAILED = 3
+"""Exit code of a rank, in the place of 1."""
 DEADLINE_SECONDS = 300.0
 
 
@@ -79,7 +111,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run, killed until it came to its end."""
+    """A run, and what was killed of it until it came to its end."""
 
     case: str
     kills: list[Kill]
@@ -87,74 +119,170 @@ class Trial:
     """What was not that of the undisturbed run."""
 
 
-def run_ranks(
-    case: str, directory: Path, *, kill_after: float | None = None, victim: int | None = None
-) -> float | None:
-    """The run's ranks, from where it is to its end; returns the seconds that took, None if killed.
+@dataclass
+class Victims:
+    """Kinds of victims in random order, each as often as the others; one is kept until killed."""
 
-    `victim` is a rank, or None for all; what then is left of the job is killed, as a launcher does.
-    """
-    overrides = [*SHORT, *CASES[case], f"run.dir={directory}"]
-    config = configuration.load(LAPTOP / "prepo.yaml", overrides)
-    num_ranks = config.parallel.num_ranks
-    begin, port = time.monotonic(), _free_port()
-    ranks = [_fork(config, rank, num_ranks, port, directory) for rank in range(num_ranks)]
-    running = dict.fromkeys(ranks)
-    try:
-        while running:
-            seconds = time.monotonic() - begin
-            if kill_after is not None and seconds > kill_after:
-                os.kill(ranks[victim] if victim is not None else ranks[0], signal.SIGKILL)
-                return None
-            assert seconds < DEADLINE_SECONDS, f"{directory} is still running"
-            for pid in list(running):
+    draw: random.Random
+    left: list[str] = field(default_factory=list)
+
+    def next(self, case: str) -> str:
+        """The next kind that the case has."""
+        has = {"all": True, "rank": num_ranks(case) > 1, "grader": True, "engine": _servers(case)}
+        while not any(has[kind] for kind in self.left):
+            self.left += self.draw.sample(KINDS, len(KINDS))
+        return next(kind for kind in self.left if has[kind])
+
+
+class Ranks:
+    """The ranks of a run, from where it is, and what is killed of them."""
+
+    def __init__(self, case: str, directory: Path):
+        self.case, self.directory = case, directory
+        port = _free_port()
+        self.pids = [
+            _fork(config_of(case, directory), rank, num_ranks(case), port, directory)
+            for rank in range(num_ranks(case))
+        ]
+        self.begin, self.running = time.monotonic(), set(self.pids)
+        self.engine_failed = False
+        self.kills: list[Kill] = []
+
+    @property
+    def seconds(self) -> float:
+        """Since they were started."""
+        return time.monotonic() - self.begin
+
+    def wait_until(self, seconds: float) -> bool:
+        """Until so long after the start; False if they have come to an end before."""
+        while self.running and self.seconds < seconds:
+            assert self.seconds < DEADLINE_SECONDS, f"{self.directory} is still running"
+            for pid in list(self.running):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    running.pop(pid)
-                    log = Path(f"{directory}.log").read_text()
-                    assert status == 0, f"a rank of {directory} failed:\n{log[-3000:]}"
+                    self.running.remove(pid)
+                    self._check(os.waitstatus_to_exitcode(status))
             time.sleep(0.005)
-        return seconds
-    finally:
-        for pid in running:
+        return bool(self.running)
+
+    def kill(self, kind: str, draw: random.Random) -> bool:
+        """One of this kind; False if there is none now."""
+        who, rank = kind, draw.randrange(len(self.pids))
+        if kind == "all":
+            victims = self.pids
+        elif kind == "rank":
+            who, victims = f"rank {rank}", [self.pids[rank]]
+        else:
+            module = {"grader": "megatron_prepo.rewards.worker", "engine": "sglang.launch_server"}
+            of_kind = [p for p in _descendants(self.pids[0]) if module[kind] in _command(p)]
+            victims = [draw.choice(of_kind)] if of_kind else []
+        if not victims:
+            return False
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        step = prove.num_lines(self.directory / "metrics.jsonl")
+        self.kills.append(Kill(self.case, who, round(self.seconds, 3), step))
+        return True
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for pid in self.running:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        self.running.clear()
+
+    def _check(self, code: int) -> None:
+        if code == ENGINE_FAILED and any(kill.victim == "engine" for kill in self.kills):
+            self.engine_failed = True
+        elif code != 0:
+            log = Path(f"{self.directory}.log").read_text()
+            raise AssertionError(f"a rank of {self.directory} failed ({code}):\n{log[-3000:]}")
+
+
+def config_of(case: str, directory: Path) -> configuration.Config:
+    """Of the run of this case in this directory."""
+    overrides = [*SHORT, *CASES[case], f"run.dir={directory}"]
+    return configuration.load(LAPTOP / "prepo.yaml", overrides)
+
+
+def num_ranks(case: str) -> int:
+    """Of a run of this case."""
+    return config_of(case, Path("none")).parallel.num_ranks
+
+
+def undisturbed_run(case: str, directory: Path) -> float:
+    """Seconds that it took."""
+    ranks = Ranks(case, directory)
+    try:
+        ranks.wait_until(DEADLINE_SECONDS)
+        return ranks.seconds
+    finally:
+        ranks.end()
+
+
+def disturbed_ranks(
+    case: str, directory: Path, seconds: float, victims: Victims
+) -> tuple[bool, list[Kill]]:
+    """Start the ranks of a run and kill; whether the run came to its end, and what was killed.
+
+    Of its servers one only: were the second lost before the first is back, the overlapped loop
+    would take other weights' rollouts.
+    """
+    draw, ranks = victims.draw, Ranks(case, directory)
+    try:
+        moment = draw.uniform(0.0, 1.2 * seconds)
+        while ranks.wait_until(moment):
+            kind = victims.next(case)
+            if kind == "engine" and any(kill.victim == "engine" for kill in ranks.kills):
+                return not ranks.wait_until(
+                    DEADLINE_SECONDS
+                ) and not ranks.engine_failed, ranks.kills
+            if not ranks.kill(kind, draw):
+                moment = ranks.seconds + 0.02  # as soon as there is one
+                continue
+            victims.left.remove(kind)
+            if kind in ("all", "rank"):
+                return False, ranks.kills
+            moment = ranks.seconds + draw.uniform(0.1, 0.6) * seconds
+        return not ranks.engine_failed, ranks.kills
+    finally:
+        ranks.end()
 
 
 def killed_until_done(
-    case: str, directory: Path, undisturbed: Path, seconds: float, draw: random.Random
+    case: str, directory: Path, undisturbed: Path, seconds: float, victims: Victims
 ) -> Trial:
     """One trial; `seconds` is how long the undisturbed run took."""
-    kills = []
-    while True:
-        kill_after = draw.uniform(0.0, 1.2 * seconds)
-        victim = draw.choice([None, 0, 1]) if case.endswith(("2", "optimizer")) else None
-        if run_ranks(case, directory, kill_after=kill_after, victim=victim) is not None:
-            break
-        step, who = prove.num_lines(directory / "metrics.jsonl"), "all"
-        if victim is not None:
-            who = f"rank {victim}"
-        kills.append(Kill(case, who, round(kill_after, 3), step))
-        if (directory / "summary.json").exists():
-            break  # killed when all was done
+    kills, done = [], False
+    while not done:
+        done, new = disturbed_ranks(case, directory, seconds, victims)
+        kills += new
+        done = done or (directory / "summary.json").exists()  # killed when all was done
     checks = prove.compare(undisturbed, directory)
     return Trial(case, kills, [f"{c.what}: {c.detail}" for c in checks if not c.equal])
 
 
 def trials(cases: Sequence[str], num_kills: int, directory: Path, seed: int) -> Iterator[Trial]:
-    """Trials of the cases in turn, until there are so many kills."""
-    draw, count, number, undisturbed = random.Random(seed), 0, 0, {}
-    while count < num_kills:
+    """Trials of the cases in turn, until there are so many kills, some of each kind."""
+    victims, number, undisturbed = Victims(random.Random(seed)), 0, {}
+    kinds = Counter()
+    while kinds.total() < num_kills or len(kinds) < len(KINDS):
         case = cases[number % len(cases)]
         if case not in undisturbed:
             whole = directory / f"undisturbed_{len(undisturbed)}"
-            undisturbed[case] = whole, run_ranks(case, whole)
+            undisturbed[case] = whole, undisturbed_run(case, whole)
         run = directory / f"killed_{number}"
-        trial = killed_until_done(case, run, *undisturbed[case], draw)
+        trial = killed_until_done(case, run, *undisturbed[case], victims)
         if not trial.differs:
             shutil.rmtree(run)
-        count, number = count + len(trial.kills), number + 1
+        kinds.update(kind_of(kill) for kill in trial.kills)
+        number += 1
         yield trial
+
+
+def kind_of(kill: Kill) -> str:
+    """One of `KINDS`."""
+    return kill.victim.partition(" ")[0]
 
 
 def main() -> int:
@@ -166,23 +294,60 @@ def main() -> int:
     options = parser.parse_args()
     kills, differ, num_runs = [], [], 0
     with tempfile.TemporaryDirectory() as directory:
+        os.environ |= _fake_servers(Path(directory, "package"))
         for trial in trials(list(CASES), options.kills, Path(directory), options.seed):
             num_runs += 1
-            kills += [dataclasses.asdict(kill) for kill in trial.kills]
+            kills += trial.kills
             differ += [dataclasses.asdict(trial)] if trial.differs else []
-            print(f"{trial.case}: {len(trial.kills)} kills, differs: {trial.differs or 'nothing'}")
+            of_kind = Counter(kind_of(kill) for kill in kills)
+            killed = ", ".join(kill.victim for kill in trial.kills) or "nothing"
+            print(
+                f"{trial.case}: killed {killed}; differs: {trial.differs or 'nothing'}", flush=True
+            )
             if options.out:
                 result = {
                     "command": f"tools/kill_runs.py --kills {options.kills} --seed {options.seed}",
                     "machine": machine.describe(),
                     "kills": len(kills),
+                    "kills_of": {kind: of_kind[kind] for kind in KINDS},
                     "runs": num_runs,
                     "runs_that_differ": differ,
-                    "each": kills,
+                    "each": [dataclasses.asdict(kill) for kill in kills],
                 }
                 write_text(options.out, json.dumps(result, indent=1) + "\n")
     print(f"{len(kills)} kills of {num_runs} runs; {len(differ)} differ from an undisturbed run")
     return 1 if differ else 0
+
+
+def _fake_servers(package: Path) -> dict[str, str]:
+    """The environment in which `python -m sglang.launch_server` is the fake one."""
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    import fake_sglang_package
+
+    seconds = {"FAKE_SECONDS": str(SECONDS_OF_A_COMPLETION)}
+    return fake_sglang_package.environment(package) | seconds
+
+
+def _servers(case: str) -> bool:
+    return "rollout.engine=sglang" in CASES[case]
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes below this one, as far as they are there."""
+    try:
+        tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+        children = [int(word) for task in tasks for word in task.read_text().split()]
+    except FileNotFoundError:
+        return []  # it has just ended
+    return [found for child in children for found in (child, *_descendants(child))]
+
+
+def _command(pid: int) -> str:
+    """Its command line; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _fork(config, rank: int, num_ranks: int, port: int, directory: Path) -> int:
@@ -202,8 +367,11 @@ def _fork(config, rank: int, num_ranks: int, port: int, directory: Path) -> int:
             "MASTER_PORT": str(port),
             "CUDA_VISIBLE_DEVICES": "",
         }
-        train(config)
+        (train_overlapped if config.train.overlap else train)(config)
         code = 0
+    except (Stopped, EngineError) as error:
+        print(error, file=sys.stderr)
+        code = ENGINE_FAILED
     except BaseException:
         traceback.print_exc()
     finally:
