@@ -1,14 +1,21 @@
 """Rollouts that have been paid for and that no checkpoint covers yet, so that none is paid twice.
 
-Each batch of rollouts is a line of `journal/PURPOSE_STEP.jsonl`, on disk before anything is made of
-it.  A run that goes on and comes to the same batch, by the same weights, finds its rollouts there.
+They are written as they come, to `journal/PURPOSE_STEP.RANK.jsonl`: a line for each completion of a
+server, or for each batch of the embedded engine, which is there whole or not at all and so is the
+same batch again if it has to be generated again.  A run that goes on and comes to the same step, by
+the same weights, takes what is there and generates the rest.  A rollout has random numbers of its
+own, named by purpose, prompt and sample, so the order of arrival changes nothing.
+
+Killing a process takes nothing of what it wrote.  Against the end of the machine the lines are
+forced to disk, every second and before anything is made of them.
 """
 
 import base64
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +23,90 @@ from megatron_prepo.durable import flush
 from megatron_prepo.records import Prompt, Rollout
 
 FIELDS = ("tokens", "engine_logprobs", "text", "finished", "aborted")
-"""What a line holds of each rollout; prompt and weight version are the batch's.  Behind them comes
-its routing, base64, if it has one."""
+"""What a line holds of each rollout, behind its prompt and sample; the weight version is the
+line's.  Behind them comes its routing, base64, if it has one."""
+SECONDS_UNFORCED = 1.0
+"""A step of a thousand completions must not wait for the disk a thousand times."""
 
 
 class Journal:
-    """`share` gives rank 0's value to every rank; the rank that `writes` has the files."""
+    """`share` gives rank 0's value to every rank; each rank writes a file of its own, rank 0 reads.
 
-    def __init__(self, directory: Path, writes: bool, share: Callable[[Any], Any]):
-        self.directory, self.writes = directory, writes
-        lines = share(_read(directory) if writes else None)
+    `add` may be called from another thread, one call at a time.
+    """
+
+    def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]):
+        self.directory, self.rank = directory, rank
+        lines = share(_read(directory) if rank == 0 else None)
         self.waiting = {
-            (line["purpose"], line["weight_version"], *line["prompts"]): line["rollouts"]
+            (line["purpose"], line["weight_version"], prompt, sample): fields
             for line in lines
+            for prompt, sample, *fields in line["rollouts"]
         }
+        self._unforced: Path | None = None
+        self._forced_at = time.monotonic()
 
     def find(
         self, purpose: str, weight_version: int, prompts: Sequence[Prompt]
-    ) -> list[Rollout] | None:
-        """What was paid for before the run stopped; None for another batch."""
-        rows = self.waiting.pop((purpose, weight_version, *(p.id for p in prompts)), None)
-        if rows is None:
-            return None
-        samples = len(rows) // len(prompts)
-        return [_rollout(row, prompts[n // samples], weight_version) for n, row in enumerate(rows)]
+    ) -> dict[tuple[str, int], Rollout]:
+        """What of these prompts was paid for before the run stopped, by prompt's id and sample.
 
-    def add(self, purpose: str, rollouts: Sequence[Rollout]) -> None:
-        """A batch, `PURPOSE/STEP`, that has just been paid for; on disk when this returns."""
-        if not self.writes:
-            return
+        Once: it is not found again.
+        """
+        prompt_of = {prompt.id: prompt for prompt in prompts}
+        keys = [
+            key
+            for key in self.waiting
+            if key[:2] == (purpose, weight_version) and key[2] in prompt_of
+        ]
+        return {
+            key[2:]: _rollout(self.waiting.pop(key), prompt_of[key[2]], weight_version)
+            for key in keys
+        }
+
+    def add(self, purpose: str, rollouts: Mapping[tuple[str, int], Rollout]) -> None:
+        """Rollouts for `PURPOSE/STEP` that have just come; written when this returns.
+
+        On disk after `force`.  Raises OSError.
+        """
+        [weight_version] = {rollout.weight_version for rollout in rollouts.values()}
         line = {
             "purpose": purpose,
-            "weight_version": rollouts[0].weight_version,
-            "prompts": list(dict.fromkeys(rollout.prompt.id for rollout in rollouts)),
-            "rollouts": [_row(rollout) for rollout in rollouts],
+            "weight_version": weight_version,
+            "rollouts": [[*key, *_fields(rollout)] for key, rollout in rollouts.items()],
         }
         self.directory.mkdir(exist_ok=True)
-        with open(self.directory / f"{purpose.replace('/', '_')}.jsonl", "a") as file:
+        path = self.directory / f"{purpose.replace('/', '_')}.{self.rank}.jsonl"
+        with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        flush(self.directory)
+        self._unforced = path
+        if time.monotonic() - self._forced_at > SECONDS_UNFORCED:
+            self.force()
+
+    def force(self) -> None:
+        """All that was added is on disk when this returns."""
+        if self._unforced:
+            flush(self._unforced)
+            flush(self.directory)
+        self._unforced, self._forced_at = None, time.monotonic()
 
     def forget(self, before: int) -> None:
-        """Drop the batches of steps before this one: checkpoints cover them."""
-        if self.writes:
+        """Drop the rollouts of steps before this one: checkpoints cover them."""
+        if self.rank == 0:
             for path in self.directory.glob("*.jsonl"):
-                if int(path.stem.rpartition("_")[2]) < before:
+                if int(path.name.partition(".")[0].rpartition("_")[2]) < before:
                     path.unlink()
 
     def close(self) -> None:
         """The run is finished."""
-        if self.writes:
+        if self.rank == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _read(directory: Path) -> list[dict]:
     """All lines; one that was being written when the run stopped is cut off."""
     lines = []
-    for path in sorted(directory.glob("*.jsonl")):
+    for path in sorted(directory.glob("*.*.jsonl")):
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(path, len(whole))
@@ -82,14 +114,16 @@ def _read(directory: Path) -> list[dict]:
     return lines
 
 
-def _row(rollout: Rollout) -> list:
-    row = [getattr(rollout, name) for name in FIELDS]
-    return row if rollout.routing is None else [*row, base64.b64encode(rollout.routing).decode()]
+def _fields(rollout: Rollout) -> list:
+    fields = [getattr(rollout, name) for name in FIELDS]
+    if rollout.routing is None:
+        return fields
+    return [*fields, base64.b64encode(rollout.routing).decode()]
 
 
-def _rollout(row: list, prompt: Prompt, weight_version: int) -> Rollout:
-    row, routing = row[: len(FIELDS)], row[len(FIELDS) :]
-    values = dict(zip(FIELDS, row, strict=True))
+def _rollout(fields: list, prompt: Prompt, weight_version: int) -> Rollout:
+    fields, routing = fields[: len(FIELDS)], fields[len(FIELDS) :]
+    values = dict(zip(FIELDS, fields, strict=True))
     values |= {name: tuple(values[name]) for name in ("tokens", "engine_logprobs")}
     if routing:
         values["routing"] = base64.b64decode(*routing, validate=True)

@@ -9,6 +9,7 @@ Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -194,7 +195,7 @@ def set_up(config: Config) -> Job:
     selector = METHODS[config.selection.method](
         config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )
-    journal = Journal(run.directory / "journal", run.writes, share=parallel.from_rank_zero)
+    journal = Journal(run.directory / "journal", dist.get_rank(), share=parallel.from_rank_zero)
     with run.seconds("setup"):
         grader = build_grader(config, run.say)
         engine = build_engine(config, inputs.tokenizer, run.say)
@@ -291,10 +292,13 @@ def roll_out(
     config: Config, engine, journal: Journal, prompts: Sequence[Prompt], purpose: str
 ) -> list[Rollout]:
     """G completions of each prompt, by the weights of the last update; paid for once."""
-    rollouts = journal.find(purpose, engine.weight_version, prompts)
-    if rollouts is None:
-        rollouts = engine.generate(prompts, **sampling(config, purpose))
-        journal.add(purpose, rollouts)
+    rollouts = engine.generate(
+        prompts,
+        **sampling(config, purpose),
+        paid=journal.find(purpose, engine.weight_version, prompts),
+        keep=partial(journal.add, purpose),
+    )
+    journal.force()
     return rollouts
 
 

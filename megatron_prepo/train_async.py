@@ -12,6 +12,7 @@ stage and key by key; rewards are observed before the next prompts are chosen, h
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -97,7 +98,7 @@ class Coming:
     candidates: Candidates
     chosen: list[int]
     weight_version: int
-    """Of the weights that chose and, unless the run was interrupted, generate."""
+    """Of the weights that chose and, as far as the engine did not fail, generate."""
     under_way: Generating | None = None
     rollouts: list[Rollout] | None = None
     seconds: float = 0.0
@@ -119,7 +120,7 @@ class Ahead:
 
     As a part of a checkpoint it holds prompts and selector as they were before the coming step was
     chosen, and the perplexities that it was chosen by, which no weights can give again.  Rollouts
-    are in the journal; should they not have come, the weights of the day generate them.
+    are in the journal; should some not have come, the weights of the day generate them.
     """
 
     def __init__(self, job: Job):
@@ -147,7 +148,7 @@ class Ahead:
             if under_way is not None:
                 self.coming.rollouts = under_way.result()
                 self.coming.seconds = under_way.seconds
-                self.job.journal.add(self.coming.purpose, self.coming.rollouts)
+                self.job.journal.force()
 
     def take(self) -> Coming:
         """The coming step, with its rollouts, which is this step from now on."""
@@ -188,14 +189,17 @@ class Ahead:
         self.coming = Coming(step, candidates, chosen, weight_version)
 
     def _generate(self) -> None:
-        coming, engine = self.coming, self.job.engine
-        coming.rollouts = self.job.journal.find(
-            coming.purpose, coming.weight_version, coming.selected
+        coming, engine, journal = self.coming, self.job.engine, self.job.journal
+        paid = {}
+        # those of the day: after a failure they have generated the rest
+        for version in (engine.weight_version, coming.weight_version):
+            paid |= journal.find(coming.purpose, version, coming.selected)
+        coming.under_way = engine.start_generate(
+            coming.selected,
+            **sampling(self.job.config, coming.purpose),
+            paid=paid,
+            keep=partial(journal.add, coming.purpose),
         )
-        if coming.rollouts is None:
-            coming.weight_version = engine.weight_version
-            settings = sampling(self.job.config, coming.purpose)
-            coming.under_way = engine.start_generate(coming.selected, **settings)
 
     def _position(self) -> dict:
         batches, selector = self.job.batches, self.job.selector

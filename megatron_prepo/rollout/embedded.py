@@ -7,7 +7,7 @@ rounding in a batch of another shape).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
@@ -100,17 +100,24 @@ class EmbeddedEngine:
         seed: str,
         routing: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        paid: Mapping[tuple[str, int], Rollout] = {},
+        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
     ) -> list[Rollout]:
         """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
 
         With their routing, if it is asked for.  `on_progress` is called after each batch with about
-        how many completions all ranks have done, and how many there are.
+        how many completions all ranks have done, and how many there are.  Those that are `paid`, by
+        prompt's id and sample, are taken from there; each rank's `keep` gets its others, a batch at
+        a time.
         """
         assert self.weight_version is not None, "the engine has no weights: sync first"
         jobs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
         # neighbours in length share a batch, so that little is padded
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].tokens))
         mine, done = order[self.rank :: self.num_ranks], []
+        # what this rank has kept is whole batches, so that the rest makes the batches that it would
+        # have made; in others it would round differently
+        mine = [i for i in mine if (jobs[i][0].id, jobs[i][1]) not in paid]
         for first in range(0, len(mine), self.batch_size):
             batch = mine[first : first + self.batch_size]
             seeds = [f"{seed}/{jobs[i][0].id}/{jobs[i][1]}" for i in batch]
@@ -119,10 +126,17 @@ class EmbeddedEngine:
                 completions = self._complete(
                     [jobs[i][0].tokens for i in batch], seeds, temperature, max_new_tokens, experts
                 )
-            done += zip(batch, completions, strict=True)
+            pairs = list(zip(batch, completions, strict=True))
+            keep({(jobs[i][0].id, jobs[i][1]): self._rollout(jobs[i][0], *c) for i, c in pairs})
+            done += pairs
             on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
         completion_of = {i: c for share in self.gather(done) for i, c in share}
-        return [self._rollout(prompt, *completion_of[i]) for i, (prompt, _) in enumerate(jobs)]
+        return [
+            self._rollout(prompt, *completion_of[i])
+            if i in completion_of
+            else paid[prompt.id, sample]
+            for i, (prompt, sample) in enumerate(jobs)
+        ]
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """The log-probabilities of each prompt's tokens but the first, on every rank."""

@@ -198,7 +198,7 @@ def saved_meanwhile(tree, actor, fresh, first):
     tree["checkpoint"]["asynchronous"] = True
     checkpoints, run, _ = fresh()
     checkpoints.restore()
-    lines = [checkpoints.journal.directory / f"rollouts_{step}.jsonl" for step in (5, 6)]
+    lines = [checkpoints.journal.directory / f"rollouts_{step}.0.jsonl" for step in (5, 6)]
     if first:
         checkpoints.journal.directory.mkdir(exist_ok=True)
         for line in lines:
@@ -372,11 +372,12 @@ def run_checkpoints(hf, run_directory):
         tree = to_tree(actor.config)
         tree["run"]["dir"] = run_directory
         tree["checkpoint"] |= {"keep_last": 2, "keep_every": 3}
-        first = torch.distributed.get_rank() == 0
+        rank = torch.distributed.get_rank()
+        first = rank == 0
 
         def fresh():
             said, run = [], Part()
-            journal = Journal(Path(run_directory, "journal"), first, parallel.from_rank_zero)
+            journal = Journal(Path(run_directory, "journal"), rank, parallel.from_rank_zero)
             checkpoints = Checkpoints(
                 from_tree(tree), actor, {"run": run}, journal, lambda text: said.append(text)
             )

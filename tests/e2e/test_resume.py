@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -92,35 +93,67 @@ def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
     assert "is finished" in capsys.readouterr().err
 
 
-def test_a_run_whose_engine_is_gone_is_saved_and_pays_for_nothing_twice(capfd, tmp_path):
-    """All servers die in the second step's rollouts; the next time, in the sync after that step."""
+def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(capfd, tmp_path):
+    """Killed in the first step's rollouts; then all servers die in the second step's; then in the
+    sync after that step.  What had come each time is not asked for again."""
     with FakeSGLang() as fake:
         settings = ["rollout.engine=sglang", f"servers.urls=[{fake.url}]", "servers.attempts=1"]
         settings += ["weight_sync.verify=never", "checkpoint.every=0", "servers.connect_seconds=2"]
+        settings += ["servers.concurrency=1"]  # no other answer is on its way when a server dies
         assert train(tmp_path / "whole", *RUN, *settings) == 0
-        paid = len(fake.requests)
+        whole = Counter(fake.answered)
+        rollouts = {asked for asked, count in whole.items() if count == 1}
+        assert len(rollouts) == 4 * 32 and len(whole) == 4 * 32 + 8
 
-        def in_rollouts(path: str, body: dict) -> str | None:
-            return "die" if len(fake.requests) >= 60 else None
+        fake.restart()
+        fake.answered.clear()
+        gone, journal = tmp_path / "gone", tmp_path / "gone" / "journal"
+
+        def after(num_rollouts: int, fault: str):
+            """From then on; the evaluation's are answered."""
+
+            def decide(path: str, body: dict) -> str | None:
+                if path == "/generate" and asked_of(body) in rollouts:
+                    with fake._lock:
+                        allowed.append(asked_of(body))
+                    return fault if len(allowed) > num_rollouts else None
+
+            allowed: list[str] = []
+            return decide
+
+        fake.fault = after(13, "hang")
+        process = start(gone, *settings)
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while prove.num_lines(journal / "rollouts_0.0.jsonl") != 13:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
 
         def in_sync(path: str, body: dict) -> str | None:
             syncs = path.startswith("/update_weights")
-            return "die" if syncs and len(fake.requests) >= 40 else None
+            return "die" if syncs and num_paid() == 64 else None
 
-        for fault, steps in ((in_rollouts, 1), (in_sync, 2)):
+        def num_paid() -> int:
+            return sum(fake.answered[asked] for asked in rollouts)
+
+        for fault, steps, paid in ((after(19 + 20, "die"), 1, 32 + 20), (in_sync, 2, 64)):
             fake.restart()
-            fake.requests.clear()
             fake.fault = fault
-            assert train(tmp_path / "gone", *RUN, *settings) == 1
+            assert train(gone, *RUN, *settings) == 1
             said = capfd.readouterr().err
             assert "the engine failed" in said and f"{steps} steps are saved" in said
             assert "Traceback" not in said
+            assert num_paid() == paid
         fake.restart()
-        fake.requests.clear()
-        assert train(tmp_path / "gone", *RUN, *settings) == 0
-        # two steps of 32 rollouts and three evaluations of 8: what was there is not paid again
-        assert len(fake.requests) == paid - (8 + 32) - (8 + 32) == 2 * 32 + 3 * 8
-        assert_equal(tmp_path / "whole", tmp_path / "gone")
+        assert train(gone, *RUN, *settings) == 0
+        assert {asked: fake.answered[asked] for asked in rollouts} == dict.fromkeys(rollouts, 1)
+        assert_equal(tmp_path / "whole", gone)
+
+
+def asked_of(body: dict) -> str:
+    """As the fake counts answers."""
+    return f"{body['input_ids']} {body['sampling_params'].get('sampling_seed')}"
 
 
 def test_five_kills(tmp_path):

@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on_with_the_routing_of_what_it_has_paid_for(
     wait_for_steps(1, tmp_path, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    assert (tmp_path / "journal" / "rollouts_0.jsonl").is_file()
+    assert (tmp_path / "journal" / "rollouts_0.0.jsonl").is_file()
     assert train(tmp_path, *settings) == 0
     assert_equal(undisturbed, tmp_path)
 

@@ -59,13 +59,14 @@ def engine_of(model, directory, **settings):
     return engine
 
 
-def generate(engine):
+def generate(engine, **options):
     rollouts = engine.generate(
         prompts(),
         samples_per_prompt=SAMPLES,
         temperature=TEMPERATURE,
         max_new_tokens=NEW_TOKENS,
         seed=SEED,
+        **options,
     )
     return [(r.prompt.id, r.tokens, r.engine_logprobs) for r in rollouts]
 
@@ -126,6 +127,33 @@ def test_a_completion_does_not_depend_on_its_rank(tmp_path):
                 generate(engine)
     engine.gather = lambda mine: [*shares, mine]
     assert_same(generate(engine), generate(engine_of(model, tmp_path)))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_killed_in_a_batch_of_prompts_it_generates_the_rest_to_the_bit(num_ranks, tmp_path):
+    """Each rank a batch at a time, which was kept whole or not at all; paid for once."""
+    model, whole, kept = MODELS["qwen3"](), {}, {}
+    for rank in range(num_ranks):
+        engine = engine_of(model, tmp_path, rank=rank, num_ranks=num_ranks, batch_size=4)
+        engine.gather = lambda mine: [[(i, ([0], [0.0], None)) for i in range(99)], mine]
+        batches = []
+        generate(engine, keep=batches.append)
+        whole |= {key: rollout for batch in batches for key, rollout in batch.items()}
+        assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
+        kept |= batches[rank]  # the second rank has come to another one
+    again, shares = {}, []
+    for rank in range(num_ranks):
+        engine = engine_of(model, tmp_path, rank=rank, num_ranks=num_ranks, batch_size=4)
+        engine.gather = lambda mine: shares.append(mine) or shares
+        if rank + 1 < num_ranks:
+            with pytest.raises(KeyError):  # the others' share is still missing
+                generate(engine, paid=kept, keep=again.update)
+    assert len(whole) == len(prompts()) * SAMPLES and 0 < len(kept) < len(whole)
+    rest = generate(engine, paid=kept, keep=again.update)
+    assert again.keys() == whole.keys() - kept.keys()
+    expected = [whole[prompt.id, sample] for prompt in prompts() for sample in range(SAMPLES)]
+    assert rest == [(r.prompt.id, r.tokens, r.engine_logprobs) for r in expected]
+    assert all(again[key] == whole[key] for key in again)
 
 
 def test_scores_of_prompts_are_the_models_own_and_complete_on_every_rank(tmp_path):

@@ -1,16 +1,19 @@
-"""What was paid for is found again, bit for bit, and only as the batch that it was."""
+"""What was paid for is found again, bit for bit, and only as what it was."""
+
+import os
 
 import pytest
 
+from megatron_prepo import durable
 from megatron_prepo.journal import Journal
 from megatron_prepo.records import Prompt, Rollout
 
 PROMPTS = [Prompt(name, "how many ?", "1", (3, 4), (0, 2)) for name in ("a", "b")]
 
 
-def rollouts(version: int = 5) -> list[Rollout]:
-    return [
-        Rollout(
+def rollouts(version: int = 5, prompts=PROMPTS, samples=(0, 1)) -> dict[tuple[str, int], Rollout]:
+    return {
+        (prompt.id, sample): Rollout(
             prompt=prompt,
             tokens=(7, 8 + sample),
             engine_logprobs=(-0.1, -1 / 3),
@@ -20,20 +23,20 @@ def rollouts(version: int = 5) -> list[Rollout]:
             aborted=sample == 1,
             routing=bytes([250, sample, 10]) if version == 6 else None,
         )
-        for prompt in PROMPTS
-        for sample in range(2)
-    ]
+        for prompt in prompts
+        for sample in samples
+    }
 
 
-def journal(directory, **options) -> Journal:
-    return Journal(directory, True, share=lambda value: value, **options)
+def journal(directory, rank=0, share=lambda value: value) -> Journal:
+    return Journal(directory, rank, share)
 
 
-def test_a_batch_is_found_once_and_as_it_was(tmp_path):
+def test_rollouts_are_found_once_and_as_they_were(tmp_path):
     journal(tmp_path / "j").add("rollouts/3", rollouts())
     again = journal(tmp_path / "j")
     assert again.find("rollouts/3", 5, PROMPTS) == rollouts()
-    assert again.find("rollouts/3", 5, PROMPTS) is None
+    assert again.find("rollouts/3", 5, PROMPTS) == {}
 
 
 @pytest.mark.parametrize(
@@ -42,63 +45,109 @@ def test_a_batch_is_found_once_and_as_it_was(tmp_path):
         ("rollouts/4", 5, PROMPTS),
         ("probes/3", 5, PROMPTS),
         ("rollouts/3", 6, PROMPTS),
-        ("rollouts/3", 5, PROMPTS[::-1]),
-        ("rollouts/3", 5, PROMPTS[:1]),
+        ("rollouts/3", 5, []),
+        ("rollouts/3", 5, [Prompt("c", "", "", (3, 4), (0, 2))]),
     ],
 )
-def test_another_batch_is_not_taken(tmp_path, purpose, version, prompts):
+def test_others_are_not_taken(tmp_path, purpose, version, prompts):
     journal(tmp_path / "j").add("rollouts/3", rollouts())
-    assert journal(tmp_path / "j").find(purpose, version, prompts) is None
+    assert journal(tmp_path / "j").find(purpose, version, prompts) == {}
+
+
+def test_of_a_batch_that_was_under_way_what_had_come_is_found(tmp_path):
+    """In the order of arrival; the next time, what has come since, too."""
+    first = journal(tmp_path / "j")
+    first.add("rollouts/3", rollouts(prompts=PROMPTS[1:], samples=[1]))
+    first.add("rollouts/3", rollouts(prompts=PROMPTS[:1], samples=[0]))
+    again = journal(tmp_path / "j")
+    assert again.find("rollouts/3", 5, PROMPTS).keys() == {("b", 1), ("a", 0)}
+    again.add("rollouts/3", rollouts(samples=[1], prompts=PROMPTS[:1]))
+    found = journal(tmp_path / "j").find("rollouts/3", 5, PROMPTS)
+    assert found == {key: rollouts()[key] for key in [("b", 1), ("a", 0), ("a", 1)]}
 
 
 def test_a_batch_with_routings_is_found_as_it_was(tmp_path):
     journal(tmp_path / "j").add("rollouts/3", rollouts(version=6))
     found = journal(tmp_path / "j").find("rollouts/3", 6, PROMPTS)
-    assert found == rollouts(version=6) and found[1].routing == b"\xfa\x01\n"
+    assert found == rollouts(version=6) and found["a", 1].routing == b"\xfa\x01\n"
 
 
 def test_rounds_of_a_step_are_told_apart(tmp_path):
     first = journal(tmp_path / "j")
-    first.add("rollouts/3", rollouts()[:2])
-    first.add("rollouts/3", rollouts()[2:])
+    first.add("rollouts/3", rollouts())
     again = journal(tmp_path / "j")
-    assert again.find("rollouts/3", 5, PROMPTS[1:]) == rollouts()[2:]
-    assert again.find("rollouts/3", 5, PROMPTS[:1]) == rollouts()[:2]
+    assert again.find("rollouts/3", 5, PROMPTS[1:]) == rollouts(prompts=PROMPTS[1:])
+    assert again.find("rollouts/3", 5, PROMPTS) == rollouts(prompts=PROMPTS[:1])
 
 
-@pytest.mark.parametrize("lost", [1, 10, 200])
-def test_a_torn_last_line_is_no_batch(tmp_path, lost):
+@pytest.mark.parametrize("lost", [1, 10, 140])
+def test_a_torn_last_line_is_nothing(tmp_path, lost):
     first = journal(tmp_path / "j")
-    first.add("rollouts/3", rollouts()[:2])
-    first.add("rollouts/3", rollouts()[2:])
-    file = tmp_path / "j" / "rollouts_3.jsonl"
+    first.add("rollouts/3", rollouts(prompts=PROMPTS[:1]))
+    first.add("rollouts/3", rollouts(prompts=PROMPTS[1:]))
+    file = tmp_path / "j" / "rollouts_3.0.jsonl"
     file.write_bytes(file.read_bytes()[:-lost])
     again = journal(tmp_path / "j")
-    assert again.find("rollouts/3", 5, PROMPTS[1:]) is None
-    assert again.find("rollouts/3", 5, PROMPTS[:1]) == rollouts()[:2]
-    again.add("rollouts/3", rollouts()[2:])
-    assert journal(tmp_path / "j").find("rollouts/3", 5, PROMPTS[1:]) == rollouts()[2:]
+    assert again.find("rollouts/3", 5, PROMPTS) == rollouts(prompts=PROMPTS[:1])
+    again.add("rollouts/3", rollouts(prompts=PROMPTS[1:]))
+    assert journal(tmp_path / "j").find("rollouts/3", 5, PROMPTS) == rollouts()
 
 
 def test_what_checkpoints_cover_is_forgotten(tmp_path):
     first = journal(tmp_path / "j")
     for step in (8, 9, 10, 11):
-        first.add(f"rollouts/{step}", rollouts())
+        for rank in (0, 1):
+            journal(tmp_path / "j", rank, share=lambda value: []).add(
+                f"rollouts/{step}", rollouts()
+            )
+    journal(tmp_path / "j", 1, share=lambda value: []).forget(before=99)
     first.forget(before=10)
     assert sorted(path.name for path in (tmp_path / "j").iterdir()) == [
-        "rollouts_10.jsonl",
-        "rollouts_11.jsonl",
+        "rollouts_10.0.jsonl",
+        "rollouts_10.1.jsonl",
+        "rollouts_11.0.jsonl",
+        "rollouts_11.1.jsonl",
     ]
     first.close()
     assert not (tmp_path / "j").exists()
 
 
-def test_ranks_that_do_not_write_hear_of_it(tmp_path):
-    journal(tmp_path / "j").add("rollouts/3", rollouts())
+def test_every_rank_finds_what_each_has_written(tmp_path):
+    journal(tmp_path / "j").add("rollouts/3", rollouts(prompts=PROMPTS[:1]))
+    journal(tmp_path / "j", 1, share=lambda value: []).add(
+        "rollouts/3", rollouts(prompts=PROMPTS[1:])
+    )
     lines = []
-    Journal(tmp_path / "j", True, share=lambda value: lines.append(value) or value)
-    other = Journal(tmp_path / "elsewhere", False, share=lambda value: lines[0])
+    first = journal(tmp_path / "j", share=lambda value: lines.append(value) or value)
+    assert first.find("rollouts/3", 5, PROMPTS) == rollouts()
+    other = journal(tmp_path / "elsewhere", 1, share=lambda value: value or lines[0])
     assert other.find("rollouts/3", 5, PROMPTS) == rollouts()
-    other.add("rollouts/4", rollouts())
-    other.forget(before=99)
-    assert not (tmp_path / "elsewhere").exists() and list((tmp_path / "j").iterdir())
+
+
+def test_lines_are_forced_to_disk_every_second_and_when_asked(tmp_path, monkeypatch):
+    """A thousand completions must not wait for the disk a thousand times."""
+    now, forced = [0.0], []
+    monkeypatch.setattr("megatron_prepo.journal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        durable.os,
+        "fsync",
+        lambda fd: forced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))),
+    )
+    first = journal(tmp_path / "j")
+
+    def forced_by(call):
+        forced.clear()
+        call()
+        return list(forced)
+
+    def add():
+        first.add("rollouts/3", rollouts())
+
+    file_and_directory = ["rollouts_3.0.jsonl", "j"]
+    assert forced_by(add) == []
+    now[0] = 1.5
+    assert forced_by(add) == file_and_directory
+    now[0] = 2.0
+    assert forced_by(add) == []
+    assert forced_by(first.force) == file_and_directory
+    assert forced_by(first.force) == []

@@ -98,10 +98,39 @@ def build(hf, tmp_path):
         engine.close()
 
 
-def rollouts(engine):
+def rollouts(engine, **options):
     return engine.generate(
-        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x"
+        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x", **options
     )
+
+
+def test_only_what_is_not_paid_is_asked_for_and_all_is_kept_as_it_comes(build, hf, fakes):
+    engine, config = build(fakes[:1], verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+    kept = {}
+    whole = rollouts(engine, keep=kept.update)
+    keys = [(prompt.id, sample) for prompt in PROMPTS for sample in range(3)]
+    assert [kept[key] for key in keys] == whole and len(fakes[0].requests) == 12
+    paid, came = {key: kept[key] for key in keys[1:6]}, []
+    assert rollouts(engine, paid=paid, keep=came.append) == whole
+    assert {key for kept in came for key in kept} == set(keys) - paid.keys()
+    assert len(came) == 7 and set(fakes[0].answered.values()) == {1, 2}
+    assert sorted(fakes[0].answered.values()).count(2) == 7
+    asked = list(fakes[0].calls)
+    assert rollouts(engine, paid=kept) == whole
+    assert fakes[0].calls == asked, "with all paid, nothing at all is asked of a server"
+
+
+def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fakes):
+    engine, config = build(fakes, verify="never")
+    sync_weights(FakeActor(hf), engine, config, PROBE)
+
+    def keep(_):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        rollouts(engine, keep=keep)
+    assert len(rollouts(engine)) == 12
 
 
 def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):

@@ -57,7 +57,9 @@ def expected(job: Job) -> tuple[int, ...]:
 class Run:
     """One generation over some fakes; what came of it, and what the fleet said."""
 
-    def __init__(self, fakes, num_prompts=8, asked=SAMPLING, cached_at=None, **settings):
+    def __init__(
+        self, fakes, num_prompts=8, asked=SAMPLING, cached_at=None, on_completion=None, **settings
+    ):
         self.jobs, self.said, self.progress = jobs(num_prompts), [], []
         if isinstance(asked, Probing):
             self.jobs = [replace(job, number=n) for n, job in enumerate(self.jobs[::GROUP])]
@@ -72,6 +74,7 @@ class Run:
                 asked,
                 lambda *state: self.progress.append(state),
                 {prompt: self.fleet.servers[i] for prompt, i in (cached_at or {}).items()},
+                on_completion or (lambda job, completion: None),
             )
             self.completions = self.fleet.run(generation.run()).result(timeout=300)
             self.homes = {p: self.fleet.servers.index(s) for p, s in generation.homes.items()}
@@ -281,6 +284,22 @@ def test_when_no_server_is_left_the_error_says_what_became_of_each(fakes):
     text = str(error.value)
     assert "no SGLang server is left" in text
     assert f"{fakes[0].url}: no answer from" in text and f"{fakes[1].url}: " in text
+
+
+def test_what_has_come_by_the_end_of_the_last_server_is_kept(fakes):
+    """Seven come while the server is asked for its health, which is not known in time."""
+    fakes[0].seconds, kept = 0.3, []
+    reset = only_generate("reset", at=[2])
+    fakes[0].fault = lambda path, body: "hang" if path == "/health" else reset(path, body)
+    with pytest.raises(EngineError, match="no SGLang server is left"):
+        Run(
+            fakes[:1],
+            num_prompts=2,
+            connect_seconds=2.0,
+            on_completion=lambda job, completion: kept.append((job.number, completion.tokens)),
+        )
+    assert len(kept) == 2 * GROUP - 1 and kept[0][0] != 2
+    assert dict(kept) == {n: expected(jobs(2)[n]) for n, _ in kept}
 
 
 def test_a_refused_request_is_not_repeated(fakes):

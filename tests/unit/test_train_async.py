@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_prepo import train_async
+from megatron_prepo.journal import Journal
 from megatron_prepo.metrics import Stopwatch
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.selection import METHODS
@@ -35,38 +36,36 @@ class Batches:
 
 
 class Engine:
-    """Counts what it is asked for."""
+    """One rollout a prompt; notes which it has to generate, and comes to so many of them."""
 
     def __init__(self, weight_version):
-        self.weight_version, self.started = weight_version, []
+        self.weight_version, self.generated, self.comes_to = weight_version, [], 99
 
-    def start_generate(self, prompts, **settings):
-        self.started.append(([p.id for p in prompts], settings["seed"]))
-        rollouts = [Rollout(p, (7,), (-1.0,), "", True, self.weight_version) for p in prompts]
-        return SimpleNamespace(result=lambda: rollouts, seconds=1.5)
+    def start_generate(self, prompts, *, seed, paid, keep, **_):
+        missing = [p for p in prompts if (p.id, 0) not in paid]
+        self.generated += [(p.id, seed) for p in missing]
+        new = {(p.id, 0): Rollout(p, (7,), (-1.0,), "", True, self.weight_version) for p in missing}
 
+        def result():
+            for n, (key, rollout) in enumerate(new.items()):
+                if n == self.comes_to:
+                    raise ConnectionError
+                keep({key: rollout})
+            return [({**paid, **new})[p.id, 0] for p in prompts]
 
-class Journal:
-    """Like the real one, in memory."""
-
-    def __init__(self):
-        self.batches = {}
-
-    def find(self, purpose, weight_version, prompts):
-        return self.batches.pop((purpose, weight_version, *(p.id for p in prompts)), None)
-
-    def add(self, purpose, rollouts):
-        key = purpose, rollouts[0].weight_version, *(r.prompt.id for r in rollouts)
-        self.batches[key] = rollouts
+        return SimpleNamespace(result=result, seconds=1.5)
 
 
 @pytest.fixture
-def job_of(monkeypatch):
-    """A job whose weights have this version; perplexities follow from prompts and weights."""
+def job_of(monkeypatch, tmp_path):
+    """A job, started anew, whose weights have this version.
+
+    Perplexities follow from prompts and weights.
+    """
     monkeypatch.setattr(train_async.parallel, "assert_equal_on_all_ranks", lambda name, value: None)
     monkeypatch.setattr(train_async, "look_at", look_at)
 
-    def look_for(version, journal, method="foresight"):
+    def look_for(version, method="foresight"):
         selection = {"method": method, "num_candidates": 4, "num_selected": 2}
         config = actor_config("unused", selection=selection)
         return SimpleNamespace(
@@ -75,7 +74,7 @@ def job_of(monkeypatch):
             engine=Engine(version),
             run=SimpleNamespace(seconds=Stopwatch()),
             batches=Batches(),
-            journal=journal,
+            journal=Journal(tmp_path / "journal", 0, share=lambda value: value),
             selector=METHODS[method](config.selection, total_steps=9, seed=1, pass_reward=1.0),
         )
 
@@ -97,8 +96,7 @@ def learn(job, ready):
 @pytest.mark.parametrize("method", ["prepo", "foresight", "mopps"])
 def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
     """As chosen by the old weights, with the rollouts of the journal, and nothing learnt twice."""
-    journal = Journal()
-    job = job_of(0, journal, method)
+    job = job_of(0, method)
     ahead = Ahead(job)
     ahead.start(0)
     learn(job, ahead.take())
@@ -106,13 +104,13 @@ def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
     ahead.wait()
     saved = json.loads(json.dumps(ahead.state_dict()))
 
-    again = job_of(1, journal, method)  # the weights have moved on
+    again = job_of(1, method)  # the weights have moved on
     went_on = Ahead(again)
     went_on.load_state_dict(saved)
     assert json.loads(json.dumps(went_on.state_dict())) == saved
     one, other = ahead.take(), went_on.take()
     assert (one.chosen, one.weight_version) == (other.chosen, other.weight_version)
-    assert other.rollouts == one.rollouts and again.engine.started == []
+    assert other.rollouts == one.rollouts and again.engine.generated == []
     for name in ("ppl_P", "entropy_P"):
         assert torch.equal(getattr(one.candidates, name), getattr(other.candidates, name))
     for each, ready in ((job, one), (again, other)):
@@ -123,33 +121,60 @@ def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
 
 def test_rollouts_that_never_came_are_generated_by_the_weights_of_the_day(job_of):
     """The engine failed while the step before was learnt from, which is done and saved."""
-    job = job_of(0, Journal())
+    job = job_of(0)
     ahead = Ahead(job)
     ahead.start(1)
     job.engine.weight_version = 1
     saved = ahead.state_dict()
-    again = job_of(2, Journal())
+    again = job_of(2)
     went_on = Ahead(again)
     went_on.load_state_dict(saved)
     ready = went_on.take()
-    assert again.engine.started == [([p.id for p in ready.selected], "1/rollouts/1")]
-    assert ready.weight_version == 2 == ready.rollouts[0].weight_version
+    assert again.engine.generated == [(p.id, "1/rollouts/1") for p in ready.selected]
+    assert [rollout.weight_version for rollout in ready.rollouts] == [2, 2]
     assert ready.chosen == ahead.coming.chosen and ready.seconds == 1.5
 
 
+@pytest.mark.parametrize("killed_again", [False, True])
+def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_the_day(
+    job_of, killed_again
+):
+    """And none is paid twice, however often the run stops."""
+    job = job_of(0)
+    ahead = Ahead(job)
+    ahead.start(1)
+    job.engine.comes_to = 1
+    with pytest.raises(ConnectionError):
+        ahead.wait()
+    saved = ahead.state_dict()
+    jobs = [job_of(2)]
+    if killed_again:
+        went_on = Ahead(jobs[0])
+        went_on.load_state_dict(saved)
+        went_on.wait()
+        assert json.loads(json.dumps(went_on.state_dict())) == json.loads(json.dumps(saved))
+        jobs.append(job_of(2))
+    went_on = Ahead(jobs[-1])
+    went_on.load_state_dict(saved)
+    ready = went_on.take()
+    first, second = (p.id for p in ready.selected)
+    assert [r.weight_version for r in ready.rollouts] == [0, 2]
+    assert [prompt for job in jobs for prompt, _ in job.engine.generated] == [second]
+    assert job.engine.generated[0][0] == first
+
+
 def test_what_is_generated_is_journalled_once(job_of):
-    journal = Journal()
-    ahead = Ahead(job_of(3, journal))
+    ahead = Ahead(job_of(3))
     ahead.start(5)
-    assert journal.batches == {}
+    assert job_of(3).journal.waiting == {}
     ahead.wait()
     ahead.wait()
-    ((purpose, version, *_),) = journal.batches
-    assert (purpose, version) == ("rollouts/5", 3)
+    assert [path.name for path in ahead.job.journal.directory.iterdir()] == ["rollouts_5.0.jsonl"]
+    assert len(job_of(3).journal.waiting) == 2
 
 
 def test_without_a_step_ahead_the_state_is_that_of_now(job_of):
-    job = job_of(0, Journal())
+    job = job_of(0)
     ahead = Ahead(job)
     ahead.start(0)
     learn(job, ahead.take())

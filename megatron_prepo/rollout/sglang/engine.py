@@ -12,7 +12,7 @@ version is one that no rollout is accepted from.
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -135,11 +135,15 @@ class SGLangEngine:
         seed: str,
         routing: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        paid: Mapping[tuple[str, int], Rollout] = {},
+        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
     ) -> list[Rollout]:
         """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
 
-        With their routing, if it is asked for (servers need `enable_return_routed_experts`).
-        Raises EngineError on every rank if no server is left, or one refuses.
+        With their routing, if it is asked for (servers need `enable_return_routed_experts`).  Those
+        that are `paid`, by prompt's id and sample, are taken from there; rank 0's `keep` gets each
+        of the others as it comes, in another thread, one call at a time.  Raises EngineError on
+        every rank if no server is left, or one refuses.
         """
         return self.start_generate(
             prompts,
@@ -149,6 +153,8 @@ class SGLangEngine:
             seed=seed,
             routing=routing,
             on_progress=on_progress,
+            paid=paid,
+            keep=keep,
         ).result()
 
     def start_generate(
@@ -161,6 +167,8 @@ class SGLangEngine:
         seed: str,
         routing: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        paid: Mapping[tuple[str, int], Rollout] = {},
+        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
     ) -> "Generating":
         """`generate` in the background; nothing else may be asked of the engine until its result.
 
@@ -171,6 +179,7 @@ class SGLangEngine:
         jobs = [
             Job(number, prompt, f"{seed}/{prompt.id}/{sample}")
             for number, (prompt, sample) in enumerate(pairs)
+            if (prompt.id, sample) not in paid
         ]
         sampling = Sampling(
             temperature=temperature,
@@ -180,9 +189,24 @@ class SGLangEngine:
             vocab_size=self.hf["vocab_size"],
             routing=RoutingFormat.of(self.hf) if routing else None,
         )
+
+        def on_completion(job: Job, completion: Completion) -> None:
+            prompt, sample = pairs[job.number]
+            keep({(prompt.id, sample): self._rollout(prompt, completion)})
+
+        def rollouts_of(completions: Sequence[Completion]) -> list[Rollout]:
+            new = {
+                job.number: self._rollout(job.prompt, completion)
+                for job, completion in zip(jobs, completions, strict=True)
+            }
+            return [
+                new[number] if number in new else paid[prompt.id, sample]
+                for number, (prompt, sample) in enumerate(pairs)
+            ]
+
         self._busy = True
-        future = self._on_rank_zero(self._generate, jobs, sampling, on_progress)
-        return Generating(self, jobs, future)
+        future = self._on_rank_zero(self._generate, jobs, sampling, on_progress, on_completion)
+        return Generating(self, future, rollouts_of)
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """The log-probabilities of each prompt's tokens but the first, at temperature 1.
@@ -241,12 +265,16 @@ class SGLangEngine:
         await self._all("/continue_generation")
 
     async def _generate(
-        self, jobs, sampling: Sampling, on_progress
+        self, jobs, sampling: Sampling, on_progress, on_completion
     ) -> tuple[list[Completion], float]:
         """The completions, and the seconds they took."""
+        if not jobs:
+            return [], 0.0
         start = time.monotonic()
         await self._wake()
-        generation = Generation(self.fleet, jobs, sampling, on_progress, self._cached_at)
+        generation = Generation(
+            self.fleet, jobs, sampling, on_progress, self._cached_at, on_completion
+        )
         completions = await generation.run()
         if self.settings.release_memory:
             await self._all("/release_memory_occupation", {"tags": ["kv_cache"]})
@@ -311,9 +339,9 @@ class SGLangEngine:
     def _architectures(self) -> list[str]:
         return list(self.hf.get("architectures") or ())
 
-    def _rollout(self, job: Job, completion: Completion) -> Rollout:
+    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
         return Rollout(
-            prompt=job.prompt,
+            prompt=prompt,
             tokens=completion.tokens,
             engine_logprobs=completion.logprobs,
             text=self.tokenizer.decode(list(completion.tokens), skip_special_tokens=True),
@@ -327,8 +355,14 @@ class SGLangEngine:
 class Generating:
     """Rollouts that are on their way."""
 
-    def __init__(self, engine: SGLangEngine, jobs: Sequence[Job], future: Future | None):
-        self._engine, self._jobs, self._future = engine, jobs, future
+    def __init__(
+        self,
+        engine: SGLangEngine,
+        future: Future | None,
+        rollouts_of: Callable[[Sequence[Completion]], list[Rollout]],
+    ):
+        """`rollouts_of` makes all rollouts from the completions that the future has."""
+        self._engine, self._future, self._rollouts_of = engine, future, rollouts_of
         self.seconds = 0.0
         """How long they took, once there is a result: less of it was waited for, maybe."""
 
@@ -336,8 +370,7 @@ class Generating:
         """What `generate` would have returned, once it is there; collective."""
         self._engine._busy = False
         completions, self.seconds = self._engine.share(self._future)
-        pairs = zip(self._jobs, completions, strict=True)
-        return [self._engine._rollout(job, completion) for job, completion in pairs]
+        return self._rollouts_of(completions)
 
 
 def _servers(config: Config, device: torch.device) -> list[Server]:

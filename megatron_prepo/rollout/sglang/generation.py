@@ -11,6 +11,7 @@ import contextlib
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from megatron_prepo.rollout.sglang.completion import Job
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
@@ -28,11 +29,15 @@ class Generation:
         asked,
         on_progress: Callable[[int, int], None],
         cached_at: Mapping[str, Server] | None = None,
+        on_completion: Callable[[Job, Any], None] = lambda job, completion: None,
     ):
-        """`asked`: a `Sampling` or `Probing`; `cached_at`: who has seen a prompt, by its id."""
+        """`asked`: a `Sampling` or `Probing`; `cached_at`: who has seen a prompt, by its id.
+
+        `on_completion` is called in another thread, one call at a time; what it raises ends all.
+        """
         self.fleet, self.settings = fleet, fleet.settings
         self.jobs, self.asked, self.on_progress = jobs, asked, on_progress
-        self.cached_at = cached_at or {}
+        self.cached_at, self.on_completion = cached_at or {}, on_completion
         self.group_size = len(jobs) // len({job.prompt.id for job in jobs}) if jobs else 0
         self.waiting = deque(jobs)
         self.under_way: dict[asyncio.Task, tuple[Job, Server, float]] = {}
@@ -54,6 +59,11 @@ class Generation:
             while len(self.completions) < len(self.jobs):
                 self._send()
                 await self._take(await self.ended.get())
+        except EngineError:
+            for task, (job, *_) in self.under_way.items():
+                if task.done() and not task.cancelled() and task.exception() is None:
+                    await asyncio.to_thread(self.on_completion, job, task.result())
+            raise
         finally:
             for task in self.under_way:
                 task.cancel()
@@ -98,6 +108,8 @@ class Generation:
             await self._failed(job, server, failure, sent)
             return
         assert job.number not in self.completions, f"two completions of job {job.number}"
+        # the others go on meanwhile, should it wait for a disk
+        await asyncio.to_thread(self.on_completion, job, completion)
         self.completions[job.number] = completion
         server.strikes = 0
         self.on_progress(len(self.completions), len(self.jobs))
