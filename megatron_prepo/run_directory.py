@@ -1,6 +1,7 @@
 """A run's directory: empty, or a run that may go on, or one that is finished and is not touched."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,7 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     directory = Path(config.run.dir)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"run.dir={directory} is a file; choose a directory")
+    _check_writable(directory)
     if config.run.overwrite or not (directory / "config.yaml").exists():
         return "new"
     if (directory / "summary.json").exists():
@@ -82,6 +84,19 @@ def check(config: Config) -> Literal["new", "unfinished"]:
             "run.overwrite=true to replace it"
         )
     return "unfinished"
+
+
+def _check_writable(directory: Path) -> None:
+    """UserError if a run could not write here; nothing is written for that."""
+    place = directory
+    while not place.exists():
+        place = place.parent
+    for folder in (place, *(directory / name for name in OURS)):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"run.dir={directory} cannot be written, since {folder} is read-only for this "
+                "user; choose another directory, or change its permissions"
+            )
 
 
 def check_unfinished(directory: Path) -> None:

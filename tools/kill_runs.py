@@ -178,8 +178,11 @@ class Ranks:
             victims = [draw.choice(of_kind)] if of_kind else []
         if not victims:
             return False
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+        try:
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has just ended by itself; ranks stay until waited for
+            return False
         step = prove.num_lines(self.directory / "metrics.jsonl")
         self.kills.append(Kill(self.case, who, round(self.seconds, 3), step))
         return True

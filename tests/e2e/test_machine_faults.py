@@ -1,0 +1,162 @@
+"""A directory that turns read-only, and a clock that jumps: one sentence, and nothing lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prepo import prove
+from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
+
+RUN = [*SHORT, "parallel.tensor=1", "eval.every=1", "checkpoint.every=1"]
+DEADLINE_SECONDS = 240.0
+UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+"""For root, whom permissions do not keep from writing."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(directory, *RUN) == 0
+    return directory
+
+
+def start(directory: Path, prefix=(), **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_prepo", "train", str(LAPTOP / "prepo.yaml")]
+    return subprocess.Popen(
+        [*prefix, *command, f"run.dir={directory}", *FILES, *RUN],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(process: subprocess.Popen, code: int) -> str:
+    """What it said."""
+    _, said = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == code, said
+    return said
+
+
+@pytest.fixture
+def unprivileged():
+    """What to start a command with so that permissions hold."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root writes everywhere, and setpriv (util-linux) is not installed")
+    return UNPRIVILEGED
+
+
+@pytest.mark.parametrize("locked", ["", "run", "run/checkpoints"])
+def test_a_read_only_directory_is_a_sentence_before_anything_starts(tmp_path, unprivileged, locked):
+    (tmp_path / locked).mkdir(parents=True, exist_ok=True)
+    (tmp_path / locked).chmod(0o555)
+    before = sorted(tmp_path.rglob("*"))
+    [sentence] = ends(start(tmp_path / "run", unprivileged), code=2).splitlines()
+    assert sentence.startswith(f"error: run.dir={tmp_path / 'run'} cannot be written, since")
+    assert f" {tmp_path / locked} is read-only" in sentence
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / locked).chmod(0o755)
+
+
+def test_read_only_in_the_middle_it_ends_and_goes_on_later(tmp_path, unprivileged, undisturbed):
+    directory = tmp_path / "run"
+    checkpoints = directory / "checkpoints"
+    process = start(directory, unprivileged)
+    while not (checkpoints / "latest_checkpointed_iteration.txt").exists():
+        assert process.poll() is None
+    checkpoints.chmod(0o555)
+    said = ends(process, code=1)
+    assert "Permission denied" in said and str(checkpoints) in said
+    assert prove.num_lines(directory / "metrics.jsonl") == 2
+    assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["iter_0000001"]
+    checkpoints.chmod(0o755)
+    assert train(directory, *RUN) == 0
+    assert_equal(undisturbed, directory)
+
+
+JUMPING = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+
+/* The time of day, five hours off in one direction or the other, another one every 40 questions.
+   The clocks that only run are as they are. */
+
+static long off(void) {
+    static unsigned asked = 0;
+    const long hours[] = {0, 5, -5, 5, 0, -5};
+    return 3600 * hours[__atomic_fetch_add(&asked, 1, __ATOMIC_RELAXED) / 40 % 6];
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec += off();
+    return result;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec precise;
+    int result = clock_gettime(CLOCK_REALTIME, &precise);
+    now->tv_sec = precise.tv_sec;
+    now->tv_usec = precise.tv_nsec / 1000;
+    return result;
+}
+
+time_t time(time_t *out) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (out) *out = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def jumping_clock(tmp_path_factory):
+    """The environment of a process whose time of day jumps to and fro."""
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("no C compiler to make the clock jump with")
+    directory = tmp_path_factory.mktemp("clock")
+    (directory / "jumping.c").write_text(JUMPING)
+    library = directory / "jumping.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, directory / "jumping.c", "-ldl"], check=True
+    )
+    return {"LD_PRELOAD": str(library)}
+
+
+def test_the_clock_does_jump(jumping_clock):
+    program = "import time; t = [time.time() for _ in range(240)]; print(round(max(t) - min(t)))"
+    asked = [sys.executable, "-c", program]
+    plain, jumping = (
+        int(subprocess.check_output(asked, env=os.environ | extra)) for extra in ({}, jumping_clock)
+    )
+    assert plain < 3600 and jumping == pytest.approx(10 * 3600, abs=5)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, jumping_clock, undisturbed):
+    """Neither in a run, nor where it is killed and goes on."""
+    directory = tmp_path / "run"
+    process = start(directory, **jumping_clock)
+    while prove.num_lines(directory / "metrics.jsonl") < 1:
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    ends(start(directory, **jumping_clock), code=0)
+    assert_equal(undisturbed, directory)
+
+
+def assert_equal(undisturbed: Path, directory: Path) -> None:
+    checks = prove.compare(undisturbed, directory)
+    assert all(check.equal for check in checks), prove.text(checks)
+    assert not (directory / "journal").exists()
