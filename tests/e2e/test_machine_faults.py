@@ -12,6 +12,8 @@ from megatron_prepo import prove
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "parallel.tensor=1", "eval.every=1", "checkpoint.every=1"]
+BACKGROUND = "checkpoint.asynchronous=true"
+"""With a deadline of its own."""
 DEADLINE_SECONDS = 240.0
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 """For root, whom permissions do not keep from writing."""
@@ -24,10 +26,10 @@ def undisturbed(tmp_path_factory):
     return directory
 
 
-def start(directory: Path, prefix=(), **environment: str) -> subprocess.Popen:
+def start(directory: Path, *settings: str, prefix=(), **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "megatron_prepo", "train", str(LAPTOP / "prepo.yaml")]
     return subprocess.Popen(
-        [*prefix, *command, f"run.dir={directory}", *FILES, *RUN],
+        [*prefix, *command, f"run.dir={directory}", *FILES, *RUN, *settings],
         cwd=REPOSITORY,
         env=os.environ | environment,
         stderr=subprocess.PIPE,
@@ -57,7 +59,7 @@ def test_a_read_only_directory_is_a_sentence_before_anything_starts(tmp_path, un
     (tmp_path / locked).mkdir(parents=True, exist_ok=True)
     (tmp_path / locked).chmod(0o555)
     before = sorted(tmp_path.rglob("*"))
-    [sentence] = ends(start(tmp_path / "run", unprivileged), code=2).splitlines()
+    [sentence] = ends(start(tmp_path / "run", prefix=unprivileged), code=2).splitlines()
     assert sentence.startswith(f"error: run.dir={tmp_path / 'run'} cannot be written, since")
     assert f" {tmp_path / locked} is read-only" in sentence
     assert sorted(tmp_path.rglob("*")) == before
@@ -67,7 +69,7 @@ def test_a_read_only_directory_is_a_sentence_before_anything_starts(tmp_path, un
 def test_read_only_in_the_middle_it_ends_and_goes_on_later(tmp_path, unprivileged, undisturbed):
     directory = tmp_path / "run"
     checkpoints = directory / "checkpoints"
-    process = start(directory, unprivileged)
+    process = start(directory, prefix=unprivileged)
     while not (checkpoints / "latest_checkpointed_iteration.txt").exists():
         assert process.poll() is None
     checkpoints.chmod(0o555)
@@ -147,12 +149,12 @@ def test_the_clock_does_jump(jumping_clock):
 def test_a_clock_that_jumps_changes_nothing(tmp_path, jumping_clock, undisturbed):
     """Neither in a run, nor where it is killed and goes on."""
     directory = tmp_path / "run"
-    process = start(directory, **jumping_clock)
+    process = start(directory, BACKGROUND, **jumping_clock)
     while prove.num_lines(directory / "metrics.jsonl") < 1:
         assert process.poll() is None
     process.kill()
     process.communicate()
-    ends(start(directory, **jumping_clock), code=0)
+    ends(start(directory, BACKGROUND, **jumping_clock), code=0)
     assert_equal(undisturbed, directory)
 
 
