@@ -28,7 +28,7 @@ from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_prepo.actor.saving import Saving
+from megatron_prepo.actor.saving import Copies, Saving
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
 
@@ -47,13 +47,13 @@ def start_saving(
     scheduler=None,
     updates: int = 0,
     run_state: str | None = None,
-    copy: bool = True,
+    copies: Copies | None = None,
 ) -> Saving:
     """Begin to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
     Collective.  With optimizer and scheduler if given; then with this rank's random states, too.
     `run_state` is the text of `run.json`.  It is there when the `Saving` is finished, and nothing
-    else may be saved below `directory` before; without a `copy`, nor may model and optimizer
+    else may be saved below `directory` before; without `copies`, nor may model and optimizer
     change.  Raises OSError if a rank cannot write: older checkpoints stay.
     """
     final = path_of(directory, step)
@@ -85,7 +85,7 @@ def start_saving(
         state,
         aside,
         metadata=OPTIMIZER_SHARDING,
-        copy=copy,
+        copies=copies,
         small_files=small_files,
         publish=publish,
     )

@@ -51,7 +51,7 @@ from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
 from megatron_prepo.actor.router_replay import RouterReplay
 from megatron_prepo.actor.rows import Plan, plan_rows
-from megatron_prepo.actor.saving import Saving
+from megatron_prepo.actor.saving import Copies, Saving
 from megatron_prepo.actor.vocab_parallel import (
     IGNORE,
     LossOf,
@@ -127,6 +127,8 @@ class Actor:
         waiting = [ddp.no_sync for ddp in self.ddp]
         mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self.reference = self._copy_of_weights() if config.loss.kl_coef else None
+        self.copies = Copies()
+        """For checkpoints in the background."""
         self.updates = 0
         """Optimizer updates so far: the version of the weights."""
 
@@ -329,10 +331,14 @@ class Actor:
     def start_saving(
         self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
     ) -> Saving:
-        """The same, still to be finished; the actor may go on if its state is copied."""
+        """The same, still to be finished; the actor may go on if its state is copied.
+
+        The copy before is overwritten: its checkpoint must have been finished.
+        """
         self._gather_weights()
+        copies = self.copies if copy else None
         if not self.config.checkpoint.optimizer:
-            return checkpoint.start_saving(self.chunks, directory, step=step, copy=copy)
+            return checkpoint.start_saving(self.chunks, directory, step=step, copies=copies)
         return checkpoint.start_saving(
             self.chunks,
             directory,
@@ -341,7 +347,7 @@ class Actor:
             scheduler=self.scheduler,
             updates=self.updates,
             run_state=run_state,
-            copy=copy,
+            copies=copies,
         )
 
     def load(self, path: Path) -> None:

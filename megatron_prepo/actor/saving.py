@@ -9,10 +9,11 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -35,6 +36,28 @@ filesystem_async.mp = SimpleNamespace(
 )
 
 
+class Copies:
+    """Copies of a checkpoint's tensors in host memory, whose room the next checkpoint takes again.
+
+    To come by fresh memory costs more than to fill it.  On CUDA it is page-locked, so that a copy
+    goes at the speed of the bus.
+    """
+
+    def __init__(self):
+        self.room: list[torch.Tensor] = []
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """In order; those of the call before are overwritten."""
+        if [(t.shape, t.dtype) for t in tensors] != [(t.shape, t.dtype) for t in self.room]:
+            self.room = []  # other tensors than before; first give back what they had
+            self.room = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in tensors]
+        for mine, tensor in zip(self.room, tensors, strict=True):
+            mine.copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.synchronize()
+        return self.room
+
+
 class Saving:
     """A checkpoint under way; every rank calls the same methods, all collective."""
 
@@ -44,11 +67,11 @@ class Saving:
         aside: Path,
         *,
         metadata: dict,
-        copy: bool,
+        copies: Copies | None,
         small_files: dict[str, bytes],
         publish: Callable[[], None],
     ):
-        """Begin to write `state` to the empty directory `aside`, a copy of its tensors if asked.
+        """Begin to write `state` to the empty directory `aside`, or copies of its tensors.
 
         `small_files` are this rank's own; rank 0 calls `publish` when all ranks have written.
         """
@@ -58,7 +81,7 @@ class Saving:
             state, str(aside), strategy, content_metadata=metadata, async_sharded_save=True
         )
         _, buckets, self.results = self.request.async_fn_args or (None, [], None)
-        self.buckets = [_on_the_host(bucket, copy) for bucket in buckets]
+        self.buckets = _on_the_host(buckets, copies)
         self.result, self.sums = None, {}
         self.error: str | None = "its thread ended early"
         self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
@@ -122,7 +145,11 @@ class Saving:
         return None
 
 
-def _on_the_host(bucket, copy: bool):
-    """Megatron's description of a file, its tensors in host memory."""
-    file, key, (values, tensors) = bucket
-    return file, key, (values, [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors])
+def _on_the_host(buckets: list, copies: Copies | None) -> list:
+    """Megatron's descriptions of files, their tensors in host memory."""
+    tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
+    here = iter(copies.of(tensors) if copies else [tensor.cpu() for tensor in tensors])
+    return [
+        (file, key, (values, [(item, next(here)) for item, _ in pairs]))
+        for file, key, (values, pairs) in buckets
+    ]
