@@ -169,9 +169,9 @@ class Ranks:
         """One of this kind; False if there is none now."""
         who, rank = kind, draw.randrange(len(self.pids))
         if kind == "all":
-            victims = self.pids
+            victims = list(self.running)
         elif kind == "rank":
-            who, victims = f"rank {rank}", [self.pids[rank]]
+            who, victims = f"rank {rank}", list(self.running & {self.pids[rank]})
         else:
             module = {"grader": "megatron_prepo.rewards.worker", "engine": "sglang.launch_server"}
             of_kind = [p for p in _descendants(self.pids[0]) if module[kind] in _command(p)]
@@ -181,7 +181,7 @@ class Ranks:
         try:
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has just ended by itself; ranks stay until waited for
+        except ProcessLookupError:  # it has just ended by itself (a rank is there until waited for)
             return False
         step = prove.num_lines(self.directory / "metrics.jsonl")
         self.kills.append(Kill(self.case, who, round(self.seconds, 3), step))
