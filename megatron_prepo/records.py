@@ -79,3 +79,9 @@ class ScoredSequence:
         if self.routing is None:
             return None
         return self.routing[: count * (len(self.routing) // (len(self.tokens) - 1))]
+
+
+def scored_sequence(rollout: Rollout) -> ScoredSequence:
+    """Prompt and completion; the completion is scored."""
+    prompt = rollout.prompt.tokens
+    return ScoredSequence(prompt + rollout.tokens, len(prompt), rollout.routing)

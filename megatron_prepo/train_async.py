@@ -18,21 +18,14 @@ import torch
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import Config
+from megatron_prepo.groups import Groups
+from megatron_prepo.job import Job, due, set_up
 from megatron_prepo.metrics import grading_metrics, selection_metrics
+from megatron_prepo.policy_update import score_rollouts, step_record, update_policy
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.sglang.engine import Generating
 from megatron_prepo.selection.candidates import Candidates
-from megatron_prepo.train import (
-    Groups,
-    Job,
-    due,
-    ledger_entries,
-    look_at,
-    sampling,
-    score_rollouts,
-    set_up,
-    update_policy,
-)
+from megatron_prepo.train import ledger_entries, look_at, sampling
 
 
 def train_overlapped(config: Config) -> dict:
@@ -62,7 +55,9 @@ def train_overlapped(config: Config) -> dict:
             with run.seconds("old_logprobs"):
                 old = score_rollouts(config, actor, paid.rollouts)
             with run.seconds("update"):
-                learner = job.updates.of_step(paid.record(config, step, ready.candidates, old))
+                learner = job.updates.of_step(
+                    step_record(config, step, ready.candidates, paid, old)
+                )
                 weight_N, losses = update_policy(config, learner, paid.rollouts, rewards_KG, old)
             try:
                 ahead.wait()

@@ -32,7 +32,7 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import durable, machine
 from megatron_prepo.flops import Work
 from megatron_prepo.memory import Shape
-from megatron_prepo.train import scored_sequence
+from megatron_prepo.records import scored_sequence
 from tools import train_case
 from tools.head_goals import at_least
 from tools.train_case import Case

@@ -72,7 +72,7 @@ def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple
     """Both, with the same weights, as at the start of a run."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.train import build_engine
+    from megatron_prepo.job import build_engine
     from megatron_prepo.weight_sync import sync_weights
 
     parallel.initialize(config.parallel, config.train.seed)
@@ -101,7 +101,7 @@ class Comparison:
 
 def compare(config: Config, actor, rollouts: list[Rollout], directory: str) -> Comparison:
     """Collective.  `transformers` reads the weights of `directory`, in float32."""
-    from megatron_prepo.train import scored_sequence
+    from megatron_prepo.records import scored_sequence
 
     temperature = config.rollout.temperature
     scores = actor.score([scored_sequence(r) for r in rollouts], temperature=temperature)

@@ -82,7 +82,7 @@ def ours_fixed(case: Case, orders: Orders) -> None:
     """`Actor.score` and `Actor.update`, as `train.py` calls them."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.train import score_rollouts, update_policy
+    from megatron_prepo.policy_update import score_rollouts, update_policy
 
     config = case.config
     parallel.initialize(config.parallel, config.train.seed)

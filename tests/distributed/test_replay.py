@@ -55,9 +55,10 @@ def config_of(hf, **sections):
 
 def made_up_step(actor):
     """4 groups of 2 rollouts of random tokens, and their old scores."""
+    from megatron_prepo.groups import Groups
+    from megatron_prepo.policy_update import score_rollouts
     from megatron_prepo.rewards.pool import Grade
     from megatron_prepo.selection.candidates import Candidates
-    from megatron_prepo.train import Groups, score_rollouts
 
     generator = torch.Generator().manual_seed(3)
 
@@ -90,7 +91,7 @@ def run_everything(hf, root):
 def dump_of_one_rank(hf, root):
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.train import update_policy
+    from megatron_prepo.policy_update import step_record, update_policy
     from megatron_prepo.updates import Updates
 
     if not join(1):
@@ -100,7 +101,7 @@ def dump_of_one_rank(hf, root):
     actor = Actor(config)
     groups, candidates, old = made_up_step(actor)
     learner = Updates(config, actor, SimpleNamespace(directory=root, say=print)).of_step(
-        groups.record(config, 7, candidates, old)
+        step_record(config, 7, candidates, groups, old)
     )
     _, metrics = update_policy(config, learner, groups.rollouts, groups.rewards_KG, old)
     hostile = hostile_checkpoints(actor, root / "dumps" / "step_0007" / "weights_0", root)
@@ -226,6 +227,7 @@ def poisoned(hf, root, layout, what):
     """A good update, a NaN on rank 1 alone, a good one, NaN after NaN; the good ones without."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.policy_update import step_record
     from megatron_prepo.updates import Updates
 
     join(2)
@@ -233,13 +235,13 @@ def poisoned(hf, root, layout, what):
     parallel.initialize(config.parallel, seed=1)
     actor, untouched = Actor(config), Actor(config)
     groups, candidates, old = made_up_step(actor)
-    record, said = groups.record(config, 3, candidates, old), []
+    record, said = step_record(config, 3, candidates, groups, old), []
     updates = Updates(config, actor, SimpleNamespace(directory=root, say=said.append))
 
     def update(poison):
         batches = []
         collect = SimpleNamespace(update=lambda batch: batches.append(batch))
-        from megatron_prepo.train import update_policy
+        from megatron_prepo.policy_update import update_policy
 
         update_policy(config, collect, groups.rollouts, groups.rewards_KG, old)
         if not poison:

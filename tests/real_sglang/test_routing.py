@@ -22,7 +22,7 @@ def compared(hf: str, directory: str, python: str) -> dict:
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
     from megatron_prepo.actor.rows import pieces_of
-    from megatron_prepo.train import scored_sequence
+    from megatron_prepo.records import scored_sequence
     from megatron_prepo.weight_sync import sync_weights
 
     found = {}
@@ -64,7 +64,7 @@ def generate(engine, max_new_tokens: int) -> list:
 
 def difference(actor, rollouts) -> float:
     """Of a token's log-probability, in nats, in the mean."""
-    from megatron_prepo.train import scored_sequence
+    from megatron_prepo.records import scored_sequence
 
     scores = actor.score([scored_sequence(r) for r in rollouts], temperature=TEMPERATURE)
     engine_T = torch.cat([torch.tensor(r.engine_logprobs) for r in rollouts])

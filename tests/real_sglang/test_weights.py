@@ -73,7 +73,7 @@ def one_sync(config: Config, scale: float) -> dict | None:
     """Sync an actor whose weights are scaled, so that no two cases have the same."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.train import scored_sequence
+    from megatron_prepo.records import scored_sequence
     from megatron_prepo.weight_sync import sync_weights, verify
 
     # a rank that takes no part in a case waits in the next one, and for the server's start

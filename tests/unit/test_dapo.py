@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_prepo.groups import Groups
 from megatron_prepo.selection.candidates import Candidates
-from megatron_prepo.train import Groups
 from tests.unit.selectors import grades, passes, prompts, run_step, selector
 
 

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from tiny_models import actor_config
 
-from megatron_prepo import train
+from megatron_prepo import job
 from megatron_prepo.actor import policy
 from megatron_prepo.actor.model import describe
 from megatron_prepo.actor.policy import Actor
@@ -93,19 +93,19 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     config = actor_config("unused", model={"dtype": "bfloat16"})
     prompts = [SimpleNamespace(tokens=(1, 2))] * config.selection.num_candidates
     inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts)
-    monkeypatch.setattr(train.preflight, "check", lambda config: inputs)
-    monkeypatch.setattr(train.parallel, "initialize", lambda *_: None)
-    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(train, "Journal", lambda *_, **__: None)
-    monkeypatch.setattr(train, "build_grader", lambda *_: None)
+    monkeypatch.setattr(job.preflight, "check", lambda config: inputs)
+    monkeypatch.setattr(job.parallel, "initialize", lambda *_: None)
+    monkeypatch.setattr(job.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(job, "Journal", lambda *_, **__: None)
+    monkeypatch.setattr(job, "build_grader", lambda *_: None)
     run = SimpleNamespace(
         say=print, directory=Path(), writes=False, seconds=lambda name: contextlib.nullcontext()
     )
-    monkeypatch.setattr(train, "Run", lambda *_, **__: run)
-    monkeypatch.setattr(train, "Actor", lambda config: pytest.fail("the actor was built"))
-    monkeypatch.setattr(train, "build_engine", lambda *_: SimpleNamespace(fp32_lm_head=False))
+    monkeypatch.setattr(job, "Run", lambda *_, **__: run)
+    monkeypatch.setattr(job, "Actor", lambda config: pytest.fail("the actor was built"))
+    monkeypatch.setattr(job, "build_engine", lambda *_: SimpleNamespace(fp32_lm_head=False))
     with pytest.raises(UserError, match=r"model\.fp32_lm_head=true"):
-        train.train(config)
+        job.set_up(config)
 
 
 def test_in_float32_there_is_nothing_to_round():
