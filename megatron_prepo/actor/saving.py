@@ -15,8 +15,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_prepo.actor import manifest, parallel
@@ -76,7 +79,11 @@ class Saving:
         `small_files` are this rank's own; rank 0 calls `publish` when all ranks have written.
         """
         self.aside, self.small_files, self.publish = aside, small_files, publish
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        # what several replicas hold is shared out among them, to be copied and written by one each
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
         self.request = dist_checkpointing.save(
             state, str(aside), strategy, content_metadata=metadata, async_sharded_save=True
         )

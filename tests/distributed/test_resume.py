@@ -130,6 +130,8 @@ def run_everything(hf, scratch):
                 continue
             actor.update(batch())
             saved[layout] = actor.save(f"{scratch}/{layout.replace(' ', '-')}", step=1)
+            sizes = {f.name: f.stat().st_size for f in saved[layout].glob("*.distcp")}
+            results["bytes", layout] = [sizes[name] for name in sorted(sizes)]
             uninterrupted[layout] = go_on(actor)
     for source, target in [*((layout, layout) for layout in LAYOUTS), *RESHARDED]:
         with ActorOn(hf, target) as actor:
@@ -458,6 +460,13 @@ def test_another_layout_goes_on_up_to_rounding(results, source, target):
             ):
                 assert one["loss/policy"] == pytest.approx(other["loss/policy"], **tolerance)
                 assert one["loss/learning_rate"] == other["loss/learning_rate"]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2 distributed", "cp2", "dp2 bf16 distributed"])
+def test_replicas_share_out_what_both_hold(results, layout):
+    """Each writes a file, and none much more than its half."""
+    one, other = results[0][0]["bytes", layout]
+    assert 0.4 < one / (one + other) < 0.6
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2 distributed"])
