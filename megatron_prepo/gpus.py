@@ -205,6 +205,7 @@ def communication_seconds(
     gradient_bytes: float,
     pipeline: int = 1,
     chunks: int = 1,
+    context: int = 1,
     exchanged: float = 0,
 ) -> float:
     """Least seconds that an update waits for other GPUs, at the vendor's peak rates.
@@ -215,8 +216,9 @@ def communication_seconds(
     2 (n - 1) / n of the bytes.  A pipeline sends a token's hidden state forth and its gradient
     back, from each of a rank's `chunks`, cut over the tensor ranks (sequence parallelism).
     Context parallelism (whose ranks are among `data`): so many numbers of a token and a layer are
-    `exchanged`, forth and in backward.  It ranks layouts and is no part of the predicted seconds,
-    since the published runs communicated too.
+    `exchanged`, forth and in backward, over NVLink where a row's ranks are on one machine.  It
+    ranks layouts and is no part of the predicted seconds, since the published runs communicated
+    too.
     """
     inside = math.prod((tensor, data)) <= GPUS_A_MACHINE
     over = gpu.nvlink if inside else NETWORK
@@ -228,5 +230,6 @@ def communication_seconds(
         return 2 * (ranks - 1) / ranks * num_bytes / rate
 
     reduced = ring(tensor, 4 * layers * tokens * hidden * 2, gpu.nvlink)
-    exchanges = 2 * layers * tokens * exchanged * 2 / over
+    near = math.prod((tensor, context)) <= GPUS_A_MACHINE  # behind tensor ranks the innermost
+    exchanges = 2 * layers * tokens * exchanged * 2 / (gpu.nvlink if near else NETWORK)
     return reduced + exchanges + ring(data, gradient_bytes, over) + messages / to_next

@@ -217,6 +217,7 @@ def _seconds(config: Config, question: Question, shape: Shape, parts: _Parts, ra
         data=parallel.data * parallel.context,
         pipeline=parallel.pipeline,
         chunks=chunks,
+        context=parallel.context,
         layers=shape.layers // parallel.pipeline,
         hidden=shape.hidden,
         tokens=tokens // (parallel.data * parallel.context),

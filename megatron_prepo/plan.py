@@ -267,6 +267,12 @@ def _cautions(config: Config, hf: dict) -> tuple[str, ...]:
             f"parallel.tensor={parallel.tensor} reaches over machines of "
             f"{gpu_rates.GPUS_A_MACHINE} GPUs, where its all-reduces are slow"
         )
+    elif parallel.context > 1 and parallel.tensor * parallel.context > gpu_rates.GPUS_A_MACHINE:
+        cautions.append(
+            f"parallel.tensor={parallel.tensor} x parallel.context={parallel.context} reach over "
+            f"machines of {gpu_rates.GPUS_A_MACHINE} GPUs, where exchanging heads in every layer "
+            "is slow"
+        )
     if rollouts % (parallel.data * config.train.mini_batches):
         cautions.append(
             f"{rollouts} rollouts of a step are not a multiple of parallel.data={parallel.data} x "

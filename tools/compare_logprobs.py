@@ -218,8 +218,8 @@ def config_of(options: argparse.Namespace) -> Config:
 
 def one_rank() -> list[str]:
     """Settings of a layout of one rank."""
-    sizes = [f"parallel.{name}=1" for name in ("tensor", "pipeline", "expert", "data")]
-    return [*sizes, "parallel.sequence=false"]
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data")
+    return [*(f"parallel.{name}=1" for name in names), "parallel.sequence=false"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -265,6 +265,7 @@ CHOOSING = (
     "pp2 x 2 dp2 ep2",
     "tp2 cp2 sp ep4 shared",
 )
+AUXILIARY = ("tp1", "cp2 ep2", "tp2 cp2 sp ep4 shared")
 BFLOAT16_LAYOUTS = ("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer")
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
 ROUTING = RoutingFormat(layers=4, experts_a_token=2, experts=8)
@@ -459,6 +460,8 @@ def run_everything(directories, batches, scratch):
     results["own choice"] = own_choice(directories, batches, chosen)
     for layout in CHOOSING:
         results["counted", layout] = counted(layout, directories, batches, chosen)
+    for layout in AUXILIARY:
+        results["auxiliary", layout] = auxiliary_loss(layout, directories, batches)
     results["not finite"] = not_finite(directories, batches)
     results["reference policy"] = reference_policy(directories, batches)
     results["checkpoints"] = checkpoints(directories, batches, scratch)
@@ -658,6 +661,24 @@ def turned(routing, first):
     return ROUTING.pack(experts_TLk)
 
 
+def auxiliary_loss(layout, directories, batches):
+    """The gradient norms of the experts' balance, without and with; one row without padding."""
+    norms = []
+    for coefficient in (0.0, 1.0):
+        megatron = {
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": coefficient,
+        }
+        train = {"micro_batch_tokens": 64, "share_prefixes": False}
+        sections = {"megatron": megatron, "train": train}
+        with ActorOn("experts", layout, directories, **sections) as actor:
+            if actor is not None:
+                gradient = actor.backward(training_sequences("experts", batches["experts"])[:4])
+                assert (gradient.plan.load.tokens, gradient.plan.load.padding) == (48, 0)
+                norms.append(gradient.norm)
+    return norms or None
+
+
 def not_finite(directories, batches):
     """An update with a NaN, then one without, under TP2 x PP2."""
     with ActorOn("plain", "tp2 pp2", directories) as actor:
@@ -829,6 +850,15 @@ def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(r
     for rank in results[:2]:
         expected = rank["numbers", "dp2"]
         assert rank["numbers", "dp2 overlapped"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", AUXILIARY[1:])
+def test_the_balance_of_experts_is_that_of_the_whole_row(results, layout):
+    """Megatron multiplies its loss by the context ranks, and its gradient is averaged over them."""
+    without, balanced = results[0]["auxiliary", "tp1"]
+    assert abs(balanced / without - 1) > 0.01
+    for norms in taking_part(results, ("auxiliary", layout)):
+        assert norms == pytest.approx([without, balanced], rel=2e-5)
 
 
 def test_gradients_add_up_in_float32_whatever_the_weights_are(results):

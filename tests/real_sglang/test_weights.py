@@ -77,7 +77,7 @@ def one_sync(config: Config, scale: float) -> dict | None:
     from megatron_prepo.weight_sync import sync_weights, verify
 
     # a rank that takes no part in a case waits in the next one, and for the server's start
-    if not join(config.parallel.tensor * config.parallel.pipeline, timeout_s=1200.0):
+    if not join(config.parallel.num_ranks, timeout_s=1200.0):
         return None
     parallel.initialize(config.parallel, seed=1)
     actor = Actor(config)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_prepo.config import ParallelConfig
 from megatron_prepo.records import Prompt, Rollout
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY
 from tools import compare_logprobs
@@ -54,6 +55,15 @@ def test_a_directory_and_a_server_make_a_configuration():
     assert (config.model.hf, config.servers.urls) == ("d", ("http://a:1",))
     assert (config.rollout.engine, config.data.train, config.run.dir) == ("sglang", "p", "o")
     assert config.model.dtype == "float32"
+
+
+def test_one_process_gets_a_layout_of_one_rank_whatever_the_configuration_says(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    layout = ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]
+    layout += ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.data=2"]
+    config = str(LAPTOP / "prepo.yaml")
+    options = compare_logprobs.parse([config, *layout, "parallel.expert=2", "--out", "o"])
+    assert compare_logprobs.config_of(options).parallel == ParallelConfig(data=1)
 
 
 def test_the_embedded_engine_agrees_and_an_impossible_tolerance_says_no(tmp_path):

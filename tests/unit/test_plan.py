@@ -1,5 +1,6 @@
 """The plan of a run: parameters and shards against Megatron itself, layouts, seconds, output."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-from megatron_prepo import gpus, layouts, plan, plan_text
+from megatron_prepo import gpus, layouts, memory, plan, plan_text
 from megatron_prepo.actor.dry_run import count_parameters, each_rank, each_stage, pretend
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.cli import main
@@ -344,6 +345,26 @@ def test_messages_of_a_pipeline_by_hand():
     assert inside == pytest.approx(2 * 10 * 8 * 2 / 450e9)
     between = gpus.communication_seconds(**asked, tensor=2, data=2, pipeline=4, chunks=3)
     assert between == pytest.approx(3 * 2 * 10 * 8 * 2 / 2 / 50e9)
+
+
+def test_exchanges_of_context_parallelism_by_hand():
+    """Of 32 queries, 8 keys and as many values, and the output, half goes to the other rank: forth
+    and back, 2 layers x 10 tokens x 2 bytes; in a machine however many replicas there are."""
+    shape = Shape.of(DENSE | {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8})
+    shape = dataclasses.replace(shape, groups=1)
+    for context, exchanged in ((1, 0), (2, (32 + 2 * 2 * 8 + 32) / 2)):
+        assert memory.exchanged_numbers(shape, ParallelConfig(context=context)) == exchanged
+    asked = {"gpu": gpus.GPUS["h100"], "layers": 2, "hidden": 8, "tokens": 10, "gradient_bytes": 0}
+    near = gpus.communication_seconds(**asked, tensor=1, data=32, context=2, exchanged=48)
+    assert near == pytest.approx(2 * 2 * 10 * 48 * 2 / 450e9)
+    far = gpus.communication_seconds(**asked, tensor=1, data=32, context=16, exchanged=48)
+    assert far == pytest.approx(2 * 2 * 10 * 48 * 2 / 50e9)
+
+
+def test_context_ranks_on_several_machines_are_cautioned_against(configured):
+    sizes = {"parallel": {"tensor": 4, "sequence": True, "context": 7}}
+    answer = plan.make_plan(configured(**sizes), plan.Question(gpus=28, engine="elsewhere"))
+    assert any("parallel.tensor=4 x parallel.context=7" in line for line in answer.cautions)
 
 
 @pytest.mark.parametrize(
