@@ -118,7 +118,7 @@ def run_rank(main: Callable[[], None]) -> int:
     except Exception:
         code, message = 1, f"rank {rank} failed:\n{traceback.format_exc()}"
     if error_file:
-        Path(error_file).write_text(f"{time.time_ns()}\n{message}")
+        Path(error_file).write_text(f"{time.monotonic_ns()}\n{message}")
     elif code == 1 or rank == 0:
         print(message, file=sys.stderr)
     return code

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "parallel.tensor=1", "eval.every=1", "checkpoint.every=1"]
 BACKGROUND = "checkpoint.asynchronous=true"
-"""With a deadline of its own."""
+"""Which is written under a deadline."""
 DEADLINE_SECONDS = 240.0
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 """For root, whom permissions do not keep from writing."""
@@ -35,6 +37,14 @@ def start(directory: Path, *settings: str, prefix=(), **environment: str) -> sub
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """While the process runs."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def ends(process: subprocess.Popen, code: int) -> str:
@@ -70,8 +80,7 @@ def test_read_only_in_the_middle_it_ends_and_goes_on_later(tmp_path, unprivilege
     directory = tmp_path / "run"
     checkpoints = directory / "checkpoints"
     process = start(directory, prefix=unprivileged)
-    while not (checkpoints / "latest_checkpointed_iteration.txt").exists():
-        assert process.poll() is None
+    wait_for(process, lambda: (checkpoints / "latest_checkpointed_iteration.txt").exists())
     checkpoints.chmod(0o555)
     said = ends(process, code=1)
     assert "Permission denied" in said and str(checkpoints) in said
@@ -150,8 +159,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, jumping_clock, undisturbed
     """Neither in a run, nor where it is killed and goes on."""
     directory = tmp_path / "run"
     process = start(directory, BACKGROUND, **jumping_clock)
-    while prove.num_lines(directory / "metrics.jsonl") < 1:
-        assert process.poll() is None
+    wait_for(process, lambda: prove.num_lines(directory / "metrics.jsonl") >= 1)
     process.kill()
     process.communicate()
     ends(start(directory, BACKGROUND, **jumping_clock), code=0)
