@@ -28,6 +28,7 @@ from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_convert.torch_dist import TorchDistReader
+from megatron_prepo.actor.offload import HostAdam, fill_adam_state
 from megatron_prepo.actor.saving import Copies, Saving
 from megatron_prepo.durable import rename_tree, write_text
 from megatron_prepo.errors import UserError
@@ -215,18 +216,12 @@ def _sections(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
 
 
 def _fill_adam_state(optimizer) -> None:
-    """Give torch's Adam the state that it would make in its first step.
-
-    Without it Megatron's distributed optimizer can be neither saved nor loaded.
-    """
+    """Without it Megatron's distributed optimizer can be neither saved nor loaded."""
     for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam):  # which AdamW is, too
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    state = part.optimizer.state[parameter]
-                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
-                    for moment in ("exp_avg", "exp_avg_sq"):
-                        state.setdefault(moment, torch.zeros_like(parameter))
+        if isinstance(part.optimizer, HostAdam):
+            part.optimizer.fill_state()
+        elif isinstance(part.optimizer, torch.optim.Adam):  # which AdamW is, too
+            fill_adam_state(part.optimizer)
 
 
 @contextmanager

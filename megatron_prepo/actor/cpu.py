@@ -9,6 +9,7 @@ import contextlib
 import warnings
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
@@ -35,6 +36,7 @@ def install() -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     _random_state_of_the_cpu()
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = _split_as_on_a_gpu
     # without TransformerEngine, megatron-core 0.16 uses a name that it has not imported
     moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
@@ -64,6 +66,9 @@ class _Stream:
     def wait_stream(self, other) -> None:
         """Nothing to wait for."""
 
+    def wait(self, other=None) -> None:
+        """Nothing to wait for."""
+
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
@@ -84,7 +89,35 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = tuple("cpu" if _is_cuda(a) else a for a in args)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):  # for copies to and from a GPU
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
+
+
+class _HostIsElsewhere(TorchFunctionMode):
+    """Tells what went through `.cpu()`, and what was made of it, from what is on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_host: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.is_cuda.__get__:
+            return id(args[0]) not in self.on_host
+        moves = func in (torch.Tensor.cpu, torch.Tensor.pin_memory)
+        result = args[0] if moves else func(*args, **(kwargs or {}))
+        if moves or (args and id(args[0]) in self.on_host and torch.is_tensor(result)):
+            self.on_host[id(result)] = result
+        return result
+
+
+_split = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+
+def _split_as_on_a_gpu(self, offload_fraction: float):
+    """Which parameters the offloaded optimizer takes to the host; here it leaves all, and fails."""
+    with _HostIsElsewhere():
+        return _split(self, offload_fraction)
 
 
 def _as_on_the_host(tensor, as_numpy: bool = False, record_stream: bool = False):

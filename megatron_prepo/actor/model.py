@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_block import (
 from checkpoints_convert.hf_config import gpt_settings, num_experts, transformer_settings
 from megatron_prepo.actor import cpu, row_statistics
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_position
+from megatron_prepo.actor.offload import check_offload
 from megatron_prepo.actor.vocab_parallel import row_operations
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
 from megatron_prepo.errors import UserError
@@ -49,9 +50,9 @@ OWN_SETTINGS = {
 REFUSED = {
     "cp_comm_type": "parallel.context exchanges heads around every attention, and nothing else",
     "hybrid_context_parallel": "parallel.context is the same for every micro-batch",
-    "optimizer_cpu_offload": "it needs a GPU to be held against anything, and its state is in no "
-    "checkpoint of ours; optimizer.use_distributed_optimizer=true saves memory, too",
     "overlap_param_gather_with_optimizer_step": "set megatron.overlap_param_gather=true",
+    "use_torch_optimizer_for_cpu_offload": "megatron-core passes over it, and takes torch's AdamW "
+    "on the host in any case",
 }
 """Megatron's names that would change what we rely on, and what to do."""
 
@@ -118,6 +119,7 @@ def check_layout(config: Config, hf: dict) -> None:
             )
         if name in REFUSED and config.megatron[name]:
             raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
+    check_offload(config)
     split = config.optimizer.use_distributed_optimizer
     if config.megatron.get("overlap_param_gather") and not split:
         raise UserError(

@@ -7,6 +7,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_prepo.actor import offload
 from megatron_prepo.actor.model import DTYPES, megatron_overrides
 from megatron_prepo.config import Config
 
@@ -33,9 +34,11 @@ def build_optimizer(
         "params_dtype": DTYPES[config.model.dtype],
     }
     overrides = megatron_overrides(config.megatron, MegatronOptimizerConfig)
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(**(settings | overrides)), model_chunks
-    )
+    if config.megatron.get("optimizer_cpu_offload"):
+        mcore = offload.offloaded(settings | overrides)
+    else:
+        mcore = MegatronOptimizerConfig(**(settings | overrides))
+    optimizer = get_megatron_optimizer(mcore, model_chunks)
     updates_a_step = config.train.mini_batches
     scheduler = OptimizerParamScheduler(
         optimizer,

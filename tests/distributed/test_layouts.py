@@ -100,6 +100,14 @@ EXPERT_LAYOUTS = {
     "tp2 sp ep2 shared": ({"tensor": 2, "sequence": True, "expert": 2}, SHARED),
 }
 DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True}}
+
+
+def offloaded(fraction, **further):
+    """Settings of an optimizer of which this fraction is on the host."""
+    offload = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
+    return {"megatron": offload | further}
+
+
 PASSED_ON = {
     # what is Megatron's own, under its own names
     "tp1 overlapped micro-batches": ({}, {"megatron": {"overlap_grad_reduce": True}}),
@@ -112,6 +120,11 @@ PASSED_ON = {
     "dp2 gathered late": (
         {"data": 2},
         DISTRIBUTED | {"megatron": {"overlap_param_gather": True}},
+    ),
+    "tp1 offloaded": ({}, DISTRIBUTED | offloaded(0.5)),
+    "pp2 dp2 offloaded": (
+        {"pipeline": 2, "data": 2},
+        DISTRIBUTED | offloaded(1.0, overlap_cpu_optimizer_d2h_h2d=True, overlap_param_gather=True),
     ),
     "pp2 full recomputation": ({"pipeline": 2}, {"megatron": FULL_RECOMPUTATION}),
     "tp1 selective recomputation": (
@@ -266,7 +279,10 @@ CHOOSING = (
     "tp2 cp2 sp ep4 shared",
 )
 AUXILIARY = ("tp1", "cp2 ep2", "tp2 cp2 sp ep4 shared")
-BFLOAT16_LAYOUTS = ("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer")
+BFLOAT16_LAYOUTS = (
+    *("tp1", "tp2 pp2 sp", "pp2 dp2 distributed optimizer"),
+    *("tp1 offloaded", "pp2 dp2 offloaded"),
+)
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
 ROUTING = RoutingFormat(layers=4, experts_a_token=2, experts=8)
 MODELS = {
@@ -556,8 +572,17 @@ def two_updates(name, layout, directories, batches, **sections):
             "weights": weights if first_rank else None,
             "main gradients": {p.main_grad.dtype for c in actor.chunks for p in c.parameters()},
             "reduced early": actor.ddp[0].ddp_config.overlap_grad_reduce,
+            "offloaded": offloaded_fraction(actor),
             "gathered late": bool(actor.ddp[0].remove_forward_pre_hook_handles),
         }
+
+
+def offloaded_fraction(actor):
+    """Of the numbers that this rank's optimizer updates."""
+    parts = [part.optimizer for part in actor.optimizer.chained_optimizers]
+    all_of_them = sum(p.numel() for o in parts for g in o.param_groups for p in g["params"])
+    hosts = [o.gpu_params_map_cpu_copy for o in parts if hasattr(o, "cpu_optimizers")]
+    return sum(p.numel() for host in hosts for p in host) / all_of_them
 
 
 def recomputed(name, layout, directories, batches):
@@ -843,6 +868,16 @@ def test_communication_overlaps_where_it_was_asked_for(results, layout):
     for result in taking_part(results, ("plain", layout)):
         assert result["reduced early"] == asked.get("overlap_grad_reduce", False)
         assert result["gathered late"] == asked.get("overlap_param_gather", False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "least", "most"),
+    [("tp1 offloaded", 0.5, 0.9), ("pp2 dp2 offloaded", 1.0, 1.0), ("tp1", 0.0, 0.0)],
+)
+def test_the_optimizer_is_offloaded_as_far_as_it_was_asked_for(results, layout, least, most):
+    """Megatron offloads parameter after parameter until the fraction is reached."""
+    for result in taking_part(results, ("plain", layout)):
+        assert least <= result["offloaded"] <= most
 
 
 def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(results):

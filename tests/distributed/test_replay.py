@@ -34,14 +34,22 @@ LAYOUTS = {
     ],
 }
 POISONS = {
-    # a name: layout, what rank 1 alone does wrong
-    "a copy of a norm's gradient": ({"tensor": 2}, "gradient"),
-    "an activation of a tensor-parallel rank": ({"tensor": 2}, "activation"),
-    "a gradient of the second stage": ({"pipeline": 2}, "gradient"),
-    "an activation of the second stage": ({"pipeline": 2}, "activation"),
-    "one replica's gradient, once reduced": ({"data": 2}, "gradient"),
-    "an activation of one replica": ({"data": 2}, "activation"),
-    "an activation of a slice of the row": ({"context": 2}, "activation"),
+    # a name: settings, what rank 1 alone does wrong
+    "a copy of a norm's gradient": ({"parallel": {"tensor": 2}}, "gradient"),
+    "an activation of a tensor-parallel rank": ({"parallel": {"tensor": 2}}, "activation"),
+    "a gradient of the second stage": ({"parallel": {"pipeline": 2}}, "gradient"),
+    "an activation of the second stage": ({"parallel": {"pipeline": 2}}, "activation"),
+    "one replica's gradient, once reduced": ({"parallel": {"data": 2}}, "gradient"),
+    "an activation of one replica": ({"parallel": {"data": 2}}, "activation"),
+    "an activation of a slice of the row": ({"parallel": {"context": 2}}, "activation"),
+    "a gradient where the optimizer is on the host": (
+        {
+            "parallel": {"data": 2},
+            "optimizer": {"use_distributed_optimizer": True},
+            "megatron": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5},
+        },
+        "gradient",
+    ),
 }
 MAX_SKIPPED = 1
 
@@ -50,7 +58,8 @@ def config_of(hf, **sections):
     train = {"total_steps": 9, "mini_batches": 2, "micro_batch_tokens": 32}
     train["max_skipped_updates"] = MAX_SKIPPED
     limits = {"data": {"max_prompt_tokens": 4}, "rollout": {"max_new_tokens": max(LENGTHS)}}
-    return actor_config(hf, train=train, optimizer={"lr": 1e-2}, **limits, **sections)
+    optimizer = {"lr": 1e-2} | sections.pop("optimizer", {})
+    return actor_config(hf, train=train, optimizer=optimizer, **limits, **sections)
 
 
 def made_up_step(actor):
@@ -83,8 +92,8 @@ def run_everything(hf, root):
         results[name] = replayed(root, LAYOUTS[name])
     results["one copy wrong"] = replayed(root, LAYOUTS["TP2 SP"], mutate=scale_one_shard)
     results["norms not summed"] = replayed(root, LAYOUTS["TP2 SP"], mutate=forget_the_norms)
-    for name, (layout, what) in POISONS.items():
-        results[name] = poisoned(hf, root / name.replace(" ", "-"), layout, what)
+    for name, (sections, what) in POISONS.items():
+        results[name] = poisoned(hf, root / name.replace(" ", "-"), sections, what)
     return results
 
 
@@ -223,7 +232,7 @@ def forget_the_norms(actor, backward):
     return backward()
 
 
-def poisoned(hf, root, layout, what):
+def poisoned(hf, root, sections, what):
     """A good update, a NaN on rank 1 alone, a good one, NaN after NaN; the good ones without."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
@@ -231,7 +240,7 @@ def poisoned(hf, root, layout, what):
     from megatron_prepo.updates import Updates
 
     join(2)
-    config = config_of(hf, parallel=layout, debug={"max_skip_dumps": 2})
+    config = config_of(hf, **sections, debug={"max_skip_dumps": 2})
     parallel.initialize(config.parallel, seed=1)
     actor, untouched = Actor(config), Actor(config)
     groups, candidates, old = made_up_step(actor)
@@ -310,7 +319,9 @@ def state_of(actor):
         if isinstance(value, torch.Tensor)
     ]
     rate = actor.optimizer.param_groups[0]["lr"]
-    numbers = torch.cat([tensor.double().flatten() for tensor in tensors]).numpy().tobytes()
+    numbers = (
+        torch.cat([tensor.detach().double().flatten() for tensor in tensors]).numpy().tobytes()
+    )
     return numbers, rate, actor.scheduler.num_steps, actor.updates
 
 

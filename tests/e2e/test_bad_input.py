@@ -15,6 +15,9 @@ def line(prompt_id: str, prompt: str, answer: str = "1") -> str:
 GOOD = [line(f"good-{i}", "tom has 3 apples . how many apples does tom have ?") for i in range(30)]
 
 
+OFFLOADED = "megatron.optimizer_cpu_offload=true optimizer.use_distributed_optimizer=true"
+
+
 def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> None:
     code = train(tmp_path / "run", *SHORT, *overrides)
     error = capsys.readouterr().err.strip()
@@ -47,7 +50,20 @@ def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> No
         ("parallel.context=4", ["parallel.context=4 x parallel.tensor=2", "heads=4"]),
         ("rollout.router_replay=true", ["rollout.router_replay=false", "the model has no experts"]),
         ("megatron.moe_enable_routing_replay=true", ["set it through rollout.router_replay"]),
-        ("megatron.optimizer_cpu_offload=true", ["optimizer_cpu_offload is not supported"]),
+        (
+            "megatron.optimizer_cpu_offload=true",
+            ["megatron.optimizer_cpu_offload=true", "optimizer.use_distributed_optimizer=true"],
+        ),
+        (
+            f"{OFFLOADED} megatron.optimizer_offload_fraction=0",
+            ["optimizer_offload_fraction=0", "above 0"],
+        ),
+        (
+            f"{OFFLOADED} megatron.use_precision_aware_optimizer=false",
+            ["use_precision_aware_optimizer=false", "leave it out"],
+        ),
+        ("megatron.optimizer_offload_fraction=0.5", ["optimizer_cpu_offload=true"]),
+        ("megatron.use_torch_optimizer_for_cpu_offload=true", ["is not supported"]),
         ("megatron.overlap_param_gather=true", ["optimizer.use_distributed_optimizer=true"]),
         ("data.chat_template=true", ["data.chat_template", "no chat template"]),
         ("loss.clip_low=1.5", ["loss.clip_low=1.5"]),
@@ -55,7 +71,7 @@ def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> No
     ],
 )
 def test_wrong_setting(capsys, tmp_path, override, expected):
-    assert_refused(capsys, tmp_path, expected, override)
+    assert_refused(capsys, tmp_path, expected, *override.split())
 
 
 def test_missing_model(capsys, tmp_path):

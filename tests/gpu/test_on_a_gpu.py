@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import on_ranks
 
 from megatron_prepo.actor import attention, row_statistics
 from megatron_prepo.actor.batching import micro_batch
@@ -213,3 +214,50 @@ def test_short_run(tmp_path):
     for step in metrics(tmp_path / "run"):
         assert step["mismatch/logprob_abs_max"] < 5e-3  # TF32 apart
         assert step["loss/grad_norm"] > 0
+
+
+def offloaded_and_not(directory):
+    """Weights after three updates by optimizer, and after the last of them by a resumed actor."""
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.actor.policy import Actor
+    from tests import tiny_models
+    from tests.distributed.test_resume import DISTRIBUTED, SECTIONS, batch, state_of
+
+    hf = tiny_models.save(tiny_models.qwen3(tied=True), directory / "hf")
+    results = {}
+    for fraction in (0.0, 0.5, 1.0):
+        offload = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
+        sections = SECTIONS | {
+            "model": {"dtype": "bfloat16"},
+            "optimizer": SECTIONS["optimizer"] | DISTRIBUTED["optimizer"],
+            "megatron": offload if fraction else {},
+        }
+        config = tiny_models.actor_config(hf, **sections)
+        parallel.initialize(config.parallel, seed=1)
+        actor, resumed = Actor(config), Actor(config)
+        for _ in range(2):
+            actor.update(batch())
+        resumed.load(actor.save(directory / f"{fraction}", step=2))
+        for other in (actor, resumed):
+            other.update(batch())
+        hosts = [part.optimizer for part in actor.optimizer.chained_optimizers]
+        devices = {
+            tensor.device.type
+            for host in hosts
+            for state in host.state.values()
+            for name, tensor in state.items()
+            if name != "step"
+        }
+        results[fraction] = (devices, state_of(actor), state_of(resumed))
+        parallel.shut_down()
+    return results
+
+
+def test_an_offloaded_optimizer_updates_and_resumes_as_the_other(tmp_path):
+    """In bfloat16; two Adams may round otherwise, which is a last bit of a weight."""
+    (results,) = on_ranks(1, offloaded_and_not, tmp_path, deadline_s=150.0)
+    assert [results[fraction][0] for fraction in results] == [{"cuda"}, {"cuda", "cpu"}, {"cpu"}]
+    for _, weights, resumed in results.values():
+        for name, weight in results[0.0][1].items():
+            for other in (weights[name], resumed[name]):
+                assert (other.double() - weight.double()).norm() <= 2e-2 * weight.double().norm()
