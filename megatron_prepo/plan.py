@@ -12,7 +12,8 @@ Bytes of a rank, by what Megatron-Core keeps for bfloat16 weights and Adam:
     weights    2 a parameter
     gradients  4, accumulated in float32
     Adam       12: float32 weights and two moments; with the distributed optimizer, divided by the
-               data-parallel ranks (experts: by those that hold the same experts)
+               data-parallel ranks (experts: by those that hold the same experts); of what is
+               offloaded, 16 in host memory instead (gradients arrive there, too)
 """
 
 import dataclasses
@@ -91,6 +92,8 @@ class RankMemory:
     """Adam's state with the distributed optimizer."""
     optimizer_whole: int
     """Adam's state without it."""
+    optimizer_host: int
+    """In host memory, under `megatron.optimizer_cpu_offload`."""
     reference: int
     """Copies of the weights for a KL penalty."""
     activations: int
@@ -343,7 +346,9 @@ def rank_memory(
     config: Config, shape: Shape, engine: Engine, stage: int, layers: int, held: Held
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
-    parallel = config.parallel
+    from megatron_prepo.actor.offload import offload_fraction
+
+    parallel, on_host = config.parallel, offload_fraction(config.megatron)
     split = config.optimizer.use_distributed_optimizer
     of_type = 2 if config.model.dtype == "bfloat16" else 4
     # Adam's two moments, and float32 weights where those of the model are shorter
@@ -357,8 +362,10 @@ def rank_memory(
         parameters=held.parameters,
         weights=(held.padded if split else held.parameters) * of_type,
         gradients=(held.padded if split else held.parameters) * held.gradient_bytes,
-        optimizer_split=round(held.shard * state),
+        optimizer_split=round((1 - on_host) * held.shard * state),
         optimizer_whole=held.parameters * state,
+        # moments, float32 weights whatever those of the model are, and gradients on their way
+        optimizer_host=round(on_host * held.shard * 16),
         # the initial policy, and a place for the current one while the former scores
         reference=2 * held.parameters * of_type if config.loss.kl_coef else 0,
         activations=round(

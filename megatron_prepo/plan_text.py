@@ -77,6 +77,8 @@ def _memory(plan: Plan) -> str:
                 f"{getattr(fullest, field) / GIB:>{_width(title)}.1f}" for title, field in COLUMNS
             )
         )
+    if host := max(rank.optimizer_host for rank in plan.ranks):
+        lines.append(f"in host memory, of the offloaded optimizer: {host / GIB:.1f} GiB a rank")
     most = max(rank.total for rank in plan.ranks)
     lines.append(
         f"{'fits' if plan.fits else 'DOES NOT FIT'}: {most / GIB:.1f} GiB at most, and "

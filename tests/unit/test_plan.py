@@ -165,6 +165,25 @@ def test_bytes_of_a_rank_by_hand(configured):
     assert unsplit.activations == rank.activations
 
 
+@pytest.mark.parametrize(
+    ("megatron", "fraction"),
+    [({}, 1.0), ({"optimizer_offload_fraction": 0.25}, 0.25)],
+)
+def test_an_offloaded_optimizer_takes_host_memory(configured, megatron, fraction):
+    """12 bytes a parameter leave the GPU; 16, with the gradient, arrive."""
+    sections = {"optimizer": {"use_distributed_optimizer": True}}
+    offload = {"megatron": {"optimizer_cpu_offload": True, **megatron}}
+    question = plan.Question(gpus=8)
+    answer = plan.make_plan(configured(**sections, **offload), question)
+    rank, plain = answer.ranks[0], plan.make_plan(configured(**sections), question).ranks[0]
+    assert plain.optimizer_host == 0
+    assert rank.optimizer_split == pytest.approx((1 - fraction) * plain.optimizer_split, abs=1)
+    assert rank.optimizer_host == pytest.approx(fraction * plain.optimizer_split * 16 / 12, abs=1)
+    assert plain.total - rank.total == pytest.approx(fraction * plain.optimizer_split, abs=1)
+    host = f"offloaded optimizer: {rank.optimizer_host / GIB:.1f} GiB a rank"
+    assert host in plan_text.text(answer, [])
+
+
 def test_total_is_the_fuller_of_learning_and_generating(configured):
     config = configured(parallel={"tensor": 4, "sequence": True})
     ranks = plan.make_plan(config, plan.Question(gpus=8, engine="sglang")).ranks
