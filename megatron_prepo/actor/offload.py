@@ -32,7 +32,6 @@ SETTINGS = (
     "optimizer_offload_fraction",
     "overlap_cpu_optimizer_d2h_h2d",
     "pin_cpu_grads",
-    "pin_cpu_params",
 )
 """Of no use without `optimizer_cpu_offload`."""
 ALL = 1.0
