@@ -95,6 +95,8 @@ SECONDS_OF_A_COMPLETION = 0.1
 ENGINE_FAILED = 3
 """Exit code of a rank, in the place of 1."""
 DEADLINE_SECONDS = 300.0
+MOST_KILLS = 6
+"""Of one run, which is then left alone: one long run must not have all of them."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def undisturbed_run(case: str, directory: Path) -> float:
 
 
 def disturbed_ranks(
-    case: str, directory: Path, seconds: float, victims: Victims
+    case: str, directory: Path, seconds: float, victims: Victims, most: int
 ) -> tuple[bool, list[Kill]]:
     """Start the ranks of a run and kill; whether the run came to its end, and what was killed.
 
@@ -234,7 +236,7 @@ def disturbed_ranks(
     draw, ranks = victims.draw, Ranks(case, directory)
     try:
         moment = draw.uniform(0.0, 1.2 * seconds)
-        while ranks.wait_until(moment):
+        while ranks.wait_until(moment if len(ranks.kills) < most else DEADLINE_SECONDS):
             kind = victims.next(case)
             if kind == "engine" and any(kill.victim == "engine" for kill in ranks.kills):
                 return not ranks.wait_until(
@@ -258,7 +260,7 @@ def killed_until_done(
     """One trial; `seconds` is how long the undisturbed run took."""
     kills, done = [], False
     while not done:
-        done, new = disturbed_ranks(case, directory, seconds, victims)
+        done, new = disturbed_ranks(case, directory, seconds, victims, MOST_KILLS - len(kills))
         kills += new
         done = done or (directory / "summary.json").exists()  # killed when all was done
     checks = prove.compare(undisturbed, directory)
