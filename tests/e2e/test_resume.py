@@ -169,3 +169,5 @@ def test_five_kills(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["kills"] >= 5 and result["runs_that_differ"] == []
+    assert result["kills_of"].keys() == {"all", "rank", "grader", "engine"}
+    assert all(result["kills_of"].values())

@@ -12,6 +12,7 @@ from megatron_prepo.metrics import Stopwatch
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.train import roll_out
 from megatron_prepo.train_async import Ahead
 from tests.tiny_models import actor_config
 
@@ -54,6 +55,9 @@ class Engine:
             return [({**paid, **new})[p.id, 0] for p in prompts]
 
         return SimpleNamespace(result=result, seconds=1.5)
+
+    def generate(self, prompts, **settings):
+        return self.start_generate(prompts, **settings).result()
 
 
 @pytest.fixture
@@ -171,6 +175,20 @@ def test_what_is_generated_is_journalled_once(job_of):
     ahead.wait()
     assert [path.name for path in ahead.job.journal.directory.iterdir()] == ["rollouts_5.0.jsonl"]
     assert len(job_of(3).journal.waiting) == 2
+
+
+def test_rollouts_are_on_disk_before_either_loop_has_them(job_of, monkeypatch):
+    forced = []
+    monkeypatch.setattr("megatron_prepo.journal.flush", lambda path: forced.append(path.name))
+    job = job_of(3)
+    roll_out(job.config, job.engine, job.journal, PROMPTS[:2], "rollouts/4")
+    assert forced == ["rollouts_4.0.jsonl", "journal"]
+    forced.clear()
+    ahead = Ahead(job)
+    ahead.start(5)
+    assert forced == []
+    ahead.wait()
+    assert forced == ["rollouts_5.0.jsonl", "journal"]
 
 
 def test_without_a_step_ahead_the_state_is_that_of_now(job_of):
