@@ -51,7 +51,6 @@ REFUSED = {
     "cp_comm_type": "parallel.context exchanges heads around every attention, and nothing else",
     "hybrid_context_parallel": "parallel.context is the same for every micro-batch",
     "overlap_param_gather_with_optimizer_step": "set megatron.overlap_param_gather=true",
-    "pin_cpu_params": "megatron-core passes over it, and pins them in any case",
     "use_torch_optimizer_for_cpu_offload": "megatron-core passes over it, and takes torch's AdamW "
     "on the host in any case",
 }

@@ -53,6 +53,11 @@ NO_STATE = {
 def check_offload(config: Config) -> None:
     """UserError if the settings of the offloaded optimizer do not go together."""
     megatron = config.megatron
+    if "pin_cpu_params" in megatron:
+        raise UserError(
+            "megatron.pin_cpu_params is not supported: megatron-core passes over it, and pins them "
+            "in any case; leave it out"
+        )
     if not megatron.get("optimizer_cpu_offload"):
         for name in SETTINGS:
             if name in megatron:

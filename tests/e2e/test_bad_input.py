@@ -64,6 +64,7 @@ def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> No
         ),
         ("megatron.optimizer_offload_fraction=0.5", ["optimizer_cpu_offload=true"]),
         ("megatron.use_torch_optimizer_for_cpu_offload=true", ["is not supported"]),
+        (f"{OFFLOADED} megatron.pin_cpu_params=false", ["pin_cpu_params is not supported"]),
         ("megatron.overlap_param_gather=true", ["optimizer.use_distributed_optimizer=true"]),
         ("data.chat_template=true", ["data.chat_template", "no chat template"]),
         ("loss.clip_low=1.5", ["loss.clip_low=1.5"]),

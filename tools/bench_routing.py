@@ -1,0 +1,48 @@
+"""How far an actor is from SGLang in a mixture of experts, routed by itself and as the server was.
+
+    python tools/bench_routing.py --out benchmarks/results/routing_cpu_2core.json
+
+A tiny Qwen3-MoE with random weights, in float32 and in bfloat16; what is measured, and how, is in
+`tests/real_sglang/test_routing.py`.  Mean differences of a token's log-probability, in nats.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import tiny_models
+from ranks import on_ranks
+
+from megatron_prepo import durable, machine
+from tests.real_sglang.test_routing import DTYPES, compared
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEADLINE_SECONDS = 1500.0
+
+
+def main() -> int:
+    """Measure, write the result, print it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    default = REPOSITORY / ".venv-sglang" / "bin" / "python"
+    parser.add_argument("--python", default=str(default), help="has SGLang (%(default)s)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        hf = tiny_models.save(tiny_models.qwen3_moe(), Path(directory, "hf"))
+        [found] = on_ranks(1, compared, hf, directory, options.python, deadline_s=DEADLINE_SECONDS)
+    result = {"command": " ".join(["python", *sys.argv]), "machine": machine.describe()}
+    for dtype in DTYPES:
+        result[dtype] = {name: value for (of, name), value in found.items() if of == dtype}
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    durable.write_text(options.out, text)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
