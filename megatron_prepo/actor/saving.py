@@ -5,6 +5,7 @@ in host memory while it goes on.  The directory gets its name only when all rank
 that whatever stops a run before leaves a `.partial` and the checkpoint before.
 """
 
+import inspect
 import queue
 import shutil
 import threading
@@ -37,6 +38,10 @@ _THREADS = SimpleNamespace(
 filesystem_async.mp = SimpleNamespace(
     **vars(filesystem_async.mp) | {"get_context": lambda method: _THREADS}
 )
+
+_ASYNCHRONOUS = {"async_sharded_save": True}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on it asks for another package otherwise
 
 
 class Copies:
@@ -85,7 +90,7 @@ class Saving:
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         self.request = dist_checkpointing.save(
-            state, str(aside), strategy, content_metadata=metadata, async_sharded_save=True
+            state, str(aside), strategy, content_metadata=metadata, **_ASYNCHRONOUS
         )
         _, buckets, self.results = self.request.async_fn_args or (None, [], None)
         self.buckets = _on_the_host(buckets, copies)
