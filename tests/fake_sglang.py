@@ -239,7 +239,10 @@ class FakeSGLang:
         dtypes = [getattr(torch, name) for name in body["dtypes"]]
         tensors = [torch.empty(s, dtype=d) for s, d in zip(body["shapes"], dtypes, strict=True)]
         flat = torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
-        torch.distributed.broadcast(flat, src=0, group=self._group)
+        try:
+            torch.distributed.broadcast(flat, src=0, group=self._group)
+        except RuntimeError as error:
+            return 400, {"success": False, "message": f"Failed to receive weights: {error}"}
         parts = flat.split([tensor.numel() * tensor.element_size() for tensor in tensors])
         for name, part, tensor in zip(body["names"], parts, tensors, strict=True):
             self.weights[name] = part.clone().view(tensor.dtype).view(tensor.shape)

@@ -288,3 +288,27 @@ def test_a_server_killed_in_the_middle_of_a_sync(
     finally:
         engine.close()
     wait_until_gone(processes(pids, servers=3))
+
+
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (1, 0)])
+def test_a_server_gone_before_a_broadcast_takes_nothing_along(
+    tmp_path, pids, hf, monkeypatch, count, victim
+):
+    """Without the first, gloo sends nothing to the second: it would wait for its own deadline."""
+    engine, config = build(hf, tmp_path, "distributed", count=count)
+    broadcast, gone = torch.distributed.broadcast, []
+
+    def late(*arguments, **options):
+        if not gone:
+            gone.append(engine.fleet.servers[victim])
+            gone[0].own.stop()
+        return broadcast(*arguments, **options)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", late)
+    try:
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        assert sum("is given up" in sentence for sentence in engine.said) == 1
+        assert len(engine.fleet.living()) == count and len(rollouts(engine)) == 12
+    finally:
+        engine.close()
+    wait_until_gone(processes(pids, servers=count + 1))

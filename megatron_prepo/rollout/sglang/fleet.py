@@ -168,14 +168,17 @@ class Fleet:
         if one refuses, or no server is left at all.
         """
         servers = self.living() if servers is None else servers
-        answers = await asyncio.gather(
-            *(self.call(server, path, body_of(server), seconds=seconds) for server in servers),
-            return_exceptions=True,
-        )
-        for server, answer in zip(servers, answers, strict=True):
-            if isinstance(answer, ServerFailed):
-                self.lose(server, str(answer))
-            elif isinstance(answer, BaseException):
+
+        async def ask(server: Server) -> Any:
+            try:
+                return await self.call(server, path, body_of(server), seconds=seconds)
+            except ServerFailed as failure:
+                # whoever waits for all of them can see it now, and not when the last has answered
+                self.lose(server, str(failure))
+
+        answers = await asyncio.gather(*map(ask, servers), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
                 raise answer
         self.living()
         return {

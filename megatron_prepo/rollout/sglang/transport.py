@@ -21,7 +21,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,13 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, SyncBroken
+from megatron_prepo.rollout.sglang.fleet import (
+    POLL_SECONDS,
+    EngineError,
+    Fleet,
+    Server,
+    SyncBroken,
+)
 
 Bucket = list[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -156,24 +162,42 @@ class Distributed:
                     seconds=self.seconds,
                 )
             )
-            group, self._group = self._group, None
+            sending = None
             try:
-                sending = dist.broadcast(flat, src=0, group=group, async_op=True)
+                sending = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+                while not self._lost_one() and wait([receiving], POLL_SECONDS).not_done:
+                    pass
+                if self._lost_one():
+                    sending = None
+                    self._abandon()
                 receiving.result()
-                if self._changes != self.fleet.changes:
-                    lost = [f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost]
-                    raise SyncBroken(f"{described(part)} did not arrive\n" + "\n".join(lost))
+                if self._lost_one():
+                    raise SyncBroken(f"{described(part)} did not reach all servers")
                 sending.wait()
             except RuntimeError as error:
-                if self.backend == "nccl":  # what is left of the broadcast would end the process
-                    group.abort()
+                self._abandon()
+                if self._lost_one():
+                    lost = "\n".join(f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost)
+                    raise SyncBroken(f"{error}\n{lost}") from error
                 if isinstance(error, EngineError):
                     raise
                 raise SyncBroken(f"{described(part)} was not sent: {error}") from error
-            self._group = group
 
     def finish(self) -> None:
         """Nothing is left: `send` waits."""
+
+    def _lost_one(self) -> bool:
+        return self._changes != self.fleet.changes
+
+    def _abandon(self) -> None:
+        """Give the group up, so that those who wait in it are told, and do not wait in vain."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        if self.backend == "nccl":  # what is left of a broadcast would end the process
+            group.abort()
+        else:  # gloo closes its connections when the last to know the group lets go of it
+            dist.destroy_process_group(group)
 
     def _leave(self) -> None:
         if self._group is None:
