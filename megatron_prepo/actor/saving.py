@@ -119,7 +119,8 @@ class Saving:
                 raise TimeoutError(f"{self.aside} is not written after {timeout_minutes} minutes")
         for rank, (_, _, error) in enumerate(ranks):
             if error is not None:
-                free = shutil.disk_usage(self.aside).free >> 20
+                # rank 0 may be at the next one, and have removed this one
+                free = shutil.disk_usage(self.aside.parent).free >> 20
                 raise OSError(
                     f"rank {rank} could not write {self.aside} ({free:,} MiB are free there): "
                     f"{error}"
