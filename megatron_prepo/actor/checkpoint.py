@@ -14,20 +14,18 @@ Beside the shards there may be
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_convert.torch_dist import TorchDistReader
+from megatron_prepo.actor import optimizer_shards
 from megatron_prepo.actor.offload import HostAdam, fill_adam_state
 from megatron_prepo.actor.saving import Copies, Saving
 from megatron_prepo.durable import rename_tree, write_text
@@ -36,7 +34,6 @@ from megatron_prepo.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run.json"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def start_saving(
@@ -68,8 +65,10 @@ def start_saving(
     state = {**weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
         _fill_adam_state(optimizer)
-        with _positions_without_padding(optimizer):
-            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING)
+        optimizer_shards.write_own_parts(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            weights, metadata=optimizer_shards.SHARDING
+        )
         state["opt_param_scheduler"] = scheduler.state_dict()
 
     def publish() -> None:
@@ -85,7 +84,7 @@ def start_saving(
     return Saving(
         state,
         aside,
-        metadata=OPTIMIZER_SHARDING,
+        metadata=optimizer_shards.SHARDING,
         copies=copies,
         small_files=small_files,
         publish=publish,
@@ -99,10 +98,10 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler) ->
     """
     _fill_adam_state(optimizer)
     weights = _sharded_weights(chunks)
-    with _positions_without_padding(optimizer):
-        sharded = optimizer.sharded_state_dict(
-            weights, is_loading=True, metadata=OPTIMIZER_SHARDING
-        )
+    optimizer_shards.write_own_parts(optimizer)
+    sharded = optimizer.sharded_state_dict(
+        weights, is_loading=True, metadata=optimizer_shards.SHARDING
+    )
     state = load_without_running(path, {**weights, "optimizer": sharded})
     _load_chunks(chunks, state)
     _load_optimizer(optimizer, state["optimizer"])
@@ -224,31 +223,6 @@ def _fill_adam_state(optimizer) -> None:
             fill_adam_state(part.optimizer)
 
 
-@contextmanager
-def _positions_without_padding(optimizer) -> Iterator[None]:
-    """Where the distributed optimizer looks for each parameter, as it has laid them out itself.
-
-    megatron-core (0.16.1, 0.19.2) joins the buckets of a buffer without the padding at their ends,
-    and then looks parameters up as if it was there: those behind the first bucket come out as
-    others' parts.  There are several buckets under overlap_grad_reduce, and on the last stage of a
-    pipeline with tied embeddings.
-    """
-    parts = [p for p in optimizer.chained_optimizers if isinstance(p, DistributedOptimizer)]
-    buffers = [(buffer, buffer.param_index_map) for part in parts for buffer in part.buffers]
-    for buffer, positions in buffers:
-        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-        before = [0, *accumulate(padding)]
-        buffer.param_index_map = {
-            parameter: (start - before[bucket], end - before[bucket], bucket)
-            for parameter, (start, end, bucket) in positions.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, positions in buffers:
-            buffer.param_index_map = positions
-
-
 def _load_optimizer(optimizer, state: dict) -> None:
     """`optimizer.load_state_dict`, mended for torch's Adam (megatron-core 0.16.1).
 
@@ -266,7 +240,7 @@ def _load_optimizer(optimizer, state: dict) -> None:
     for part, moment in zip(parts, moments, strict=True):
         steps = [(s, s.pop("step")) for s in part.optimizer.state.values() if "step" in s]
         if moment is not None:
-            part.load_parameter_state_from_fully_reshardable(moment)
+            optimizer_shards.load_state(part, moment)
         for parameter_state, step in steps:
             parameter_state["step"] = step.clone()
 
