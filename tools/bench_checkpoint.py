@@ -49,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        actor = make_actor(directory)
+        actor = make_actor(make_model(directory))
         rounds = [measure(actor, Path(directory)) for _ in range(options.rounds)]
     seconds = {name: min(times[name] for times, _ in rounds) for name in rounds[0][0]}
     num_bytes = rounds[0][1]
@@ -68,12 +68,18 @@ def main() -> int:
     return 0
 
 
-def make_actor(directory: str) -> Actor:
-    """In float32."""
+def make_model(directory: str) -> Path:
+    """With random weights, as Hugging Face has it."""
     hf = Path(directory, "hf")
     Qwen3ForCausalLM(Qwen3Config(**MODEL)).save_pretrained(hf)
+    return hf
+
+
+def make_actor(hf: Path, **sections: dict) -> Actor:
+    """In float32."""
     config = from_tree(
-        {
+        sections
+        | {
             "run": {"dir": "unused"},
             "model": {"hf": str(hf), "dtype": "float32"},
             "data": {"train": "unused", "eval": "unused"},

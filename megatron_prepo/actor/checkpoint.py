@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
@@ -94,8 +95,10 @@ def start_saving(
 def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler) -> int:
     """Read what `save` wrote with an optimizer, under any layout; returns `updates`; collective.
 
-    Under the number of ranks that wrote it, random states are restored, too.
+    Under the number of ranks that wrote it, random states are restored, too.  Raises UserError if
+    the optimizer is one that has another form on disk.
     """
+    _check_form(path, optimizer)
     _fill_adam_state(optimizer)
     weights = _sharded_weights(chunks)
     optimizer_shards.write_own_parts(optimizer)
@@ -243,6 +246,32 @@ def _load_optimizer(optimizer, state: dict) -> None:
             optimizer_shards.load_state(part, moment)
         for parameter_state, step in steps:
             parameter_state["step"] = step.clone()
+
+
+def _check_form(path: Path, optimizer) -> None:
+    """UserError where Megatron would name hundreds of missing tensors.
+
+    Experts that are spread over ranks have an optimizer of their own there, and only the
+    distributed optimizer has float32 weights of float32 models.
+    """
+    names = [name for name in TorchDistReader(path).tensors if "optimizer.state." in name]
+    parts = optimizer.chained_optimizers
+    if not names:
+        raise UserError(f"{path} has weights only; model.megatron starts a new run from them")
+    for setting, there, here in (
+        ("parallel.expert above 1", names[0].startswith("chained_"), len(parts) > 1),
+        (
+            "optimizer.use_distributed_optimizer=true",
+            any("optimizer.state.param." in name for name in names),
+            isinstance(parts[0], DistributedOptimizer),
+        ),
+    ):
+        if there != here:
+            raise UserError(
+                f"{path} was written {'with' if there else 'without'} {setting}, and its "
+                f"optimizer's state cannot be read {'with' if here else 'without'} it: set it as "
+                "there, or start a new run from the weights (model.megatron)"
+            )
 
 
 def _random_states() -> dict[str, torch.Tensor]:

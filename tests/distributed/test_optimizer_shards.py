@@ -5,6 +5,7 @@ be.  Megatron's own format is the independent judge.
 """
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ranks import join, on_ranks
 from torch.distributed import checkpoint as dcp
 
 from megatron_prepo.actor.optimizer_shards import position, rectangles
+from megatron_prepo.errors import UserError
 from tests.distributed.test_resume import SECTIONS, batch
 
 LAYOUTS = {
@@ -24,6 +26,7 @@ LAYOUTS = {
     "tied pp2 dp2": {"pipeline": 2, "data": 2},
     "tied pp2 x 2 cp2": {"pipeline": 2, "virtual_pipeline": 2, "context": 2},
     "tied dp3": {"data": 3},
+    "experts dp2": {"data": 2},
     "experts dp2 ep2": {"data": 2, "expert": 2},
     "experts dp4 ep2": {"data": 4, "expert": 2},
     "experts dp4 ep4": {"data": 4, "expert": 4},
@@ -42,6 +45,12 @@ READ = [
     ("experts dp4 ep4", "experts tp2 sp dp2 ep2"),
     ("experts tp2 sp dp2 ep2", "experts dp2 ep2"),
 ]
+REFUSED = {
+    ("experts dp4 ep2", "experts dp2"): "with parallel.expert above 1, and .* without it",
+    ("experts dp2", "experts dp2 ep2"): "without parallel.expert above 1, and .* with it",
+    ("tied plain", "tied dp3"): "without optimizer.use_distributed_optimizer=true, .* with it",
+    ("tied dp3", "tied plain"): "with optimizer.use_distributed_optimizer=true, .* without it",
+}
 MEGATRONS = ("tied dp3", "experts dp4 ep2")
 """Where megatron-core looks its parameters up where they are: buffers of one bucket."""
 
@@ -73,9 +82,9 @@ class ActorOn:
 
     def __init__(self, hf, layout):
         sections = {name: dict(section) for name, section in SECTIONS.items()}
-        sections["optimizer"]["use_distributed_optimizer"] = True
-        sections["parallel"] = LAYOUTS[layout]
-        if layout not in MEGATRONS:
+        sections["optimizer"]["use_distributed_optimizer"] = layout != "tied plain"
+        sections["parallel"] = LAYOUTS.get(layout, {})
+        if layout in LAYOUTS and layout not in MEGATRONS:
             sections["megatron"] = OVERLAPPED
         self.config = tiny_models.actor_config(hf[layout.split()[0]], **sections)
 
@@ -160,6 +169,16 @@ def run_everything(hf, scratch):
         with ActorOn(hf, target) as actor:
             if actor:
                 found["read", source, target] = read(actor, source)
+    with ActorOn(hf, "tied plain") as actor:
+        if actor:
+            actor.save(path_of("tied plain"), step=1)
+    for source, target in REFUSED:
+        with ActorOn(hf, target) as actor:
+            if actor:
+                try:
+                    read(actor, source)
+                except UserError as error:
+                    found["refused", source, target] = str(error)
     return found
 
 
@@ -225,6 +244,11 @@ def test_any_layout_reads_what_any_other_has_written(results, source, target):
         for name, size in LAYOUTS[source if target == "Megatron" else target].items()
         if name in ("tensor", "pipeline", "context", "data")
     )
+
+
+@pytest.mark.parametrize(("source", "target"), REFUSED)
+def test_another_form_is_refused_by_the_setting(results, source, target):
+    assert re.search(REFUSED[source, target], results[0]["refused", source, target])
 
 
 @pytest.mark.parametrize("layout", MEGATRONS)
