@@ -9,7 +9,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.ports import free_port
 
 ERROR_FILE = "MEGATRON_PREPO_ERROR_FILE"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -54,7 +54,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         MEETING_FILE: str(meeting_file),
     }
@@ -205,9 +205,3 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -8,13 +8,14 @@ which no shell reads.
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from megatron_prepo.ports import free_port
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
 
@@ -96,13 +97,6 @@ def _start(job: dict, cwd: Path, environment: dict[str, str], log) -> list[subpr
         )
         for node in range(trainer["numNodes"])
     ]
-
-
-def free_port() -> int:
-    """Where ranks can meet."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def install(directory: Path, port: int) -> dict[str, str]:

@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo import machine, prove
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import Stopped
+from megatron_prepo.ports import free_port
 from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.train import train
 from megatron_prepo.train_async import train_overlapped
@@ -141,7 +141,7 @@ class Ranks:
 
     def __init__(self, case: str, directory: Path):
         self.case, self.directory = case, directory
-        port = _free_port()
+        port = free_port()
         self.pids = [
             _fork(config_of(case, directory), rank, num_ranks(case), port, directory)
             for rank in range(num_ranks(case))
@@ -381,12 +381,6 @@ def _fork(config, rank: int, num_ranks: int, port: int, directory: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import fake_kubernetes
 import pytest
 import yaml
 
+from megatron_prepo.ports import free_port
 from tests.e2e import launcher
 from tests.e2e.laptop import FILES, REPOSITORY, SHORT, summary
 from tests.e2e.launcher import launch, python
@@ -182,7 +183,7 @@ def test_a_sky_task_trains(tmp_path):
     )
     script = document(done.stdout + "# code 0")["run"]
     assert "cd /nemo_run/code\n" in script and "$head_node_ip:29500" in script
-    port = fake_kubernetes.free_port()
+    port = free_port()
     script = script.replace("cd /nemo_run/code\n", f"cd {REPOSITORY}\nset -e\n")
     script = script.replace("$head_node_ip:29500", f"$head_node_ip:{port}")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

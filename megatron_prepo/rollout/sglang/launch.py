@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import weakref
@@ -13,6 +12,7 @@ import httpx
 
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
+from megatron_prepo.ports import free_port
 
 HERE = Path(__file__).resolve().parent
 STAND_INS = HERE / "on_cpu"
@@ -180,7 +180,7 @@ class OwnServer:
 
     def start(self) -> None:
         """Start it, or start it anew."""
-        port = self.port or _free_port(self.config.servers.host)
+        port = self.port or free_port(self.config.servers.host)
         self.url = f"http://{self.config.servers.host}:{port}"
         python = interpreter(self.config)
         words = arguments(self.config, self.index, port=port, cuda=self.cuda)
@@ -221,9 +221,3 @@ def _end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]

@@ -19,7 +19,6 @@ import math
 import pickle
 import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
+from megatron_prepo.ports import free_port
 from megatron_prepo.rollout.sglang.fleet import (
     POLL_SECONDS,
     EngineError,
@@ -103,7 +103,7 @@ class Distributed:
         self._leave()
         members = [(server.url, server.num_ranks) for server in self.fleet.living()]
         self._founded += 1
-        self._name, port = f"megatron_prepo_{self._run_name}_{self._founded}", _free_port()
+        self._name, port = f"megatron_prepo_{self._run_name}_{self._founded}", free_port()
         size = 1 + sum(num_ranks for _, num_ranks in members)
         offsets, next_rank = {}, 1
         for url, num_ranks in members:
@@ -353,9 +353,3 @@ def join_group(
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     return group
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
