@@ -194,12 +194,12 @@ def test_servers_end_with_the_trainer_however_that_ends(tmp_path, pids, how):
     wait_until_gone(ids)
 
 
-def build(hf, tmp_path, transport="value", **servers):
+def build(hf, tmp_path, transport="value", seconds=30.0, **servers):
     config = config_of(
         hf,
         run={"dir": str(tmp_path / "run")},
         servers={"python": sys.executable, "start_seconds": 60.0, "connect_seconds": 5.0} | servers,
-        weight_sync={"verify": "always", "transport": transport, "request_seconds": 30.0},
+        weight_sync={"verify": "always", "transport": transport, "request_seconds": seconds},
     )
     engine = SGLangEngine(
         config,
@@ -312,3 +312,16 @@ def test_a_server_gone_before_a_broadcast_takes_nothing_along(
     finally:
         engine.close()
     wait_until_gone(processes(pids, servers=count + 1))
+
+
+def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeypatch):
+    """The other waits for it, and is started anew with it; the run goes on."""
+    monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / "init_weights_update_group"))
+    engine, config = build(hf, tmp_path, "distributed", count=2, seconds=5.0)
+    try:
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        assert "init_weights_update_group" in engine.said[0]
+        assert len(engine.fleet.living()) == 2 and len(rollouts(engine)) == 12
+    finally:
+        engine.close()
+    wait_until_gone(processes(pids, servers=3))

@@ -96,11 +96,12 @@ class Distributed:
     def start(self, shapes: Shapes) -> None:
         """Found the group, unless the one there is still has the servers that serve.
 
-        Raises EngineError if they do not all join by the deadline.
+        Raises EngineError if they do not all join by the deadline, and SyncBroken if one was lost.
         """
         if self._group is not None and self._changes == self.fleet.changes:
             return
         self._leave()
+        self._changes = self.fleet.changes
         members = [(server.url, server.num_ranks) for server in self.fleet.living()]
         self._founded += 1
         self._name, port = f"megatron_prepo_{self._run_name}_{self._founded}", free_port()
@@ -129,15 +130,17 @@ class Distributed:
             self._group = join_group(
                 where, 0, size, self._name, self.backend, timedelta(seconds=self.seconds)
             )
-        except dist.DistError as error:
-            if joining.done():  # then the servers' own words say more
-                joining.result()
+        except RuntimeError as error:
+            others = joining.exception()  # by its own deadline
+            if self._lost_one():
+                raise SyncBroken(f"{where} was not founded: {error}\n{self._losses()}") from error
+            if others:  # their own words say more
+                raise others from error
             raise EngineError(
                 f"{[url for url, _ in members]} did not join the process group for weights at "
                 f"{where}: {error}"
             ) from error
         joining.result()
-        self._changes = self.fleet.changes
 
     def send(self, bucket: Bucket) -> None:
         """Announce a bucket to every server, and broadcast it.
@@ -177,8 +180,7 @@ class Distributed:
             except RuntimeError as error:
                 self._abandon()
                 if self._lost_one():
-                    lost = "\n".join(f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost)
-                    raise SyncBroken(f"{error}\n{lost}") from error
+                    raise SyncBroken(f"{error}\n{self._losses()}") from error
                 if isinstance(error, EngineError):
                     raise
                 raise SyncBroken(f"{described(part)} was not sent: {error}") from error
@@ -188,6 +190,9 @@ class Distributed:
 
     def _lost_one(self) -> bool:
         return self._changes != self.fleet.changes
+
+    def _losses(self) -> str:
+        return "\n".join(f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost)
 
     def _abandon(self) -> None:
         """Give the group up, so that those who wait in it are told, and do not wait in vain."""
