@@ -11,6 +11,7 @@ from megatron_prepo.actor.model import DTYPES, describe
 from megatron_prepo.actor.policy import Actor
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches
+from megatron_prepo.errors import Stopped
 from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.groups import Groups, rewards_of
 from megatron_prepo.journal import Journal
@@ -19,6 +20,7 @@ from megatron_prepo.resume import Checkpoints
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout.embedded import EmbeddedEngine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
+from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.run import Run
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.candidates import Candidates
@@ -46,11 +48,19 @@ class Job:
     throughput: Throughput
 
     def go_on(self, parts: dict[str, object]) -> Checkpoints:
-        """Set actor and parts to the last checkpoint, if there is one, and the engine to them."""
+        """Set actor and parts to the last checkpoint, if there is one, and the engine to them.
+
+        Raises Stopped on all ranks if the engine fails; what is saved stays.
+        """
         with self.run.seconds("setup"):
             checkpoints = Checkpoints(self.config, self.actor, parts, self.journal, self.run.say)
             checkpoints.restore()
-            self.sync()
+            try:
+                self.sync()
+            except EngineError as error:  # of all ranks
+                raise Stopped(
+                    f"the engine failed before training began: {error}", exit_code=1
+                ) from error
         return checkpoints
 
     def sync(self) -> None:

@@ -37,3 +37,15 @@ def test_without_sglang_nothing_is_started(capsys, tmp_path):
     code = train(tmp_path / "run", *SHORT, "rollout.engine=sglang")
     assert code == 2
     assert "has no SGLang" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_server_that_does_not_start_ends_the_run_with_its_own_words(
+    capsys, tmp_path, monkeypatch
+):
+    fake_sglang_package.install(tmp_path / "package", monkeypatch)
+    monkeypatch.setenv("FAKE_FAILS", "1")
+    engine = ["rollout.engine=sglang", f"servers.python={sys.executable}"]
+    assert train(tmp_path / "run", *SHORT, *engine, "parallel.tensor=2") == 1
+    said = capsys.readouterr().err
+    assert "the engine failed before training began" in said and "Traceback" not in said
+    assert "the fake cannot find its model" in said
