@@ -2,27 +2,33 @@
 
     python tools/bench_checkpoint.py --out benchmarks/results/checkpoint_cpu_2core.json
 
-A random model with its Adam state, one process.  `at once` is all of a save; `background` is its
-pause, which ends when the state is copied, `written` until all threads have ended with nothing else
-to do, and `finish`, the second pause.  `plain copy` writes as many bytes to the same disk, and
-forces them there: what the disk allows.  Each is the fastest of `--rounds`.
+A random model with its Adam state, one process, on CUDA where there is one.  `at once` is all of a
+save; `background` is its pause, which ends when the state is copied, `written` until all threads
+have ended with nothing else to do, and `finish`, the second pause.  `plain copy` writes as many
+bytes to the same disk, and forces them there: what the disk allows.  Each is the fastest of
+`--rounds`.
+
+`--model FOLDER`, with a config.json, is the shape of another model, in bfloat16 on CUDA, under the
+distributed optimizer; `--background` leaves the other two saves out.
 """
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config
 
 from megatron_prepo import durable, machine
-from megatron_prepo.actor import parallel
+from megatron_prepo.actor import parallel, policy
 from megatron_prepo.actor.policy import Actor
 from megatron_prepo.config import from_tree
 
@@ -46,16 +52,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--directory", help="on the disk to be measured (default: a temporary one)")
+    parser.add_argument("--model", type=Path, help="folder with a config.json")
+    parser.add_argument("--background", action="store_true", help="this save only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no round after")
     options = parser.parse_args()
+    start = time.monotonic()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        actor = make_actor(make_model(directory))
-        rounds = [measure(actor, Path(directory)) for _ in range(options.rounds)]
+        folder = options.model or make_model(directory)
+        actor = make_actor(folder, optimizer={"use_distributed_optimizer": bool(options.model)})
+        rounds = []
+        while len(rounds) < options.rounds and time.monotonic() - start < options.seconds:
+            rounds.append(measure(actor, Path(directory), options.background))
     seconds = {name: min(times[name] for times, _ in rounds) for name in rounds[0][0]}
     num_bytes = rounds[0][1]
     result = {
         "machine": machine.describe(),
         "threads": 1,
+        "model": str(options.model or "of this tool"),
+        "dtype": actor.config.model.dtype,
         "parameters": sum(p.numel() for chunk in actor.chunks for p in chunk.parameters()),
         "bytes": num_bytes,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -69,19 +84,20 @@ def main() -> int:
 
 
 def make_model(directory: str) -> Path:
-    """With random weights, as Hugging Face has it."""
-    hf = Path(directory, "hf")
-    Qwen3ForCausalLM(Qwen3Config(**MODEL)).save_pretrained(hf)
-    return hf
+    """A folder with the shape of this tool's own model."""
+    folder = Path(directory, "hf")
+    Qwen3Config(**MODEL, architectures=["Qwen3ForCausalLM"]).save_pretrained(folder)
+    return folder
 
 
-def make_actor(hf: Path, **sections: dict) -> Actor:
-    """In float32."""
+def make_actor(folder: Path, **sections: dict) -> Actor:
+    """With weights that Megatron draws, which are as good to write; in bfloat16 on CUDA."""
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     config = from_tree(
         sections
         | {
             "run": {"dir": "unused"},
-            "model": {"hf": str(hf), "dtype": "float32"},
+            "model": {"hf": str(folder), "dtype": dtype},
             "data": {"train": "unused", "eval": "unused"},
             "selection": {"num_candidates": 4, "num_selected": 2},
             "rollout": {"max_new_tokens": 4},
@@ -89,17 +105,18 @@ def make_actor(hf: Path, **sections: dict) -> Actor:
         }
     )
     parallel.initialize(config.parallel, seed=1)
-    return Actor(config)
+    with mock.patch.object(policy, "load_hf_weights", lambda *_: None):
+        return Actor(config)
 
 
-def measure(actor: Actor, directory: Path) -> tuple[dict[str, float], int]:
+def measure(actor: Actor, directory: Path, background: bool) -> tuple[dict[str, float], int]:
     """Seconds by what is waited for, and a checkpoint's bytes."""
     seconds, timeout = {}, actor.config.parallel.timeout_minutes
-    begin = time.perf_counter()
-    path = actor.save(directory / "saved", step=1)
-    seconds["at once"] = time.perf_counter() - begin
-    num_bytes = sum(file.stat().st_size for file in path.iterdir())
-    shutil.rmtree(path)
+    if not background:
+        begin = time.perf_counter()
+        path = actor.save(directory / "saved", step=1)
+        seconds["at once"] = time.perf_counter() - begin
+        shutil.rmtree(path)
 
     begin = time.perf_counter()
     saving = actor.start_saving(directory / "saved", step=2)
@@ -109,13 +126,15 @@ def measure(actor: Actor, directory: Path) -> tuple[dict[str, float], int]:
     begin = time.perf_counter()
     saving.finish(timeout)
     seconds["finish"] = time.perf_counter() - begin
+    num_bytes = sum(file.stat().st_size for file in directory.glob("saved/iter_*/*"))
     shutil.rmtree(directory / "saved")
 
-    begin = time.perf_counter()
-    copy = directory / "copy"
-    write_plainly(copy, num_bytes)
-    seconds["plain copy"] = time.perf_counter() - begin
-    copy.unlink()
+    if not background:
+        begin = time.perf_counter()
+        copy = directory / "copy"
+        write_plainly(copy, num_bytes)
+        seconds["plain copy"] = time.perf_counter() - begin
+        copy.unlink()
     return seconds, num_bytes
 
 

@@ -4,7 +4,8 @@
 
 Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a little at tensor
 parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py),
-and how far a plan's memory is from what is really taken (tools/bench_plan.py).
+how far a plan's memory is from what is really taken (tools/bench_plan.py), and how long a run waits
+for a checkpoint of 1.5B parameters (tools/bench_checkpoint.py).
 With the archives of tools/pack_sglang.py, and up to 10 minutes more, it also trains with an SGLang
 server on the same GPU, to which the weights go by CUDA IPC, and times that sync at the shape of a
 7B model.  Writes one JSON object with the machine, the versions and the numbers, after every part.
@@ -59,6 +60,7 @@ def main() -> int:
         "training": run_training,
         "utilisation": run_utilisation,
         "plan": run_plan,
+        "checkpoint": run_checkpoint,
         "sglang": lambda: run_sglang(options.sglang),
     }
     return check(parts, options.out)
@@ -120,10 +122,16 @@ def run_plan() -> dict:
     return _run_benchmark("bench_plan")
 
 
-def _run_benchmark(name: str) -> dict:
+def run_checkpoint() -> dict:
+    """The pause of a save in the background; on 8 ranks each has an eighth of it to copy."""
+    model = REPOSITORY / "examples" / "paper" / "qwen2.5-math-1.5b" / "model"
+    return _run_benchmark("bench_checkpoint", "--background", "--model", str(model))
+
+
+def _run_benchmark(name: str, *arguments: str) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "result.json")
-        command = [sys.executable, f"tools/{name}.py", "--out", str(out)]
+        command = [sys.executable, f"tools/{name}.py", "--out", str(out), *arguments]
         done = run_within(PART_SECONDS, [*command, "--seconds", str(PART_SECONDS / 2)])
         print(done["output"][-6000:])
         measured = json.loads(out.read_text()) if out.is_file() else None
