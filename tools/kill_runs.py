@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -296,11 +297,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="written anew after every run")
+    parser.add_argument("--case", action="append", choices=CASES, help="of these settings only")
     options = parser.parse_args()
     kills, differ, num_runs = [], [], 0
     with tempfile.TemporaryDirectory() as directory:
         os.environ |= _fake_servers(Path(directory, "package"))
-        for trial in trials(list(CASES), options.kills, Path(directory), options.seed):
+        for trial in trials(
+            options.case or list(CASES), options.kills, Path(directory), options.seed
+        ):
             num_runs += 1
             kills += trial.kills
             differ += [dataclasses.asdict(trial)] if trial.differs else []
@@ -311,7 +315,7 @@ def main() -> int:
             )
             if options.out:
                 result = {
-                    "command": f"tools/kill_runs.py --kills {options.kills} --seed {options.seed}",
+                    "command": shlex.join(["python", *sys.argv]),
                     "machine": machine.describe(),
                     "kills": len(kills),
                     "kills_of": {kind: of_kind[kind] for kind in KINDS},
