@@ -317,7 +317,7 @@ def test_a_server_gone_before_a_broadcast_takes_nothing_along(
 def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeypatch):
     """The other waits for it, and is started anew with it; the run goes on."""
     monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / "init_weights_update_group"))
-    engine, config = build(hf, tmp_path, "distributed", count=2, seconds=5.0)
+    engine, config = build(hf, tmp_path, "distributed", count=2, seconds=15.0)
     try:
         sync_weights(FakeActor(hf), engine, config, PROBE)
         assert "init_weights_update_group" in engine.said[0]
