@@ -280,6 +280,7 @@ def test_a_server_killed_in_the_middle_of_a_sync(
     try:
         sync_weights(actor, engine, config, PROBE)
         assert "is given up" in engine.said[0] and path in engine.said[0]
+        assert "ended with SIGKILL" in engine.said[0] and "sglang_" in engine.said[0]
         assert len(engine.fleet.living()) == left and len(rollouts(engine)) == 12
         actor.update()
         sync_weights(actor, engine, config, PROBE)

@@ -173,6 +173,8 @@ class Fleet:
             try:
                 return await self.call(server, path, body_of(server), seconds=seconds)
             except ServerFailed as failure:
+                if server.own:  # connections end before the process, whose last words are told
+                    await asyncio.sleep(POLL_SECONDS)
                 # whoever waits for all of them can see it now, and not when the last has answered
                 self.lose(server, str(failure))
 
