@@ -2,8 +2,10 @@
 
     answers = on_ranks(4, measure, "argument")      # [measure("argument") on rank 0, ... on rank 3]
 
-`measure` stands at the top level of a module; arguments and answers have to be picklable.  A start
-costs seconds (torch, Megatron), so one function goes through many cases of at most so many ranks:
+`measure` stands at the top level of a module; arguments and answers have to be picklable.  Ranks
+are forked from a process that has imported torch and Megatron once and has no groups yet: they start
+in hundredths of a second, so that a case can have ranks of its own.  (What outlives a group in one
+process, threads and connections among it, adds up.)  Where cases share ranks:
 
     for case in cases:
         if join(case.num_ranks):        # a new default process group of the first so many ranks
@@ -14,19 +16,25 @@ Groups meet in a file, not at a port, so that nothing else on the machine can be
 """
 
 import contextlib
+import faulthandler
 import itertools
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest import mock
 
 _groups = itertools.count()
+_starter = multiprocessing.get_context("forkserver")
+_starter.set_forkserver_preload(["ranks_start"])
 
 
 class RankError(AssertionError):
@@ -74,7 +82,7 @@ def join(num_ranks: int, timeout_s: float = 120.0) -> bool:
     return True
 
 
-def _start(directory: Path, rank: int, num_ranks: int) -> subprocess.Popen:
+def _start(directory: Path, rank: int, num_ranks: int) -> ForkServerProcess:
     environment = os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -83,23 +91,20 @@ def _start(directory: Path, rank: int, num_ranks: int) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    with Path(directory, f"output-{rank}").open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", __file__, str(directory)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that a rank's own children end with it
-        )
+    with mock.patch.dict(os.environ, environment):
+        forkserver.ensure_running()  # once; what it imports looks at the environment
+    process = _starter.Process(target=_main, args=(directory, environment))
+    process.start()
+    return process
 
 
 def _wait(
-    ranks: list[subprocess.Popen], directory: Path, deadline_s: float
+    ranks: list[ForkServerProcess], directory: Path, deadline_s: float
 ) -> tuple[int, str] | None:
     """The first rank to have failed and how, or None when all have ended well."""
     end = time.monotonic() + deadline_s
     while True:
-        codes = [rank.poll() for rank in ranks]
+        codes = [rank.exitcode for rank in ranks]
         if any(codes):
             # a rank that raised takes its partners with it, and they may be sooner to end
             raised = sorted(directory.glob("raised-*"), key=lambda file: file.stat().st_mtime_ns)
@@ -114,13 +119,21 @@ def _wait(
         time.sleep(0.02)
 
 
-def _end(rank: subprocess.Popen) -> None:
+def _end(rank: ForkServerProcess) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended, and has no children left
         os.killpg(rank.pid, signal.SIGKILL)
-    rank.wait()
+    rank.kill()  # one that has not come to have a process group of its own
+    rank.join()
 
 
-def _main(directory: Path) -> None:
+def _main(directory: Path, environment: dict[str, str]) -> None:
+    os.setsid()  # so that a rank's own children end with it
+    output = os.open(directory / f"output-{environment['RANK']}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(environment)
     function, args, deadline_s = pickle.loads((directory / "call").read_bytes())
     signal.alarm(int(deadline_s) + 30)  # ends this rank even where nobody waits for it any more
     try:
@@ -131,7 +144,3 @@ def _main(directory: Path) -> None:
     aside = directory / f"partial-{os.environ['RANK']}"
     aside.write_bytes(pickle.dumps(answer))
     aside.rename(directory / f"answer-{os.environ['RANK']}")
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

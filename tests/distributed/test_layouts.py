@@ -1,18 +1,16 @@
 """Two updates of the actor equal those computed in float64 on one rank, under every layout.
 
 The reference is `transformers`, autograd and `torch.optim.AdamW`, with the loss written out below.
-One start of 4 ranks goes through all layouts; the tests look at its results.
+Each layout is run on ranks of its own, when the first test asks for it.
 
 Adam's first step is lr * sign(g) wherever |g| is far above `adam_eps`, and rounding could flip the
 sign of a small g.  An `adam_eps` of 1e-2 makes the update smooth in the gradient.
 """
 
-import os
-import pickle
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cache
 from types import MethodType
 
 import pytest
@@ -461,35 +459,18 @@ def expert_by_expert(name, tensor):
 # What the ranks do
 
 
-def run_everything(directories, batches, scratch):
-    """On each rank: {(scenario, layout): two updates}, and the further checks by name."""
-    results = {case: two_updates(*case, directories, batches) for case in CASES}
-    for layout in BFLOAT16_LAYOUTS:
-        results["bfloat16", layout] = two_updates(
-            "plain", layout, directories, batches, model={"dtype": "bfloat16"}
-        )
-    for name, layout in RECOMPUTED:
-        results["recomputed", layout] = recomputed(name, layout, directories, batches)
-    for layout in ("dp2", "dp2 overlapped"):
-        results["numbers", layout] = other_numbers_of_micro_batches(layout, directories, batches)
-    chosen = Path(scratch, "chosen")
-    results["own choice"] = own_choice(directories, batches, chosen)
-    for layout in CHOOSING:
-        results["counted", layout] = counted(layout, directories, batches, chosen)
-    for layout in AUXILIARY:
-        results["auxiliary", layout] = auxiliary_loss(layout, directories, batches)
-    results["not finite"] = not_finite(directories, batches)
-    results["reference policy"] = reference_policy(directories, batches)
-    results["checkpoints"] = checkpoints(directories, batches, scratch)
-    return results
+@dataclass(frozen=True)
+class Case:
+    """A scenario under a layout, as its ranks get it."""
 
+    name: str
+    layout: str
+    hf: str
+    batch: Batch
 
-class ActorOn:
-    """An actor of a scenario under a layout, on the first ranks; None on the others."""
-
-    def __init__(self, name, layout, directories, **sections):
+    def config(self, **sections):
         every_layout = LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS | PASSED_ON | INTERLEAVED | CONTEXT
-        scenario, (parallel_settings, settings) = SCENARIOS[name], every_layout[layout]
+        scenario, (parallel_settings, settings) = SCENARIOS[self.name], every_layout[self.layout]
         merged = {
             "parallel": parallel_settings,
             "data": {"max_prompt_tokens": 16},
@@ -516,52 +497,43 @@ class ActorOn:
         }
         for section, values in (*settings.items(), *sections.items()):
             merged[section] = merged.get(section, {}) | values
-        self.config = actor_config(directories[scenario.model], **merged)
+        return actor_config(self.hf, **merged)
 
-    def __enter__(self):
+    @contextmanager
+    def actor(self, **sections):
         from megatron_prepo.actor import parallel
         from megatron_prepo.actor.policy import Actor
 
-        layout = self.config.parallel
-        self.taking_part = join(layout.num_ranks)
-        if not self.taking_part:
-            return None
-        parallel.initialize(layout, seed=1)
-        return Actor(self.config)
+        config = self.config(**sections)
+        join(config.parallel.num_ranks)
+        parallel.initialize(config.parallel, seed=1)
+        yield Actor(config)
+        parallel.shut_down()
 
-    def __exit__(self, *_):
-        from megatron_prepo.actor import parallel
+    def rollouts(self):
+        from megatron_prepo.actor.policy import TrainingSequence
 
-        if self.taking_part:
-            parallel.shut_down()
-
-
-def training_sequences(name, batch):
-    from megatron_prepo.actor.policy import TrainingSequence
-
-    scenario = SCENARIOS[name]
-    return [
-        TrainingSequence(
-            sequence,
-            batch.old_T[i],
-            batch.advantage[i],
-            batch.coefficient[i],
-            importance_T=batch.importance_T[i] if scenario.importance else None,
-            reference_logprobs_T=batch.reference_T[i] if scenario.kl_coef else None,
-        )
-        for i, sequence in enumerate(batch.sequences)
-    ]
+        scenario, batch = SCENARIOS[self.name], self.batch
+        return [
+            TrainingSequence(
+                sequence,
+                batch.old_T[i],
+                batch.advantage[i],
+                batch.coefficient[i],
+                importance_T=batch.importance_T[i] if scenario.importance else None,
+                reference_logprobs_T=batch.reference_T[i] if scenario.kl_coef else None,
+            )
+            for i, sequence in enumerate(batch.sequences)
+        ]
 
 
 def exported(actor):
     return {name: tensor.clone() for name, tensor in actor.hf_weights()}
 
 
-def two_updates(name, layout, directories, batches, **sections):
-    with ActorOn(name, layout, directories, **sections) as actor:
-        if actor is None:
-            return None
-        rollouts = training_sequences(name, batches[name])
+def two_updates(case, dtype="float32"):
+    with case.actor(model={"dtype": dtype}) as actor:
+        rollouts = case.rollouts()
         metrics, weights = [], []
         for _ in range(2):
             metrics.append(actor.update(rollouts))
@@ -585,11 +557,9 @@ def offloaded_fraction(actor):
     return sum(p.numel() for host in hosts for p in host) / all_of_them
 
 
-def recomputed(name, layout, directories, batches):
+def recomputed(case):
     """How often each part of a rank's first layer computes in a backward pass, a micro-batch."""
-    with ActorOn(name, layout, directories) as actor:
-        if actor is None:
-            return None
+    with case.actor() as actor:
         layer, calls = actor.chunks[0].decoder.layers[0], Counter()
         for part in ("input_layernorm", "self_attention.core_attention", "mlp"):
             layer.get_submodule(part).register_forward_hook(
@@ -597,35 +567,25 @@ def recomputed(name, layout, directories, batches):
             )
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts.register_forward_hook(lambda *_: calls.update(["experts"]))
-        plan = actor.backward(training_sequences(name, batches[name])).plan
+        plan = actor.backward(case.rollouts()).plan
         return {part: count / len(plan.ranks[0]) for part, count in calls.items()}
 
 
-def other_numbers_of_micro_batches(layout, directories, batches):
+def other_numbers_of_micro_batches(case):
     """The gradient norms of three updates, of all rollouts, of two and of all."""
-    with ActorOn("plain", layout, directories) as actor:
-        if actor is None:
-            return None
-        rollouts = training_sequences("plain", batches["plain"])
+    with case.actor() as actor:
+        rollouts = case.rollouts()
         return [actor.update(part)["loss/grad_norm"] for part in (rollouts, rollouts[:2], rollouts)]
 
 
-def own_choice(directories, batches, chosen):
-    """What a plain actor of one rank computes, and one that replays the plain one's routing, which
-    is left in the file `chosen`.
-    """
-    rollouts = training_sequences("routed", batches["routed"])
-    plain = [replace(r, sequence=replace(r.sequence, routing=None)) for r in rollouts]
+def own_choice(case):
+    """What a plain actor of one rank computes, and one that replays the plain one's routing."""
+    plain = [replace(r, sequence=replace(r.sequence, routing=None)) for r in case.rollouts()]
     results, routings = {}, None
     for name, setting in (("plain", False), ("asked", True), ("replayed", True)):
-        rollout = {"router_replay": setting, "max_new_tokens": 4}
-        one_row = "tp1 one micro-batch"
-        with ActorOn("routed", one_row, directories, rollout=rollout) as actor:
-            if actor is None:
-                continue
+        with case.actor(rollout={"router_replay": setting}) as actor:
             if name == "asked":
                 routings = recorded_choice(actor, [r.sequence for r in plain])
-                chosen.write_bytes(pickle.dumps(routings))
             elif name == "replayed":
                 plain = [
                     replace(r, sequence=replace(r.sequence, routing=routing))
@@ -638,7 +598,7 @@ def own_choice(directories, batches, chosen):
                 "norm": actor.backward(plain).norm,
                 "gradients": {n: g.clone() for n, g in actor.hf_gradients()},
             }
-    return results
+    return results | {"routings": tuple(routings)}
 
 
 def recorded_choice(actor, sequences):
@@ -660,17 +620,13 @@ def recorded_choice(actor, sequences):
     return [ROUTING.pack(routing_of[i].numpy()) for i in range(len(sequences))]
 
 
-def counted(layout, directories, batches, chosen):
+def counted(case, routings):
     """The share of token and layers that differ, when of all tokens that have a score the last
     layer's routing is another than the plain actor's choice."""
-    with ActorOn("routed", layout, directories) as actor:
-        if actor is None:
-            return None
+    with case.actor() as actor:
         sequences = [
             replace(sequence, routing=turned(routing, first=sequence.start - 1))
-            for sequence, routing in zip(
-                batches["routed"].sequences, pickle.loads(chosen.read_bytes()), strict=True
-            )
+            for sequence, routing in zip(case.batch.sequences, routings, strict=True)
         ]
         actor.score(sequences, temperature=0.8)
         load = actor.plan(sequences).load
@@ -686,7 +642,7 @@ def turned(routing, first):
     return ROUTING.pack(experts_TLk)
 
 
-def auxiliary_loss(layout, directories, batches):
+def auxiliary_loss(case):
     """The gradient norms of the experts' balance, without and with; one row without padding."""
     norms = []
     for coefficient in (0.0, 1.0):
@@ -695,19 +651,17 @@ def auxiliary_loss(layout, directories, batches):
             "moe_aux_loss_coeff": coefficient,
         }
         train = {"micro_batch_tokens": 64, "share_prefixes": False}
-        sections = {"megatron": megatron, "train": train}
-        with ActorOn("experts", layout, directories, **sections) as actor:
-            if actor is not None:
-                gradient = actor.backward(training_sequences("experts", batches["experts"])[:4])
-                assert (gradient.plan.load.tokens, gradient.plan.load.padding) == (48, 0)
-                norms.append(gradient.norm)
-    return norms or None
+        with case.actor(megatron=megatron, train=train) as actor:
+            gradient = actor.backward(case.rollouts()[:4])
+            assert (gradient.plan.load.tokens, gradient.plan.load.padding) == (48, 0)
+            norms.append(gradient.norm)
+    return norms
 
 
-def not_finite(directories, batches):
-    """An update with a NaN, then one without, under TP2 x PP2."""
-    with ActorOn("plain", "tp2 pp2", directories) as actor:
-        rollouts = training_sequences("plain", batches["plain"])
+def not_finite(case):
+    """An update with a NaN, then one without."""
+    with case.actor() as actor:
+        rollouts = case.rollouts()
         before = exported(actor)
         try:
             actor.update([replace(rollouts[0], advantage=float("nan")), *rollouts[1:]])
@@ -723,12 +677,10 @@ def not_finite(directories, batches):
         }
 
 
-def reference_policy(directories, batches):
-    """Scores before and after updates, by the current and by the initial weights, under TP2."""
-    with ActorOn("all terms", "tp2", directories) as actor:
-        if actor is None:
-            return None
-        rollouts = training_sequences("all terms", batches["all terms"])
+def reference_policy(case):
+    """Scores before and after updates, by the current and by the initial weights."""
+    with case.actor() as actor:
+        rollouts = case.rollouts()
         sequences = [rollout.sequence for rollout in rollouts]
 
         def scores(function):
@@ -742,26 +694,17 @@ def reference_policy(directories, batches):
         return result
 
 
-def checkpoints(directories, batches, scratch):
-    """Which weights are others after a change of layout through a Megatron checkpoint."""
-    differing = {}
-    for source, targets in RESHARDED.items():
-        directory = f"{scratch}/{source.replace(' ', '-')}"
-        with ActorOn("plain", source, directories) as actor:
-            if actor is not None:
-                actor.update(training_sequences("plain", batches["plain"]))
-                saved = exported(actor)
-                actor.save(directory, step=1)
-        for target in targets:
-            model = {"megatron": directory}
-            with ActorOn("plain", target, directories, model=model) as actor:
-                loaded = exported(actor) if actor is not None else {}
-            if loaded and os.environ["RANK"] == "0":
-                differing[source, target] = {
-                    "changed": [n for n in saved if not torch.equal(saved[n], loaded[n])],
-                    "missing or new": sorted(saved.keys() ^ loaded.keys()),
-                }
-    return differing
+def saved(case, directory):
+    """The weights that a checkpoint is made of, after an update."""
+    with case.actor() as actor:
+        actor.update(case.rollouts())
+        actor.save(directory, step=1)
+        return exported(actor)
+
+
+def loaded(case, directory):
+    with case.actor(model={"megatron": directory}) as actor:
+        return exported(actor)
 
 
 # The tests
@@ -797,30 +740,36 @@ def expected(directories, batches):
 
 
 @pytest.fixture(scope="module")
-def results(directories, batches, tmp_path_factory):
-    scratch = str(tmp_path_factory.mktemp("checkpoints"))
-    return on_ranks(4, run_everything, directories, batches, scratch)
+def run(directories, batches):
+    """What a function of a case returns on each rank; run when it is asked for first."""
+
+    @cache
+    def run(function, name, layout, *args):
+        case = Case(name, layout, directories[SCENARIOS[name].model], batches[name])
+        return on_ranks(case.config().parallel.num_ranks, function, case, *args)
+
+    return run
 
 
-def taking_part(results, case):
-    """The results of the ranks that a case has."""
-    return [rank[case] for rank in results if rank[case] is not None]
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_metrics_equal_the_float64_reference(results, expected, name, layout):
+def test_metrics_equal_the_float64_reference(run, expected, name, layout):
     """Of both updates, on every rank.  Float32 leaves relative errors of 1e-5 in sums of a hundred
     terms of either sign.
     """
     reference, _ = expected[name]
-    for result in taking_part(results, (name, layout)):
+    for result in run(two_updates, name, layout):
         for ours, theirs in zip(result["metrics"], reference, strict=True):
             ours = {key: value for key, value in ours.items() if not key.startswith("train/")}
             assert ours == pytest.approx(theirs, rel=5e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_every_weight_equals_the_float64_reference(results, expected, name, layout):
+def test_every_weight_equals_the_float64_reference(run, expected, name, layout):
     """The change of each tensor after one and after two updates, relative to its own size.
 
     Among them the norms of query and key, whose gradients are parts on tensor-parallel ranks, the
@@ -828,7 +777,7 @@ def test_every_weight_equals_the_float64_reference(results, expected, name, layo
     ranks that is missing, or done twice, is an error of the order of 1.
     """
     _, snapshots = expected[name]
-    for update, ours in enumerate(results[0][name, layout]["weights"], 1):
+    for update, ours in enumerate(run(two_updates, name, layout)[0]["weights"], 1):
         assert ours.keys() == snapshots[0].keys()
         for tensor_name, before in snapshots[0].items():
             change = snapshots[update][tensor_name] - before
@@ -841,15 +790,16 @@ def test_every_weight_equals_the_float64_reference(results, expected, name, layo
 
 
 @pytest.mark.parametrize("layout", BFLOAT16_LAYOUTS)
-def test_bfloat16_stays_near_the_float64_reference(results, expected, layout):
+def test_bfloat16_stays_near_the_float64_reference(run, expected, layout):
     """The first update: activations with 8 bits move loss and gradient by some percent, and weights
     are rounded to 2^-9 of their size, before and after.
     """
     (metrics, _), (before, after, _) = expected["plain"]
-    for result in taking_part(results, ("bfloat16", layout)):
+    results = run(two_updates, "plain", layout, "bfloat16")
+    for result in results:
         for name in ("loss/policy", "loss/grad_norm"):
             assert result["metrics"][0][name] == pytest.approx(metrics[name], rel=0.05)
-    for name, weight in results[0]["bfloat16", layout]["weights"][0].items():
+    for name, weight in results[0]["weights"][0].items():
         assert weight.dtype == torch.bfloat16
         change = after[name] - before[name]
         error = (weight.double() - after[name]).norm()
@@ -857,15 +807,15 @@ def test_bfloat16_stays_near_the_float64_reference(results, expected, layout):
 
 
 @pytest.mark.parametrize(("name", "layout"), RECOMPUTED)
-def test_what_is_to_be_recomputed_is(results, name, layout):
-    for result in taking_part(results, ("recomputed", layout)):
+def test_what_is_to_be_recomputed_is(run, name, layout):
+    for result in run(recomputed, name, layout):
         assert result == RECOMPUTED[name, layout]
 
 
 @pytest.mark.parametrize("layout", PASSED_ON_TO_DENSE)
-def test_communication_overlaps_where_it_was_asked_for(results, layout):
+def test_communication_overlaps_where_it_was_asked_for(run, layout):
     asked = PASSED_ON[layout][1].get("megatron", {})
-    for result in taking_part(results, ("plain", layout)):
+    for result in run(two_updates, "plain", layout):
         assert result["reduced early"] == asked.get("overlap_grad_reduce", False)
         assert result["gathered late"] == asked.get("overlap_param_gather", False)
 
@@ -874,31 +824,33 @@ def test_communication_overlaps_where_it_was_asked_for(results, layout):
     ("layout", "least", "most"),
     [("tp1 offloaded", 0.5, 0.9), ("pp2 dp2 offloaded", 1.0, 1.0), ("tp1", 0.0, 0.0)],
 )
-def test_the_optimizer_is_offloaded_as_far_as_it_was_asked_for(results, layout, least, most):
+def test_the_optimizer_is_offloaded_as_far_as_it_was_asked_for(run, layout, least, most):
     """Megatron offloads parameter after parameter until the fraction is reached."""
-    for result in taking_part(results, ("plain", layout)):
+    for result in run(two_updates, "plain", layout):
         assert least <= result["offloaded"] <= most
 
 
-def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(results):
+def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(run):
     """Megatron remembers how often a gradient was added to in its first update."""
-    for rank in results[:2]:
-        expected = rank["numbers", "dp2"]
-        assert rank["numbers", "dp2 overlapped"] == pytest.approx(expected, rel=1e-5)
+    plain, overlapped = (
+        run(other_numbers_of_micro_batches, "plain", layout) for layout in ("dp2", "dp2 overlapped")
+    )
+    for norms, expected in zip(overlapped, plain, strict=True):
+        assert norms == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", AUXILIARY[1:])
-def test_the_balance_of_experts_is_that_of_the_whole_row(results, layout):
+def test_the_balance_of_experts_is_that_of_the_whole_row(run, layout):
     """Megatron multiplies its loss by the context ranks, and its gradient is averaged over them."""
-    without, balanced = results[0]["auxiliary", "tp1"]
+    [(without, balanced)] = run(auxiliary_loss, "experts", "tp1")
     assert abs(balanced / without - 1) > 0.01
-    for norms in taking_part(results, ("auxiliary", layout)):
+    for norms in run(auxiliary_loss, "experts", layout):
         assert norms == pytest.approx([without, balanced], rel=2e-5)
 
 
-def test_gradients_add_up_in_float32_whatever_the_weights_are(results):
+def test_gradients_add_up_in_float32_whatever_the_weights_are(run):
     for layout in BFLOAT16_LAYOUTS:
-        for result in taking_part(results, ("bfloat16", layout)):
+        for result in run(two_updates, "plain", layout, "bfloat16"):
             assert result["main gradients"] == {torch.float32}
 
 
@@ -913,24 +865,24 @@ def test_scenarios_cover_what_they_promise(expected):
     assert any("q_norm" in n for n in names) and any("lm_head" in n for n in names)
 
 
-def test_without_advantages_no_weight_moves(results, expected):
+def test_without_advantages_no_weight_moves(run, expected):
     _, (before, *_) = expected["advantages of zero"]
     for layout in SCENARIOS["advantages of zero"].layouts:
-        for weights in results[0]["advantages of zero", layout]["weights"]:
+        for weights in run(two_updates, "advantages of zero", layout)[0]["weights"]:
             assert all(torch.equal(weights[name].double(), before[name]) for name in before)
 
 
-def test_a_loss_that_is_not_finite_is_refused_on_all_ranks_and_leaves_no_trace(results):
+def test_a_loss_that_is_not_finite_is_refused_on_all_ranks_and_leaves_no_trace(run):
     """Neither in the weights nor in the next update, under TP2 x PP2."""
-    for rank in results:
-        refused = rank["not finite"]
+    never = run(two_updates, "plain", "tp2 pp2")
+    for refused, other in zip(run(not_finite, "plain", "tp2 pp2"), never, strict=True):
         assert "update 1: loss nan" in refused["message"] and refused["unchanged"]
-        assert refused["next"] == rank["plain", "tp2 pp2"]["metrics"][0]
+        assert refused["next"] == other["metrics"][0]
 
 
-def test_the_initial_policy_is_kept_and_the_current_one_restored(results):
+def test_the_initial_policy_is_kept_and_the_current_one_restored(run):
     """Bit for bit; the update in between was large enough to tell them apart."""
-    for result in taking_part(results, "reference policy"):
+    for result in run(reference_policy, "all terms", "tp2"):
         assert torch.equal(result["initial"], result["before"])
         assert torch.equal(result["after"], result["after again"])
         assert (result["after"] - result["before"]).abs().max() > 1e-2
@@ -940,14 +892,18 @@ def test_the_initial_policy_is_kept_and_the_current_one_restored(results):
     ("written", "read"),
     [(source, target) for source, reads in RESHARDED.items() for target in reads],
 )
-def test_a_checkpoint_is_read_under_another_layout_bit_for_bit(results, written, read):
+def test_a_checkpoint_is_read_under_another_layout_bit_for_bit(run, checkpoints, written, read):
     """All weights as exported before saving and after loading, after an update."""
-    assert results[0]["checkpoints"][written, read] == {"changed": [], "missing or new": []}
+    directory = str(checkpoints / written.replace(" ", "-"))
+    before = run(saved, "plain", written, directory)[0]
+    after = run(loaded, "plain", read, directory)[0]
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(results):
+def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(run):
     """Scores, and the gradient of every tensor; and no choice is counted as another."""
-    own = results[0]["own choice"]
+    [own] = run(own_choice, "routed", "tp1 one micro-batch")
     assert own["plain"]["routed differently"] is None
     for name in ("asked", "replayed"):
         assert own[name]["routed differently"] == 0.0
@@ -958,9 +914,10 @@ def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(results
 
 
 @pytest.mark.parametrize("layout", CHOOSING)
-def test_other_choices_are_counted_as_sets_once_a_token_and_layer(results, layout):
+def test_other_choices_are_counted_as_sets_once_a_token_and_layer(run, layout):
     """Only the last layer is changed, on which no router's input depends."""
-    for share, expected in taking_part(results, ("counted", layout)):
+    [own] = run(own_choice, "routed", "tp1 one micro-batch")
+    for share, expected in run(counted, "routed", layout, own["routings"]):
         assert 0.05 < expected < 0.25
         assert share == pytest.approx(expected, rel=1e-12)
 
