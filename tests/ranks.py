@@ -3,9 +3,9 @@
     answers = on_ranks(4, measure, "argument")      # [measure("argument") on rank 0, ... on rank 3]
 
 `measure` stands at the top level of a module; arguments and answers have to be picklable.  Ranks
-are forked from a process that has imported torch and Megatron once and has no groups yet: they start
-in hundredths of a second, so that a case can have ranks of its own.  (What outlives a group in one
-process, threads and connections among it, adds up.)  Where cases share ranks:
+are forked from a process that has imported torch and Megatron once and has no groups yet: they
+start in hundredths of a second, and a case can have ranks of its own.  (What outlives a group in
+one process, threads and connections among it, adds up.)  Where cases share ranks:
 
     for case in cases:
         if join(case.num_ranks):        # a new default process group of the first so many ranks

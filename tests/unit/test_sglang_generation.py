@@ -277,7 +277,7 @@ def test_a_bad_servers_work_goes_to_the_other(fakes, fault, reason):
     bad, good = fakes
     bad.fault = only_generate(fault, at=range(2, 10**6))
     good.fault = lambda path, body: wait_for_requests(bad, 3)
-    good.seconds = 0.03  # the bad one is asked again before there is nothing left to ask
+    good.seconds = 0.05  # the bad one is asked again before there is nothing left to ask
     run = Run(fakes, concurrency=2)
     run.assert_complete()
     assert bad.answered.total() <= 2
