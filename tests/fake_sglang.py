@@ -222,8 +222,10 @@ class FakeSGLang:
 
         from megatron_prepo.rollout.sglang.transport import join_group
 
+        if at := os.environ.get("FAKE_DIES_AT"):
+            Path(f"{at}.joining").touch()
         self._group = join_group(
-            f"tcp://{body['master_address']}:{body['master_port']}",
+            f"{body['master_address']}:{body['master_port']}",
             body["rank_offset"],
             body["world_size"],
             body["group_name"],
@@ -379,7 +381,7 @@ def main() -> None:
     """As `python -m sglang.launch_server --port N ...` would be called.
 
     With `FAKE_DIES_AT=DIRECTORY/NAME`, whoever is first asked for /NAME is killed, once: it leaves
-    that file.
+    that file.  With `FAKE_DIES_AFTER_OTHERS`, not before another is joining a process group.
     """
     host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -394,6 +396,8 @@ def _fault_of_the_environment(path: str, body: dict) -> None:
     if at.name == path.strip("/"):
         with contextlib.suppress(FileExistsError):
             at.touch(exist_ok=False)
+            while "FAKE_DIES_AFTER_OTHERS" in os.environ and not Path(f"{at}.joining").exists():
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import fake_sglang_package
@@ -316,11 +317,15 @@ def test_a_server_gone_before_a_broadcast_takes_nothing_along(
 
 
 def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeypatch):
-    """The other waits for it, and is started anew with it; the run goes on."""
+    """The other, which waits for it, is told; it is started anew, and the run goes on."""
     monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / "init_weights_update_group"))
-    engine, config = build(hf, tmp_path, "distributed", count=2, seconds=15.0)
+    monkeypatch.setenv("FAKE_DIES_AFTER_OTHERS", "1")
+    deadline = 60.0
+    engine, config = build(hf, tmp_path, "distributed", count=2, seconds=deadline)
+    started = time.monotonic()
     try:
         sync_weights(FakeActor(hf), engine, config, PROBE)
+        assert time.monotonic() - started < deadline
         assert "init_weights_update_group" in engine.said[0]
         assert len(engine.fleet.living()) == 2 and len(rollouts(engine)) == 12
     finally:

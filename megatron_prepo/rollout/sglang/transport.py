@@ -20,7 +20,7 @@ import pickle
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
-from megatron_prepo.ports import free_port
 from megatron_prepo.rollout.sglang.fleet import (
     POLL_SECONDS,
     EngineError,
@@ -89,6 +88,7 @@ class Distributed:
         self.fleet, self.seconds, self.address, self.device = fleet, seconds, address, device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: dist.ProcessGroup | None = None
+        self._meeting_place: dist.TCPStore | None = None
         self._name, self._changes, self._founded = "", 0, 0
         # a given server may still be in a group of an earlier run, and refuses its name
         self._run_name = secrets.token_hex(4)
@@ -104,12 +104,18 @@ class Distributed:
         self._changes = self.fleet.changes
         members = [(server.url, server.num_ranks) for server in self.fleet.living()]
         self._founded += 1
-        self._name, port = f"megatron_prepo_{self._run_name}_{self._founded}", free_port()
+        self._name = f"megatron_prepo_{self._run_name}_{self._founded}"
         size = 1 + sum(num_ranks for _, num_ranks in members)
         offsets, next_rank = {}, 1
         for url, num_ranks in members:
             offsets[url], next_rank = next_rank, next_rank + num_ranks
-        where = f"tcp://{self.address}:{port}"
+        timeout = timedelta(seconds=self.seconds)
+        # NCCL needs it until the first broadcast
+        self._meeting_place = dist.TCPStore(
+            self.address, 0, is_master=True, wait_for_workers=False, timeout=timeout
+        )
+        port = self._meeting_place.port
+        where = f"{self.address}:{port}"
         joining = self.fleet.run(
             ask_all(
                 self.fleet,
@@ -126,10 +132,15 @@ class Distributed:
                 seconds=self.seconds,
             )
         )
+        pool = ThreadPoolExecutor(1, "founding")
+        founding = pool.submit(join_group, where, 0, size, self._name, self.backend, timeout)
+        pool.shutdown(wait=False)
+        while not self._lost_one() and wait([founding], POLL_SECONDS).not_done:
+            pass
+        if self._lost_one():  # those who wait for it in the meeting place are told when that closes
+            self._meeting_place = None
         try:
-            self._group = join_group(
-                where, 0, size, self._name, self.backend, timedelta(seconds=self.seconds)
-            )
+            self._group = founding.result()
         except RuntimeError as error:
             others = joining.exception()  # by its own deadline
             if self._lost_one():
@@ -340,13 +351,14 @@ def join_group(
 ) -> dist.ProcessGroup:
     """A process group beside the default one, as SGLang founds its half of it.
 
-    torch has no public way to a group with members of another job; SGLang's
-    `init_custom_process_group` and ours must take the same steps to meet.
+    `where`: `ADDRESS:PORT` of a `TCPStore` that is there.  torch has no public way to a group with
+    members of another job; SGLang's `init_custom_process_group` and ours must take the same steps
+    to meet.
     """
     from torch.distributed import distributed_c10d as c10d
 
-    store, rank, size = next(c10d.rendezvous(where, rank, size, timeout=timeout))
-    store.set_timeout(timeout)
+    address, _, port = where.rpartition(":")
+    store = dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
     group, _ = c10d._new_process_group_helper(
         size,
         rank,
