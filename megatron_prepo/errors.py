@@ -1,5 +1,9 @@
 """Exceptions that the command line shows as a sentence, without a stack trace."""
 
+import functools
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """A wrong setting, file or model; the message names the culprit, its value and the remedy."""
@@ -11,3 +15,17 @@ class Stopped(RuntimeError):
     def __init__(self, message: str, *, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
+    """A `main` whose UserError becomes a line of stderr and the exit code 2."""
+
+    @functools.wraps(main)
+    def said(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return said

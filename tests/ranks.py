@@ -32,9 +32,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+
 _groups = itertools.count()
 _starter = multiprocessing.get_context("forkserver")
-_starter.set_forkserver_preload(["ranks_start"])
+if not torch.cuda.is_available():  # a GPU that somebody has asked for cannot be used by his forks
+    _starter.set_forkserver_preload(["ranks_start"])
 
 
 class RankError(AssertionError):
@@ -66,8 +70,6 @@ def join(num_ranks: int, timeout_s: float = 120.0) -> bool:
 
     To be called on all ranks in the same order.  `WORLD_SIZE` follows.
     """
-    import torch.distributed as dist
-
     rank, file = int(os.environ["RANK"]), Path(os.environ["RANKS_DIR"], f"group-{next(_groups)}")
     if rank >= num_ranks:
         return False

@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import Qwen3Config
 
+from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import durable, machine
 from megatron_prepo.actor import parallel, policy
 from megatron_prepo.actor.policy import Actor
 from megatron_prepo.config import from_tree
+from megatron_prepo.errors import in_one_line
 
 MODEL = {
     "hidden_size": 768,
@@ -46,6 +48,7 @@ MODEL = {
 BLOCK = 1 << 24
 
 
+@in_one_line
 def main() -> int:
     """Measure, write the result, print it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -56,6 +59,8 @@ def main() -> int:
     parser.add_argument("--background", action="store_true", help="this save only")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no round after")
     options = parser.parse_args()
+    if options.model:
+        read_hf_config(options.model)  # before there is a job
     start = time.monotonic()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo import config as configuration
 from megatron_prepo import durable, machine, preflight
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.metrics import spearman
 from megatron_prepo.perplexity import engine_perplexities, prompt_scores
 from tools.compare_logprobs import actor_and_engine, one_rank
@@ -29,6 +30,7 @@ REPEATS = 3
 PARTS = ("actor", "engine", "rollouts_alone", "rollouts_behind_probes")
 
 
+@in_one_line
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

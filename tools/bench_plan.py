@@ -39,6 +39,7 @@ from megatron_prepo import durable, machine, plan
 from megatron_prepo.actor import parallel, policy
 from megatron_prepo.actor.policy import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.gpus import DEVICE_NAMES, GPUS
 from megatron_prepo.layouts import RECOMPUTE
 from megatron_prepo.memory import Shape
@@ -51,6 +52,7 @@ WITHIN = 0.1
 SAMPLES = 5
 
 
+@in_one_line
 def main() -> int:
     """Measure each model; the result is on disk after each part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -61,6 +63,9 @@ def main() -> int:
     parser.add_argument("--copy-mib", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after")
     options = parser.parse_args()
+    models = options.model or MODELS
+    for model in models:  # all of them, before the first is measured
+        read_hf_config(model)
     start = time.monotonic()
     result = {"command": " ".join(["python", *sys.argv]), "machine": machine.describe()}
     result |= {"memory": [], "products": [], "copies": {}, "not_started": []}
@@ -72,7 +77,6 @@ def main() -> int:
 
     result["copies"] = copies(options.copy_mib * 2**20)
     save()
-    models = options.model or MODELS
     for model in models:
         result["products"] += products(model, options.length * options.sequences)
         save()

@@ -31,6 +31,7 @@ from megatron_prepo import durable, machine
 from megatron_prepo.actor import parallel, policy
 from megatron_prepo.actor.policy import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.flops import Work, layer_parameters
 from megatron_prepo.gpus import peak_flops
 from megatron_prepo.memory import Shape
@@ -51,6 +52,7 @@ SHARE_FOR_THE_MODEL = 0.7
 SAMPLES = 3
 
 
+@in_one_line
 def main() -> int:
     """Measure each model; the result is on disk after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -60,11 +62,14 @@ def main() -> int:
     parser.add_argument("--response-tokens", type=int, default=700, help="median; at most 6 times")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after")
     options = parser.parse_args()
+    models = options.model or MODELS
+    for model in models:  # all of them, before the first is measured
+        read_hf_config(model)
     start = time.monotonic()
     result = {"command": " ".join(["python", *sys.argv]), "machine": machine.describe()}
     result |= {"cases": [], "not_started": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for model in options.model or MODELS:
+    for model in models:
         if time.monotonic() - start > options.seconds:
             result["not_started"].append(str(model))
         else:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_prepo import config as configuration
 from megatron_prepo import preflight
 from megatron_prepo.config import Config
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.mismatch import mismatch_metrics
 from megatron_prepo.records import Rollout
 from megatron_prepo.weight_sync import TOLERANCE
@@ -37,15 +37,12 @@ CONTEXT = 12
 """Tokens before a worst one that are shown."""
 
 
+@in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print and draw; the exit code says whether engine and actor agree."""
     options = parse(arguments)
-    try:
-        config = config_of(options)
-        inputs = preflight.check(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = config_of(options)
+    inputs = preflight.check(config)
     from megatron_prepo.train import sampling
 
     with actor_and_engine(config, inputs) as (actor, engine):

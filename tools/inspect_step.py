@@ -22,7 +22,7 @@ from megatron_prepo import dump, ledger
 from megatron_prepo.advantages import group_advantages
 from megatron_prepo.config import Config
 from megatron_prepo.durable import read_lines
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import UserError, in_one_line
 from megatron_prepo.loss import rollout_coefficients
 
 
@@ -205,6 +205,7 @@ def inspect_run(run: Path, step: int, *, width: int) -> str:
     return "\n\n".join([*parts, note, table(groups, width=width)])
 
 
+@in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,14 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=120, help="of a line (%(default)s)")
     options = parser.parse_args(arguments)
     path = Path(options.path)
-    try:
-        if options.step is None:
-            print(inspect_dump(path, width=options.width))
-        else:
-            print(inspect_run(path, options.step, width=options.width))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.step is None:
+        print(inspect_dump(path, width=options.width))
+    else:
+        print(inspect_run(path, options.step, width=options.width))
     return 0
 
 

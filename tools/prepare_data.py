@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import UserError, in_one_line
 from megatron_prepo.rewards.boxed import last_boxed
 
 DAPO_BEFORE = re.compile(r"^Solve the following math problem step by step\..*?\n\n", re.DOTALL)
@@ -312,6 +312,7 @@ def prepare(options: argparse.Namespace) -> dict:
     return statistics
 
 
+@in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for something that the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -340,11 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--perplexity", metavar="HF", help="also draw the prompts' perplexities under this model"
     )
-    try:
-        print(json.dumps(prepare(parser.parse_args(arguments)), indent=2))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(json.dumps(prepare(parser.parse_args(arguments)), indent=2))
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.perplexity import perplexity, scored_span
 from megatron_prepo.preflight import read_tokenizer
 
@@ -105,6 +105,7 @@ def describe(
     return result
 
 
+@in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for something that the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -114,18 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
     parser.add_argument("--tokens", choices=("all", "content"), default="all")
     options = parser.parse_args(arguments)
-    try:
-        files = {Path(file).name.removesuffix(".jsonl"): file for file in options.files}
-        result = describe(
-            options.hf,
-            files,
-            options.out,
-            chat_template=options.chat_template,
-            tokens=options.tokens,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    files = {Path(file).name.removesuffix(".jsonl"): file for file in options.files}
+    result = describe(
+        options.hf,
+        files,
+        options.out,
+        chat_template=options.chat_template,
+        tokens=options.tokens,
+    )
     print(json.dumps(result, indent=2))
     return 0
 

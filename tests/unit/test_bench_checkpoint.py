@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny_models
+
+from tools import bench_checkpoint, bench_plan, bench_utilisation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -21,6 +24,13 @@ def test_a_models_shape_is_saved_in_the_background(tmp_path):
     # of float32 models the weights lie there twice: the model's, and the optimizer's
     assert 16 * result["parameters"] < result["bytes"] < 16 * result["parameters"] + 1e6
     assert result["seconds"].keys() == {"background", "written", "finish"}
-    assert (
-        list(tmp_path.iterdir()) == [tmp_path / "model", out] or len(list(tmp_path.iterdir())) == 2
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json"]
+
+
+@pytest.mark.parametrize("tool", [bench_checkpoint, bench_plan, bench_utilisation])
+def test_a_model_that_is_not_there_is_said_in_a_line(tool, tmp_path, monkeypatch, capsys):
+    words = ["tool", "--out", str(tmp_path / "result.json"), "--model", str(tmp_path / "absent")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert tool.main() == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no Hugging Face model in") and not list(tmp_path.iterdir())
