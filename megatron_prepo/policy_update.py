@@ -34,8 +34,9 @@ class OldScores:
     lengths_N: torch.Tensor
     importance_N: list[torch.Tensor] | None = None
     """What each token of a rollout counts, if `loss.importance` is on."""
-    staleness: int = 0
-    """Optimizer updates between the weights that generated the rollouts and these."""
+    staleness_N: tuple[int, ...] = ()
+    """Optimizer updates between the weights that generated each rollout and these: not the same for
+    all where servers were lost while a step was generated ahead, and others went on."""
     routed_differently: float | None = None
     """Share of tokens and layers where the policy would have chosen other experts than the engine
     (`rollout.router_replay`)."""
@@ -46,7 +47,7 @@ class OldScores:
         """Entropies, weights and the mismatch between engine and actor."""
         finished_N = [rollout.finished for rollout in rollouts]
         metrics = rollout_metrics(self.entropy_N, weight_N, self.lengths_N, finished_N)
-        metrics["rollout/staleness"] = self.staleness
+        metrics["rollout/staleness"] = max(self.staleness_N, default=0)
         metrics |= mismatch_metrics(
             [score.logprobs_T for score in self.scores],
             [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
@@ -60,9 +61,10 @@ class OldScores:
 
 def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) -> OldScores:
     """Old log-probabilities and entropies: always a pass of its own, PREPO's weights need it."""
-    staleness = max(actor.updates - rollout.weight_version for rollout in rollouts)
+    staleness_N = tuple(actor.updates - rollout.weight_version for rollout in rollouts)
     bound = config.train.mini_batches if config.train.overlap else 0
-    assert 0 <= staleness <= bound, f"rollouts of {staleness} updates ago, and {bound} may be"
+    for staleness in staleness_N:
+        assert 0 <= staleness <= bound, f"rollouts of {staleness} updates ago, and {bound} may be"
     sequences = [scored_sequence(rollout) for rollout in rollouts]
     temperature = config.rollout.temperature
     scores = actor.score(sequences, temperature=temperature)
@@ -76,7 +78,7 @@ def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) ->
         entropy_N=torch.stack([score.entropy_T.double().mean() for score in scores]),
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
         importance_N=importance_of(config, scores, rollouts),
-        staleness=staleness,
+        staleness_N=staleness_N,
         routed_differently=routed_differently,
     )
 

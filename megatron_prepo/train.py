@@ -198,7 +198,7 @@ def ledger_entries(
                 zero_variance=zero_variance_K[n // group_size],
                 weight_version=rollout.weight_version,
                 aborted=rollout.aborted,
-                staleness=0 if i is None else old.staleness,
+                staleness=0 if i is None else old.staleness_N[i],
             )
         )
     return entries

@@ -112,5 +112,10 @@ def test_when_the_engine_fails_the_step_that_trained_is_saved_and_the_run_goes_o
         assert train(directory, *settings) == 0
     whole = ledger(directory)
     assert len(whole) == STEPS * 32 and not whole.duplicated(["step", "prompt_id", "sample"]).any()
-    # step 1 was generated anew, by the weights of the day
-    assert whole.groupby("step").staleness.first().tolist() == [0, 0, 2, 2]
+    # what had come of step 1 was kept, and the weights of the day generated the rest
+    versions = [whole.weight_version[whole.step == step].value_counts() for step in range(STEPS)]
+    kept = versions[1].get(0)
+    assert [dict(v) for v in versions] == [{0: 32}, {0: kept, 2: 32 - kept}, {2: 32}, {4: 32}]
+    assert 0 < kept <= 10
+    assert (whole.staleness == 2 * whole.step - whole.weight_version).all()
+    assert [step["rollout/staleness"] for step in metrics(directory)] == [0, 2, 2, 2]

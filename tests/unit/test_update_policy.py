@@ -100,15 +100,20 @@ def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
     )
     actor = SimpleNamespace(
         updates=5,
-        score=lambda sequences, temperature: [Scores(torch.full((1,), -1.0), torch.ones(1))],
+        score=lambda sequences, temperature: [
+            Scores(torch.full((1,), -1.0), torch.ones(1)) for _ in sequences
+        ],
         routed_differently=lambda: None,
     )
-    rollout = Rollout(Prompt("p", "", "", (5, 6), (0, 2)), (7,), (-1.0,), "", True, 5 - age)
+    old, fresh = (
+        Rollout(Prompt("p", "", "", (5, 6), (0, 2)), (7,), (-1.0,), "", True, 5 - ago)
+        for ago in (age, 0)
+    )
     if accepted:
-        assert score_rollouts(config, actor, [rollout]).staleness == age
+        assert score_rollouts(config, actor, [fresh, old]).staleness_N == (0, age)
     else:
         with pytest.raises(AssertionError, match=f"rollouts of {age} updates ago"):
-            score_rollouts(config, actor, [rollout])
+            score_rollouts(config, actor, [fresh, old])
 
 
 def test_skipped_updates_are_counted_and_not_averaged():
