@@ -36,7 +36,7 @@ class OldScores:
     """What each token of a rollout counts, if `loss.importance` is on."""
     staleness_N: tuple[int, ...] = ()
     """Optimizer updates between the weights that generated each rollout and these: not the same for
-    all where servers were lost while a step was generated ahead, and others went on."""
+    all of a step that was generated ahead when the engine failed, and finished by a later run."""
     routed_differently: float | None = None
     """Share of tokens and layers where the policy would have chosen other experts than the engine
     (`rollout.router_replay`)."""
