@@ -1,0 +1,169 @@
+"""One process at a time in a folder: a lock that the owner's death releases, however it dies.
+
+The lock is a POSIX record lock (`fcntl.lockf`) on `.megatron-prepo.lock`; the file names the holder
+and stays, its existence means nothing.  The kernel frees it when the process ends, SIGKILL
+included, and children do not inherit it, so a server or a grading process that outlives its rank
+does not keep it.  On NFS (v3 with lockd, v4), GPFS and Lustre (mounted with `flock`) it holds
+between machines; of a machine that lost power, NFSv4 frees it when the lease ends, after 90 seconds
+by default.  Where the file system has no locks, a warning says so.
+
+A process must not open the file of a lock that it holds: closing any descriptor of it would release
+the lock.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from megatron_prepo.errors import UserError
+
+FILE = ".megatron-prepo.lock"
+PATIENCE_SECONDS = 2.0
+"""A lock is waited for this long: a launcher hands over to its rank 0, others look whether it is
+free."""
+POLL_SECONDS = 0.05
+HELD = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+_held: dict[Path, tuple[int, int, int]] = {}
+"""Locks of this process: (process, descriptor, how often it was taken).  A fork has none."""
+
+
+def take(file: str | Path, what: str) -> None:
+    """Hold the lock until `give_back` or the process's end; again in the same process is free.
+
+    `what` is named in the UserError of a lock that another process holds, with its holder.
+    """
+    file = _canonical(file)
+    if _is_mine(file):
+        process, descriptor, count = _held[file]
+        _held[file] = process, descriptor, count + 1
+        return
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (descriptor := _try(file, what)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(_in_use(file, what))
+        time.sleep(POLL_SECONDS)
+    _held[file] = os.getpid(), descriptor, 1
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, (json.dumps(_holder()) + "\n").encode(), 0)
+    os.fsync(descriptor)  # for those who look from another machine
+
+
+def give_back(file: str | Path) -> None:
+    """Release the lock, if it was taken as often as given back."""
+    file = _canonical(file)
+    if not _is_mine(file):
+        return
+    process, descriptor, count = _held[file]
+    if count > 1:
+        _held[file] = process, descriptor, count - 1
+        return
+    del _held[file]
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(file: str | Path, what: str) -> Iterator[None]:
+    """Hold the lock inside; UserError if another process has it."""
+    take(file, what)
+    try:
+        yield
+    finally:
+        give_back(file)
+
+
+def refuse_if_held(file: str | Path, what: str) -> None:
+    """UserError that names the holder, if another process holds the lock; writes nothing."""
+    file = _canonical(file)
+    if _is_mine(file) or not file.is_file():
+        return
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            raise UserError(_in_use(file, what)) from error
+        if error.errno not in NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _try(file: Path, what: str) -> int | None:
+    """The descriptor of the lock that was taken; None if another process has it."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            os.close(descriptor)
+            return None
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        print(
+            f"warning: the file system of {file.parent} has no locks ({error.strerror}), so that a "
+            f"second process could use {what} at the same time: make sure that there is none "
+            "(Lustre: mount it with flock)",
+            file=sys.stderr,
+        )
+        return descriptor
+    try:
+        current = os.stat(file)
+    except FileNotFoundError:
+        current = None
+    if current is None or not os.path.samestat(os.fstat(descriptor), current):
+        os.close(descriptor)  # of a file that was removed meanwhile
+        return None
+    return descriptor
+
+
+def _is_mine(file: Path) -> bool:
+    """Whether this process holds the lock; one whose file is gone, or another's, is forgotten."""
+    process, descriptor, _ = _held.get(file, (None, None, 0))
+    if process != os.getpid():
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            return True
+    del _held[file]
+    os.close(descriptor)
+    return False
+
+
+def _canonical(file: str | Path) -> Path:
+    file = Path(file)
+    return file.parent.resolve() / file.name
+
+
+def _holder() -> dict[str, object]:
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_node": os.environ.get("SLURMD_NODENAME"),
+        "since": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+
+
+def _in_use(file: Path, what: str) -> str:
+    """An error message with the holder, as far as the file names one."""
+    try:
+        holder = json.loads(file.read_text(encoding="utf-8"))
+        who = f"process {holder['process']} on {holder['host']}"
+        if holder["slurm_job"]:
+            node = f" on node {holder['slurm_node']}" if holder["slurm_node"] else ""
+            who += f", Slurm job {holder['slurm_job']}{node}"
+        who += f", since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = f"another process (see who has {file} open)"
+    return f"{what} is in use by {who}; wait until it has ended, stop it, or choose another place"
