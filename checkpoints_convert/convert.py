@@ -7,7 +7,6 @@ says which Hugging Face tensors a chunk comes from.  Nothing else knows about ei
 
 import json
 import os
-import shutil
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,8 @@ from checkpoints_convert.hf_config import gpt_settings, read_hf_config, transfor
 from checkpoints_convert.hf_files import HFTensors, HFWriter, copy_other_files
 from checkpoints_convert.mapping import Heads, Mapping, check_parts, to_hf, to_megatron
 from checkpoints_convert.torch_dist import Chunk, TorchDistReader, TorchDistWriter
-from megatron_prepo.durable import rename_tree, write_text
+from megatron_prepo import ownership
+from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -436,16 +436,12 @@ class _ByteBudget:
 @contextmanager
 def _aside(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes it, on disk, if all goes well, and else goes away."""
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = ownership.begin(out)
     try:
         yield aside
-        if out.exists():
-            out.rmdir()
-        rename_tree(aside, out)
+        ownership.publish(aside, out, kind=None)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        ownership.abandon(aside)
         raise
 
 

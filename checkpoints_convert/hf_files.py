@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from checkpoints_convert.raw import bytes_of, read_into, write_at
-from megatron_prepo.durable import rename_tree
+from megatron_prepo import ownership
 from megatron_prepo.errors import UserError
 
 DTYPES = {
@@ -112,6 +112,8 @@ class HFWriter:
 
     `shapes`: name -> (dtype, shape) of all tensors, in the order in which files are filled.
     `like`: a directory whose configuration and tokenizer files are carried over; None: none are.
+    `kind`: what its marker calls it (`ownership.py`), and a directory of the same kind is replaced;
+    None: it is the user's once it is finished.
     """
 
     def __init__(
@@ -121,11 +123,10 @@ class HFWriter:
         *,
         like: str | Path | None,
         shard_bytes: int = 5 << 30,
+        kind: str | None = None,
     ):
-        self.directory = Path(directory)
-        self.aside = self.directory.with_name(self.directory.name + ".partial")
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
+        self.directory, self.kind = Path(directory), kind
+        self.aside = ownership.begin(self.directory)
         self.places: dict[str, TensorPlace] = {}
         self._descriptors: dict[Path, int] = {}
         self._missing = set(shapes)
@@ -165,17 +166,15 @@ class HFWriter:
             write_at(self._descriptors[place.file], data, place.offset)
 
     def finish(self) -> None:
-        """Force all to disk and rename; replaces a directory of that name."""
+        """Force all to disk and rename; replaces a directory that is ours, and keeps any other."""
         assert not self._missing, f"never written: {sorted(self._missing)}"
         self._close()
-        if self.directory.exists():
-            shutil.rmtree(self.directory)
-        rename_tree(self.aside, self.directory)
+        ownership.publish(self.aside, self.directory, self.kind)
 
     def abandon(self) -> None:
         """Remove what was written."""
         self._close()
-        shutil.rmtree(self.aside, ignore_errors=True)
+        ownership.abandon(self.aside)
 
     def _close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -203,7 +202,8 @@ def copy_other_files(source: str | Path, target: str | Path) -> None:
     """Copy configuration and tokenizer files: all but weights and their index."""
     for file in Path(source).iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        if file.is_file() and not weights and not file.name.endswith(".index.json"):
+        ours = file.name in ownership.NOT_CONTENT
+        if file.is_file() and not (weights or ours or file.name.endswith(".index.json")):
             shutil.copyfile(file, Path(target) / file.name)
 
 

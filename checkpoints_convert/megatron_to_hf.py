@@ -125,7 +125,7 @@ def save_hf(
     """
     parts = hf_plan(chunks)
     shapes = hf_shapes(chunks, vocab_size, parts)
-    writer = HFWriter(directory, shapes, like=like) if write else None
+    writer = HFWriter(directory, shapes, like=like, kind="model") if write else None
     for name, tensor in hf_weights(chunks, vocab_size, parts):
         if writer:
             writer.write(name, tensor)

@@ -14,7 +14,6 @@ Nothing is pickled but what Megatron pickles in its checkpoints.  A dump is whol
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,16 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_files import HFWriter
 from megatron_prepo import config as configuration
+from megatron_prepo import ownership
 from megatron_prepo.actor.policy import Actor, Gradient, Scores, TrainingSequence
 from megatron_prepo.config import Config
-from megatron_prepo.durable import rename_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.selection.candidates import Candidates
 
 FORMAT = 1
+KIND = "dump"
+"""What its marker calls it (`ownership.py`)."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class DumpWriter:
         self.batch: list[TrainingSequence] = []
         self.index: list[int] = []
         if self.writes:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            self.aside.mkdir(parents=True)
+            ownership.begin(directory)
 
     def add(self, update: int, batch: Sequence[TrainingSequence], gradient: Gradient) -> None:
         """The mini-batch of this number, after its `backward` and before its `step`."""
@@ -85,7 +85,7 @@ class DumpWriter:
         self.lines += [self._line(i, update) for i in index]
 
     def finish(self) -> None:
-        """Give the dump its name; replaces one that is there."""
+        """Give the dump its name; replaces one that a run left there before it was resumed."""
         if self.writes:
             record, ppl_P = self.record, self.record.candidates.ppl_P
             self.about["candidates"] = [
@@ -104,8 +104,7 @@ class DumpWriter:
             lines = "".join(json.dumps(line) + "\n" for line in self.lines)
             (self.aside / "rollouts.jsonl").write_text(lines)
             save_file(tensors, self.aside / "batch.safetensors")
-            shutil.rmtree(self.directory, ignore_errors=True)
-            rename_tree(self.aside, self.directory)
+            ownership.publish(self.aside, self.directory, KIND)
         dist.barrier()
 
     def _line(self, i: int, update: int) -> dict:
@@ -221,7 +220,9 @@ def write_gradients(directory: Path, actor: Actor) -> list[str]:
     Returns the names of tensors with an element that is not finite.
     """
     shapes = {name: (torch.float32, shape) for name, (_, shape) in actor.hf_shapes().items()}
-    writer = HFWriter(directory, shapes, like=None) if dist.get_rank() == 0 else None
+    writer = None
+    if dist.get_rank() == 0:
+        writer = HFWriter(directory, shapes, like=None, kind="gradients")
     not_finite = []
     for name, gradient in actor.hf_gradients():
         if not gradient.isfinite().all():

@@ -5,19 +5,27 @@ Those that grow by lines may end in the middle of one.
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_prepo import lock
 from megatron_prepo.errors import UserError
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Replace a file by new text; a reader sees the old or the new one, never a part."""
     path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    flush(aside)
-    aside.replace(path)
+    # a name that is nobody's: a file of the user's may be called NAME.partial
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(aside, "x", encoding="utf-8") as file:
+            file.write(text)
+        flush(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 
@@ -25,7 +33,8 @@ def rename_tree(aside: str | Path, final: str | Path) -> None:
     """Give a finished directory its name, after all that is in it has reached the disk."""
     aside = Path(aside)
     for path in aside.rglob("*"):
-        flush(path)
+        if path.name != lock.FILE:  # to close it would release the lock
+            flush(path)
     flush(aside)
     aside.rename(final)
     flush(Path(final).parent)

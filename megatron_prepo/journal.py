@@ -13,15 +13,18 @@ forced to disk, every second and before anything is made of them.
 import base64
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_prepo.durable import flush
 from megatron_prepo.records import Prompt, Rollout
 
+NAME = re.compile(r"\w+_(?P<step>\d+)\.\d+\.jsonl")
+"""Of our files; anything else in the directory is left alone."""
 FIELDS = ("tokens", "engine_logprobs", "text", "finished", "aborted")
 """What a line holds of each rollout, behind its prompt and sample; the weight version is the
 line's.  Behind them comes its routing, base64, if it has one."""
@@ -93,20 +96,28 @@ class Journal:
     def forget(self, before: int) -> None:
         """Drop the rollouts of steps before this one: checkpoints cover them."""
         if self.rank == 0:
-            for path in self.directory.glob("*.jsonl"):
-                if int(path.name.partition(".")[0].rpartition("_")[2]) < before:
+            for path in _ours(self.directory):
+                if int(NAME.fullmatch(path.name)["step"]) < before:
                     path.unlink()
 
     def close(self) -> None:
         """The run is finished."""
         if self.rank == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            for path in _ours(self.directory):
+                path.unlink()
+            with suppress(OSError):  # there is none, or it holds something else
+                self.directory.rmdir()
+
+
+def _ours(directory: Path) -> list[Path]:
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(p for p in paths if NAME.fullmatch(p.name) and p.is_file() and not p.is_symlink())
 
 
 def _read(directory: Path) -> list[dict]:
     """All lines; one that was being written when the run stopped is cut off."""
     lines = []
-    for path in sorted(directory.glob("*.*.jsonl")):
+    for path in _ours(directory):
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(path, len(whole))

@@ -26,6 +26,7 @@ from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoints_convert.torch_dist import TorchDistReader
+from megatron_prepo import ownership
 from megatron_prepo.actor import optimizer_shards
 from megatron_prepo.actor.offload import HostAdam, fill_adam_state
 from megatron_prepo.actor.saving import Copies, Saving
@@ -34,6 +35,8 @@ from megatron_prepo.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run.json"
+KIND = "checkpoint"
+"""What its marker calls it (`ownership.py`)."""
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -59,8 +62,8 @@ def start_saving(
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
         for left_behind in final.parent.glob("iter_*.partial"):
-            shutil.rmtree(left_behind)
-        aside.mkdir(parents=True)
+            ownership.make_room(left_behind, ownership.UNFINISHED)
+        ownership.create(aside, ownership.UNFINISHED)
     dist.barrier()
     weights = _sharded_weights(chunks)
     state = {**weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
@@ -73,7 +76,8 @@ def start_saving(
         state["opt_param_scheduler"] = scheduler.state_dict()
 
     def publish() -> None:
-        shutil.rmtree(final, ignore_errors=True)
+        ownership.seal(aside, KIND)
+        ownership.make_room(final, KIND)
         rename_tree(aside, final)
         write_text(Path(directory) / TRACKER, str(step))
 
@@ -179,15 +183,22 @@ def all_of(directory: str | Path) -> dict[int, Path]:
     return {step: path_of(directory, step) for step in steps}
 
 
-def prune(directory: str | Path, *, keep_last: int | None, keep_every: int | None) -> None:
+def prune(
+    directory: str | Path, *, keep_last: int | None, keep_every: int | None
+) -> dict[Path, list[Path]]:
     """Remove checkpoints but the newest `keep_last`, and those of every `keep_every`-th step.
 
-    An empty `keep_last` keeps all.  One process calls it, after the newest has been saved.
+    An empty `keep_last` keeps all.  One process calls it, after the newest has been saved.  Returns
+    those that stay because they hold what is not known to be ours, and what that is.
     """
-    steps = all_of(directory)
+    steps, kept = all_of(directory), {}
     for step in list(steps)[: -keep_last if keep_last else 0]:
         if not keep_every or step % keep_every:
-            shutil.rmtree(steps[step])
+            if strangers := ownership.strangers(steps[step], KIND):
+                kept[steps[step]] = strangers
+            else:
+                shutil.rmtree(steps[step])
+    return kept
 
 
 def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:

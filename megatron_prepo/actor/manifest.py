@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_prepo import ownership
 from megatron_prepo.actor import parallel
 from megatron_prepo.durable import write_text
 
@@ -21,7 +22,8 @@ def write(directory: Path, known: dict[str, dict]) -> None:
     files = {
         name: entry for share in parallel.gather_to_all(known) for name, entry in share.items()
     }
-    rest = (path for path in directory.iterdir() if path.name not in {*files, MANIFEST})
+    other = {*files, MANIFEST, *ownership.NOT_CONTENT}
+    rest = (path for path in directory.iterdir() if path.name not in other)
     files |= _summed(sorted(rest))
     if dist.get_rank() == 0:
         write_text(

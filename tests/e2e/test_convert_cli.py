@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints_convert import __main__, convert, hf_files
 from checkpoints_convert.hf_files import HFTensors, HFWriter
 from checkpoints_convert.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_prepo import ownership
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = {
@@ -598,9 +599,9 @@ def failing_after(function, calls, failure):
 
 
 IMPORT_FAILURES = [(TorchDistWriter, "write", 5), (TorchDistWriter, "finish", 0)]
-IMPORT_FAILURES += [(convert, "copy_other_files", 0), (convert, "rename_tree", 0)]
+IMPORT_FAILURES += [(convert, "copy_other_files", 0), (ownership, "rename_tree", 0)]
 EXPORT_FAILURES = [(HFWriter, "write", 5), (TorchDistReader, "read", 3)]
-EXPORT_FAILURES += [(hf_files, "copy_other_files", 0), (hf_files, "rename_tree", 0)]
+EXPORT_FAILURES += [(hf_files, "copy_other_files", 0), (ownership, "rename_tree", 0)]
 
 
 @pytest.mark.parametrize(("place", "name", "calls"), IMPORT_FAILURES + EXPORT_FAILURES)
@@ -635,7 +636,8 @@ def test_an_interruption_leaves_nothing(
 def test_remains_of_a_killed_conversion_do_not_get_into_the_next(cli, models, tmp_path):
     """A process that was killed could not clean up."""
     left = tmp_path / "out.partial" / "release"
-    left.mkdir(parents=True)
+    ownership.create(left.parent, ownership.UNFINISHED)
+    left.mkdir()
     (left / "__7_0.distcp").write_text("left")
     assert cli("import", "--hf", models["qwen3"], "--out", tmp_path / "out")[0] == 0
     assert not (tmp_path / "out" / "release" / "__7_0.distcp").exists()

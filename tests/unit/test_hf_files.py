@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import hf_files
 from checkpoints_convert.hf_files import INDEX, HFTensors, HFWriter, copy_other_files
+from megatron_prepo import ownership
 from megatron_prepo.errors import UserError
 
 
@@ -225,13 +226,38 @@ def test_write_asserts_what_was_announced(tmp_path, config, wrong):
 
 def test_remains_of_an_earlier_try_are_not_in_the_result(tmp_path, config):
     left = tmp_path / "out.partial"
-    left.mkdir()
+    ownership.create(left, ownership.UNFINISHED)
     (left / "model-00001-of-00009.safetensors").write_text("left")
     writer = HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=config)
     writer.write("a", torch.zeros(2))
     writer.finish()
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json"}
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_what_is_in_the_way_and_not_ours_gets_another_name(tmp_path, config, capsys):
+    for name in ("out", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text(name)
+    writer = HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=config)
+    writer.write("a", torch.zeros(2))
+    writer.finish()
+    for name in ("out", "out.partial"):
+        assert (tmp_path / f"{name}.kept-1" / "mine").read_text() == name
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert capsys.readouterr().err.count("is not known to be written by this program") == 2
+
+
+def test_a_marker_is_not_carried_over_with_the_files_of_a_model(tmp_path, config):
+    """Of a model that this program exported: it would list other files."""
+    ownership.mark(config, "model", files=["old"])
+    writer = HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=config, kind="model")
+    assert "files" not in ownership.marker(writer.aside)
+    writer.write("a", torch.zeros(2))
+    writer.finish()
+    files = ownership.marker(tmp_path / "out")["files"]
+    assert files == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_writer_that_could_not_start_leaves_nothing(tmp_path):

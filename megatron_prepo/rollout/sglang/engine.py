@@ -10,7 +10,9 @@ version is one that no rollout is accepted from.
 """
 
 import contextlib
+import hashlib
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,6 +23,7 @@ import torch
 
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.config import Config
+from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.embedded import stop_tokens
 from megatron_prepo.rollout.sglang import ipc, launch
@@ -99,8 +102,7 @@ class SGLangEngine:
                 address = settings.address
                 return Distributed(self.fleet, seconds=seconds, address=address, device=device)
             case "disk":
-                directory = Path(settings.directory or Path(config.run.dir) / "weight_sync")
-                like = config.model.hf
+                directory, like = weights_directory(config), config.model.hf
                 return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
@@ -373,6 +375,18 @@ class Generating:
         return self._rollouts_of(completions)
 
 
+def weights_directory(config: Config) -> Path:
+    """Where `weight_sync.transport=disk` puts the weights: a folder of this run's own.
+
+    Within `weight_sync.directory` it is named after the run's place, since runs may share that.
+    """
+    if config.weight_sync.directory is None:
+        return Path(config.run.dir) / "weight_sync"
+    place = f"{socket.gethostname()}:{Path(config.run.dir).resolve()}"
+    name = f"megatron-prepo-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+    return Path(config.weight_sync.directory) / name
+
+
 def _servers(config: Config, device: torch.device) -> list[Server]:
     """The given ones, or ours, which start."""
     if config.servers.urls:
@@ -388,6 +402,6 @@ def _failure_of(step: Callable[[], None]) -> EngineError | None:
         step()
     except EngineError as error:
         return error
-    except OSError as error:
+    except (OSError, UserError) as error:
         return EngineError(f"weights to the servers: {error}")
     return None

@@ -18,7 +18,6 @@ import contextlib
 import math
 import pickle
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -29,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
+from megatron_prepo import ownership
 from megatron_prepo.rollout.sglang.fleet import (
     POLL_SECONDS,
     EngineError,
@@ -235,15 +235,15 @@ class FromDisk:
     """Through a Hugging Face directory, removed once all servers have read it."""
 
     in_session = False
+    kind = "weights for servers"
+    """What the directory's marker calls it (`ownership.py`)."""
 
     def __init__(self, fleet: Fleet, *, seconds: float, directory: Path, like: str):
         self.fleet, self.seconds, self.directory, self.like = fleet, seconds, directory, like
 
     def start(self, shapes: Shapes) -> None:
         """Begin to write."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = HFWriter(self.directory, shapes, like=self.like)
+        self._writer = HFWriter(self.directory, shapes, like=self.like, kind=self.kind)
 
     def send(self, bucket: Bucket) -> None:
         """Write a bucket."""
@@ -267,7 +267,7 @@ class FromDisk:
             )
         )
         reading.result()
-        shutil.rmtree(self.directory)
+        ownership.make_room(self.directory, self.kind)
 
 
 def of_one_type(bucket: Bucket) -> Iterator[Bucket]:
