@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_convert.hf_config import read_hf_config
-from megatron_prepo import compare, local_ranks
+from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
 from megatron_prepo.errors import Stopped, UserError
@@ -66,15 +66,16 @@ def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int 
     from megatron_prepo import preflight, run_directory
 
     config = configuration.load(path, overrides)
+    run_directory.check_config_file(config, path)
     run_directory.check(config)
     preflight.check(config)
-    if config.run.overwrite:
-        run_directory.clear(Path(config.run.dir))
+    run_directory.begin(config, say)
+    run_directory.end(config)  # rank 0 takes the lock: it is what must not live twice
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):
         try:
             return local_ranks.start(
-                [*command, "run.overwrite=false"],  # what is there now is this run's
+                [*command, "run.overwrite=false"],  # the directory now holds this run
                 num_ranks=config.parallel.num_ranks,
                 log_directory=Path(config.run.dir) / "logs",
             )
@@ -84,17 +85,23 @@ def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int 
             print(f"{error}\nstarted again ({restarts_left} left)", file=sys.stderr)
 
 
+def say(line: str) -> None:
+    """A line for the user, apart from results."""
+    print(line, file=sys.stderr)
+
+
 def _train(options: argparse.Namespace) -> int:
     if "RANK" not in os.environ:
         train_command(options.config, options.overrides, options.max_restarts)
         return 0
 
     def as_rank() -> None:
-        from megatron_prepo import report
+        from megatron_prepo import report, run_directory
         from megatron_prepo.train import train
         from megatron_prepo.train_async import train_overlapped
 
         config = configuration.load(options.config, options.overrides)
+        run_directory.check_config_file(config, options.config)
         summary = train_overlapped(config) if config.train.overlap else train(config)
         if os.environ["RANK"] == "0":
             print(report.text(summary))
@@ -108,7 +115,7 @@ def _resume(options: argparse.Namespace) -> int:
     if options.prove:
         return _prove(options)
     directory = Path(options.directory)
-    run_directory.check_unfinished(directory)
+    run_directory.check_resumable(directory)
     options.config = directory / "config.yaml"
     # the saved configuration may say that it replaced a run
     options.overrides = [f"run.dir={directory}", "run.overwrite=false", *options.overrides]
@@ -166,17 +173,22 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     name = options.name or Path(options.dir or options.config).stem
-    records = compare.compare(
-        options.config,
-        options.methods,
-        options.seeds,
-        options.dir or Path("runs") / "compare" / name,
-        overrides=options.overrides,
-        jobs=options.jobs,
-        results=options.results,
-        name=name,
-        command=options.command,
-    )
+    directory = Path(options.dir or Path("runs") / "compare" / name)
+    results = Path(options.results or directory / "results.jsonl")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    # two comparisons would each write the file from what they knew when they began
+    with lock.held(results.with_name(f".{results.name}.lock"), str(results)):
+        records = compare.compare(
+            options.config,
+            options.methods,
+            options.seeds,
+            directory,
+            overrides=options.overrides,
+            jobs=options.jobs,
+            results=results,
+            name=name,
+            command=options.command,
+        )
     for record in records:
         print(compare.one_line(record))
     return 0

@@ -7,6 +7,7 @@ Every run is a process of its own, in `DIR/ARM/SEED`, and leaves one record in `
 interruption.  `docs/compare.md` says what is equal and what the numbers mean.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_prepo import config as configuration
-from megatron_prepo import run_record
+from megatron_prepo import run_directory, run_record
 from megatron_prepo.config import Config
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
@@ -79,6 +80,11 @@ class PlannedRun:
             return False
         self.must_equal(run_record.config_of(self.directory), f"{self.directory} holds")
         return True
+
+    def replacing(self) -> Config:
+        """The configuration with which it starts: the rest of an interrupted run is replaced."""
+        section = dataclasses.replace(self.config.run, overwrite=True)
+        return dataclasses.replace(self.config, run=section)
 
     def must_equal(self, other: Config, where: str) -> None:
         """UserError naming the settings in which a finished run is another one."""
@@ -136,6 +142,8 @@ def compare(
     say(equal_terms(planned, config_path, len(waiting)))
     for config in distinct_inputs([run.config for run in waiting]):
         check(config)
+    for run in waiting:
+        run_directory.check(run.replacing())
     failed = []
     bar = tqdm(total=len(planned), initial=len(planned) - len(waiting), desc="runs", unit="run")
     with bar, closing(run_all(waiting, config_path, train, jobs)) as ended:
@@ -337,9 +345,8 @@ def start(
         num_ranks = run.config.parallel.num_ranks
         mine = [devices[(slot * num_ranks + i) % len(devices)] for i in range(num_ranks)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
-    # what is here and not finished is the rest of an interrupted run
     where = [f"run.dir={run.directory}", "run.overwrite=true"]
-    with open(run.directory / "train.log", "w") as log:
+    with open(run.directory / "train.log", "a") as log:
         return subprocess.Popen(
             [*train, str(config_path), *run.overrides, *where],
             env=environment,

@@ -437,6 +437,9 @@ class OptimizerConfig:
     """Course of the learning rate after the warm-up."""
     lr_warmup_steps: int = 0
     """Steps of training in which the learning rate rises from 0."""
+    lr_decay_steps: int | None = None
+    """Steps after which the learning rate has come down to `optimizer.min_lr`; empty:
+    `train.total_steps`. A run that is extended keeps its number."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -459,6 +462,7 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
         _at_least("optimizer.lr_warmup_steps", self.lr_warmup_steps, 0)
+        _at_least("optimizer.lr_decay_steps", self.lr_decay_steps, 1)
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(
                 f"optimizer.min_lr={self.min_lr} must lie between 0 and optimizer.lr={self.lr}"
@@ -658,10 +662,29 @@ class Config:
                 f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
                 f"train.total_steps={self.train.total_steps}"
             )
+        self._check_decay()
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
             raise ValueError(
                 f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
                 "counted from 0, and have none of that number"
+            )
+
+    def _check_decay(self):
+        optimizer, total_steps = self.optimizer, self.train.total_steps
+        if optimizer.lr_decay_steps is None:
+            return
+        if optimizer.lr_warmup_steps >= optimizer.lr_decay_steps:
+            raise ValueError(
+                f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps} must be less than "
+                f"optimizer.lr_decay_steps={optimizer.lr_decay_steps}"
+            )
+        decays = optimizer.lr_decay_style != "constant" and optimizer.min_lr == 0
+        if decays and optimizer.lr_decay_steps < total_steps:
+            raise ValueError(
+                f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is less than "
+                f"train.total_steps={total_steps}, and optimizer.min_lr=0: the steps after it "
+                f"would learn nothing; set optimizer.lr_decay_steps={total_steps}, or a rate for "
+                "them by optimizer.min_lr"
             )
 
     def _check_overlap(self):

@@ -6,7 +6,6 @@ nothing of this project, measures the same pass rate again.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,18 +13,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prepo import cli
+from megatron_prepo import cli, ownership, run_directory
 from megatron_prepo import config as configuration
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.rewards import load
 
+IMPORTED = "imported base model"
+"""What the marker of `base_megatron/` calls it (`ownership.py`)."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
-    """Run the demo into `directory`, replacing an earlier one; returns the summary."""
+    """Run the demo into `directory`, replacing an earlier one; returns the summary.
+
+    Raises UserError, before anything is written, if the directory holds anything else.
+    """
     laptop = REPOSITORY / "examples" / "laptop"
     if not (laptop / "prepo.yaml").is_file():
         raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
@@ -39,15 +43,17 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
         *overrides,
     ]
     config = configuration.load(laptop / "prepo.yaml", settings)
+    run_directory.check(config)
 
     _headline("1/3  Hugging Face checkpoint -> Megatron checkpoint")
-    shutil.rmtree(directory / "base_megatron", ignore_errors=True)
+    ownership.make_room(directory / "base_megatron", IMPORTED)
     converter = [sys.executable, "-m", "checkpoints_convert", "import"]
     subprocess.run(
         [*converter, "--hf", config.model.hf, "--out", config.model.megatron],
         check=True,
         cwd=REPOSITORY,
     )
+    ownership.seal(directory / "base_megatron", IMPORTED)
 
     _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")
     cli.train_command(str(laptop / "prepo.yaml"), settings)

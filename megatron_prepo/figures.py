@@ -30,6 +30,8 @@ MANY = 7
 BAND_SEEDS = 3
 """From so many seeds on a mean is drawn with its interval; with fewer, the seeds are drawn."""
 
+WRITTEN_BY = "megatron-prepo report"
+"""In pictures and pages, so that a later report knows what it may replace."""
 COLOURS = {  # on a light page, on a dark one, dashes
     "random": ("#59636e", "#a9b4c0", "-"),
     "prepo": ("#c2410c", "#fb923c", "-"),
@@ -512,7 +514,8 @@ def svg(figure: Figure, names: Sequence[str]) -> str:
 
 def png(figure: Figure, names: Sequence[str], path: Path) -> None:
     """The figure as a picture on white."""
-    _save(figure, Palette(names, placeholders=False), path, format="png", dpi=200)
+    palette, written_by = Palette(names, placeholders=False), {"Software": WRITTEN_BY}
+    _save(figure, palette, path, format="png", dpi=200, metadata=written_by)
 
 
 def _save(figure: Figure, palette: Palette, to, **options) -> None:

@@ -1,17 +1,18 @@
 """What a training loop works with on each rank, from inputs that are checked to the export."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_prepo import preflight
+from megatron_prepo import preflight, run_directory
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import DTYPES, describe
 from megatron_prepo.actor.policy import Actor
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches
-from megatron_prepo.errors import Stopped
+from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluate import Evaluation, evaluate
 from megatron_prepo.groups import Groups, rewards_of
 from megatron_prepo.journal import Journal
@@ -112,6 +113,7 @@ def set_up(config: Config) -> Job:
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
+    config = begin(config)
     run = Run(config, rank=dist.get_rank())
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
@@ -142,6 +144,23 @@ def set_up(config: Config) -> Job:
         selector=selector,
         throughput=Throughput(config, actor.hf),
     )
+
+
+def begin(config: Config) -> Config:
+    """Take the run's directory; returns the settings that hold, collective.
+
+    Raises UserError, on all ranks, if it is in use or holds anything else than this run.
+    """
+    settled = None
+    if dist.get_rank() == 0:
+        try:
+            settled = run_directory.begin(config, lambda line: print(line, file=sys.stderr))
+        except UserError as error:
+            settled = error
+    settled = parallel.from_rank_zero(settled)
+    if isinstance(settled, UserError):
+        raise settled
+    return settled
 
 
 def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:

@@ -80,10 +80,8 @@ class MetricsLog:
             dashboard.write(step, metrics)
 
     def close(self) -> None:
-        """No more metrics."""
+        """No more metrics; dashboards are closed by those who made them."""
         self._file.close()
-        for dashboard in self._dashboards:
-            dashboard.close()
 
 
 def selection_metrics(

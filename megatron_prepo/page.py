@@ -6,7 +6,9 @@ Its numbers are those of `comparison.py`; `docs/compare.md` says what they mean.
 
 import html
 import json
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_prepo import comparison, figures, run_record
@@ -19,19 +21,42 @@ def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Write the page, its pictures and headline tables; returns all paths, the page first."""
     sections = read(sources)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = []
+    files = {out: lambda: write_text(out, page(sections))}
     for name, records in sections.items():
         arms = list(comparison.arms_of(records).values())
+        names = [arm.name for arm in arms]
         for figure in figures.figures(arms):
             path = out.parent / f"{figures.slug(name)[1:]}_{figure.key}.png"
-            figures.png(figure, [arm.name for arm in arms], path)
-            beside.append(path)
+            files[path] = partial(figures.png, figure, names, path)
         if records[0]["comparison"] is not None:
-            beside.append(out.parent / f"{figures.slug(name)[1:]}.md")
-            write_text(beside[-1], markdown(records))
-    write_text(out, page(sections))
-    return [out, *beside]
+            path = out.parent / f"{figures.slug(name)[1:]}.md"
+            files[path] = partial(_write_markdown, path, records)
+    for path in files:
+        _refuse_another_file(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for write in files.values():
+        write()
+    return list(files)
+
+
+def _write_markdown(path: Path, records: Sequence[dict]) -> None:
+    write_text(path, markdown(records))
+
+
+def _refuse_another_file(path: Path) -> None:
+    """UserError for a file that is there, unless an earlier report wrote it."""
+    if not os.path.lexists(path):
+        return
+    signs = {".md": b"| arm | seeds |"}
+    sign = signs.get(path.suffix, figures.WRITTEN_BY.encode())
+    if path.is_file():
+        with open(path, "rb") as file:
+            if sign in file.read(1024):
+                return
+    raise UserError(
+        f"{path} exists, and no report wrote it; nothing was written: choose another --out, or "
+        "move it away"
+    )
 
 
 def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
@@ -77,6 +102,7 @@ def page(sections: dict[str, list[dict]]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="generator" content="{figures.WRITTEN_BY}">\n'
         f'<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"{body}\n</main>\n</body>\n</html>\n"
@@ -247,6 +273,8 @@ def _single_run(record: dict) -> str:
     unfinished = "of_steps" in summary
 
     def rate(key: str) -> str:
+        if summary[key] is None:
+            return "not known: eval.temperature was changed in the run"
         if f"{key}_ci95" not in summary:
             return f"{summary[key]:.3f}"
         low, high = summary[f"{key}_ci95"]

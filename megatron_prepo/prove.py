@@ -9,7 +9,6 @@ compared, bit for bit.  Equal is what has to be on a CPU, and on a GPU with dete
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_prepo import config as configuration
+from megatron_prepo import lock, ownership, run_directory
 from megatron_prepo.errors import UserError
 
 POLL_SECONDS = 0.02
@@ -39,11 +40,20 @@ def prove(
 
     Raises UserError if one of them fails.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    ownership.claim(directory, "proof", "--dir")
+    with lock.held(directory / lock.FILE, f"--dir {directory}"):
+        return _prove(config, overrides, directory, before=before, after=after)
+
+
+def _prove(
+    config: Path, overrides: Sequence[str], directory: Path, *, before: int, after: int
+) -> list[Check]:
     settings = [*overrides, f"train.total_steps={before + after}", "checkpoint.every=1"]
-    settings += ["checkpoint.optimizer=true", "checkpoint.keep_last=2", "run.overwrite=false"]
+    settings += ["checkpoint.optimizer=true", "checkpoint.keep_last=2"]
+    settings += ["run.overwrite=false"]
     whole, killed = directory / "whole", directory / "killed"
+    for run in (whole, killed):
+        _clear(config, settings, run)
     _finish(_start(config, settings, whole))
     process = _start(config, settings, killed)
     while process.poll() is None and num_lines(killed / "metrics.jsonl") < before:
@@ -79,7 +89,8 @@ def compare(whole: Path, other: Path) -> list[Check]:
         return [(entry["step"], entry["prompt_id"], entry["sample"]) for entry in ledger]
 
     def exported(run: Path) -> list[tuple[str, bytes]]:
-        return [(path.name, path.read_bytes()) for path in sorted((run / "hf").iterdir())]
+        files = sorted(path for path in (run / "hf").rglob("*") if path.is_file())
+        return [(path.name, path.read_bytes()) for path in files]
 
     reads = {
         "exported weights": exported,
@@ -124,6 +135,13 @@ def _check(what: str, whole: Sequence, other: Sequence) -> Check:
         return Check(what, False, f"{len(whole):,} entries, and {len(other):,}")
     first = next(i for i, pair in enumerate(zip(whole, other, strict=True)) if pair[0] != pair[1])
     return Check(what, False, f"the first of {len(whole):,} entries that differs: {first}")
+
+
+def _clear(config: Path, settings: Sequence[str], run: Path) -> None:
+    """Remove the run of an earlier proof."""
+    replaced = configuration.load(config, [*settings, f"run.dir={run}", "run.overwrite=true"])
+    run_directory.check(replaced)
+    run_directory.clear(replaced, lambda line: print(line, file=sys.stderr))
 
 
 def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen:

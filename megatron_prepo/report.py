@@ -51,6 +51,8 @@ def text(summary: dict) -> str:
     """The result in a few lines."""
 
     def rate(when: str) -> str:
+        if summary[when] is None:
+            return "not known: eval.temperature was changed in the run"
         low, high = summary[f"{when}_ci95"]
         return f"{summary[when]:.3f}  (95 % interval {low:.3f} to {high:.3f})"
 

@@ -51,6 +51,8 @@ class Checkpoints:
         self.steps = [0]
         """Where this run could have gone on from: its beginning, and its checkpoints."""
         self.saving: Saving | None = None
+        self.kept: set[Path] = set()
+        """Checkpoints that could not be pruned."""
         self.timeout_minutes = config.parallel.timeout_minutes
 
     def restore(self) -> bool:
@@ -105,11 +107,14 @@ class Checkpoints:
         saving.finish(self.timeout_minutes)
         self.steps.append(self.saving_step)
         if dist.get_rank() == 0:
-            checkpoint.prune(
+            kept = checkpoint.prune(
                 self.directory,
                 keep_last=self.settings.keep_last,
                 keep_every=self.settings.keep_every,
             )
+            for path in kept.keys() - self.kept:
+                self.say(f"{path} is kept: {kept[path][0]} is not known to be this run's")
+            self.kept |= kept.keys()
         # what the newest covers is still of use, should that one turn out to be damaged
         self.journal.forget(before=self.steps[-2])
 

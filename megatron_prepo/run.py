@@ -3,6 +3,7 @@
 | file | what |
 |---|---|
 | `config.yaml` | the resolved configuration |
+| `inputs.json` | digests of what the run reads (`inputs.py`) |
 | `metrics.jsonl` | one object a step |
 | `evaluations.jsonl` | one object an evaluation |
 | `ledger.jsonl` | one object a rollout |
@@ -62,10 +63,12 @@ class Run:
         """Paid for so far, and the steps behind the run."""
         self.before: Evaluation | None = None
         """The evaluation before the first step."""
+        self.temperature_before = config.eval.temperature
+        """At which it was sampled: `eval` may change when a run is resumed."""
         if self.writes:
-            run_directory.prepare(config, self.say)
+            self.dashboards = dashboards(config)
             self.ledger = Ledger(self.directory / "ledger.jsonl")
-            self.metrics = MetricsLog(self.directory / "metrics.jsonl", dashboards(config))
+            self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.dashboards)
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
 
     def say(self, sentence: str) -> None:
@@ -124,18 +127,29 @@ class Run:
             evaluation = held_out(samples_per_prompt=samples, on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
         if self.writes:
-            self.evaluations.write(
-                step,
-                {
-                    "rollouts": self.rollouts,
-                    "tokens": self.tokens,
-                    "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
-                    "pass_rate": evaluation.pass_rate,
-                    "pass_rate_ci95": list(evaluation.ci95),
-                    "samples_per_prompt": samples,
-                },
-            )
+            self._record_evaluation(step, evaluation, samples)
         return evaluation
+
+    def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
+        """A line of the file, and points on the dashboards, after so many steps."""
+        low, high = evaluation.ci95
+        self.evaluations.write(
+            step,
+            {
+                "rollouts": self.rollouts,
+                "tokens": self.tokens,
+                "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
+                "pass_rate": evaluation.pass_rate,
+                "pass_rate_ci95": [low, high],
+                "samples_per_prompt": samples,
+                "prompts": len(evaluation.passes_P),
+                "temperature": self.config.eval.temperature,
+            },
+        )
+        shown = {"pass_rate": evaluation.pass_rate, "ci95_low": low, "ci95_high": high}
+        shown |= {"samples_per_prompt": samples, "rollouts": self.rollouts}
+        for dashboard in self.dashboards:
+            dashboard.write(step, {f"eval/{name}": value for name, value in shown.items()})
 
     def state_dict(self) -> dict:
         """Between two steps: totals, the first evaluation, and how long the files are."""
@@ -145,6 +159,7 @@ class Run:
             "tokens": self.tokens,
             "seconds": dict(self.seconds.total),
             "before": None if self.before is None else self.before.passes_P.tolist(),
+            "temperature_before": self.temperature_before,
             "files": {name: os.path.getsize(self.directory / name) for name in LOGS}
             if self.writes
             else None,
@@ -157,6 +172,8 @@ class Run:
         self.seconds.go_on_from(state["seconds"])
         if state["before"] is not None:
             self.before = Evaluation(torch.tensor(state["before"], dtype=torch.float64))
+            # not in checkpoints of older versions, under which `eval` could not change
+            self.temperature_before = state.get("temperature_before", self.temperature_before)
         self.cut(state["files"])
 
     def cut(self, sizes: dict[str, int]) -> None:
@@ -171,15 +188,32 @@ class Run:
             if path.stat().st_size < size:
                 raise UserError(
                     f"{path} has lost lines that its checkpoints count on ({size} bytes); put it "
-                    "back, or set run.overwrite=true to begin again"
+                    "back, or start a new run in another run.dir from the last checkpoint "
+                    f"(model.megatron={self.directory / 'checkpoints'})"
                 )
             os.truncate(path, size)
             flush(path)
 
+    def _gain(self, after: Evaluation) -> tuple[float | None, list[float] | None, int]:
+        """Gain, its interval, and over how many prompts: those of both evaluations.
+
+        `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's are
+        among the longer one's.  None at different temperatures, whose pass rates do not compare.
+        """
+        both = min(len(self.before.passes_P), len(after.passes_P))
+        if self.temperature_before != self.config.eval.temperature:
+            self.say(
+                f"no gain is computed: the evaluation before the run was sampled at temperature "
+                f"{self.temperature_before}, and this one at {self.config.eval.temperature}"
+            )
+            return None, None, both
+        gain_P = after.passes_P[:both] - self.before.passes_P[:both]
+        return float(gain_P.mean()), list(mean_ci95(gain_P)), both
+
     def finish(self, after: Evaluation, *, ranks: int) -> dict:
         """The summary; written with the plot, and the files closed."""
         before = self.before
-        gain_P = after.passes_P - before.passes_P
+        gain, gain_ci95, num_prompts = self._gain(after)
         summary = {
             "method": self.config.selection.method,
             "weighting": self.config.weighting.method,
@@ -189,9 +223,9 @@ class Run:
             "pass_rate_before_ci95": list(before.ci95),
             "pass_rate_after": after.pass_rate,
             "pass_rate_after_ci95": list(after.ci95),
-            "gain": float(gain_P.mean()),
-            "gain_ci95": list(mean_ci95(gain_P)),
-            "held_out_prompts": len(gain_P),
+            "gain": gain,
+            "gain_ci95": gain_ci95,
+            "held_out_prompts": num_prompts,
             "samples_per_prompt": self.config.eval.samples_per_prompt,
             "rollouts": self.rollouts,
             "tokens": self.tokens,
@@ -199,8 +233,9 @@ class Run:
             "machine": machine.describe(),
         }
         if self.writes:
-            for log in (self.ledger, self.metrics, self.evaluations):
+            for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
                 log.close()
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             report.plot(self.directory)
+            run_directory.end(self.config)
         return summary

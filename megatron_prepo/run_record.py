@@ -43,8 +43,8 @@ TOTALS = ("rollout/paid", "rollout/tokens_paid")
 MAX_POINTS = 40
 """A longer series is kept as means over consecutive steps."""
 
-NOT_COMPARED = "run"
-"""The section of the configuration that says where a run lives, not what it does."""
+NOT_COMPARED = ("run", "servers.python", "weight_sync.directory")
+"""Section and settings of the configuration that say where something is, not what a run does."""
 
 FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
 """Settings that are paths, and count by the content found there."""
@@ -75,14 +75,18 @@ def settings(config: Config) -> dict[str, object]:
     changed = {}
     for section in dataclasses.fields(Config):
         value = getattr(config, section.name)
-        if section.name == NOT_COMPARED:
+        if section.name in NOT_COMPARED:
             continue
         if isinstance(value, dict):
             changed |= {f"{section.name}.{key}": value[key] for key in sorted(value)}
             continue
         for field in dataclasses.fields(value):
-            if getattr(value, field.name) != field.default:
-                changed[f"{section.name}.{field.name}"] = getattr(value, field.name)
+            key = f"{section.name}.{field.name}"
+            if getattr(value, field.name) != field.default and key not in NOT_COMPARED:
+                changed[key] = getattr(value, field.name)
+    file, colon, function = config.reward.function.rpartition(":")
+    if colon:
+        changed["reward.function"] = f"{_content(file)}:{function}"
     return {key: _content(v) if key in FILES else v for key, v in changed.items()}
 
 

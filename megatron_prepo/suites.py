@@ -14,6 +14,7 @@ that of an evaluation during training with the same seed, weights and engine.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_files import HFTensors, buckets
 from megatron_prepo import config as configuration
-from megatron_prepo import machine, preflight
+from megatron_prepo import lock, machine, preflight
 from megatron_prepo.config import Config, overridden
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import flush, write_text
@@ -99,7 +100,14 @@ def evaluate_models(
     Raises UserError for a model or suite that cannot be read, and if the directory holds an
     evaluation of something else.
     """
-    agree(directory, config, dict(models), dict(suites))
+    refuse_other_files(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock.held(directory / lock.FILE, f"--out {directory}"):
+        agree(directory, config, dict(models), dict(suites))
+        return _evaluate_models(config, models, suites, directory)
+
+
+def _evaluate_models(config: Config, models, suites, directory: Path) -> dict:
     results = {"settings": decisive(config), "models": {}, "machine": machine.describe()}
     with closing(Grader(config.reward)) as grader:
         for name, place in models:
@@ -108,6 +116,20 @@ def evaluate_models(
             write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
             write_text(directory / "table.md", table(results))
     return results
+
+
+def refuse_other_files(directory: Path) -> None:
+    """UserError if a directory without an evaluation has anything by a name that one writes to."""
+    if (directory / "evaluation.json").is_file():
+        _note(directory / "evaluation.json")
+        return
+    names = ("results.json", "table.md", "completions", "exported", "logs")
+    found = [name for name in names if os.path.lexists(directory / name)]
+    if found:
+        raise UserError(
+            f"--out {directory} has no evaluation.json, so {', '.join(found)} in it is not an "
+            "evaluation's; nothing was touched: choose another --out, or move it away"
+        )
 
 
 def find_model(name: str, place: Path, directory: Path, config: Config) -> Model:
@@ -357,7 +379,7 @@ def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[
     note = {"settings": decisive(config), "models": places, "suites": files}
     path = directory / "evaluation.json"
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = _note(path)
         for kind, values in note.items():
             for name, value in values.items():
                 if before[kind].get(name, value) != value:
@@ -368,6 +390,16 @@ def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[
             note[kind] = before[kind] | values
     directory.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(note, indent=2) + "\n")
+
+
+def _note(path: Path) -> dict:
+    try:
+        note = json.loads(path.read_text())
+        if all(isinstance(note[kind], dict) for kind in ("settings", "models", "suites")):
+            return note
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is not what an evaluation has noted; choose another --out")
 
 
 def _digest_of_file(path: Path) -> str:

@@ -36,6 +36,7 @@ def train(config: Config) -> dict:
     weight is loaded.
     """
     job = set_up(config)
+    config = job.config
     run, engine, actor = job.run, job.engine, job.actor
     selector, journal, grader = job.selector, job.journal, job.grader
     checkpoints = job.go_on(

@@ -31,6 +31,7 @@ from megatron_prepo.train import ledger_entries, look_at, sampling
 def train_overlapped(config: Config) -> dict:
     """`train` for `train.overlap=true`; collective, and the same summary."""
     job = set_up(config)
+    config = job.config
     run, actor, selector, ahead = job.run, job.actor, job.selector, Ahead(job)
     checkpoints = job.go_on({"run": run, "ahead": ahead, "updates": job.updates})
 

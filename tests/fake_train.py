@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from megatron_prepo import config as configuration
+from megatron_prepo import ownership, run_directory
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
         started.write(f"{name}\n")
     if (directory / "config.yaml").exists() and not config.run.overwrite:
         sys.exit("already there")
+    ownership.mark(directory, run_directory.KIND)
     (directory / "config.yaml").write_text(yaml.safe_dump(configuration.to_tree(config)))
     if "FAKE_PIDS" in os.environ:
         child = subprocess.Popen(["sleep", "60"])

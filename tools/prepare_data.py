@@ -17,6 +17,7 @@ suite; one of fewer words goes if it is the same.  The suites themselves are lef
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -272,9 +273,30 @@ def write(path: Path, problems: Sequence[Problem], instruction: str) -> dict:
     return {"file": str(path)} | describe(problems)
 
 
+def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
+    """UserError if a file would be replaced that no earlier run of this tool wrote."""
+    try:
+        statistics = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
+        if {"train", "suites"} <= statistics.keys():
+            return
+    except (OSError, ValueError, AttributeError):
+        pass
+    files = [out / "suites" / f"{name}.jsonl" for name, _ in options.suite]
+    files += [out / name / "train.jsonl" for name, _ in options.train]
+    files += [out / name / "held_out.jsonl" for name, _ in options.train if options.held_out]
+    files += [out / f"{options.together}.jsonl"] if options.together else []
+    for file in (*files, out / "perplexity.png", out / "statistics.json"):
+        if os.path.lexists(file):
+            raise UserError(
+                f"{file} exists, and {out} has no statistics.json of this tool; nothing was "
+                "written: choose another --out, or move it away"
+            )
+
+
 def prepare(options: argparse.Namespace) -> dict:
     """All files; returns the statistics, which are also written."""
     out, statistics = Path(options.out), {"train": {}, "suites": {}}
+    refuse_other_files(out, options)
     suites = {name: read_problems(name, place) for name, place in options.suite}
     for name, problems in suites.items():
         path = out / "suites" / f"{name}.jsonl"

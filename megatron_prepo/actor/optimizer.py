@@ -27,7 +27,8 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer and its schedule; one step of the schedule is one optimizer update."""
     ours = dataclasses.asdict(config.optimizer)
-    steps = {name: ours.pop(name) for name in ("lr_decay_style", "lr_warmup_steps")}
+    names = ("lr_decay_style", "lr_warmup_steps", "lr_decay_steps")
+    steps = {name: ours.pop(name) for name in names}
     settings = ours | {
         "optimizer": "adam",
         "bf16": config.model.dtype == "bfloat16",
@@ -46,11 +47,14 @@ def build_optimizer(
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
         lr_warmup_steps=steps["lr_warmup_steps"] * updates_a_step,
-        lr_decay_steps=config.train.total_steps * updates_a_step,
+        lr_decay_steps=(steps["lr_decay_steps"] or config.train.total_steps) * updates_a_step,
         lr_decay_style=steps["lr_decay_style"],
         start_wd=config.optimizer.weight_decay,
         end_wd=config.optimizer.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # of a checkpoint only the number of updates counts: a run that is extended may decay later
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler

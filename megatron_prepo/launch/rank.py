@@ -11,11 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 
-from megatron_prepo import cli
+from megatron_prepo import cli, run_directory
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.update(nodes.rank_environment(os.environ))
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
         config = configuration.load(options.config, options.overrides)
-        if is_finished(config):
+        if run_directory.is_finished(config):
             if says:
                 print(f"run.dir={config.run.dir} holds a finished run: nothing to do")
             return 0
@@ -51,11 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     code = cli.main(["train", options.config, *overrides])
     return 0 if code == STOPPED_EXIT_CODE else code
-
-
-def is_finished(config: Config) -> bool:
-    """Whether there is nothing left to do for this run."""
-    return (Path(config.run.dir) / "summary.json").is_file() and not config.run.overwrite
 
 
 def server_urls(server_nodes: int, servers_a_node: int) -> list[str]:

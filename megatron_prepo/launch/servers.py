@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prepo import config as configuration
+from megatron_prepo import run_directory
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
-from megatron_prepo.launch.rank import is_finished, parser
+from megatron_prepo.launch.rank import parser
 from megatron_prepo.rollout.sglang.launch import OwnServer, check
 
 POLL_SECONDS = 1.0
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(
             options.config, [*options.overrides, "servers.host=0.0.0.0", "servers.first_device=0"]
         )
-        if is_finished(config):
+        if run_directory.is_finished(config):
             return 0
         check(config)
     except UserError as error:

@@ -20,10 +20,13 @@ def configured(directory, *overrides: str) -> configuration.Config:
 
 
 def write(config: configuration.Config, path, steps: list[dict], first: int = 0) -> None:
-    log = MetricsLog(path, dashboards.dashboards(config))
+    shown = dashboards.dashboards(config)
+    log = MetricsLog(path, shown)
     for step, metrics in enumerate(steps, first):
         log.write(step, metrics)
     log.close()
+    for dashboard in shown:
+        dashboard.close()
 
 
 @pytest.fixture

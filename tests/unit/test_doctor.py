@@ -99,7 +99,10 @@ def test_a_length_beyond_the_models_positions_is_said():
 def test_a_directory_that_holds_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     finding = found(doctor.examine(laptop(f"run.dir={tmp_path}")), "run.dir")
-    assert finding.state == "missing" and "already holds a run" in finding.found
+    assert (
+        finding.state == "missing"
+        and "config.yaml in it is not known to be a run's" in finding.found
+    )
 
 
 def test_another_models_tokenizer_is_said(tmp_path):

@@ -1,12 +1,15 @@
 """Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
 
 import importlib.util
+import json
 import os
 import signal
 from typing import ClassVar
 
 import pytest
+import yaml
 
+from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes, rank, recipes, servers
 from megatron_prepo.launch.__main__ import main
@@ -130,22 +133,30 @@ def test_servers_are_on_the_last_nodes_or_on_all(monkeypatch):
     assert len(rank.server_urls(0, 1)) == 4
 
 
+def finish(directory) -> None:
+    """What a finished run of the laptop's configuration has left, as far as a job looks at it."""
+    config = configuration.load("examples/laptop/prepo.yaml", [f"run.dir={directory}"])
+    (directory / "config.yaml").write_text(yaml.safe_dump(configuration.to_tree(config)))
+    (directory / "summary.json").write_text(json.dumps({"steps": 80, "rollouts": 20480}))
+
+
 def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, monkeypatch, capsys):
     """What a chain of jobs relies on."""
     for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
         monkeypatch.setenv(name, value)
     for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
         monkeypatch.setenv(name, "")  # to be restored behind the test
-    codes = iter([75, 3])
+    codes = iter([75, 3, 0])
     trained = []
     monkeypatch.setattr(rank.cli, "main", lambda words: trained.append(words) or next(codes))
     words = ["examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
     assert rank.main(words) == 0, "saved, and not ended"
     assert rank.main(words) == 3
     assert trained == [["train", *words]] * 2
-    (tmp_path / "summary.json").touch()
+    finish(tmp_path)
     assert rank.main(words) == 0 and len(trained) == 2
     assert "finished run" in capsys.readouterr().out
+    assert rank.main([*words, "train.total_steps=81"]) == 0 and len(trained) == 3, "extended"
     assert rank.main(["absent.yaml"]) == 2
     assert "error: no such configuration file: absent.yaml" in capsys.readouterr().err
 
@@ -259,7 +270,7 @@ def test_servers_of_a_node_are_started_anew_but_not_for_ever(node, tmp_path, cap
 
 
 def test_a_finished_run_gets_no_servers(node, tmp_path):
-    (tmp_path / "summary.json").touch()
+    finish(tmp_path)
     assert node() == 0 and not FakeServer.made
 
 

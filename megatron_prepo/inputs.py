@@ -1,0 +1,141 @@
+"""What a run reads, by content: its digests are saved with the run and compared on resume.
+
+A path may change while the content is the same.  `inputs.json` holds, for each setting that names
+an input, where it was and a digest of each of its files:
+
+- prompts, the reward's file and whatever else is up to 64 MiB: SHA-256 of all of it;
+- a larger file (weights): SHA-256 of its size, its first MiB, its last MiB and 32 blocks of 64 KiB
+  spread evenly.  A change that spans a 32nd of the file is seen, one within a gap is not.
+
+Of a model's folder the files count that can move a number: configuration, tokenizer, weights.  Of
+the reward's file only itself is seen, and not what it imports.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from megatron_prepo.config import Config
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*chat_template*",
+    "*.model",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    # of a Megatron checkpoint
+    "*.distcp",
+    ".metadata",
+    "metadata.json",
+    "common.pt",
+)
+TEMPLATES = "additional_chat_templates"
+FULL_BYTES = 64 << 20
+END_BYTES = 1 << 20
+NUM_BLOCKS, BLOCK_BYTES = 32, 64 << 10
+
+
+@dataclass(frozen=True)
+class Input:
+    """A setting that names something to read."""
+
+    setting: str
+    path: Path
+    """Absolute; links are not resolved."""
+
+
+def inputs_of(config: Config) -> list[Input]:
+    """All that the configuration names and a run reads."""
+    named = {
+        "model.hf": config.model.hf,
+        "model.megatron": config.model.megatron,
+        "data.train": config.data.train,
+        "data.eval": config.data.eval,
+        "reward.function": config.reward.function.rpartition(":")[0],
+        "servers.python": config.servers.python if "/" in (config.servers.python or "") else None,
+    }
+    return [Input(setting, absolute(path)) for setting, path in named.items() if path]
+
+
+COMPARED = ("model.hf", "model.megatron", "data.train", "data.eval", "reward.function")
+"""Inputs that decide numbers."""
+
+
+def absolute(path: str | Path) -> Path:
+    """From the working directory; links stay, since they are how the user names the place."""
+    return Path(os.path.abspath(path))
+
+
+def digests(config: Config) -> dict[str, dict]:
+    """Of each compared input, `path` and `files`: digest by name; none for what is not there."""
+    return {
+        read.setting: {"path": str(read.path), "files": _files(read.setting, read.path)}
+        for read in inputs_of(config)
+        if read.setting in COMPARED
+    }
+
+
+def _files(setting: str, path: Path) -> dict[str, str]:
+    if path.is_file():
+        return {"content": digest(path)}
+    if setting == "model.megatron":
+        path = _checkpoint(path)
+    names = {
+        file.name
+        for file in path.glob("*")
+        if any(fnmatch(file.name, pattern) for pattern in MODEL_FILES)
+    }
+    names |= {f"{TEMPLATES}/{file.name}" for file in (path / TEMPLATES).glob("*")}
+    names |= _in_index(path / "model.safetensors.index.json")
+    return {name: digest(path / name) for name in sorted(names) if (path / name).is_file()}
+
+
+def _in_index(file: Path) -> set[str]:
+    """Files of weights that an index names, in subfolders, too."""
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # there is none, or preflight says what is wrong with it
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that a run would start from; more may come to the folder later."""
+    from megatron_prepo.actor.checkpoint import newest
+    from megatron_prepo.errors import UserError
+
+    try:
+        return newest(path)
+    except UserError:  # preflight says what is wrong with it
+        return path
+
+
+def digest(file: Path) -> str:
+    """Of a file's content: `sha256:` if all of it counts, `sampled:` for a larger one."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        if size <= FULL_BYTES:
+            summed = hashlib.sha256()
+            while block := content.read(END_BYTES):
+                summed.update(block)
+            return f"sha256:{summed.hexdigest()}"
+        summed = hashlib.sha256(f"{size}\n".encode())
+        summed.update(content.read(END_BYTES))
+        for i in range(1, NUM_BLOCKS + 1):
+            content.seek(i * size // (NUM_BLOCKS + 1))
+            summed.update(content.read(BLOCK_BYTES))
+        content.seek(size - END_BYTES)
+        summed.update(content.read(END_BYTES))
+    return f"sampled:{summed.hexdigest()}"
+
+
+def differing(before: dict, now: dict) -> list[str]:
+    """Names of files of an input that are not the same."""
+    names = sorted(before["files"].keys() | now["files"].keys())
+    return [name for name in names if before["files"].get(name) != now["files"].get(name)]
