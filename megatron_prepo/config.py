@@ -436,7 +436,8 @@ class OptimizerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
     lr_warmup_steps: int = 0
-    """Steps of training in which the learning rate rises from 0."""
+    """Steps whose updates raise the learning rate to its peak, in equal parts: the first of W
+    updates has `lr` / W, the last `lr`. 0 and 1 (with one update per step): no warm-up."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -653,9 +654,9 @@ class Config:
                 f"{self.rollout.max_new_tokens} together, and a sequence is never split; set it to "
                 f"{longest} or more"
             )
-        if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
+        if self.optimizer.lr_warmup_steps > self.train.total_steps:
             raise ValueError(
-                f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
+                f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be at most "
                 f"train.total_steps={self.train.total_steps}"
             )
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
