@@ -30,7 +30,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.dashboards import dashboards
 from megatron_prepo.durable import flush, write_text
 from megatron_prepo.errors import UserError
-from megatron_prepo.evaluate import Evaluation, mean_ci95
+from megatron_prepo.evaluate import Evaluation
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
 from megatron_prepo.profiling import profiled
@@ -144,7 +144,9 @@ class Run:
             "rollouts": self.rollouts,
             "tokens": self.tokens,
             "seconds": dict(self.seconds.total),
-            "before": None if self.before is None else self.before.passes_P.tolist(),
+            "before": None
+            if self.before is None
+            else vars(self.before) | {"passes_P": self.before.passes_P.tolist()},
             "files": {name: os.path.getsize(self.directory / name) for name in LOGS}
             if self.writes
             else None,
@@ -155,8 +157,9 @@ class Run:
         self.num_steps, self.rollouts = state["num_steps"], state["rollouts"]
         self.tokens = state["tokens"]
         self.seconds.go_on_from(state["seconds"])
-        if state["before"] is not None:
-            self.before = Evaluation(torch.tensor(state["before"], dtype=torch.float64))
+        if (before := state["before"]) is not None:
+            passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
+            self.before = Evaluation(passes_P, before["samples_per_prompt"])
         self.cut(state["files"])
 
     def cut(self, sizes: dict[str, int]) -> None:
@@ -190,7 +193,7 @@ class Run:
             "pass_rate_after": after.pass_rate,
             "pass_rate_after_ci95": list(after.ci95),
             "gain": float(gain_P.mean()),
-            "gain_ci95": list(mean_ci95(gain_P)),
+            "gain_ci95": list(after.gain_ci95(before)),
             "held_out_prompts": len(gain_P),
             "samples_per_prompt": self.config.eval.samples_per_prompt,
             "rollouts": self.rollouts,

@@ -165,7 +165,7 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
         "place": str(model.place),
         "rollouts": model.rollouts,
         "suites": numbers,
-        "mean": mean_with_ci95(passed),
+        "mean": mean_with_ci95(passed, config.eval.samples_per_prompt),
     }
 
 
@@ -314,9 +314,12 @@ def count(completions: Completions, pass_reward: float) -> dict:
     return {
         "prompts": len(passed_P),
         "samples": samples,
-        "avg": mean_with_ci95([completions.avg_P(pass_reward)]),
+        "avg": mean_with_ci95([completions.avg_P(pass_reward)], samples),
         "pass_at": {
-            str(k): mean_with_ci95([[pass_at_k(samples, passed, k) for passed in passed_P]])
+            # n samples are n / k independent draws of k
+            str(k): mean_with_ci95(
+                [[pass_at_k(samples, passed, k) for passed in passed_P]], samples // k
+            )
             for k in powers_of_two(samples)
         },
         "tokens": sum(record["tokens"] for record in records) / len(records),
