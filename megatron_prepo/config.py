@@ -339,7 +339,8 @@ class RewardConfig:
     function: str = "final_number"
     """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
     `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
-    `FILE.py:FUNCTION`, which takes completion and answer and returns a number."""
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number; modules beside the
+    file can be imported."""
     low: float = 0.0
     """Smallest reward the function may give."""
     high: float = 1.0

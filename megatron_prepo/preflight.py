@@ -1,5 +1,6 @@
 """Everything that can be found wrong before a rank is started: files, tokenizer, model, layout."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
-from megatron_prepo.rewards import check_file
+from megatron_prepo.rewards import check_file, pool
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def check(config: Config) -> Inputs:
     check_layout(config, hf)
     check_weights(config)
     check_file(config.reward.function)
+    if "RANK" not in os.environ:  # ranks load the function before anything else anyway
+        pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
     train_prompts = prompts_of(config, tokenizer, "train")
     eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]
