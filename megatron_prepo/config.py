@@ -9,7 +9,9 @@ reference``).  Whatever can be wrong without looking at a file or a model is ref
 import copy
 import dataclasses
 import difflib
+import ipaddress
 import math
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -294,6 +296,7 @@ class ServersConfig:
         for name in ("start_seconds", "connect_seconds", "request_seconds", "straggler_seconds"):
             if getattr(self, name) is not None:
                 _deadline(f"servers.{name}", getattr(self, name))
+        _host("servers.host", self.host)
         for url in self.urls:
             _no_secret(url)
             if not url.startswith(("http://", "https://")):
@@ -327,6 +330,7 @@ class WeightSyncConfig:
 
     def __post_init__(self):
         _at_least("weight_sync.bucket_mb", self.bucket_mb, 1)
+        _host("weight_sync.address", self.address)
         _deadline("weight_sync.request_seconds", self.request_seconds)
         if self.tolerance is not None:
             _positive("weight_sync.tolerance", self.tolerance)
@@ -855,6 +859,18 @@ def _deadline(name: str, value: float) -> None:
     _positive(name, value)
     if value > MAX_DEADLINE:
         raise ValueError(f"{name}={value} must be at most {MAX_DEADLINE:,}")
+
+
+def _host(name: str, value: str) -> None:
+    """A name, IPv4 or IPv6 address; as in a URL, it needs none of a URL's other parts."""
+    try:
+        usable = "%" not in str(ipaddress.ip_address(value))  # a scope has no place in a URL
+    except ValueError:
+        usable = re.fullmatch(r"[\w.-]+", value)
+    if not usable:
+        raise ValueError(
+            f"{name}={value!r} must be a host name or an IP address, without port and brackets"
+        )
 
 
 def _no_secret(url: str) -> None:

@@ -46,8 +46,12 @@ def check(config: Config) -> Inputs:
             f"the tokenizer of {config.model.hf} gives token {largest}, but the model's vocab_size "
             f"is {hf['vocab_size']}"
         )
-    if config.rollout.engine == "sglang":
-        launch.check_given(config) if config.servers.urls else launch.check(config)
+    if config.rollout.engine == "sglang" and config.servers.urls:
+        launch.check_given(config)
+    elif config.rollout.engine == "sglang":
+        launch.check(config)
+        if os.environ.get("RANK", "0") == "0":
+            launch.check_host(config)
     return Inputs(tokenizer, train_prompts, eval_prompts)
 
 

@@ -236,6 +236,11 @@ def test_the_edges_of_the_ranges_are_allowed():
         ({"urls": ["a:1"]}, r"servers\.urls: 'a:1' must start with http"),
         ({"urls": ["http://a:1", "http://a:1"]}, "names a server twice"),
         ({"count": 0}, r"servers\.count=0 must be at least 1"),
+        ({"host": "[::1]"}, r"servers\.host='\[::1\]' must be a host name or an IP address"),
+        ({"host": "0.0.0.0:30000"}, r"without port and brackets"),
+        ({"host": "http://10.0.0.7"}, r"servers\.host='http://10"),
+        ({"host": "fe80::1%eth0"}, r"servers\.host='fe80::1%eth0'"),
+        ({"host": ""}, r"servers\.host='' must be"),
         ({"straggler_seconds": 0.0}, r"servers\.straggler_seconds=0.0 must be above 0"),
     ],
 )
