@@ -42,8 +42,8 @@ except (UserError, EngineError) as error:
             256,
             512,
             0,
-            r"UserError servers\.concurrency=300 at 1 server may need 856 open files, and this machine "
-            r"allows a process 512 .*or set servers\.concurrency=128 \[\]",
+            r"UserError servers\.concurrency=300 at 1 server may need 556 open files, and this "
+            r"machine allows a process 512 .*or set servers\.concurrency=256 \[\]",
         ),
         (256, 512, 180, r"OutOfFiles no connection to http://127.*servers\.concurrency=300 \[\]"),
     ],

@@ -12,8 +12,6 @@ from megatron_prepo.errors import UserError
 
 OTHERS = 256
 """What else a rank opens: logs, checkpoint shards, libraries, grading processes, collectives."""
-PER_COMPLETION = 2
-"""Connections: its own, and one to cut it (`servers.straggler_seconds`)."""
 
 
 def make_room(settings: ServersConfig) -> None:
@@ -22,12 +20,13 @@ def make_room(settings: ServersConfig) -> None:
     UserError with the numbers if the hard limit is lower.
     """
     servers = len(settings.urls) or settings.count
-    needed = OTHERS + PER_COMPLETION * servers * settings.concurrency
+    connections = servers * (1 if settings.straggler_seconds is None else 2)  # one to cut it
+    needed = OTHERS + connections * settings.concurrency
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        most = max(1, (hard - OTHERS) // (PER_COMPLETION * servers))
+        most = max(1, (hard - OTHERS) // connections)
         raise UserError(
             f"servers.concurrency={settings.concurrency} at {servers} server"
             f"{'s' * (servers > 1)} may need {needed:,} open files, and this machine allows a "
