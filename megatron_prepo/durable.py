@@ -6,7 +6,9 @@ Those that grow by lines may end in the middle of one.
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from megatron_prepo.errors import UserError
 
@@ -15,7 +17,8 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace a file by new text; a reader sees the old or the new one, never a part."""
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
+    with naming(aside):
+        aside.write_text(text, encoding="utf-8")
     flush(aside)
     aside.replace(path)
     flush(path.parent)
@@ -49,6 +52,26 @@ def flush(path: str | Path) -> None:
     """Force a file or a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append(file: TextIO, text: str) -> None:
+    """Write to the end of an open file; on disk when this returns."""
+    with naming(file.name):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError of a write, which has no file of its own (disk full), the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prepo.durable import flush
+from megatron_prepo.durable import flush, naming
 from megatron_prepo.records import Prompt, Rollout
 
 FIELDS = ("tokens", "engine_logprobs", "text", "finished", "aborted")
@@ -77,7 +77,7 @@ class Journal:
         }
         self.directory.mkdir(exist_ok=True)
         path = self.directory / f"{purpose.replace('/', '_')}.{self.rank}.jsonl"
-        with open(path, "a") as file:
+        with naming(path), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
         self._unforced = path
         if time.monotonic() - self._forced_at > SECONDS_UNFORCED:

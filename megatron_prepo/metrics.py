@@ -10,7 +10,6 @@ are tokens of all ranks, so that the layout changes no value but by rounding.
 
 import json
 import math
-import os
 import time
 import warnings
 from collections import defaultdict
@@ -24,6 +23,7 @@ from torch.profiler import record_function
 
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.dashboards import TensorBoard, WandB
+from megatron_prepo.durable import append
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.candidates import Candidates
 
@@ -80,9 +80,7 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One object; on disk when the method returns."""
         record = {name: _finite_or_none(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append(self._file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
         for dashboard in self._dashboards:
             dashboard.write(step, metrics)
 

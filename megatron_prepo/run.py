@@ -204,6 +204,7 @@ class Run:
         if self.writes:
             for log in (self.ledger, self.metrics, self.evaluations):
                 log.close()
+            report.plot(self.directory, summary)
+            # last: a run that has one is finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-            report.plot(self.directory)
         return summary

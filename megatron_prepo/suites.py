@@ -28,7 +28,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo import machine, preflight
 from megatron_prepo.config import Config, overridden
 from megatron_prepo.data import read_prompts
-from megatron_prepo.durable import flush, write_text
+from megatron_prepo.durable import flush, naming, write_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.pass_rates import mean_with_ci95, pass_at_k, powers_of_two
 from megatron_prepo.records import Prompt, Rollout
@@ -288,7 +288,7 @@ class Completions:
             }
             for i, (rollout, grade) in enumerate(zip(rollouts, grades, strict=True))
         ]
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(_line, records))
         flush(self.path)
         for record in records:
