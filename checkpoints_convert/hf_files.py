@@ -17,6 +17,7 @@ import torch
 
 from checkpoints_convert.raw import bytes_of, read_into, write_at
 from megatron_prepo import ownership
+from megatron_prepo.durable import naming
 from megatron_prepo.errors import UserError
 
 DTYPES = {
@@ -150,7 +151,8 @@ class HFWriter:
                 "metadata": {"total_size": sum(p.num_bytes for p in self.places.values())},
                 "weight_map": {name: p.file.name for name, p in sorted(self.places.items())},
             }
-            (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            with naming(self.aside / INDEX):
+                (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         if like is not None:
             copy_other_files(like, self.aside)
 
@@ -163,7 +165,8 @@ class HFWriter:
         self._missing.remove(name)
         if place.num_bytes:
             data = bytes_of(tensor.contiguous().cpu())
-            write_at(self._descriptors[place.file], data, place.offset)
+            with naming(place.file):
+                write_at(self._descriptors[place.file], data, place.offset)
 
     def finish(self) -> None:
         """Force all to disk and rename; replaces a directory that is ours, and keeps any other."""
@@ -256,7 +259,7 @@ def _write_header(path: Path, shapes: dict) -> dict[str, TensorPlace]:
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
+    with naming(path), path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + offset)
     places = {}

@@ -23,7 +23,7 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.errors import Stopped, UserError, no_room
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (line := no_room(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 1
 
 
 def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> None:

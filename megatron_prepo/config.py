@@ -9,7 +9,9 @@ reference``).  Whatever can be wrong without looking at a file or a model is ref
 import copy
 import dataclasses
 import difflib
+import ipaddress
 import math
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -294,6 +296,7 @@ class ServersConfig:
         for name in ("start_seconds", "connect_seconds", "request_seconds", "straggler_seconds"):
             if getattr(self, name) is not None:
                 _deadline(f"servers.{name}", getattr(self, name))
+        _host("servers.host", self.host)
         for url in self.urls:
             _no_secret(url)
             if not url.startswith(("http://", "https://")):
@@ -327,6 +330,7 @@ class WeightSyncConfig:
 
     def __post_init__(self):
         _at_least("weight_sync.bucket_mb", self.bucket_mb, 1)
+        _host("weight_sync.address", self.address)
         _deadline("weight_sync.request_seconds", self.request_seconds)
         if self.tolerance is not None:
             _positive("weight_sync.tolerance", self.tolerance)
@@ -339,7 +343,8 @@ class RewardConfig:
     function: str = "final_number"
     """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
     `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
-    `FILE.py:FUNCTION`, which takes completion and answer and returns a number."""
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number; modules beside the
+    file can be imported."""
     low: float = 0.0
     """Smallest reward the function may give."""
     high: float = 1.0
@@ -436,7 +441,8 @@ class OptimizerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
     lr_warmup_steps: int = 0
-    """Steps of training in which the learning rate rises from 0."""
+    """Steps whose updates raise the learning rate to its peak, in equal parts: the first of W
+    updates has `lr` / W, the last `lr`. 0 and 1 (with one update per step): no warm-up."""
     lr_decay_steps: int | None = None
     """Steps after which the learning rate has come down to `optimizer.min_lr`; empty:
     `train.total_steps`. A run that is extended keeps its number."""
@@ -657,9 +663,9 @@ class Config:
                 f"{self.rollout.max_new_tokens} together, and a sequence is never split; set it to "
                 f"{longest} or more"
             )
-        if self.optimizer.lr_warmup_steps >= self.train.total_steps > 1:
+        if self.optimizer.lr_warmup_steps > self.train.total_steps:
             raise ValueError(
-                f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be less than "
+                f"optimizer.lr_warmup_steps={self.optimizer.lr_warmup_steps} must be at most "
                 f"train.total_steps={self.train.total_steps}"
             )
         self._check_decay()
@@ -876,6 +882,18 @@ def _deadline(name: str, value: float) -> None:
     _positive(name, value)
     if value > MAX_DEADLINE:
         raise ValueError(f"{name}={value} must be at most {MAX_DEADLINE:,}")
+
+
+def _host(name: str, value: str) -> None:
+    """A name, IPv4 or IPv6 address; as in a URL, it needs none of a URL's other parts."""
+    try:
+        usable = "%" not in str(ipaddress.ip_address(value))  # a scope has no place in a URL
+    except ValueError:
+        usable = re.fullmatch(r"[\w.-]+", value)
+    if not usable:
+        raise ValueError(
+            f"{name}={value!r} must be a host name or an IP address, without port and brackets"
+        )
 
 
 def _no_secret(url: str) -> None:

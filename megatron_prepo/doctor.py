@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megatron_prepo import dashboards
+from megatron_prepo import dashboards, ports
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
@@ -218,12 +218,12 @@ def _shared_memory() -> Finding:
 def _port() -> Finding:
     """The port at which torchrun's ranks meet; in a Slurm job all that `launch` uses there."""
     if "SLURM_JOB_ID" in os.environ:
-        ports = nodes.ports(os.environ)
-        for port in ports:
+        own = nodes.ports(os.environ)
+        for port in own:
             if trouble := _trouble("", port):
                 remedy = "they follow from the job's number: submit it again, or end what is there"
                 return Finding("ports", "missing", f"{port} is {trouble}", remedy)
-        return Finding("ports", "ok", f"{ports[0]} to {ports[-1]}, this job's, are free")
+        return Finding("ports", "ok", f"{own[0]} to {own[-1]}, this job's, are free")
     port = int(os.environ.get("MASTER_PORT", "29500"))
     if trouble := _trouble("", port):
         remedy = "torchrun --master-port another, or set MASTER_PORT"
@@ -233,12 +233,10 @@ def _port() -> Finding:
 
 def _trouble(host: str, port: int) -> str | None:
     """Why nobody can listen there; None if one can."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            return "taken" if error.errno == errno.EADDRINUSE else error.strerror
+    try:
+        ports.try_to_listen(host, port)
+    except OSError as error:
+        return "taken" if error.errno == errno.EADDRINUSE else error.strerror
     return None
 
 
@@ -261,7 +259,9 @@ def _weight_sync(config: Config) -> Finding:
         found = f"servers at {', '.join(sorted(hosts))} would look for rank 0 on themselves: "
         found += f"weight_sync.address={address}"
         return Finding("weight sync", "missing", found, remedy)
-    with socket.create_server(("", 0)) as store:
+    both = socket.has_dualstack_ipv6()  # as torch's store listens
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as store:
         where = (address, store.getsockname()[1])
         try:
             socket.create_connection(where, timeout=config.servers.connect_seconds).close()

@@ -7,7 +7,9 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from megatron_prepo import lock
 from megatron_prepo.errors import UserError
@@ -19,7 +21,7 @@ def write_text(path: str | Path, text: str) -> None:
     # a name that is nobody's: a file of the user's may be called NAME.partial
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with open(aside, "x", encoding="utf-8") as file:
+        with naming(aside), open(aside, "x", encoding="utf-8") as file:
             file.write(text)
         flush(aside)
         aside.replace(path)
@@ -58,6 +60,26 @@ def flush(path: str | Path) -> None:
     """Force a file or a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append(file: TextIO, text: str) -> None:
+    """Write to the end of an open file; on disk when this returns."""
+    with naming(file.name):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError of a write, which has no file of its own (disk full), the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,8 +1,12 @@
 """Exceptions that the command line shows as a sentence, without a stack trace."""
 
+import errno
 import functools
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -17,8 +21,41 @@ class Stopped(RuntimeError):
         self.exit_code = exit_code
 
 
+def no_room(error: BaseException) -> str | None:
+    """Return one line, with the remedy, for a write that found no room on a disk; else None."""
+    if (words := full_disk(error)) is None:
+        return None
+    return f"{words}; make room there, and the same command resumes what is unfinished"
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Return what an error, or one behind it, says of a disk without room; None if none does.
+
+    Its text is looked at, since not every library that writes (safetensors, torch) raises an
+    OSError of its own.
+    """
+    one = error
+    while one is not None:
+        words = " ".join(str(one).split())
+        if any(mark in words for mark in NO_ROOM):
+            if isinstance(one, OSError) and one.errno and one.filename is None:
+                frame = traceback.extract_tb(one.__traceback__)[-1]
+                words += f" (writing in {Path(frame.filename).name}, line {frame.lineno})"
+            return words
+        one = one.__cause__ or one.__context__
+    return None
+
+
+NO_ROOM = tuple(
+    mark
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    for mark in (os.strerror(number), f"(os error {number})")
+)
+"""Disk full, quota, file-size limit (`ulimit -f`): as Python and C, and as Rust, write them."""
+
+
 def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` whose UserError becomes a line of stderr and the exit code 2."""
+    """A `main` whose UserError becomes a line of stderr and exit code 2; of a full disk, 1."""
 
     @functools.wraps(main)
     def said(*args, **kwargs) -> int:
@@ -27,5 +64,10 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except Exception as error:
+            if (line := no_room(error)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return 1
 
     return said

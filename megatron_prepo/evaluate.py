@@ -1,11 +1,11 @@
 """Held-out pass rate: avg@k, the mean over prompts of the share of k samples that pass."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_prepo.pass_rates import ci95, difference_ci95
 from megatron_prepo.records import Prompt, Rollout
 
 
@@ -15,6 +15,11 @@ class Evaluation:
 
     passes_P: torch.Tensor
     """Share of each prompt's samples that pass."""
+    samples_per_prompt: int
+
+    def first(self, count: int) -> "Evaluation":
+        """Return the same of the first prompts only."""
+        return replace(self, passes_P=self.passes_P[:count])
 
     @property
     def pass_rate(self) -> float:
@@ -24,7 +29,12 @@ class Evaluation:
     @property
     def ci95(self) -> tuple[float, float]:
         """95 % interval of the pass rate over prompts of this kind."""
-        return mean_ci95(self.passes_P)
+        return ci95(self.passes_P.tolist(), self.samples_per_prompt)
+
+    def gain_ci95(self, before: "Evaluation") -> tuple[float, float]:
+        """95 % interval of the gain over an evaluation of the same prompts."""
+        samples = before.samples_per_prompt, self.samples_per_prompt
+        return difference_ci95(before.passes_P.tolist(), self.passes_P.tolist(), samples)
 
 
 def evaluate(
@@ -39,17 +49,5 @@ def evaluate(
     """avg@k of the engine whose `generate` is given; a sample passes at `pass_reward`."""
     rollouts = generate(prompts, samples_per_prompt=samples_per_prompt, **sampling)
     rewards_PG = torch.as_tensor(rewards_of(rollouts)).view(len(prompts), samples_per_prompt)
-    return Evaluation((rewards_PG >= pass_reward).double().mean(dim=1))
-
-
-def mean_ci95(values_P: torch.Tensor) -> tuple[float, float]:
-    """Normal 95 % interval of a mean over prompts.
-
-    Samples of a prompt are not independent, so the prompt is the unit: 1.96 standard errors of the
-    prompts' means.
-    """
-    mean = float(values_P.mean())
-    if len(values_P) < 2:
-        return -math.inf, math.inf
-    half = 1.96 * float(values_P.std()) / math.sqrt(len(values_P))
-    return mean - half, mean + half
+    passes_P = (rewards_PG >= pass_reward).double().mean(dim=1)
+    return Evaluation(passes_P, samples_per_prompt)

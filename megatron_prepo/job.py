@@ -93,10 +93,10 @@ class Job:
                 checkpoints.finish()
                 raise self.stop.stopped(self.run.num_steps)
 
-    def speed(self, candidates: Candidates, groups: "Groups") -> dict[str, float]:
+    def speed(self, scored: Sequence[Candidates], groups: "Groups") -> dict[str, float]:
         """Rates of the actor's passes in the step that is about to be recorded."""
         sequences = [scored_sequence(rollout) for rollout in groups.rollouts]
-        return self.throughput.of_step(self.run.seconds, candidates, sequences, groups.rewards_KG)
+        return self.throughput.of_step(self.run.seconds, scored, sequences, groups.rewards_KG)
 
     def finish(self, after: Evaluation) -> dict:
         """Export the weights and end everything; returns the summary."""

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_prepo.durable import flush
+from megatron_prepo.durable import flush, naming
 from megatron_prepo.records import Prompt, Rollout
 
 NAME = re.compile(r"\w+_(?P<step>\d+)\.\d+\.jsonl")
@@ -80,7 +80,7 @@ class Journal:
         }
         self.directory.mkdir(exist_ok=True)
         path = self.directory / f"{purpose.replace('/', '_')}.{self.rank}.jsonl"
-        with open(path, "a") as file:
+        with naming(path), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
         self._unforced = path
         if time.monotonic() - self._forced_at > SECONDS_UNFORCED:

@@ -4,13 +4,12 @@ Read it with ``pandas.read_json("ledger.jsonl", lines=True)``.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prepo.durable import read_lines
+from megatron_prepo.durable import append, read_lines
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class Ledger:
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:
         """Write the entries of a step."""
-        self._file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append(self._file, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
 
     def close(self) -> None:
         """No more entries."""

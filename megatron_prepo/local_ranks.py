@@ -1,8 +1,8 @@
 """Start the ranks of a job on this machine, and end them all when one fails.
 
 Under `torchrun` or a cluster's launcher this file has no part.  Rank 0 has the terminal; the others
-print to `logs/`.  A rank that fails leaves its error in a file and nothing on the terminal, so that
-what is shown, last, is the error of the rank that failed first.
+print to `logs/`.  A rank that fails leaves its error in a pipe and nothing on the terminal, so that
+what is shown, last, is the error of the rank that failed first; all are in `logs/rank_N.error`.
 """
 
 import ctypes
@@ -15,13 +15,17 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.errors import Stopped, UserError, no_room
 from megatron_prepo.ports import free_port
 
-ERROR_FILE = "MEGATRON_PREPO_ERROR_FILE"
+ERROR_PIPE = "MEGATRON_PREPO_ERROR_PIPE"
+"""Descriptor on which a rank leaves its error: a pipe has room where a full disk has none."""
+MAX_ERROR_BYTES = 60_000
+"""A pipe holds 65,536, and nobody reads before the rank has ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Asked so, ranks save and leave."""
 STOPPED_EXIT_CODE = 75
@@ -46,8 +50,33 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     Raises RanksFailed with the error of the first rank that failed, after ending the others, and
     Stopped if SIGTERM or SIGUSR1, passed on to the ranks, or to one of them, made them leave.
     """
+    try:
+        codes, asked, errors = _run(command, num_ranks, log_directory)
+    except OSError as error:
+        if (line := no_room(error)) is None:
+            raise
+        raise RanksFailed(f"error: {line}", exit_code=1) from error
+    if not codes:
+        return
+    if _leaving(codes, asked):
+        left = [rank for rank, code in codes.items() if code == STOPPED_EXIT_CODE]
+        said = _in_order(errors, left)
+        raise Stopped(
+            said[0]
+            if said
+            else "stopped as asked before a step could be saved; the same command "
+            "goes on from the last checkpoint",
+            exit_code=STOPPED_EXIT_CODE,
+        )
+    raise RanksFailed(_first_error(codes, errors, log_directory), exit_code=codes[min(codes)])
+
+
+def _run(
+    command: Sequence[str], num_ranks: int, log_directory: Path
+) -> tuple[dict[int, int], set[int], "dict[int, Error]"]:
+    """Exit codes of the ranks that did not end well, stop signals that came, errors by rank."""
     log_directory.mkdir(parents=True, exist_ok=True)
-    processes, logs, codes = [], [], {}
+    processes, logs, codes, pipes, errors = [], [], {}, [], {}
     meeting_file = Path(tempfile.mkdtemp(prefix="megatron-prepo-")) / "ranks"
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     shared = {
@@ -63,48 +92,50 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     with _stop_signals_go_to(processes) as asked:
         try:
             for rank in range(num_ranks):
-                error_file = log_directory / f"rank_{rank}.error"
-                error_file.unlink(missing_ok=True)
+                (log_directory / f"rank_{rank}.error").unlink(missing_ok=True)
                 log = None
                 if rank > 0:
                     log = open(log_directory / f"rank_{rank}.log", "w")  # noqa: SIM115
                     logs.append(log)
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(error_file)}
-                processes.append(
-                    subprocess.Popen(
-                        command, env={**os.environ, **shared, **own}, stdout=log, stderr=log
+                reader, writer = os.pipe()
+                pipes.append(reader)
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_PIPE: str(writer)}
+                try:
+                    processes.append(
+                        subprocess.Popen(
+                            command,
+                            env={**os.environ, **shared, **own},
+                            stdout=log,
+                            stderr=log,
+                            pass_fds=[writer],
+                        )
                     )
-                )
+                finally:
+                    os.close(writer)
             codes = _wait(processes, asked)
         finally:
             _end(processes)
             shutil.rmtree(meeting_file.parent)
             for log in logs:
                 log.close()
-    if not codes:
-        return
-    if _leaving(codes, asked):
-        left = [rank for rank, code in codes.items() if code == STOPPED_EXIT_CODE]
-        said = _errors(left, log_directory)
-        raise Stopped(
-            said[0]
-            if said
-            else "stopped as asked before a step could be saved; the same command "
-            "goes on from the last checkpoint",
-            exit_code=STOPPED_EXIT_CODE,
-        )
-    raise RanksFailed(_first_error(codes, log_directory), exit_code=codes[min(codes)])
+            for rank, pipe in enumerate(pipes):
+                if error := _read(pipe):
+                    errors[rank] = error
+                    with suppress(OSError):  # for later; it is shown even if the disk is full
+                        path = log_directory / f"rank_{rank}.error"
+                        path.write_text(error.message + "\n", encoding="utf-8")
+    return codes, asked, errors
 
 
 def run_rank(main: Callable[[], None]) -> int:
     """Run `main` as one rank and return its exit code; errors go where the launcher looks.
 
-    Started by `start`: to the rank's error file.  Started by torchrun: to stderr, a user's error
+    Started by `start`: to the rank's pipe.  Started by torchrun: to stderr, a user's error
     from rank 0 only, since every rank finds the same.
     """
-    error_file = os.environ.get(ERROR_FILE)
+    pipe = os.environ.get(ERROR_PIPE)
     rank = int(os.environ.get("RANK", "0"))
-    if error_file:
+    if pipe:
         _die_with_parent()
     try:
         main()
@@ -115,10 +146,13 @@ def run_rank(main: Callable[[], None]) -> int:
         code, message = 2, f"error: {error}"
     except Stopped as error:
         code, message = error.exit_code, str(error)
-    except Exception:
+    except Exception as error:
         code, message = 1, f"rank {rank} failed:\n{traceback.format_exc()}"
-    if error_file:
-        Path(error_file).write_text(f"{time.monotonic_ns()}\n{message}")
+        if line := no_room(error):
+            message = f"error: rank {rank}: {line}"
+    if pipe:
+        words = f"{time.monotonic_ns()}\n{message}".encode(errors="backslashreplace")
+        os.write(int(pipe), words[:MAX_ERROR_BYTES])
     elif code == 1 or rank == 0:
         print(message, file=sys.stderr)
     return code
@@ -177,26 +211,41 @@ def _stop_signals_go_to(processes: Sequence[subprocess.Popen]) -> Iterator[set[i
             signal.signal(number, handler)
 
 
-def _errors(ranks: Iterable[int], log_directory: Path) -> list[str]:
-    """What the ranks have left in their error files, the earliest first."""
-    files = [log_directory / f"rank_{rank}.error" for rank in ranks]
-    errors = [path.read_text().partition("\n") for path in files if path.is_file()]
-    return [message for _, _, message in sorted(errors, key=lambda error: int(error[0]))]
+@dataclass(frozen=True, order=True)
+class Error:
+    """What a rank has left in its pipe."""
+
+    at: int
+    """Nanoseconds of the monotonic clock, the same for all processes."""
+    message: str
 
 
-def _first_error(failed: dict[int, int], log_directory: Path) -> str:
-    """How a rank was killed, with the end of its log; if none was, the earliest error file."""
-    errors = _errors(failed, log_directory)
+def _read(pipe: int) -> Error | None:
+    """The error of a rank that has ended, if it left one."""
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError), open(pipe, "rb", buffering=0) as reader:
+        at, end, message = (reader.read(1 << 16) or b"").partition(b"\n")
+        return Error(int(at), message.decode(errors="replace")) if end else None
+
+
+def _in_order(errors: dict[int, Error], ranks: Iterable[int]) -> list[str]:
+    """What these ranks have left, the earliest first."""
+    return [error.message for error in sorted(errors[rank] for rank in ranks if rank in errors)]
+
+
+def _first_error(failed: dict[int, int], errors: dict[int, Error], log_directory: Path) -> str:
+    """How a rank was killed, with the end of its log; if none was, the earliest error."""
+    said = _in_order(errors, failed)
     killed = [rank for rank, code in failed.items() if code < 0]
-    if errors and not killed:
-        return errors[0]
+    if said and not killed:
+        return said[0]
     rank = (killed or list(failed))[0]
     code = failed[rank]
     how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
     if code == -signal.SIGKILL:
         how += " (often: out of memory)"
     log = log_directory / f"rank_{rank}.log"
-    tail = "\n".join(log.read_text().splitlines()[-10:]) if log.is_file() else ""
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:]) if log.is_file() else ""
     return f"rank {rank} died with {how}\n{tail}".strip()
 
 

@@ -1,10 +1,15 @@
 """What is measured in a step, and where it is written.
 
-`metrics.jsonl` has one object a step; keys are `group/name`, seconds are under `seconds/`.
+`metrics.jsonl` has one object per step; keys are `group/name`, seconds are under `seconds/`.
+
+A mean is over what there was: a key is absent where there was nothing (no update was made, no token
+had an advantage), and null where the value is not a finite number.  Neither is ever counted as 0.
+`loss/` and `train/` are means over the step's optimizer updates; what they and `mismatch/` average
+are tokens of all ranks, so that the layout changes no value but by rounding.
 """
 
 import json
-import os
+import math
 import time
 import warnings
 from collections import defaultdict
@@ -18,6 +23,7 @@ from torch.profiler import record_function
 
 from megatron_prepo.advantages import zero_variance
 from megatron_prepo.dashboards import TensorBoard, WandB
+from megatron_prepo.durable import append
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.candidates import Candidates
 
@@ -73,15 +79,19 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One object; on disk when the method returns."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        record = {name: _finite_or_none(value) for name, value in metrics.items()}
+        append(self._file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
         for dashboard in self._dashboards:
             dashboard.write(step, metrics)
 
     def close(self) -> None:
         """No more metrics; dashboards are closed by those who made them."""
         self._file.close()
+
+
+def _finite_or_none(value):
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def selection_metrics(
@@ -151,14 +161,18 @@ def rollout_metrics(
 
 def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
     """Minimum, quartiles and maximum."""
-    points = {"min": 0.0, "q25": 0.25, "q50": 0.5, "q75": 0.75, "max": 1.0}
+    values, points = values.double(), {"q25": 0.25, "q50": 0.5, "q75": 0.75}
     return {
-        f"{name}_{label}": float(torch.quantile(values.double(), q)) for label, q in points.items()
+        f"{name}_min": float(values.min()),
+        **{f"{name}_{label}": float(torch.quantile(values, q)) for label, q in points.items()},
+        f"{name}_max": float(values.max()),
     }
 
 
 def spearman(x_K: torch.Tensor, y_K: torch.Tensor) -> float | None:
-    """Rank correlation; None where one side is constant or not finite."""
+    """Rank correlation; None where one side is constant, has a NaN or is a single value."""
+    if len(x_K) < 2:
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         value = float(stats.spearmanr(x_K.numpy(), y_K.numpy()).statistic)

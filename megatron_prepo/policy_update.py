@@ -3,6 +3,7 @@
 Letters: K selected prompts, G rollouts each, N = K*G rollouts.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -139,9 +140,19 @@ def update_policy(
 
 
 def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]:
-    """Means over the updates that were made, nothing if none was, and how many were skipped."""
+    """Return the mean of each metric over the updates that have it, and the skipped updates.
+
+    An update without a token to learn from has no ratio or divergence: it is not counted as 0.
+
+    >>> mean_metrics([{"a": 1.0, "b": 3.0}, {"a": 2.0}, None])
+    {'a': 1.5, 'b': 3.0, 'loss/skipped_updates': 1}
+    """
+    values = defaultdict(list)
     made = [update for update in updates if update is not None]
-    means = {name: sum(u[name] for u in made) / len(made) for name in (made[0] if made else ())}
+    for update in made:
+        for name, value in update.items():
+            values[name].append(value)
+    means = {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
     return means | {"loss/skipped_updates": len(updates) - len(made)}
 
 

@@ -12,19 +12,40 @@ TRIES = 100
 
 
 def free_port(host: str = "") -> int:
-    """One that nobody listens on; OSError if so many of the range are taken that none is found."""
+    """Return one that nobody listens on.
+
+    OSError if `host` is no address of this machine, or N tries found none free.
+    """
     choice = random.SystemRandom()  # the others' random numbers are part of a run
+    try_to_listen(host, 0)
     for _ in range(TRIES):
         port = choice.randint(FIRST, LAST)
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((host, port))
-            except OSError as error:
-                failure = error
-            else:
-                return port
+        try:
+            try_to_listen(host, port)
+        except OSError as error:
+            failure = error
+        else:
+            return port
     raise OSError(
         f"no port of {TRIES} tried between {FIRST} and {LAST} is free on {host or 'this machine'}: "
         f"{failure}"
     )
+
+
+def try_to_listen(host: str, port: int) -> None:
+    """Raise the OSError of a program that would listen there; `host` is IPv4, IPv6 or a name."""
+    family, _, _, _, address = socket.getaddrinfo(
+        host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+
+
+def url(host: str, port: int) -> str:
+    """Return the URL of a server.
+
+    >>> url("127.0.0.1", 80), url("::1", 80)
+    ('http://127.0.0.1:80', 'http://[::1]:80')
+    """
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,5 +1,6 @@
 """Everything that can be found wrong before a rank is started: files, tokenizer, model, layout."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
-from megatron_prepo.rewards import check_file
+from megatron_prepo.rewards import check_file, pool
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Inputs:
 def check(config: Config) -> Inputs:
     """Read and check all inputs; raises UserError naming the culprit."""
     from megatron_prepo.actor.model import check_layout
-    from megatron_prepo.rollout.sglang import launch
+    from megatron_prepo.rollout.sglang import launch, open_files
 
     dashboards.check(config)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
     check_weights(config)
     check_file(config.reward.function)
+    if "RANK" not in os.environ:  # ranks load the function before anything else anyway
+        pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
     train_prompts = prompts_of(config, tokenizer, "train")
     eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]
@@ -44,7 +47,10 @@ def check(config: Config) -> Inputs:
             f"is {hf['vocab_size']}"
         )
     if config.rollout.engine == "sglang":
+        open_files.make_room(config.servers)
         launch.check_given(config) if config.servers.urls else launch.check(config)
+        if not config.servers.urls and os.environ.get("RANK", "0") == "0":
+            launch.check_host(config)
     return Inputs(tokenizer, train_prompts, eval_prompts)
 
 

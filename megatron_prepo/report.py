@@ -1,12 +1,11 @@
 """A finished run as a picture and as a few lines of text."""
 
-import json
 from pathlib import Path
 
-from megatron_prepo.durable import read_lines
+from megatron_prepo.durable import naming, read_lines
 
 
-def plot(directory: str | Path) -> Path:
+def plot(directory: str | Path, summary: dict) -> Path:
     """`pass_rate.png`: held-out pass rate and the window's mean perplexity by rollouts paid."""
     import matplotlib
 
@@ -34,7 +33,6 @@ def plot(directory: str | Path) -> Path:
         other.set_ylabel("mean perplexity of the selected window")
         other.yaxis.label.set_color("tab:orange")
         other.spines[["top"]].set_visible(False)
-    summary = json.loads((directory / "summary.json").read_text())
     axes.set_title(
         f"{summary['method']}, weights {summary['weighting']}: "
         f"{summary['pass_rate_before']:.3f} -> {summary['pass_rate_after']:.3f} "
@@ -42,8 +40,11 @@ def plot(directory: str | Path) -> Path:
         fontsize=11,
     )
     path = directory / "pass_rate.png"
-    figure.savefig(path, dpi=120)
+    aside = directory / "pass_rate.png.partial"
+    with naming(aside):
+        figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)
+    aside.replace(path)
     return path
 
 

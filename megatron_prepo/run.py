@@ -31,7 +31,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.dashboards import dashboards
 from megatron_prepo.durable import flush, write_text
 from megatron_prepo.errors import UserError
-from megatron_prepo.evaluate import Evaluation, mean_ci95
+from megatron_prepo.evaluate import Evaluation
 from megatron_prepo.ledger import Ledger, LedgerEntry
 from megatron_prepo.metrics import MetricsLog, Stopwatch
 from megatron_prepo.profiling import profiled
@@ -158,7 +158,9 @@ class Run:
             "rollouts": self.rollouts,
             "tokens": self.tokens,
             "seconds": dict(self.seconds.total),
-            "before": None if self.before is None else self.before.passes_P.tolist(),
+            "before": None
+            if self.before is None
+            else vars(self.before) | {"passes_P": self.before.passes_P.tolist()},
             "temperature_before": self.temperature_before,
             "files": {name: os.path.getsize(self.directory / name) for name in LOGS}
             if self.writes
@@ -170,9 +172,12 @@ class Run:
         self.num_steps, self.rollouts = state["num_steps"], state["rollouts"]
         self.tokens = state["tokens"]
         self.seconds.go_on_from(state["seconds"])
-        if state["before"] is not None:
-            self.before = Evaluation(torch.tensor(state["before"], dtype=torch.float64))
-            # not in checkpoints of older versions, under which `eval` could not change
+        if (before := state["before"]) is not None:
+            if isinstance(before, list):  # of an older version, under which `eval` did not change
+                samples = self.config.eval.samples_per_prompt
+                before = {"passes_P": before, "samples_per_prompt": samples}
+            passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
+            self.before = Evaluation(passes_P, before["samples_per_prompt"])
             self.temperature_before = state.get("temperature_before", self.temperature_before)
         self.cut(state["files"])
 
@@ -207,8 +212,8 @@ class Run:
                 f"{self.temperature_before}, and this one at {self.config.eval.temperature}"
             )
             return None, None, both
-        gain_P = after.passes_P[:both] - self.before.passes_P[:both]
-        return float(gain_P.mean()), list(mean_ci95(gain_P)), both
+        first, last = self.before.first(both), after.first(both)
+        return last.pass_rate - first.pass_rate, list(last.gain_ci95(first)), both
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict:
         """The summary; written with the plot, and the files closed."""
@@ -235,7 +240,8 @@ class Run:
         if self.writes:
             for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
                 log.close()
+            report.plot(self.directory, summary)
+            # last: a run that has one is finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-            report.plot(self.directory)
             run_directory.end(self.config)
         return summary

@@ -29,7 +29,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo import lock, machine, preflight
 from megatron_prepo.config import Config, overridden
 from megatron_prepo.data import read_prompts
-from megatron_prepo.durable import flush, write_text
+from megatron_prepo.durable import flush, naming, write_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.pass_rates import mean_with_ci95, pass_at_k, powers_of_two
 from megatron_prepo.records import Prompt, Rollout
@@ -187,7 +187,7 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
         "place": str(model.place),
         "rollouts": model.rollouts,
         "suites": numbers,
-        "mean": mean_with_ci95(passed),
+        "mean": mean_with_ci95(passed, config.eval.samples_per_prompt),
     }
 
 
@@ -310,7 +310,7 @@ class Completions:
             }
             for i, (rollout, grade) in enumerate(zip(rollouts, grades, strict=True))
         ]
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(_line, records))
         flush(self.path)
         for record in records:
@@ -336,9 +336,12 @@ def count(completions: Completions, pass_reward: float) -> dict:
     return {
         "prompts": len(passed_P),
         "samples": samples,
-        "avg": mean_with_ci95([completions.avg_P(pass_reward)]),
+        "avg": mean_with_ci95([completions.avg_P(pass_reward)], samples),
         "pass_at": {
-            str(k): mean_with_ci95([[pass_at_k(samples, passed, k) for passed in passed_P]])
+            # n samples are n / k independent draws of k
+            str(k): mean_with_ci95(
+                [[pass_at_k(samples, passed, k) for passed in passed_P]], samples // k
+            )
             for k in powers_of_two(samples)
         },
         "tokens": sum(record["tokens"] for record in records) / len(records),

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prepo.actor import parallel
-from megatron_prepo.advantages import zero_variance
+from megatron_prepo.advantages import group_advantages
 from megatron_prepo.config import Config
 from megatron_prepo.flops import Work
 from megatron_prepo.gpus import GIB, peak_flops
@@ -42,14 +42,21 @@ class Throughput:
     def of_step(
         self,
         seconds: Stopwatch,
-        candidates: Candidates,
+        scored: Sequence[Candidates],
         sequences: Sequence[ScoredSequence],
         rewards_KG: torch.Tensor,
     ) -> dict[str, float]:
-        """Metrics of a step, from its candidates and the rollouts that were trained on."""
-        by_actor = candidates.ppl_P is not None and self.config.selection.ppl_from == "actor"
-        scored = candidates.prompts if by_actor else ()
-        prompts = Work.of(ScoredSequence(prompt.tokens, 1) for prompt in scored)
+        """Metrics of a step, from the candidates scored in it and the rollouts trained on.
+
+        With `train.overlap` a step scores the next step's candidates, and the first also its own.
+        """
+        by_actor = self.config.selection.ppl_from == "actor"
+        prompts = Work.of(
+            ScoredSequence(prompt.tokens, 1)
+            for candidates in scored
+            if by_actor and candidates.ppl_P is not None
+            for prompt in candidates.prompts
+        )
         learnt = itertools.compress(sequences, self._learnt(rewards_KG))
         scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
         rates = {}
@@ -79,13 +86,17 @@ class Throughput:
         return rates
 
     def _learnt(self, rewards_KG: torch.Tensor) -> list[bool]:
-        """Which rollouts the update passes through: the rule of `Actor.update`."""
-        loss = self.config.loss
+        """Which rollouts the update passes through: the rule of `Actor.update`.
+
+        A reward equal to its group's mean has an advantage of 0, too.
+        """
+        loss, advantage = self.config.loss, self.config.advantage
         if self.config.debug.mode == "rollout":  # no updates at all
             return [False] * rewards_KG.numel()
         if loss.entropy_coef or loss.kl_coef or self.shape.experts:
             return [True] * rewards_KG.numel()
-        return (~zero_variance(rewards_KG)).repeat_interleave(rewards_KG.shape[1]).tolist()
+        advantages_KG = group_advantages(rewards_KG, std=advantage.std, eps=advantage.eps)
+        return advantages_KG.flatten().bool().tolist()
 
 
 def peak_memory() -> dict[str, float]:

@@ -87,7 +87,7 @@ def train(config: Config) -> dict:
                     | selector.metrics()
                     | old.metrics(config.loss, weight_N, groups.rollouts)
                     | losses
-                    | job.speed(candidates, groups),
+                    | job.speed([candidates], groups),
                 )
                 checkpoints.mark()
             job.save_if_due(checkpoints, step)

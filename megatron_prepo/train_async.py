@@ -75,7 +75,7 @@ def train_overlapped(config: Config) -> dict:
                     | of_selector
                     | old.metrics(config.loss, weight_N, paid.rollouts)
                     | losses
-                    | job.speed(ready.candidates, paid)
+                    | job.speed(ahead.take_scored(), paid)
                     | {"seconds/generation": ready.seconds},
                 )
                 checkpoints.mark()
@@ -122,6 +122,8 @@ class Ahead:
     def __init__(self, job: Job):
         self.job = job
         self.coming: Coming | None = None
+        self.scored: list[Candidates] = []
+        """Candidates scored since the last step was recorded."""
 
     def start(self, step: int) -> None:
         """Score the candidates, choose, and let the servers generate."""
@@ -130,6 +132,7 @@ class Ahead:
         with job.run.seconds("perplexity"):
             prompts = job.batches.next()
             candidates = look_at(job.config, job.actor, job.engine, job.selector, prompts, step)
+        self.scored.append(candidates)
         self._choose(step, candidates, job.engine.weight_version)
         self._generate()
 
@@ -151,6 +154,11 @@ class Ahead:
         self.wait()
         ready, self.coming = self.coming, None
         return ready
+
+    def take_scored(self) -> list[Candidates]:
+        """Return the candidates whose scores took this step's seconds of `perplexity`."""
+        scored, self.scored = self.scored, []
+        return scored
 
     def state_dict(self) -> dict:
         """Plain JSON."""

@@ -25,10 +25,10 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 def build_optimizer(
     config: Config, model_chunks
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer and its schedule; one step of the schedule is one optimizer update."""
+    """The optimizer and its schedule."""
     ours = dataclasses.asdict(config.optimizer)
-    names = ("lr_decay_style", "lr_warmup_steps", "lr_decay_steps")
-    steps = {name: ours.pop(name) for name in names}
+    for name in ("lr_decay_style", "lr_warmup_steps", "lr_decay_steps"):  # the schedule's
+        del ours[name]
     settings = ours | {
         "optimizer": "adam",
         "bf16": config.model.dtype == "bfloat16",
@@ -40,21 +40,31 @@ def build_optimizer(
     else:
         mcore = MegatronOptimizerConfig(**(settings | overrides))
     optimizer = get_megatron_optimizer(mcore, model_chunks)
-    updates_a_step = config.train.mini_batches
-    scheduler = OptimizerParamScheduler(
+    return optimizer, build_schedule(config, optimizer)
+
+
+def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Return Megatron's schedule of the learning rate; one of its steps is one optimizer update.
+
+    Update u of W warm-up updates, counted from 0, has the learning rate ``lr (u + 1) / W``: none is
+    made at 0, and the last one has the peak.  Megatron's warm-up is linear from `init_lr` at its
+    step 0 to the peak at step `lr_warmup_steps`, hence `lr / W` and W - 1.
+    """
+    settings, updates_per_step = config.optimizer, config.train.mini_batches
+    warmup_updates = max(1, settings.lr_warmup_steps * updates_per_step)
+    return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
-        max_lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        lr_warmup_steps=steps["lr_warmup_steps"] * updates_a_step,
-        lr_decay_steps=(steps["lr_decay_steps"] or config.train.total_steps) * updates_a_step,
-        lr_decay_style=steps["lr_decay_style"],
-        start_wd=config.optimizer.weight_decay,
-        end_wd=config.optimizer.weight_decay,
+        init_lr=settings.lr / warmup_updates,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup_updates - 1,
+        lr_decay_steps=(settings.lr_decay_steps or config.train.total_steps) * updates_per_step,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
         # of a checkpoint only the number of updates counts: a run that is extended may decay later
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    return optimizer, scheduler

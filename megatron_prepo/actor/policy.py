@@ -240,7 +240,7 @@ class Actor:
         """Change the weights by the gradient of the last `backward`; returns metrics.
 
         Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
-        computed, 0 if there were none.
+        computed, and absent if there were none.  The learning rate is the one of this update.
 
         Raises FloatingPointError on all ranks if the gradient is not finite.  Weights, optimizer
         state, learning rate and `updates` are then as before: the version counts what the weights
@@ -252,23 +252,24 @@ class Actor:
                 f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {gradient.norm}, "
                 "and not every number behind them is finite; the weights are left as they were"
             )
+        learning_rate = self.optimizer.param_groups[0]["lr"]  # the scheduler sets the next one
         self.optimizer.step()
         self.scheduler.step(increment=1)
         self.updates += 1
-        tokens = max(1.0, totals["tokens"])
         metrics = {
             "loss/policy": totals["loss"],
             "loss/grad_norm": gradient.norm,
-            "loss/clip_fraction": totals["clipped"] / tokens,
-            "loss/ratio": totals["ratio"] / tokens,
-            "loss/kl_to_old": totals["kl"] / tokens,
-            "loss/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss/learning_rate": learning_rate,
             "train/tokens": float(plan.load.tokens),
             "train/padding_fraction": plan.padding_fraction,
             "train/balance_ratio": plan.balance_ratio,
         }
-        if self.config.loss.kl_coef:
-            metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
+        if tokens := totals["tokens"]:
+            metrics["loss/clip_fraction"] = totals["clipped"] / tokens
+            metrics["loss/ratio"] = totals["ratio"] / tokens
+            metrics["loss/kl_to_old"] = totals["kl"] / tokens
+            if self.config.loss.kl_coef:
+                metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
         return metrics
 
     def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:

@@ -24,7 +24,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_prepo.actor import manifest, parallel
-from megatron_prepo.durable import flush
+from megatron_prepo.durable import flush, naming
+from megatron_prepo.errors import full_disk
 
 # Megatron forks a process for each file that it writes.  A fork whose rank is killed waits for ever
 # for a lock that the rank held: here its writers are threads, and a queue for their answers needs
@@ -147,12 +148,14 @@ class Saving:
             self.request.async_fn(dist.get_rank(), self.buckets, self.results)
             self.result = self.results.get_nowait()
             if isinstance(self.result, Exception):
-                return str(self.result)
+                # torch closes its archive when a write has failed, and fails in that, too
+                return full_disk(self.result) or str(self.result)
         files = [Path(file) for file, _, _ in self.buckets]
         self.buckets = []  # a copy of the model is large
         for name, content in self.small_files.items():
             files.append(self.aside / name)
-            files[-1].write_bytes(content)
+            with naming(files[-1]):
+                files[-1].write_bytes(content)
             flush(files[-1])
         self.sums = {file.name: manifest.sum_of(file) for file in files}
         return None

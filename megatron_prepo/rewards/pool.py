@@ -52,6 +52,12 @@ class Grade:
     """How long its process worked on it, on the clock."""
 
 
+def check(settings: RewardConfig) -> None:
+    """UserError for a function of the user's that cannot be loaded, or called, as it would be."""
+    if settings.function not in FUNCTIONS:
+        Worker(settings).when_ready().end()
+
+
 class Grader:
     """Grades on rank 0; `share` gives the result of its future to every rank, others pass None."""
 
@@ -176,17 +182,19 @@ class Worker:
 
     def when_ready(self, starts: int = STARTS) -> "Worker":
         """This one, or another, should it end before; raises UserError for one without function."""
-        reply = {}
+        reply, late = {}, False
         try:
             reply = self._receive(START_SECONDS)
         except TimeoutError:
-            starts = 1
+            late = True
         except (OSError, ValueError):
             pass
         if "ready" in reply:
             return self
         status = self.end()
-        if starts > 1 and "error" not in reply:
+        if late:
+            status = f"the file was not loaded after {START_SECONDS:g} s"
+        elif starts > 1 and "error" not in reply:
             return Worker(self.settings).when_ready(starts - 1)
         raise UserError(
             f"reward.function={self.settings.function} does not load in a grading process with "

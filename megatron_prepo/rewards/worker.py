@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+from megatron_prepo.errors import UserError
 from megatron_prepo.rewards import load
 
 FULL = 3
@@ -30,7 +31,10 @@ def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
     with socket.socket(fileno=int(descriptor)) as channel:
         try:
             function = load(name)
-        except Exception as error:  # whatever a user's file raises is for the user to read
+        except UserError as error:
+            send(channel, {"error": " ".join(str(error).split())[:600]})
+            return
+        except Exception as error:  # a package that is missing, or no memory
             send(channel, {"error": sentence(error)})
             return
         send(channel, {"ready": True})

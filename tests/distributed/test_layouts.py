@@ -425,7 +425,7 @@ def reference_updates(scenario, batch, model):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), scenario.clip_grad).item()
         optimizer.step()
-        tokens = max(1, statistics["tokens"])
+        tokens = statistics["tokens"]
         metrics.append(
             {
                 "loss/policy": loss.item(),

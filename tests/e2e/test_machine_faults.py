@@ -28,10 +28,12 @@ def undisturbed(tmp_path_factory):
     return directory
 
 
-def start(directory: Path, *settings: str, prefix=(), **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megatron_prepo", "train", str(LAPTOP / "prepo.yaml")]
+def start(
+    directory: Path, *settings: str, prefix=(), command=(), **environment: str
+) -> subprocess.Popen:
+    train = [sys.executable, "-m", "megatron_prepo", "train", *command, str(LAPTOP / "prepo.yaml")]
     return subprocess.Popen(
-        [*prefix, *command, f"run.dir={directory}", *FILES, *RUN, *settings],
+        [*prefix, *train, f"run.dir={directory}", *FILES, *RUN, *settings],
         cwd=REPOSITORY,
         env=os.environ | environment,
         stderr=subprocess.PIPE,
@@ -87,6 +89,47 @@ def test_read_only_in_the_middle_it_ends_and_goes_on_later(tmp_path, unprivilege
     assert prove.num_lines(directory / "metrics.jsonl") == 2
     assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["iter_0000001"]
     checkpoints.chmod(0o755)
+    assert train(directory, *RUN) == 0
+    assert_equal(undisturbed, directory)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and what changes its size."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system here")
+    yield lambda kib: subprocess.check_call(["mount", "-o", f"remount,size={kib}k", str(tmp_path)])
+    subprocess.check_call(["umount", "--lazy", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kib", "file"),
+    [
+        (4, "evaluations.jsonl"),
+        (12, "journal/rollouts_0.0.jsonl"),
+        (24, "ledger.jsonl"),
+        (2000, "checkpoints/iter_0000001.partial"),
+        (2944, "checkpoints/iter_0000002.partial"),
+        (5900, "hf.partial/model.safetensors"),
+        (6660, "pass_rate.png.partial"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_with_room_the_run_resumes(
+    tmp_path, small_disk, undisturbed, kib, file
+):
+    """Whichever file is the one that finds no room.  A restart finds none either, and says so."""
+    directory = tmp_path / "run"
+    small_disk(kib)
+    said = ends(start(directory, command=["--max-restarts", "1"]), code=1)
+    lines = [line for line in said.splitlines() if line.startswith("error: rank 0: ")]
+    assert len(lines) == 2 and "started again (1 left)" in said and "Traceback" not in said
+    for line in lines:
+        assert f"{directory / file}" in line and "No space left on device" in line
+        assert line.endswith("make room there, and the same command resumes what is unfinished")
+    assert not (directory / "summary.json").exists()
+    small_disk(65536)
     assert train(directory, *RUN) == 0
     assert_equal(undisturbed, directory)
 

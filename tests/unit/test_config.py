@@ -201,7 +201,7 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
         ),
         ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
         ({"profile__steps": [4, 5]}, r"profile\.steps=\[5\]: train\.total_steps=5 steps are count"),
-        ({"optimizer__lr_warmup_steps": 5}, r"lr_warmup_steps=5 must be less than .*total_steps=5"),
+        ({"optimizer__lr_warmup_steps": 6}, r"lr_warmup_steps=6 must be at most .*total_steps=5"),
         (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
         (
             OVERLAP | {"selection__method": "dapo"},
@@ -226,7 +226,7 @@ def test_the_edges_of_the_ranges_are_allowed():
     from_tree(tree(selection={"num_candidates": 2, "num_selected": 2, "rho_max": 0.0}))
     from_tree(tree(parallel__data=16))
     from_tree(tree(parallel__data=8, train={"total_steps": 5, "mini_batches": 2}))
-    from_tree(tree(optimizer={"lr": 0.0, "min_lr": 0.0, "lr_warmup_steps": 4}))
+    from_tree(tree(optimizer={"lr": 0.0, "min_lr": 0.0, "lr_warmup_steps": 5}))
     from_tree(tree(parallel={"tensor": 2, "sequence": True}))
 
 
@@ -236,6 +236,11 @@ def test_the_edges_of_the_ranges_are_allowed():
         ({"urls": ["a:1"]}, r"servers\.urls: 'a:1' must start with http"),
         ({"urls": ["http://a:1", "http://a:1"]}, "names a server twice"),
         ({"count": 0}, r"servers\.count=0 must be at least 1"),
+        ({"host": "[::1]"}, r"servers\.host='\[::1\]' must be a host name or an IP address"),
+        ({"host": "0.0.0.0:30000"}, r"without port and brackets"),
+        ({"host": "http://10.0.0.7"}, r"servers\.host='http://10"),
+        ({"host": "fe80::1%eth0"}, r"servers\.host='fe80::1%eth0'"),
+        ({"host": ""}, r"servers\.host='' must be"),
         ({"straggler_seconds": 0.0}, r"servers\.straggler_seconds=0.0 must be above 0"),
     ],
 )

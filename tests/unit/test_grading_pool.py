@@ -12,6 +12,7 @@ import pytest
 from megatron_prepo.config import RewardConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rewards import pool
 from megatron_prepo.rewards.pool import WAITING, Grader
 
 FILE = Path(__file__).resolve().parents[1] / "reward_functions.py"
@@ -159,7 +160,7 @@ def test_a_process_that_someone_killed_before_it_was_ready_is_started_again(tmp_
 
 
 def test_a_function_that_does_not_load_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"does not load.*no attribute 'absent'"):
+    with pytest.raises(UserError, match=r"does not load.*has no function 'absent'"):
         Grader(settings("absent"))
     broken = tmp_path / "broken.py"
     broken.write_text("import os\nos.abort()\n")
@@ -168,6 +169,69 @@ def test_a_function_that_does_not_load_is_a_sentence(tmp_path):
     broken.write_text("x = bytearray(4 << 30)\n")
     with pytest.raises(UserError, match=r"memory_mb=512: MemoryError"):
         Grader(settings(file=broken))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(completion, answer)\n    return 1\n", r"reward\.py, line 1: SyntaxError: expected"),
+        ("import helper\n\nhelper.broken()\n", r"helper\.py, line 3: ZeroDivisionError"),
+        ("import absent_helper\n", r"reward\.py, line 1: ModuleNotFoundError: .*absent_helper"),
+        ("import sys\nsys.exit(0)\n", r"reward\.py, line 2: SystemExit: 0"),
+        ("def g(completion, answer): ...\n", r"has no function 'f', but g$"),
+        ("def f(completion): ...\n", r"reward\.py:f\(completion\) does not fit \(too many pos"),
+        ("def f(a, b, c): ...\n", r"f\(a, b, c\) does not fit \(missing a required argument: 'c'"),
+        ("def f(a, *, b): ...\n", r"does not fit"),
+        ("f = 3\n", r"f is a int; a reward function takes \(completion, answer\) and"),
+        ("class f:\n    def __init__(self, a, b): ...\n", r"f is a class"),
+        ("async def f(a, b): ...\n", r"f is a coroutine function"),
+        ("def f(a, b):\n    yield 1.0\n", r"f is a generator function"),
+        (
+            "class C:\n    async def __call__(self, a, b): ...\nf = C()\n",
+            r"f is a coroutine function",
+        ),
+    ],
+)
+def test_a_file_that_cannot_grade_is_refused_before_any_rank_starts(tmp_path, text, message):
+    (tmp_path / "helper.py").write_text("def broken():\n\n    return 1 / 0\n")
+    (tmp_path / "reward.py").write_text(text)
+    with pytest.raises(UserError, match=rf"^reward\.function=\S+:f does not load.*{message}") as e:
+        pool.check(settings("f", tmp_path / "reward.py"))
+    assert "\n" not in str(e.value)
+
+
+def test_a_file_that_never_loads_is_refused_at_the_deadline(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "START_SECONDS", 2.0)
+    (tmp_path / "reward.py").write_text("while True:\n    pass\n")
+    with pytest.raises(UserError, match="the file was not loaded after 2 s"):
+        pool.check(settings("f", tmp_path / "reward.py"))
+
+
+WELL = """
+import dataclasses, functools, sys
+from typing import ClassVar
+import helper  # beside this file
+print("loaded"), print("loaded", file=sys.stderr)
+
+@dataclasses.dataclass
+class Length:
+    limit: "int" = 4
+    names: ClassVar[list] = []
+
+    def __call__(self, completion, answer, *more, extra=0):
+        return helper.length(completion) / self.limit
+
+f = functools.partial(Length(), extra=1)
+"""
+
+
+def test_dataclasses_modules_beside_the_file_and_callables_of_all_kinds_grade(tmp_path):
+    """From another working directory; what it prints is no reply."""
+    (tmp_path / "helper.py").write_text("length = len\n")
+    (tmp_path / "reward.py").write_text(WELL)
+    grader = Grader(settings("f", tmp_path / "reward.py"))
+    assert [grade.reward for grade in grader.grade(rollouts("fou"))] == [0.75]
+    grader.close()
 
 
 def test_close_leaves_no_process_and_neither_does_the_end_of_the_trainer():

@@ -65,11 +65,30 @@ def test_errors_come_in_their_order_though_the_time_of_day_jumps_back(tmp_path, 
     def fail():
         raise UserError("the cause" if os.environ["RANK"] == "1" else "a consequence")
 
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv(local_ranks.ERROR_FILE, str(tmp_path / f"rank_{rank}.error"))
+    errors = {}
+    for rank in (1, 0):
+        reader, writer = os.pipe()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv(local_ranks.ERROR_PIPE, str(writer))
         assert local_ranks.run_rank(fail) == 2
-    assert local_ranks._errors([0, 1], tmp_path) == ["error: the cause", "error: a consequence"]
+        os.close(writer)
+        errors[rank] = local_ranks._read(reader)
+    expected = ["error: the cause", "error: a consequence"]
+    assert local_ranks._in_order(errors, [0, 1]) == expected
+
+
+def test_a_long_error_with_any_text_comes_though_a_child_holds_the_pipe(tmp_path):
+    code = """
+def main():
+    if os.fork() == 0:
+        time.sleep(60)
+    raise ValueError("\\ud800 " + "x" * 100_000)
+sys.exit(run_rank(main))
+"""
+    with pytest.raises(RanksFailed) as failure:
+        run(tmp_path, code, num_ranks=1)
+    words = str(failure.value)
+    assert "ValueError: \\ud800 xxx" in words and 50_000 < len(words) <= local_ranks.MAX_ERROR_BYTES
 
 
 def test_a_users_error_has_no_stack_trace(tmp_path):
@@ -77,6 +96,35 @@ def test_a_users_error_has_no_stack_trace(tmp_path):
     with pytest.raises(RanksFailed) as failure:
         run(tmp_path, code)
     assert str(failure.value) == "error: set x=1" and failure.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            "raise OSError(28, os.strerror(28), '/data/x')",
+            "No space left on device: '/data/x'; make",
+        ),
+        (
+            "raise OSError(122, os.strerror(122))",
+            r"Disk quota exceeded \(writing in <string>, line 6\)",
+        ),
+        (
+            "raise RuntimeError('I/O error: (os error 28)')",
+            r"I/O error: \(os error 28\); make room",
+        ),
+        (
+            "try:\n        os.write(os.open('/dev/full', os.O_WRONLY), b'x')\n"
+            "    finally:\n        raise ValueError('a consequence')",
+            r"No space left on device \(writing in <string>, line 7\); make room there, and",
+        ),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, fault, words):
+    with pytest.raises(RanksFailed, match=words) as failure:
+        run(tmp_path, f"def main():\n    {fault}\nsys.exit(run_rank(main))", num_ranks=1)
+    assert "\n" not in str(failure.value) and failure.value.exit_code == 1
+    assert str(failure.value).startswith("error: rank 0: ")
 
 
 def test_a_killed_rank_is_named(tmp_path):

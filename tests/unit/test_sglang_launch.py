@@ -195,12 +195,17 @@ def test_servers_end_with_the_trainer_however_that_ends(tmp_path, pids, how):
     wait_until_gone(ids)
 
 
-def build(hf, tmp_path, transport="value", seconds=30.0, **servers):
+def build(hf, tmp_path, transport="value", seconds=30.0, address="127.0.0.1", **servers):
     config = config_of(
         hf,
         run={"dir": str(tmp_path / "run")},
         servers={"python": sys.executable, "start_seconds": 60.0, "connect_seconds": 5.0} | servers,
-        weight_sync={"verify": "always", "transport": transport, "request_seconds": seconds},
+        weight_sync={
+            "verify": "always",
+            "transport": transport,
+            "request_seconds": seconds,
+            "address": address,
+        },
     )
     engine = SGLangEngine(
         config,
@@ -239,6 +244,23 @@ def test_slurms_warning_before_the_time_limit_is_not_for_servers(tmp_path, pids,
         assert all(alive(pid) for pid in [guard, *processes(pids)])
     finally:
         engine.close()
+
+
+def test_servers_and_rank_0_may_have_ipv6_addresses(tmp_path, pids, hf):
+    engine, config = build(hf, tmp_path, "distributed", address="::1", host="::1")
+    try:
+        launch.check_host(config)
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+        assert len(rollouts(engine)) == 12
+        assert engine.fleet.servers[0].url.startswith("http://[::1]:2")
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_refused(host):
+    with pytest.raises(UserError, match=f"^servers.host={host} is no address to listen at here: "):
+        launch.check_host(config_of(servers={"host": host}))
 
 
 def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_path, pids, hf):

@@ -122,6 +122,13 @@ def test_skipped_updates_are_counted_and_not_averaged():
     assert mean_metrics([None]) == {"loss/skipped_updates": 1}
 
 
+def test_a_mini_batch_without_a_token_to_learn_from_is_not_a_ratio_of_0():
+    updates = [{"loss/policy": 0.0}, {"loss/policy": 2.0, "loss/ratio": 1.0}]
+    for order in (updates, updates[::-1]):
+        means = mean_metrics(order)
+        assert (means["loss/policy"], means["loss/ratio"]) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("advantage", "loss", "experts", "computed"),
     [

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from megatron_prepo.config import ServersConfig
+from megatron_prepo.rollout.sglang import open_files
 from megatron_prepo.rollout.sglang.launch import OwnServer
 
 POLL_SECONDS = 0.5
@@ -22,6 +23,10 @@ POLL_SECONDS = 0.5
 
 class EngineError(RuntimeError):
     """The engine cannot go on; the message names servers and what happened at each."""
+
+
+class OutOfFiles(EngineError):
+    """This machine can open no further connection, which is no server's fault."""
 
 
 class SyncBroken(EngineError):
@@ -79,6 +84,7 @@ class Fleet:
 
         `routing`: whether they are going to be asked for the experts of their tokens.
         """
+        open_files.make_room(settings)
         self.servers, self.settings, self.say = list(servers), settings, say
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
         self.routing = routing
@@ -132,7 +138,7 @@ class Fleet:
         """The answer to one request, as JSON or, if it is none, as text.
 
         Raises ServerHung or ServerFailed for what another server or try may mend, and EngineError
-        for a request that the server refuses (4xx); nothing is sent twice.
+        for a request that the server refuses (4xx), or OutOfFiles; nothing is sent twice.
         """
         what = f"{server.url}{path}"
         try:
@@ -142,6 +148,12 @@ class Fleet:
         except asyncio.TimeoutError:
             raise ServerHung(f"no answer from {what} within {seconds:g} s") from None
         except httpx.HTTPError as error:
+            if isinstance(error, httpx.ConnectError) and open_files.exhausted(error):
+                raise OutOfFiles(
+                    f"no connection to {what}: this process or machine can open no further file "
+                    "(ulimit -n); raise the limit, or lower servers.concurrency="
+                    f"{self.settings.concurrency}"
+                ) from error
             raise ServerFailed(f"{what}: {type(error).__name__} {error}".strip()) from error
         if response.status_code >= 500:
             raise ServerFailed(f"{what} answered {response.status_code}: {response.text[:300]}")
@@ -293,6 +305,8 @@ class Fleet:
             return
         try:
             await self.call(server, "/health", seconds=self.settings.connect_seconds, method="GET")
+        except OutOfFiles:
+            raise
         except (ServerFailed, EngineError) as unhealthy:
             self.lose(server, f"{failure}; then {unhealthy}")
             return

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 
+from megatron_prepo import ports
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
-from megatron_prepo.ports import free_port
 
 HERE = Path(__file__).resolve().parent
 STAND_INS = HERE / "on_cpu"
@@ -43,6 +43,18 @@ def check(config: Config) -> None:
             f"{python} has no SGLang; name an interpreter that has in servers.python "
             "(`make sglang-cpu` sets one up in .venv-sglang), or running servers in servers.urls"
         )
+
+
+def check_host(config: Config) -> None:
+    """UserError unless rank 0's machine, which this is, can listen on `servers.host`."""
+    host = config.servers.host
+    try:
+        ports.try_to_listen(host, 0)
+    except OSError as error:
+        raise UserError(
+            f"servers.host={host} is no address to listen at here: {error.strerror or error}; set "
+            "127.0.0.1 for servers of the run, or another address of rank 0's machine"
+        ) from error
 
 
 def check_given(config: Config) -> None:
@@ -180,8 +192,8 @@ class OwnServer:
 
     def start(self) -> None:
         """Start it, or start it anew."""
-        port = self.port or free_port(self.config.servers.host)
-        self.url = f"http://{self.config.servers.host}:{port}"
+        port = self.port or ports.free_port(self.config.servers.host)
+        self.url = ports.url(self.config.servers.host, port)
         python = interpreter(self.config)
         words = arguments(self.config, self.index, port=port, cuda=self.cuda)
         with self.log.open("a") as log:

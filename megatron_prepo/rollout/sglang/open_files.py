@@ -1,0 +1,56 @@
+"""This process's limit of open files (`ulimit -n`): each completion under way is a connection.
+
+The soft limit, often 1,024, is raised as far as needed; the hard one is the administrator's.
+"""
+
+import errno
+import os
+import resource
+
+from megatron_prepo.config import ServersConfig
+from megatron_prepo.errors import UserError
+
+OTHERS = 256
+"""What else a rank opens: logs, checkpoint shards, libraries, grading processes, collectives."""
+
+
+def make_room(settings: ServersConfig) -> None:
+    """Raise the soft limit so that all completions may be under way at once.
+
+    UserError with the numbers if the hard limit is lower.
+    """
+    servers = len(settings.urls) or settings.count
+    connections = servers * (1 if settings.straggler_seconds is None else 2)  # one to cut it
+    needed = OTHERS + connections * settings.concurrency
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        most = max(1, (hard - OTHERS) // connections)
+        raise UserError(
+            f"servers.concurrency={settings.concurrency} at {servers} server"
+            f"{'s' * (servers > 1)} may need {needed:,} open files, and this machine allows a "
+            f"process {hard:,} (ulimit -Hn); raise that limit, or set servers.concurrency={most}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether a connection failed because this process, or machine, can open no further file.
+
+    That is in the error behind the error, or is found out where a name could not be resolved.
+    """
+    behind, numbers = [error], []
+    while behind:
+        one = behind.pop()
+        numbers += [one.errno] if isinstance(one, OSError) else []
+        behind += [e for e in (one.__cause__, one.__context__) if e is not None]
+        if hasattr(one, "exceptions"):  # a group: one for each address tried
+            behind += one.exceptions
+    if {errno.EMFILE, errno.ENFILE} & set(numbers):
+        return True
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as failure:
+        return failure.errno in (errno.EMFILE, errno.ENFILE)
+    return False

@@ -1,0 +1,51 @@
+"""The learning rate of every optimizer update, against the formula."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+from tiny_models import actor_config
+
+from megatron_prepo.actor.optimizer import build_schedule
+
+PEAK, LEAST = 3e-4, 1e-5
+
+
+def rates(**settings) -> list[float]:
+    """The learning rates of all updates of a run."""
+    train = {name: settings.pop(name) for name in ("total_steps", "mini_batches")}
+    config = actor_config("unused", optimizer={"lr": PEAK, "min_lr": LEAST} | settings, train=train)
+    optimizer, used = SimpleNamespace(param_groups=[{}]), []
+    schedule = build_schedule(config, optimizer)
+    for _ in range(train["total_steps"] * train["mini_batches"]):
+        used.append(optimizer.param_groups[0]["lr"])
+        schedule.step(increment=1)
+    return used
+
+
+def expected(update: int, warmup: int, total: int, style: str) -> float:
+    """Linear to the peak in W updates; then the decay, which would end after the last update."""
+    if update < warmup:
+        return PEAK * (update + 1) / warmup
+    peak_at = max(0, warmup - 1)
+    share = (update - peak_at) / (total - peak_at)
+    left = {"constant": 1, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+    return PEAK if style == "constant" else LEAST + left[style] * (PEAK - LEAST)
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_every_update_of_every_length_of_warm_up(style, mini_batches):
+    """Float64 against float64: a few roundings apart."""
+    for total in range(1, 6):
+        for warmup in range(total + 1):
+            used = rates(
+                lr_warmup_steps=warmup,
+                total_steps=total,
+                mini_batches=mini_batches,
+                lr_decay_style=style,
+            )
+            sizes = warmup * mini_batches, total * mini_batches
+            by_hand = [expected(u, *sizes, style) for u in range(len(used))]
+            assert used == pytest.approx(by_hand, rel=16 * 2**-52)
+            assert min(used) > 0 and max(used) == pytest.approx(PEAK, rel=16 * 2**-52)
