@@ -212,6 +212,8 @@ def _as_transformers_reads(path: Path, raw: dict) -> dict:
         theirs = AutoConfig.from_pretrained(
             path.parent, local_files_only=True, trust_remote_code=False
         )
+        # again, as the model will: an original length outside of the rope counts only from now on
+        theirs.standardize_rope_params()
     except Exception as error:  # their validation raises all kinds for values that cannot be
         reason = " ".join(str(error).split())
         raise UserError(
@@ -300,7 +302,8 @@ def _is_number(value) -> bool:
 
 
 def listed(names) -> str:
-    """The first ten names, and how many more there are."""
+    """The first ten names, and how many more there are, in one line."""
     names = list(names)
+    first = [n if n.isprintable() and 0 < len(n) < 200 else reprlib.repr(n) for n in names[:10]]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return ", ".join(first) + more
