@@ -21,8 +21,10 @@ def main() -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    from checkpoints_convert import tiny_instance
     from checkpoints_convert.convert import import_hf
 
+    tiny_instance.check(options.hf)
     layout = {"tensor": options.tp, "pipeline": options.pp, "expert": options.ep}
     for warning in import_hf(options.hf, options.out, dtype=options.dtype, **layout):
         print(f"warning: {warning}", file=sys.stderr)
@@ -55,6 +57,10 @@ def _verify(options: argparse.Namespace) -> int:
         mark = "" if row["equal"] else "   <- differs"
         print(f"{name:28} {row['hf']!s:>16} {row['megatron']!s:>16}{mark}")
     print(f"\n{len(report.tensors)} tensors through the layouts {'; '.join(report.layouts)}")
+    print(
+        f"logits of a tiny random model: largest difference {report.tiny['ours']:.1e}, rounding "
+        f"{report.tiny['rounding']:.1e}"
+    )
     for row in report.logits:
         print(
             f"logits of {row['tokens'][:40]}: largest difference {row['max_abs_difference']:.1e}, "

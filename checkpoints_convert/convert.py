@@ -5,10 +5,8 @@ the meta device (`actor.dry_run`), and its sharded state dict names every chunk.
 says which Hugging Face tensors a chunk comes from.  Nothing else knows about either format.
 """
 
-import json
 import os
 import threading
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -19,9 +17,20 @@ import torch
 from tqdm import tqdm
 
 from checkpoints_convert.arena import Arena
-from checkpoints_convert.hf_config import gpt_settings, read_hf_config, transformer_settings
-from checkpoints_convert.hf_files import HFTensors, HFWriter, copy_other_files
+from checkpoints_convert.fit import check_fit
+from checkpoints_convert.hf_config import (
+    listed,
+    read_hf_config,
+    transformer_settings,
+)
+from checkpoints_convert.hf_files import HFTensors, HFWriter, carry_over, widest
 from checkpoints_convert.mapping import Heads, Mapping, check_parts, to_hf, to_megatron
+from checkpoints_convert.record import (
+    HF_FILES,
+    architecture_record,
+    check_record,
+    check_tokenizer,
+)
 from checkpoints_convert.torch_dist import Chunk, TorchDistReader, TorchDistWriter
 from megatron_prepo import ownership
 from megatron_prepo.durable import write_text
@@ -31,8 +40,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WORKERS = min(4, os.cpu_count() or 1)
 ARENA_BYTES = 1 << 30
 """Memory that the workers keep between tensors, together."""
-HF_FILES = "hf"
-"""Where an imported checkpoint keeps the model's configuration and tokenizer files."""
 
 
 @dataclass
@@ -76,9 +83,9 @@ def import_hf(
     _must_be_empty(out)
     settings = read_hf_config(hf)
     warnings: list[str] = []
-    with HFTensors(hf) as tensors, _aside(out) as aside:
+    with HFTensors(hf, tied=settings["tie_word_embeddings"]) as tensors, _aside(out) as aside:
+        check_fit(tensors, settings)
         plan = plan_checkpoint(settings, tensor=tensor, pipeline=pipeline, expert=expert)
-        _check_names(plan, tensors, settings)
         if dtype is None:
             _check_types(plan, tensors)
         writer = TorchDistWriter(aside / "release")
@@ -105,10 +112,9 @@ def import_hf(
         finally:
             writer.close()
         writer.finish(architecture_record(settings))
+        kept = {tensors.places[name].dtype for p in plan for name in p.mapping.hf_names}
         (aside / HF_FILES).mkdir()
-        copy_other_files(hf, aside / HF_FILES)
-        if dtype is not None:
-            _say_dtype(aside / HF_FILES, dtype)
+        carry_over(hf, aside / HF_FILES, dtype=DTYPES[dtype] if dtype else widest(kept))
         write_text(aside / "latest_checkpointed_iteration.txt", "release")
     return warnings
 
@@ -125,14 +131,17 @@ def export_hf(
 
     `megatron`: a checkpoint, or a directory of which the newest is taken.
     `hf`: a directory with the model's configuration and tokenizer files, of which the weights are
-    not read; None takes those that came with the checkpoint.
+    not read; None takes those that came with the checkpoint.  Raises UserError if it describes
+    another model than the checkpoint's own record.
     """
     from megatron_prepo.actor.checkpoint import newest
 
     out = Path(out).absolute().resolve()
     _must_be_empty(out)
     checkpoint, hf = newest(megatron), hf_files_of(megatron, hf)
-    settings = read_hf_config(hf)
+    settings = read_hf_config(hf, quantized=True)
+    check_record(checkpoint, settings, hf)
+    check_tokenizer(checkpoint, hf)
     reader = TorchDistReader(checkpoint)
     plan, shapes = plan_export(settings, reader, DTYPES.get(dtype or ""))
     writer = HFWriter(out, shapes, like=hf, shard_bytes=shard_bytes)
@@ -151,8 +160,6 @@ def export_hf(
     ]
     try:
         _in_parallel("export", convert, plan, sizes, arena)
-        if dtype is not None:
-            _say_dtype(writer.aside, dtype)
         writer.finish()
     except BaseException:
         writer.abandon()
@@ -162,14 +169,25 @@ def export_hf(
 def refuse_layout(layout, settings: dict) -> None:
     """UserError if the model cannot be cut so."""
     mcore = transformer_settings(settings)
-    for name, count, size in (
-        ("tensor", mcore["num_attention_heads"], layout.tensor),
-        ("tensor", mcore["ffn_hidden_size"], layout.tensor),
-        ("pipeline", mcore["num_layers"], layout.pipeline),
-        ("expert", mcore.get("num_moe_experts") or 1, layout.expert),
+    experts = mcore.get("num_moe_experts") or 1
+    width = mcore.get("moe_ffn_hidden_size", layout.expert_tensor)
+    for name, what, count, size in (
+        ("tensor", "attention heads", mcore["num_attention_heads"], layout.tensor),
+        ("tensor", "feed-forward size", mcore["ffn_hidden_size"], layout.tensor),
+        ("tensor", "width of an expert", width, layout.expert_tensor),
+        ("pipeline", "layers", mcore["num_layers"], layout.pipeline),
+        ("expert", "experts", experts, layout.expert),
     ):
         if count % size:
-            raise UserError(f"{name} parallelism of {size} does not divide the model's {count}")
+            raise UserError(
+                f"{name} parallelism of {size} does not divide the model's {what}, {count}"
+            )
+    groups = mcore["num_query_groups"]
+    if groups % layout.tensor and layout.tensor % groups:
+        raise UserError(
+            f"tensor parallelism of {layout.tensor} neither divides nor is a multiple of the "
+            f"model's {groups} key-value heads"
+        )
 
 
 def plan_checkpoint(
@@ -219,14 +237,16 @@ def plan_export(
     if keys != known:
         raise UserError(
             f"{reader.directory} does not fit the model of config.json: it lacks "
-            f"{sorted(keys - known)} and has besides {sorted(known - keys)}"
+            f"{listed(sorted(keys - known)) or 'nothing'}, and has besides "
+            f"{listed(sorted(known - keys)) or 'nothing'}"
         )
     heads, shapes = heads_of(settings), {}
     for parameter in plan:
         stored = reader.shape(parameter.key)
         padded = parameter.mapping.kind == "vocab"
         expected = parameter.chunks[0].global_shape
-        if stored != expected and not (padded and stored[1:] == expected[1:]):
+        fits = stored[1:] == expected[1:] and stored[0] >= settings["vocab_size"]
+        if stored != expected and not (padded and fits):
             raise UserError(
                 f"{reader.directory}: {parameter.key} has shape {stored}, "
                 f"the model of config.json {expected}"
@@ -280,16 +300,6 @@ def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:
         f"no config.json in {' or '.join(map(str, candidates))}; name the Hugging Face directory "
         "that the model came from by --hf"
     )
-
-
-def _check_names(plan: Sequence[PlannedParameter], tensors: HFTensors, settings: dict) -> None:
-    from checkpoints_convert.hf_to_megatron import refuse_leftover
-
-    wanted = {name for parameter in plan for name in parameter.mapping.hf_names}
-    if missing := wanted - tensors.names():
-        raise UserError(f"{tensors.directory} lacks tensors: {sorted(missing)}")
-    tied = gpt_settings(settings)["share_embeddings_and_output_weights"]
-    refuse_leftover(tensors, wanted, tied)
 
 
 def _megatron_tensor(
@@ -357,34 +367,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def architecture_record(settings: dict) -> dict:
-    """What Megatron's trainers look for beside tensors: the architecture under their names."""
-    mcore, gpt = transformer_settings(settings), gpt_settings(settings)
-    args = Namespace(
-        **{n: mcore[n] for n in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels")},
-        num_attention_heads=mcore["num_attention_heads"],
-        num_query_groups=mcore["num_query_groups"],
-        group_query_attention=mcore["num_query_groups"] != mcore["num_attention_heads"],
-        max_position_embeddings=gpt["max_sequence_length"],
-        position_embedding_type=gpt["position_embedding_type"],
-        rotary_base=gpt["rotary_base"],
-        untie_embeddings_and_output_weights=not gpt["share_embeddings_and_output_weights"],
-        normalization=mcore["normalization"],
-        norm_epsilon=mcore["layernorm_epsilon"],
-        layernorm_epsilon=mcore["layernorm_epsilon"],
-        use_rope_scaling="rope_scaling_factor" in gpt,
-        rope_scaling_factor=gpt.get("rope_scaling_factor"),
-        moe_router_topk=mcore.get("moe_router_topk"),
-        moe_ffn_hidden_size=mcore.get("moe_ffn_hidden_size"),
-        add_qkv_bias=mcore["add_qkv_bias"],
-        qk_layernorm=mcore["qk_layernorm"],
-        num_experts=mcore.get("num_moe_experts"),
-        swiglu=True,
-        vocab_size=settings["vocab_size"],
-    )
-    return {"args": args, "iteration": 0, "checkpoint_version": 3.0}
-
-
 def _in_parallel(
     label: str,
     convert: Callable[[PlannedParameter], int],
@@ -443,14 +425,6 @@ def _aside(out: Path) -> Iterator[Path]:
     except BaseException:
         ownership.abandon(aside)
         raise
-
-
-def _say_dtype(directory: Path, dtype: str) -> None:
-    """Have config.json name the type of the tensors: transformers and the engines load by it."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    path.write_text(json.dumps(config | {name: dtype}, indent=2) + "\n")
 
 
 def _must_be_empty(out: Path) -> None:

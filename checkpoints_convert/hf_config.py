@@ -1,63 +1,124 @@
 """What a Hugging Face `config.json` means in Megatron-Core's arguments.
 
-The file itself is read, not a library's idea of it: `transformers` 5 moved `rope_theta` into
-`rope_parameters`, and a reader of the other version takes a default without a word.
+There is one reader of the file: `transformers`' own configuration class, with its defaults and its
+precedence of old and new keys (`rope_scaling` before `rope_parameters`, for instance).  What it
+made of the file is then taken, or refused by name if Megatron-Core would compute something else.
+A key that neither is known here nor known to have no influence on logits is refused, too.
 """
 
 import json
+import math
 import reprlib
 from pathlib import Path
 
 from megatron_prepo.errors import UserError
 
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
-REQUIRED = (
+SIZES = (
+    "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
     "num_hidden_layers",
-    "rms_norm_eps",
-    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
 )
-SIZES = {*REQUIRED, "head_dim", "num_key_value_heads"} - {"rms_norm_eps"}
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""Fixed in Megatron-Core's rope scaling, besides the original length of 8192."""
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+MUST_BE_THERE = {*SIZES} - {"num_key_value_heads", "head_dim", "max_position_embeddings"}
+"""Sizes of tensors: a file without them is damaged, whatever a class has as its default."""
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Fixed in Megatron-Core's rope scaling."""
+ONLY = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "attention_bias": False,
+    "sliding_window": None,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "return_dict": True,
+    "chunk_size_feed_forward": 0,
+    "partial_rotary_factor": 1.0,
+}
+"""What Megatron-Core is built for here, of all that the families' classes can be set to."""
+ONLY_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+"""The same of mixtures of experts."""
+READ = {*SIZES, *EXPERT_SIZES, *ONLY, *ONLY_EXPERTS, "model_type"}
+READ |= {"rms_norm_eps", "tie_word_embeddings"}
+READ |= {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
+READ |= {"layer_types", "use_sliding_window", "num_local_experts"}
+QUANTIZATION_KEYS = {"quantization_config", "compression_config"}
+NO_INFLUENCE = {
+    # about the file, its type, and other heads than the language model's
+    *("architectures", "auto_map", "transformers_version", "name_or_path", "tokenizer_class"),
+    *("_name_or_path", "_commit_hash", "_attn_implementation_autoset", "dtype", "torch_dtype"),
+    *("_attn_implementation_internal", "_experts_implementation_internal", "model_max_length"),
+    *("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "language"),
+    *("task_specific_params", "finetuning_task", "torchscript", "tf_legacy_loss", "use_bfloat16"),
+    *("unsloth_fixed", "unsloth_version", "model_name", "base_model", "datasets", "license"),
+    *("is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder"),
+    *("pruned_heads", "return_dict_in_generate", "prefix", "sep_token_id", "unk_token_id"),
+    # for training, and for kernels
+    *("attention_dropout", "hidden_dropout", "initializer_range", "output_router_logits"),
+    *("embd_pdrop", "resid_pdrop", "attn_pdrop", "router_aux_loss_coef", "pretraining_tp"),
+    *("max_window_layers", "use_mrope", "use_flash_attn", "use_flash_attention_2", "seq_length"),
+}
+"""Keys that change no logit of these families; besides them, those of a generation."""
 
 
-def read_hf_config(directory: str | Path) -> dict:
-    """`config.json` of a Hugging Face directory.  Raises UserError where there is none."""
+def read_hf_config(
+    directory: str | Path, *, quantized: bool = False, for_megatron: bool = True
+) -> dict:
+    """Return all of a model's architecture, itself a `config.json` of the same logits.
+
+    Keys of SIZES, `model_type`, `rms_norm_eps`, `tie_word_embeddings`, `rope_parameters`, and for
+    mixtures of experts EXPERT_SIZES; each explicit, as `transformers` reads the file.
+    `quantized`: the weights are elsewhere, so the file may describe quantised ones.
+    `for_megatron`: Megatron-Core has to compute what `transformers` computes; an engine that only
+    generates may compute more.
+
+    Raises UserError in one line for a missing or damaged file, and for another computation.
+    """
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(f"no Hugging Face model in {directory}: {path} is missing")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path} is not valid JSON: nested too deeply") from None
-    except ValueError as error:  # also of bytes that are no text, and of numbers without end
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(hf, dict):
-        raise UserError(f"{path} is not a JSON object")
-    if str(hf.get("model_type")) not in FAMILIES:
+    raw = read_json(path)
+    if str(raw.get("model_type")) not in FAMILIES:
         raise UserError(
-            f"{path}: model_type {hf.get('model_type')!r} is not one of {', '.join(FAMILIES)}"
+            f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}"
         )
-    if missing := [name for name in REQUIRED if hf.get(name) is None]:
+    if not quantized and (keys := QUANTIZATION_KEYS & {k for k, v in raw.items() if v is not None}):
+        raise UserError(
+            f"{path} has a {min(keys)}: the model is quantised, which is not supported; use the "
+            "original weights, or dequantise them and remove the key"
+        )
+    moe = raw["model_type"] == "qwen3_moe"
+    needed = sorted(MUST_BE_THERE) + (list(EXPERT_SIZES[1:]) if moe else [])
+    missing = [name for name in needed if raw.get(name) is None]
+    if moe and raw.get("num_experts", raw.get("num_local_experts")) is None:
+        missing.append("num_experts")
+    if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    for name in SIZES:
-        size = hf.get(name)
-        if size is not None and (type(size) is not int or not 0 < size < 1 << 31):
-            raise UserError(f"{path}: {name}={reprlib.repr(size)} is no size")
-    if not isinstance(hf["rms_norm_eps"], float | int):
-        raise UserError(f"{path}: rms_norm_eps={reprlib.repr(hf['rms_norm_eps'])} is no number")
-    return hf
+    _check_sizes(path, {name: value for name, value in raw.items() if value is not None})
+    if for_megatron:
+        _refuse_unknown(path, raw)
+    hf = _as_transformers_reads(path, raw)
+    if for_megatron:
+        _refuse_other_computations(path, hf)
+    settings = {name: hf[name] for name in ("model_type", *SIZES, *(EXPERT_SIZES if moe else ()))}
+    settings |= {name: hf[name] for name in ("hidden_act", "rms_norm_eps", "tie_word_embeddings")}
+    if moe:
+        settings |= {name: hf[name] for name in ONLY_EXPERTS}
+    _check_numbers(path, settings)
+    return settings | {
+        "rope_parameters": _rope_parameters(path, hf) if for_megatron else hf["rope_parameters"]
+    }
 
 
 def transformer_settings(hf: dict) -> dict:
     """Fields of Megatron-Core's TransformerConfig."""
-    _refuse(hf, "hidden_act", "silu")
-    _refuse(hf, "mlp_bias", False)
-    _refuse(hf, "use_sliding_window", False)
     heads = hf["num_attention_heads"]
     return _experts(hf) | {
         "num_layers": hf["num_hidden_layers"],
@@ -71,7 +132,7 @@ def transformer_settings(hf: dict) -> dict:
         "gated_linear_unit": True,
         "add_bias_linear": False,
         # Qwen2's bias is in its code, not in its configuration
-        "add_qkv_bias": hf["model_type"] == "qwen2" or bool(hf.get("attention_bias")),
+        "add_qkv_bias": hf["model_type"] == "qwen2",
         "qk_layernorm": hf["model_type"] in ("qwen3", "qwen3_moe"),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -80,30 +141,26 @@ def transformer_settings(hf: dict) -> dict:
 
 def gpt_settings(hf: dict) -> dict:
     """Arguments of Megatron-Core's GPTModel beside its TransformerConfig."""
-    return {
+    rope = hf["rope_parameters"]
+    settings = {
         "max_sequence_length": hf["max_position_embeddings"],
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings")),
-        **_rope(hf),
+        "rotary_base": rope["rope_theta"],
     }
+    if rope["rope_type"] == "llama3":
+        settings |= {"rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+    return settings
 
 
 def num_experts(hf: dict) -> int:
     """Experts of a layer, 0 for a dense model."""
-    if hf["model_type"] != "qwen3_moe":
-        return 0
-    count = hf.get("num_experts") or hf.get("num_local_experts")
-    if not count:
-        raise UserError("config.json has neither num_experts nor num_local_experts")
-    return count
+    return hf["num_experts"] if hf["model_type"] == "qwen3_moe" else 0
 
 
 def _experts(hf: dict) -> dict:
     if not num_experts(hf):
         return {}
-    _refuse(hf, "mlp_only_layers", [])
-    _refuse(hf, "decoder_sparse_step", 1)
-    _refuse(hf, "norm_topk_prob", True)
     return {
         "num_moe_experts": num_experts(hf),
         "moe_router_topk": hf["num_experts_per_tok"],
@@ -115,28 +172,138 @@ def _experts(hf: dict) -> dict:
     }
 
 
-def _rope(hf: dict) -> dict:
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta")
-    if theta is None:
-        raise UserError("config.json has no rope_theta, neither at the top nor in rope_parameters")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rotary_base": theta}
-    if kind != "llama3":
-        raise UserError(f"rope scaling {kind!r} is not supported; only `default` and `llama3` are")
-    fixed = LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
-    if missing := {"factor", *fixed} - rope.keys():
-        raise UserError(f"config.json: the rope scaling lacks {', '.join(sorted(missing))}")
-    if any(float(rope[name]) != value for name, value in fixed.items()):
-        raise UserError(f"Megatron-Core fixes the rope scaling to {fixed}; the model has {rope}")
-    return {
-        "rotary_base": theta,
-        "rope_scaling": True,
-        "rope_scaling_factor": float(rope["factor"]),
-    }
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds.  Raises UserError for any other file."""
+    if not path.is_file():
+        raise UserError(f"no Hugging Face model in {path.parent}: {path} is missing")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: nested too deeply") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:  # also of bytes that are no text, and of numbers without end
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return raw
 
 
-def _refuse(hf: dict, name: str, expected) -> None:
-    if (value := hf.get(name, expected)) != expected:
-        raise UserError(f"config.json: {name}={value!r} is not supported, only {expected!r} is")
+def _refuse_unknown(path: Path, raw: dict) -> None:
+    """UserError for a key of which nobody here knows whether `transformers` computes by it."""
+    from transformers import GenerationConfig
+
+    known = READ | NO_INFLUENCE | QUANTIZATION_KEYS | vars(GenerationConfig()).keys()
+    if unknown := [name for name in raw if name not in known]:
+        raise UserError(
+            f"{path}: {listed(unknown)} may change what the model computes, and is not supported; "
+            "remove it if it does not"
+        )
+
+
+def _as_transformers_reads(path: Path, raw: dict) -> dict:
+    """All attributes of `transformers`' object for the file, and the sizes that follow from them.
+
+    Never runs code that is beside the file.
+    """
+    from transformers import AutoConfig
+
+    try:
+        theirs = AutoConfig.from_pretrained(
+            path.parent, local_files_only=True, trust_remote_code=False
+        )
+        # again, as the model will: an original length outside of the rope counts only from now on
+        theirs.standardize_rope_params()
+    except Exception as error:  # their validation raises all kinds for values that cannot be
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: transformers refuses it: {type(error).__name__}: {reason[:300]}"
+        ) from error
+    hf = {"model_type": raw["model_type"]} | vars(theirs)
+    if raw["model_type"] == "qwen3_moe":
+        hf["num_experts"] = theirs.num_experts  # stored under another name
+    if "head_dim" not in hf:  # what the attention of Qwen2 and Qwen3-MoE then takes
+        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
+    return hf
+
+
+def _refuse_other_computations(path: Path, hf: dict) -> None:
+    """UserError for what `transformers` computes from the file and Megatron-Core does not."""
+    moe = hf["model_type"] == "qwen3_moe"
+    for name, value in (ONLY | (ONLY_EXPERTS if moe else {})).items():
+        irrelevant = name == "attention_bias" and hf["model_type"] == "qwen2"  # always has it
+        if name in hf and hf[name] != value and not irrelevant:
+            raise UserError(
+                f"{path}: {name}={reprlib.repr(hf[name])} is not supported, only {value!r} is"
+            )
+    if set(hf.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(f"{path}: layer_types other than 'full_attention' are not supported")
+
+
+def _check_sizes(path: Path, hf: dict) -> None:
+    """UserError for a size or an epsilon that cannot be, of those that are there."""
+    for name in (*SIZES, *EXPERT_SIZES):
+        # transformers makes a list of as many elements as there are layers
+        most = 1 << 16 if name == "num_hidden_layers" else 1 << 31
+        if name in hf and (type(hf[name]) is not int or not 0 < hf[name] < most):
+            raise UserError(f"{path}: {name}={reprlib.repr(hf[name])} is no size")
+    if "rms_norm_eps" in hf and (not _is_number(hf["rms_norm_eps"]) or hf["rms_norm_eps"] < 0):
+        raise UserError(f"{path}: rms_norm_eps={reprlib.repr(hf['rms_norm_eps'])} is no number")
+
+
+def _check_numbers(path: Path, hf: dict) -> None:
+    _check_sizes(path, hf)
+    if type(hf["tie_word_embeddings"]) is not bool:
+        raise UserError(f"{path}: tie_word_embeddings={hf['tie_word_embeddings']!r} is no bool")
+    heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
+    if heads % groups:
+        raise UserError(
+            f"{path}: num_key_value_heads={groups} does not divide num_attention_heads={heads}"
+        )
+    if hf["head_dim"] % 2:
+        raise UserError(f"{path}: head_dim={hf['head_dim']} is odd: it has no halves to rotate")
+    if hf.get("num_experts_per_tok", 0) > hf.get("num_experts", 0):
+        raise UserError(
+            f"{path}: num_experts_per_tok={hf['num_experts_per_tok']} of "
+            f"num_experts={hf['num_experts']}"
+        )
+
+
+def _rope_parameters(path: Path, hf: dict) -> dict:
+    """`rope_type`, `rope_theta` and what Llama 3's scaling needs besides."""
+    rope = hf["rope_parameters"]
+    kind = rope.get("rope_type")
+    if kind not in ("default", "llama3"):
+        raise UserError(
+            f"{path}: rope scaling {reprlib.repr(kind)} is not supported; only `default` and "
+            "`llama3` are"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor is not supported")
+    names = ("rope_theta", "factor", *LLAMA3_ROPE) if kind == "llama3" else ("rope_theta",)
+    for name in names:
+        if not _is_number(rope.get(name)) or rope[name] <= 0:
+            raise UserError(
+                f"{path}: {name}={reprlib.repr(rope.get(name))} of the rope is no positive number"
+            )
+    if kind == "llama3" and any(rope[name] != value for name, value in LLAMA3_ROPE.items()):
+        found = {name: rope[name] for name in LLAMA3_ROPE}
+        raise UserError(
+            f"{path}: Megatron-Core fixes the rope scaling to {LLAMA3_ROPE}; the model has {found}"
+        )
+    return {"rope_type": kind} | {name: rope[name] for name in names}
+
+
+def _is_number(value) -> bool:
+    """Whether it is an int or float that a float can hold."""
+    if type(value) not in (int, float):
+        return False
+    return abs(value) < 1 << 1000 and math.isfinite(value)
+
+
+def listed(names) -> str:
+    """The first ten names, and how many more there are, in one line."""
+    names = list(names)
+    first = [n if n.isprintable() and 0 < len(n) < 200 else reprlib.repr(n) for n in names[:10]]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(first) + more

@@ -6,8 +6,10 @@ keeps the resident memory at what is in use; writing to places known in advance 
 at once, and no file is ever whole in memory.
 """
 
+import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_convert.hf_config import QUANTIZATION_KEYS, listed
 from checkpoints_convert.raw import bytes_of, read_into, write_at
 from megatron_prepo import ownership
 from megatron_prepo.durable import naming
@@ -33,7 +36,23 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot")
+OTHER_WEIGHTS += (".onnx", ".onnx_data", ".tflite", ".npz", ".distcp")
+"""How the names of files end that hold weights, ours or of another format."""
+OTHER_FOLDERS = ("consolidated", "original", "onnx", "openvino", "coreml", "checkpoints", "release")
+OWN_MARKS = ("config.yaml", "latest_checkpointed_iteration.txt", "metadata.json", SINGLE, INDEX)
+"""Files in a folder below a model that show a run, a checkpoint or another model."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+EMBEDDING, HEAD, PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
+WHOLE_NAME = re.compile(r"model\.(embed_tokens|layers|norm)\.|lm_head\.")
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|weight_packed|weight_scale|weight_scale_inv"
+    r"|weight\.(absmax|quant_map|nested_absmax|quant_state.*))$"
+)
+"""Names of tensors in the formats of GPTQ, AWQ, bitsandbytes, compressed tensors and FP8."""
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclass(frozen=True)
@@ -50,23 +69,40 @@ class TensorPlace:
 class HFTensors:
     """The tensors of a Hugging Face directory by name, read when asked for; safe from threads.
 
-    Raises UserError for a directory without weights, a damaged or truncated file, and an index that
-    names a missing file or tensor.
+    Files and names are resolved as `transformers` does: `model.safetensors` if it exists, else the
+    files of the index; a missing or additional prefix `model.`; all experts of a layer in one
+    tensor, each of which has a name of its own here.  `tied`: the embedding may be stored under the
+    head's name.
+
+    Raises UserError for a directory without weights, with quantised ones or an adapter's, a damaged
+    or truncated file, and an index that names a missing file or tensor.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, *, tied: bool = False):
         self.directory = Path(directory)
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"no weights in {directory}: it holds no *.safetensors file")
+        if (self.directory / ADAPTER).is_file():
+            raise UserError(
+                f"{directory} holds an adapter ({ADAPTER}), to be added to another model; merge it "
+                "into that model's weights first"
+            )
         self.places: dict[str, TensorPlace] = {}
-        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in files}
-        for file in files:
-            for name, place in _read_header(file).items():
-                if name in self.places:
-                    raise UserError(f"{name} is in {self.places[name].file} and in {file}")
-                self.places[name] = place
-        self._check_index()
+        headers = {file: _read_header(file) for file in self._files()}
+        for name, file in self._weight_map.items():
+            if name not in headers[file]:
+                raise UserError(
+                    f"{self.directory / INDEX} says that {name} is in {file.name}, but it is not"
+                )
+        for file, header in headers.items():
+            for name, place in header.items():
+                self._add(name, file, place)
+        if quantized := [name for name in self.places if QUANTIZED.search(name)]:
+            raise UserError(
+                f"{directory} holds a quantised model, which is not supported; use the original "
+                f"weights, or dequantise them: {listed(quantized)}"
+            )
+        if tied and HEAD in self.places and EMBEDDING not in self.places:
+            self.places[EMBEDDING] = self.places.pop(HEAD)
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in headers}
 
     def __enter__(self) -> "HFTensors":
         return self
@@ -92,27 +128,79 @@ class HFTensors:
         """All tensor names."""
         return set(self.places)
 
-    def _check_index(self) -> None:
-        index = self.directory / INDEX
+    def _add(self, stored: str, file: Path, place: TensorPlace) -> None:
+        for name, part in _experts(_full_name(stored), place):
+            if name in self.places:
+                other = self.places[name].file
+                raise UserError(f"{self.directory}: {name} is in {other.name} and in {file.name}")
+            self.places[name] = part
+
+    def _files(self) -> list[Path]:
+        """The files to read; sets the index's table of names, which is empty for a single file."""
+        index, self._weight_map = self.directory / INDEX, {}
+        if (self.directory / SINGLE).is_file():
+            return [self.directory / SINGLE]
         if not index.is_file():
-            return
+            others = sorted(p.name for p in self.directory.glob("*") if p.suffix in OTHER_WEIGHTS)
+            besides = (
+                f"; {listed(others)} would not be read by transformers either" if others else ""
+            )
+            raise UserError(
+                f"no weights in {self.directory}: it holds neither {SINGLE} nor {INDEX}{besides}"
+            )
         try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{index} is damaged: {error!r}") from error
-        for file in sorted(set(weight_map.values())):
+        if not weight_map:
+            raise UserError(f"{index} is damaged: its weight_map is empty")
+        for name, file in weight_map.items():
+            if type(file) is not str or not file:
+                raise UserError(f"{index} is damaged: the file of {name} is {file!r}")
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise UserError(f"{index} names {file}, which is outside of its directory")
             if not (self.directory / file).is_file():
                 raise UserError(f"{index} names {file}, which is missing")
-        for name, file in weight_map.items():
-            if name not in self.places or self.places[name].file.name != file:
-                raise UserError(f"{index} says that {name} is in {file}, but it is not")
+        self._weight_map = {name: self.directory / file for name, file in weight_map.items()}
+        return sorted(set(self._weight_map.values()))
+
+
+def _full_name(stored: str) -> str:
+    """A tensor's name in the whole model, as `transformers` adds and removes the base's prefix."""
+    short = stored.removeprefix(PREFIX)
+    if short != stored and WHOLE_NAME.match(short):
+        return short
+    return PREFIX + stored if WHOLE_NAME.match(PREFIX + stored) else stored
+
+
+def _experts(name: str, place: TensorPlace) -> Iterator[tuple[str, TensorPlace]]:
+    """The name and place, or those of each expert's parts.
+
+    In memory, and in files at wish, transformers 5 has the experts of a layer in two tensors: gate
+    over up `[experts, 2 * width, hidden]` and down `[experts, hidden, width]`.
+    """
+    layer, _, kind = name.rpartition(".mlp.experts.")
+    parts = FUSED.get(kind, ())
+    if not parts or len(place.shape) != 3 or not place.num_bytes or place.shape[1] % len(parts):
+        yield name, place
+        return
+    experts, rows, columns = place.shape
+    shape = (rows // len(parts), columns)
+    size = _num_bytes(place.dtype, shape)
+    for number in range(experts * len(parts)):
+        expert, part = divmod(number, len(parts))
+        yield (
+            f"{layer}.mlp.experts.{expert}.{parts[part]}.weight",
+            TensorPlace(place.file, place.offset + number * size, size, place.dtype, shape),
+        )
 
 
 class HFWriter:
     """Writes a Hugging Face directory aside; `finish` gives it its name.
 
     `shapes`: name -> (dtype, shape) of all tensors, in the order in which files are filled.
-    `like`: a directory whose configuration and tokenizer files are carried over; None: none are.
+    `like`: a directory whose files that are not weights are carried over (`carry_over`); None: none
+    are.
     `kind`: what its marker calls it (`ownership.py`), and a directory of the same kind is replaced;
     None: it is the user's once it is finished.
     """
@@ -154,7 +242,7 @@ class HFWriter:
             with naming(self.aside / INDEX):
                 (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         if like is not None:
-            copy_other_files(like, self.aside)
+            carry_over(like, self.aside, dtype=widest(dtype for dtype, _ in shapes.values()))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor in its place; from any thread, each name once."""
@@ -201,13 +289,86 @@ def buckets(
         yield bucket
 
 
-def copy_other_files(source: str | Path, target: str | Path) -> None:
-    """Copy configuration and tokenizer files: all but weights and their index."""
-    for file in Path(source).iterdir():
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        ours = file.name in ownership.NOT_CONTENT
-        if file.is_file() and not (weights or ours or file.name.endswith(".index.json")):
-            shutil.copyfile(file, Path(target) / file.name)
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The type that holds every number of tensors of these types."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def carry_over(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Copy all that is not weights (`other_files`), and describe the weights by `config.json`.
+
+    `dtype`: what its `dtype` has to be, which `transformers` and the engines round weights to when
+    they load them; with it, the description of a quantisation goes.  None leaves it as it is.
+    """
+    for file in other_files(source, skip=target):
+        copy = Path(target) / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(source) / file, copy)
+    config = Path(target) / "config.json"
+    if dtype is not None and config.is_file():
+        before = json.loads(config.read_text(encoding="utf-8"))
+        if (described := _described(before, str(dtype).removeprefix("torch."))) != before:
+            config.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[Path]:
+    """The files of a model that are not weights, also in folders, relative to `source`.
+
+    Links are followed: the snapshots of Hugging Face's cache are full of them.  Not listed: weights
+    in any format and their indices, hidden folders, folders of other formats, of checkpoints and of
+    runs, and those that hold `skip`.
+
+    Raises UserError for a link to nothing.
+    """
+    source, files = Path(source), []
+    seen = {source.resolve()}
+    if skip is not None:
+        seen |= {Path(skip).resolve(), *Path(skip).resolve().parents}
+
+    def walk(folder: Path) -> None:
+        for path in sorted((source / folder).iterdir()):
+            if path.is_dir():
+                if path.resolve() not in seen and not _is_of_its_own(path):
+                    seen.add(path.resolve())
+                    walk(folder / path.name)
+            elif not path.exists():
+                raise UserError(f"{path} is a link to {os.readlink(path)}, which is missing")
+            elif path.is_file() and not (
+                _is_weights(path.name) or path.name in ownership.NOT_CONTENT
+            ):
+                files.append(folder / path.name)
+
+    walk(Path())
+    return files
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(OTHER_WEIGHTS) or (".index." in name and name.endswith(".json"))
+
+
+def _is_of_its_own(folder: Path) -> bool:
+    """Whether a folder below a model is hidden, another format of it, a checkpoint or a run."""
+    other = folder.name in OTHER_FOLDERS or folder.name.endswith(".partial")
+    other = other or folder.name.startswith((".", "checkpoint-", "iter_"))
+    return other or any((folder / mark).is_file() for mark in OWN_MARKS)
+
+
+def _described(config: dict, dtype: str) -> dict:
+    """A `config.json` whose tensors are of `dtype`.
+
+    `transformers` 5 reads `dtype` before `torch_dtype`, older tools only the latter.
+    """
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    for key in [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS:
+        config[key] = dtype
+    for name, part in config.items():  # of a model with several parts
+        if (
+            name.endswith("_config")
+            and isinstance(part, dict)
+            and not part.keys().isdisjoint(DTYPE_KEYS)
+        ):
+            config[name] = _described(part, dtype)
+    return config
 
 
 def _read_header(file: Path) -> dict[str, TensorPlace]:
@@ -218,21 +379,24 @@ def _read_header(file: Path) -> dict[str, TensorPlace]:
             raise UserError(f"{file} is damaged or truncated: its header is not complete")
         try:
             header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is damaged: its header is not JSON") from error
     places, end = {}, 0
     try:
-        entries = [
+        entries = sorted(
             (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()
             if name != "__metadata__"
-        ]
-        entries.sort()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: its header is not a table of tensors") from error
+        )
+        sound = all(_is_entry(*entry) for entry in entries)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise UserError(f"{file} is damaged: its header is not a table of tensors")
     for begin, stop, name, kind, shape in entries:
         if kind not in DTYPES:
-            raise UserError(f"{file}: {name} has type {kind}, which is not supported")
+            quantized = "; the model is quantised" if kind.startswith(("F8", "F4", "F6")) else ""
+            raise UserError(f"{file}: {name} has type {kind}, which is not supported{quantized}")
         dtype = DTYPES[kind]
         if begin != end:
             raise UserError(f"{file} is damaged: {name} begins at {begin}, not at {end}")
@@ -245,6 +409,12 @@ def _read_header(file: Path) -> dict[str, TensorPlace]:
             f"{file} is damaged or truncated: {size} bytes, its header asks for {8 + length + end}"
         )
     return places
+
+
+def _is_entry(begin, stop, name, kind, shape) -> bool:
+    """Whether a header's entry has the types that it must have."""
+    counts = (begin, stop, *shape)
+    return type(kind) is str and all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
 
 
 def _write_header(path: Path, shapes: dict) -> dict[str, TensorPlace]:

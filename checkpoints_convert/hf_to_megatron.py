@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from checkpoints_convert.hf_files import HFTensors
+from checkpoints_convert.fit import check_tied_head
+from checkpoints_convert.hf_config import listed
+from checkpoints_convert.hf_files import HEAD, HFTensors
 from checkpoints_convert.mapping import Heads, Mapping, mapping_of, shard, to_megatron
 from megatron_prepo.errors import UserError
 
@@ -60,7 +62,8 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
     """
     heads = heads_of(chunks[0].config)
     mine = stage_parameters(chunks)
-    with HFTensors(directory) as tensors:
+    tied = chunks[0].share_embeddings_and_output_weights
+    with HFTensors(directory, tied=tied) as tensors:
         for _, mapping, parameter in mine:
             group = split_group(mapping)
             try:
@@ -71,7 +74,6 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
             parameter.copy_(part)
         used: list = [None] * dist.get_world_size()
         dist.all_gather_object(used, [n for _, mapping, _ in mine for n in mapping.hf_names])
-        tied = chunks[0].share_embeddings_and_output_weights
         refuse_leftover(tensors, set().union(*used), tied)
 
 
@@ -82,14 +84,11 @@ def refuse_leftover(tensors: HFTensors, used: set[str], tied: bool) -> None:
     old files hold rotary frequencies, which are computed.
     """
     left = {name for name in tensors.names() - used if not name.endswith("rotary_emb.inv_freq")}
-    if tied and "lm_head.weight" in left:
-        left.remove("lm_head.weight")
-        if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
-            raise UserError(
-                f"{tensors.directory}: config.json ties the embeddings, but lm_head.weight is "
-                "another tensor; set tie_word_embeddings to false"
-            )
+    if tied and HEAD in left:
+        left.remove(HEAD)
+        check_tied_head(tensors)
     if left:
         raise UserError(
-            f"{tensors.directory} has tensors that the model has no place for: {sorted(left)}"
+            f"{tensors.directory} has tensors that the model has no place for: "
+            f"{listed(sorted(left))}"
         )

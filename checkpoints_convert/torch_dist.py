@@ -195,8 +195,8 @@ class TorchDistReader:
         file = self.directory / "common.pt"
         try:
             return torch.load(file, weights_only=True)
-        except PICKLE_ERRORS as error:
-            raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        except (OSError, *PICKLE_ERRORS) as error:
+            raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:300]}") from error
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self.tensors:

@@ -7,7 +7,7 @@ Four questions, each with an answer of its own kind:
 - *checkpoint*: does every Hugging Face tensor come back out of the Megatron checkpoint bit for bit?
 - *layouts*: does it survive being cut for the ranks of each layout and put together again?
 - *logits*: does the Megatron model compute what `transformers` computes, also at 2,048 positions,
-  where a lost rope scaling shows?
+  where a lost rope scaling shows?  A tiny random model of the same settings is always asked, too.
 """
 
 import hashlib
@@ -19,18 +19,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints_convert import tiny_instance
 from checkpoints_convert.arena import Arena
 from checkpoints_convert.convert import (
     ARENA_BYTES,
     PlannedParameter,
-    architecture_record,
     heads_of,
     hf_tensors,
     plan_export,
 )
+from checkpoints_convert.fit import check_fit
 from checkpoints_convert.hf_config import gpt_settings, read_hf_config
 from checkpoints_convert.hf_files import HFTensors
 from checkpoints_convert.mapping import Mapping, shard, to_hf, to_megatron, unshard
+from checkpoints_convert.record import architecture_record, comparable
 from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
@@ -48,6 +50,7 @@ class Report:
     tensors: dict[str, dict] = field(default_factory=dict)
     layouts: list[str] = field(default_factory=list)
     logits: list[dict] = field(default_factory=list)
+    tiny: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """The manifest."""
@@ -75,7 +78,12 @@ def verify(
     settings = read_hf_config(hf)
     report = Report()
     _check_config(report, hf, settings, megatron)
-    with HFTensors(hf) as tensors:
+    tiny = tiny_instance.compare(hf)
+    report.tiny = vars(tiny)
+    if not tiny.passed:
+        report.failures.append(f"logits of a tiny random model: off by {tiny.ours:.2e}")
+    with HFTensors(hf, tied=settings["tie_word_embeddings"]) as tensors:
+        check_fit(tensors, settings)
         _check_layouts(report, settings, tensors, layouts, quick=quick)
         if megatron:
             _check_checkpoint(report, settings, tensors, megatron, quick=quick)
@@ -137,8 +145,8 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
     if megatron:
         args = TorchDistReader(newest(megatron)).common().get("args")
         # the same names from what config.json says now
-        now = vars(architecture_record(settings)["args"])
-        for name, value in vars(args).items() if args else ():
+        now = comparable(architecture_record(settings)["args"])
+        for name, value in comparable(args).items() if args else ():
             if name in now:
                 fields[f"checkpoint's {name}"] = (value, now[name])
     for name, (theirs_value, ours_value) in fields.items():
@@ -255,7 +263,7 @@ def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> Non
     try:
         (ours,) = build_model(settings, ModelConfig(hf=str(hf), dtype="float32"), layout)
         if megatron:
-            checkpoint.load_weights([ours.eval()], megatron)
+            checkpoint.load_weights([ours.eval()], megatron, settings)
         else:
             load_hf_weights([ours.eval()], hf)
         for label, tokens in tqdm(sequences.items(), "logits"):

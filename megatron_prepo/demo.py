@@ -83,7 +83,9 @@ def plain_transformers_pass_rate(
     tokenizer = AutoTokenizer.from_pretrained(
         hf_directory, padding_side="left", trust_remote_code=False
     )
-    model = AutoModelForCausalLM.from_pretrained(hf_directory, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_directory, dtype=getattr(torch, config.model.dtype), trust_remote_code=False
+    ).eval()
     prompts = read_prompts(config.data.eval, tokenizer, max_tokens=config.data.max_prompt_tokens)[
         : config.eval.max_prompts
     ]

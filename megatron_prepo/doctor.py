@@ -289,6 +289,7 @@ def examine_inputs(config: Config) -> list[Finding]:
 
     Of the machine only the disk: it is also for a login node, where nothing will run.
     """
+    from checkpoints_convert import tiny_instance
     from checkpoints_convert.hf_config import read_hf_config
     from megatron_prepo import preflight, run_directory
     from megatron_prepo.actor.model import check_layout, transformer_config
@@ -327,6 +328,11 @@ def examine_inputs(config: Config) -> list[Finding]:
                 + (f" x context {parallel.context}" if parallel.context > 1 else "")
             ),
         )
+        look(
+            "logits",
+            lambda: tiny_instance.check(config.model.hf),
+            lambda d: f"a tiny model of these settings: {d.ours:.0e} from transformers'",
+        )
         limit = hf["max_position_embeddings"]
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
         findings.append(
@@ -338,18 +344,25 @@ def examine_inputs(config: Config) -> list[Finding]:
             )
         )
     whole = "model.hf=DIR, all of the model as Hugging Face has it (`hf download NAME`)"
-    look(
-        "weights",
-        lambda: preflight.check_weights(config),
-        lambda _: _weights(config),
-        "" if config.model.megatron else whole,
-    )
+    if hf:
+        look(
+            "weights",
+            lambda: preflight.check_weights(config, hf),
+            lambda _: _weights(config),
+            "" if config.model.megatron else whole,
+        )
     tokenizer = look(
         "tokenizer",
         lambda: preflight.read_tokenizer(config.model.hf),
         lambda tokenizer: f"{len(tokenizer):,} tokens",
         whole,
     )
+    if tokenizer and hf:
+        look(
+            "stop tokens",
+            lambda: preflight.check_stop_tokens(config, hf, tokenizer),
+            lambda tokens: ", ".join(map(str, sorted(tokens))),
+        )
     if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
         findings.append(
             Finding(

@@ -31,11 +31,12 @@ def check(config: Config) -> Inputs:
     dashboards.check(config)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
-    check_weights(config)
+    check_weights(config, hf)
     check_file(config.reward.function)
     if "RANK" not in os.environ:  # ranks load the function before anything else anyway
         pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
+    check_stop_tokens(config, hf, tokenizer)
     train_prompts = prompts_of(config, tokenizer, "train")
     eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
@@ -65,6 +66,19 @@ def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
         )
 
 
+def check_stop_tokens(config: Config, hf: dict, tokenizer) -> frozenset[int]:
+    """The tokens that end a completion; UserError if none does, or the model has none of them."""
+    from megatron_prepo.rollout.embedded import stop_tokens
+
+    tokens = stop_tokens(config.model.hf, tokenizer)
+    if min(tokens) >= hf["vocab_size"]:
+        raise UserError(
+            f"completions would never end: the end-of-sequence token {min(tokens)} of "
+            f"{config.model.hf} is not one of its vocab_size={hf['vocab_size']}"
+        )
+    return tokens
+
+
 def check_engine(config: Config, engine) -> None:
     """UserError unless the engine rounds logits as the actor does.
 
@@ -92,16 +106,24 @@ def prompts_of(config: Config, tokenizer, name: Literal["train", "eval"]) -> lis
     )
 
 
-def check_weights(config: Config) -> None:
-    """UserError unless the checkpoint or the Hugging Face files to start from are there."""
-    from checkpoints_convert.hf_files import HFTensors
+def check_weights(config: Config, hf: dict) -> None:
+    """UserError unless the checkpoint or the Hugging Face files to start from are those of `hf`.
+
+    `hf`: the settings of `model.hf`, whose other files go into the exported model.
+    """
+    from checkpoints_convert.fit import check_fit
+    from checkpoints_convert.hf_files import HFTensors, other_files
+    from checkpoints_convert.record import check_record, check_tokenizer
     from megatron_prepo.actor.checkpoint import newest
 
+    other_files(config.model.hf)
     if config.model.megatron:
-        newest(config.model.megatron)
+        checkpoint = newest(config.model.megatron)
+        check_record(checkpoint, hf, config.model.hf)
+        check_tokenizer(checkpoint, config.model.hf)
     else:
-        with HFTensors(config.model.hf):
-            pass
+        with HFTensors(config.model.hf, tied=hf["tie_word_embeddings"]) as tensors:
+            check_fit(tensors, hf)
 
 
 def read_tokenizer(directory: str):

@@ -139,7 +139,7 @@ def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -
         compare_scores(dump, actor, comparison)
     for number, (result, batch) in enumerate(dump.updates()):
         if number:
-            checkpoint.load_weights(actor.chunks, dump.weights(number))
+            checkpoint.load_weights(actor.chunks, dump.weights(number), actor.hf)
         gradient = actor.backward(batch)
         name = f"update {result['update']}"
         comparison.add_number(f"{name}: loss", result["loss"], gradient.totals["loss"])

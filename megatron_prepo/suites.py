@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints_convert.hf_config import read_hf_config
-from checkpoints_convert.hf_files import HFTensors, buckets
+from checkpoints_convert.hf_files import HFTensors, buckets, widest
 from megatron_prepo import config as configuration
 from megatron_prepo import lock, machine, preflight
 from megatron_prepo.config import Config, overridden
@@ -76,10 +76,27 @@ class Model:
 def load_settings(
     path: str | None, models: Sequence[tuple[str, str]], overrides: Sequence[str]
 ) -> Config:
-    """From a configuration, or that of the first run among the models; else all by overrides."""
+    """From a configuration, or that of the first run among the models; else all by overrides.
+
+    Without `model.dtype` there, models are evaluated in the type of their own weights.
+    """
     runs = (Path(place) / "config.yaml" for _, place in models)
     path = path or next((file for file in runs if file.is_file()), None)
-    return configuration.load(path, overrides) if path else overridden(UNUSED, overrides)
+    if path:
+        return configuration.load(path, overrides)
+    given = any(override.startswith("model.dtype=") for override in overrides)
+    own = [] if given else [f"model.dtype={own_dtype(Path(place) for _, place in models)}"]
+    return overridden(UNUSED, [*own, *overrides])
+
+
+def own_dtype(places: Iterable[Path]) -> str:
+    """bfloat16 if that holds all weights of the models in Hugging Face format, else float32."""
+    for place in places:
+        if (place / "config.json").is_file():
+            with HFTensors(place) as tensors:
+                if widest(p.dtype for p in tensors.places.values()) is not torch.bfloat16:
+                    return "float32"
+    return "bfloat16"
 
 
 def held_out(config: Config) -> list[tuple[str, str]]:
@@ -199,7 +216,8 @@ def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
     )[: config.eval.max_prompts]
-    preflight.check_room(config, read_hf_config(config.model.hf), prompts)
+    hf = read_hf_config(config.model.hf, for_megatron=False)
+    preflight.check_room(config, hf, prompts)
     return prompts
 
 
@@ -209,30 +227,24 @@ def build_engine(config: Config, tokenizer):
     if config.rollout.engine == "sglang":
         launch.check_given(config) if config.servers.urls else launch.check(config)
         engine = SGLangEngine(config, tokenizer, device=device)
-        give_files(engine, config)
-        return engine
-    from transformers import AutoModelForCausalLM
-
-    engine = EmbeddedEngine(
-        config.model.hf,
-        tokenizer,
-        dtype=getattr(torch, config.model.dtype),
-        fp32_lm_head=config.model.fp32_lm_head,
-        device=device,
-        batch_size=config.rollout.batch_size,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model.hf, local_files_only=True, trust_remote_code=False
-    )
-    engine.load_weights([list(model.named_parameters())], 0)
+    else:
+        engine = EmbeddedEngine(
+            config.model.hf,
+            tokenizer,
+            dtype=getattr(torch, config.model.dtype),
+            fp32_lm_head=config.model.fp32_lm_head,
+            device=device,
+            batch_size=config.rollout.batch_size,
+        )
+    give_files(engine, config)
     return engine
 
 
-def give_files(engine: SGLangEngine, config: Config) -> None:
+def give_files(engine: SGLangEngine | EmbeddedEngine, config: Config) -> None:
     """Send the tensors of the files, as they are, but for the type and what is no parameter."""
     dtype = getattr(torch, config.model.dtype)
-    tied = read_hf_config(config.model.hf).get("tie_word_embeddings", False)
-    with HFTensors(config.model.hf) as tensors:
+    tied = read_hf_config(config.model.hf, for_megatron=False)["tie_word_embeddings"]
+    with HFTensors(config.model.hf, tied=tied) as tensors:
         names = [
             name
             for name in tensors.places

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_convert.hf_files import HFTensors, buckets
+from checkpoints_convert.hf_files import HEAD, INDEX, SINGLE, HFTensors, buckets
 from megatron_prepo.config import Config
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.rollout.sglang.fleet import SyncBroken
@@ -57,18 +57,16 @@ def check_names(shapes: dict, hf_directory: str | Path) -> None:
     word.  A directory without weights (a run from a Megatron checkpoint) has nothing to compare
     with; `verify` remains.
     """
-    if not any(Path(hf_directory).glob("*.safetensors")):
+    if not any((Path(hf_directory) / name).is_file() for name in (SINGLE, INDEX)):
         return
-    with HFTensors(hf_directory) as tensors:
+    with HFTensors(hf_directory, tied=HEAD not in shapes) as tensors:
         files = {name: place.shape for name, place in tensors.places.items()}
     unknown = [name for name in shapes if name not in files]
     # a tied model's files may repeat the embedding, and old files hold rotary frequencies
     missing = [
         name
         for name in files
-        if name not in shapes
-        and name != "lm_head.weight"
-        and not name.endswith("rotary_emb.inv_freq")
+        if name not in shapes and name != HEAD and not name.endswith("rotary_emb.inv_freq")
     ]
     misshapen = [
         f"{name} {tuple(shape)} for {tuple(files[name])}"

@@ -46,7 +46,8 @@ def perplexities(
         )
         for file in files
     }
-    model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype="auto", local_files_only=True)
+    model = model.to(device).eval()
     result = {}
     for file, prompts in prompts_of.items():
         values = []

@@ -118,7 +118,7 @@ def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
         device=torch.device("cpu"),
         batch_size=256,
     )
-    base = type(engine.model).from_pretrained(config.model.hf)
+    base = type(engine.model).from_pretrained(config.model.hf, dtype=engine.model.dtype)
     engine.load_weights([list(base.named_parameters())], version=0)
     size = config.rollout.samples_per_prompt
     rollouts = engine.generate(

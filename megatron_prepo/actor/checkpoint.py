@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
+from checkpoints_convert.record import architecture_record, check_record
 from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_prepo import ownership
 from megatron_prepo.actor import optimizer_shards
@@ -50,13 +51,15 @@ def start_saving(
     updates: int = 0,
     run_state: str | None = None,
     copies: Copies | None = None,
+    hf: dict | None = None,
 ) -> Saving:
     """Begin to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
     Collective.  With optimizer and scheduler if given; then with this rank's random states, too.
-    `run_state` is the text of `run.json`.  It is there when the `Saving` is finished, and nothing
-    else may be saved below `directory` before; without `copies`, nor may model and optimizer
-    change.  Raises OSError if a rank cannot write: older checkpoints stay.
+    `run_state` is the text of `run.json`.  `hf`, the model's settings, become the checkpoint's own
+    record of it (`checkpoints_convert/record.py`).  It is there when the `Saving` is finished, and
+    nothing else may be saved below `directory` before; without `copies`, nor may model and
+    optimizer change.  Raises OSError if a rank cannot write: older checkpoints stay.
     """
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
@@ -66,7 +69,8 @@ def start_saving(
         ownership.create(aside, ownership.UNFINISHED)
     dist.barrier()
     weights = _sharded_weights(chunks)
-    state = {**weights, "iteration": step, "updates": updates, "checkpoint_version": 3.0}
+    state = {**weights, **(architecture_record(hf) if hf else {})}
+    state |= {"iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
         _fill_adam_state(optimizer)
         optimizer_shards.write_own_parts(optimizer)
@@ -96,12 +100,14 @@ def start_saving(
     )
 
 
-def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler) -> int:
+def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf: dict) -> int:
     """Read what `save` wrote with an optimizer, under any layout; returns `updates`; collective.
 
     Under the number of ranks that wrote it, random states are restored, too.  Raises UserError if
-    the optimizer is one that has another form on disk.
+    the optimizer is one that has another form on disk, and if the weights are not of the model
+    whose settings are `hf`.
     """
+    check_record(path, hf, "model.hf")
     _check_form(path, optimizer)
     _fill_adam_state(optimizer)
     weights = _sharded_weights(chunks)
@@ -118,12 +124,13 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler) ->
     return state["updates"]
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
+def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: dict) -> None:
     """Read the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
-    Raises UserError if there is none, or if it is not of this model.
+    Raises UserError if there is none, or if it is not of this model, whose settings are `hf`.
     """
     path = newest(directory)
+    check_record(path, hf, "model.hf")
     weights = _sharded_weights(chunks)
     try:
         state = load_without_running(path, weights)

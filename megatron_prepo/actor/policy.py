@@ -116,7 +116,7 @@ class Actor:
             self.routing = RoutingFormat.of(self.hf)
             self.router_replay = RouterReplay(self.chunks, self.device)
         if config.model.megatron:
-            checkpoint.load_weights(self.chunks, config.model.megatron)
+            checkpoint.load_weights(self.chunks, config.model.megatron, self.hf)
         else:
             load_hf_weights(self.chunks, config.model.hf)
         self.ddp = [DistributedDataParallel(mcore, ddp_config(config), c) for c in self.chunks]
@@ -339,7 +339,9 @@ class Actor:
         self._gather_weights()
         copies = self.copies if copy else None
         if not self.config.checkpoint.optimizer:
-            return checkpoint.start_saving(self.chunks, directory, step=step, copies=copies)
+            return checkpoint.start_saving(
+                self.chunks, directory, step=step, copies=copies, hf=self.hf
+            )
         return checkpoint.start_saving(
             self.chunks,
             directory,
@@ -349,11 +351,12 @@ class Actor:
             updates=self.updates,
             run_state=run_state,
             copies=copies,
+            hf=self.hf,
         )
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint with optimizer, written under any layout; collective."""
-        self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler)
+        self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler, self.hf)
 
     def _gather_weights(self) -> None:
         """After an update under overlap_param_gather, weights are on their way until a forward pass

@@ -7,16 +7,18 @@ rounding in a batch of another shape).
 """
 
 import hashlib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations import sdpa_attention
 
-from checkpoints_convert.hf_config import read_hf_config
+from checkpoints_convert.hf_config import read_hf_config, read_json
+from megatron_prepo.errors import UserError
 from megatron_prepo.products import product
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.chosen_experts import ChosenExperts
@@ -39,9 +41,10 @@ class EmbeddedEngine:
         num_ranks: int = 1,
         gather: Callable[[list], list[list]] = lambda mine: [mine],
     ):
+        self.hf = read_hf_config(hf_directory, for_megatron=False)
         settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(settings)
-        self.model = model.to(device, dtype).eval()
+        # by `to(dtype)` the rotary frequencies would be rounded, too
+        self.model = AutoModelForCausalLM.from_config(settings, dtype=dtype).to(device).eval()
         self.fp32_lm_head = fp32_lm_head
         """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""
         if fp32_lm_head:
@@ -52,7 +55,6 @@ class EmbeddedEngine:
             # transformers repeats keys and values for grouped queries wherever there is a mask, for
             # the sake of CUDA's kernels; the CPU's needs no copies, and gives the same numbers
             sdpa_attention.use_gqa_in_sdpa = lambda mask, key: True
-        self.hf = read_hf_config(hf_directory)
         self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
         self.stop_tokens = stop_tokens(hf_directory, tokenizer)
@@ -323,11 +325,24 @@ def _fp32_logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
 
 
 def stop_tokens(hf_directory: str | Path, tokenizer) -> frozenset[int]:
-    """Tokens that end a completion: the generation configuration's, else the tokenizer's."""
-    if (Path(hf_directory) / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(hf_directory).eos_token_id
+    """Tokens that end a completion.
+
+    Those of generation_config.json, else of config.json, else the tokenizer's.  Raises UserError
+    for a file that cannot be read or whose `eos_token_id` names no token.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(hf_directory) / name
+        if not path.is_file():
+            continue
+        ids = read_json(path).get("eos_token_id")
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            listed = ids if isinstance(ids, list) else [ids]
+            if not listed or any(type(t) is not int or not 0 <= t < 1 << 31 for t in listed):
+                raise UserError(
+                    f"{path}: eos_token_id={reprlib.repr(ids)} names no token, and completions "
+                    "would never end; name one or several, or remove it for the tokenizer's"
+                )
+            return frozenset(listed)
     assert tokenizer.eos_token_id is not None, "preflight checks that there is a stop token"
     return frozenset([tokenizer.eos_token_id])
 

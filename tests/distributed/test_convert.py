@@ -106,7 +106,7 @@ def load_everything(hf, megatron, scratch):
             cuts = [cut for cut in IMPORTS if (name, layout, cut) in READS]
             for cut in cuts:
                 poison(model)
-                checkpoint.load_weights([model], megatron[name, cut])
+                checkpoint.load_weights([model], megatron[name, cut], settings)
                 found[name, layout, cut] = {
                     "parameters": differing(model, expected),
                     "export": oddities(model, hf[name]),
@@ -120,7 +120,7 @@ def load_everything(hf, megatron, scratch):
                 if with_optimizer:
                     Actor(config).save(directory, step=3)
                 else:
-                    checkpoint.load_weights([model], megatron[name, cuts[0]])
+                    checkpoint.load_weights([model], megatron[name, cuts[0]], settings)
                     spoil_padding(model)
                     checkpoint.start_saving([model], directory, step=3).finish(5)
             if name == "moe" and layout in SCORED:

@@ -156,7 +156,7 @@ def hostile_checkpoints(actor, good, root):
     def table(marker):
         directory = shutil.copytree(good, root / "hostile-table")
         (checkpoint.newest(directory) / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
-        checkpoint.load_weights(actor.chunks, directory)
+        checkpoint.load_weights(actor.chunks, directory, actor.hf)
 
     def saved_object(marker):
         directory = root / marker.name.replace("executed", "hostile")

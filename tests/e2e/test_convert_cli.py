@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert import __main__, convert, hf_files
+from checkpoints_convert import __main__, convert, hf_config, hf_files
 from checkpoints_convert.hf_files import HFTensors, HFWriter
 from checkpoints_convert.torch_dist import TorchDistReader, TorchDistWriter
 from megatron_prepo import ownership
@@ -338,7 +338,7 @@ def test_verify_notices_a_rope_scaling_that_the_actor_would_lose(
     from megatron_prepo.actor import model
 
     def without(hf):
-        return {k: v for k, v in convert.gpt_settings(hf).items() if "scaling" not in k}
+        return {k: v for k, v in hf_config.gpt_settings(hf).items() if "scaling" not in k}
 
     monkeypatch.setattr(model, "gpt_settings", without)
     code, _, err = cli("verify", "--hf", models["llama3"], "--layouts", "1x1")
@@ -412,15 +412,28 @@ BAD_MODELS = {
         None,
         ["yarn"],
     ),
-    "no theta": ({"rope_parameters": None}, None, ["rope_theta"]),
     "rope scaling without a factor": (
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
         None,
         ["factor"],
     ),
     "unsupported activation": ({"hidden_act": "gelu"}, None, ["hidden_act"]),
-    "more layers": ({"num_hidden_layers": 5}, None, ["lacks", "model.layers.4."]),
-    "fewer layers": ({"num_hidden_layers": 3}, None, ["no place for", "model.layers.3."]),
+    "more layers": (
+        {"num_hidden_layers": 5, "layer_types": None},
+        None,
+        ["lacks", "model.layers.4.", " and 1 more"],
+    ),
+    "fewer layers": (
+        {"num_hidden_layers": 3, "layer_types": None},
+        None,
+        ["no place for", "model.layers.3.", " and 1 more"],
+    ),
+    "layers without a type": ({"num_hidden_layers": 5}, None, ["num_hidden_layers", "layer_types"]),
+    "no experts in a mixture of them": (
+        {"model_type": "qwen3_moe"},
+        None,
+        ["lacks num_experts_per_tok, moe_intermediate_size, num_experts"],
+    ),
     "another vocabulary": ({"vocab_size": 300}, None, ["model.embed_tokens.weight", "300"]),
     "missing tensor": ({}, lambda weights: weights.pop(O_PROJ), ["lacks", O_PROJ]),
     "extra tensor": ({}, set_shape("model.extra.weight", 2), ["model.extra.weight"]),
@@ -439,7 +452,7 @@ BAD_MODELS = {
     ),
     "twice the keys": ({}, set_shape("model.layers.0.self_attn.k_proj.weight", 48, 32), ["k_proj"]),
     "gate and up of other sizes": ({}, uneven_gate, ["gate_proj"]),
-    "a head moved from q to k": ({}, heads_moved_from_q_to_k, ["k_proj"]),
+    "a head moved from q to k": ({}, heads_moved_from_q_to_k, ["q_proj"]),
     "a row too many in the embedding": ({}, set_shape("lm_head.weight", 260, 32), ["lm_head"]),
 }
 
@@ -545,7 +558,7 @@ BAD_CHECKPOINTS = {
         lambda d: (d / "hf" / "config.json").write_text(
             (d / "hf" / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64')
         ),
-        ["shape"],
+        ["hidden_size is 32", "64"],
     ),
 }
 
@@ -599,9 +612,9 @@ def failing_after(function, calls, failure):
 
 
 IMPORT_FAILURES = [(TorchDistWriter, "write", 5), (TorchDistWriter, "finish", 0)]
-IMPORT_FAILURES += [(convert, "copy_other_files", 0), (ownership, "rename_tree", 0)]
+IMPORT_FAILURES += [(convert, "carry_over", 0), (ownership, "rename_tree", 0)]
 EXPORT_FAILURES = [(HFWriter, "write", 5), (TorchDistReader, "read", 3)]
-EXPORT_FAILURES += [(hf_files, "copy_other_files", 0), (ownership, "rename_tree", 0)]
+EXPORT_FAILURES += [(hf_files, "carry_over", 0), (ownership, "rename_tree", 0)]
 
 
 @pytest.mark.parametrize(("place", "name", "calls"), IMPORT_FAILURES + EXPORT_FAILURES)

@@ -1,15 +1,17 @@
 """The embedded engine against a loop that computes every token of every completion from scratch."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
-from megatron_prepo.rollout.embedded import SHRINK_AT, EmbeddedEngine, _uniform, draw
+from megatron_prepo.rollout.embedded import SHRINK_AT, EmbeddedEngine, _uniform, draw, stop_tokens
 from megatron_prepo.routing import RoutingFormat
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
@@ -213,3 +215,64 @@ def test_draw_never_takes_a_token_of_probability_0():
     probability = 1 / (1 + torch.tensor(-2.0).exp())  # of token 1, at half the temperature
     assert token_R.tolist() == [1, 2, 1]
     assert logprob_R[0].exp() == pytest.approx(float(probability), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_path):
+    """Rotary frequencies are no weights: rounded to 8 bits, they turn by other angles."""
+    tiny_models.save(MODELS[name](), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    engine = EmbeddedEngine(
+        tmp_path,
+        SimpleNamespace(eos_token_id=0),
+        dtype=torch.bfloat16,
+        fp32_lm_head=False,
+        device=torch.device("cpu"),
+        batch_size=1,
+    )
+    engine.load_weights([list(load_file(tmp_path / "model.safetensors").items())], 1)
+    tokens_1S = torch.arange(200)[None]
+    with torch.no_grad():
+        assert torch.equal(engine.model(tokens_1S).logits, theirs(tokens_1S).logits)
+
+
+# Where a completion ends
+
+TOKENIZER = SimpleNamespace(eos_token_id=7)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [4, 5]}, {"eos_token_id": 3}, {4, 5}),
+        ({"eos_token_id": 4}, {}, {4}),
+        ({"temperature": 0.6}, {"eos_token_id": [3, 6]}, {3, 6}),
+        (None, {"eos_token_id": [3, 6]}, {3, 6}),
+        (None, {"eos_token_id": 3}, {3}),
+        ({"eos_token_id": None}, {"eos_token_id": None}, {7}),
+        (None, {}, {7}),
+    ],
+)
+def test_stop_tokens_are_the_generations_else_the_models_else_the_tokenizers(
+    tmp_path, generation, config, expected
+):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert stop_tokens(tmp_path, TOKENIZER) == expected
+
+
+@pytest.mark.parametrize("ids", [[], [[]], ["2"], "2", -1, [2, -1], 1.5, True, {}, {"a": 1}])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_what_would_never_stop_a_completion_is_refused(tmp_path, file, ids):
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UserError, match=f"{file}: eos_token_id=.* names no token"):
+        stop_tokens(tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100_000])
+def test_a_generation_config_that_is_no_json_object_is_named(tmp_path, content):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"generation_config.json is not") as caught:
+        stop_tokens(tmp_path, TOKENIZER)
+    assert len(str(caught.value).splitlines()) == 1

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import hf_files
-from checkpoints_convert.hf_files import INDEX, HFTensors, HFWriter, copy_other_files
+from checkpoints_convert.hf_files import INDEX, HFTensors, HFWriter, carry_over
 from megatron_prepo import ownership
 from megatron_prepo.errors import UserError
 
@@ -190,7 +190,7 @@ def test_short_reads_and_writes_of_the_system_are_continued(tmp_path, config, mo
 def test_configuration_and_tokenizer_are_carried_over_and_old_weights_are_not(tmp_path, config):
     target = tmp_path / "target"
     target.mkdir()
-    copy_other_files(config, target)
+    carry_over(config, target)
     assert {file.name for file in target.iterdir()} == {"config.json", "tokenizer.json"}
     assert (target / "tokenizer.json").read_bytes() == b"\x00tokenizer"
 
@@ -377,7 +377,7 @@ def test_a_damaged_index_is_named(tmp_path, text):
 
 
 def test_a_name_in_two_files_is_named_with_both(tmp_path):
-    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
-    save_file({"a": torch.ones(2)}, tmp_path / "two.safetensors")
-    with pytest.raises(UserError, match=r"a is in .*one.safetensors and in .*two.safetensors"):
+    two_files(tmp_path)
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
+    with pytest.raises(UserError, match=r"a is in one.safetensors and in two.safetensors"):
         HFTensors(tmp_path)

@@ -58,7 +58,7 @@ class SGLangEngine:
         """Servers of our own are starting when this returns, and the first sync waits for them."""
         self.settings, self.tokenizer = config.servers, tokenizer
         self.rank, self.share, self.gather = rank, share, gather
-        self.hf = read_hf_config(config.model.hf)
+        self.hf = read_hf_config(config.model.hf, for_megatron=False)
         self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
         self.weight_version: int | None = None
         """Optimizer updates behind the weights; None before the first sync and after a failed."""
