@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, to_tree
+from megatron_prepo.config import Config, to_yaml
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
 
@@ -118,7 +116,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Path:
             f"the run goes on with {'; '.join(rounding)}: numbers agree with an uninterrupted "
             "run's up to rounding, and not to the bit"
         )
-    write_text(directory / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
+    write_text(directory / "config.yaml", to_yaml(config))
     return directory
 
 

@@ -1,8 +1,8 @@
-"""YAML 1.2 as settings are written in it: read with the text of each scalar, written for any reader.
+"""YAML 1.2 for settings: read with the text of each scalar, written for readers of any version.
 
-A scalar without quotes is read as `Plain`, its text: a setting that takes text keeps it, and for any
-other `resolved` gives its value by YAML 1.2's core schema (section 10.3.2).  There `off` and `yes`
-are texts, `010` is ten and `1e-5` a number; YAML 1.1 reads them as false, true, eight and a text.
+A scalar without quotes is read as `Plain`, its text: a setting that takes text keeps it, and for
+any other `resolved` gives its value by YAML 1.2's core schema (section 10.3.2).  There `off` and
+`yes` are texts, `010` is ten and `1e-5` a number; to YAML 1.1 they are false, true, eight, a text.
 
 Refused: keys given twice, aliases (some hundred bytes of which stand for gigabytes, or for a list
 within itself), tags, several documents, nesting of more than MAX_DEPTH.
@@ -36,7 +36,7 @@ MAX_DIGITS = 100
 """A longer whole number is no setting."""
 
 NULL = ("", "~", "null", "Null", "NULL")
-BOOLEAN = {f(word): word == "true" for word in ("true", "false") for f in (str, str.title, str.upper)}
+BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
