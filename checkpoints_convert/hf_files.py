@@ -343,7 +343,9 @@ def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[P
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(OTHER_WEIGHTS) or (".index." in name and name.endswith(".json"))
+    """Or an index of weights, or our marker, which is about the folder and not about the model."""
+    index = ".index." in name and name.endswith(".json")
+    return index or name.endswith(OTHER_WEIGHTS) or name in ownership.NOT_CONTENT
 
 
 def _is_of_its_own(folder: Path) -> bool:

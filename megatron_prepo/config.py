@@ -1,5 +1,8 @@
 """Every setting of a run: a frozen tree of dataclasses, from YAML and ``key=value`` overrides.
 
+Files and overrides are YAML 1.2, and the type of a setting decides what a word without quotes is: a
+setting that takes text keeps it (`off`, `010`), and one that takes a number refuses it.
+
 The defaults are the paper's (PREPO as first published, research ambiguities as named settings);
 a setting without a default has to be given.  The text under each field is its documentation: the
 configuration reference in ``docs/configuration.md`` is printed from here (``megatron-prepo
@@ -10,20 +13,24 @@ import copy
 import dataclasses
 import difflib
 import ipaddress
+import json
 import math
+import os
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_prepo.errors import UserError
+from megatron_prepo import yaml_text
+from megatron_prepo.errors import UserError, one_line
 from megatron_prepo.rewards import check_name
+from megatron_prepo.yaml_text import NULL, Plain
 
 STRICT = ConfigDict(
     extra="forbid",
@@ -31,15 +38,20 @@ STRICT = ConfigDict(
     protected_namespaces=(),
     allow_inf_nan=False,
 )
-MAX_FILE_BYTES, MAX_DEPTH, MAX_LINE = 1 << 20, 20, 500
+MAX_FILE_BYTES = 1 << 20
 MAX_DEADLINE = 10_000_000
+
+FilePath = Annotated[str, "path"]
+"""The type of a setting that names a file or directory: a `~` in front and `$NAME` are expanded."""
+_TEXTS = {str, FilePath}
+VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Where the run lives."""
 
-    dir: str
+    dir: FilePath
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
     """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
@@ -54,9 +66,9 @@ class RunConfig:
 class ModelConfig:
     """The model that learns."""
 
-    hf: str
+    hf: FilePath
     """Hugging Face directory: configuration, tokenizer and (unless `model.megatron`) weights."""
-    megatron: str | None = None
+    megatron: FilePath | None = None
     """Megatron `torch_dist` checkpoint to start from, as `checkpoints_convert import` writes it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward and backward; the optimizer's are always float32."""
@@ -141,9 +153,9 @@ class ParallelConfig:
 class DataConfig:
     """Prompts: JSON Lines files with an id, a prompt and an answer a line."""
 
-    train: str
+    train: FilePath
     """Training prompts."""
-    eval: str
+    eval: FilePath
     """Held-out prompts."""
     chat_template: bool = False
     """Wrap each prompt as a user turn by the tokenizer's chat template."""
@@ -272,7 +284,7 @@ class ServersConfig:
     the number of the actor's ranks: GPUs of their own."""
     release_memory: bool = False
     """Give the memory of the key-value cache back to the actor between rollouts (shared GPUs)."""
-    python: str | None = None
+    python: FilePath | None = None
     """Interpreter that has SGLang; empty: the trainer's own."""
     host: str = "127.0.0.1"
     """Address that the servers listen on; anyone who reaches it can use and change them."""
@@ -317,7 +329,7 @@ class WeightSyncConfig:
     """Tensors travel together up to this size."""
     request_seconds: float = 300.0
     """Deadline for a server's answer in a sync; keep it below `parallel.timeout_minutes`."""
-    directory: str | None = None
+    directory: FilePath | None = None
     """`disk`: where the weights are put; empty: in the run's directory."""
     address: str = "127.0.0.1"
     """`distributed`: address under which the servers find rank 0."""
@@ -340,7 +352,7 @@ class WeightSyncConfig:
 class RewardConfig:
     """How a completion is graded."""
 
-    function: str = "final_number"
+    function: FilePath = "final_number"
     """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
     `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
     `FILE.py:FUNCTION`, which takes completion and answer and returns a number; modules beside the
@@ -713,6 +725,9 @@ class Config:
             )
 
 
+_SECTIONS = {section.name: section.type for section in dataclasses.fields(Config)}
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The run's configuration from a YAML file, changed by overrides such as ``optimizer.lr=1e-6``.
 
@@ -728,10 +743,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    tree = _from_yaml(text, str(path)) or {}
+    tree = _empty_if_null(yaml_text.read(text, str(path)))
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `run:`, not a {type(tree).__name__}")
-    return overridden(tree, overrides)
+        kind = "list" if isinstance(tree, list) else "text"
+        raise UserError(f"{path} must hold sections such as `run:`, not a {kind}")
+    return overridden(_nested(tree, str(path)), overrides)
 
 
 def overridden(tree: dict, overrides: Sequence[str]) -> Config:
@@ -744,10 +760,13 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
 
 def from_tree(tree: dict) -> Config:
     """A checked `Config` from nested dictionaries."""
-    if not _is_small(tree):
-        raise UserError("the configuration has a whole number of more than 64 bits")
+    tree = {name: _section(name, value) for name, value in tree.items()}
+    if problems := list(_unfit(tree, "")):
+        raise UserError("\n".join(problems))
     try:
-        return TypeAdapter(Config).validate_python(tree)
+        # JSON has the types of settings: to pydantic's strict mode a list in it is a tuple, and
+        # neither true nor "1" is a 1
+        return TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise UserError("\n".join(_sentence(e) for e in error.errors())) from None
 
@@ -755,6 +774,11 @@ def from_tree(tree: dict) -> Config:
 def to_tree(config: Config) -> dict:
     """The resolved configuration as nested dictionaries, as it is saved with the run."""
     return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as the text of a file that `load` reads."""
+    return yaml_text.write(to_tree(config))
 
 
 def reference() -> str:
@@ -789,71 +813,181 @@ def apply(tree: dict, override: str) -> None:
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):
         raise UserError(f"override {reprlib.repr(override)} must have the form section.key=value")
+    if not sections and dataclasses.is_dataclass(_SECTIONS.get(name)):
+        raise UserError(
+            f"override {reprlib.repr(override)}: {name} is a section; set one of its settings, "
+            f"such as {name}.{dataclasses.fields(_SECTIONS[name])[0].name}=..."
+        )
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(
                 f"override {reprlib.repr(override)}: {section} is a value, not a section"
             )
-    tree[name] = _from_yaml(value, f"override {key}: the value") if value else None
+    section, _, setting = key.partition(".")
+    kind = _types(section).get(setting, Any)
+    tree[name] = _from_shell(value, kind, f"override {one_line(key)}: the value")
 
 
-def _from_yaml(text: str, what: str) -> Any:
-    """The value of YAML text.
-
-    Without aliases, some hundred bytes of which stand for gigabytes or for a list within itself,
-    and not deep, since PyYAML's time grows with the square of the depth.
-    """
-    depth = 0
-    try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{what} has a YAML alias (*name), which is not supported")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise UserError(f"{what} is nested more than {MAX_DEPTH} deep")
-        return yaml.safe_load(text)
-    except UserError:
-        raise
-    # PyYAML lets pass what int() and date() raise for a number of 5,000 digits, or a month 13
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
+def value_for(text: str, kind: Any, what: str) -> Any:
+    """What a value typed in the shell is for a field of this type; `what` it is, for errors."""
+    return _typed(_from_shell(text, kind, what), kind)
 
 
-def _is_small(value: Any) -> bool:
-    """Whether all whole numbers fit 64 bits; thousands of digits cannot even be printed."""
+def _from_shell(text: str, kind: Any, what: str) -> Any:
+    """In quotes, brackets or braces it is YAML; otherwise all of it counts, also a `#`."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    bracketed = text[:1] in ("[", "{") and not _parts(kind) <= {*_TEXTS, NoneType}
+    return yaml_text.read(text, what) if quoted or bracketed else Plain(text)
+
+
+def _empty_if_null(value: Any) -> Any:
+    """A section without settings, of comments only, is empty."""
+    return {} if isinstance(value, Plain) and value in NULL else value
+
+
+def _nested(tree: dict, what: str) -> dict:
+    """Sections of settings, where a file may also say `optimizer.lr: 1e-6` in one line."""
+    result: dict = {}
+    for key, value in tree.items():
+        section, *inner = key.split(".")
+        for name in reversed(inner):
+            value = {name: value}
+        _merge(result, {section: _empty_if_null(value)}, what, ())
+    return result
+
+
+def _merge(into: dict, other: dict, what: str, keys: tuple[str, ...]) -> None:
+    """Put the settings of a dictionary into another; UserError for one that both have."""
+    for name, value in other.items():
+        before, path = into.setdefault(name, value), (*keys, name)
+        if before is value:
+            continue
+        if not isinstance(before, dict) or not isinstance(value, dict):
+            raise UserError(
+                f"{what}: {one_line('.'.join(path))} is given twice, in its section and by a key "
+                "with a dot; keep one of them"
+            )
+        _merge(before, value, what, path)
+
+
+def _section(name: str, values: Any) -> Any:
+    """A section with its values as their settings' types take them, and paths expanded."""
+    if not isinstance(values, dict):
+        return _typed(values, Any)
+    types, settings = _types(name), {}
+    for key, value in values.items():
+        try:
+            value = _typed(value, types.get(key, Any))
+            is_path = isinstance(value, str) and FilePath in _parts(types.get(key))
+            settings[key] = _expanded(value) if is_path else value
+        except UserError as error:
+            raise UserError(f"setting {one_line(f'{name}.{key}')}: {error}") from None
+    return settings
+
+
+def _types(section: str) -> dict[str, Any]:
+    """The type of each setting of a section; none of those that pass through."""
+    kind = _SECTIONS.get(section)
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return {field.name: field.type for field in fields}
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value that was read, for a setting of this type: a word is a text where it may be one."""
     if isinstance(value, dict):
-        return all(map(_is_small, (*value, *value.values())))
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_small, value))
-    return not isinstance(value, int) or abs(value) < 1 << 63
+        return {key: _typed(inner, Any) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [get_args(part)[0] for part in _parts(kind) if get_origin(part) in (tuple, list)]
+        return [_typed(inner, items[0] if items else Any) for inner in value]
+    if not isinstance(value, Plain):
+        return value
+    if value in NULL:
+        return None
+    return str(value) if _parts(kind) & _TEXTS else yaml_text.resolved(value)
+
+
+def _parts(kind: Any) -> set:
+    """The types that a union joins, or the one type; of a Literal, those of its choices.
+
+    >>> _parts(int | None) == {int, NoneType}, _parts(Literal["off", "on"])
+    (True, {<class 'str'>})
+    """
+    if get_origin(kind) in (Union, UnionType):
+        return set().union(*map(_parts, get_args(kind)))
+    return set(map(type, get_args(kind))) if get_origin(kind) is Literal else {kind}
+
+
+def _expanded(path: str) -> str:
+    """The path with `~` and `$NAME` expanded; UserError naming a variable or user that is not."""
+
+    def value_of(variable: re.Match) -> str:
+        known = variable[1].strip("{}")
+        if not os.environ.get(known):
+            raise UserError(
+                f"{reprlib.repr(path)} names the environment variable {one_line(known)}, which is "
+                "not set, or empty; set it, or write the path itself"
+            )
+        return os.environ[known]
+
+    expanded = os.path.expanduser(VARIABLE.sub(value_of, path))
+    if expanded.startswith("~") or VARIABLE.search(expanded):
+        raise UserError(
+            f"{reprlib.repr(path)} is {reprlib.repr(expanded)}, in which ~ or $ names no user and "
+            "no variable; write the path itself"
+        )
+    return expanded
+
+
+def _unfit(value: Any, key: str) -> Iterator[str]:
+    """A sentence for each value that no setting can have: what JSON cannot hold, long numbers."""
+    what = f"setting {one_line(key)}" if key else "the configuration"
+    match value:
+        case dict():
+            for name, inner in value.items():
+                if isinstance(name, str) and _is_unicode(name):
+                    yield from _unfit(inner, f"{key}.{name}" if key else name)
+                else:
+                    yield f"{what} has the key {reprlib.repr(name)}, which is no text"
+        case list() | tuple():
+            for inner in value:
+                yield from _unfit(inner, key)
+        case None | bool():
+            pass
+        case int():
+            if abs(value) >= 1 << 63:
+                yield f"{what} has a whole number of more than 64 bits"
+        case float():
+            if not math.isfinite(value):
+                yield f"{what}={value}: Input should be a finite number"
+        case str():
+            if not _is_unicode(value):
+                yield f"{what}={reprlib.repr(value)} is not UTF-8 text"
+        case _:
+            yield f"{what}={reprlib.repr(value)}: a {type(value).__name__} is no setting"
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _sentence(error: dict) -> str:
-    key = _one_line(".".join(str(part) for part in error["loc"]))
+    key = one_line(".".join(str(part) for part in error["loc"]))
     match error["type"]:
         case "unexpected_keyword_argument":
             return f"unknown setting {key}{nearest(key, _known_keys())}"
         case "missing":
             return "\n".join(f"setting {name} is required" for name in _required(key))
         case "value_error":
-            return _one_line(error["ctx"]["error"])
+            return one_line(error["ctx"]["error"])
         case _:
-            return f"setting {key}={reprlib.repr(error['input'])}: {error['msg']}"
-
-
-def _one_line(text: object) -> str:
-    """Without line breaks and other control characters, and not endless."""
-    words = "".join(c if c.isprintable() else " " for c in str(text)).split()
-    line = " ".join(words)
-    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
+            of_kind = ", true or false" if error["type"] == "bool_type" else ""
+            return f"setting {key}={reprlib.repr(error['input'])}: {error['msg']}{of_kind}"
 
 
 def _required(key: str) -> list[str]:
     """The settings without a default in a section; anything else is one itself."""
-    kinds = {section.name: section.type for section in dataclasses.fields(Config)}
-    fields = dataclasses.fields(kinds[key]) if key in kinds else ()
+    fields = dataclasses.fields(_SECTIONS[key]) if key in _SECTIONS else ()
     return [f"{key}.{field.name}" for field in fields if field.default is dataclasses.MISSING] or [
         key
     ]
@@ -916,6 +1050,8 @@ def _yaml(value: Any) -> str:
 def _type_name(kind: Any) -> str:
     if getattr(kind, "__origin__", None) is Literal:
         return " or ".join(f"`{choice}`" for choice in kind.__args__)
+    if kind == FilePath:
+        return "path"
     if get_origin(kind) is tuple:
         return f"list of {_type_name(get_args(kind)[0])}"
     if isinstance(kind, type):

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_files import HFWriter
@@ -99,8 +98,8 @@ class DumpWriter:
                 [torch.tensor(record.rollouts[i].engine_logprobs) for i in self.index]
             )
             (self.aside / "step.json").write_text(json.dumps(self.about, indent=2) + "\n")
-            tree = yaml.safe_dump(configuration.to_tree(self.config), sort_keys=False)
-            (self.aside / "config.yaml").write_text(tree)
+            text = configuration.to_yaml(self.config)
+            (self.aside / "config.yaml").write_text(text, encoding="utf-8")
             lines = "".join(json.dumps(line) + "\n" for line in self.lines)
             (self.aside / "rollouts.jsonl").write_text(lines)
             save_file(tensors, self.aside / "batch.safetensors")

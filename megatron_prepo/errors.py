@@ -8,6 +8,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+MAX_LINE = 500
+"""Characters of a message about what may be endless."""
+
 
 class UserError(ValueError):
     """A wrong setting, file or model; the message names the culprit, its value and the remedy."""
@@ -71,3 +74,9 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
             return 1
 
     return said
+
+
+def one_line(text: object) -> str:
+    """The text without line breaks and other control characters, cut after MAX_LINE."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."

@@ -15,11 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from megatron_prepo import config as configuration
-from megatron_prepo import inputs, lock, ownership
-from megatron_prepo.config import Config, to_tree
+from megatron_prepo import inputs, lock, ownership, yaml_text
+from megatron_prepo.config import Config, to_tree, to_yaml
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
 
@@ -238,8 +236,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Config:
         if (directory / "summary.json").exists():
             _withdraw_summary(directory, say)
     write_text(directory / "inputs.json", json.dumps(read, indent=1) + "\n")
-    tree = to_tree(with_absolute_paths(config))
-    write_text(directory / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+    write_text(directory / "config.yaml", to_yaml(with_absolute_paths(config)))
     return config
 
 
@@ -405,8 +402,9 @@ def _is_of_an_older_version(directory: Path) -> bool:
     Its config.yaml has all settings, and ledger, metrics and evaluations are in our form.
     """
     try:
-        tree = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-        configuration.from_tree(tree)
+        config = directory / "config.yaml"
+        configuration.load(config)
+        tree = yaml_text.read(config.read_text(encoding="utf-8"), str(config))
         names = (name.split(".") for name in SAVED_BY_ALL_VERSIONS)
         return all(key in tree[section] for section, key in names) and all(
             _first_line(directory / name, key)
@@ -416,7 +414,7 @@ def _is_of_an_older_version(directory: Path) -> bool:
                 ("evaluations.jsonl", "pass_rate"),
             )
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return False
 
 

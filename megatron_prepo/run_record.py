@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
-
 from megatron_prepo import config as configuration
 from megatron_prepo import ledger
 from megatron_prepo.config import Config
@@ -63,7 +61,7 @@ def is_there(directory: Path) -> bool:
 
 def config_of(directory: Path) -> Config:
     """The configuration of the run in this directory, with today's defaults for newer settings."""
-    return configuration.from_tree(yaml.safe_load((directory / "config.yaml").read_text()))
+    return configuration.load(directory / "config.yaml")
 
 
 def settings(config: Config) -> dict[str, object]:

@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from megatron_prepo import config as configuration
 from megatron_prepo import ownership, run_directory
 
@@ -23,7 +21,7 @@ def main() -> None:
     if (directory / "config.yaml").exists() and not config.run.overwrite:
         sys.exit("already there")
     ownership.mark(directory, run_directory.KIND)
-    (directory / "config.yaml").write_text(yaml.safe_dump(configuration.to_tree(config)))
+    (directory / "config.yaml").write_text(configuration.to_yaml(config))
     if "FAKE_PIDS" in os.environ:
         child = subprocess.Popen(["sleep", "60"])
         with open(os.environ["FAKE_PIDS"], "a") as pids:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from megatron_prepo import config as configuration
 from megatron_prepo import dump, ledger
@@ -199,7 +198,7 @@ def inspect_run(run: Path, step: int, *, width: int) -> str:
     dumped = run / "dumps" / f"step_{step:04d}"
     if dumped.is_dir():
         return "\n\n".join([*parts, inspect_dump(dumped, width=width)])
-    config = configuration.from_tree(yaml.safe_load((run / "config.yaml").read_text()))
+    config = configuration.load(run / "config.yaml")
     groups = groups_of_run(run, step, config)
     note = "no dump of this step: no completions, and ranks are among the prompts paid for"
     return "\n\n".join([*parts, note, table(groups, width=width)])

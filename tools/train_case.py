@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_prepo import durable
-from megatron_prepo.config import Config, load, to_tree
+from megatron_prepo.config import Config, load, to_yaml
 from megatron_prepo.data import read_prompts
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.final_number import final_number
@@ -88,7 +87,7 @@ class Case:
 
     def write(self, directory: Path) -> None:
         """To a directory that `read` reads."""
-        durable.write_text(directory / "config.yaml", yaml.safe_dump(to_tree(self.config)))
+        durable.write_text(directory / "config.yaml", to_yaml(self.config))
         tree = {"rows": self.rows, "groups": [asdict(group) for group in self.groups]}
         durable.write_text(directory / "case.json", json.dumps(tree))
 

@@ -7,7 +7,11 @@ of a batch never exist whole.
 
 import dataclasses
 import importlib.util
+import json
+import reprlib
+from enum import Enum
 from types import MethodType
+from typing import Any, get_type_hints
 
 import megatron.core
 import torch
@@ -24,6 +28,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from checkpoints_convert.hf_config import gpt_settings, num_experts, transformer_settings
 from megatron_prepo.actor import cpu, row_statistics
@@ -119,6 +124,8 @@ def check_layout(config: Config, hf: dict) -> None:
             )
         if name in REFUSED and config.megatron[name]:
             raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
+    for kind in _MEGATRON_CONFIGS:
+        megatron_overrides(config.megatron, kind)
     check_offload(config)
     split = config.optimizer.use_distributed_optimizer
     if config.megatron.get("overlap_param_gather") and not split:
@@ -148,8 +155,41 @@ def _check_router_replay(config: Config, experts: int) -> None:
 
 
 def megatron_overrides(megatron: dict, kind: type) -> dict:
-    """Those settings of the `megatron:` section that are fields of a Megatron dataclass."""
-    return {name: value for name, value in megatron.items() if name in _field_names(kind)}
+    """Those settings of the `megatron:` section that are fields of a Megatron dataclass.
+
+    Raises UserError for a value that is not of its field's type.
+    """
+    types, known = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    return {
+        name: value if value is None is known[name].default else _of_type(name, value, types[name])
+        for name, value in megatron.items()
+        if name in known
+    }
+
+
+def _of_type(name: str, value: object, kind: Any) -> Any:
+    """The value as the type has it: a list as a tuple, a name as a member of an enumeration."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        if value not in list(kind.__members__):
+            raise UserError(
+                f"setting megatron.{name}={reprlib.repr(value)}: Input should be "
+                f"{' or '.join(kind.__members__)}"
+            )
+        return kind[value]
+    adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        wanted = " or ".join(
+            dict.fromkeys(
+                "no configuration can hold one" if e["type"] == "needs_python_object" else e["msg"]
+                for e in error.errors()
+            )
+        )
+        of_megatron = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise UserError(
+            f"setting megatron.{name}={reprlib.repr(value)}: {wanted} ({of_megatron} to Megatron)"
+        ) from None
 
 
 def transformer_config(

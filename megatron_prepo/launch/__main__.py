@@ -8,8 +8,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import yaml
-
 from megatron_prepo import doctor
 from megatron_prepo.errors import UserError
 from megatron_prepo.gpus import GPUS
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             environment=_pairs("--env", options.env),
             python=options.python,
             chain=options.chain,
-            fields={k: yaml.safe_load(v) for k, v in _pairs("--with", options.field).items()},
+            fields=_pairs("--with", options.field),
         )
         _check_chain(job, place)
         check(job, place)

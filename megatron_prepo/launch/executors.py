@@ -25,10 +25,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
-import yaml
-
-from megatron_prepo.config import nearest
+from megatron_prepo import yaml_text
+from megatron_prepo.config import nearest, value_for
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch.job import Job, local
 
@@ -58,8 +58,8 @@ class Place:
     python: str = "python"
     chain: int = 1
     """Jobs of Slurm one behind the other, each of which goes on where the last one stopped."""
-    fields: Mapping[str, object] = field(default_factory=dict)
-    """Of NeMo-Run's executor, under its own names."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Of NeMo-Run's executor, under its own names, as they were typed."""
 
 
 READS = {
@@ -285,14 +285,15 @@ def _script(run, words, python: str = "python"):
 
 def _build(kind, place: Place, **settings):
     """The executor, with the user's fields on top; UserError for one that it does not have."""
-    known = [known.name for known in fields(kind)]
-    for name in place.fields:
+    known, types, own = [known.name for known in fields(kind)], get_type_hints(kind), {}
+    for name, text in place.fields.items():
         if name not in known:
             raise UserError(
                 f"--with {name}=...: {kind.__name__} has no such field{nearest(name, known)}"
             )
+        own[name] = value_for(text, types[name], f"--with {name}: the value")
     try:
-        return kind(**settings | dict(place.fields))
+        return kind(**settings | own)
     except (AssertionError, ImportError, *_no_kubeconfig()) as error:
         # the first two are how NeMo-Run says that an extra is missing
         raise UserError(f"--executor {place.executor}: {error}") from error
@@ -313,13 +314,13 @@ def _sbatch_script(job) -> str:
 
 
 def _sky_task(job) -> str:
-    return yaml.safe_dump(job._dryrun_info.request.task.to_yaml_config(), sort_keys=False)
+    return yaml_text.write(job._dryrun_info.request.task.to_yaml_config())
 
 
 def _train_job(job) -> str:
     request = job._dryrun_info.request
     body = request.executor.get_job_body(request.name, request.cmd)
-    return yaml.safe_dump(body, sort_keys=False)
+    return yaml_text.write(body)
 
 
 WRITTEN = {"slurm": _sbatch_script, "skypilot": _sky_task, "kubeflow": _train_job}

@@ -44,6 +44,7 @@ def assert_refused(capsys, tmp_path, expected: list[str], *overrides: str) -> No
         ("selection.num_candidates=801", ["num_candidates=801", "800 prompts"]),
         ("train.total_steps=many", ["train.total_steps", "many"]),
         ("megatron.recompute_granularty=full", ["recompute_granularty", "did you mean"]),
+        ("megatron.attention_dropout=1e-5x", ["megatron.attention_dropout='1e-5x'", "number"]),
         ("megatron.sequence_parallel=true", ["parallel.sequence"]),
         ("megatron.context_parallel_size=2", ["set it through parallel.context"]),
         ("megatron.cp_comm_type=p2p", ["is not supported", "parallel.context"]),

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, from_tree, load, reference, to_tree
+from megatron_prepo.config import Config, FilePath, from_tree, load, reference, to_tree, to_yaml
 from megatron_prepo.errors import UserError
 
 REQUIRED = {
@@ -268,7 +268,7 @@ def test_overrides_change_the_file(tmp_path):
             "megatron.adam_eps=1.0e-7",
         ],
     )
-    assert config.optimizer.lr == 2e-6  # YAML 1.1 reads 2e-6 as a text
+    assert config.optimizer.lr == 2e-6
     assert config.train.total_steps == 7
     assert config.run.dir == "runs/a=b" and config.run.overwrite is True
     assert config.parallel.data is None and config.weighting.clamp == 2.0
@@ -313,6 +313,162 @@ def test_a_missing_file_is_refused(tmp_path):
         load(tmp_path / "absent.yaml")
 
 
+# What a word is
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "value"),
+    [
+        ("loss.importance", "off", "off"),  # false to YAML 1.1
+        ("run.dir", "010", "010"),
+        ("run.dir", "yes", "yes"),
+        ("run.dir", "1:30", "1:30"),
+        ("run.dir", "2001-01-01", "2001-01-01"),
+        ("run.dir", "1e3", "1e3"),
+        ("run.wandb_project", "no", "no"),
+        ("run.wandb_project", "null", None),
+        ("run.wandb_project", "~", None),
+        ("train.seed", "010", 10),  # 8 to YAML 1.1
+        ("train.seed", "0x10", 16),
+        ("train.seed", "0o17", 15),
+        ("train.seed", "-7", -7),
+        ("optimizer.lr", "4e-4", 4e-4),  # a text to YAML 1.1
+        ("optimizer.lr", "1", 1.0),
+        ("optimizer.lr", ".5", 0.5),
+        ("run.overwrite", "True", True),
+        ("profile.steps", "[01, 3]", (1, 3)),
+        ("servers.urls", "[http://10.0.0.7:30000]", ("http://10.0.0.7:30000",)),
+        ("sglang.a_setting", "1e-5", 1e-5),
+        ("sglang.a_setting", "off", "off"),
+        ("sglang.a_setting", "'010'", "010"),
+        ("megatron.a_setting", "[010, 1:30, ~, {a: yes}]", [10, "1:30", None, {"a": "yes"}]),
+    ],
+)
+def test_a_settings_type_decides_what_a_word_is_in_a_file_and_in_an_override(
+    tmp_path, key, word, value
+):
+    section, name = key.split(".")
+    text = to_yaml(from_tree(tree()))
+    path = write(tmp_path, text)
+    by_override = load(path, [f"{key}={word}"])
+    (tmp_path / "dotted").mkdir()
+    changed = tree()
+    changed.get(section, {}).pop(name, None)
+    in_file = load(write(tmp_path / "dotted", yaml.safe_dump(changed) + f"{key}: {word}\n"))
+    for config in (by_override, in_file):
+        of_section = to_tree(config)[section]
+        assert of_section[name] == value and type(of_section[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.seed=1:30", "train.seed=yes", "train.seed=true", "train.seed=1.0"),
+        *("train.seed='1'", "train.seed=1_000", "train.seed=1 # one", "train.seed=1 2"),
+        *("optimizer.lr=true", "optimizer.lr='1'", "optimizer.lr=1e-5x", "optimizer.lr=1,5"),
+        *("run.overwrite=yes", "run.overwrite=1", "run.overwrite='true'", "run.dir=", "run.dir=~"),
+        *("profile.steps=3", "profile.steps=[yes]", "profile.steps=[1.0]", "run.dir=null"),
+        *("train.seed=[1]", "train.seed={a: 1}", "optimizer.lr=1e400", "optimizer.lr=.nan"),
+    ],
+)
+def test_a_word_of_another_type_is_refused_by_the_settings_name(tmp_path, override):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=f"setting {key}[=:.]"):
+        load(write(tmp_path, tree()), [override])
+
+
+@pytest.mark.parametrize("name", ["runs/a #1", "a: b", " a", "- a", "[a", "{a", "a'b", "*a", "%a"])
+def test_a_text_typed_in_the_shell_is_taken_as_it_is(tmp_path, name):
+    assert load(write(tmp_path, tree()), [f"run.dir={name}"]).run.dir == name
+
+
+def test_a_text_in_quotes_is_without_them(tmp_path):
+    """As in a file, and as overrides have always been read."""
+    path = write(tmp_path, tree())
+    assert load(path, ["run.dir='runs/a #1'"]).run.dir == "runs/a #1"
+    assert load(path, ['run.dir="a\\nb"']).run.dir == "a\nb"
+
+
+def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("DATA", "/data/sets")
+    overrides = ["run.dir=~/run", "data.train=$DATA/a.jsonl", "data.eval=${DATA}2/$DATA"]
+    overrides += ["reward.function=~/r.py:f", "model.megatron=$HOME/m", "run.wandb_project=$DATA"]
+    config = load(write(tmp_path, tree()), overrides)
+    assert config.run.dir == "/home/ann/run"
+    assert (config.data.train, config.data.eval) == ("/data/sets/a.jsonl", "/data/sets2//data/sets")
+    assert config.reward.function == "/home/ann/r.py:f" and config.model.megatron == "/home/ann/m"
+    assert config.run.wandb_project == "$DATA"  # no path
+    assert load(write(tmp_path, to_yaml(config))) == config
+    paths = [f"{s.name}.{f.name}" for s, f in all_fields() if f and FilePath in (
+        f.type, *getattr(f.type, "__args__", ()))]  # fmt: skip
+    assert paths == [
+        *("run.dir", "model.hf", "model.megatron", "data.train", "data.eval", "servers.python"),
+        *("weight_sync.directory", "reward.function"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [("$ABSENT/a", "ABSENT"), ("a/${ABSENT}", "ABSENT"), ("$EMPTY/a", "EMPTY"), ("~no_one/a", "~")],
+)
+def test_a_variable_or_user_that_is_not_there_is_named(tmp_path, monkeypatch, path, named):
+    """`$RUNS/a` would otherwise be `/a`, or a directory called `$RUNS`."""
+    monkeypatch.delenv("ABSENT", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(UserError, match=rf"setting run\.dir: .*{named}"):
+        load(write(tmp_path, tree()), [f"run.dir={path}"])
+
+
+def test_a_variable_within_a_variable_is_refused(tmp_path, monkeypatch):
+    """The saved configuration would be expanded again when it is read."""
+    monkeypatch.setenv("OUTER", "/a/$INNER")
+    with pytest.raises(UserError, match=r"is '/a/\$INNER'"):
+        load(write(tmp_path, tree()), ["run.dir=$OUTER"])
+
+
+# Sections and keys
+
+
+def test_a_section_of_comments_only_is_one_of_defaults(tmp_path):
+    text = to_yaml(from_tree(tree())).partition("parallel:")[0]
+    path = write(tmp_path, text + "optimizer:\n  # lr: 1\nmegatron:\nloss: ~\n")
+    assert load(path) == from_tree(tree())
+    assert load(path, ["optimizer.lr=1", "megatron.a=1"]).optimizer.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("optimizer:\n  lr: 4e-4\noptimizer:\n  min_lr: 0\n", "optimizer is given twice, in lines"),
+        ("optimizer:\n  lr: 4e-4\n  lr: 1e-6\n", r"optimizer\.lr is given twice, in lines"),
+        ("megatron: {a: {b: 1, b: 2}}\n", r"megatron\.a\.b is given twice"),
+        ("optimizer.lr: 1\noptimizer.lr: 2\n", r"optimizer\.lr is given twice, in lines"),
+        ("optimizer.lr: 1\noptimizer: {lr: 2}\n", r"optimizer\.lr is given twice, in its section"),
+        ("optimizer: {lr: 2}\noptimizer.lr: 1\n", r"optimizer\.lr is given twice, in its section"),
+        ("optimizer: 2\noptimizer.lr: 1\n", r"optimizer is given twice"),
+        ("loss:\n  loss.clip_low: 0.1\n", r"unknown setting loss\.loss\.clip_low"),
+    ],
+)
+def test_what_is_given_twice_is_refused(tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path, yaml.safe_dump(tree()) + more))
+
+
+def test_a_key_with_a_dot_is_a_setting_of_its_section(tmp_path):
+    more = "optimizer.lr: 4e-4\noptimizer:\n  weight_decay: 0.1\nmegatron.a.b: 1\n"
+    config = load(write(tmp_path, yaml.safe_dump(tree()) + more))
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (4e-4, 0.1)
+    assert config.megatron == load(write(tmp_path, tree()), ["megatron.a.b=1"]).megatron
+
+
+@pytest.mark.parametrize("override", ["optimizer=", "optimizer={lr: 1}", "optimizer=3"])
+def test_a_section_is_not_replaced_as_a_whole(tmp_path, override):
+    """What the file says of its other settings would be lost."""
+    with pytest.raises(UserError, match="optimizer is a section; set one of its settings"):
+        load(write(tmp_path, tree()), [override])
+
+
 # Round trip and reference
 
 
@@ -346,7 +502,7 @@ def other_value(field):
     if getattr(kind, "__args__", None) and isinstance(kind.__args__[0], str):
         return kind.__args__[-1]
     if field.default is None:
-        return {int: 3, float: 3.0, str: "text"}[kind.__args__[0]]
+        return {int: 3, float: 3.0, str: "text", FilePath: "some/path"}[kind.__args__[0]]
     if isinstance(field.default, bool):
         return not field.default
     return field.default + 1
@@ -363,7 +519,8 @@ def test_round_trip_of_every_setting(tmp_path):
     config = from_tree(changed)
     assert to_tree(config) == changed
     assert from_tree(to_tree(config)) == config
-    assert load(write(tmp_path, to_tree(config))) == config
+    assert load(write(tmp_path, to_yaml(config))) == config
+    assert load(write(tmp_path, to_tree(config))) == config  # as PyYAML wrote it
     assert config != from_tree(tree())
 
 

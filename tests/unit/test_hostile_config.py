@@ -1,14 +1,17 @@
 """Whatever a configuration holds: it is a `Config` that can be saved, or refused in sentences."""
 
 import datetime
+import re
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
-from megatron_prepo.config import MAX_LINE, from_tree, load, to_tree
-from megatron_prepo.errors import UserError
+from megatron_prepo import yaml_text
+from megatron_prepo.config import FilePath, from_tree, load, to_tree, to_yaml
+from megatron_prepo.errors import MAX_LINE, UserError
 from tests.unit.test_config import all_fields, tree
 
 KEYS = [(s.name, f.name if f else "a_setting") for s, f in all_fields()]
@@ -69,8 +72,97 @@ def test_any_tree_is_a_configuration_or_refused(tmp_path, changes, sections):
     config = accept_or_refuse(lambda: from_tree(changed))
     if config is not None:
         file = tmp_path / "saved.yaml"
-        file.write_text(yaml.safe_dump(to_tree(config)))
+        file.write_text(to_yaml(config), encoding="utf-8")
         assert load(file) == config
+        # PyYAML reads YAML 1.1, and wrote config.yaml once
+        assert from_tree(yaml.safe_load(to_yaml(config))) == config
+        file.write_text(yaml.safe_dump(to_tree(config)))
+        if not reads_as_numbers(to_tree(config)["megatron"] | to_tree(config)["sglang"]):
+            assert load(file) == config
+
+
+def reads_as_numbers(value):
+    """Whether a text such as 1e-5 or 0o7 is within, which YAML 1.1 writes without quotes."""
+    if isinstance(value, dict):
+        return any(map(reads_as_numbers, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return any(map(reads_as_numbers, value))
+    return isinstance(value, str) and yaml_text.resolved(value) != value
+
+
+WORDS = st.one_of(
+    st.from_regex(r"[-+.~]?[0-9]{0,3}[-+._:xobeE,]?[0-9a-fA-F]{0,3}(e-?[0-9])?", fullmatch=True),
+    st.text("0123456789+-.eExob_:~#/'\"[]{},&*!|>%@` \tafnyNoOsu\u00e9\u2028", max_size=8),
+    st.sampled_from(["off", "on", "yes", "no", "y", "n", "true", "TRUE", "True", "false", "null"]),
+    st.sampled_from(["~", "", ".inf", ".nan", "-.INF", "inf", "nan", "=", "<<", "-", "--", "?"]),
+    st.sampled_from(["010", "0o10", "0x1F", "1:30", "1:30:00", "1e-5", "1E5", "1.e3", ".5", "5."]),
+    st.sampled_from(["1_000", "2001-01-01", ":", "a:b", "a#b", "a #b", "'010'", "0x", "1e", "+"]),
+)
+
+
+def kind_of(word, kind):
+    """The word as Python reads a number of that kind, or a truth value."""
+    if kind is bool:
+        return {"true": True, "false": False}[word.lower()]
+    assert "_" not in word
+    return kind(int(word, 0) if word.startswith(("0x", "0o")) else word)
+
+
+@settings(max_examples=400, **NO_DEADLINE)
+@given(st.sampled_from([key for key in all_fields() if key[1]]), WORDS)
+def test_any_word_is_what_yaml_1_2_has_for_the_settings_type_or_refused(tmp_path, key, word):
+    """In a file and in an override; numbers as Python reads them."""
+    section, field = key
+    name = f"{section.name}.{field.name}"
+    before = tree()
+    before.get(section.name, {}).pop(field.name, None)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(before) + f"{name}: {word}\n", encoding="utf-8")
+    in_file = accept_or_refuse(lambda: load(file))
+    file.write_text(yaml.safe_dump(tree()))
+    by_override = accept_or_refuse(lambda: load(file, [f"{name}={word}"]))
+    takes_text = {str, FilePath} & {field.type, *getattr(field.type, "__args__", ())}
+    for config in filter(None, (in_file, by_override)):
+        value = to_tree(config)[section.name][field.name]
+        bare = re.split(r"\s#", f" {word}")[0].strip()
+        if value is None:
+            assert bare in ("", "~", "null", "Null", "NULL")
+        elif isinstance(value, int | float):
+            expected = kind_of(bare, type(value))
+            assert value == expected and type(value) is type(expected)
+        elif takes_text and config is by_override and word[0] + word[-1] not in ("''", '""'):
+            assert value == word
+        elif isinstance(value, str) and config is in_file:
+            assert value == yaml_text.read(word, "the word")
+
+
+@settings(max_examples=300, **NO_DEADLINE)
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=3))
+def test_what_is_written_is_read_again(tree):
+    """By us, by ruamel.yaml as YAML 1.2 and by PyYAML as YAML 1.1: any JSON value, keys too."""
+    try:
+        from_tree({"megatron": tree})
+    except UserError as error:
+        if "is required" not in str(error).partition("\n")[0]:
+            return  # what no setting can be
+    text = yaml_text.write(tree)
+
+    def by_us(value):
+        if isinstance(value, dict):
+            return {key: by_us(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [by_us(inner) for inner in value]
+        return yaml_text.resolved(value) if isinstance(value, yaml_text.Plain) else value
+
+    assert repr(by_us(yaml_text.read(text, "the text"))) == repr(tree)
+    assert repr(yaml.safe_load(text)) == repr(tree)
+    assert repr(YAML(typ="safe", pure=True).load(text)) == repr(tree)
+
+
+@settings(max_examples=300, **NO_DEADLINE)
+@given(st.text("ab:-?#&*!|>'\"%@`[]{},~ \n\t\\01.<=\x85\u2028\ufeff\0", max_size=30))
+def test_any_text_is_yaml_or_refused_in_a_sentence(text):
+    accept_or_refuse(lambda: yaml_text.read(text, "the text"))
 
 
 @settings(max_examples=150, **NO_DEADLINE)
@@ -109,9 +201,16 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("megatron: &m {m: *m}", "YAML alias"),
         ("a: &a {b: 1}\nc:\n  <<: *a\n", "YAML alias"),
         ("[" * 100_000, "nested more than 20 deep"),
-        ("train: {total_steps: " + "9" * 5000 + "}", "not valid YAML.*digits"),
-        ("run: {dir: 2001-13-45}", "not valid YAML"),
-        ("run: !!python/object/apply:os.system ['touch /tmp/owned']", "not valid YAML"),
+        ("train: {total_steps: " + "9" * 5000 + "}", "train.total_steps: 9999.* 5,000 digits"),
+        ("run: !!python/object/apply:os.system ['touch /tmp/owned']", "line 1: a YAML tag"),
+        ("run: !!str 3", "line 1: a YAML tag"),
+        ("a: 1\n---\na: 2", "several documents"),
+        ("%YAML 1.1\n---\na: 1", "marked %YAML 1.1"),
+        ("? " * 100_000, "a key must be a text"),
+        ("? [a]\n: 1", "a key must be a text"),
+        ("run: {dir: a\x85b}", r"U\+0085"),
+        ('run: {dir: "\\ud800"}', r"run\.dir='\\ud800' is not UTF-8"),
+        ('run: {"\\ud800": 1}', "setting run has the key"),
         ("a" * 2_000_000, "larger than 1,048,576 bytes"),
     ],
 )

@@ -1,0 +1,85 @@
+"""Values of the `megatron:` section have the types of Megatron's own fields."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_prepo.actor.model import megatron_overrides
+from megatron_prepo.errors import UserError
+
+KINDS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
+PLAIN = (bool, int, float, str)
+FIELDS = [(kind, field) for kind in KINDS for field in dataclasses.fields(kind)]
+
+
+def test_every_default_that_a_file_can_hold_is_accepted_as_it_is():
+    for kind, field in FIELDS:
+        if field.default is None or isinstance(field.default, PLAIN):
+            taken = megatron_overrides({field.name: field.default}, kind)[field.name]
+            same_kind = isinstance(taken, bool) == isinstance(field.default, bool)
+            assert taken == field.default and same_kind, field.name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("attention_dropout", 1, 1.0),
+        ("attention_dropout", 1e-5, 1e-5),
+        ("moe_aux_loss_coeff", [0, 2.5], [0.0, 2.5]),
+        ("recompute_modules", ["mlp"], ["mlp"]),
+        ("window_size", [1, 2], (1, 2)),
+        ("attention_backend", "flash", AttnBackend.flash),
+        ("recompute_granularity", None, None),
+    ],
+)
+def test_a_value_becomes_its_fields_type(name, value, taken):
+    assert megatron_overrides({name: value}, TransformerConfig) == {name: taken}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("attention_dropout", "1e-5", "valid number"),
+        ("attention_dropout", True, "valid number"),
+        ("recompute_num_layers", 1.0, r"valid integer \(Optional\[int\]"),
+        ("recompute_num_layers", True, "valid integer"),
+        ("recompute_granularity", "ful", "'full' or 'selective'"),
+        ("recompute_modules", "mlp", "valid array"),
+        ("window_size", [1], "Field required"),
+        ("apply_rope_fusion", "false", "valid boolean"),
+        ("apply_rope_fusion", 0, "valid boolean"),
+        ("attention_backend", "flush", "flash or fused or"),
+        ("attention_backend", ["flash"], "flash or fused or"),
+        ("activation_func", "gelu", "callable"),
+        ("autocast_dtype", "bf16", "no configuration can hold one"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(name, value, message):
+    with pytest.raises(UserError, match=rf"setting megatron\.{name}=.*{message}"):
+        megatron_overrides({name: value}, TransformerConfig)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-9, 9) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(FIELDS), JSON)
+def test_any_value_is_taken_unchanged_or_refused_in_a_sentence(kind_and_field, value):
+    kind, field = kind_and_field
+    try:
+        taken = megatron_overrides({field.name: value}, kind)[field.name]
+    except UserError as error:
+        assert f"setting megatron.{field.name}=" in str(error) and str(error).isprintable()
+    else:
+        assert taken == (tuple(value) if isinstance(taken, tuple) else value)
+        assert isinstance(taken, bool) == isinstance(value, bool)
