@@ -18,7 +18,10 @@ class Stopped(RuntimeError):
 
 
 def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` whose UserError becomes a line of stderr and the exit code 2."""
+    """A `main` whose UserError becomes a line of stderr and the exit code 2.
+
+    So does an import of what a library no longer has (`internals.py`).
+    """
 
     @functools.wraps(main)
     def said(*args, **kwargs) -> int:
@@ -26,6 +29,13 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except ImportError as error:
+            from megatron_prepo import internals
+
+            if (changed := internals.explain(error)) is None:
+                raise
+            print(f"error: {changed}", file=sys.stderr)
             return 2
 
     return said

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
+from megatron_prepo import internals
 from megatron_prepo.rollout.sglang.fleet import (
     POLL_SECONDS,
     EngineError,
@@ -357,6 +358,7 @@ def join_group(
     """
     from torch.distributed import distributed_c10d as c10d
 
+    internals.require(c10d, "_new_process_group_helper", "_world")
     address, _, port = where.rpartition(":")
     store = dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
     group, _ = c10d._new_process_group_helper(
