@@ -294,6 +294,11 @@ def serialized(bucket: Bucket, flat: object) -> str:
     SGLang unpickles only what is on its list.  `SimpleNamespace` is, and has the attributes of its
     `FlattenedTensorMetadata`.
     """
+    # A pickle names the function that reads a tensor's bytes.  megatron-core 0.19 puts its own in
+    # torch's place, and the server has none of that name.
+    internals.require(torch.storage, "_load_from_bytes")
+    reader = torch.storage._load_from_bytes
+    reader.__module__, reader.__qualname__ = "torch.storage", "_load_from_bytes"
     metadata, start = [], 0
     for name, tensor in bucket:
         size = num_bytes(tensor.dtype, tensor.shape)
