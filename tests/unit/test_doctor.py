@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_laptop_example_lacks_nothing(capsys, tmp_path):
 def test_without_a_configuration_only_the_machine_is_looked_at():
     findings = doctor.examine()
     assert not [finding for finding in findings if finding.state == "missing"]
-    assert found(findings, "torch").found == torch.__version__
+    assert found(findings, "torch").found == metadata.version("torch")
     assert "tokenizer" not in [finding.what for finding in findings]
 
 
