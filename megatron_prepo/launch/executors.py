@@ -28,6 +28,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_prepo import internals
 from megatron_prepo.config import nearest
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch.job import Job, local
@@ -313,10 +314,12 @@ def _sbatch_script(job) -> str:
 
 
 def _sky_task(job) -> str:
+    internals.require(job, "_dryrun_info")
     return yaml.safe_dump(job._dryrun_info.request.task.to_yaml_config(), sort_keys=False)
 
 
 def _train_job(job) -> str:
+    internals.require(job, "_dryrun_info")
     request = job._dryrun_info.request
     body = request.executor.get_job_body(request.name, request.cmd)
     return yaml.safe_dump(body, sort_keys=False)
