@@ -53,6 +53,23 @@ def test_without_a_configuration_only_the_machine_is_looked_at():
     assert "tokenizer" not in [finding.what for finding in findings]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [UserError("changed"), ImportError("changed", name="megatron.core.optimizer")],
+)
+def test_a_release_that_has_changed_what_we_replace_is_missing(change, monkeypatch):
+    real = doctor.importlib.import_module
+
+    def importing(name):
+        if name == "megatron_prepo.actor.policy":
+            raise change
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", importing)
+    finding = found(doctor.examine(), "internals")
+    assert finding.state == "missing" and "changed" in finding.found and finding.remedy
+
+
 def test_a_model_without_weights_and_tokenizer(capsys, tmp_path):
     shutil.copy(LAPTOP / "base" / "config.json", tmp_path)
     words = ["doctor", "examples/laptop/prepo.yaml", f"model.hf={tmp_path}"]
