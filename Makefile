@@ -8,6 +8,7 @@ WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang
+.PHONY: test-order test-newest newest newest-launch newest-sglang
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
@@ -28,6 +29,19 @@ demo-sglang: .venv-sglang/ready
 
 test-sglang: .venv-sglang/ready
 	.venv/bin/python -m pytest -m sglang tests/real_sglang
+
+# The unit tests in random order, by a seed that the command shows: what one leaves behind must
+# neither help nor harm another.
+SEED ?= $(shell date +%s)
+
+test-order: .venv/ready-dev
+	.venv/bin/python -m pytest tests/unit -n $(WORKERS) --dist loadfile --random-order-seed=$(SEED)
+
+# The newest releases that the index has and setup.py allows, without a pin, installed from scratch.
+test-newest: newest $(if $(OTHERS_RUN),newest-launch newest-sglang)
+	LAUNCH_PYTHON=$(CURDIR)/.venv-newest-launch/bin/python \
+	  SGLANG_PYTHON=$(CURDIR)/.venv-newest-sglang/bin/python \
+	  .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
@@ -64,7 +78,7 @@ compare: .venv/ready
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
-	rm -rf .venv .venv-launch .venv-sglang build *.egg-info
+	rm -rf .venv .venv-launch .venv-sglang .venv-newest* build *.egg-info
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -97,3 +111,23 @@ LAUNCH_PIP = .venv-launch/bin/python -m pip install --quiet $(PIP_FLAGS) --const
 	.venv/bin/python $(SITE_PACKAGES) > $$(.venv-launch/bin/python $(SITE_PACKAGES))/shared.pth
 	$(LAUNCH_PIP) --editable ".[launch]"
 	touch $@
+
+NEWEST = $(PYTHON) -m venv --clear .venv-newest
+NEWEST_PIP = bin/python -m pip install --quiet $(PIP_FLAGS)
+SHARE_NEWEST = .venv-newest/bin/python $(SITE_PACKAGES) > $$($(1)/bin/python $(SITE_PACKAGES))/shared.pth
+
+newest:
+	$(NEWEST)
+	.venv-newest/$(NEWEST_PIP) --editable ".[dev]"
+
+newest-launch: newest
+	$(NEWEST)-launch
+	$(call SHARE_NEWEST,.venv-newest-launch)
+	.venv-newest-launch/$(NEWEST_PIP) --editable ".[launch]"
+
+newest-sglang: newest
+	$(NEWEST)-sglang
+	$(call SHARE_NEWEST,.venv-newest-sglang)
+	.venv-newest-sglang/$(NEWEST_PIP) --no-deps sglang torchvision xgrammar
+	sed 's/[=#].*//' sglang_cpu.txt > .venv-newest-sglang/names.txt
+	.venv-newest-sglang/$(NEWEST_PIP) --requirement .venv-newest-sglang/names.txt

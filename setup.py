@@ -39,6 +39,7 @@ setup(
             "hypothesis>=6.100",
             "pandas>=2.2",
             "pytest>=8",
+            "pytest-random-order>=1.1",  # make test-order
             "pytest-xdist>=3.6",
             "pyyaml>=6",  # reads what we write, as YAML 1.1
             "ruff>=0.8",

@@ -4,17 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import UserError, in_one_line
 
 
+@in_one_line
 def main() -> int:
     """Exit code 0, 1 if a verification failed, or 2 for something that the user can mend."""
     options = _parser().parse_args()
     try:
         return options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:  # a full disk, a lost mount: nothing that looks whole is left behind
         print(f"error: {error}", file=sys.stderr)
         return 2

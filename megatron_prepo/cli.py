@@ -23,9 +23,10 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import Stopped, UserError, no_room
+from megatron_prepo.errors import Stopped, UserError, in_one_line, no_room
 
 
+@in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 for a failed run, a plan that does not fit or a doctor who finds something
     missing; 2 for something that the user can mend; 75 for a run that stopped when it was asked to,
@@ -41,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments, options.command = arguments, compare.command_line(arguments)
     try:
         return options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.exit_code

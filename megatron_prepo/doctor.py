@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megatron_prepo import dashboards, ports
+from megatron_prepo import dashboards, internals, ports
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
@@ -90,7 +90,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     needed = _needed(config)
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
-    findings += [*_gpus(config), _shared_memory(), _port()]
+    findings += [*_internals(), *_gpus(config), _shared_memory(), _port()]
     if config and config.rollout.engine == "sglang":
         findings += [] if config.servers.urls else [_server_ports(config)]
         distributed = config.weight_sync.transport == "distributed"
@@ -151,6 +151,20 @@ def _package(name: str, package: Package, needed: bool) -> Finding:
     except (ImportError, OSError) as error:  # a library of another CUDA or torch, or none
         return Finding(name, absent, f"import fails: {error}", package.remedy)
     return Finding(name, "ok", _version(package))
+
+
+def _internals() -> list[Finding]:
+    """What an installed release has changed of what actor and engine replace in it."""
+    remedy = "pip install -c constraints.txt -e ."
+    try:
+        for module in ("megatron_prepo.actor.policy", "megatron_prepo.rollout.embedded"):
+            importlib.import_module(module)
+    except UserError as error:
+        return [Finding("internals", "missing", str(error), remedy)]
+    except ImportError as error:  # of a library that is not installed: it has a line already
+        changed = internals.explain(error)
+        return [Finding("internals", "missing", str(changed), remedy)] if changed else []
+    return []
 
 
 def _version(package: Package) -> str:

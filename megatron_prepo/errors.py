@@ -58,7 +58,10 @@ NO_ROOM = tuple(
 
 
 def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` whose UserError becomes a line of stderr and exit code 2; of a full disk, 1."""
+    """A `main` whose UserError becomes a line of stderr and exit code 2; of a full disk, 1.
+
+    An import of what a library no longer has (`internals.py`) counts as a UserError.
+    """
 
     @functools.wraps(main)
     def said(*args, **kwargs) -> int:
@@ -66,6 +69,13 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except ImportError as error:
+            from megatron_prepo import internals
+
+            if (changed := internals.explain(error)) is None:
+                raise
+            print(f"error: {changed}", file=sys.stderr)
             return 2
         except Exception as error:
             if (line := no_room(error)) is None:

@@ -3,9 +3,12 @@
 import os
 import signal
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 
 TESTS = Path(__file__).resolve().parent
 FOLDERS = (TESTS, TESTS.parent, TESTS.parent / "examples")
@@ -19,6 +22,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # without a GPU, Triton's kernels are interpreted; Triton looks at this when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton") and Version(metadata.version("triton")) < Version("3.7"):
+        from triton.runtime import interpreter
+
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def as_from_3_7(tensor, scope) -> None:
+            """An array of one number is an index, which numpy 2.5 no longer takes it for."""
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+        interpreter._patch_lang_tensor = as_from_3_7
 
 # started in the background of a script, processes do not hear Ctrl-C, and tests send it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

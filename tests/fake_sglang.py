@@ -285,7 +285,9 @@ class _Listener(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def handle_error(self, request, client_address) -> None:
-        """Connections end in many ways here."""
+        """Connections end in many ways here; an error of another kind is the fake's, or ours."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 def _handler_of(fake: FakeSGLang):

@@ -18,6 +18,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_prepo import internals
 from megatron_prepo.actor.context_parallel import heads_to_tokens, tokens_to_heads
 
 
@@ -155,26 +156,21 @@ def rotate_by_position(rotary: RotaryEmbedding) -> None:
     Megatron asks it first for a length and then for the angles of that length: here, with a layout,
     the layout stands for the length.
     """
-    rotary.get_rotary_seq_len = MethodType(_rotary_length, rotary)
-    rotary.forward = MethodType(_angles, rotary)
+    internals.replace(rotary, "get_rotary_seq_len", MethodType(_rotary_length, rotary))
+    internals.replace(rotary, "forward", MethodType(_angles, rotary))
 
 
-def _rotary_length(
-    self, inference_context, transformer, transformer_input, config, packed_seq_params=None, **_
-):
-    if packed_seq_params is not None:
-        return packed_seq_params
-    return type(self).get_rotary_seq_len(
-        self, inference_context, transformer, transformer_input, config
-    )
+def _rotary_length(self, *args, **kwargs):
+    layouts = [x for x in (*args, *kwargs.values()) if isinstance(x, RowLayout)]
+    return layouts[0] if layouts else type(self).get_rotary_seq_len(self, *args, **kwargs)
 
 
-def _angles(self, length: int | RowLayout, **_) -> torch.Tensor:
+def _angles(self, length: int | RowLayout, /, *args, **kwargs) -> torch.Tensor:
     """[T, 1, 1, d]"""
     if isinstance(length, RowLayout):
         # `packed_seq`: all angles, not those of the slice that Megatron would give this rank
         return type(self).forward(self, length.max_seqlen_q, packed_seq=True)[length.positions_T]
-    return type(self).forward(self, length)
+    return type(self).forward(self, length, *args, **kwargs)
 
 
 def padding_multiple(config) -> int:

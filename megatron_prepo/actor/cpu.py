@@ -14,6 +14,8 @@ from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from torch.overrides import TorchFunctionMode
 
+from megatron_prepo import internals
+
 _installed: list["_CudaMeansCpu"] = []
 
 
@@ -27,19 +29,29 @@ def install() -> None:
     _installed.append(mode)
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
 
-    cuda = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
-    cuda.Stream = _Stream  # a class: other libraries name it in annotations
-    cuda.stream = lambda *_, **__: contextlib.nullcontext()
-    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    _random_state_of_the_cpu()
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = _split_as_on_a_gpu
+    for owner, name, stand_in in (
+        (torch.cuda, "current_device", lambda *_, **__: torch.device("cpu")),
+        (torch.cuda, "current_stream", lambda *_, **__: _Stream()),
+        (torch.cuda, "default_stream", lambda *_, **__: _Stream()),
+        (torch.cuda, "Stream", _Stream),  # a class: other libraries name it in annotations
+        (torch.cuda, "stream", lambda *_, **__: contextlib.nullcontext()),
+        (torch.cuda, "synchronize", lambda *_, **__: None),
+        (torch.cuda, "empty_cache", lambda *_, **__: None),
+        (torch.cuda.nvtx, "range_push", lambda *_, **__: None),
+        (torch.cuda.nvtx, "range_pop", lambda *_, **__: None),
+        (torch.Tensor, "cuda", lambda self, *_, **__: self),
+        # Megatron's CUDA generator states are the CPU's, so that dropout's `fork()` works
+        (torch.cuda, "manual_seed", lambda seed, *_, **__: torch.manual_seed(seed)),
+        (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", _set_rng_state),
+        (mcore_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (mcore_random, "_set_cuda_rng_state", _set_rng_state),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _as_on_the_host),
+    ):
+        internals.replace(owner, name, stand_in)
+    _split_as_on_a_gpu()
     # without TransformerEngine, megatron-core 0.16 uses a name that it has not imported
     moe_utils.te_general_gemm = None
-    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
 
 
 def model_settings() -> dict:
@@ -111,30 +123,26 @@ class _HostIsElsewhere(TorchFunctionMode):
         return result
 
 
-_split = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+def _split_as_on_a_gpu() -> None:
+    """Have the offloaded optimizer choose parameters for the host, all of which are there here."""
+
+    def choose(*args, **kwargs):
+        with _HostIsElsewhere():
+            return original(*args, **kwargs)
+
+    original = internals.replace(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", choose)
 
 
-def _split_as_on_a_gpu(self, offload_fraction: float):
-    """Which parameters the offloaded optimizer takes to the host; here it leaves all, and fails."""
-    with _HostIsElsewhere():
-        return _split(self, offload_fraction)
-
-
-def _as_on_the_host(tensor, as_numpy: bool = False, record_stream: bool = False):
+def _as_on_the_host(tensor, as_numpy: bool = False, *_, **__):
     """Megatron's own leaves a CPU tensor a tensor, but all-to-all takes its sizes as numbers."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _set_rng_state(state: torch.Tensor, /, *_, **__) -> None:
+    torch.set_rng_state(state)
 
 
 def _is_cuda(device) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
-
-
-def _random_state_of_the_cpu() -> None:
-    """Map Megatron's CUDA generator states onto the CPU's, so that dropout's `fork()` works."""
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    mcore_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    mcore_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_block import (
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from checkpoints_convert.hf_config import gpt_settings, num_experts, transformer_settings
+from megatron_prepo import internals
 from megatron_prepo.actor import cpu, row_statistics
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_position
 from megatron_prepo.actor.offload import check_offload
@@ -271,7 +272,8 @@ def _build_chunk(
     )
     rotate_by_position(stage.rotary_pos_emb)
     if stage.post_process:
-        stage.output_layer.forward = MethodType(_hidden_states, stage.output_layer)
+        head = stage.output_layer
+        internals.replace(head, "forward", MethodType(_hidden_states, head))
     return stage
 
 
@@ -300,7 +302,7 @@ def output_weight(model: GPTModel) -> torch.Tensor:
     return model.output_layer.weight
 
 
-def _hidden_states(self, hidden_states, weight=None, runtime_gather_output=None, **_):
+def _hidden_states(self, hidden_states, /, *_, **__):
     """Stands in for `ColumnParallelLinear.forward`: hands the hidden states through.
 
     Works on every megatron-core from 0.16; the layer keeps its weight, names and sharded state.

@@ -25,6 +25,7 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron_prepo import internals
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 
@@ -200,5 +201,13 @@ def fill_adam_state(optimizer: torch.optim.Optimizer) -> None:
                 state.setdefault(moment, torch.zeros_like(parameter))
 
 
-megatron_optimizer.HybridDeviceOptimizer = HostAdam
-distrib_optimizer.HybridDeviceOptimizer = HostAdam
+internals.require(
+    HybridDeviceOptimizer,
+    "_init_sub_optimizers",
+    "_set_sub_optimizer_grads",
+    "_sync_hdo_param_groups_to_sub_optimizers",
+    "_sync_hdo_state_to_sub_optimizers",
+    "_sync_sub_optimizers_state_to_hdo",
+)
+internals.replace(megatron_optimizer, "HybridDeviceOptimizer", HostAdam)
+internals.replace(distrib_optimizer, "HybridDeviceOptimizer", HostAdam)

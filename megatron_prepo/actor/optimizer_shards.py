@@ -22,14 +22,24 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_prepo import internals
+
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Megatron's name for what is on disk."""
+PARTS = (
+    "_get_main_param_and_optimizer_states",
+    "_set_main_param_and_optimizer_states",
+    "gbuf_ranges",
+)
+"""What is used of the distributed optimizer's internals."""
 
 
 def write_own_parts(optimizer) -> None:
     """Have Megatron's `sharded_state_dict` take ours for what it gathers."""
     for part in distributed_parts(optimizer):
-        part.sharded_param_state_fully_reshardable = MethodType(sharded_state, part)
+        internals.require(part, *PARTS)
+        ours = MethodType(sharded_state, part)
+        internals.replace(part, "sharded_param_state_fully_reshardable", ours)
 
 
 def distributed_parts(optimizer) -> list[DistributedOptimizer]:
@@ -38,10 +48,7 @@ def distributed_parts(optimizer) -> list[DistributedOptimizer]:
 
 
 def sharded_state(
-    part: DistributedOptimizer,
-    weights: dict,
-    is_loading: bool = False,
-    metadata: dict | None = None,
+    part: DistributedOptimizer, weights: dict, /, is_loading: bool = False, *_, **__
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
     """By range of this rank and kind of state: its rectangles in the tensors of the whole model.
 

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router_replay import RouterReplay as MegatronsReplay
+
+from megatron_prepo import internals
 
 
 class RouterReplay:
@@ -70,7 +73,7 @@ class _Chunk:
         """Their numbers in the whole model."""
         self.routers = [_Router(self, number) for number in range(len(layers))]
         for layer, router in zip(layers, self.routers, strict=True):
-            layer.mlp.router.router_replay = router
+            internals.replace(layer.mlp.router, "router_replay", router)
 
     def begin(self, routing_TLk: torch.Tensor | None) -> None:
         if routing_TLk is not None:
@@ -100,6 +103,8 @@ class _Router:
         num_groups: int | None = None,
         group_topk: int | None = None,
         default_compute_topk: Callable | None = None,
+        *_,
+        **__,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and numbers of each token's experts, both [T, k], from scores [T, experts]."""
         own_scores_Tk, own_Tk = default_compute_topk(scores, topk, num_groups, group_topk)
@@ -130,3 +135,6 @@ class _Router:
     def _count(self, own_Tk: torch.Tensor, chosen_Tk: torch.Tensor, real_T1: torch.Tensor) -> None:
         differs_T = (own_Tk.sort(1).values != chosen_Tk.sort(1).values).any(1)
         self.chunk.counts_2 += torch.stack([differs_T.sum(), real_T1.sum()])
+
+
+internals.require_form(MegatronsReplay, "get_replay_topk", _Router.get_replay_topk)

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_prepo import internals
 from megatron_prepo.actor import manifest, parallel
 from megatron_prepo.durable import flush, naming
 from megatron_prepo.errors import full_disk
@@ -36,8 +37,12 @@ _THREADS = SimpleNamespace(
     JoinableQueue=queue.Queue,
     Manager=lambda: SimpleNamespace(Queue=queue.Queue),
 )
-filesystem_async.mp = SimpleNamespace(
-    **vars(filesystem_async.mp) | {"get_context": lambda method: _THREADS}
+internals.require(filesystem_async, "mp")
+internals.require(filesystem_async.mp, "get_context")
+internals.replace(
+    filesystem_async,
+    "mp",
+    SimpleNamespace(**vars(filesystem_async.mp) | {"get_context": lambda *_, **__: _THREADS}),
 )
 
 _ASYNCHRONOUS = {"async_sharded_save": True}

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from megatron_prepo import yaml_text
+from megatron_prepo import internals, yaml_text
 from megatron_prepo.config import nearest, value_for
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch.job import Job, local
@@ -314,10 +314,12 @@ def _sbatch_script(job) -> str:
 
 
 def _sky_task(job) -> str:
+    internals.require(job, "_dryrun_info")
     return yaml_text.write(job._dryrun_info.request.task.to_yaml_config())
 
 
 def _train_job(job) -> str:
+    internals.require(job, "_dryrun_info")
     request = job._dryrun_info.request
     body = request.executor.get_job_body(request.name, request.cmd)
     return yaml_text.write(body)

@@ -14,15 +14,27 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.integrations import sdpa_attention
+import torch.nn.functional as F
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+)
+from transformers.masking_utils import sdpa_mask
 
 from checkpoints_convert.hf_config import read_hf_config, read_json
+from megatron_prepo import internals
 from megatron_prepo.errors import UserError
 from megatron_prepo.products import product
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.chosen_experts import ChosenExperts
 from megatron_prepo.routing import RoutingFormat
+
+GROUPED = "sdpa_grouped"
+"""Name in transformers of the attention on a CPU (`_grouped`)."""
 
 
 class EmbeddedEngine:
@@ -43,18 +55,18 @@ class EmbeddedEngine:
     ):
         self.hf = read_hf_config(hf_directory, for_megatron=False)
         settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
+        attention = GROUPED if device.type == "cpu" else "sdpa"
         # by `to(dtype)` the rotary frequencies would be rounded, too
-        self.model = AutoModelForCausalLM.from_config(settings, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, attn_implementation=attention
+        )
+        self.model = model.to(device).eval()
         self.fp32_lm_head = fp32_lm_head
         """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""
         if fp32_lm_head:
             head = self.model.get_output_embeddings()
             assert head.bias is None, "no model that we convert has a bias on its output layer"
-            head.forward = MethodType(_fp32_logits, head)
-        if device.type == "cpu":
-            # transformers repeats keys and values for grouped queries wherever there is a mask, for
-            # the sake of CUDA's kernels; the CPU's needs no copies, and gives the same numbers
-            sdpa_attention.use_gqa_in_sdpa = lambda mask, key: True
+            internals.replace(head, "forward", MethodType(_fp32_logits, head))
         self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
         self.stop_tokens = stop_tokens(hf_directory, tokenizer)
@@ -318,7 +330,24 @@ def draw(
     return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
 
 
-def _fp32_logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+def _grouped(module, query, key, value, attention_mask, *, scaling=None, **_):
+    """Attention of [B, heads, S, d] queries on [B, groups, S, d] keys and values: [B, S, heads, d].
+
+    As transformers' `sdpa`, which repeats keys and values for each head wherever there is a mask,
+    for the sake of CUDA's kernels; the CPU's kernel needs no copies.
+    """
+    causal = attention_mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED, _grouped)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def _fp32_logits(self, hidden_BSH: torch.Tensor, /, *_, **__) -> torch.Tensor:
     """Stands in for `torch.nn.Linear.forward`, whose result would have the type of the weight."""
     logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
     return logits.view(*hidden_BSH.shape[:2], -1)

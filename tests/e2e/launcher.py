@@ -11,9 +11,9 @@ import pytest
 
 from tests.e2e.laptop import REPOSITORY
 
-OWN = REPOSITORY / ".venv-launch" / "bin" / "python"
+OWN = Path(os.environ.get("LAUNCH_PYTHON", REPOSITORY / ".venv-launch" / "bin" / "python"))
 PYTHON = str(OWN) if OWN.is_file() else sys.executable
-"""`make test` sets one up."""
+"""`LAUNCH_PYTHON`, or what `make test` sets up."""
 NEEDED = pytest.mark.skipif(
     not OWN.is_file() and importlib.util.find_spec("nemo_run") is None,
     reason="NeMo-Run is not installed (make .venv-launch/ready)",

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -48,8 +49,25 @@ def test_the_laptop_example_lacks_nothing(capsys, tmp_path):
 def test_without_a_configuration_only_the_machine_is_looked_at():
     findings = doctor.examine()
     assert not [finding for finding in findings if finding.state == "missing"]
-    assert found(findings, "torch").found == torch.__version__
+    assert found(findings, "torch").found == metadata.version("torch")
     assert "tokenizer" not in [finding.what for finding in findings]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [UserError("changed"), ImportError("changed", name="megatron.core.optimizer")],
+)
+def test_a_release_that_has_changed_what_we_replace_is_missing(change, monkeypatch):
+    real = doctor.importlib.import_module
+
+    def importing(name):
+        if name == "megatron_prepo.actor.policy":
+            raise change
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", importing)
+    finding = found(doctor.examine(), "internals")
+    assert finding.state == "missing" and "changed" in finding.found and finding.remedy
 
 
 def test_a_model_without_weights_and_tokenizer(capsys, tmp_path):

@@ -36,14 +36,15 @@ def test_against_torchs_counter_on_transformers(family, tmp_path):
         logits.sum().backward()
     num_tokens = SEQUENCES * LENGTH
     expected = Work(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
-    # outer products that make the rotary embedding's angles: no part of the model
-    angles = LENGTH * shape.head_size
-    assert forward.get_total_flops() - angles == expected
+    # how transformers makes the rotary embedding's angles is no part of the model
+    with FlopCounterMode(display=False) as angles:
+        model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])
+    assert forward.get_total_flops() - angles.get_total_flops() == expected
     assert backward.get_total_flops() == 2 * expected
 
 
 def test_the_actor_takes_the_heads_product_of_scored_tokens_only(tmp_path):
-    """Its attention is one kernel, which torch's counter does not see on a CPU."""
+    """Its attention is one kernel, which torch's counter sees on a CPU from 2.15 on: left out."""
     config = actor_config(save(qwen3(tied=True), tmp_path))
     sequences = [ScoredSequence(tuple(range(LENGTH)), start=6)] * SEQUENCES
     parallel.initialize(config.parallel, seed=0)
@@ -57,4 +58,6 @@ def test_the_actor_takes_the_heads_product_of_scored_tokens_only(tmp_path):
     assert work == Work(SEQUENCES * LENGTH, SEQUENCES * 11, SEQUENCES * 153)
     # the last token of a sequence predicts nothing, and is in no row
     passed = Work(work.tokens - SEQUENCES, work.scored)
-    assert counter.get_total_flops() == passed.flops(Shape.of(actor.hf))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for operator, n in counts.items() if "attention" not in str(operator))
+    assert products == passed.flops(Shape.of(actor.hf))

@@ -3,9 +3,11 @@
 import weakref
 from contextlib import contextmanager
 
+import megatron.core
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prepo.actor.batching import micro_batch
@@ -45,6 +47,8 @@ EXPERTS = NORMED | {
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TOKENS = 128
+MAP_UNSORTED = Version(megatron.core.__version__) < Version("0.17")
+"""Whether megatron-core keeps 3 bytes for a token and an expert, and not 8."""
 
 
 def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers: int) -> int:
@@ -82,6 +86,8 @@ def test_a_layers_activations_are_what_autograd_keeps(hf, tensor, sequence, cont
     parallel = ParallelConfig(tensor=tensor, sequence=sequence, context=context)
     two, three = (kept_by_autograd(hf, parallel, {}, layers) for layers in (2, 3))
     predicted = layer_activations(Shape.of(hf), parallel, "torch", tokens=TOKENS)
+    if hf is EXPERTS and MAP_UNSORTED:
+        predicted -= 5 * hf["num_experts"] * TOKENS / (tensor * context)
     # routing probabilities of experts are not split over tensor ranks: 2 bytes a token
     assert predicted == pytest.approx(three - two, rel=1e-3 if hf is EXPERTS else 1e-9)
 

@@ -4,6 +4,7 @@ import threading
 from types import SimpleNamespace
 
 import fake_sglang
+import megatron.core  # noqa: F401  changes what torch pickles, and every actor imports it
 import pytest
 import tiny_models
 import torch

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_strategy
 
+from megatron_prepo import internals
 from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
@@ -167,6 +168,7 @@ def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable, tuple]:
         function, arguments = reductions.reduce_storage(storage)
     finally:
         set_sharing_strategy(strategy)
+    internals.require(storage, "_shared_incref")
     for _ in range(readers - 1):  # a reader takes one count away, and the last the file
         storage._shared_incref()
     bytes_there = _Reduced(function, (*arguments, flat.dtype))

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_convert.hf_files import HFWriter
-from megatron_prepo import ownership
+from megatron_prepo import internals, ownership
 from megatron_prepo.rollout.sglang.fleet import (
     POLL_SECONDS,
     EngineError,
@@ -293,6 +293,11 @@ def serialized(bucket: Bucket, flat: object) -> str:
     SGLang unpickles only what is on its list.  `SimpleNamespace` is, and has the attributes of its
     `FlattenedTensorMetadata`.
     """
+    # A pickle names the function that reads a tensor's bytes.  megatron-core 0.19 puts its own in
+    # torch's place, and the server has none of that name.
+    internals.require(torch.storage, "_load_from_bytes")
+    reader = torch.storage._load_from_bytes
+    reader.__module__, reader.__qualname__ = "torch.storage", "_load_from_bytes"
     metadata, start = [], 0
     for name, tensor in bucket:
         size = num_bytes(tensor.dtype, tensor.shape)
@@ -357,6 +362,7 @@ def join_group(
     """
     from torch.distributed import distributed_c10d as c10d
 
+    internals.require(c10d, "_new_process_group_helper", "_world")
     address, _, port = where.rpartition(":")
     store = dist.TCPStore(address, int(port), is_master=False, timeout=timeout)
     group, _ = c10d._new_process_group_helper(

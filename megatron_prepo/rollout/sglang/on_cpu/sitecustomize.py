@@ -7,6 +7,9 @@ a process which never imports it pays nothing.
 import importlib.abc
 import importlib.machinery
 import sys
+from pathlib import Path
+
+TRAINER = str(Path(__file__).parents[4])
 
 
 def declare_torchvision_operators() -> None:
@@ -22,21 +25,35 @@ def declare_torchvision_operators() -> None:
 
 def allow_seeds_with_torch_native(choices) -> None:
     """Sampling seeds count under deterministic inference only, and that wants one of these."""
-    for name in (
+    names = (
         "DETERMINISTIC_ATTENTION_BACKEND_CHOICES",
         "RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND",
-    ):
+    )
+    _internals().require(choices, *names)
+    for name in names:
         getattr(choices, name).append("torch_native")
 
 
 def leave_kernels_alone(batch_invariant_ops) -> None:
     """The kernels that do not depend on the batch are Triton's, and need a GPU."""
-    batch_invariant_ops.enable_batch_invariant_mode = lambda *args, **kwargs: None
+    _internals().replace(
+        batch_invariant_ops, "enable_batch_invariant_mode", lambda *args, **kwargs: None
+    )
 
 
 def pin_no_memory(host_pools) -> None:
     """The routed experts are kept in host memory, which it would have CUDA pin."""
-    host_pools._cuda_host_register = lambda *args, **kwargs: None
+    _internals().replace(host_pools, "_cuda_host_register", lambda *args, **kwargs: None)
+
+
+def _internals():
+    """The trainer's module, which is on no path of the server's."""
+    sys.path.append(TRAINER)
+    try:
+        from megatron_prepo import internals
+    finally:
+        sys.path.remove(TRAINER)
+    return internals
 
 
 BEFORE = {"torchvision": declare_torchvision_operators}
