@@ -14,8 +14,6 @@ float64 and in float32, and what the float32 errs by on this machine is what our
 
     reference = Reference(full_softmax, hidden_TH, weight_VH, targets_T)
     reference.assert_equals(ours)
-
-Rounding errors are proportional to eps, so that a float64 result may err by 2^-29 of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +34,9 @@ CHAIN = 100
 """Operations from inputs to result, where a test gives no number: more than any of these closed
 forms has.  A library's function counts as four: those in use keep within 2 units in the last place.
 """
+
+LEAST = 4
+"""Operations that a measured error is put down to at least."""
 
 
 def bound(operations: int, dtype: torch.dtype = torch.float64) -> float:
@@ -61,7 +62,9 @@ def assert_close(actual, expected, operations: int = CHAIN, *, scale: float = 0.
     """
     first = actual[0] if isinstance(actual, Sequence) else actual
     allowed = bound(operations, first.dtype)
-    torch.testing.assert_close(actual, expected, rtol=allowed, atol=allowed * scale)
+    torch.testing.assert_close(
+        actual, expected, rtol=allowed, atol=allowed * scale, check_dtype=False
+    )
 
 
 def allowance(error: float, size: float, dtype: torch.dtype = torch.float32) -> float:
@@ -79,7 +82,8 @@ class Reference:
 
     Attributes:
         exact: the results in float64.
-        errors: the largest error of an entry of each of them in float32.
+        errors: the largest error of an entry of each of them in float32; at least `LEAST` eps of
+            its largest entry, for the error of few numbers may be small by chance.
     """
 
     def __init__(self, function: Callable, *args, **settings):
@@ -87,18 +91,27 @@ class Reference:
             function(*tree_map(cast, args), **tree_map(cast, settings))
             for cast in (to(torch.float64), to(torch.float32))
         )
-        self.errors = [largest_difference(a, b) for a, b in zip(single, self.exact, strict=True)]
-
-    def allowed(self, result: int, dtype: torch.dtype) -> float:
-        """Return what an entry of this result may err by in `dtype`."""
-        error, exact = self.errors[result], self.exact[result]
-        size = exact.abs().max().item() if exact.numel() else 0.0
-        return allowance(error, size) * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        self.sizes = [largest_difference(exact, torch.zeros_like(exact)) for exact in self.exact]
+        self.errors = [
+            max(largest_difference(*both), bound(LEAST, torch.float32) * size)
+            for *both, size in zip(single, self.exact, self.sizes, strict=True)
+        ]
 
     def assert_equals(self, ours: Sequence[torch.Tensor]) -> None:
-        """Assert that our results, in float32 or float64, are these but for rounding."""
-        for i, (result, exact) in enumerate(zip(ours, self.exact, strict=True)):
-            error, allowed = largest_difference(result, exact), self.allowed(i, result.dtype)
+        """Assert that our results, or the first of them, are these but for rounding.
+
+        Rounding errors are proportional to eps: of float64 results 2^-29 of float32's are allowed.
+        Of bfloat16 ones, gradients of a head that is computed in float32, two roundings, one of
+        the gradient of its logits, which are at most 2^-8 each.
+        """
+        for i, result in enumerate(ours):
+            if result.dtype == torch.bfloat16:
+                error, size = (result.double() - self.exact[i]).norm(), self.exact[i].norm()
+                assert error <= 2 * 2**-8 * size, f"result {i}: off by {error / size:.1e}"
+                continue
+            finer = torch.finfo(result.dtype).eps / torch.finfo(torch.float32).eps
+            allowed = allowance(self.errors[i] * finer, self.sizes[i])
+            error = largest_difference(result, self.exact[i])
             assert error <= allowed, f"result {i}: off by {error:.1e}, allowed {allowed:.1e}"
 
 
@@ -117,3 +130,18 @@ def to(dtype: torch.dtype) -> Callable:
         return value.detach().to(dtype) if floats else value
 
     return cast
+
+
+STEP = torch.finfo(torch.float64).eps ** (1 / 3)
+"""Of central differences: truncation, of the order of its square, is then as small as rounding."""
+
+
+def assert_gradients(function: Callable, inputs: Sequence[torch.Tensor], scale: float) -> None:
+    """Assert that a function's gradients are its central differences, in float64.
+
+    A value of size `scale` is rounded by CHAIN operations, and the difference of two divided by
+    twice the step: 4e-9 of the scale.
+    """
+    torch.autograd.gradcheck(
+        function, tuple(inputs), eps=STEP, atol=bound(CHAIN) * scale / STEP, rtol=0.0
+    )
