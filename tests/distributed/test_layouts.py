@@ -986,8 +986,8 @@ def test_bfloat16_stays_near_the_float64_reference(run, expected, layout):
 def test_bfloat16_weights_are_those_of_the_float32_optimizer(run, directories, layout):
     """AdamW of our own gradient, in float32 from rounded weights, and rounded again.
 
-    Float32 errs by some 2^-24 of a number.  That moves it across the middle of two bfloat16 numbers,
-    2^-7 of it apart, in a few of 2^17 cases, and no further: fewer than one in 2^12 are one off.
+    Float32 errs by some 2^-24 of a number, which moves it across the middle of two bfloat16
+    numbers, 2^-7 of it apart, in a few of 2^17 cases: fewer than one in 2^12 are one number off.
     """
     model = reference_model(directories[SCENARIOS["plain"].model], torch.bfloat16)
     [result, *_] = run(first_update, "plain", layout, "bfloat16")
