@@ -23,7 +23,7 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import Stopped, UserError, in_one_line, no_room
+from megatron_prepo.errors import Stopped, in_one_line, no_room
 
 
 @in_one_line

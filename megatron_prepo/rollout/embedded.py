@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationConfig,
 )
 from transformers.masking_utils import sdpa_mask
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import join, on_ranks
+from rounding import Reference
 
 from megatron_prepo.actor.attention import CausalAttention
 from megatron_prepo.actor.batching import micro_batch
@@ -97,9 +98,9 @@ def test_attention_and_its_gradients_are_those_of_one_rank(results, case):
     ranks = of_ranks(results, case)
     assert len(ranks) == HEADS[heads][0]
     layout = row_of(way).layout
-    expected = attend(layout, *qkv_and_weights(heads, len(layout.positions_T)))
+    reference = Reference(attend, layout, *qkv_and_weights(heads, len(layout.positions_T)))
     ours = [torch.cat(parts) for parts in zip(*(r["attention"] for r in ranks), strict=True)]
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+    reference.assert_equals(ours)
 
 
 @pytest.mark.parametrize("case", CASES, ids=", ".join)

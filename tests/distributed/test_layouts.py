@@ -3,10 +3,14 @@
 The reference is `transformers`, autograd and `torch.optim.AdamW`, with the loss written out below.
 Each layout is run on ranks of its own, when the first test asks for it.
 
+What a layout may err by is measured: the reference is computed in float32, too, and ours may be off
+by `rounding.FACTOR` times as much.
+
 Adam's first step is lr * sign(g) wherever |g| is far above `adam_eps`, and rounding could flip the
 sign of a small g.  An `adam_eps` of 1e-2 makes the update smooth in the gradient.
 """
 
+import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +21,7 @@ import pytest
 import tiny_models
 import torch
 from ranks import join, on_ranks
+from rounding import allowance, bound
 from tiny_models import VOCAB, actor_config
 from transformers import AutoModelForCausalLM
 
@@ -268,6 +273,14 @@ RECOMPUTED = {
         "experts": 2,
     },
 }
+MISTAKES = {
+    # mistake: scenario, layout, which tensors it concerns
+    "parts of norms are not summed": ("plain", "tp2 sp", "layernorm"),
+    "ranks do not sum": ("plain", "dp2", ""),
+    "stages do not sum the embedding": ("plain", "pp2", "embed_tokens"),
+    "one rollout twice": ("all terms", "tp1", ""),
+    "advantages of the next rollout": ("groups", "tp1 shared", ""),
+}
 CHOOSING = (
     "tp1 shared",
     "tp1 padded",
@@ -303,9 +316,11 @@ class Batch:
 
 
 def make_batch(name, model):
-    """Old log-probabilities differ from the model's by up to 0.5: some ratios are clipped."""
+    """Old log-probabilities differ from the model's by 0.1 or 0.4: some ratios are clipped, and in
+    the first update none is near its clip.
+    """
     scenario, batch = SCENARIOS[name], Batch()
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(8)
     start, num_prompts = scenario.start, scenario.num_prompts or len(scenario.lengths)
     for i, length in enumerate(scenario.lengths):
         tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
@@ -319,9 +334,10 @@ def make_batch(name, model):
                 earlier = batch.sequences[i - num_prompts].routing_of_first(start - 1)
                 drawn = earlier + drawn[len(earlier) :]
             batch.sequences[i] = replace(batch.sequences[i], routing=drawn)
-        logprobs_T, _ = score(model, batch.sequences[-1], scenario.temperature)
+        logprobs_T, *_ = score(model, batch.sequences[-1], scenario.temperature)
         noise = torch.rand(3, len(logprobs_T), generator=generator)
-        batch.old_T.append(logprobs_T.detach().float() + noise[0] - 0.5)
+        moved_T = torch.tensor([-0.4, -0.1, 0.1, 0.4])[(4 * noise[0]).long()]
+        batch.old_T.append(logprobs_T.detach().float() + moved_T)
         batch.importance_T.append(0.5 + noise[1])
         batch.reference_T.append(logprobs_T.detach().float() + 2 * noise[2] - 1)
         zero = i == 2 or name == "advantages of zero"
@@ -341,71 +357,121 @@ def draw_routing(generator, num_tokens):
 
 @contextmanager
 def routed_by(model, routing):
-    """Within it, transformers' routers take these experts, and weigh them as they do their own."""
-    experts_TLk = torch.from_numpy(ROUTING.unpack(routing)).long()
-    # the last token is routed somewhere, and nothing depends on it
-    experts_TLk = torch.cat([experts_TLk, experts_TLk[-1:]])
-    routers = [layer.mlp.gate for layer in model.model.layers]
+    """Within it, transformers' routers take these experts, or without any those of their largest
+    logits, which are then added to the list.  They compute in the precision of the model.
+    """
+    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    chosen_by = []
     for number, router in enumerate(routers):
-        router.forward = MethodType(forced_to(experts_TLk[:, number]), router)
-    yield
+        experts_Tk = None
+        if routing is not None:
+            experts_Tk = torch.from_numpy(ROUTING.unpack(routing)[:, number]).long()
+            # the last token is routed somewhere, and nothing depends on it
+            experts_Tk = torch.cat([experts_Tk, experts_Tk[-1:]])
+        router.forward = MethodType(forward_of_router(experts_Tk, chosen_by), router)
+    yield chosen_by
     for router in routers:
         del router.forward
 
 
-def forced_to(experts_Tk):
+def forward_of_router(experts_Tk, chosen_by):
     def forward(self, hidden_TH):
         logits_TE = hidden_TH @ self.weight.t()
-        probs_Tk = logits_TE.softmax(-1).gather(1, experts_Tk)
-        return logits_TE, probs_Tk / probs_Tk.sum(-1, keepdim=True), experts_Tk
+        chosen_Tk = experts_Tk
+        if chosen_Tk is None:
+            chosen_Tk = logits_TE.topk(self.top_k).indices
+            chosen_by.append(logits_TE.detach())
+        probs_Tk = logits_TE.softmax(-1).gather(1, chosen_Tk)
+        return logits_TE, probs_Tk / probs_Tk.sum(-1, keepdim=True), chosen_Tk
 
     return forward
 
 
 def score(model, sequence, temperature):
-    if sequence.routing is not None:
-        with routed_by(model, sequence.routing):
-            return score(model, replace(sequence, routing=None), temperature)
+    """Log-probabilities, entropies and the logits that routers chose by.
+
+    In a bfloat16 model the vocabulary's logits are float32.
+    """
     tokens = torch.tensor(sequence.tokens)
-    logits_TV = model(tokens[None]).logits[0, sequence.start - 1 : -1] / temperature
+    with routed_by(model, sequence.routing) as chosen_by:
+        hidden_TH = model.model(tokens[None]).last_hidden_state[0, sequence.start - 1 : -1]
+    logits_TV = wide(hidden_TH) @ wide(model.lm_head.weight).t() / temperature
     logp_TV = logits_TV.log_softmax(-1)
     logprobs_T = logp_TV.gather(1, tokens[sequence.start :, None])[:, 0]
-    return logprobs_T, -(logp_TV.exp() * logp_TV).sum(-1)
+    return logprobs_T, -(logp_TV.exp() * logp_TV).sum(-1), chosen_by
 
 
-def loss_and_statistics(model, scenario, batch):
-    """One rollout after the other, unpadded; the formula of the paper and its extra terms."""
-    names = ("tokens", "clipped", "ratio", "kl", "reference_kl")
-    loss, statistics = 0.0, dict.fromkeys(names, 0.0)
-    for i, sequence in enumerate(batch.sequences):
-        logprobs_T, entropy_T = score(model, sequence, scenario.temperature)
-        advantage = batch.advantage[i]
-        ratio_T = (logprobs_T - batch.old_T[i]).exp()
-        plain_T = ratio_T * advantage
-        clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
-        objective_T = torch.minimum(plain_T, clipped_T)
-        if scenario.importance:
-            objective_T = objective_T * batch.importance_T[i]
-        to_reference_T = batch.reference_T[i] - logprobs_T
-        kl_T = to_reference_T.exp() - 1 - to_reference_T
-        objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
-        loss = loss - batch.coefficient[i] * objective_T.sum()
-        terms = scenario.entropy_coef or scenario.kl_coef or scenario.model == "qwen3_moe"
-        if advantage == 0.0 and not terms:
-            continue  # the statistics are of the tokens that there is something to learn from
-        statistics["clipped"] += (clipped_T < plain_T).sum().item()
-        statistics["ratio"] += ratio_T.sum().item()
-        statistics["kl"] += (ratio_T - 1 - ratio_T.log()).sum().item()
-        statistics["reference_kl"] += kl_T.sum().item()
-        statistics["tokens"] += len(ratio_T)
-    return loss, statistics
+def wide(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def terms_of(model, scenario, batch, i):
+    """{metric: terms by token} of a rollout, unpadded: the paper's formula and its extra terms.
+
+    And the logits that routers chose by.
+    """
+    logprobs_T, entropy_T, chosen_by = score(model, batch.sequences[i], scenario.temperature)
+    advantage = batch.advantage[i]
+    ratio_T = (logprobs_T - batch.old_T[i]).exp()
+    plain_T = ratio_T * advantage
+    clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
+    objective_T = torch.minimum(plain_T, clipped_T)
+    if scenario.importance:
+        objective_T = objective_T * batch.importance_T[i]
+    to_reference_T = batch.reference_T[i] - logprobs_T
+    kl_T = to_reference_T.exp() - 1 - to_reference_T
+    objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
+    # statistics are of tokens that there is something to learn from
+    other_terms = scenario.entropy_coef or scenario.kl_coef or scenario.model == "qwen3_moe"
+    counts = slice(None if advantage or other_terms else 0)
+    terms = {
+        "loss/policy": -batch.coefficient[i] * objective_T,
+        "loss/clip_fraction": (clipped_T < plain_T)[counts].to(ratio_T.dtype),
+        "loss/ratio": ratio_T[counts],
+        "loss/kl_to_old": (ratio_T - 1 - ratio_T.log())[counts],
+    }
+    if scenario.kl_coef:
+        terms["loss/kl_to_reference"] = kl_T[counts]
+    return terms, chosen_by
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the reference computes in an update, by name, in the precision of its model."""
+
+    terms: dict[str, torch.Tensor]
+    """Metrics, term by term: the loss is their sum, all others are their mean."""
+    gradient: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    """After it."""
+    router_logits: list[torch.Tensor]
+    """Of every rollout and layer in which a router chose by itself."""
+
+    def metrics(self):
+        numbers = {
+            name: terms_T.sum() / max(1, len(terms_T)) for name, terms_T in self.terms.items()
+        }
+        numbers["loss/policy"] = self.terms["loss/policy"].sum()
+        numbers["loss/grad_norm"] = norm(self.gradient)
+        return {name: number.item() for name, number in numbers.items()}
+
+
+def norm(tensors):
+    return sum(tensor.double().square().sum() for tensor in tensors.values()).sqrt()
+
+
+def difference(one, other):
+    return {name: one[name].double() - other[name].double() for name in other}
 
 
 def reference_updates(scenario, batch, model):
-    """[metrics, weights] before and after each of two updates, in float64."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]  # Megatron does not decay them
+    """The weights before two updates, and the updates.  Gradients add up, and weights are changed,
+    in float32 at least, as Megatron's are.
+    """
+    parameters = dict(model.named_parameters())
+    mains = {name: wide(p.detach().clone()) for name, p in parameters.items()}
+    matrices = [main for main in mains.values() if main.dim() > 1]
+    vectors = [main for main in mains.values() if main.dim() == 1]  # Megatron does not decay them
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": scenario.weight_decay}, {"params": vectors}],
         lr=LR,
@@ -415,31 +481,37 @@ def reference_updates(scenario, batch, model):
     )
 
     def weights():
-        whole = {names[id(p)]: p.detach().clone() for p in model.parameters()}
+        whole = {name: p.detach().clone() for name, p in parameters.items()}
         return {name: tensor for item in whole.items() for name, tensor in expert_by_expert(*item)}
 
-    metrics, snapshots = [], [weights()]
+    before, updates = weights(), []
     for _ in range(2):
-        optimizer.zero_grad()
-        loss, statistics = loss_and_statistics(model, scenario, batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), scenario.clip_grad).item()
+        for main in mains.values():
+            main.grad = torch.zeros_like(main)
+        terms, router_logits = [], []
+        for i in range(len(batch.sequences)):
+            of_rollout, chosen_by = terms_of(model, scenario, batch, i)
+            terms.append(of_rollout)
+            router_logits += chosen_by
+            of_rollout["loss/policy"].sum().backward()
+            for name, p in parameters.items():
+                mains[name].grad += p.grad
+                p.grad = None
+        gradient = {name: main.grad.clone() for name, main in mains.items()}
+        torch.nn.utils.clip_grad_norm_(mains.values(), scenario.clip_grad)
         optimizer.step()
-        tokens = statistics["tokens"]
-        metrics.append(
-            {
-                "loss/policy": loss.item(),
-                "loss/grad_norm": norm,
-                "loss/clip_fraction": statistics["clipped"] / tokens,
-                "loss/ratio": statistics["ratio"] / tokens,
-                "loss/kl_to_old": statistics["kl"] / tokens,
-                "loss/learning_rate": LR,
-            }
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(mains[name])
+        updates.append(
+            Update(
+                {name: torch.cat([t[name].detach() for t in terms]) for name in terms[0]},
+                gradient,
+                weights(),
+                router_logits,
+            )
         )
-        if scenario.kl_coef:
-            metrics[-1]["loss/kl_to_reference"] = statistics["reference_kl"] / tokens
-        snapshots.append(weights())
-    return metrics, snapshots
+    return before, updates
 
 
 def expert_by_expert(name, tensor):
@@ -549,6 +621,36 @@ def two_updates(case, dtype="float32"):
         }
 
 
+def first_update(case, dtype):
+    with case.actor(model={"dtype": dtype}) as actor:
+        computed = actor.backward(case.rollouts())
+        gradient = {name: tensor.clone() for name, tensor in actor.hf_gradients()}
+        return {
+            "metrics": actor.step(computed),
+            "gradient": gradient,
+            "weights": exported(actor),
+            "main gradients": {p.main_grad.dtype for c in actor.chunks for p in c.parameters()},
+        }
+
+
+def mistaken(case, mistake):
+    """The weights after an update with a mistake in it."""
+    with case.actor() as actor:
+        rollouts = case.rollouts()
+        if mistake == "parts of norms are not summed":
+            for parameter in actor.chunks[0].parameters():
+                parameter.sequence_parallel = False
+        elif mistake in ("ranks do not sum", "stages do not sum the embedding"):
+            actor.mcore.finalize_model_grads_func = lambda *_, **__: None
+        elif mistake == "one rollout twice":
+            rollouts[0] = replace(rollouts[0], coefficient=2 * rollouts[0].coefficient)
+        elif mistake == "advantages of the next rollout":
+            advantages = [r.advantage for r in rollouts[1:] + rollouts[:1]]
+            rollouts = [replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
+        actor.update(rollouts)
+        return exported(actor)
+
+
 def offloaded_fraction(actor):
     """Of the numbers that this rank's optimizer updates."""
     parts = [part.optimizer for part in actor.optimizer.chained_optimizers]
@@ -645,7 +747,7 @@ def turned(routing, first):
 def auxiliary_loss(case):
     """The gradient norms of the experts' balance, without and with; one row without padding."""
     norms = []
-    for coefficient in (0.0, 1.0):
+    for coefficient in (0.0, 10.0):
         megatron = {
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": coefficient,
@@ -719,24 +821,91 @@ def directories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches(directories):
     return {
-        name: make_batch(name, float64_model(directories[scenario.model]))
+        name: make_batch(name, reference_model(directories[scenario.model]))
         for name, scenario in SCENARIOS.items()
     }
 
 
-def float64_model(directory):
+def reference_model(directory, dtype=torch.float64, attention="sdpa"):
     # experts one after the other: transformers' grouped product is for 32 bits and less
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64, experts_implementation="eager"
+        directory, dtype=dtype, experts_implementation="eager", attn_implementation=attention
     )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The reference in float64, and by two implementations of attention in the precision of ours:
+    the error of one of them may be small by chance.
+    """
+
+    before: dict[str, torch.Tensor]
+    updates: list[Update]
+    imprecise: list[list[Update]]
+    dtype: torch.dtype
+
+    def metric(self, name, number=0):
+        """A metric of the given update, and what it may err by: by all of its terms, if all their
+        errors have one sign, and by its own rounding to float32.
+        """
+        exact, errors = self.updates[number], []
+        for other in (updates[number] for updates in self.imprecise):
+            terms = {n: e.abs() for n, e in difference(other.terms, exact.terms).items()}
+            gradient = difference(other.gradient, exact.gradient)
+            errors.append(replace(exact, terms=terms, gradient=gradient).metrics()[name])
+        value = exact.metrics()[name]
+        rounded = bound(1, torch.float32) * abs(value)
+        return value, allowance(max(errors), abs(value), self.dtype) + rounded
+
+    def errors_of_weights(self, number, weights):
+        """{tensor: error of its change, in parts of what is allowed} after the given update."""
+        exact = self.updates[number].weights
+        others = [updates[number].weights for updates in self.imprecise]
+        return self._errors(weights, exact, others, difference(exact, self.before))
+
+    def errors_of_gradient(self, gradient):
+        """The same of the first update's gradient."""
+        exact = self.updates[0].gradient
+        return self._errors(gradient, exact, [u[0].gradient for u in self.imprecise], exact)
+
+    def _errors(self, ours, exact, others, sizes):
+        """A tensor may err by what any of its kind does, relative to its size."""
+        assert ours.keys() == exact.keys()
+        size = {name: tensor.norm().item() for name, tensor in sizes.items()}
+        relative = {}
+        for other in others:
+            for name, error in difference(other, exact).items():
+                share = error.norm().item() / size[name] if size[name] else 0.0
+                relative[kind(name)] = max(relative.get(kind(name), 0.0), share)
+        errors = {}
+        for name, error in difference(ours, exact).items():
+            allowed = allowance(relative[kind(name)] * size[name], size[name], self.dtype)
+            errors[name] = error.norm().item() / allowed if error.any() and allowed else 0.0
+            assert allowed or not error.any(), f"{name} must not change"
+        return errors
+
+
+def kind(name):
+    """The tensors of all layers and experts that have one name there."""
+    return re.sub(r"\d+", "*", name)
 
 
 @pytest.fixture(scope="module")
 def expected(directories, batches):
-    return {
-        name: reference_updates(scenario, batches[name], float64_model(directories[scenario.model]))
-        for name, scenario in SCENARIOS.items()
-    }
+    """What the reference computes of a scenario; when it is asked for first."""
+
+    @cache
+    def expected(name, dtype=torch.float32):
+        def updates(*model):
+            directory = directories[SCENARIOS[name].model]
+            return reference_updates(
+                SCENARIOS[name], batches[name], reference_model(directory, *model)
+            )
+
+        imprecise = [updates(dtype, attention)[1] for attention in ("sdpa", "eager")]
+        return Expected(*updates(), imprecise, dtype)
+
+    return expected
 
 
 @pytest.fixture(scope="module")
@@ -758,52 +927,83 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_metrics_equal_the_float64_reference(run, expected, name, layout):
-    """Of both updates, on every rank.  Float32 leaves relative errors of 1e-5 in sums of a hundred
-    terms of either sign.
-    """
-    reference, _ = expected[name]
-    for result in run(two_updates, name, layout):
-        for ours, theirs in zip(result["metrics"], reference, strict=True):
+    """Of both updates, on every rank; sums of a hundred terms of either sign."""
+    for number in range(2):
+        reference = expected(name)
+        names = reference.updates[number].metrics().keys()
+        exact = {key: reference.metric(key, number) for key in names}
+        for result in run(two_updates, name, layout):
+            ours = dict(result["metrics"][number])
+            assert ours.pop("loss/learning_rate") == LR
             ours = {key: value for key, value in ours.items() if not key.startswith("train/")}
-            assert ours == pytest.approx(theirs, rel=5e-5, abs=1e-6)
+            assert ours.keys() == exact.keys()
+            for key, (value, allowed) in exact.items():
+                assert abs(ours[key] - value) <= allowed, f"update {number + 1}, {key}"
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_every_weight_equals_the_float64_reference(run, expected, name, layout):
-    """The change of each tensor after one and after two updates, relative to its own size.
+    """The change of each tensor after one and after two updates.
 
     Among them the norms of query and key, whose gradients are parts on tensor-parallel ranks, the
     tied embedding on the first and last stage, and norms under sequence parallelism: a sum over
-    ranks that is missing, or done twice, is an error of the order of 1.
+    ranks that is missing, or done twice, is an error of the order of the change.
     """
-    _, snapshots = expected[name]
-    for update, ours in enumerate(run(two_updates, name, layout)[0]["weights"], 1):
-        assert ours.keys() == snapshots[0].keys()
-        for tensor_name, before in snapshots[0].items():
-            change = snapshots[update][tensor_name] - before
-            error = (ours[tensor_name].double() - before - change).norm()
-            # float32 rounding of the gradient, and of the weight itself; a router's gradient is a
-            # difference of what its experts say
-            rounding = 2e-4 if tensor_name.endswith("mlp.gate.weight") else 5e-5
-            allowed = rounding * change.norm() + 5e-8 * before.norm()
-            assert error <= allowed, f"update {update}, {tensor_name}: {error / change.norm():.1e}"
+    for number, weights in enumerate(run(two_updates, name, layout)[0]["weights"]):
+        errors = expected(name).errors_of_weights(number, weights)
+        assert max(errors.values()) <= 1, f"update {number + 1}: {too_large(errors)}"
+
+
+def too_large(errors):
+    return {name: round(error, 2) for name, error in errors.items() if error > 1}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_hundreds_of_times_what_is_allowed(run, expected, mistake):
+    """In every tensor that it concerns, after one update."""
+    name, layout, concerned = MISTAKES[mistake]
+    errors = expected(name).errors_of_weights(0, run(mistaken, name, layout, mistake)[0])
+    found = {tensor: error for tensor, error in errors.items() if concerned in tensor}
+    assert found and min(found.values()) > 100
 
 
 @pytest.mark.parametrize("layout", BFLOAT16_LAYOUTS)
 def test_bfloat16_stays_near_the_float64_reference(run, expected, layout):
-    """The first update: activations with 8 bits move loss and gradient by some percent, and weights
-    are rounded to 2^-9 of their size, before and after.
+    """Loss and gradient of the first update, which activations of 8 bits move by some percent.
+
+    As many layers as there are average this out; a sum that is missing is an error of half.
     """
-    (metrics, _), (before, after, _) = expected["plain"]
-    results = run(two_updates, "plain", layout, "bfloat16")
-    for result in results:
-        for name in ("loss/policy", "loss/grad_norm"):
-            assert result["metrics"][0][name] == pytest.approx(metrics[name], rel=0.05)
-    for name, weight in results[0]["weights"][0].items():
+    reference = expected("plain", torch.bfloat16)
+    for result in run(first_update, "plain", layout, "bfloat16"):
+        for key in ("loss/policy", "loss/grad_norm"):
+            value, allowed = reference.metric(key)
+            assert abs(result["metrics"][key] - value) <= allowed, key
+        errors = reference.errors_of_gradient(result["gradient"])
+        assert max(errors.values()) <= 1, too_large(errors)
+
+
+@pytest.mark.parametrize("layout", BFLOAT16_LAYOUTS)
+def test_bfloat16_weights_are_those_of_the_float32_optimizer(run, directories, layout):
+    """AdamW of our own gradient, in float32 from rounded weights, and rounded again.
+
+    Float32 errs by some 2^-24 of a number, which moves it across the middle of two bfloat16
+    numbers, 2^-7 of it apart, in a few of 2^17 cases: fewer than one in 2^12 are one number off.
+    """
+    model = reference_model(directories[SCENARIOS["plain"].model], torch.bfloat16)
+    [result, *_] = run(first_update, "plain", layout, "bfloat16")
+    mains = {name: p.detach().float() for name, p in model.named_parameters()}
+    for name, main in mains.items():
+        main.grad = result["gradient"][name].clone()
+    torch.nn.utils.clip_grad_norm_(mains.values(), SCENARIOS["plain"].clip_grad)
+    torch.optim.AdamW(mains.values(), lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0).step()
+    differing = 0
+    for name, weight in result["weights"].items():
         assert weight.dtype == torch.bfloat16
-        change = after[name] - before[name]
-        error = (weight.double() - after[name]).norm()
-        assert error <= 0.2 * change.norm() + 2**-8 * before[name].norm(), name
+        expected = mains[name].bfloat16()
+        differing += (weight != expected).sum()
+        neighbour = torch.finfo(torch.bfloat16).eps * expected.abs()
+        assert ((weight.float() - expected.float()).abs() <= neighbour).all(), name
+    assert differing <= sum(main.numel() for main in mains.values()) / 2**12
 
 
 @pytest.mark.parametrize(("name", "layout"), RECOMPUTED)
@@ -830,43 +1030,78 @@ def test_the_optimizer_is_offloaded_as_far_as_it_was_asked_for(run, layout, leas
         assert least <= result["offloaded"] <= most
 
 
-def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(run):
+def test_gradients_are_reduced_once_whole_whatever_the_number_of_micro_batches(run, expected):
     """Megatron remembers how often a gradient was added to in its first update."""
     plain, overlapped = (
         run(other_numbers_of_micro_batches, "plain", layout) for layout in ("dp2", "dp2 overlapped")
     )
-    for norms, expected in zip(overlapped, plain, strict=True):
-        assert norms == pytest.approx(expected, rel=1e-5)
+    rounding = relative_error_of_norm(expected("plain"))
+    for norms, others in zip(overlapped, plain, strict=True):
+        assert norms == pytest.approx(others, rel=rounding)
+
+
+def relative_error_of_norm(reference):
+    value, allowed = reference.metric("loss/grad_norm")
+    return allowed / value
 
 
 @pytest.mark.parametrize("layout", AUXILIARY[1:])
-def test_the_balance_of_experts_is_that_of_the_whole_row(run, layout):
+def test_the_balance_of_experts_is_that_of_the_whole_row(run, expected, layout):
     """Megatron multiplies its loss by the context ranks, and its gradient is averaged over them."""
     [(without, balanced)] = run(auxiliary_loss, "experts", "tp1")
-    assert abs(balanced / without - 1) > 0.01
+    rounding = relative_error_of_norm(expected("experts"))
+    assert abs(balanced / without - 1) > 100 * rounding
     for norms in run(auxiliary_loss, "experts", layout):
-        assert norms == pytest.approx([without, balanced], rel=2e-5)
+        assert norms == pytest.approx([without, balanced], rel=rounding)
 
 
 def test_gradients_add_up_in_float32_whatever_the_weights_are(run):
     for layout in BFLOAT16_LAYOUTS:
-        for result in run(two_updates, "plain", layout, "bfloat16"):
+        for result in run(first_update, "plain", layout, "bfloat16"):
             assert result["main gradients"] == {torch.float32}
 
 
 def test_scenarios_cover_what_they_promise(expected):
     """Some ratios are clipped and some are not, and the gradient norm is clipped in one of them."""
     for name in ("plain", "all terms"):
-        for metrics in expected[name][0]:
-            assert 0.1 < metrics["loss/clip_fraction"] < 0.9
-    assert expected["plain"][0][0]["loss/grad_norm"] > SCENARIOS["plain"].clip_grad
-    assert expected["all terms"][0][0]["loss/grad_norm"] < SCENARIOS["all terms"].clip_grad
-    names = expected["all terms"][1][0].keys()
+        for update in expected(name).updates:
+            assert 0.1 < update.metrics()["loss/clip_fraction"] < 0.9
+    norms = {name: expected(name).updates[0].metrics()["loss/grad_norm"] for name in SCENARIOS}
+    assert norms["plain"] > SCENARIOS["plain"].clip_grad
+    assert norms["all terms"] < SCENARIOS["all terms"].clip_grad
+    names = expected("all terms").before.keys()
     assert any("q_norm" in n for n in names) and any("lm_head" in n for n in names)
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
+    """Only while both decide alike can the reference judge ours."""
+    clips = torch.tensor([1 - CLIP_LOW, 1 + CLIP_HIGH], dtype=torch.float64).log()
+    reference = expected(name)
+    for exact, *others in zip(reference.updates, *reference.imprecise, strict=True):
+        log_ratio_T, logits_TE = (f(exact) for f in (log_ratios, router_logits))
+        for other in others:
+            from_clip_T = (log_ratio_T[:, None] - clips).abs()
+            assert_far(from_clip_T, (log_ratios(other) - log_ratio_T).abs())
+            *_, last_T, next_T = logits_TE.topk(ROUTING.experts_a_token + 1).values.T
+            assert_far(last_T - next_T, (router_logits(other) - logits_TE).abs())
+
+
+def log_ratios(update):
+    return update.terms["loss/ratio"].double().log()
+
+
+def router_logits(update):
+    return torch.cat([torch.empty(0, ROUTING.experts), *update.router_logits]).double()
+
+
+def assert_far(distances, errors):
+    if len(distances):
+        assert distances.min() > allowance(errors.max().item(), size=distances.mean().item())
+
+
 def test_without_advantages_no_weight_moves(run, expected):
-    _, (before, *_) = expected["advantages of zero"]
+    before = expected("advantages of zero").before
     for layout in SCENARIOS["advantages of zero"].layouts:
         for weights in run(two_updates, "advantages of zero", layout)[0]["weights"]:
             assert all(torch.equal(weights[name].double(), before[name]) for name in before)
