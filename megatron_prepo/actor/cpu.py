@@ -11,7 +11,7 @@ import warnings
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.tensor_parallel import random as mcore_random
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 _installed: list["_CudaMeansCpu"] = []
@@ -37,8 +37,6 @@ def install() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
     _random_state_of_the_cpu()
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = _split_as_on_a_gpu
-    # without TransformerEngine, megatron-core 0.16 uses a name that it has not imported
-    moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_the_host
 
 
