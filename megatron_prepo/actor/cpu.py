@@ -11,7 +11,7 @@ import warnings
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.tensor_parallel import random as mcore_random
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 from megatron_prepo import internals
@@ -50,8 +50,6 @@ def install() -> None:
     ):
         internals.replace(owner, name, stand_in)
     _split_as_on_a_gpu()
-    # without TransformerEngine, megatron-core 0.16 uses a name that it has not imported
-    moe_utils.te_general_gemm = None
 
 
 def model_settings() -> dict:

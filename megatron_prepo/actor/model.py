@@ -24,6 +24,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -340,6 +341,9 @@ def _torch_spec(mcore: TransformerConfig, virtual_stage: int | None) -> Transfor
     if mcore.num_moe_experts:
         # Megatron saves this norm under a name that its TransformerEngine layers do not look for
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        # The router multiplies by TransformerEngine unless this is None; without TransformerEngine,
+        # megatron-core 0.16 leaves the name unbound, and the first forward is a NameError.
+        moe_utils.te_general_gemm = None
     layers_here = get_num_layers_to_build(mcore, virtual_stage, pp_rank=_pipeline_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
 

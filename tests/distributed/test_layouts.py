@@ -448,9 +448,7 @@ class Update:
     """Of every rollout and layer in which a router chose by itself."""
 
     def metrics(self):
-        numbers = {
-            name: terms_T.sum() / max(1, len(terms_T)) for name, terms_T in self.terms.items()
-        }
+        numbers = {name: terms_T.mean() for name, terms_T in self.terms.items()}
         numbers["loss/policy"] = self.terms["loss/policy"].sum()
         numbers["loss/grad_norm"] = norm(self.gradient)
         return {name: number.item() for name, number in numbers.items()}
