@@ -11,14 +11,15 @@ from collections.abc import Sequence
 import yaml
 
 from megatron_prepo import doctor
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.gpus import GPUS
 from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
 from megatron_prepo.launch.job import Job, make_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done, or submitted; 1: a job, the doctor or the plan says no; 2: the user can mend it."""
+    """0: done, or submitted; 1: a job, the doctor or the plan says no; 2: the user can mend it;
+    75: waited for, and stopped before its end."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         job = make_job(
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except LaunchFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
