@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang
+.PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang test-slurm
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
@@ -28,6 +28,10 @@ demo-sglang: .venv-sglang/ready
 
 test-sglang: .venv-sglang/ready
 	.venv/bin/python -m pytest -m sglang tests/real_sglang
+
+# On a real Slurm, as root; says which packages of Debian are missing.  A sample is part of `make test`.
+test-slurm: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
+	.venv/bin/python -m pytest -m slurm -rs tests/real_slurm
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .

@@ -350,6 +350,12 @@ WRITTEN = {"slurm": _sbatch_script, "skypilot": _sky_task, "kubeflow": _train_jo
 
 def _check_slurm(wait: bool) -> None:
     """UserError unless what is asked of Slurm can be: jobs by sbatch, their states by sacct."""
+    for place in (os.environ["NEMORUN_HOME"], os.getcwd()):
+        if "/nemo_run" in place:  # which it replaces in its scripts wherever it stands
+            raise UserError(
+                f"NeMo-Run cannot write scripts for a path that contains /nemo_run: {place}; set "
+                "NEMORUN_HOME, or launch from elsewhere"
+            )
     if shutil.which("sbatch") is None:
         raise UserError(
             "--executor slurm needs sbatch, which is not on PATH: is this a login node?"
