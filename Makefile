@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang
+.PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang test-slurm
 .PHONY: test-order test-newest newest newest-launch newest-sglang
 
 demo: .venv/ready
@@ -42,6 +42,10 @@ test-newest: newest $(if $(OTHERS_RUN),newest-launch newest-sglang)
 	LAUNCH_PYTHON=$(CURDIR)/.venv-newest-launch/bin/python \
 	  SGLANG_PYTHON=$(CURDIR)/.venv-newest-sglang/bin/python \
 	  .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+# On a real Slurm, as root; says which packages of Debian are missing.  A sample is part of `make test`.
+test-slurm: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
+	.venv/bin/python -m pytest -m slurm -rs tests/real_slurm
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .

@@ -74,7 +74,7 @@ def sbatch(words: list[str]) -> int:
         "SLURM_JOB_ID": job,
         "SLURM_JOB_NODELIST": f"127.0.0.[1-{nodes}]" if nodes > 1 else "127.0.0.1",
         "SLURM_NNODES": str(nodes),
-        "SLURM_NTASKS_PER_NODE": flags["ntasks-per-node"],
+        "SLURM_NTASKS_PER_NODE": (flags | options)["ntasks-per-node"],
     }
     _set_state(state, job, "RUNNING")
     with open(state / f"{job}.out", "w") as out:
@@ -161,12 +161,16 @@ def scontrol(words: list[str]) -> int:
 
 
 def squeue(words: list[str]) -> int:
-    """Nothing is pending."""
+    """Nothing is pending; start and end of a job, as its script asks for them."""
+    if "--format=%S %e" in words:
+        print("2026-01-01T12:00:00", os.environ.get("FAKE_END", "2026-01-01T16:00:00"))
     return 0
 
 
 def sacct(words: list[str]) -> int:
-    """The state of one job, as NeMo-Run asks for it."""
+    """The state of one job, as NeMo-Run asks for it; without a job, that there is accounting."""
+    if "-j" not in words:
+        return 0
     job = words[words.index("-j") + 1]
     print("JobID|JobName|State")
     print(f"{job}|megatron-prepo.train|{state_of(dict(os.environ), job)}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_prepo import doctor
-from megatron_prepo.errors import UserError, in_one_line
+from megatron_prepo.errors import Stopped, UserError, in_one_line
 from megatron_prepo.gpus import GPUS
 from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
 from megatron_prepo.launch.job import Job, make_job
@@ -17,7 +17,8 @@ from megatron_prepo.launch.job import Job, make_job
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done, or submitted; 1: a job, the doctor or the plan says no; 2: the user can mend it."""
+    """0: done, or submitted; 1: a job, the doctor or the plan says no; 2: the user can mend it;
+    75: waited for, and stopped before its end."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         job = make_job(
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         print(launch(job, place, dry_run=options.dry_run, wait=options.wait))
         return 0
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except LaunchFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,21 +21,23 @@ command no shell reads.  It cannot print a dry run of SkyPilot 0.10 and later.
 import importlib.util
 import os
 import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
 from megatron_prepo import internals, yaml_text
 from megatron_prepo.config import nearest, value_for
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.launch import peers, slurm_time
 from megatron_prepo.launch.job import Job, local
+from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
 
 EXECUTORS = ("local", "slurm", "docker", "skypilot", "kubeflow")
-
-LEAVING_SECONDS = 60
-"""Between the end of the time that a run has for saving, and the limit of its job."""
 
 
 class LaunchFailed(RuntimeError):
@@ -90,16 +92,22 @@ def check(job: Job, place: Place) -> None:
             )
     if place.executor == "slurm" and place.mounts and not place.image:
         raise UserError("--mount is for containers: add --image, or leave it out")
+    if place.executor == "slurm":
+        if "time" in place.fields:
+            raise UserError("--with time=...: write --time")
+        slurm_time.check(place.time, str(place.fields.get("signal", _signal(job))))
 
 
 def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
     """Run the job, or say what would be run; returns what is to be shown.
 
     Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises
-    LaunchFailed if a job that was waited for did not succeed, and UserError where NeMo-Run or a
-    part of it is missing.
+    LaunchFailed if a job that was waited for did not succeed, Stopped if it did and the run is not
+    finished, and UserError where NeMo-Run or a part of it is missing, or Slurm refuses a job.
     """
     run = _nemo_run()
+    if place.executor == "slurm" and not dry_run:
+        _check_slurm(wait)
     with run.Experiment(job.name) as experiment:
         EXPERIMENTS[place.executor](run, experiment, job, place)
         if dry_run:
@@ -107,11 +115,18 @@ def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
             experiment.dryrun(log=written is None, delete_exp_dir=False)
             return "\n".join(map(written, experiment.jobs)) if written else ""
         detach = place.executor in ("slurm", "skypilot") and not wait
-        experiment.run(detach=detach, tail_logs=not detach)
+        with _refusals(experiment):
+            experiment.run(detach=detach, tail_logs=not detach)
         if detach:
-            return f"submitted: {', '.join(added.id for added in experiment.jobs)}"
+            return f"submitted: {_submitted(experiment)}"
     _raise_if_failed(experiment)
+    if place.executor in ("local", "slurm"):
+        _raise_if_unfinished(job)
     return "finished"
+
+
+def _signal(job: Job) -> str:
+    return slurm_time.warning(job.config.checkpoint.grace_seconds)
 
 
 def _nemo_run():
@@ -162,6 +177,12 @@ def _slurm(run, experiment, job: Job, place: Place) -> None:
         previous = [added]
 
 
+REQUEUED = f"""
+# ranks leave so if a machine does not answer, which Slurm itself may notice much later
+trap '[ $? -ne {peers.UNREACHABLE_EXIT_CODE} ] || scontrol requeue "$SLURM_JOB_ID"' EXIT
+"""
+
+
 def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, first: int):
     """For a step of so many tasks on each of some of the job's nodes."""
     here = os.getcwd()
@@ -177,7 +198,8 @@ def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, 
         gpus_per_node=job.gpus_per_node,
         exclusive=True,
         mem="0",
-        signal=f"USR1@{round(job.config.checkpoint.grace_seconds) + LEAVING_SECONDS}",
+        signal=_signal(job),
+        setup_lines=REQUEUED,
         container_image=place.image,
         container_mounts=[f"{here}:{here}", *place.mounts],
         env_vars={name: shlex.quote(value) for name, value in place.environment.items()},
@@ -327,6 +349,69 @@ def _train_job(job) -> str:
 
 WRITTEN = {"slurm": _sbatch_script, "skypilot": _sky_task, "kubeflow": _train_job}
 """What a job of the executor is submitted as; the others are requests that NeMo-Run prints."""
+
+
+def _check_slurm(wait: bool) -> None:
+    """UserError unless what is asked of Slurm can be: jobs by sbatch, their states by sacct."""
+    for place in (os.environ["NEMORUN_HOME"], os.getcwd()):
+        if "/nemo_run" in place:  # which it replaces in its scripts wherever it stands
+            raise UserError(
+                f"NeMo-Run cannot write scripts for a path that contains /nemo_run: {place}; set "
+                "NEMORUN_HOME, or launch from elsewhere"
+            )
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "--executor slurm needs sbatch, which is not on PATH: is this a login node?"
+        )
+    if not wait:
+        return
+    try:
+        asked = subprocess.run(["sacct", "--noheader"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"--wait needs sacct ({error}): leave it out") from error
+    if asked.returncode:
+        raise UserError(
+            f"--wait needs sacct, which says {' '.join(asked.stderr.split())!r}: leave it out, and "
+            "look at squeue and the run's summary.json"
+        )
+
+
+@contextmanager
+def _refusals(experiment) -> Iterator[None]:
+    """UserError with the words of sbatch where it refuses a job; names those it took before."""
+    from invoke.exceptions import UnexpectedExit
+
+    experiment.console.quiet = True  # it would show the same in twenty lines
+    try:
+        yield
+    except UnexpectedExit as error:
+        lines = error.result.stderr.replace("sbatch: error: ", "").splitlines()
+        said = "; ".join(filter(None, lines)) or f"exit code {error.result.exited}"
+        taken = _submitted(experiment)
+        also = f"; submitted before, and to be cancelled with scancel: {taken}" if taken else ""
+        raise UserError(f"sbatch refuses the job: {said}{also}") from None
+    finally:
+        experiment.console.quiet = False
+
+
+def _submitted(experiment) -> str:
+    """What was submitted, with the cluster's own numbers."""
+    return ", ".join(
+        f"{added.id} as {added.handle.rpartition('/')[2]}"
+        for added in experiment.jobs
+        if added.launched
+    )
+
+
+def _raise_if_unfinished(job: Job) -> None:
+    """Stopped unless the run has come to its end, whatever the scheduler says of its jobs."""
+    directory = Path(job.config.run.dir)
+    if not (directory / "summary.json").is_file():
+        raise Stopped(
+            f"the jobs have ended and the run in {directory} has not: it was stopped in time; the "
+            "same command resumes it",
+            exit_code=STOPPED_EXIT_CODE,
+        )
 
 
 def _raise_if_failed(experiment) -> None:

@@ -5,14 +5,17 @@ the ranks themselves, and their exit code is the job's.
 """
 
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, MutableMapping
+
+import psutil
 
 from megatron_prepo.errors import UserError
 
 FIRST_PORT, PORTS = 20000, 32
-"""Each job has so many ports, by its number, so that jobs on one node do not meet: the first is
-where its ranks do, the others are its SGLang servers'.  They end below those that Linux gives out
-by itself."""
+"""Each job has this many ports, by its number, so that jobs on one node do not meet.  The first is
+where its ranks meet, then come its SGLang servers', and from the end down one for each rank of a
+node (`peers.py`).  All are below those that Linux assigns automatically."""
 
 
 def hosts(node_list: str) -> list[str]:
@@ -69,6 +72,46 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 def server_port(slurm: Mapping[str, str], index: int) -> int:
     """The port of a node's SGLang server with this index."""
     return ports(slurm)[1 + index]
+
+
+def sign_of_life_port(slurm: Mapping[str, str], local_rank: int) -> int:
+    """Return the port at which a rank of a node shows that it lives."""
+    return ports(slurm)[-1 - local_rank]
+
+
+def interface_to(host: str, port: int = 9) -> str | None:
+    """Return the network interface that leads to a host, such as `eth0`; None if none does.
+
+    Nothing is sent: for a datagram socket, connecting is choosing the route.
+    """
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == mine for address in addresses):
+            return name
+    return None
+
+
+def choose_interface(environment: MutableMapping[str, str]) -> None:
+    """Set gloo's interface to the one that leads to another node of the job, unless it is set.
+
+    Gloo's own choice is the address of this machine's name, which Debian and Ubuntu put at
+    127.0.1.1 in /etc/hosts: the ranks of other nodes would be told to connect there.
+    """
+    others = [
+        host
+        for host in hosts(environment["SLURM_JOB_NODELIST"])
+        if host != environment["SLURMD_NODENAME"]
+    ]
+    if others and "GLOO_SOCKET_IFNAME" not in environment:
+        interface = interface_to(others[0])
+        if interface not in (None, "lo"):
+            environment["GLOO_SOCKET_IFNAME"] = interface
 
 
 def ports(slurm: Mapping[str, str]) -> range:

@@ -1,9 +1,13 @@
 """One rank of the training, as a task of Slurm: `srun python -m megatron_prepo.launch.rank CONFIG`.
 
 It translates Slurm's environment into torchrun's, waits for the job's SGLang servers if there are
-any, and trains.  A run that is finished already is left alone, so that jobs can be queued one
-behind the other.  One that was saved before the time limit is no failure either: `srun` would kill
-the ranks that have not left yet.  Whether the run has ended is in its directory: `summary.json`.
+any, and trains.  A run that is finished already is left alone, so that jobs can be queued in
+sequence.  One that was stopped before the time limit is no failure either, whether it was saved,
+had not begun or ran out of time to save: `srun` would kill the ranks that have not left yet, and a
+script would not queue the job again.  Whether the run has ended is in its directory:
+`summary.json`.
+
+Exit code 0: see above; 69: a machine of the job does not answer (`peers.py`); else the training's.
 """
 
 import argparse
@@ -11,32 +15,39 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import httpx
+from megatron_prepo import stop
 
-from megatron_prepo import cli, run_directory
-from megatron_prepo import config as configuration
-from megatron_prepo.config import Config
-from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes
-from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+# what takes long to import comes after the signals are listened to
+if TYPE_CHECKING:
+    from megatron_prepo.config import Config
+    from megatron_prepo.launch import peers
 
 POLL_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if the run ended, now or earlier, or was saved to go on; else the training's exit code."""
+    """Train as one task of Slurm; returns the exit code (see above)."""
+    stop.leave_when_asked(0)
+    from megatron_prepo import config as configuration
+    from megatron_prepo import run_directory
+    from megatron_prepo.errors import UserError
+    from megatron_prepo.launch import nodes, peers
+
     options = parser().parse_args(arguments)
     says = os.environ.get("SLURM_PROCID", "0") == "0"
     try:
         os.environ.update(nodes.rank_environment(os.environ))
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+        nodes.choose_interface(os.environ)
         config = configuration.load(options.config, options.overrides)
         if run_directory.is_finished(config):
             if says:
                 print(f"run.dir={config.run.dir} holds a finished run: nothing to do")
             return 0
-        overrides = [*options.overrides]
+        sign_of_life = peers.listen()
+        overrides, urls = [*options.overrides], []
         if options.servers_a_node:
             urls = server_urls(options.server_nodes, options.servers_a_node)
             wait_for(urls, config)
@@ -48,32 +59,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if says:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    code = cli.main(["train", options.config, *overrides])
-    return 0 if code == STOPPED_EXIT_CODE else code
+    code = train(["train", options.config, *overrides])
+    if code == 1:
+        code = name_the_lost([*peers.ranks(), *map(server, urls)])
+    if sign_of_life:
+        sign_of_life.close()
+    return code
+
+
+def train(words: Sequence[str]) -> int:
+    """Return the exit code of the training, 0 if it was stopped as asked."""
+    from megatron_prepo import cli
+    from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+
+    code = cli.main(words)
+    stopped = code == STOPPED_EXIT_CODE or (code == 1 and stop.overdue())
+    return 0 if stopped else code
+
+
+def name_the_lost(known: "Sequence[peers.Peer]") -> int:
+    """Print which ranks and servers of the job are not there, and return the exit code.
+
+    What has failed may be the consequence of that, and does not name them.
+    """
+    from megatron_prepo.launch import peers
+
+    found = peers.lost(known)
+    for lost in found:
+        print(f"rank {os.environ['SLURM_PROCID']}: {lost}", file=sys.stderr)
+    return peers.UNREACHABLE_EXIT_CODE if any(lost.machine for lost in found) else 1
 
 
 def server_urls(server_nodes: int, servers_a_node: int) -> list[str]:
     """The servers on the last so many nodes of the job; 0: on all."""
+    from megatron_prepo.launch import nodes
+
     hosts = nodes.hosts(os.environ["SLURM_JOB_NODELIST"])[-server_nodes:]
     ports = [nodes.server_port(os.environ, i) for i in range(servers_a_node)]
     return [f"http://{host}:{port}" for host in hosts for port in ports]
 
 
-def wait_for(urls: Sequence[str], config: Config) -> None:
+def server(url: str) -> "peers.Peer":
+    """Return the server at this address as a peer."""
+    from megatron_prepo.launch import peers
+
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return peers.Peer(f"the SGLang server {url}", host, int(port))
+
+
+def wait_for(urls: Sequence[str], config: "Config") -> None:
     """Until all servers are healthy; UserError that names those which are not by the deadline."""
+    from megatron_prepo.errors import UserError
+
     deadline = time.monotonic() + config.servers.start_seconds
     waiting = list(urls)
     while waiting := [url for url in waiting if not healthy(url, config)]:
         if time.monotonic() > deadline:
             raise UserError(
                 f"no SGLang server at {', '.join(waiting)} within servers.start_seconds="
-                f"{config.servers.start_seconds:g}; see {config.run.dir}/logs/node_*"
+                f"{config.servers.start_seconds:g}; {where_they_log(config)}"
             )
         time.sleep(POLL_SECONDS)
 
 
-def healthy(url: str, config: Config) -> bool:
+def where_they_log(config: "Config") -> str:
+    """Return where to look for why a server of the job did not start."""
+    logs = Path(config.run.dir) / "logs"
+    if any(logs.glob("node_*/*")):
+        return f"see {logs}/node_*"
+    return "none has been started: see the output of the job's step of servers"
+
+
+def healthy(url: str, config: "Config") -> bool:
     """Whether the server answers that it is well."""
+    import httpx
+
     try:
         answer = httpx.get(f"{url}/health", timeout=config.servers.connect_seconds, trust_env=False)
     except httpx.HTTPError:

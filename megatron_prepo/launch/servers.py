@@ -14,12 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prepo import config as configuration
-from megatron_prepo import run_directory
-from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes
-from megatron_prepo.launch.rank import parser
-from megatron_prepo.rollout.sglang.launch import OwnServer, check
+# what takes long to import comes after the signals are listened to
 
 POLL_SECONDS = 1.0
 MAX_STARTS = 5
@@ -29,11 +24,19 @@ MAX_STARTS = 5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start them and watch them; 0 when the job ends them, or the run is finished already; 1 if
     one does not stay."""
-    options = parser().parse_args(arguments)
     # the signal before the time limit is for the ranks; the servers inherit that it is ignored
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    from megatron_prepo import config as configuration
+    from megatron_prepo import run_directory
+    from megatron_prepo.errors import UserError
+    from megatron_prepo.launch import nodes
+    from megatron_prepo.launch.rank import parser
+    from megatron_prepo.rollout.sglang.launch import OwnServer, check
+
+    options = parser().parse_args(arguments)
+    nodes.choose_interface(os.environ)
     try:
         config = configuration.load(
             options.config, [*options.overrides, "servers.host=0.0.0.0", "servers.first_device=0"]

@@ -4,22 +4,29 @@ import importlib.util
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
 import yaml
 
+from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes, rank, recipes, servers
+from megatron_prepo.launch import nodes, peers, rank, recipes, servers
 from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
+from megatron_prepo.rollout.sglang import launch as sglang_launch
 from tests.e2e.laptop import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+    # this process is no rank, and signals are not for it
+    monkeypatch.setattr(rank.stop, "leave_when_asked", lambda code: None)
 
 
 def test_every_example_for_a_cluster_is_a_recipe():
@@ -100,6 +107,7 @@ SLURM = {
     "SLURM_NTASKS": "16",
     "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3",
+    "SLURMD_NODENAME": "gpu09",
 }
 
 
@@ -146,9 +154,10 @@ def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, mo
         monkeypatch.setenv(name, value)
     for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
         monkeypatch.setenv(name, "")  # to be restored behind the test
+    monkeypatch.setattr(peers, "listen", lambda: None)
     codes = iter([75, 3, 0])
     trained = []
-    monkeypatch.setattr(rank.cli, "main", lambda words: trained.append(words) or next(codes))
+    monkeypatch.setattr(cli, "main", lambda words: trained.append(words) or next(codes))
     words = ["examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
     assert rank.main(words) == 0, "saved, and not ended"
     assert rank.main(words) == 3
@@ -166,6 +175,94 @@ def test_servers_that_do_not_come_are_named(monkeypatch):
     config = make_job("qwen2.5-7b", ["servers.start_seconds=0.1"]).config
     with pytest.raises(UserError, match=r"no SGLang server at http://127\.0\.0\.1:1 within"):
         rank.wait_for(["http://127.0.0.1:1"], config)
+
+
+def test_where_servers_log_is_said_only_if_they_have_logged(tmp_path):
+    config = make_job("qwen2.5-7b", [f"run.dir={tmp_path}"]).config
+    assert "output of the job's step of servers" in rank.where_they_log(config)
+    (tmp_path / "logs" / "node_1").mkdir(parents=True)
+    (tmp_path / "logs" / "node_1" / "server_0.log").touch()
+    assert rank.where_they_log(config) == f"see {tmp_path}/logs/node_*"
+
+
+@pytest.mark.parametrize(("overdue", "expected"), [(False, 1), (True, 0)])
+def test_what_fails_when_the_time_to_save_is_over_is_a_stop(overdue, expected, monkeypatch):
+    """Another rank has left at its deadline, a moment before this one's."""
+    monkeypatch.setattr(cli, "main", lambda words: 1)
+    monkeypatch.setattr(rank.stop, "overdue", lambda: overdue)
+    assert rank.train([]) == expected
+
+
+def test_a_failed_rank_names_those_that_are_not_there(monkeypatch, capsys):
+    """On this machine: one that lives, one that has ended; and a machine that answers nothing."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with socket.create_server(("127.0.0.1", 0)) as lives:
+        port = lives.getsockname()[1]
+        ended = peers.Peer("rank 1", "127.0.0.2", port)  # its listener is of another address
+        known = [peers.Peer("rank 0", "127.0.0.1", port), ended]
+        assert rank.name_the_lost(known) == 1
+        assert "rank 0: rank 1 on 127.0.0.2 has ended (" in capsys.readouterr().err
+
+        def connect(address, timeout):
+            raise TimeoutError("timed out")
+
+        monkeypatch.setattr(socket, "create_connection", connect)
+        silent = peers.Peer("rank 2", "node3", port)
+        assert rank.name_the_lost([silent]) == peers.UNREACHABLE_EXIT_CODE
+    said = capsys.readouterr().err
+    assert said == "rank 0: rank 2 on node3 does not answer; machine or network lost (timed out)\n"
+
+
+def test_each_rank_of_a_node_has_a_port_to_show_that_it_lives(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    known = peers.ranks()
+    assert [peer.name for peer in known] == [f"rank {i}" for i in range(16)]
+    assert [peer.host for peer in known] == ["gpu08"] * 8 + ["gpu09"] * 8
+    used = {nodes.ports(SLURM)[0], *(nodes.server_port(SLURM, i) for i in range(8))}
+    assert len({peer.port for peer in known[:8]} - used) == 8
+    assert {peer.port for peer in known} <= set(nodes.ports(SLURM))
+
+
+@pytest.mark.parametrize(
+    ("interface", "before", "after"),
+    [
+        ("eth0", {}, "eth0"),
+        ("eth0", {"GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ("lo", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_gloo_takes_the_interface_to_another_node(interface, before, after, monkeypatch):
+    asked = []
+    monkeypatch.setattr(nodes, "interface_to", lambda host: asked.append(host) or interface)
+    environment = SLURM | {"SLURMD_NODENAME": "gpu08"} | before
+    nodes.choose_interface(environment)
+    assert environment.get("GLOO_SOCKET_IFNAME") == after
+    assert asked == ([] if before else ["gpu09"])
+
+
+def test_the_interface_is_that_of_the_route():
+    assert nodes.interface_to("127.0.0.1") == "lo"
+    assert nodes.interface_to("no-such-host.invalid") is None
+
+
+def test_a_rank_that_waits_for_servers_leaves_when_asked(tmp_path):
+    """It does not train yet: by default the signal would end it, and with it the job, as failed."""
+    slurm = SLURM | {"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"}
+    slurm |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    words = ["--servers-a-node=1", "examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
+    with socket.create_server(("127.0.0.1", nodes.server_port(slurm, 0))) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_prepo.launch.rank", *words],
+            env=os.environ | slurm,
+            stderr=subprocess.PIPE,
+        )
+        server.settimeout(60)
+        server.accept()  # it asks whether the server is healthy
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
 
 
 def test_the_doctor_comes_before_a_cluster(capsys):
@@ -247,8 +344,8 @@ def node(monkeypatch, tmp_path):
     """Runs the servers of the second node of a step."""
     for name, value in (SLURM | {"SLURM_NODEID": "1"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(servers, "OwnServer", FakeServer)
-    monkeypatch.setattr(servers, "check", lambda config: None)
+    monkeypatch.setattr(sglang_launch, "OwnServer", FakeServer)
+    monkeypatch.setattr(sglang_launch, "check", lambda config: None)
     monkeypatch.setattr(servers, "POLL_SECONDS", 0.01)
     FakeServer.made.clear()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}

@@ -15,8 +15,9 @@ SCRIPTS = sorted((REPOSITORY / "examples" / "launch").glob("*.*h"))
 PYTHON = """#!/bin/bash
 # a program that notes how it was called, and ends the run if it is to
 echo "$SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME: $*" >> "$CALLS"
-[ -z "${FAILS:-}" ] || exit 3
-[ "$2" = megatron_prepo.launch.rank ] || exec sleep 60
+[ -z "${FAILS:-}" ] || exit "$FAILS"
+[ "$2" = megatron_prepo.launch.rank ] || { [ -z "${SERVERS_FAIL:-}" ] || exit 3; exec sleep 60; }
+[ -z "${SERVERS_FAIL:-}" ] || exec sleep 60
 until [ -z "${SERVERS:-}" ] || grep -q launch.servers "$CALLS"; do sleep 0.05; done
 [ -z "${ENDS:-}" ] || touch "$RUN_DIR/summary.json"
 """
@@ -57,6 +58,10 @@ class Cluster:
             time.sleep(0.05)
         return state
 
+    def output(self) -> str:
+        """Of the scripts of all jobs."""
+        return "".join(path.read_text() for path in self.calls.parent.glob("state/*.out"))
+
     def lines(self) -> list[str]:
         return sorted(self.calls.read_text().splitlines())
 
@@ -80,7 +85,39 @@ def test_a_saved_run_is_queued_again_and_an_ended_or_failed_one_is_not(cluster):
     )
     assert cluster.sbatch(*words, ENDS="yes") == "COMPLETED" and cluster.requeued() == 1
     (cluster.run_dir / "summary.json").unlink()
-    assert cluster.sbatch(*words, FAILS="yes") == "FAILED" and cluster.requeued() == 1
+    assert cluster.sbatch(*words, FAILS="3") == "FAILED" and cluster.requeued() == 1
+
+
+def test_a_job_that_lost_a_machine_is_queued_again(cluster):
+    """Before Slurm itself has noticed, which would do the same."""
+    one = ["--nodes=1", "--ntasks-per-node=1"]
+    words = [*one, "examples/launch/train.sbatch", str(cluster.run_dir), "run.yaml"]
+    assert cluster.sbatch(*words, FAILS="69") == "FAILED" and cluster.requeued() == 1
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "servers.sbatch"])
+def test_a_job_that_is_shorter_than_its_warning_is_refused(cluster, script):
+    """Slurm would warn it at its start, and it would queue itself again for ever."""
+    words = ["--nodes=2", f"examples/launch/{script}", str(cluster.run_dir), "run.yaml"]
+    short = {"FAKE_END": "2026-01-01T12:08:00"}
+    assert cluster.sbatch(*words, **short) == "FAILED"
+    assert not cluster.requeued() and not cluster.calls.exists()
+    assert "--time leaves no time to train" in cluster.output()
+    enough = {"FAKE_END": "2026-01-01T12:08:01", "ENDS": "yes"}
+    assert cluster.sbatch(*words, **enough) == "COMPLETED"
+    (cluster.run_dir / "summary.json").unlink()
+    unlimited = {"FAKE_END": "N/A", "ENDS": "yes"}
+    assert cluster.sbatch(*words, **unlimited) == "COMPLETED"
+
+
+def test_servers_that_fail_end_the_job(cluster):
+    """The ranks would wait for them and hold all nodes for servers.start_seconds."""
+    words = ["--nodes=3", "examples/launch/servers.sbatch", str(cluster.run_dir), "run.yaml"]
+    before = time.monotonic()
+    assert cluster.sbatch(*words, SERVERS_FAIL="yes") == "FAILED"
+    assert time.monotonic() - before < 50, "the ranks would sleep for 60 s"
+    assert not cluster.requeued()
+    assert re.search(r"servers have ended with 3: see slurm-\d+-servers.out", cluster.output())
 
 
 def test_servers_have_the_last_nodes_and_end_with_the_run(cluster):

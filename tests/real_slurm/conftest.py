@@ -1,0 +1,63 @@
+"""Everything here runs on a real Slurm: `make test-slurm` all of it, `make test` a sample."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.laptop import LAPTOP, REPOSITORY
+from tests.real_slurm import cluster as slurm
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def running_cluster():
+    """A cluster for all tests of a process."""
+    if why := slurm.missing():
+        pytest.skip(why)
+    with slurm.Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running_cluster):
+    """The cluster, with an empty queue before and after."""
+    running_cluster.idle()
+    yield running_cluster
+    running_cluster.idle()
+
+
+@pytest.fixture
+def accounted(cluster):
+    """The cluster, if it has `sacct`."""
+    if cluster.settings["ACCOUNTING"] == "no":
+        pytest.skip(f"no sacct: apt-get install {' '.join(slurm.ACCOUNTING.values())}")
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """Give the run that a disturbed one must equal, by its settings; each is made once, here."""
+    made = {}
+
+    def run(*settings: str) -> Path:
+        if settings not in made:
+            directory = made[settings] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            words = ["train", str(LAPTOP / "prepo.yaml"), f"run.dir={directory}", *settings]
+            done = subprocess.run(
+                [sys.executable, "-m", "megatron_prepo", *words],
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                timeout=slurm.SECONDS,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+        return made[settings]
+
+    return run
