@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_files import HFWriter
 from megatron_prepo import config as configuration
-from megatron_prepo import ownership
+from megatron_prepo import ownership, run_directory
 from megatron_prepo.actor.policy import Actor, Gradient, Scores, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
@@ -99,7 +99,8 @@ class DumpWriter:
                 [torch.tensor(record.rollouts[i].engine_logprobs) for i in self.index]
             )
             (self.aside / "step.json").write_text(json.dumps(self.about, indent=2) + "\n")
-            tree = yaml.safe_dump(configuration.to_tree(self.config), sort_keys=False)
+            saved = configuration.to_tree(run_directory.with_absolute_paths(self.config))
+            tree = yaml.safe_dump(saved, sort_keys=False)
             (self.aside / "config.yaml").write_text(tree)
             lines = "".join(json.dumps(line) + "\n" for line in self.lines)
             (self.aside / "rollouts.jsonl").write_text(lines)
