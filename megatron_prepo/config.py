@@ -54,8 +54,9 @@ class RunConfig:
     dir: FilePath
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
-    """Replace a run that is already in `run.dir` (otherwise an unfinished one goes on, and a
-    finished one, or one of other settings, is an error)."""
+    """Delete the run that is in `run.dir` and start a new one. If false, a run with the same
+    settings is resumed, and one of other settings is an error (`docs/reliability.md`). Only what a
+    run wrote to a directory that it has marked is ever deleted."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
@@ -330,7 +331,7 @@ class WeightSyncConfig:
     request_seconds: float = 300.0
     """Deadline for a server's answer in a sync; keep it below `parallel.timeout_minutes`."""
     directory: FilePath | None = None
-    """`disk`: where the weights are put; empty: in the run's directory."""
+    """`disk`: where the weights are put, in a folder of this run's own; empty: in `run.dir`."""
     address: str = "127.0.0.1"
     """`distributed`: address under which the servers find rank 0."""
     verify: Literal["first", "always", "never"] = "first"
@@ -492,7 +493,8 @@ class TrainConfig:
     """The length and the arithmetic of the training loop."""
 
     total_steps: int
-    """Steps: one candidate batch, one set of rollouts, `train.mini_batches` updates each."""
+    """Steps: one candidate batch, one set of rollouts, `train.mini_batches` updates each. A larger
+    number extends a run, also one that is finished."""
     rollout_budget: int | None = None
     """Stop after the step that reaches so many rollouts, kept or dropped; methods that refill pay
     more a step. Empty: run all steps."""

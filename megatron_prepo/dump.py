@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_files import HFWriter
 from megatron_prepo import config as configuration
-from megatron_prepo import ownership
+from megatron_prepo import ownership, run_directory
 from megatron_prepo.actor.policy import Actor, Gradient, Scores, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
@@ -98,7 +98,7 @@ class DumpWriter:
                 [torch.tensor(record.rollouts[i].engine_logprobs) for i in self.index]
             )
             (self.aside / "step.json").write_text(json.dumps(self.about, indent=2) + "\n")
-            text = configuration.to_yaml(self.config)
+            text = configuration.to_yaml(run_directory.with_absolute_paths(self.config))
             (self.aside / "config.yaml").write_text(text, encoding="utf-8")
             lines = "".join(json.dumps(line) + "\n" for line in self.lines)
             (self.aside / "rollouts.jsonl").write_text(lines)

@@ -86,7 +86,7 @@ def refuse_if_held(file: str | Path, what: str) -> None:
     file = _canonical(file)
     if _is_mine(file) or not file.is_file():
         return
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _open(file, os.O_RDONLY)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
@@ -100,7 +100,7 @@ def refuse_if_held(file: str | Path, what: str) -> None:
 
 def _try(file: Path, what: str) -> int | None:
     """The descriptor of the lock that was taken; None if another process has it."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open(file, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -125,6 +125,17 @@ def _try(file: Path, what: str) -> int | None:
         os.close(descriptor)  # of a file that was removed meanwhile
         return None
     return descriptor
+
+
+def _open(file: Path, flags: int) -> int:
+    """A descriptor that programs started by this one do not get."""
+    try:
+        return os.open(file, flags | os.O_CLOEXEC, 0o666)
+    except PermissionError as error:
+        raise UserError(
+            f"{file} cannot be opened, so whether {file.parent} is in use is not known: change "
+            "its permissions, or choose another place"
+        ) from error
 
 
 def _is_mine(file: Path) -> bool:

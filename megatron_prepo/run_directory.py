@@ -172,6 +172,8 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     lock.refuse_if_held(directory / lock.FILE, f"run.dir={directory}")
     if not ours(directory):
         _refuse_what_is_there(config)
+    if not (directory / "config.yaml").exists():
+        _refuse_the_models_folder(config)
     if config.run.overwrite:
         to_remove(config)
         return "new"
@@ -393,6 +395,16 @@ def _refuse_a_run_without_its_config(directory: Path) -> None:
             f"run.dir={directory} holds a run whose config.yaml is gone, with "
             f"{_named(found, directory)}; nothing was removed: put config.yaml back, or choose "
             "another run.dir (run.overwrite=true deletes what is left of the run)"
+        )
+
+
+def _refuse_the_models_folder(config: Config) -> None:
+    """UserError for a new run within `model.hf`: an export carries over what else is there."""
+    directory, model = Path(config.run.dir).resolve(), Path(config.model.hf).resolve()
+    if model == directory or model in directory.parents:
+        raise UserError(
+            f"run.dir={config.run.dir} is in the model's folder, model.hf={config.model.hf}, whose "
+            "files go into the exported model; choose another run.dir"
         )
 
 

@@ -127,5 +127,5 @@ def test_a_run_is_not_overwritten(capsys, tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text("precious")
     assert train(run, *SHORT) == 2
-    assert "run.overwrite=true" in capsys.readouterr().err
+    assert "config.yaml in it is not known to be a run's" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == "precious"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,14 +89,14 @@ def test_a_users_error_is_not_tried_again(capsys, tmp_path):
 def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
     config = (undisturbed / "config.yaml").read_text()
     directory = tmp_path / "run"
-    directory.mkdir()
-    (directory / "config.yaml").write_text(config)
+    shutil.copytree(undisturbed, directory)
+    (directory / "summary.json").unlink()
     assert train(directory, *RUN, "train.seed=2") == 2
     said = capsys.readouterr().err
     assert "train.seed=1, now 2" in said and len(said.strip().splitlines()) == 1
     assert (directory / "config.yaml").read_text() == config
     assert main(["resume", str(undisturbed)]) == 2
-    assert "is finished" in capsys.readouterr().err
+    assert "a finished run of 4 steps; extend it by a larger" in capsys.readouterr().err
 
 
 def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(capfd, tmp_path):

@@ -4,11 +4,14 @@ import json
 import os
 
 import pytest
+import torch
 
 from megatron_prepo import config as configuration
 from megatron_prepo import dashboards
 from megatron_prepo.errors import UserError
+from megatron_prepo.evaluate import Evaluation
 from megatron_prepo.metrics import MetricsLog
+from megatron_prepo.run import Run
 from tests.e2e.laptop import REPOSITORY
 
 STEPS = [{"reward/mean": 0.25, "ppl/spearman_with_reward": None}, {"reward/mean": 0.5}]
@@ -68,6 +71,45 @@ def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(wandb, tmp_path
     run_id = (tmp_path / "wandb" / "run_id").read_text()
     assert kept.name == f"run-{run_id}.wandb"
     assert dashboards._run_id(tmp_path / "wandb" / "run_id") == run_id, "a resumed run is the same"
+
+
+def evaluate_and_record(config: configuration.Config) -> None:
+    """The evaluation before a run of one step, the step, and the evaluation after it."""
+    run = Run(config, rank=0)
+    for step, passes in enumerate(([0.25, 0.5], [0.75, 1.0])):
+        found = Evaluation(torch.tensor(passes, dtype=torch.float64))
+        run.evaluate(lambda found=found, **_: found, "during", step, samples=4)
+        if step == 0:
+            run.metrics.write(0, STEPS[0])
+    for log in (run.ledger, run.metrics, run.evaluations, *run.dashboards):
+        log.close()
+
+
+def test_tensorboard_shows_evaluations(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    evaluate_and_record(configured(tmp_path, "run.tensorboard=true"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    assert shown["reward/mean"] == [(0, 0.25)]
+    assert shown["eval/pass_rate"] == [(0, 0.375), (1, 0.875)]
+    assert shown["eval/samples_per_prompt"] == [(0, 4.0), (1, 4.0)]
+    lines = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    for end, tag in enumerate(("eval/ci95_low", "eval/ci95_high")):
+        assert [value for _, value in shown[tag]] == [
+            pytest.approx(line["pass_rate_ci95"][end]) for line in lines
+        ]
+
+
+def test_wandb_gets_evaluations(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    evaluate_and_record(configured(tmp_path, "run.wandb_project=mine"))
+    wandb.teardown()
+    [kept] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    assert content.count(b"eval/pass_rate") >= 2 and b"reward/mean" in content
 
 
 def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch):

@@ -380,6 +380,13 @@ def test_a_folder_of_the_users_is_refused_and_left_as_it_was(tmp_path, name, ove
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["base", "base/run"])
+def test_a_run_is_not_begun_in_the_models_folder(tmp_path, place):
+    """An export would carry over checkpoints and ledger as files of the model."""
+    with pytest.raises(UserError, match=r"is in the model's folder"):
+        prepare(config(tmp_path, run={"dir": str(tmp_path / place)}))
+
+
 def test_logs_of_another_launcher_are_refused_and_those_of_a_job_are_not(tmp_path):
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)
