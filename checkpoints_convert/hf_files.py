@@ -89,9 +89,8 @@ class HFTensors:
         headers = {file: _read_header(file) for file in self._files()}
         for name, file in self._weight_map.items():
             if name not in headers[file]:
-                raise UserError(
-                    f"{self.directory / INDEX} says that {name} is in {file.name}, but it is not"
-                )
+                where = f"{listed([name])} is in {file.name}"
+                raise UserError(f"{self.directory / INDEX} says that {where}, but it is not")
         for file, header in headers.items():
             for name, place in header.items():
                 self._add(name, file, place)
@@ -132,7 +131,8 @@ class HFTensors:
         for name, part in _experts(_full_name(stored), place):
             if name in self.places:
                 other = self.places[name].file
-                raise UserError(f"{self.directory}: {name} is in {other.name} and in {file.name}")
+                where = f"{listed([name])} is in {other.name} and in {file.name}"
+                raise UserError(f"{self.directory}: {where}")
             self.places[name] = part
 
     def _files(self) -> list[Path]:
@@ -149,18 +149,20 @@ class HFTensors:
                 f"no weights in {self.directory}: it holds neither {SINGLE} nor {INDEX}{besides}"
             )
         try:
-            weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+            weight_map = json.loads(index.read_bytes())["weight_map"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{index} is damaged: {error!r}") from error
-        if not weight_map:
-            raise UserError(f"{index} is damaged: its weight_map is empty")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} is damaged: weight_map is no table of tensors and files")
         for name, file in weight_map.items():
             if type(file) is not str or not file:
-                raise UserError(f"{index} is damaged: the file of {name} is {file!r}")
+                raise UserError(f"{index} is damaged: the file of {listed([name])} is {file!r}")
             if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise UserError(f"{index} names {file}, which is outside of its directory")
-            if not (self.directory / file).is_file():
-                raise UserError(f"{index} names {file}, which is missing")
+                raise UserError(
+                    f"{index} names {listed([file])}, which is outside of its directory"
+                )
+            if not os.path.isfile(self.directory / file):
+                raise UserError(f"{index} names {listed([file])}, which is missing")
         self._weight_map = {name: self.directory / file for name, file in weight_map.items()}
         return sorted(set(self._weight_map.values()))
 
@@ -396,14 +398,15 @@ def _read_header(file: Path) -> dict[str, TensorPlace]:
     if not sound:
         raise UserError(f"{file} is damaged: its header is not a table of tensors")
     for begin, stop, name, kind, shape in entries:
+        shown = listed([name])
         if kind not in DTYPES:
             quantized = "; the model is quantised" if kind.startswith(("F8", "F4", "F6")) else ""
-            raise UserError(f"{file}: {name} has type {kind}, which is not supported{quantized}")
+            raise UserError(f"{file}: {shown} has type {kind!r}, which is not supported{quantized}")
         dtype = DTYPES[kind]
         if begin != end:
-            raise UserError(f"{file} is damaged: {name} begins at {begin}, not at {end}")
+            raise UserError(f"{file} is damaged: {shown} begins at {begin}, not at {end}")
         if stop - begin != _num_bytes(dtype, shape):
-            raise UserError(f"{file} is damaged: {name} has {stop - begin} bytes for {shape}")
+            raise UserError(f"{file} is damaged: {shown} has {stop - begin} bytes for {shape}")
         places[name] = TensorPlace(file, 8 + length + begin, stop - begin, dtype, shape)
         end = stop
     if 8 + length + end != size:

@@ -107,6 +107,12 @@ def check_layout(config: Config, hf: dict) -> None:
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide the model's {experts} experts"
         )
+    if experts and hf["moe_intermediate_size"] % parallel.expert_tensor:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} does not divide the model's "
+            f"moe_intermediate_size={hf['moe_intermediate_size']}; choose a tensor-parallel size "
+            "that does, or spread whole experts (parallel.expert)"
+        )
     if experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
             f"parallel.sequence=false: megatron-core trains experts under parallel.tensor="

@@ -5,7 +5,9 @@ import under each layout, in Megatron's real model, and saves some; what was sav
 """
 
 import importlib.util
+import json
 import math
+import shutil
 
 import pytest
 import tiny_models
@@ -16,8 +18,11 @@ from tiny_models import VOCAB, actor_config
 from transformers import AutoModelForCausalLM
 
 from checkpoints_convert.convert import export_hf, import_hf
+from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_files import HFTensors
 from checkpoints_convert.torch_dist import TorchDistReader
+from megatron_prepo.actor.checkpoint import load_weights, newest
+from megatron_prepo.errors import UserError
 from megatron_prepo.records import ScoredSequence
 
 MODELS = {
@@ -103,10 +108,11 @@ def load_everything(hf, megatron, scratch):
             config = actor_config(hf[name], parallel=sizes, megatron=settings)
             parallel.initialize(config.parallel, seed=1)
             model, expected = from_hf(config)
+            record = read_hf_config(config.model.hf)
             cuts = [cut for cut in IMPORTS if (name, layout, cut) in READS]
             for cut in cuts:
                 poison(model)
-                checkpoint.load_weights([model], megatron[name, cut], settings)
+                checkpoint.load_weights([model], megatron[name, cut], record)
                 found[name, layout, cut] = {
                     "parameters": differing(model, expected),
                     "export": oddities(model, hf[name]),
@@ -120,7 +126,7 @@ def load_everything(hf, megatron, scratch):
                 if with_optimizer:
                     Actor(config).save(directory, step=3)
                 else:
-                    checkpoint.load_weights([model], megatron[name, cuts[0]], settings)
+                    checkpoint.load_weights([model], megatron[name, cuts[0]], record)
                     spoil_padding(model)
                     checkpoint.start_saving([model], directory, step=3).finish(5)
             if name == "moe" and layout in SCORED:
@@ -135,7 +141,6 @@ def load_everything(hf, megatron, scratch):
 
 def from_hf(config):
     """This rank's model and the parameters that `load_hf_weights` gives it."""
-    from checkpoints_convert.hf_config import read_hf_config
     from checkpoints_convert.hf_to_megatron import load_hf_weights
     from megatron_prepo.actor.model import build_model
 
@@ -274,6 +279,21 @@ def test_what_megatron_saved_is_exported_bit_for_bit(results, hf, scratch, tmp_p
     of_ranks(results, (model, layout, "1x1"))
     export_hf(scratch / f"{model} {layout}", tmp_path / "out", hf=hf[model])
     assert_same_tensors(hf[model], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("model", "layout"), [save[:2] for save in SAVES if save[2]])
+def test_a_checkpoint_of_training_records_its_model(results, hf, scratch, tmp_path, model, layout):
+    """It is exported, and loaded again, as no other."""
+    of_ranks(results, (model, layout, "1x1"))
+    other = shutil.copytree(hf[model], tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 1e6
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"rope_theta is 10000.0 by its own record and 1000000.0"):
+        export_hf(scratch / f"{model} {layout}", tmp_path / "out", hf=other)
+    saved = newest(scratch / f"{model} {layout}")
+    with pytest.raises(UserError, match="rope_theta"):
+        load_weights([], saved, read_hf_config(other))
 
 
 @pytest.mark.parametrize(("model", "cut"), dict.fromkeys((model, cut) for model, _, cut in READS))

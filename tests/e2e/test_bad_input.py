@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from checkpoints_convert.convert import import_hf
 from tests.e2e.laptop import LAPTOP, SHORT, train
 
 
@@ -83,6 +84,69 @@ def test_missing_model(capsys, tmp_path):
 def test_missing_megatron_checkpoint(capsys, tmp_path):
     missing = tmp_path / "absent"
     assert_refused(capsys, tmp_path, [str(missing)], f"model.megatron={missing}")
+
+
+def test_a_checkpoint_of_another_model(capsys, tmp_path):
+    """Theta shows in no shape: such a run would train, and end with exit code 0."""
+    import_hf(LAPTOP / "base", tmp_path / "megatron")
+    capsys.readouterr()  # its progress
+    model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 1e6
+    (model / "config.json").write_text(json.dumps(config))
+    expected = ["rope_theta is 10000.0", "1000000.0", str(model)]
+    overrides = [f"model.hf={model}", f"model.megatron={tmp_path / 'megatron'}"]
+    assert_refused(capsys, tmp_path, expected, *overrides)
+
+
+def test_a_checkpoint_of_another_tokenizer(capsys, tmp_path):
+    import_hf(LAPTOP / "base", tmp_path / "megatron")
+    capsys.readouterr()  # its progress
+    model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["tom"], vocab["apples"] = vocab["apples"], vocab["tom"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    overrides = [f"model.hf={model}", f"model.megatron={tmp_path / 'megatron'}"]
+    assert_refused(capsys, tmp_path, ["tokenizers of different models", "'tom'"], *overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": 1, "layer_types": None}, ["no place for", "model.layers.1."]),
+        ({"intermediate_size": 192}, ["gate_proj.weight has shape (256, 96)", "(192, 96)"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn"]),
+    ],
+)
+def test_weights_that_are_not_those_of_config_json(capsys, tmp_path, changes, expected):
+    """Found by their headers, before a rank reads them."""
+    model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    assert_refused(capsys, tmp_path, expected, f"model.hf={model}")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", ["generation_config.json", "not valid JSON"]),
+        ('{"eos_token_id": []}', ["generation_config.json", "eos_token_id=[]"]),
+        ('{"eos_token_id": 259}', ["would never end", "259"]),
+    ],
+)
+def test_a_generation_that_cannot_be(capsys, tmp_path, content, expected):
+    model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
+    (model / "generation_config.json").write_text(content)
+    assert_refused(capsys, tmp_path, expected, f"model.hf={model}")
+
+
+def test_a_link_to_nothing_in_the_model(capsys, tmp_path):
+    """It would be missed at the end only, when the model is exported."""
+    model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
+    (model / "README.md").symlink_to(tmp_path / "absent")
+    assert_refused(capsys, tmp_path, ["README.md is a link to"], f"model.hf={model}")
 
 
 def test_missing_weights(capsys, tmp_path):

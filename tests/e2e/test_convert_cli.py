@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from checkpoints_convert import __main__, convert, hf_config, hf_files
 from checkpoints_convert.hf_files import HFTensors, HFWriter
@@ -236,6 +236,31 @@ def test_config_json_of_an_export_names_the_type_of_its_tensors(cli, checkpoints
     out = tmp_path / "out"
     cli("export", "--megatron", checkpoints["qwen2"], "--out", out, "--dtype", "bfloat16")
     assert AutoModelForCausalLM.from_pretrained(out).dtype is torch.bfloat16
+
+
+def test_an_export_without_a_type_is_described_by_its_tensors(cli, models, checkpoints, tmp_path):
+    """Whatever the folder says that lends its configuration: a bfloat16, quantised base, say."""
+    base = copy_of(
+        models["qwen2"],
+        tmp_path / "base",
+        config={"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}},
+    )
+    out = tmp_path / "out"
+    assert cli("export", "--megatron", checkpoints["qwen2"], "--hf", base, "--out", out)[0] == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert "quantization_config" not in config
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    source = load_file(models["qwen2"] / "model.safetensors")
+    assert all(bits(theirs.state_dict()[name]) == bits(tensor) for name, tensor in source.items())
+    assert_refused(cli("import", "--hf", base, "--out", tmp_path / "m"), "quantised")
+
+
+def test_an_import_describes_its_tensors(cli, models, tmp_path):
+    """A float32 model whose config.json says bfloat16."""
+    hf = copy_of(models["qwen2"], tmp_path / "hf", config={"dtype": "bfloat16"})
+    assert cli("import", "--hf", hf, "--out", tmp_path / "m")[0] == 0
+    assert json.loads((tmp_path / "m" / "hf" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_types_that_differ_between_kinds_of_tensors_are_kept(cli, models, tmp_path):
@@ -571,6 +596,79 @@ def test_export_refuses_a_checkpoint_that_is_not_right(cli, checkpoints, tmp_pat
     before = files_below(tmp_path)
     assert_refused(cli("export", "--megatron", megatron, "--out", tmp_path / "out"), *said)
     assert files_below(tmp_path) == before
+
+
+OTHER_MODELS = {
+    # a configuration that is not the checkpoint's: none of it shows in the shape of a tensor
+    "theta": (
+        "qwen3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        ["rope_theta is 10000.0", "1000000.0"],
+    ),
+    "epsilon": ("qwen3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps is 1e-06", "1e-05"]),
+    "fewer rows of the vocabulary": ("qwen3", {"vocab_size": 200}, ["vocab_size is 259", "200"]),
+    "more rows of the vocabulary": ("qwen3", {"vocab_size": 260}, ["vocab_size is 259", "260"]),
+    "tied": ("qwen3", {"tie_word_embeddings": True}, ["tie_word_embeddings is True", "False"]),
+    "no rope scaling": (
+        "llama3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        ["rope_type llama3 is True", "False"],
+    ),
+    "experts a token": ("moe", {"num_experts_per_tok": 4}, ["num_experts_per_tok is 2", "4"]),
+    "heads": (
+        "qwen3",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24},
+        ["head_dim is 12", "24"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+@pytest.mark.parametrize("record", ["args", "files"])
+def test_a_checkpoint_is_exported_as_the_model_that_it_records(
+    cli, models, checkpoints, tmp_path, name, record
+):
+    """By the record in common.pt; without it by the configuration that came with it."""
+    model, changes, said = OTHER_MODELS[name]
+    megatron = checkpoints[model]
+    if record == "files":
+        megatron = shutil.copytree(megatron, tmp_path / "megatron")
+        common = torch.load(megatron / "release" / "common.pt", weights_only=False)
+        torch.save({k: v for k, v in common.items() if k != "args"}, megatron / "release/common.pt")
+    other = copy_of(models[model], tmp_path / "other", config=changes)
+    result = cli("export", "--megatron", megatron, "--hf", other, "--out", tmp_path / "out")
+    assert_refused(result, "was not made from the model of", *said)
+    assert not (tmp_path / "out").exists()
+    same = cli("export", "--megatron", megatron, "--hf", models[model], "--out", tmp_path / "out")
+    assert same[0] == 0
+
+
+def tokenizer_of(directory, tokens):
+    vocab = {token: number for number, token in enumerate(tokens)}
+    text = json.dumps({"model": {"vocab": vocab}, "added_tokens": []})
+    (directory / "tokenizer.json").write_text(text)
+
+
+def test_a_tokenizer_whose_numbers_mean_other_tokens_is_refused(cli, models, tmp_path):
+    """More tokens are no other meaning: many models have rows to spare."""
+    hf, megatron = copy_of(models["qwen3"], tmp_path / "hf"), tmp_path / "megatron"
+    tokenizer_of(hf, "abc")
+    assert cli("import", "--hf", hf, "--out", megatron)[0] == 0
+    tokenizer_of(hf, "acb")
+    result = cli("export", "--megatron", megatron, "--hf", hf, "--out", tmp_path / "out")
+    assert_refused(result, "tokenizers of different models", "token 1 is 'b' and 'c'")
+    tokenizer_of(hf, "abcd")
+    assert cli("export", "--megatron", megatron, "--hf", hf, "--out", tmp_path / "out")[0] == 0
+
+
+def test_a_width_of_experts_that_does_not_divide_is_refused(cli, tmp_path):
+    """Of the dense layers, which there are not, the width would."""
+    config = tiny_models.qwen3_moe().config
+    config.moe_intermediate_size = 18
+    tiny_models.save(tiny_models.randomized(Qwen3MoeForCausalLM(config)), tmp_path / "hf")
+    arguments = ("import", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
+    assert_refused(cli(*arguments, "--tp", 4), "tensor", "width of an expert, 18")
+    assert cli(*arguments, "--tp", 4, "--ep", 2)[0] == 0
 
 
 def test_verify_refuses_a_model_of_other_shapes(cli, models, tmp_path):

@@ -4,15 +4,19 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoints_convert.fit import check_fit
 from checkpoints_convert.hf_config import read_hf_config
+from checkpoints_convert.hf_files import INDEX, HFTensors, other_files
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.preflight import read_tokenizer
+from megatron_prepo.rollout.embedded import stop_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / "examples" / "laptop" / "base"
@@ -136,6 +140,84 @@ def test_a_model_configuration_that_is_no_json_is_refused(model, content):
         read_hf_config(model)
 
 
+# Damaged folders
+
+CONFIG = json.loads((BASE / "config.json").read_text())
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+ONE_LINE = settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def read_folder(directory):
+    """As preflight does; only a UserError of one line may come out."""
+    try:
+        hf = read_hf_config(directory)
+        stop_tokens(directory, SimpleNamespace(eos_token_id=2))
+        other_files(directory)
+        with HFTensors(directory, tied=hf["tie_word_embeddings"]) as tensors:
+            check_fit(tensors, hf)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 1500
+        return str(error)
+    return None
+
+
+def test_a_sound_folder_is_read(model):
+    assert read_folder(model) is None
+
+
+@ONE_LINE
+@given(st.sampled_from([*CONFIG, "new"]), JSON)
+def test_any_value_in_config_json_is_taken_or_refused_in_one_line(model, key, value):
+    (model / "config.json").write_text(json.dumps(CONFIG | {key: value}))
+    read_folder(model)
+
+
+@ONE_LINE
+@given(JSON)
+def test_any_generation_config_is_taken_or_refused_in_one_line(model, value):
+    for content in (value, {"eos_token_id": value}):
+        (model / "generation_config.json").write_text(json.dumps(content))
+        read_folder(model)
+
+
+@ONE_LINE
+@given(JSON, JSON)
+def test_any_index_is_refused_in_one_line(model, name, value):
+    (model / "model.safetensors").unlink(missing_ok=True)
+    entry = {str(name): value}
+    for content in (value, {"weight_map": value}, {"weight_map": entry, "metadata": {}}):
+        (model / INDEX).write_text(json.dumps(content))
+        assert INDEX in read_folder(model)
+
+
+@ONE_LINE
+@given(st.sampled_from(["dtype", "shape", "data_offsets"]), JSON)
+def test_any_entry_of_a_header_is_refused_in_one_line(model, key, value):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | {key: value}
+    text = json.dumps({"lm_head.weight": entry}).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(8)
+    (model / "model.safetensors").write_bytes(content)
+    assert read_folder(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+)
+def test_a_folder_in_place_of_a_file_is_refused_or_no_file(model, name):
+    (model / name).unlink()
+    (model / name).mkdir()
+    if name not in ("generation_config.json", "tokenizer.json"):
+        assert read_folder(model)
+    else:
+        assert read_folder(model) is None
+
+
 # What the code may not do
 
 
@@ -153,8 +235,17 @@ def test_remote_code_is_refused_wherever_something_is_read_by_transformers():
     assert len(found) >= 5
     for file, call in found:
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        if not ast.unparse(call).startswith("GenerationConfig"):  # holds no code
-            assert keywords.get("trust_remote_code") == "False", f"{file}: {ast.unparse(call)}"
+        assert keywords.get("trust_remote_code") == "False", f"{file}: {ast.unparse(call)}"
+
+
+def test_who_loads_weights_says_their_type():
+    """Left to config.json, a library rounds them to what somebody wrote there."""
+    found = calls(("from_pretrained", "from_config"))
+    found = [(file, call) for file, call in found if "AutoModel" in ast.unparse(call.func)]
+    assert len(found) >= 4
+    for file, call in found:
+        on_meta = file == "checkpoints_convert/verify.py" and "from_config" in ast.unparse(call)
+        assert on_meta or "dtype" in {k.arg for k in call.keywords}, f"{file}: {ast.unparse(call)}"
 
 
 def test_nothing_is_unpickled_but_tensors():

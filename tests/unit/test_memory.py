@@ -36,7 +36,7 @@ DENSE = {
     "vocab_size": 256,
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 1024,
-    "rope_theta": 10000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 NORMED = DENSE | {"model_type": "qwen3", "head_dim": 24}
 EXPERTS = NORMED | {
@@ -44,6 +44,7 @@ EXPERTS = NORMED | {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TOKENS = 128

@@ -273,6 +273,13 @@ def test_experts_under_tensor_parallelism_need_sequence_parallelism(configured):
         plan.make_plan(config, plan.Question(gpus=2))
 
 
+def test_tensor_parallelism_has_to_divide_the_width_of_an_expert(configured):
+    hf = EXPERTS | {"max_position_embeddings": 8192, "moe_intermediate_size": 99}
+    config = configured(hf, parallel={"tensor": 2, "sequence": True})
+    with pytest.raises(UserError, match=r"parallel\.tensor=2 .* moe_intermediate_size=99"):
+        plan.make_plan(config, plan.Question(gpus=2))
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
