@@ -8,6 +8,7 @@ reference``).  Whatever can be wrong without looking at a file or a model is ref
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import ipaddress
 import math
@@ -15,11 +16,11 @@ import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_prepo.errors import UserError
@@ -33,6 +34,11 @@ STRICT = ConfigDict(
 )
 MAX_FILE_BYTES, MAX_DEPTH, MAX_LINE = 1 << 20, 20, 500
 MAX_DEADLINE = 10_000_000
+
+
+def _iso(value: Any) -> Any:
+    """YAML has dates: as text, as JSON has them."""
+    return value.isoformat() if type(value) is datetime.date else value
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -147,11 +153,16 @@ class DataConfig:
     """Held-out prompts."""
     chat_template: bool = False
     """Wrap each prompt as a user turn by the tokenizer's chat template."""
+    chat_template_date: Annotated[str | None, BeforeValidator(_iso)] = None
+    """What the chat template is told of today's date, as `2026-01-31`, if it asks (Llama 3.2's);
+    empty: the day of the run's first start, also when it resumes."""
     max_prompt_tokens: int = 1024
     """A longer prompt is an error that names it (nothing is cut silently)."""
 
     def __post_init__(self):
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
+        if self.chat_template_date is not None:
+            _day("data.chat_template_date", self.chat_template_date)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -861,6 +872,15 @@ def _deadline(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be at most {MAX_DEADLINE:,}")
 
 
+def _day(name: str, value: str) -> None:
+    try:
+        usable = datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{name}={value!r} must be a date such as 2026-01-31")
+
+
 def _host(name: str, value: str) -> None:
     """A name, IPv4 or IPv6 address; as in a URL, it needs none of a URL's other parts."""
     try:
@@ -891,6 +911,8 @@ def _yaml(value: Any) -> str:
 
 
 def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     if getattr(kind, "__origin__", None) is Literal:
         return " or ".join(f"`{choice}`" for choice in kind.__args__)
     if get_origin(kind) is tuple:

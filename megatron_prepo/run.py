@@ -3,6 +3,7 @@
 | file | what |
 |---|---|
 | `config.yaml` | the resolved configuration |
+| `prompts.json` | the chat template's date, and a digest of each prompt (`prompt_digests.py`) |
 | `metrics.jsonl` | one object a step |
 | `evaluations.jsonl` | one object an evaluation |
 | `ledger.jsonl` | one object a rollout |

@@ -16,6 +16,7 @@ from megatron_prepo.errors import UserError
 
 OURS = (
     "config.yaml",
+    "prompts.json",
     "metrics.jsonl",
     "evaluations.jsonl",
     "ledger.jsonl",

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_files import HFTensors, buckets
 from megatron_prepo import config as configuration
-from megatron_prepo import machine, preflight
+from megatron_prepo import machine, preflight, prompt_digests
 from megatron_prepo.config import Config, overridden
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import flush, naming, write_text
@@ -47,7 +48,7 @@ UNUSED = {
 """Settings that a configuration must have and an evaluation does not look at."""
 DECISIVE = (
     ("model", ("dtype", "fp32_lm_head")),
-    ("data", ("chat_template", "max_prompt_tokens")),
+    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
     ("rollout", ("engine", "max_new_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
     ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
@@ -78,7 +79,21 @@ def load_settings(
     """From a configuration, or that of the first run among the models; else all by overrides."""
     runs = (Path(place) / "config.yaml" for _, place in models)
     path = path or next((file for file in runs if file.is_file()), None)
-    return configuration.load(path, overrides) if path else overridden(UNUSED, overrides)
+    if path is None:
+        return overridden(UNUSED, overrides)
+    return dated(
+        configuration.load(path, overrides), prompt_digests.recorded_date(Path(path).parent)
+    )
+
+
+def dated(config: Config, day: date | None) -> Config:
+    """The configuration with this date for its chat template, unless it has one."""
+    data = config.data
+    if day is None or not data.chat_template or data.chat_template_date is not None:
+        return config
+    return dataclasses.replace(
+        config, data=dataclasses.replace(data, chat_template_date=day.isoformat())
+    )
 
 
 def held_out(config: Config) -> list[tuple[str, str]]:
@@ -99,6 +114,7 @@ def evaluate_models(
     Raises UserError for a model or suite that cannot be read, and if the directory holds an
     evaluation of something else.
     """
+    config = dated(config, _date_of_the_first_start(directory) or date.today())
     agree(directory, config, dict(models), dict(suites))
     results = {"settings": decisive(config), "models": {}, "machine": machine.describe()}
     with closing(Grader(config.reward)) as grader:
@@ -176,6 +192,7 @@ def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
+        date=prompt_digests.template_date(config),
     )[: config.eval.max_prompts]
     preflight.check_room(config, read_hf_config(config.model.hf), prompts)
     return prompts
@@ -371,6 +388,14 @@ def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[
             note[kind] = before[kind] | values
     directory.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(note, indent=2) + "\n")
+
+
+def _date_of_the_first_start(directory: Path) -> date | None:
+    path = directory / "evaluation.json"
+    if not path.is_file():
+        return None
+    day = json.loads(path.read_text())["settings"].get("data.chat_template_date")
+    return None if day is None else date.fromisoformat(day)
 
 
 def _digest_of_file(path: Path) -> str:
