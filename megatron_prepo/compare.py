@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from tqdm import tqdm
@@ -111,8 +112,7 @@ def compare(
     `train` and `check` are how a run is started and what looks at its inputs before (`preflight`).
     Raises UserError before anything is started, RunsFailed after all that can be run has been.
     """
-    if check is None:
-        from megatron_prepo.preflight import check
+    check = check or check_inputs
     directory = Path(directory)
     results = Path(results or directory / "results.jsonl")
     name = name or directory.name
@@ -157,6 +157,20 @@ def compare(
     if failed:
         raise RunsFailed(failures(failed, len(planned)))
     return [records[name, run.arm, run.seed] for run in planned]
+
+
+def check_inputs(config: Config) -> None:
+    """`preflight.check`, and UserError if arms that start on other days had other prompts."""
+    from megatron_prepo import preflight
+
+    tokenizer = preflight.check(config).tokenizer
+    pinned = not config.data.chat_template or config.data.chat_template_date is not None
+    if not pinned and "strftime_now" in str(tokenizer.chat_template):
+        raise UserError(
+            f"the chat template of {config.model.hf} writes the date into prompts, which must be "
+            "the same for all arms; set data.chat_template_date, such as "
+            f"data.chat_template_date={date.today().isoformat()}"
+        )
 
 
 def parse_arms(methods: str) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ reference``).  Whatever can be wrong without looking at a file or a model is ref
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import ipaddress
 import json
@@ -160,11 +161,16 @@ class DataConfig:
     """Held-out prompts."""
     chat_template: bool = False
     """Wrap each prompt as a user turn by the tokenizer's chat template."""
+    chat_template_date: str | None = None
+    """What the chat template is told of today's date, as `2026-01-31`, if it asks (Llama 3.2's);
+    empty: the day of the run's first start, also when it resumes."""
     max_prompt_tokens: int = 1024
     """A longer prompt is an error that names it (nothing is cut silently)."""
 
     def __post_init__(self):
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
+        if self.chat_template_date is not None:
+            _day("data.chat_template_date", self.chat_template_date)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -1018,6 +1024,15 @@ def _deadline(name: str, value: float) -> None:
     _positive(name, value)
     if value > MAX_DEADLINE:
         raise ValueError(f"{name}={value} must be at most {MAX_DEADLINE:,}")
+
+
+def _day(name: str, value: str) -> None:
+    try:
+        usable = datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{name}={value!r} must be a date such as 2026-01-31")
 
 
 def _host(name: str, value: str) -> None:

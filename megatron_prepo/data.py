@@ -1,5 +1,6 @@
 """Prompts: read and checked once, then dealt out in candidate batches, the same on every rank."""
 
+import datetime
 import json
 import random
 from collections.abc import Sequence
@@ -13,12 +14,18 @@ MAX_CHARACTERS_A_TOKEN = 1000
 
 
 def read_prompts(
-    path: str | Path, tokenizer, *, max_tokens: int, chat_template: bool = False
+    path: str | Path,
+    tokenizer,
+    *,
+    max_tokens: int,
+    chat_template: bool = False,
+    date: datetime.date | None = None,
 ) -> list[Prompt]:
     """The prompts of a JSON Lines file, tokenized.
 
     A line is an object with `prompt` and `answer`, and an `id` (the line's number otherwise);
-    other fields are ignored.  `tokenizer` is a `transformers` tokenizer.
+    other fields are ignored.  `tokenizer` is a `transformers` tokenizer.  `date` is what its chat
+    template is told of today; None: today.
 
     Raises `UserError` naming file and line for a broken line, a missing or empty prompt or answer,
     a repeated id, and a prompt of more than `max_tokens` tokens.
@@ -57,7 +64,7 @@ def read_prompts(
                 f"data.max_prompt_tokens={max_tokens}"
             )
         try:
-            tokens, content = tokenize(text, tokenizer, chat_template=chat_template)
+            tokens, content = tokenize(text, tokenizer, chat_template=chat_template, date=date)
         except UserError:
             raise
         except Exception as error:  # what `tokenizers` raises for a word that it does not know
@@ -79,14 +86,14 @@ def read_prompts(
 
 
 def tokenize(
-    text: str, tokenizer, *, chat_template: bool
+    text: str, tokenizer, *, chat_template: bool, date: datetime.date | None = None
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Token ids of a prompt, and the span of those that hold its text.
 
     With `chat_template` the text becomes a user turn followed by the generation prompt.
     """
     indent = len(text) - len(text.lstrip())
-    rendered, begin = _as_user_turn(text, tokenizer) if chat_template else (text, indent)
+    rendered, begin = _as_user_turn(text, tokenizer, date) if chat_template else (text, indent)
     encoded = tokenizer(
         rendered, add_special_tokens=not chat_template, return_offsets_mapping=True, verbose=False
     )
@@ -98,7 +105,7 @@ def tokenize(
     return tokens, (inside[0], inside[-1] + 1) if begin >= 0 and inside else (0, len(tokens))
 
 
-def _as_user_turn(text: str, tokenizer) -> tuple[str, int]:
+def _as_user_turn(text: str, tokenizer, date: datetime.date | None) -> tuple[str, int]:
     """The rendered chat, and where in it the text's first word is; -1 if it was rewritten."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -106,9 +113,13 @@ def _as_user_turn(text: str, tokenizer) -> tuple[str, int]:
             "set data.chat_template=false"
         )
 
+    # the only way in which a template learns the date; what is given it goes before the built-in
+    clock = {} if date is None else {"strftime_now": date.strftime}
+
     def render(content: str) -> str:
+        turns = [{"role": "user", "content": content}]
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            turns, tokenize=False, add_generation_prompt=True, **clock
         )
 
     # the words of a text may also be in the template: a mark that is not shows the place

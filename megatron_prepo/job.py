@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_prepo import preflight, run_directory
+from megatron_prepo import preflight, prompt_digests, run_directory
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import DTYPES, describe
 from megatron_prepo.actor.policy import Actor
@@ -112,9 +112,12 @@ def set_up(config: Config) -> Job:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
+    prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     config = begin(config)
     run = Run(config, rank=dist.get_rank())
+    if run.writes:
+        prompt_digests.save(run.directory, inputs.digests)
     run.say(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.say("the section sglang: is for servers that the run starts, and is ignored here")

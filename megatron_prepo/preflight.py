@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints_convert.hf_config import read_hf_config
-from megatron_prepo import dashboards
+from megatron_prepo import dashboards, prompt_digests
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
+from megatron_prepo.prompt_digests import PromptDigests
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import check_file, pool
 
@@ -21,6 +22,8 @@ class Inputs:
     tokenizer: object
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
+    digests: PromptDigests
+    """Of all prompts of both files."""
 
 
 def check(config: Config) -> Inputs:
@@ -38,7 +41,14 @@ def check(config: Config) -> Inputs:
     tokenizer = read_tokenizer(config.model.hf)
     check_stop_tokens(config, hf, tokenizer)
     train_prompts = prompts_of(config, tokenizer, "train")
-    eval_prompts = prompts_of(config, tokenizer, "eval")[: config.eval.max_prompts]
+    eval_prompts = prompts_of(config, tokenizer, "eval")
+    digests = PromptDigests.of(
+        config,
+        prompt_digests.template_date(config),
+        {"train": train_prompts, "eval": eval_prompts},
+    )
+    prompt_digests.check_unchanged(config, digests)
+    eval_prompts = eval_prompts[: config.eval.max_prompts]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
     check_room(config, hf, train_prompts + eval_prompts)
     largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
@@ -52,7 +62,7 @@ def check(config: Config) -> Inputs:
         launch.check_given(config) if config.servers.urls else launch.check(config)
         if not config.servers.urls and os.environ.get("RANK", "0") == "0":
             launch.check_host(config)
-    return Inputs(tokenizer, train_prompts, eval_prompts)
+    return Inputs(tokenizer, train_prompts, eval_prompts, digests)
 
 
 def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
@@ -103,6 +113,7 @@ def prompts_of(config: Config, tokenizer, name: Literal["train", "eval"]) -> lis
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
+        date=prompt_digests.template_date(config),
     )
 
 

@@ -4,6 +4,7 @@
 |---|---|
 | `config.yaml` | the resolved configuration |
 | `inputs.json` | digests of what the run reads (`inputs.py`) |
+| `prompts.json` | the chat template's date, and a digest of each prompt (`prompt_digests.py`) |
 | `metrics.jsonl` | one object a step |
 | `evaluations.jsonl` | one object an evaluation |
 | `ledger.jsonl` | one object a rollout |

@@ -27,6 +27,7 @@ KIND = "run"
 FILES = (
     "config.yaml",
     "inputs.json",
+    "prompts.json",
     "metrics.jsonl",
     "evaluations.jsonl",
     "ledger.jsonl",
@@ -92,6 +93,7 @@ FREE = (
     "debug.dump_gradients",
     "debug.max_skip_dumps",
     "parallel.timeout_minutes",
+    "data.chat_template_date",  # prompts are compared by their tokens (`prompt_digests.py`)
     "profile",
 )
 """Sections and settings that may change on resume: they move no number of a training step."""

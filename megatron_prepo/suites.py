@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_files import HFTensors, buckets, widest
 from megatron_prepo import config as configuration
-from megatron_prepo import lock, machine, preflight
+from megatron_prepo import lock, machine, preflight, prompt_digests
 from megatron_prepo.config import Config, overridden
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import flush, naming, write_text
@@ -48,7 +49,7 @@ UNUSED = {
 """Settings that a configuration must have and an evaluation does not look at."""
 DECISIVE = (
     ("model", ("dtype", "fp32_lm_head")),
-    ("data", ("chat_template", "max_prompt_tokens")),
+    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
     ("rollout", ("engine", "max_new_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
     ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
@@ -83,7 +84,8 @@ def load_settings(
     runs = (Path(place) / "config.yaml" for _, place in models)
     path = path or next((file for file in runs if file.is_file()), None)
     if path:
-        return configuration.load(path, overrides)
+        day = prompt_digests.recorded_date(Path(path).parent)
+        return dated(configuration.load(path, overrides), day)
     given = any(override.startswith("model.dtype=") for override in overrides)
     own = [] if given else [f"model.dtype={own_dtype(Path(place) for _, place in models)}"]
     return overridden(UNUSED, [*own, *overrides])
@@ -97,6 +99,16 @@ def own_dtype(places: Iterable[Path]) -> str:
                 if widest(p.dtype for p in tensors.places.values()) is not torch.bfloat16:
                     return "float32"
     return "bfloat16"
+
+
+def dated(config: Config, day: date | None) -> Config:
+    """The configuration with this date for its chat template, unless it has one."""
+    data = config.data
+    if day is None or not data.chat_template or data.chat_template_date is not None:
+        return config
+    return dataclasses.replace(
+        config, data=dataclasses.replace(data, chat_template_date=day.isoformat())
+    )
 
 
 def held_out(config: Config) -> list[tuple[str, str]]:
@@ -120,6 +132,7 @@ def evaluate_models(
     refuse_other_files(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with lock.held(directory / lock.FILE, f"--out {directory}"):
+        config = dated(config, _date_of_the_first_start(directory) or date.today())
         agree(directory, config, dict(models), dict(suites))
         return _evaluate_models(config, models, suites, directory)
 
@@ -215,6 +228,7 @@ def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
+        date=prompt_digests.template_date(config),
     )[: config.eval.max_prompts]
     hf = read_hf_config(config.model.hf, for_megatron=False)
     preflight.check_room(config, hf, prompts)
@@ -415,6 +429,14 @@ def _note(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{path} is not what an evaluation has noted; choose another --out")
+
+
+def _date_of_the_first_start(directory: Path) -> date | None:
+    path = directory / "evaluation.json"
+    if not path.is_file():
+        return None
+    day = _note(path)["settings"].get("data.chat_template_date")
+    return None if day is None else date.fromisoformat(day)
 
 
 def _digest_of_file(path: Path) -> str:

@@ -485,6 +485,7 @@ def other_value(field):
         ("ppl_agreement", 0.95): 0.9,
         ("mini_batches", 1): 2,
         ("clamp", None): 3.0,
+        ("chat_template_date", None): "2026-01-31",
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
         ("steps", ()): (0, 3),
