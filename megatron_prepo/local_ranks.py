@@ -99,8 +99,8 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
 def run_rank(main: Callable[[], None]) -> int:
     """Run `main` as one rank and return its exit code; errors go where the launcher looks.
 
-    Started by `start`: to the rank's error file.  Started by torchrun: to stderr, a user's error
-    from rank 0 only, since every rank finds the same.
+    Started by `start`: to the rank's error file.  Started by torchrun or Slurm: to stderr, a user's
+    error from one rank per node only, since the ranks of a node find the same.
     """
     error_file = os.environ.get(ERROR_FILE)
     rank = int(os.environ.get("RANK", "0"))
@@ -119,7 +119,7 @@ def run_rank(main: Callable[[], None]) -> int:
         code, message = 1, f"rank {rank} failed:\n{traceback.format_exc()}"
     if error_file:
         Path(error_file).write_text(f"{time.monotonic_ns()}\n{message}")
-    elif code == 1 or rank == 0:
+    elif code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr)
     return code
 
