@@ -141,7 +141,7 @@ def test_servers_are_on_the_last_nodes_or_on_all(monkeypatch):
 
 def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, monkeypatch, capsys):
     """What a chain of jobs relies on."""
-    for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
+    for name, value in (SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).items():
         monkeypatch.setenv(name, value)
     for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
         monkeypatch.setenv(name, "")  # to be restored behind the test
@@ -321,7 +321,7 @@ def commands(directory, **scripts: str) -> str:
 def test_a_launcher_without_slurm_or_accounting_is_told_before_it_submits(tmp_path, monkeypatch):
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", commands(tmp_path))
-    with pytest.raises(UserError, match="needs sbatch, and PATH has none"):
+    with pytest.raises(UserError, match="needs sbatch, which is not on PATH"):
         executors._check_slurm(wait=False)
     commands(tmp_path, sbatch="exit 0")
     executors._check_slurm(wait=False)
