@@ -175,7 +175,6 @@ def refuse_layout(layout, settings: dict) -> None:
         ("tensor", "attention heads", mcore["num_attention_heads"], layout.tensor),
         ("tensor", "feed-forward size", mcore["ffn_hidden_size"], layout.tensor),
         ("tensor", "width of an expert", width, layout.expert_tensor),
-        ("pipeline", "layers", mcore["num_layers"], layout.pipeline),
         ("expert", "experts", experts, layout.expert),
     ):
         if count % size:
@@ -188,6 +187,27 @@ def refuse_layout(layout, settings: dict) -> None:
             f"tensor parallelism of {layout.tensor} neither divides nor is a multiple of the "
             f"model's {groups} key-value heads"
         )
+    if layout.pipeline > mcore["num_layers"]:
+        raise UserError(
+            f"pipeline parallelism of {layout.pipeline} is more than the model's "
+            f"{mcore['num_layers']} layers"
+        )
+
+
+def uneven_stages(layers: int, pipeline: int) -> dict[str, int]:
+    """Return Megatron's setting for stages of unequal size; empty if the layers divide evenly.
+
+    The last stage has what remains, at least one layer.
+
+    >>> uneven_stages(5, 2), uneven_stages(5, 4), uneven_stages(6, 3)
+    ({'num_layers_in_last_pipeline_stage': 2}, {'num_layers_in_last_pipeline_stage': 2}, {})
+    """
+    if layers % pipeline == 0:
+        return {}
+    others = -(-layers // pipeline) * (pipeline - 1)
+    if others >= layers:
+        others = layers // pipeline * (pipeline - 1)
+    return {"num_layers_in_last_pipeline_stage": layers - others}
 
 
 def plan_checkpoint(
@@ -207,7 +227,8 @@ def plan_checkpoint(
     refuse_layout(layout, settings)
     model_config = ModelConfig(hf="", dtype="bfloat16")
     plan: dict[tuple[str, ...], PlannedParameter] = {}
-    for _, (model,) in each_rank(settings, model_config, layout):
+    uneven = uneven_stages(transformer_settings(settings)["num_layers"], pipeline)
+    for _, (model,) in each_rank(settings, model_config, layout, uneven):
         entries = model.sharded_state_dict()
         for name, mapping, _ in stage_parameters([model]):
             entry = entries[name]

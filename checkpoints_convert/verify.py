@@ -27,6 +27,8 @@ from checkpoints_convert.convert import (
     heads_of,
     hf_tensors,
     plan_export,
+    refuse_layout,
+    uneven_stages,
 )
 from checkpoints_convert.fit import check_fit
 from checkpoints_convert.hf_config import gpt_settings, read_hf_config
@@ -208,7 +210,9 @@ def _parts(
     from megatron_prepo.config import ModelConfig, ParallelConfig
 
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
-    for _, chunks in each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), layout):
+    refuse_layout(layout, settings)
+    uneven = uneven_stages(settings["num_hidden_layers"], pipeline)
+    for _, chunks in each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), layout, uneven):
         for _, mapping, parameter in stage_parameters(chunks):
             yield mapping.hf_names, (mapping, parameter.shape, split_group(mapping).size())
 

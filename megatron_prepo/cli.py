@@ -23,7 +23,8 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import Stopped, in_one_line, no_room
+from megatron_prepo.errors import Stopped, UserError, in_one_line, no_room
+from megatron_prepo.launch import array
 
 
 @in_one_line
@@ -191,10 +192,29 @@ def _compare(options: argparse.Namespace) -> int:
             results=results,
             name=name,
             command=options.command,
+            slurm=_slurm(options),
         )
     for record in records:
         print(compare.one_line(record))
     return 0
+
+
+def _slurm(options: argparse.Namespace) -> array.Slurm | None:
+    """Where the runs of a comparison are jobs; UserError for options that the executor ignores."""
+    slurm = array.Slurm(
+        account=options.account,
+        partition=options.partition,
+        time=options.time,
+        gpus_per_node=options.gpus_per_node,
+        options=tuple(options.sbatch),
+    )
+    if options.executor == "slurm":
+        return slurm
+    if slurm != array.Slurm():
+        raise UserError(
+            "--account, --partition, --time, --gpus-per-node and --sbatch need --executor slurm"
+        )
+    return None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -313,6 +333,23 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("--name", help="of the comparison (default: from --dir, or CONFIG)")
     comparison.add_argument("--results", help="the records (default: DIR/results.jsonl)")
     comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
+    comparison.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="where the runs are: here, or each a job of Slurm (docs/launch.md)",
+    )
+    comparison.add_argument("--account", help="of Slurm")
+    comparison.add_argument("--partition", help="of Slurm")
+    comparison.add_argument(
+        "--time", default=array.Slurm.time, help="limit of a job of Slurm (default: %(default)s)"
+    )
+    comparison.add_argument(
+        "--gpus-per-node", type=int, default=array.Slurm.gpus_per_node, metavar="N"
+    )
+    comparison.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="such as --sbatch=--mem=64G"
+    )
     comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     comparison.set_defaults(run=_compare)
     evaluation = commands.add_parser(

@@ -29,6 +29,7 @@ from megatron_prepo import run_directory, run_record
 from megatron_prepo.config import Config
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
+from megatron_prepo.launch import array
 
 PREPO = ["selection.method=prepo", "weighting.method=relative_entropy"]
 ENTROPY = ["selection.method=random", "weighting.method=relative_entropy"]
@@ -106,10 +107,12 @@ def compare(
     command: str = "",
     train: Sequence[str] = TRAIN,
     check: Callable[[Config], object] | None = None,
+    slurm: array.Slurm | None = None,
 ) -> list[dict]:
     """Run what is not there yet, and return the records of this comparison's runs.
 
-    `train` and `check` are how a run is started and what looks at its inputs before (`preflight`).
+    `train` and `check` are how a run is started and what looks at its inputs before (`preflight`);
+    with `slurm` each run is a job there.
     Raises UserError before anything is started, RunsFailed after all that can be run has been.
     """
     check = check or check_inputs
@@ -146,7 +149,12 @@ def compare(
         run_directory.check(run.replacing())
     failed = []
     bar = tqdm(total=len(planned), initial=len(planned) - len(waiting), desc="runs", unit="run")
-    with bar, closing(run_all(waiting, config_path, train, jobs)) as ended:
+    runs = (
+        array.run_all(waiting, config_path, directory, slurm, jobs)
+        if slurm
+        else run_all(waiting, config_path, train, jobs)
+    )
+    with bar, closing(runs) as ended:
         for run, exit_code in ended:
             if exit_code == 0:
                 bar.set_postfix_str(one_line(keep(run)))
@@ -429,7 +437,8 @@ def failures(failed: Sequence[tuple[PlannedRun, int]], total: int) -> str:
     parts = [f"{len(failed)} of {total} runs failed; the same command goes on with what is missing"]
     for run, exit_code in failed:
         log = run.directory / "train.log"
-        lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        text = log.read_text(errors="replace") if log.is_file() else "nothing: it did not start"
+        lines = text.splitlines()[-LOG_LINES:]
         tail = "\n".join(f"    {line}" for line in lines)
         parts.append(f"{run.name}: exit code {exit_code}, {log}\n{tail}")
     return "\n".join(parts)

@@ -130,8 +130,8 @@ def _run(
 def run_rank(main: Callable[[], None]) -> int:
     """Run `main` as one rank and return its exit code; errors go where the launcher looks.
 
-    Started by `start`: to the rank's pipe.  Started by torchrun: to stderr, a user's error
-    from rank 0 only, since every rank finds the same.
+    Started by `start`: to the rank's pipe.  Started by torchrun or Slurm: to stderr, a user's
+    error from one rank per node only, since the ranks of a node find the same.
     """
     pipe = os.environ.get(ERROR_PIPE)
     rank = int(os.environ.get("RANK", "0"))
@@ -153,7 +153,7 @@ def run_rank(main: Callable[[], None]) -> int:
     if pipe:
         words = f"{time.monotonic_ns()}\n{message}".encode(errors="backslashreplace")
         os.write(int(pipe), words[:MAX_ERROR_BYTES])
-    elif code == 1 or rank == 0:
+    elif code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr)
     return code
 

@@ -37,14 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_prepo.launch import nodes, peers
 
     options = parser().parse_args(arguments)
-    says = os.environ.get("SLURM_PROCID", "0") == "0"
     try:
         os.environ.update(nodes.rank_environment(os.environ))
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
         nodes.choose_interface(os.environ)
         config = configuration.load(options.config, options.overrides)
         if run_directory.is_finished(config):
-            if says:
+            if os.environ["SLURM_PROCID"] == "0":
                 print(f"run.dir={config.run.dir} holds a finished run: nothing to do")
             return 0
         sign_of_life = peers.listen()
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"weight_sync.address={os.environ['MASTER_ADDR']}",
             ]
     except UserError as error:
-        if says:
+        if os.environ.get("SLURM_LOCALID", "0") == "0":  # the ranks of a node find the same
             print(f"error: {error}", file=sys.stderr)
         return 2
     code = train(["train", options.config, *overrides])

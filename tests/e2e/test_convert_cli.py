@@ -161,6 +161,20 @@ def test_verify_passes_every_family_with_logits(cli, models, checkpoints, name):
     assert f"{2048 if name == 'llama3' else 256} random tokens" in out
 
 
+@pytest.mark.parametrize("stages", [2, 4, 5])
+def test_layers_that_stages_do_not_divide_are_cut_unevenly(cli, tmp_path, stages):
+    hf, megatron, out = (tmp_path / name for name in ("hf", "megatron", "out"))
+    tiny_models.save(tiny_models.randomized(tiny_models.llama3(layers=5)), hf)
+    assert cli("import", "--hf", hf, "--out", megatron, "--pp", stages)[0] == 0
+    words = ["--layouts", f"1x{stages}", "--no-logits", "--manifest", tmp_path / "manifest.json"]
+    code, _, err = cli("verify", "--hf", hf, "--megatron", megatron, *words)
+    assert code == 0, err
+    report = json.loads((tmp_path / "manifest.json").read_text())
+    assert report["layouts"] == [f"tp1 pp{stages} ep1"], "not skipped"
+    assert cli("export", "--megatron", megatron, "--out", out)[0] == 0
+    assert_same_tensors(hf, out)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_with_an_exported_model(cli, models, tmp_path, name):
     """Through a checkpoint that is cut by layers and ranks."""
@@ -510,7 +524,7 @@ def test_import_refuses_a_directory_without_config_or_weights(cli, models, tmp_p
 
 
 @pytest.mark.parametrize(
-    "sizes", [("--tp", 3), ("--tp", 0), ("--tp", -1), ("--pp", 3), ("--ep", 2)], ids=str
+    "sizes", [("--tp", 3), ("--tp", 0), ("--tp", -1), ("--pp", 9), ("--ep", 2)], ids=str
 )
 def test_import_refuses_a_layout_that_does_not_fit(cli, models, tmp_path, sizes):
     assert_refused(cli("import", "--hf", models["qwen3"], "--out", tmp_path / "out", *sizes))

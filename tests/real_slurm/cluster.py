@@ -34,6 +34,13 @@ SECONDS = 300.0
 TRAIN = [*FILES, *SHORT, "train.total_steps=12", "checkpoint.every=4", "eval.every=6"]
 """Short steps of the laptop example, and enough of them to disturb."""
 NODES = 3
+EXTRA = """
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL PriorityTier=100 State=UP
+"""
+"""Of slurm.conf: jobs of the partition `urgent` take the nodes of others."""
+SINFO = ("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%T")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 """States in which a job stays."""
 
@@ -80,7 +87,9 @@ class Cluster:
             "SLURMD_TIMEOUT": "20",
             "CRED_EXPIRE": "5",
             "KILL_WAIT": "10",
-            "DISK_MB": "32",
+            "DISK_MB": "64",
+            "OWN_NAME": "127.0.1.1",  # as Debian and Ubuntu have it
+            "EXTRA": EXTRA,
             **settings,
         }
 
@@ -143,6 +152,23 @@ class Cluster:
         """Start a machine that was powered off."""
         self._script("boot", node)
 
+    def restart(self, host: str) -> None:
+        """Restart the slurmd of a node, or the slurmctld of `login`; jobs live."""
+        self._script("restart", host)
+
+    @contextlib.contextmanager
+    def slurm_notices_late(self):
+        """Let Slurm take minutes to notice a lost node, as by default; in tests it takes 20 s."""
+        conf = self.home / "etc" / "slurm.conf"
+        before = conf.read_text()
+        conf.write_text(re.sub("SlurmdTimeout=.*", "SlurmdTimeout=600", before))
+        self.run("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            conf.write_text(before)
+            self.run("scontrol", "reconfigure")
+
     def idle(self) -> None:
         """Wait until no job is left and all nodes are idle, as each test finds them."""
         self.run("scancel", "--user=root")
@@ -150,7 +176,7 @@ class Cluster:
         wait_for("idle nodes", self._all_idle)
 
     def _all_idle(self) -> bool:
-        states = self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
+        states = self.run(*SINFO).split()
         return states == ["idle"] * NODES
 
     def launch(

@@ -10,6 +10,7 @@
 #   cluster.sh power-off node2       the machine stops answering, and its processes are gone
 #   cluster.sh cut node2 | join node2    its cable is out / in again; its processes live
 #   cluster.sh boot node2            the machine again after power-off
+#   cluster.sh restart node2         its slurmd, or login's slurmctld
 #   cluster.sh down          everything ends, nothing is left but $SLURM_HOME
 #
 # Environment, read by `up` and kept for the other commands:
@@ -160,7 +161,15 @@ END
         bash "$own/init" </dev/null >"$DIR/log/init.$host" 2>&1 &
     echo $! >"$DIR/pid/$host"
 }
-boot_node() { mkdir -p "$DIR/spool/$1"; boot "$1" "slurmd -D & wait \$!"; }
+boot_node() { mkdir -p "$DIR/spool/$1"; boot "$1" "sleep infinity & slurmd -D &"; }
+restart() {  # host: end its daemon of Slurm, and start it again; jobs live on
+    local daemon=slurmd
+    [ "$1" != login ] || daemon=slurmctld
+    inside "$1" pkill -x "$daemon"
+    wait_for 30 "end of $daemon" not inside "$1" pgrep -x "$daemon"
+    inside "$1" bash -c "$daemon -D >>$DIR/log/init.$daemon.$1 2>&1 </dev/null &"
+}
+not() { ! "$@"; }
 
 database() {
     say "accounting: mariadb, slurmdbd"
@@ -196,7 +205,7 @@ up() {
     trap - ERR
     inside login sinfo
 }
-all_idle() { [ "$(inside login sinfo --noheader --Node --format=%T | grep -cx idle)" = "$NODES" ]; }
+all_idle() { [ "$(inside login sinfo --noheader --Node --partition=batch --format=%T | grep -cx idle)" = "$NODES" ]; }
 
 end_host() {  # its init is killed by the kernel with its parent, and all processes with their init
     local pid
@@ -217,6 +226,7 @@ down() {
 
 case ${1:-} in
     up | down) "$1" ;;
+    restart) restart "$2" ;;
     run) shift; EXEC=exec inside login "$@" ;;
     on) shift; EXEC=exec inside "$@" ;;
     cut) ip -n "$(space switch)" link set "$2" down ;;

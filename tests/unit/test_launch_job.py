@@ -14,10 +14,11 @@ import yaml
 
 from megatron_prepo import cli
 from megatron_prepo import config as configuration
-from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes, peers, rank, recipes, servers
+from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.launch import executors, nodes, peers, rank, recipes, servers, slurm_time
 from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
+from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
 from megatron_prepo.rollout.sglang import launch as sglang_launch
 from tests.e2e.laptop import REPOSITORY
 
@@ -150,7 +151,7 @@ def finish(directory) -> None:
 
 def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, monkeypatch, capsys):
     """What a chain of jobs relies on."""
-    for name, value in (SLURM | {"SLURM_PROCID": "0"}).items():
+    for name, value in (SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).items():
         monkeypatch.setenv(name, value)
     for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
         monkeypatch.setenv(name, "")  # to be restored behind the test
@@ -291,6 +292,18 @@ def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
             ["--executor", "slurm", "--chain", "2", "run.overwrite=true"],
             "each job would remove what the one before it has done",
         ),
+        (["--executor", "slurm", "--time", "4hours"], "--time 4hours is no time limit of Slurm"),
+        (
+            ["--executor", "slurm", "--chain", "2", "--time", "00:05:00"],
+            "--time 00:05:00 leaves no time to train: the job is asked to save 360 s before its",
+        ),
+        (["--executor", "slurm", "--time", "8"], "give it more than 480 s"),
+        (
+            ["--executor", "slurm", "--time", "30", "checkpoint.grace_seconds=1800"],
+            "give it more than 1980 s",
+        ),
+        (["--executor", "slurm", "--time", "10", "--with", "signal=USR1@600"], "more than 720 s"),
+        (["--executor", "slurm", "--with", "time=08:00:00"], "--with time=...: write --time"),
         (["--executor", "slurm", "--env", "NCCL_DEBUG"], "--env 'NCCL_DEBUG' must have the form"),
         (["--executor", "slurm", "--mount", "/a:/a"], "--mount is for containers: add --image"),
         (["--executor", "kubeflow", "--mount", "/a:/a"], "--mount means nothing to --executor kub"),
@@ -306,6 +319,56 @@ def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
 def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
     assert main(["examples/laptop/prepo.yaml", *words]) == 2
     assert expected in capsys.readouterr().err
+
+
+def commands(directory, **scripts: str) -> str:
+    """Shell scripts as the only commands on PATH."""
+    for name, text in scripts.items():
+        (directory / name).write_text(f"#!/bin/sh\n{text}\n")
+        (directory / name).chmod(0o755)
+    return str(directory)
+
+
+def test_a_launcher_without_slurm_or_accounting_is_told_before_it_submits(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", commands(tmp_path))
+    with pytest.raises(UserError, match="needs sbatch, which is not on PATH"):
+        executors._check_slurm(wait=False)
+    commands(tmp_path, sbatch="exit 0")
+    executors._check_slurm(wait=False)
+    with pytest.raises(UserError, match="--wait needs sacct"):
+        executors._check_slurm(wait=True)
+    commands(tmp_path, sacct="echo Slurm accounting storage is disabled >&2; exit 1")
+    with pytest.raises(UserError, match="which says 'Slurm accounting storage is disabled'"):
+        executors._check_slurm(wait=True)
+    commands(tmp_path, sacct="exit 0")
+    executors._check_slurm(wait=True)
+    monkeypatch.setenv("NEMORUN_HOME", "/home/me/nemo_run")
+    with pytest.raises(UserError, match="a path that contains /nemo_run: /home/me/nemo_run"):
+        executors._check_slurm(wait=False)
+
+
+def test_jobs_that_ended_well_are_no_finished_run(tmp_path):
+    job = make_job("examples/laptop/prepo.yaml", [f"run.dir={tmp_path}"])
+    with pytest.raises(Stopped, match="the same command resumes it") as stopped:
+        executors._raise_if_unfinished(job)
+    assert stopped.value.exit_code == STOPPED_EXIT_CODE
+    (tmp_path / "summary.json").touch()
+    executors._raise_if_unfinished(job)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fits"),
+    [("481", True), ("8", False), ("8:01", True), ("0:08:00", False), ("1-0", True), ("0", True)],
+)
+def test_a_job_must_be_longer_than_its_warning(limit, fits):
+    """Minutes, minutes:seconds, hours:minutes:seconds, days-hours; 0: no limit."""
+    signal = slurm_time.warning(grace_seconds=300)
+    assert signal == "USR1@360"
+    if fits:
+        return slurm_time.check(limit, signal)
+    with pytest.raises(UserError, match="leaves no time to train"):
+        slurm_time.check(limit, signal)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="it is installed")

@@ -1,0 +1,243 @@
+"""Jobs that are asked, cancelled, preempted, or lose a machine: each comes to the same end.
+
+Every disturbed run equals the uninterrupted one bit for bit, so no step is missing, and none was
+made or paid for twice (`prove.compare`).
+"""
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_prepo import prove
+from tests.e2e.laptop import LAPTOP
+from tests.e2e.test_machine_faults import JUMPING
+from tests.real_slurm.cluster import TRAIN, Cluster
+
+pytestmark = pytest.mark.slow
+TP2 = "parallel.tensor=2"
+DP2 = ("parallel.tensor=1", "parallel.data=2")
+STEPS = 12
+
+
+@pytest.fixture
+def run(cluster, request):
+    """The directory of a run on the file system that all nodes share."""
+    return cluster.runs / request.node.name.replace("/", "_")
+
+
+def submit(cluster: Cluster, run, *settings: str, train=TRAIN, environment=None) -> str:
+    """Queue the run on two nodes; returns the job's number."""
+    settings = settings or (TP2,)
+    words = [str(run), str(LAPTOP / "prepo.yaml"), *settings, *train]
+    return cluster.sbatch("train.sbatch", *words, **(environment or {}))
+
+
+def restarted(cluster: Cluster, job: str, times: int) -> bool:
+    """Whether the job has been started again this often."""
+    return cluster.job(job)["Restarts"] == str(times)
+
+
+def done(cluster: Cluster, job: str) -> bool:
+    """Whether the job has completed."""
+    return cluster.state(job) == "COMPLETED"
+
+
+@pytest.fixture
+def equals(uninterrupted):
+    """Give the check of a run against the uninterrupted one of the same settings."""
+
+    def check(run, *settings: str) -> None:
+        checks = prove.compare(uninterrupted(*(settings or (TP2,)), *TRAIN), run)
+        assert all(check.equal for check in checks), prove.text(checks)
+        assert prove.num_lines(run / "metrics.jsonl") == STEPS
+
+    return check
+
+
+def test_data_parallel_over_two_nodes(cluster, run, equals):
+    cluster.ends(submit(cluster, run, *DP2))
+    equals(run, *DP2)
+
+
+def test_asked_to_save_at_any_moment_the_job_never_fails(cluster, run, equals):
+    """In the start of ranks, their meeting, loading, steps, saving; and in the end."""
+    job = submit(cluster, run)
+    drawn = random.Random(20)
+    for restart in range(1, 6):
+        cluster.wait_for("the job to run", lambda: cluster.state(job) == "RUNNING", job)
+        time.sleep(drawn.uniform(0.5, 6))
+        if cluster.state(job) != "RUNNING":
+            break
+        cluster.signal(job)
+        cluster.wait_for(
+            "another start, or the end",
+            lambda restart=restart: restarted(cluster, job, restart) or done(cluster, job),
+            job,
+        )
+    cluster.ends(job)
+    equals(run)
+
+
+def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, run, equals):
+    """The ranks leave in the middle of it; the job is queued again and has not failed."""
+    job = submit(cluster, run, TP2, "checkpoint.grace_seconds=0.01")
+    cluster.wait_for_steps(run, 5, job)
+    cluster.signal(job)
+    cluster.wait_for("another start", lambda: restarted(cluster, job, 1), job)
+    cluster.ends(job)
+    equals(run)
+
+
+def test_cancelled_and_submitted_again(cluster, run, equals):
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 3, job)
+    cluster.run("scancel", job)
+    cluster.ends(job, "CANCELLED")
+    cluster.ends(submit(cluster, run))
+    equals(run)
+
+
+def test_requeued_by_an_operator(cluster, run, equals):
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 3, job)
+    cluster.run("scontrol", "requeue", job)
+    cluster.ends(job)
+    assert cluster.job(job)["Restarts"] == "1"
+    equals(run)
+
+
+def test_preempted_by_an_urgent_job(cluster, run, equals):
+    """SIGTERM, then SIGKILL after KillWait."""
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 3, job)
+    cluster.run(
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    )
+    cluster.ends(job)
+    assert cluster.job(job)["Restarts"] == "1"
+    equals(run)
+
+
+def test_a_cable_that_is_out_for_seconds_is_not_noticed(cluster, run, equals):
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 3, job)
+    cluster.cut("node2")
+    time.sleep(5)
+    cluster.join("node2")
+    cluster.ends(job)
+    assert cluster.job(job)["Restarts"] == "0"
+    equals(run)
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+@pytest.mark.parametrize("how", ["power_off", "cut"])
+def test_slurm_queues_a_job_again_whose_node_is_lost(cluster, run, equals, how, node):
+    """The first one has rank 0 and the job's script."""
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 6, job)
+    getattr(cluster, how)(node)
+    try:
+        cluster.wait_for("another start", lambda: restarted(cluster, job, 1), job)
+        cluster.ends(job)
+    finally:
+        (cluster.boot if how == "power_off" else cluster.join)(node)
+    assert node not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"])
+    equals(run)
+
+
+def test_ranks_that_notice_a_lost_machine_before_slurm_name_it_and_queue_the_job_again(
+    cluster, run, equals
+):
+    with cluster.slurm_notices_late():
+        job = submit(cluster, run, TP2, "parallel.timeout_minutes=0.2")
+        cluster.wait_for_steps(run, 6, job)
+        cluster.power_off("node2")
+        try:
+            named = "rank 0: rank 1 on node2 does not answer; machine or network lost"
+            cluster.wait_for("the name of the node", lambda: named in cluster.logs(job), job)
+        finally:
+            cluster.boot("node2")
+        cluster.wait_for("another start", lambda: restarted(cluster, job, 1), job)
+        cluster.ends(job)
+    equals(run)
+
+
+def test_a_rank_that_is_killed_is_named_and_fails_the_job(cluster, run, equals):
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 6, job)
+    cluster.on("node2", "pkill", "-KILL", "-f", "megatron_prepo.launch.rank")
+    said = cluster.ends(job, "FAILED")
+    assert "node2: task 1: Killed" in said or "rank 1 on node2 has ended" in said
+    cluster.ends(submit(cluster, run))
+    equals(run)
+
+
+@pytest.mark.parametrize("host", ["node1", "node2", "login"])
+def test_daemons_of_slurm_may_restart(cluster, run, equals, host):
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 3, job)
+    cluster.restart(host)
+    cluster.ends(job)
+    assert cluster.job(job)["Restarts"] == "0"
+    equals(run)
+
+
+def test_a_shared_file_system_that_turns_read_only_fails_the_job(cluster, equals):
+    disk = cluster.home / "disk"
+    job = submit(cluster, disk / "run")
+    cluster.wait_for_steps(disk / "run", 5, job)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    try:
+        assert "Read-only file system" in cluster.ends(job, "FAILED")
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    cluster.ends(submit(cluster, disk / "run"))
+    equals(disk / "run")
+
+
+def test_a_shared_file_system_that_is_full_fails_the_job(cluster, equals):
+    disk = cluster.home / "disk"
+    run = disk / "run_full"
+    job = submit(cluster, run)
+    cluster.wait_for_steps(run, 2, job)
+    with open(disk / "filler", "wb") as filler, pytest.raises(OSError, match="No space left"):
+        while True:
+            filler.write(b"x" * 65536)
+    assert "No space left" in cluster.ends(job, "FAILED")
+    (disk / "filler").unlink()
+    cluster.ends(submit(cluster, run))
+    equals(run)
+
+
+def test_an_error_of_one_node_only_is_shown(cluster, run):
+    """A file that only the first node has."""
+    cluster.on("node1", "cp", "-r", str(LAPTOP / "base"), "/tmp/base")
+    job = submit(cluster, run, TP2, train=(*TRAIN, "model.hf=/tmp/base"))
+    assert "error: model.hf=/tmp/base" in cluster.ends(job, "FAILED")
+    assert cluster.job(job)["ExitCode"] == "2:0"
+
+
+def test_clocks_of_nodes_that_are_hours_apart_change_nothing(cluster, run, equals, tmp_path):
+    """Of the ranks on node2; Slurm itself refuses a node whose clock is minutes off."""
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("no C compiler to make the clock jump with")
+    source, library = tmp_path / "jumping.c", cluster.home / "jumping.so"
+    source.write_text(JUMPING)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    python = cluster.home / "bin" / "python"
+    python.parent.mkdir()
+    apart = f"[ $SLURMD_NODENAME != node2 ] || export LD_PRELOAD={library}"
+    python.write_text(f'#!/bin/sh\n{apart}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}:{cluster.environment['PATH']}"
+    cluster.ends(submit(cluster, run, environment={"PATH": path}))
+    equals(run)
