@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from megatron_prepo import run_directory
 from megatron_prepo.config import Config
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
@@ -136,10 +137,9 @@ def read(directory: Path) -> dict | None:
 
 
 def _recorded(config: Config) -> dict | None:
-    """Of the unfinished run in `run.dir`, unless it is going to be replaced."""
-    directory = Path(config.run.dir)
-    began = (directory / "config.yaml").is_file() and not config.run.overwrite
-    return read(directory) if began else None
+    """Of the run in `run.dir`, if these settings resume it."""
+    resumes = run_directory.check(config) == "unfinished"
+    return read(Path(config.run.dir)) if resumes else None
 
 
 def _digest(prompt: Prompt) -> str:

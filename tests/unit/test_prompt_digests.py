@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prepo import compare, config, data, preflight, prompt_digests, suites
+from megatron_prepo import (
+    compare,
+    config,
+    data,
+    preflight,
+    prompt_digests,
+    run_directory,
+    suites,
+)
 from megatron_prepo.errors import UserError
 from megatron_prepo.prompt_digests import PromptDigests
 
@@ -77,11 +85,13 @@ def laptop(tmp_path):
 
 
 def begin(settings: config.Config) -> preflight.Inputs:
-    """What a run does at its first start."""
+    """What a run does at its first start; without the digests of files, which would see first
+    that one has changed."""
     inputs = preflight.check(settings)
     directory = Path(settings.run.dir)
-    directory.mkdir(exist_ok=True)
-    (directory / "config.yaml").touch()
+    run_directory.begin(settings, print)
+    run_directory.end(settings)
+    (directory / "inputs.json").unlink()
     prompt_digests.save(directory, inputs.digests)
     return inputs
 
