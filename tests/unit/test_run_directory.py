@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_prepo import cli, ownership, run_directory
 from megatron_prepo import config as configuration
-from megatron_prepo import ownership, run_directory
 from megatron_prepo.errors import UserError
 
 MINIMAL = {
@@ -650,6 +650,18 @@ def test_damaged_digests_are_named(tmp_path, begun, text):
 def test_an_empty_directory_holds_no_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         run_directory.check_resumable(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_command_that_is_started_again_does_not_delete_its_own_progress(monkeypatch, name):
+    """torchrun --max-restarts, and a job that Slurm requeues, with run.overwrite=true."""
+    monkeypatch.setattr(cli, "train_command", lambda path, overrides, _: given.append(overrides))
+    given = []
+    for count in ("", "0", "1"):
+        monkeypatch.setenv(name, count)
+        assert cli.main(["train", "config.yaml", "run.overwrite=true"]) == 0
+    assert given[:2] == [["run.overwrite=true"]] * 2
+    assert given[2] == ["run.overwrite=true", "run.overwrite=false"]
 
 
 # One process at a time
