@@ -94,7 +94,15 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _without_overwriting_again(overrides: Sequence[str]) -> list[str]:
+    """torchrun and Slurm start the same command again: what is there is then its own progress."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    again = any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+    return [*overrides, "run.overwrite=false"] if again else [*overrides]
+
+
 def _train(options: argparse.Namespace) -> int:
+    options.overrides = _without_overwriting_again(options.overrides)
     if "RANK" not in os.environ:
         train_command(options.config, options.overrides, options.max_restarts)
         return 0

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
-from megatron_prepo.errors import in_one_line
+from megatron_prepo.errors import UserError, in_one_line
 from megatron_prepo.perplexity import perplexity, scored_span
 from megatron_prepo.preflight import read_tokenizer
 
@@ -98,11 +98,16 @@ def describe(
     hf: str, files: dict[str, str | Path], out: str | Path, **options
 ) -> dict[str, dict[str, float]]:
     """Measure the named files, draw, write; returns the quantiles of each."""
+    numbers = Path(out).with_suffix(".json")
+    if numbers.exists() and not Path(out).exists():
+        raise UserError(
+            f"{numbers}, where the numbers of {out} go, is not this tool's; choose another --out"
+        )
     measured = perplexities(hf, list(files.values()), **options)
     ppl_of = {name: measured[str(file)] for name, file in files.items()}
     draw(ppl_of, out, f"under {hf}")
     result = {name: quantiles(ppl_P) for name, ppl_P in ppl_of.items()}
-    Path(out).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    numbers.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -151,3 +151,17 @@ def test_lines_are_forced_to_disk_every_second_and_when_asked(tmp_path, monkeypa
     assert forced_by(add) == []
     assert forced_by(first.force) == file_and_directory
     assert forced_by(first.force) == []
+
+
+def test_files_that_are_not_the_journals_are_left_alone(tmp_path):
+    directory = tmp_path / "j"
+    directory.mkdir()
+    names = ["notes.jsonl", "a.b.jsonl", "rollouts_1.0.jsonl.bak", "rollouts_x.0.jsonl"]
+    for name in names:
+        (directory / name).write_text("no end of line")
+    (directory / "rollouts_1.0.jsonl").write_text("")
+    opened = journal(directory)
+    opened.forget(before=5)
+    assert sorted(path.name for path in directory.iterdir()) == sorted(names)
+    opened.close()
+    assert {path.read_text() for path in directory.iterdir()} == {"no end of line"}

@@ -102,3 +102,39 @@ def test_text_is_replaced_without_touching_a_neighbour(tmp_path):
         durable.write_text(tmp_path / "report.html", "\ud800")
     assert (tmp_path / "report.html").read_text() == "ours"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_that_was_added_to_is_not_pruned(tmp_path):
+    from megatron_prepo.actor import checkpoint
+
+    for step in range(1, 6):
+        path = checkpoint.path_of(tmp_path, step)
+        if step == 3:
+            path.mkdir()  # of an older version, or the user's
+            continue
+        ownership.create(path, ownership.UNFINISHED)
+        (path / "common.pt").touch()
+        ownership.seal(path, checkpoint.KIND)
+    (tmp_path / "iter_0000002" / "hf").mkdir()
+    (tmp_path / "iter_0000002" / "hf" / "model.safetensors").touch()
+    kept = checkpoint.prune(tmp_path, keep_last=1, keep_every=None)
+    added = tmp_path / "iter_0000002" / "hf" / "model.safetensors"
+    unmarked = tmp_path / "iter_0000003"
+    assert kept == {tmp_path / "iter_0000002": [added], unmarked: [unmarked]}
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["iter_0000002", "iter_0000003", "iter_0000005"]
+
+
+def test_weights_for_servers_get_a_folder_of_the_runs_own(tmp_path):
+    """`weight_sync.directory` may be a folder of the user's, and of several runs."""
+    from megatron_prepo.rollout.sglang.engine import weights_directory
+    from tests.unit.test_run_directory import config
+
+    shared = {"weight_sync": {"directory": str(tmp_path / "shared")}}
+    one, other = (
+        weights_directory(config(tmp_path, run={"dir": str(tmp_path / name)}, **shared))
+        for name in ("one", "other")
+    )
+    assert one != other and one.parent == other.parent == tmp_path / "shared"
+    assert one.name.startswith("megatron-prepo-")
+    assert weights_directory(config(tmp_path)) == tmp_path / "run" / "weight_sync"

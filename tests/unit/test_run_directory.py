@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from megatron_prepo import cli, ownership, run_directory
 from megatron_prepo import config as configuration
-from megatron_prepo import ownership, run_directory
 from megatron_prepo.errors import UserError
 
 MINIMAL = {
@@ -208,6 +209,22 @@ def test_an_extension_that_would_learn_nothing_is_refused(tmp_path):
         run_directory.check(config(tmp_path, optimizer=decays, **longer))
     more = decays | {"lr_decay_steps": 6}
     assert run_directory.check(config(tmp_path, optimizer=more, **longer)) == "unfinished"
+
+
+@pytest.mark.parametrize(("decay_steps", "rate"), [(None, 0.5), (8, 0.75)])
+def test_a_checkpoint_does_not_bring_its_schedule_back(tmp_path, monkeypatch, decay_steps, rate):
+    """Two steps of four, or of eight, by then."""
+    from megatron_prepo.actor import optimizer
+
+    fake = SimpleNamespace(param_groups=[{}])
+    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda *_: fake)
+    decays = {"lr_decay_style": "linear", "lr": 1.0}
+    _, before = optimizer.build_optimizer(config(tmp_path, optimizer=decays), [])
+    before.step(2)
+    changed = config(tmp_path, optimizer=decays | {"lr_decay_steps": decay_steps})
+    _, after = optimizer.build_optimizer(changed, [])
+    after.load_state_dict(before.state_dict())
+    assert fake.param_groups[0]["lr"] == rate
 
 
 def test_a_finished_run_is_left_alone_or_extended(tmp_path):
@@ -650,6 +667,18 @@ def test_damaged_digests_are_named(tmp_path, begun, text):
 def test_an_empty_directory_holds_no_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         run_directory.check_resumable(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_command_that_is_started_again_does_not_delete_its_own_progress(monkeypatch, name):
+    """torchrun --max-restarts, and a job that Slurm requeues, with run.overwrite=true."""
+    monkeypatch.setattr(cli, "train_command", lambda path, overrides, _: given.append(overrides))
+    given = []
+    for count in ("", "0", "1"):
+        monkeypatch.setenv(name, count)
+        assert cli.main(["train", "config.yaml", "run.overwrite=true"]) == 0
+    assert given[:2] == [["run.overwrite=true"]] * 2
+    assert given[2] == ["run.overwrite=true", "run.overwrite=false"]
 
 
 # One process at a time
