@@ -13,11 +13,12 @@ PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constrai
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
 
-# With a real SGLang server and NeMo-Run, where both have been tried.
+# With a real SGLang server and NeMo-Run, where both have been tried.  A test that is skipped, and is
+# not allowed to be on such a machine, fails.
 OTHERS_RUN := $(shell $(PYTHON) tests/allowed_skips.py)
 
 test: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --only-allowed-skips
 
 # SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
 sglang-cpu: .venv-sglang/ready

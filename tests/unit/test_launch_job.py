@@ -1,8 +1,8 @@
 """Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
 
-import importlib.util
 import os
 import signal
+import sys
 from typing import ClassVar
 
 import pytest
@@ -200,9 +200,9 @@ def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="it is installed")
 def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
     monkeypatch.setenv("NEMORUN_HOME", "unused")
+    monkeypatch.setitem(sys.modules, "nemo_run", None)  # as if it were not installed
     assert main(["examples/laptop/prepo.yaml", "--executor", "local"]) == 2
     assert 'pip install -e ".[launch]"' in capsys.readouterr().err
 
