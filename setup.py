@@ -17,6 +17,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         'megatron-core<0.17; platform_system == "Darwin"',  # newer ones import triton
         "numpy>=1.26",
+        "packaging>=22",
         "psutil>=5.9",  # used by Megatron's distributed checkpoints, which do not ask for it
         "pydantic>=2.12",
         "pyyaml>=6.0.1",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megatron_prepo import dashboards
+from megatron_prepo import dashboards, versions
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
@@ -90,6 +90,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     needed = _needed(config)
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
+    findings += _versions()
     findings += [*_gpus(config), _shared_memory(), _port()]
     if config and config.rollout.engine == "sglang":
         findings += [] if config.servers.urls else [_server_ports(config)]
@@ -151,6 +152,12 @@ def _package(name: str, package: Package, needed: bool) -> Finding:
     except (ImportError, OSError) as error:  # a library of another CUDA or torch, or none
         return Finding(name, absent, f"import fails: {error}", package.remedy)
     return Finding(name, "ok", _version(package))
+
+
+def _versions() -> list[Finding]:
+    """Installed versions that do not go with ours or with each other."""
+    wrong = [Finding("versions", "missing", *problem) for problem in versions.problems()]
+    return wrong or [Finding("versions", "ok", "they go together")]
 
 
 def _version(package: Package) -> str:
