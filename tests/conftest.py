@@ -1,4 +1,7 @@
-"""Makes the package, the examples and the tests' helpers importable, wherever pytest is started."""
+"""Makes the package, the examples and the tests' helpers importable, wherever pytest is started.
+
+With `--only-allowed-skips`, as in `make test`, a skip that is not in allowed_skips.py is a failure.
+"""
 
 import os
 import signal
@@ -7,12 +10,15 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from packaging.version import Version
 
 TESTS = Path(__file__).resolve().parent
 FOLDERS = (TESTS, TESTS.parent, TESTS.parent / "examples")
 sys.path[:0] = [entry for entry in map(str, FOLDERS) if entry not in sys.path]
+
+import allowed_skips  # noqa: E402
 
 # one thread, so that a number does not depend on the machine's count of cores, here and in the runs
 # that tests start
@@ -37,3 +43,37 @@ if not torch.cuda.is_available():
 # started in the background of a script, processes do not hear Ctrl-C, and tests send it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--only-allowed-skips",
+        action="store_true",
+        help="fail what is skipped and is not allowed to be by tests/allowed_skips.py",
+    )
+
+
+def pytest_configure(config) -> None:
+    if config.getoption("--only-allowed-skips"):
+        # a plugin, since hooks of this file are not called for the package's doctests
+        config.pluginmanager.register(OnlyAllowedSkips())
+
+
+class OnlyAllowedSkips:
+    """Makes a skip that is not allowed a failure."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        return self._judged((yield))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector):
+        """For a module that is skipped as a whole."""
+        return self._judged((yield))
+
+    def _judged(self, report):
+        if report.skipped:
+            why = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+            if fault := allowed_skips.fault(report.nodeid, str(why)):
+                report.outcome, report.longrepr = "failed", fault
+        return report

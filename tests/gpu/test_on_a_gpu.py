@@ -178,9 +178,9 @@ def test_known_gradient_equals_recomputation(with_main_grad):
 
 @pytest.mark.parametrize("way", [{}, {"share_prefixes": True}], ids=str)
 def test_attention_of_a_packed_row_against_float64(way):
-    """torch's kernel on bfloat16, its gradients too, against each sequence alone in float64."""
-    if not attention._has_kernel():
-        pytest.skip("this torch has no variable-length kernel for grouped queries")
+    """In bfloat16, its gradients too, against each sequence alone in float64: by torch's kernel, or
+    sequence by sequence with a torch that does not have it.
+    """
     prompt, draw = tuple(range(70)), range(100)
     sequences = [ScoredSequence((*prompt, *draw[:n]), 70) for n in (1, 33, 100, 64)]
     plan = plan_rows(

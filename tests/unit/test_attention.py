@@ -8,6 +8,7 @@ import pytest
 import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from packaging.version import Version
 from rounding import Reference
 
 from megatron_prepo.actor import attention, cpu
@@ -175,6 +176,11 @@ def test_transformer_engine_is_told_the_heads_of_a_context_rank(
     config = te_config(tensor, heads, groups)
     assert te_attention.PackedTEAttention(config).heads == told
     assert (config.num_attention_heads, config.num_query_groups) == (heads, groups)
+
+
+def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
+    """Where it is not found, a GPU computes sequence by sequence, with the same result."""
+    assert attention._has_kernel() or Version(torch.__version__) < Version("2.13.0.dev0")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -1,6 +1,5 @@
 """Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -371,9 +370,9 @@ def test_a_job_must_be_longer_than_its_warning(limit, fits):
         slurm_time.check(limit, signal)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nemo_run") is not None, reason="it is installed")
 def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
     monkeypatch.setenv("NEMORUN_HOME", "unused")
+    monkeypatch.setitem(sys.modules, "nemo_run", None)  # as if it were not installed
     assert main(["examples/laptop/prepo.yaml", "--executor", "local"]) == 2
     assert 'pip install -e ".[launch]"' in capsys.readouterr().err
 

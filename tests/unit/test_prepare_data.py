@@ -153,7 +153,7 @@ def test_parquet_and_hub_without_their_packages(monkeypatch, tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow (extra `data`)")
+    import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(

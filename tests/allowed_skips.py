@@ -1,0 +1,166 @@
+"""The skips that a passing `make test` may have: of which tests, where, and why.
+
+Any other skip is a failure (`tests/conftest.py`, with `--only-allowed-skips`).  A condition is
+about the machine: what `make test` installs on such a machine must be there, or the test has not
+run where it should.  The Makefile runs this file with any Python, so it imports nothing but the
+standard library at the top.
+"""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+
+class Skip(NamedTuple):
+    """Tests that may be skipped."""
+
+    tests: str
+    """A pattern of their ids; * is anything, brackets are themselves."""
+    where: Callable[[], bool]
+    """Whether this machine is one where they may be."""
+    why: str
+
+
+def others_run() -> bool:
+    """Whether `make test` sets up NeMo-Run and SGLang: where both have been tried."""
+    tried = sys.version_info[:2] in ((3, 11), (3, 12))
+    return tried and (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+
+def others_do_not_run() -> bool:
+    return not others_run()
+
+
+def not_linux() -> bool:
+    return platform.system() != "Linux"
+
+
+def a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def no_gpu() -> bool:
+    return not a_gpu()
+
+
+def torch_before_2_13() -> bool:
+    import torch
+    from packaging.version import Version
+
+    return Version(torch.__version__) < Version("2.13.0.dev0")
+
+
+def no_c_compiler() -> bool:
+    return shutil.which("cc") is None
+
+
+@functools.cache
+def no_index() -> bool:
+    """Whether a resolver gets no answer from the package index."""
+    words = ["pip", "compile", "--quiet", "--no-config", "--no-cache", "-"]
+    return bool(
+        subprocess.run(
+            [sys.executable, "-m", "uv", *words],
+            input="wheel",
+            env=public_index(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).returncode
+    )
+
+
+def public_index() -> dict[str, str]:
+    """The environment less what points a resolver at another index, cache and proxy apart."""
+    kept = ("UV_CACHE_DIR",)
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not name.startswith(("UV_", "PIP_"))
+    }
+
+
+ALLOWED = (
+    Skip("tests/gpu/*", no_gpu, "they need a CUDA device"),
+    Skip("megatron_prepo/actor/row_kernels.py", not_linux, "Triton has Linux wheels only"),
+    Skip(
+        "tests/unit/test_row_operations.py::*[*triton*",
+        a_gpu,
+        "they interpret the kernels; compiled, tests/gpu compares them",
+    ),
+    Skip(
+        "tests/unit/test_row_operations.py::*[*triton*", not_linux, "Triton has Linux wheels only"
+    ),
+    Skip(
+        "tests/unit/test_row_operations.py::test_which_rows_compute_is_decided_by_the_device",
+        not_linux,
+        "Triton has Linux wheels only",
+    ),
+    Skip(
+        "tests/unit/test_bench_head.py::test_verls_kernel_is_called_as_verl_calls_it",
+        not_linux,
+        "Triton has Linux wheels only",
+    ),
+    Skip(
+        "tests/unit/test_vocab_parallel.py::*[linear_cross_entropy]",
+        torch_before_2_13,
+        "the function is a second oracle, which came with torch 2.13",
+    ),
+    Skip(
+        "tests/unit/test_bench_head.py::test_torchs_own_agrees_with_float64",
+        torch_before_2_13,
+        "the function that is measured came with torch 2.13",
+    ),
+    Skip("tests/real_sglang/*", others_do_not_run, "`make test` has no SGLang there"),
+    Skip("tests/e2e/test_launch.py::*", others_do_not_run, "`make test` has no NeMo-Run there"),
+    Skip(
+        "tests/e2e/test_launch_clouds.py::*", others_do_not_run, "`make test` has no NeMo-Run there"
+    ),
+    Skip(
+        "tests/e2e/test_launch_clouds.py::*[kubeflow-kubernetes-*",
+        others_run,
+        "the refusal of a machine without the package, which `make test` installs there",
+    ),
+    Skip(
+        "tests/e2e/test_launch_clouds.py::test_a_sky_task_*",
+        others_run,
+        "SkyPilot, with all clouds' packages, is not installed for two tests",
+    ),
+    Skip(
+        "tests/e2e/test_debugging.py::test_ranks_that_we_start_listen_on_loopback_only",
+        not_linux,
+        "it looks at the interface lo, which has another name elsewhere",
+    ),
+    Skip(
+        "tests/e2e/test_machine_faults.py::*",
+        not_linux,
+        "root gives up its rights by setpriv, which Linux has",
+    ),
+    Skip(
+        "tests/e2e/test_machine_faults.py::*clock*",
+        no_c_compiler,
+        "a library that is compiled for it makes the clock jump",
+    ),
+    Skip("tests/unit/test_install.py::*", no_index, "a resolver asks the package index"),
+)
+
+
+def fault(test: str, reason: str) -> str:
+    """Return why the skip is a failure; empty: it is allowed here."""
+    rows = [row for row in ALLOWED if fnmatchcase(test, row.tests.replace("[", "[[]"))]
+    if any(row.where() for row in rows):
+        return ""
+    why = "".join(f"\nallowed only where {row.where.__name__}: {row.why}" for row in rows)
+    return f"skipped where it should run: {reason}{why or ' (tests/allowed_skips.py)'}"
+
+
+if __name__ == "__main__":
+    print("yes" if others_run() else "")
