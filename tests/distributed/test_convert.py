@@ -71,9 +71,6 @@ SCORED = ["tp1", "tp2", "pp2", "ep2", "tp2 ep2"]
 """Layouts in which the mixture of experts computes."""
 JUDGED = ["tp1", "tp2", "pp2", "tp2 pp2", "ep2", "tp2 ep2"]
 JUDGE_IS_HERE = all(importlib.util.find_spec(name) for name in ("mbridge", "einops"))
-TOLERANCE = 2e-5
-"""Nats, as in `parity/test_transformers_logits.py`."""
-
 
 def sequences():
     generator = torch.Generator().manual_seed(1)
