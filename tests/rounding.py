@@ -135,13 +135,14 @@ def to(dtype: torch.dtype) -> Callable:
 STEP = torch.finfo(torch.float64).eps ** (1 / 3)
 """Of central differences: truncation, of the order of its square, is then as small as rounding."""
 
+DIFFERENCE = bound(CHAIN) / STEP
+"""What a central difference may err by, in parts of the function's values: CHAIN operations round
+these, and the difference of two is divided by twice the step.
+"""
+
 
 def assert_gradients(function: Callable, inputs: Sequence[torch.Tensor], scale: float) -> None:
-    """Assert that a function's gradients are its central differences, in float64.
-
-    A value of size `scale` is rounded by CHAIN operations, and the difference of two divided by
-    twice the step: 4e-9 of the scale.
+    """Assert that a function's gradients, where its values are of size `scale`, are its central
+    differences in float64.
     """
-    torch.autograd.gradcheck(
-        function, tuple(inputs), eps=STEP, atol=bound(CHAIN) * scale / STEP, rtol=0.0
-    )
+    torch.autograd.gradcheck(function, tuple(inputs), eps=STEP, atol=DIFFERENCE * scale, rtol=0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import approx
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import ParallelConfig
@@ -91,11 +92,11 @@ def test_errors_are_against_the_exact_rows(one_rank):
     exact_T = case.exact.logprobs_R  # 48 tokens: every row is exact
     errors = bench_head.errors_of(case, Outcome(exact_T + 0.25, None, ()))
     assert errors.keys() == {"logprob"}
-    assert errors["logprob"]["mean"] == pytest.approx(0.25)
+    assert errors["logprob"]["mean"] == approx(0.25)
     broken_T = exact_T.clone()
     broken_T[0], broken_T[1] = torch.nan, exact_T[1] + 1
     error = bench_head.errors_of(case, Outcome(broken_T, None, ()))["logprob"]
-    assert error == {"mean": pytest.approx(1 / 47), "max": pytest.approx(1), "not_finite": 1}
+    assert error == {"mean": approx(1 / 47), "max": approx(1), "not_finite": 1}
 
 
 def test_peak_memory_counts_what_is_live_together(one_rank):
@@ -160,7 +161,7 @@ def verdicts(*cases):
 def test_speed_is_the_others_time_over_ours():
     rows = verdicts(reference_case(8192, ours=10.0, bare=9.0, naive=20.0))
     forward = rows["N = 8192: forward, speed over that of bare's forward"]
-    assert (forward["measured"], forward["verdict"]) == (pytest.approx(0.9), "met")
+    assert (forward["measured"], forward["verdict"]) == (approx(0.9), "met")
     assert rows["N = 8192: forward, speed over that of naive's forward"]["verdict"] == "missed"
     assert rows["N = 8192: forward, speed over that of verl's forward"]["verdict"] == "not measured"
     assert rows["N = 8192: mean log-prob error"]["verdict"] == "met"

@@ -8,6 +8,7 @@ from statistics import median
 
 import pytest
 import torch
+from rounding import approx
 from tiny_models import qwen2
 
 from megatron_prepo.flops import Work
@@ -82,7 +83,7 @@ def test_stages_add_up_to_the_step_and_ppl_is_priced_by_hand():
         step, prompt_tokens=3, response_tokens=12, candidates=5, samples=2
     )
     # scoring 15 tokens a second, learning 6, generating 5: 1 s, and 4.8 + 2 + 5 s
-    assert share["share"] == pytest.approx(1.0 / (1.0 + 4.8 + 2.0 + 5.0))
+    assert share["share"] == approx(1.0 / (1.0 + 4.8 + 2.0 + 5.0))
 
 
 @pytest.mark.parametrize(("theirs", "verdict"), [(1.0, "met"), (0.99, "missed")])
@@ -106,7 +107,8 @@ def test_a_small_run_without_trl(monkeypatch, tmp_path, capsys):
     out = tmp_path / "result.json"
     options = ["--case", "log-normal", "--prompts", "1", "--rounds", "1"]
     case = run(monkeypatch, out, *options)["log-normal"]
-    assert case["passes"]["plain PyTorch"]["loss"] == pytest.approx(case["passes"]["ours"]["loss"])
+    plain, ours = (case["passes"][name]["loss"] for name in ("plain PyTorch", "ours"))
+    assert plain == pytest.approx(ours, rel=bench_train.AGREEMENT)
     assert 0 < case["products"]["update"]["of_peak"] < 1
     assert case["goals"][0]["verdict"] == "not measured"
     assert "| plain PyTorch |" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rounding import approx
 
 from megatron_prepo import compare as comparing
 from megatron_prepo import config as configuration
@@ -305,7 +306,7 @@ def test_a_long_run_stays_small():
     series = comparing.run_record._series(steps)
     assert series["step/every"] == 21
     assert len(series["entropy/mean"]) == 39 and series["rollout/paid"][0] == 20
-    assert series["entropy/mean"][0] == pytest.approx(10.123456)
+    assert series["entropy/mean"][0] == approx(10.123456)
     assert len(json.dumps(comparing.run_record._rounded(series))) < 8000
 
 

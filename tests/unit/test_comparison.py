@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from rounding import approx
+from scipy import stats
 
 from megatron_prepo import comparison
 from tests.made_records import lifelike, line
@@ -27,25 +29,25 @@ def test_twice_as_fast_saves_exactly_two(axis, quota):
         for e in record["evaluations"]:
             e["pass_rate"] = 0.4 + 2 * 0.2 * e["rollouts"] / 1000
     saving = only(slow + fast).savings[axis, quota]
-    assert saving.ratio == pytest.approx(2.0, abs=1e-9)
-    assert (saving.low, saving.high) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert saving.ratio == approx(2.0)
+    assert (saving.low, saving.high) == (approx(2.0), approx(2.0))
     assert not saving.missed and saving.reached_draws == 1 and saving.reached_seeds == 2
     scale = {"rollouts": 1.0, "tokens": 20.0, "seconds": 0.1}[axis]
-    assert saving.paid == pytest.approx(quota * 500 * scale)
+    assert saving.paid == approx(quota * 500 * scale)
 
 
 def test_tokens_are_counted_for_themselves():
     """As fast by rollouts, but with half the tokens each."""
     result = only(lines("random", 1) + lines("prepo", 1, tokens_per_rollout=10))
-    assert result.savings["rollouts", 0.75].ratio == pytest.approx(1)
-    assert result.savings["tokens", 0.75].ratio == pytest.approx(2)
+    assert result.savings["rollouts", 0.75].ratio == approx(1)
+    assert result.savings["tokens", 0.75].ratio == approx(2)
 
 
 def test_the_baseline_saves_nothing_and_reaches_its_own_target():
     result = only(lines("random", 1, 2) + lines("prepo", 1), arm="random")
     for quota in comparison.QUOTAS:
         saving = result.savings["rollouts", quota]
-        assert saving.ratio == pytest.approx(1) and saving.low is None and not saving.missed
+        assert saving.ratio == approx(1) and saving.low is None and not saving.missed
     assert result.final_difference is None
 
 
@@ -55,8 +57,8 @@ def test_a_miss_is_a_bound(quota, missed):
     saving = only(lines("random", 1, 2) + lines("prepo", 1, 2, speed=0.5)).savings[
         "rollouts", quota
     ]
-    assert saving.missed is missed and saving.paid == pytest.approx(1000)
-    assert saving.ratio == pytest.approx(quota * 1000 / 1000)
+    assert saving.missed is missed and saving.paid == approx(1000)
+    assert saving.ratio == approx(quota * 1000 / 1000)
     assert saving.reached_seeds == (0 if missed else 2)
     assert saving.low_missed is missed and saving.reached_draws == (0 if missed else 1)
 
@@ -66,11 +68,11 @@ def test_some_seeds_miss():
     records = lines("random", 1, 2, 3) + lines("prepo", 1, 2) + lines("prepo", 3, speed=0)
     saving = only(records).savings["rollouts", 0.5]
     assert saving.reached_seeds == 2 and not saving.missed
-    assert saving.ratio == pytest.approx(500 / 750)  # the mean rises at two thirds of the speed
+    assert saving.ratio == approx(500 / 750)  # the mean rises at two thirds of the speed
     # the mean of a draw reaches half of the way with at most one bad seed in it
     expected = (2 / 3) ** 3 + 3 * (2 / 3) ** 2 / 3
     assert saving.reached_draws == pytest.approx(expected, abs=0.04)
-    assert saving.low_missed and saving.low == pytest.approx(0.5) and saving.high == 1.0
+    assert saving.low_missed and saving.low == approx(0.5) and saving.high == 1.0
 
 
 def test_the_first_crossing_counts_even_if_it_falls_again():
@@ -87,13 +89,13 @@ def test_smoothing_by_hand():
         e["pass_rate"] = rate
     x, y = comparison.curve(record, "rollouts")
     # weights 4, 1, 1, 4
-    assert x == pytest.approx([0, (0 * 4 + 1 + 2) / 6, (1 + 2 + 3 * 4) / 6, 3])
-    assert y == pytest.approx([0.4, (1.6 + 0.7 + 0.1) / 6, (0.7 + 0.1 + 2.4) / 6, 0.6])
+    assert x == approx([0, (0 * 4 + 1 + 2) / 6, (1 + 2 + 3 * 4) / 6, 3])
+    assert y == approx([0.4, (1.6 + 0.7 + 0.1) / 6, (0.7 + 0.1 + 2.4) / 6, 0.6])
 
 
 def test_a_run_with_two_evaluations_is_a_line():
     x, y = comparison.curve(line("random", 1, points=2), "rollouts")
-    assert x.tolist() == [0, 1000] and y == pytest.approx([0.4, 0.6])
+    assert x.tolist() == [0, 1000] and y == approx([0.4, 0.6])
 
 
 def test_probes_are_not_counted():
@@ -103,7 +105,7 @@ def test_probes_are_not_counted():
         e["rollouts"], e["tokens"] = 10 * e["rollouts"], 2 * e["tokens"]
     result = only(records, "oracle")
     for axis in comparison.AXES:
-        assert result.savings[axis, 0.5].ratio == pytest.approx(1)
+        assert result.savings[axis, 0.5].ratio == approx(1)
 
 
 def test_finals_and_areas_with_their_intervals():
@@ -111,13 +113,13 @@ def test_finals_and_areas_with_their_intervals():
     records += [line("prepo", s, final=f) for s, f in ((1, 0.63), (2, 0.65), (3, 0.70))]
     result = only(records)
     values = np.array([0.63, 0.65, 0.70])
-    half = 4.302653 * values.std(ddof=1) / math.sqrt(3)  # Student's t for two degrees of freedom
-    assert result.final.value == pytest.approx(values.mean())
-    assert result.final.high - result.final.value == pytest.approx(half, rel=1e-6)
+    half = stats.t.ppf(0.975, df=2) * values.std(ddof=1) / math.sqrt(3)
+    assert result.final.value == approx(values.mean())
+    assert result.final.high - result.final.value == approx(half)
     difference = result.final_difference
-    assert difference.value == pytest.approx(0.03) and difference.num_seeds == 2
-    assert difference.high - difference.low == pytest.approx(0, abs=1e-9), "paired by seed"
-    assert result.mean_pass.value == pytest.approx((0.4 + values.mean()) / 2)
+    assert difference.value == approx(0.03) and difference.num_seeds == 2
+    assert difference.high - difference.low == approx(0), "paired by seed"
+    assert result.mean_pass.value == approx((0.4 + values.mean()) / 2)
 
 
 def test_a_single_seed_has_no_interval():
@@ -135,9 +137,9 @@ def test_without_a_baseline_or_its_gain_there_are_no_savings():
 
 def test_area_by_hand():
     x, y = np.array([0.0, 10.0]), np.array([0.0, 1.0])
-    assert comparison.area(x, y, 10) == pytest.approx(0.5)
-    assert comparison.area(x, y, 5) == pytest.approx(0.25)
-    assert comparison.area(x, y, 20) == pytest.approx(0.75), "it keeps its last value"
+    assert comparison.area(x, y, 10) == approx(0.5)
+    assert comparison.area(x, y, 5) == approx(0.25)
+    assert comparison.area(x, y, 20) == approx(0.75), "it keeps its last value"
 
 
 def test_the_same_records_give_the_same_intervals():

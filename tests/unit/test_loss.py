@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rounding import approx, assert_close, assert_gradients
 
 from megatron_prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.loss import (
@@ -58,7 +59,7 @@ def test_aggregations_in_closed_form():
     """Two rollouts of 1 and 3 tokens with weights 2 and 1, ratio 1, advantages 1 and -1."""
     weight_N, lengths_N = torch.tensor([2.0, 1.0]), torch.tensor([1, 3])
     coefficients = [rollout_coefficients(weight_N, lengths_N, a).tolist() for a in AGGREGATIONS]
-    assert coefficients == [[1.0, 0.5], [1.0, pytest.approx(1 / 6)], [0.5, 0.25]]
+    assert coefficients == [[1.0, 0.5], [1.0, approx(1 / 6, dtype=torch.float32)], [0.5, 0.25]]
     # -(sum over tokens of c A): the second rollout counts three times
     losses = []
     for c_1, c_2 in coefficients:
@@ -68,7 +69,7 @@ def test_aggregations_in_closed_form():
             coefficient_T=torch.tensor([c_1, c_2, c_2, c_2]),
         )
         losses.append(policy_loss(torch.full((4,), -1.0), torch.zeros(4), terms)[0].item())
-    assert losses == pytest.approx([0.5, -0.5, 0.25])
+    assert losses == approx([0.5, -0.5, 0.25], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -82,7 +83,7 @@ def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
         "seq-mean-token-mean": ADVANTAGE_N.mean(),
         "token-mean": (LENGTHS_N * ADVANTAGE_N).sum() / LENGTHS_N.sum(),
     }
-    assert loss.item() == pytest.approx(-expected[aggregation].item(), abs=1e-15)
+    assert loss.item() == approx(-expected[aggregation].item())
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -107,15 +108,13 @@ def test_losses_of_a_split_batch_add_up(aggregation):
             )
         ]
         together = sum(loss for loss, _ in parts)
-        assert together.item() == pytest.approx(whole.item(), rel=1e-13)
+        assert together.item() == approx(whole.item())
         for name, value in whole_sums.items():
             total = sum(sums[name] for _, sums in parts)
-            assert total.item() == pytest.approx(value.item(), rel=1e-6)
-        torch.testing.assert_close(
+            assert total.item() == approx(value.item())
+        assert_close(
             torch.autograd.grad(together, (logprobs_T, entropy_T)),
             torch.autograd.grad(whole, (logprobs_T, entropy_T), retain_graph=True),
-            rtol=1e-13,
-            atol=0,
         )
 
 
@@ -142,7 +141,7 @@ def test_a_weight_scales_the_gradient_of_its_rollout_and_of_no_other():
     for weights in (weight_N, None):
         logprobs_T, entropy_T, terms = batch(weight_N=weights)
         gradients += torch.autograd.grad(policy_loss(logprobs_T, entropy_T, terms)[0], logprobs_T)
-    torch.testing.assert_close(gradients[0], per_token(weight_N) * gradients[1])
+    assert_close(gradients[0], per_token(weight_N) * gradients[1])
 
 
 def test_weights_are_constants_of_the_loss():
@@ -167,7 +166,7 @@ def test_weights_are_constants_of_the_loss():
     ours = gradient(lambda entropy_N: relative_entropy_weights(entropy_N, LENGTHS_N))
     constant = gradient(lambda entropy_N: (entropy_N / entropy_N.mean()).detach())
     through = gradient(lambda entropy_N: entropy_N / entropy_N.mean())
-    torch.testing.assert_close(ours, constant, rtol=1e-12, atol=1e-15)
+    assert_close(ours, constant)
     assert (ours - through).abs().max() > 1e-3  # so that the test could fail
 
 
@@ -184,7 +183,7 @@ def test_on_policy_gradient_by_hand(aggregation):
     gradient_T, entropy_gradient_T = torch.autograd.grad(
         loss, (logprobs_T, entropy_T), allow_unused=True
     )
-    torch.testing.assert_close(gradient_T, -terms.coefficient_T * terms.advantage_T)
+    assert_close(gradient_T, -terms.coefficient_T * terms.advantage_T)
     assert entropy_gradient_T is None
     assert sums["clipped"] == 0 and sums["kl"] == 0 and sums["ratio"] == 10
 
@@ -198,7 +197,7 @@ def test_clipping_kills_the_gradient_where_the_ratio_has_gone_far_enough(ratio, 
     """A good token already made likelier than 1.28, a bad one already below 0.8."""
     loss, gradient, sums = one_token(ratio, advantage)
     assert gradient == 0
-    assert loss == pytest.approx(-(1.28 if advantage > 0 else 0.8) * advantage)
+    assert loss == approx(-(1.28 if advantage > 0 else 0.8) * advantage)
     assert sums["clipped"] == 1
 
 
@@ -206,8 +205,8 @@ def test_clipping_kills_the_gradient_where_the_ratio_has_gone_far_enough(ratio, 
 def test_clipping_leaves_the_gradient_everywhere_else(ratio, advantage):
     """Within the clip, and where the ratio has gone the wrong way: min keeps it pulling back."""
     loss, gradient, sums = one_token(ratio, advantage)
-    assert loss == pytest.approx(-ratio * advantage)
-    assert gradient == pytest.approx(-ratio * advantage)
+    assert loss == approx(-ratio * advantage)
+    assert gradient == approx(-ratio * advantage)
     assert sums["clipped"] == 0
 
 
@@ -246,10 +245,10 @@ def test_loss_and_gradient_equal_the_formula_by_finite_differences():
 
     loss, sums = policy_loss(logprobs_T, entropy_T, terms, **settings)
     expected = by_hand(logprobs_T.detach(), entropy_T.detach())
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.item() == approx(expected.item())
     assert 0 < sums["clipped"] < 10
-    assert torch.autograd.gradcheck(
-        lambda a, b: policy_loss(a, b, terms, **settings)[0], (logprobs_T, entropy_T)
+    assert_gradients(
+        lambda a, b: policy_loss(a, b, terms, **settings)[0], (logprobs_T, entropy_T), scale=1.0
     )
 
 
@@ -260,7 +259,7 @@ def test_an_advantage_of_zero_contributes_nothing_whatever_the_weight():
     loss, _ = policy_loss(logprobs_T, entropy_T, terms)
     (gradient_T,) = torch.autograd.grad(loss, logprobs_T)
     assert gradient_T[terms.advantage_T == 0].eq(0).all()
-    assert loss.item() == pytest.approx(policy_loss(*batch())[0].item(), rel=1e-14)
+    assert loss.item() == approx(policy_loss(*batch())[0].item())
 
 
 def test_no_token_gives_a_loss_of_zero_that_has_a_gradient():
@@ -280,9 +279,9 @@ def test_entropy_bonus_rewards_entropy():
     loss, _ = policy_loss(logprobs_T, entropy_T, terms, entropy_coef=0.3)
     without, _ = policy_loss(logprobs_T, entropy_T, terms)
     bonus = 0.3 * (terms.coefficient_T * entropy_T).sum()
-    assert (without - loss).item() == pytest.approx(bonus.item(), rel=1e-12)
+    assert (without - loss).item() == approx(bonus.item())
     (gradient_T,) = torch.autograd.grad(loss, entropy_T)
-    torch.testing.assert_close(gradient_T, -0.3 * terms.coefficient_T)
+    assert_close(gradient_T, -0.3 * terms.coefficient_T)
 
 
 def test_importance_multiplies_the_objective_but_not_bonus_and_penalty():
@@ -296,8 +295,8 @@ def test_importance_multiplies_the_objective_but_not_bonus_and_penalty():
             loss, _ = policy_loss(logprobs_T, entropy_T, terms, **settings_or_none)
             gradients += torch.autograd.grad(loss, logprobs_T)
     with_all, with_only, without_but, without = gradients
-    torch.testing.assert_close(with_only, importance_T * without)
-    torch.testing.assert_close(with_all - with_only, without_but - without)
+    assert_close(with_only, importance_T * without)
+    assert_close(with_all - with_only, without_but - without)
 
 
 # Kullback-Leibler
@@ -316,7 +315,7 @@ def test_k3_is_exact_in_expectation():
     p_V = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     q_V = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
     estimate = (p_V * k3(p_V.log() - q_V.log())).sum()
-    assert estimate.item() == pytest.approx((p_V * (p_V / q_V).log()).sum().item(), rel=1e-12)
+    assert estimate.item() == approx((p_V * (p_V / q_V).log()).sum().item())
 
 
 def test_kl_penalty_in_closed_form():
@@ -325,9 +324,9 @@ def test_kl_penalty_in_closed_form():
     ones = torch.ones(1, dtype=torch.float64)
     terms = LossTerms(logprobs_T.detach(), 0 * ones, ones, None, torch.tensor([0.2]).double().log())
     loss, sums = policy_loss(logprobs_T, 0 * ones, terms, kl_coef=0.5)
-    assert loss.item() == pytest.approx(0.5 * (math.log(2) - 0.5), rel=1e-6)
-    assert sums["reference_kl"].item() == pytest.approx(math.log(2) - 0.5, rel=1e-6)
-    assert torch.autograd.grad(loss, logprobs_T)[0].item() == pytest.approx(0.25, rel=1e-6)
+    assert loss.item() == approx(0.5 * (math.log(2) - 0.5))
+    assert sums["reference_kl"].item() == approx(math.log(2) - 0.5)
+    assert torch.autograd.grad(loss, logprobs_T)[0].item() == approx(0.25)
 
 
 def test_kl_to_the_old_policy_is_exact_in_expectation():
@@ -342,7 +341,7 @@ def test_kl_to_the_old_policy_is_exact_in_expectation():
     terms = LossTerms(old_V.log()[tokens_T], zeros_T, zeros_T)
     _, sums = policy_loss(new_V.log()[tokens_T], zeros_T, terms)
     expected = (old_V * (old_V / new_V).log()).sum()
-    assert sums["kl"].item() / 4 == pytest.approx(expected.item(), rel=1e-9)
+    assert sums["kl"].item() / 4 == approx(expected.item())
 
 
 def test_sums_over_tokens_by_hand():
@@ -353,5 +352,5 @@ def test_sums_over_tokens_by_hand():
     )
     _, sums = policy_loss(logprobs_T, torch.zeros(3), terms)
     assert sums["tokens"].item() == 3 and sums["clipped"].item() == 2
-    assert sums["ratio"].item() == pytest.approx(3.5, rel=1e-6)
+    assert sums["ratio"].item() == approx(3.5)
     assert not any(value.requires_grad for value in sums.values())

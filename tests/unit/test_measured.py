@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from rounding import approx
 
 from megatron_prepo import config as configuration
 from megatron_prepo import measured, plan
@@ -57,9 +58,9 @@ def seconds(run, gpu: str, count: int) -> dict:
 def test_what_was_measured_is_predicted_for_the_same_step(run):
     predicted = seconds(run, "h100", 2)
     for stage in ("rollouts", "old_logprobs", "update", "weight_sync"):
-        assert predicted[stage] == pytest.approx((STEP[f"seconds/{stage}"],) * 2), stage
+        assert predicted[stage] == approx((STEP[f"seconds/{stage}"],) * 2), stage
     # 16 prompts of 24 tokens, priced as scoring of 32 x 64
-    assert predicted["perplexity"][0] == pytest.approx(2.0 * 16 * 24 / (32 * 64))
+    assert predicted["perplexity"][0] == approx(2.0 * 16 * 24 / (32 * 64))
 
 
 def test_a_pipelines_idle_time_is_counted_once(run):
@@ -67,20 +68,20 @@ def test_a_pipelines_idle_time_is_counted_once(run):
     flat = seconds(run, "h100", 2)
     with (run / "config.yaml").open("a") as file:
         file.write("parallel: {pipeline: 2}\n")
-    assert seconds(run, "h100", 2)["update"] == pytest.approx(flat["update"])
+    assert seconds(run, "h100", 2)["update"] == approx(flat["update"])
     rates = measured.rates_of(run)
     config = configuration.load(run / "config.yaml", ["parallel.pipeline=1"])
     without = plan.make_plan(config, plan.Question(gpus=2, rates=rates)).seconds
-    assert without["update"][0] == pytest.approx(flat["update"][0] * 16 / 17)
+    assert without["update"][0] == approx(flat["update"][0] * 16 / 17)
 
 
 def test_another_gpu_is_scaled_by_what_a_stage_waits_for(run):
     here, other = seconds(run, "h100", 2), seconds(run, "h200", 4)
-    assert other["update"][0] == pytest.approx(here["update"][0] / 2)
-    assert other["rollouts"][0] == pytest.approx(here["rollouts"][0] / 2 * 3.35 / 4.8)
+    assert other["update"][0] == approx(here["update"][0] / 2)
+    assert other["rollouts"][0] == approx(here["rollouts"][0] / 2 * 3.35 / 4.8)
     write(run, [STEP, STEP], "NVIDIA H200")
     back = seconds(run, "h100", 2)
-    assert back["rollouts"][0] == pytest.approx(here["rollouts"][0] * 4.8 / 3.35)
+    assert back["rollouts"][0] == approx(here["rollouts"][0] * 4.8 / 3.35)
     assert back["update"] == here["update"]
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from rounding import approx, assert_close
 
 from megatron_prepo.config import LossConfig
 from megatron_prepo.loss import LossTerms, policy_loss
@@ -44,7 +45,7 @@ def test_by_hand(settings, expected):
     """The default band is [1/2, 2]; 1/2 as a quotient of rounded logarithms is just below it."""
     old_T = OLD_T - torch.tensor([1e-6, 0, 0, 0])
     importance_T = importance(LossConfig(**settings), old_T, ENGINE_T)
-    assert importance_T.tolist() == pytest.approx(expected, rel=1e-5)
+    assert importance_T.tolist() == approx(expected, dtype=torch.float32)
     assert importance_T.dtype == torch.float32
 
 
@@ -79,7 +80,7 @@ def test_the_sequences_ratio_is_exact_and_the_tokens_is_not():
         p_engine = engine_T.sum().exp()
         by_sequence += p_engine * sequence_ratios(old_T, engine_T)[1] * value_VV[a, b]
         by_token += p_engine * token_ratios(old_T, engine_T)[1] * value_VV[a, b]
-    assert by_sequence.item() == pytest.approx(truth.item(), rel=1e-12)
+    assert by_sequence.item() == approx(truth.item())
     assert abs(by_token - truth) > 1e-3
 
 
@@ -106,7 +107,7 @@ def test_gradient_of_a_masked_token_is_zero_and_of_others_unchanged_but_for_the_
         loss, sums = policy_loss(logprobs_T, torch.zeros(8), terms)
         assert sums["tokens"] == 8
         gradients += torch.autograd.grad(loss, logprobs_T)
-    torch.testing.assert_close(gradients[0], importance_T.double() * gradients[1])
+    assert_close(gradients[0], importance_T.double() * gradients[1])
     outside = [3] if level == "token" else [0, 1, 2, 3]
     assert gradients[0].eq(0).nonzero().flatten().tolist() == outside
 
@@ -115,20 +116,20 @@ def test_metrics_by_hand():
     """Two rollouts: differences ln 2, 0, -ln 2, -ln 8 of actor to engine, and one without any."""
     metrics = mismatch_metrics([OLD_T, OLD_T], [ENGINE_T, OLD_T])
     log2 = math.log(2)
-    assert metrics["mismatch/logprob_abs_mean"] == pytest.approx(5 * log2 / 8, rel=1e-5)
-    assert metrics["mismatch/logprob_abs_max"] == pytest.approx(3 * log2, rel=1e-5)
+    assert metrics["mismatch/logprob_abs_mean"] == approx(5 * log2 / 8, dtype=torch.float32)
+    assert metrics["mismatch/logprob_abs_max"] == approx(3 * log2, dtype=torch.float32)
     assert metrics["mismatch/logprob_abs_q50"] == 0
     assert metrics["mismatch/logprob_abs_q90"] == metrics["mismatch/logprob_abs_max"]
     shares = [metrics[f"mismatch/share_off_by_{x}"] for x in ("0.01", "0.1", "1")]
     assert shares == [3 / 8, 3 / 8, 1 / 8]
     ratios = [0.5, 1, 2, 8, 1, 1, 1, 1]
     ess = sum(ratios) ** 2 / (8 * sum(r * r for r in ratios))
-    assert metrics["mismatch/token_ess"] == pytest.approx(ess, rel=1e-5)
-    assert metrics["mismatch/sequence_ess"] == pytest.approx(81 / (2 * 65), rel=1e-5)
-    assert metrics["mismatch/sequence_log_ratio_max"] == pytest.approx(3 * log2, rel=1e-5)
+    assert metrics["mismatch/token_ess"] == approx(ess, dtype=torch.float32)
+    assert metrics["mismatch/sequence_ess"] == approx(81 / (2 * 65), dtype=torch.float32)
+    assert metrics["mismatch/sequence_log_ratio_max"] == approx(3 * log2, dtype=torch.float32)
     assert metrics["mismatch/sequence_log_ratio_min"] == 0
     kl = sum(r + math.log(1 / r) - 1 for r in ratios) / 8
-    assert metrics["mismatch/kl"] == pytest.approx(kl, rel=1e-5)
+    assert metrics["mismatch/kl"] == approx(kl, dtype=torch.float32)
 
 
 def test_shares_that_were_truncated_and_left_out():
@@ -137,9 +138,9 @@ def test_shares_that_were_truncated_and_left_out():
     cut_metrics = importance_metrics(cut, importance(cut, OLD_T, ENGINE_T))
     band_metrics = importance_metrics(band, importance(band, OLD_T, ENGINE_T))
     assert cut_metrics["importance/truncated_share"] == 1 / 4
-    assert cut_metrics["importance/mean"] == pytest.approx((0.5 + 1 + 2 + 3) / 4, rel=1e-5)
+    assert cut_metrics["importance/mean"] == approx((0.5 + 1 + 2 + 3) / 4, dtype=torch.float32)
     assert band_metrics["importance/masked_share"] == 2 / 4
-    assert band_metrics["importance/mean"] == pytest.approx(3 / 4, rel=1e-5)
+    assert band_metrics["importance/mean"] == approx(3 / 4, dtype=torch.float32)
 
 
 def test_effective_share_of_ratios_that_overflow():

@@ -8,6 +8,7 @@ import yaml
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from rounding import approx
 
 from megatron_prepo import gpus, layouts, memory, plan, plan_text
 from megatron_prepo.actor.dry_run import count_parameters, each_rank, each_stage, pretend
@@ -157,7 +158,7 @@ def test_bytes_of_a_rank_by_hand(configured):
     assert answer.parameters == answer.active_parameters == rank.parameters == count
     assert (rank.weights, rank.gradients) == (2 * count, 4 * count)
     assert rank.optimizer_whole == 12 * count
-    assert rank.optimizer_split == pytest.approx(12 * count / 8, rel=1e-6)
+    assert rank.optimizer_split == pytest.approx(12 * count / 8, rel=1e-6)  # and padding
     assert rank.actor == rank.weights + rank.gradients + rank.optimizer_split
     whole = configured(parallel={}, optimizer={"use_distributed_optimizer": False})
     (unsplit,) = plan.make_plan(whole, plan.Question(gpus=8, engine="sglang")).ranks
@@ -210,7 +211,7 @@ def test_a_kl_penalty_keeps_weights_twice_more(configured):
     without = plan.make_plan(configured(parallel={"pipeline": 4}), question)
     assert answer.seconds["update"] == without.seconds["update"]
     twice = [2 * seconds for seconds in without.seconds["old_logprobs"]]
-    assert answer.seconds["old_logprobs"] == pytest.approx(twice)
+    assert answer.seconds["old_logprobs"] == approx(twice)
 
 
 def test_the_embedded_engine_is_whole_on_every_rank(configured):
@@ -243,7 +244,7 @@ def test_a_thousand_gpus_and_more(configured):
         plan.make_plan(config, plan.Question(gpus=count, engine="sglang")).ranks[0].optimizer_split
         for count in (256, 1024)
     ]
-    assert shards[0] == pytest.approx(4 * shards[1], rel=1e-3)
+    assert shards[0] == pytest.approx(4 * shards[1], rel=1e-3)  # but for padding
 
 
 @pytest.mark.parametrize(
@@ -317,8 +318,8 @@ def test_a_budget_makes_a_run_of_refills_shorter(configured):
         "rollouts": answer.seconds["rollouts"][1] / 5
     }
     in_2_steps = 2 * sum(fast.values()) + 8 * fast["rollouts"]
-    assert answer.gpu_hours[0] == pytest.approx(in_2_steps * 8 / 3600)
-    assert answer.gpu_hours[1] == pytest.approx(10 * sum(slow.values()) * 8 / 3600)
+    assert answer.gpu_hours[0] == approx(in_2_steps * 8 / 3600)
+    assert answer.gpu_hours[1] == approx(10 * sum(slow.values()) * 8 / 3600)
 
 
 def test_seconds_are_the_published_runs_themselves():
@@ -331,7 +332,7 @@ def test_seconds_are_the_published_runs_themselves():
         )
         assert seconds["perplexity"] == (0, 0)
         for stage in ("rollouts", "old_logprobs", "update", "weight_sync"):
-            assert any(t == pytest.approx(run.seconds[stage]) for t in seconds[stage])
+            assert any(t == approx(run.seconds[stage]) for t in seconds[stage])
 
 
 def test_seconds_scale_with_work_gpus_and_bandwidth():
@@ -344,12 +345,12 @@ def test_seconds_scale_with_work_gpus_and_bandwidth():
 
     one, twice, other = seconds("h100", 8), seconds("h100", 16), seconds("h200", 8)
     for stage in ("perplexity", "rollouts", "old_logprobs", "update"):
-        assert one[stage] == pytest.approx([2 * t for t in twice[stage]])
-    assert one["rollouts"] == pytest.approx([4.8 / 3.35 * t for t in other["rollouts"]])
+        assert one[stage] == approx([2 * t for t in twice[stage]])
+    assert one["rollouts"] == approx([4.8 / 3.35 * t for t in other["rollouts"]])
     assert one["update"] == other["update"]
     assert one["weight_sync"] == twice["weight_sync"]
     # the 8B run: 28 s for 8.03e9 x 2048 x 795 on 8 GPUs
-    assert one["update"][0] == pytest.approx(28 * 7e9 * 3e6 * 1.5 / (8.03e9 * 2048 * 795))
+    assert one["update"][0] == approx(28 * 7e9 * 3e6 * 1.5 / (8.03e9 * 2048 * 795))
 
 
 def test_least_communication_by_hand():
@@ -357,20 +358,20 @@ def test_least_communication_by_hand():
     gpu = gpus.GPUS["h100"]
     asked = {"gpu": gpu, "layers": 2, "hidden": 8, "tokens": 10}
     alone = gpus.communication_seconds(**asked, tensor=2, data=1, gradient_bytes=1e9)
-    assert alone == pytest.approx(4 * 2 * 10 * 8 * 2 / 450e9)
+    assert alone == approx(4 * 2 * 10 * 8 * 2 / 450e9)
     near = gpus.communication_seconds(**asked, tensor=1, data=4, gradient_bytes=1e9)
-    assert near == pytest.approx(1.5e9 / 450e9)
+    assert near == approx(1.5e9 / 450e9)
     far = gpus.communication_seconds(**asked, tensor=1, data=16, gradient_bytes=1e9)
-    assert far == pytest.approx(2 * 15 / 16 * 1e9 / 50e9)
+    assert far == approx(2 * 15 / 16 * 1e9 / 50e9)
 
 
 def test_messages_of_a_pipeline_by_hand():
     """10 tokens x 8 numbers x 2 bytes, there and back, for each chunk; tensor ranks send a part."""
     asked = {"gpu": gpus.GPUS["h100"], "layers": 0, "hidden": 8, "tokens": 10, "gradient_bytes": 0}
     inside = gpus.communication_seconds(**asked, tensor=1, data=2, pipeline=4)
-    assert inside == pytest.approx(2 * 10 * 8 * 2 / 450e9)
+    assert inside == approx(2 * 10 * 8 * 2 / 450e9)
     between = gpus.communication_seconds(**asked, tensor=2, data=2, pipeline=4, chunks=3)
-    assert between == pytest.approx(3 * 2 * 10 * 8 * 2 / 2 / 50e9)
+    assert between == approx(3 * 2 * 10 * 8 * 2 / 2 / 50e9)
 
 
 def test_exchanges_of_context_parallelism_by_hand():
@@ -382,9 +383,9 @@ def test_exchanges_of_context_parallelism_by_hand():
         assert memory.exchanged_numbers(shape, ParallelConfig(context=context)) == exchanged
     asked = {"gpu": gpus.GPUS["h100"], "layers": 2, "hidden": 8, "tokens": 10, "gradient_bytes": 0}
     near = gpus.communication_seconds(**asked, tensor=1, data=32, context=2, exchanged=48)
-    assert near == pytest.approx(2 * 2 * 10 * 48 * 2 / 450e9)
+    assert near == approx(2 * 2 * 10 * 48 * 2 / 450e9)
     far = gpus.communication_seconds(**asked, tensor=1, data=32, context=16, exchanged=48)
-    assert far == pytest.approx(2 * 2 * 10 * 48 * 2 / 50e9)
+    assert far == approx(2 * 2 * 10 * 48 * 2 / 50e9)
 
 
 def test_context_ranks_on_several_machines_are_cautioned_against(configured):
