@@ -16,6 +16,29 @@ with open(os.environ["FAKE_PIDS"], "a") as pids:
 from fake_sglang import main
 main()
 """
+SERVER_ARGS = """
+import argparse, json
+
+class ServerArgs:
+    @staticmethod
+    def add_cli_args(parser):
+        for name in ("model-path", "host", "dtype", "load-format", "device", "attention-backend"):
+            parser.add_argument("--" + name)
+        for name in ("port", "tp-size", "random-seed", "max-total-tokens", "chunked-prefill-size"):
+            parser.add_argument("--" + name, type=int)
+        for name in (
+            *("skip-tokenizer-init", "skip-server-warmup", "enable-fp32-lm-head", "sleep-on-idle"),
+            *("enable-return-routed-experts", "disable-cuda-graph", "enable-memory-saver"),
+            *("enable-deterministic-inference", "enable-metrics"),
+        ):
+            parser.add_argument("--" + name, action="store_true")
+        parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
+        parser.add_argument("--mem-fraction-static", type=float)
+        parser.add_argument("--cuda-graph-bs", type=int, nargs="+")
+        parser.add_argument("--json-model-override-args", type=json.loads)
+        parser.add_argument("--log-level", choices=["info", "error"])
+"""
+"""The names of real options, read as the real parser reads them."""
 
 
 def install(directory: Path, monkeypatch) -> Path:
@@ -31,6 +54,8 @@ def environment(directory: Path) -> dict[str, str]:
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "launch_server.py").write_text(LAUNCH_SERVER)
+    (package / "srt").mkdir()
+    (package / "srt" / "server_args.py").write_text(SERVER_ARGS)
     path = [str(directory), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(path), "FAKE_PIDS": str(directory / "pids")}
 

@@ -139,6 +139,56 @@ def test_what_a_user_can_get_wrong_is_said_before_anything_starts(tmp_path):
             launch.check(config_of(**wrong))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mem_fraction_static": "0.8x"}, r"--mem-fraction-static: invalid float value: '0\.8x'"),
+        ({"chunked_prefill_size": 1.5}, r"--chunked-prefill-size: invalid int value: '1\.5'"),
+        ({"mem_fraction": 0.8}, r"sglang\.mem_fraction: SGLang has no option --mem-fraction$"),
+        ({"mem-fraction-static": True}, r"mem-fraction-static=true: .* takes a value"),
+        ({"mem_fraction_static": False}, r"mem_fraction_static=false: .* takes a value"),
+        ({"enable_metrics": "off"}, r'enable_metrics="off": .* is true or false'),
+        ({"enable_metrics": 1}, "enable_metrics=1: .* is true or false"),
+        ({"overlap": False}, r"sglang\.overlap=false: write sglang\.no_overlap=true"),
+        ({"cuda_graph_bs": [1, "x"]}, "--cuda-graph-bs: invalid int value: 'x'"),
+        ({"log_level": "loud"}, "--log-level: invalid choice: 'loud'"),
+    ],
+)
+def test_a_setting_that_sglang_would_not_take_is_said_by_its_own_parser(
+    tmp_path, monkeypatch, setting, message
+):
+    fake_sglang_package.install(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=message) as caught:
+        launch.check(config_of(sglang=setting))
+    assert str(caught.value).isprintable()
+
+
+def test_settings_that_sglang_takes(tmp_path, monkeypatch):
+    fake_sglang_package.install(tmp_path, monkeypatch)
+    taken = {"mem_fraction_static": 1e-5, "enable_metrics": False, "no_overlap": True}
+    taken |= {"cuda_graph_bs": [1, 2], "json_model_override_args": {"rope": {"factor": 8.0}}}
+    launch.check(config_of(sglang=taken | {"load_format": None, "log-level": "error"}))
+
+
+def test_what_is_no_text_reaches_sglang_as_json():
+    own = {
+        "json_model_override_args": {"a": [1, None, True]},
+        "a_number": 1e-05,
+        "many": [0.5, "x"],
+    }
+    words = arguments(config_of(sglang=own), 0, port=1, cuda=True)
+    assert option(words, "--json-model-override-args") == '{"a": [1, null, true]}'
+    assert option(words, "--a-number") == "1e-05"
+    assert words[words.index("--many") :][:3] == ["--many", "0.5", "x"]
+
+
+def test_an_sglang_that_cannot_be_imported_is_said(tmp_path, monkeypatch):
+    fake_sglang_package.install(tmp_path, monkeypatch)
+    (tmp_path / "sglang" / "srt" / "server_args.py").write_text("import no_such_kernel")
+    with pytest.raises(UserError, match=r"cannot be imported: .*no_such_kernel"):
+        launch.check(config_of(sglang={"enable_metrics": True}))
+
+
 def test_given_servers_have_to_be_there():
     with FakeSGLang() as fake:
         launch.check_given(config_of(servers={"urls": [fake.url]}))

@@ -1,5 +1,6 @@
 """SGLang servers of our own: their command line, their environment, their process."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ import httpx
 
 from megatron_prepo import ports
 from megatron_prepo.config import Config
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import UserError, one_line
+from megatron_prepo.local_ranks import MEETING_FILE
 
 HERE = Path(__file__).resolve().parent
 STAND_INS = HERE / "on_cpu"
 GUARD = str(HERE / "guard.py")
+ARGUMENTS_CHECK = HERE / "arguments_check.py"
 LAST_LINES = 25
 OURS = ("model_path", "host", "port", "tp_size", "tp", "tensor_parallel_size")
 """Arguments that follow from other settings."""
@@ -43,6 +46,37 @@ def check(config: Config) -> None:
             f"{python} has no SGLang; name an interpreter that has in servers.python "
             "(`make sglang-cpu` sets one up in .venv-sglang), or running servers in servers.urls"
         )
+    # it takes seconds: once, and not again in the ranks that were started after it
+    if config.sglang and os.environ.get("RANK", "0") == "0" and MEETING_FILE not in os.environ:
+        _check_arguments(config, python)
+
+
+def _check_arguments(config: Config, python: str) -> None:
+    """UserError unless SGLang's own parser takes the servers' command line as it is meant."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    words = arguments(config, 0, port=1, cuda=cuda)
+    command = [python, "-c", ARGUMENTS_CHECK.read_text(), json.dumps(config.sglang)]
+    try:
+        done = subprocess.run(
+            [*command, json.dumps(words)],
+            env=environment(config, 0, cuda=cuda, base=os.environ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=config.servers.start_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{python} did not import SGLang within servers.start_seconds="
+            f"{config.servers.start_seconds:g}; raise the deadline"
+        ) from None
+    if done.returncode:
+        last = one_line(" ".join(done.stderr.splitlines()[-1:]))
+        raise UserError(f"the SGLang of {python} cannot be imported: {last}")
+    if mistake := json.loads(done.stdout.splitlines()[-1]):
+        raise UserError(one_line(mistake))
 
 
 def check_host(config: Config) -> None:
@@ -129,10 +163,15 @@ def arguments(config: Config, index: int, *, port: int, cuda: bool) -> list[str]
             continue
         words.append("--" + key.replace("_", "-"))
         if isinstance(value, list):
-            words += map(str, value)
+            words += map(_word, value)
         elif value is not True:
-            words.append(str(value))
+            words.append(_word(value))
     return words
+
+
+def _word(value: object) -> str:
+    """A text as it is, anything else in JSON, which SGLang reads where it takes more."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def environment(
