@@ -1,6 +1,9 @@
 """Everything that can be found wrong before a rank is started: files, tokenizer, model, layout."""
 
+import json
 import os
+import stat
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +16,8 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.prompt_digests import PromptDigests
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import check_file, pool
+
+READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ def check(config: Config) -> Inputs:
     from megatron_prepo.rollout.sglang import launch, open_files
 
     dashboards.check(config)
+    check_opens(Path(config.model.hf))
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
     check_weights(config, hf)
@@ -117,6 +123,24 @@ def prompts_of(config: Config, tokenizer, name: Literal["train", "eval"]) -> lis
     )
 
 
+def check_opens(directory: Path) -> None:
+    """UserError for an entry of a model's directory that cannot be read as a file.
+
+    A link that leads nowhere, as in a cache that is not complete; no permission; a directory or a
+    pipe in the place of a file.  Other directories are left alone.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.is_dir() and path.suffix not in READ_SUFFIXES:
+            continue
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{path} is no file, and would be read as one")
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def check_weights(config: Config, hf: dict) -> None:
     """UserError unless the checkpoint or the Hugging Face files to start from are those of `hf`.
 
@@ -125,16 +149,35 @@ def check_weights(config: Config, hf: dict) -> None:
     from checkpoints_convert.fit import check_fit
     from checkpoints_convert.hf_files import HFTensors, other_files
     from checkpoints_convert.record import check_record, check_tokenizer
+    from checkpoints_convert.torch_dist import TorchDistReader
     from megatron_prepo.actor.checkpoint import newest
 
     other_files(config.model.hf)
-    if config.model.megatron:
-        checkpoint = newest(config.model.megatron)
-        check_record(checkpoint, hf, config.model.hf)
-        check_tokenizer(checkpoint, config.model.hf)
-    else:
-        with HFTensors(config.model.hf, tied=hf["tie_word_embeddings"]) as tensors:
-            check_fit(tensors, hf)
+    try:
+        if config.model.megatron:
+            checkpoint = newest(config.model.megatron)
+            check_opens(checkpoint)
+            TorchDistReader(checkpoint)
+            _check_small_files(checkpoint)
+            check_record(checkpoint, hf, config.model.hf)
+            check_tokenizer(checkpoint, config.model.hf)
+        else:
+            with HFTensors(config.model.hf, tied=hf["tie_word_embeddings"]) as tensors:
+                check_fit(tensors, hf)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _check_small_files(checkpoint: Path) -> None:
+    """What Megatron reads beside the tensors."""
+    try:
+        form = json.loads((checkpoint / "metadata.json").read_bytes())
+    except ValueError:
+        form = None
+    if not isinstance(form, dict):
+        raise UserError(f"{checkpoint / 'metadata.json'} is damaged: it is no JSON object")
+    if not zipfile.is_zipfile(checkpoint / "common.pt"):
+        raise UserError(f"{checkpoint / 'common.pt'} is missing or damaged")
 
 
 def read_tokenizer(directory: str):

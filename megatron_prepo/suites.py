@@ -201,6 +201,7 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
         model=dataclasses.replace(config.model, hf=str(model.hf), megatron=None),
         run=dataclasses.replace(config.run, dir=str(directory)),
     )
+    preflight.check_opens(model.hf)
     tokenizer = preflight.read_tokenizer(config.model.hf)
     works = []
     for name, file in suites:

@@ -169,12 +169,14 @@ def newest(directory: str | Path) -> Path:
     tracker = directory / TRACKER
     if not tracker.is_file():
         raise UserError(f"no Megatron checkpoint in {directory}: {tracker} is missing")
-    name = tracker.read_text().strip()
+    name = tracker.read_text(errors="replace").strip()
     if name != "release" and not name.isdecimal():
         raise UserError(f"{tracker} is damaged: it says {name[:20]!r}, neither a step nor release")
     path = directory / name if name == "release" else path_of(directory, int(name))
     if not (path / "metadata.json").is_file():
-        raise UserError(f"{tracker} names {path.name}, which is not a whole checkpoint")
+        raise UserError(
+            f"{tracker} names {path.name}, which is not a whole checkpoint: it has no metadata.json"
+        )
     return path
 
 
