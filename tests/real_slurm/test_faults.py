@@ -222,7 +222,7 @@ def test_an_error_of_one_node_only_is_shown(cluster, run):
     """A file that only the first node has."""
     cluster.on("node1", "cp", "-r", str(LAPTOP / "base"), "/tmp/base")
     job = submit(cluster, run, TP2, train=(*TRAIN, "model.hf=/tmp/base"))
-    assert "error: model.hf=/tmp/base" in cluster.ends(job, "FAILED")
+    assert "error: no Hugging Face model in /tmp/base" in cluster.ends(job, "FAILED")
     assert cluster.job(job)["ExitCode"] == "2:0"
 
 
