@@ -2,7 +2,9 @@
 
 A job's nodes are addresses of this machine, 127.0.0.1, 127.0.0.2, ...; each task is a process.  Of
 the real one it keeps tasks and their environment, `--relative`, `--kill-on-bad-exit`, dependencies,
-states, and signals to all tasks of a step.  Run as a script by the commands that `install` makes.
+states, and signals to all tasks of a step: `tests/real_slurm` compares the two, and has what this
+one does not play (time limits, requeues, preemption, memory, GPUs, nodes that are lost).  Run as a
+script by the commands that `install` makes.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+KILL_WAIT = 1.0
 COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "sacct")
 
 
@@ -131,10 +134,13 @@ def srun(words: list[str]) -> int:
             signal.signal(number, lambda number, _: [_signal_all(p.pid, number) for p in processes])
         step = Path(os.environ["FAKE_SLURM"]) / f"{os.getpid()}.step"
         step.touch()
+        failed = None
         while None in (codes := [process.poll() for process in processes]):
-            if any(codes):
+            if any(codes):  # as the real one: SIGTERM, then SIGKILL after KillWait
+                failed = failed or time.monotonic()
+                late = time.monotonic() - failed > KILL_WAIT
                 for process in processes:
-                    process.kill()
+                    (process.kill if late else process.terminate)()
             time.sleep(0.05)
         step.unlink()
     return max(code if code >= 0 else 128 - code for code in codes)

@@ -153,5 +153,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def leave(code: int) -> None:
+    """End the process: one that has failed immediately, since gloo's and NCCL's threads may wait
+    for ranks that are lost until Slurm kills this one, too, and the exit code with it."""
+    if code == 0:
+        sys.exit()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
