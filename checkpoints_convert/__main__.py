@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"
     )
     verifier.add_argument(
-        "--prompts", help="prompts for the logits: .jsonl as data.train, or text, a prompt per line"
+        "--prompts", help="for the logits: .jsonl as data.train, or a prompt per line"
     )
     verifier.add_argument("--quick", action="store_true", help="sampled layers, no logits")
     verifier.add_argument("--no-logits", action="store_true", help="do not build the models")
