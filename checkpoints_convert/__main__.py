@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_prepo import json_lines
+from megatron_prepo.data import read_records
 from megatron_prepo.errors import UserError, in_one_line
 
 
@@ -47,7 +49,7 @@ def _verify(options: argparse.Namespace) -> int:
         layouts=[_layout(text) for text in options.layouts.split(",")],
         quick=options.quick,
         logits=not options.no_logits,
-        prompts=Path(options.prompts).read_text().splitlines() if options.prompts else (),
+        prompts=_prompts(options.prompts) if options.prompts else (),
         manifest=options.manifest,
     )
     print(f"\n{'configuration':28} {'Hugging Face':>16} {'Megatron':>16}")
@@ -75,6 +77,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
     print(describe(options.directory), end="")
     return 0
+
+
+def _prompts(path: str) -> list[str]:
+    """The prompts of a file such as `data.train`, or of a text file the lines."""
+    if Path(path).suffix == ".jsonl":
+        return [text for _, _, text, _ in read_records(path)]
+    return [line for _, line in json_lines.lines(path)]
 
 
 def _layout(text: str) -> tuple[int, int, int]:
@@ -114,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     verifier.add_argument(
         "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"
     )
-    verifier.add_argument("--prompts", help="text file, a prompt a line, for the logits")
+    verifier.add_argument(
+        "--prompts", help="for the logits: .jsonl as data.train, or a prompt per line"
+    )
     verifier.add_argument("--quick", action="store_true", help="sampled layers, no logits")
     verifier.add_argument("--no-logits", action="store_true", help="do not build the models")
     verifier.add_argument("--manifest", help="JSON file to write, with every SHA-256")

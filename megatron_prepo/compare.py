@@ -302,7 +302,8 @@ def read_results(path: Path) -> dict[tuple[str, str, int], dict]:
     if not path.is_file():
         return {}
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
         return {(r["comparison"], r["arm"], r["seed"]): r for r in records}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no results file of `compare`: {error!r}") from None

@@ -1,11 +1,11 @@
 """Prompts: read and checked once, then dealt out in candidate batches, the same on every rank."""
 
 import datetime
-import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_prepo import json_lines
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt
 
@@ -23,41 +23,15 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of a JSON Lines file, tokenized.
 
-    A line is an object with `prompt` and `answer`, and an `id` (the line's number otherwise);
-    other fields are ignored.  `tokenizer` is a `transformers` tokenizer.  `date` is what its chat
-    template is told of today; None: today.
+    A line is an object with a text `prompt`, an `answer` that is a text or a finite number, and an
+    `id` (the line's number otherwise); other fields are ignored.  `tokenizer` is one of
+    `transformers`.  `date` is what its chat template is told of today; None: today.
 
     Raises `UserError` naming file and line for a broken line, a missing or empty prompt or answer,
     a repeated id, and a prompt of more than `max_tokens` tokens.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such prompt file: {path}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     prompts: list[Prompt] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except RecursionError:
-            raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
-        except ValueError as error:  # also of a number with thousands of digits
-            raise UserError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: must be an object with `prompt` and `answer`")
-        text, answer = (_text(record, field, where) for field in ("prompt", "answer"))
-        prompt_id = str(number if record.get("id") is None else record["id"])
-        if prompt_id in seen:
-            raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
-        seen[prompt_id] = number
+    for where, prompt_id, text, answer in read_records(path):
         if len(text) > MAX_CHARACTERS_A_TOKEN * max_tokens:
             raise UserError(
                 f"{where}: prompt {prompt_id[:80]!r} has {len(text):,} characters, too many for "
@@ -83,6 +57,22 @@ def read_prompts(
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
+    """(`FILE, line N`, id, prompt, answer) of each line; the id of one without is its number."""
+    seen: dict[str, int] = {}
+    for number, record in json_lines.read(path):
+        where = f"{path}, line {number}"
+        text = json_lines.text_of(record, "prompt", where)
+        answer = json_lines.answer_of(record, "answer", where)
+        prompt_id = str(number)
+        if record.get("id") is not None:
+            prompt_id = json_lines.answer_of(record, "id", where)
+        if prompt_id in seen:
+            raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
+        seen[prompt_id] = number
+        yield where, prompt_id, text, answer
 
 
 def tokenize(
@@ -163,14 +153,3 @@ class CandidateBatches:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved position."""
         self.position = state["position"]
-
-
-def _text(record: dict, field: str, where: str) -> str:
-    value = record.get(field)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field `{field}` is missing or not a text")
-    if not value.strip():
-        raise UserError(f"{where}: field `{field}` is empty")
-    return value

@@ -86,7 +86,8 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
 
 def _records(path: Path) -> list[dict]:
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
         assert all("comparison" in record and "evaluations" in record for record in records)
     except (json.JSONDecodeError, AssertionError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is no results file of `compare`") from None

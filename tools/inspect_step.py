@@ -8,7 +8,6 @@ perplexities are then ranked among the prompts that were paid for.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo import dump, ledger
 from megatron_prepo.advantages import group_advantages
 from megatron_prepo.config import Config
+from megatron_prepo.data import read_records
 from megatron_prepo.durable import read_lines
 from megatron_prepo.errors import UserError, in_one_line
 from megatron_prepo.loss import rollout_coefficients
@@ -125,9 +125,7 @@ def prompt_texts(config: Config) -> dict[str, str]:
     path = Path(config.data.train)
     if not path.is_file():
         return {}
-    records = map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").split("\n")))
-    numbered = enumerate(records, 1)
-    return {str(record.get("id") or number): record["prompt"] for number, record in numbered}
+    return {prompt_id: text for _, prompt_id, text, _ in read_records(path)}
 
 
 def table(groups: Sequence[Group], *, width: int) -> str:

@@ -1,5 +1,6 @@
 """Prompt files are read strictly; candidate batches are a pure function of seed and position."""
 
+import gzip
 import json
 import string
 
@@ -77,9 +78,25 @@ GOOD = {"id": "a", "prompt": "2+2", "answer": "4"}
         ('["2+2", "4"]', "line 2: must be an object"),
         ({"prompt": "2+2"}, "line 2: field `answer` is missing"),
         ({"answer": "4"}, "line 2: field `prompt` is missing"),
-        ({"prompt": None, "answer": "4"}, "line 2: field `prompt` is missing or not a text"),
-        ({"prompt": "2+2", "answer": True}, "line 2: field `answer` is missing or not a text"),
-        ({"prompt": "2+2", "answer": ["4"]}, "line 2: field `answer` is missing or not a text"),
+        ({"prompt": None, "answer": "4"}, "line 2: field `prompt` must be a text, and is null"),
+        ({"prompt": 3, "answer": "4"}, "line 2: field `prompt` must be a text, and is a number"),
+        ({"prompt": "2+2", "answer": True}, "field `answer` .* and is true or false; write it"),
+        ({"prompt": "2+2", "answer": None}, "field `answer` .* and is null"),
+        ({"prompt": "2+2", "answer": {"a": 1}}, "field `answer` .* and is an object"),
+        ('{"prompt": "2+2", "answer": 1e400}', "field `answer`=1E.400 is no finite number"),
+        ('{"prompt": "2+2", "answer": 1e-400}', "field `answer`=1E-400 is no finite number"),
+        ('{"prompt": "2+2", "answer": 1e9999999999999999999}', "not valid JSON .*out of range"),
+        ({"prompt": "2+2", "answer": float("nan")}, "line 2: not valid JSON .NaN is no JSON"),
+        ({"prompt": "2+2", "answer": float("inf")}, "line 2: not valid JSON .Infinity is no"),
+        ({"prompt": "2+2", "answer": "\ud800"}, "line 2: field `answer` is no Unicode text"),
+        ({"prompt": "\ud800 ", "answer": "1"}, "line 2: field `prompt` is no Unicode text"),
+        ({"id": "\udfff", "prompt": "2+2", "answer": "1"}, "field `id` is no Unicode text"),
+        ({"id": [1], "prompt": "2+2", "answer": "1"}, "field `id` must be a text or a number"),
+        ({"id": False, "prompt": "2+2", "answer": "1"}, "field `id` must be a text or a number"),
+        ({"id": " ", "prompt": "2+2", "answer": "1"}, "field `id` is empty"),
+        ('{"prompt": "2+2", "answer": "4", "answer": "5"}', "key 'answer' is given twice"),
+        ('{"prompt": "2+2", "answer": "4", "x": [{"b": 1, "b": 1}]}', "key 'b' is given twice"),
+        ({"prompt": "2+2", "answer": ["4"]}, "field `answer` .* and is a list"),
         ({"prompt": " \n", "answer": "4"}, "line 2: field `prompt` is empty"),
         ({"prompt": "2+2", "answer": ""}, "line 2: field `answer` is empty"),
         ({"id": "a", "prompt": "3", "answer": "3"}, "line 2: id 'a' is also that of line 1"),
@@ -115,7 +132,7 @@ def test_the_number_of_a_line_must_not_be_the_id_of_another(tmp_path):
 def test_a_file_without_prompts_and_no_file_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no prompts"):
         read(write(tmp_path, "", "  "))
-    with pytest.raises(UserError, match=r"no such prompt file.*absent\.jsonl"):
+    with pytest.raises(UserError, match=r"no such file.*absent\.jsonl"):
         read(tmp_path / "absent.jsonl")
 
 
@@ -127,8 +144,61 @@ def test_an_id_of_null_is_no_id(tmp_path):
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "latin1.jsonl"
     path.write_bytes('{"prompt": "caf\xe9", "answer": "1"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin1\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin1\.jsonl, line 1: not UTF-8"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8 text, but UTF-16; convert it"),
+        ('{"prompt": "a"}'.encode("utf-16-be"), "line 1: not valid JSON"),
+        (gzip.compress(b"{}"), "line 1: not UTF-8 text, but compressed by gzip"),
+        (b"PAR1\0\0PAR1", "line 1: not UTF-8 text, but Parquet"),
+        (b'{}\n{"prompt": "\xe9"}', "field `prompt` is missing"),
+        (b'\n\n{"prompt": "\xe9"}', "line 3: not UTF-8 text"),
+        (b'[{"prompt": "a", "answer": "1"}]', "line 1: must be an object"),
+        (b'{"prompt": "a",\n"answer": "1"}', "line 1: not valid JSON"),
+        (b'{"prompt": "a", "answer": "1"}{"prompt": "b"}', "line 1: not valid JSON .Extra data"),
+    ],
+)
+def test_a_file_in_another_format_is_named_with_its_line(tmp_path, content, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_marks_and_ends_of_lines_of_other_systems_are_read(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{i}+1", "answer": i}).encode() for i in range(3)]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))  # and no end of the last one
+    assert [(p.id, p.answer) for p in read(path)] == [("1", "0"), ("3", "1"), ("5", "2")]
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        ("18", "18"),
+        ("18.0", "18"),
+        ("-18.50", "-18.5"),
+        ("1e3", "1000"),
+        ("1E-7", "0.0000001"),
+        ("-0.0", "0"),
+        ("0.1000000000000000055", "0.1000000000000000055"),
+        ("12345678901234567890123", "12345678901234567890123"),
+        ("12345678901234567890123.0", "12345678901234567890123"),
+    ],
+)
+def test_a_number_is_an_answer_to_its_last_digit(tmp_path, number, answer):
+    (prompt,) = read(write(tmp_path, f'{{"id": {number}, "prompt": "?!", "answer": {number}}}'))
+    assert prompt.answer == prompt.id == answer
+
+
+def test_a_text_is_an_answer_as_it_is(tmp_path):
+    (prompt,) = read(write(tmp_path, {"prompt": "?!", "answer": " 18.00 "}))
+    assert prompt.answer == " 18.00 "
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
@@ -137,6 +207,19 @@ def test_only_line_feeds_end_a_line(tmp_path, separator):
     record = {"prompt": f"one{separator}two", "answer": "2"}
     (prompt,) = read(write(tmp_path, json.dumps(record, ensure_ascii=False)))
     assert prompt.text == f"one{separator}two"
+
+
+def test_prompts_of_verify_are_those_of_the_trainer_or_lines_of_a_text(tmp_path):
+    from checkpoints_convert.__main__ import _prompts
+
+    path = write(tmp_path, json.dumps({"prompt": "a\u2028b", "answer": 1}, ensure_ascii=False), "")
+    assert _prompts(str(path)) == ["a\u2028b"]
+    text = tmp_path / "prompts.txt"
+    text.write_bytes("one\u2028two\r\n\n 18 $".encode())
+    assert _prompts(str(text)) == ["one\u2028two", " 18 $"]
+    text.write_bytes(b"one\n\xe9")
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        _prompts(str(text))
 
 
 # Tokens and the span of the text

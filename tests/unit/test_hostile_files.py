@@ -2,7 +2,9 @@
 
 import ast
 import json
+import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,11 +49,11 @@ def read(tmp_path, content, tokenizer):
         ('{"prompt": "tom", "answer": ' + "9" * 5000 + "}", r"line 2: not valid JSON .*digits"),
         ('{"prompt": "' + "tom " * 5_000_000 + '", "answer": "1"}', "line 2: .*20,000,000 char"),
         ('{"prompt": "tom \\u0000 tom", "answer": "1"}', "line 2: the tokenizer refuses"),
-        ('{"prompt": "tom \\ud800 tom", "answer": "1"}', "line 2: the tokenizer refuses"),
+        ('{"prompt": "tom \\ud800 tom", "answer": "1"}', "line 2: field `prompt` is no Unicode"),
         ("\x00" * 1000, "line 2: not valid JSON"),
-        (b"\xff\xfe\x00{", "not UTF-8"),
+        (b"\xff\xfe\x00{", "line 2: not UTF-8"),
         ("\ufeff" + GOOD, "line 2: not valid JSON"),
-        ('{"prompt": {"a": 1}, "answer": "1"}', "line 2: field `prompt` is missing or not a text"),
+        ('{"prompt": {"a": 1}, "answer": "1"}', "line 2: field `prompt` must be a text"),
     ],
     ids=range(10),
 )
@@ -76,13 +78,63 @@ def test_any_bytes_are_prompts_or_refused(tmp_path, tokenizer, noise, position):
         assert all(len(prompt.tokens) >= 2 for prompt in prompts)
 
 
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.text("0123456789.,eE+-$%\u2212\ud800\u2028 ", max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+def meant(field, value):
+    """The text that a value stands for, by another way than the reader's; None if by none."""
+    if value is None and field == "id":
+        return "2"  # the line's number
+    if isinstance(value, str):
+        unicode = not any("\ud800" <= c <= "\udfff" for c in value)
+        return value if value.strip() and unicode and (field, value) != ("id", "a") else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    if isinstance(value, float) and value and not 1e-300 <= abs(value) < 1e301:
+        return None
+    scaled = str(int(abs(Fraction(repr(value))) * 10**400)).zfill(401)
+    sign, fraction = "-" if value < 0 else "", scaled[-400:].rstrip("0")
+    return sign + scaled[:-400] + ("." + fraction if fraction else "")
+
+
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(["answer", "id"]), JSON, st.booleans())
+def test_any_value_is_an_answer_and_an_id_or_refused_with_its_line(
+    tmp_path, tokenizer, field, value, ascii_only
+):
+    """A text is itself, a number the same number; nothing else becomes a text."""
+    record = {"id": "b", "prompt": "tom has 3 apples", "answer": "1"} | {field: value}
+    line = json.dumps(record, ensure_ascii=ascii_only)
+    try:
+        content = (GOOD + "\n" + line).encode(errors="surrogatepass")
+        _, prompt = read(tmp_path, content, tokenizer)
+    except UserError as error:
+        assert "prompts.jsonl, line 2: " in str(error) and str(error).isprintable()
+        assert meant(field, value) is None
+    else:
+        assert (prompt.id if field == "id" else prompt.answer) == meant(field, value)
+
+
 def test_a_prompt_file_that_may_not_be_read_is_refused(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text(GOOD)
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=r"cannot be read: .*Permission denied"):
         read_prompts(tmp_path / "prompts.jsonl", tokenizer, max_tokens=96)
 

@@ -1,0 +1,166 @@
+"""JSON Lines files that others wrote: prompts, data sets.  An error names the file and the line.
+
+Strict where JSON leaves room for two readings: keys given twice, NaN and texts that are no Unicode
+are refused, and numbers keep all their digits.  Only line feeds end a line: JSON allows Unicode's
+other line separators within a text.  `durable.read_lines` reads the logs of our own.
+"""
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from megatron_prepo.errors import UserError, one_line
+
+OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "Parquet; tools/prepare_data.py reads it",
+    b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+}
+"""How files begin that are taken for JSON Lines now and then, and what to do."""
+
+MAX_EXPONENT = 300
+"""Of ten, up and down: a number beyond is no answer."""
+
+
+def read(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """The number and the object of each line that is not blank.
+
+    Fractions are `Decimal`, with all their digits.  Raises UserError naming file and line.
+    """
+    for number, line in lines(path):
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(
+                line, object_pairs_hook=_object, parse_float=_fraction, parse_constant=_no_number
+            )
+        except RecursionError:
+            raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+        except ValueError as error:  # also of thousands of digits
+            raise UserError(f"{where}: not valid JSON ({one_line(error)})") from error
+        if not isinstance(record, dict):
+            raise UserError(f'{where}: must be an object, such as {{"prompt": ...}}')
+        yield number, record
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The number and the text of each line of a UTF-8 file that is not blank."""
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    _check_format(path, line)
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # UTF-8's mark, as Windows sets it
+                try:
+                    text = line.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not UTF-8 text ({error})") from error
+                if text.strip(" \t"):
+                    yield number, text
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def text_of(record: dict, field: str, where: str) -> str:
+    """A field that has to be a text, and not an empty one."""
+    value = _given(record, field, where)
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: field `{field}` must be a text, and is {_kind(value)}; correct the line, or "
+            "leave it out"
+        )
+    return _checked(value, field, where)
+
+
+def answer_of(record: dict, field: str, where: str) -> str:
+    """An answer or an id, which may be a text or a finite number: 18.0 is 18, to its last digit."""
+    value = _given(record, field, where)
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        raise UserError(
+            f"{where}: field `{field}` must be a text or a number, and is {_kind(value)}; write "
+            "it as a text, or leave the line out"
+        )
+    if isinstance(value, str):
+        return _checked(value, field, where)
+    number = digits(value)
+    if number is None:
+        raise UserError(
+            f"{where}: field `{field}`={one_line(value)[:40]} is no finite number between "
+            f"1e-{MAX_EXPONENT} and 1e{MAX_EXPONENT}; correct it, or leave the line out"
+        )
+    return number
+
+
+def digits(number: int | float | Decimal) -> str | None:
+    """A number in the shortest way without an exponent, all digits kept; None if it has no end.
+
+    >>> digits(Decimal("18.0")), digits(-0.0), digits(1e-7), digits(10**20), digits(float("nan"))
+    ('18', '0', '0.0000001', '100000000000000000000', None)
+    """
+    if isinstance(number, int):
+        return str(number)
+    exact = Decimal(repr(number)) if isinstance(number, float) else number
+    if not exact.is_finite() or (exact and abs(exact.adjusted()) > MAX_EXPONENT):
+        return None
+    if not exact:
+        return "0"
+    text = format(exact, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _given(record: dict, field: str, where: str) -> Any:
+    if field not in record:
+        raise UserError(f"{where}: field `{field}` is missing; the line has {_names(record)}")
+    return record[field]
+
+
+def _checked(text: str, field: str, where: str) -> str:
+    if not text.strip():
+        raise UserError(f"{where}: field `{field}` is empty")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(
+            f"{where}: field `{field}` is no Unicode text: it has half a surrogate pair; write the "
+            "character itself"
+        )
+    return text
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _names(record: dict) -> str:
+    return one_line(", ".join(sorted(map(str, record))))[:200] or "none"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return record
+
+
+def _fraction(digits: str) -> Decimal:
+    try:
+        return Decimal(digits)
+    except InvalidOperation:  # an exponent of more than 18 digits
+        raise ValueError(f"{digits[:40]} is out of range") from None
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _check_format(path: str | Path, start: bytes) -> None:
+    for mark, what in OTHER_FORMATS.items():
+        if start.startswith(mark):
+            raise UserError(f"{path}, line 1: not UTF-8 text, but {what}")
