@@ -92,6 +92,19 @@ def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, r
     equals(run)
 
 
+def test_a_second_job_in_the_same_directory_is_refused_and_names_the_first(cluster, run, equals):
+    """From the third node; the first job is not disturbed."""
+    first = submit(cluster, run)
+    cluster.wait_for_steps(run, 2, first)
+    words = [str(run), str(LAPTOP / "prepo.yaml"), "parallel.tensor=1", *TRAIN]
+    second = cluster.sbatch("train.sbatch", *words, options=["--nodes=1"])
+    said = cluster.ends(second, "FAILED")
+    assert "is in use by process" in said and f"Slurm job {first} on node node1" in said
+    assert cluster.job(second)["ExitCode"] == "2:0"
+    cluster.ends(first)
+    equals(run)
+
+
 def test_cancelled_and_submitted_again(cluster, run, equals):
     job = submit(cluster, run)
     cluster.wait_for_steps(run, 3, job)
