@@ -23,7 +23,7 @@ import torch
 from ranks import join, on_ranks
 from rounding import allowance, bound
 from tiny_models import VOCAB, actor_config
-from transformers import AutoModelForCausalLM
+from transformers_scores import ATTENTIONS, model_of
 
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.routing import RoutingFormat
@@ -819,16 +819,9 @@ def directories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches(directories):
     return {
-        name: make_batch(name, reference_model(directories[scenario.model]))
+        name: make_batch(name, model_of(directories[scenario.model]))
         for name, scenario in SCENARIOS.items()
     }
-
-
-def reference_model(directory, dtype=torch.float64, attention="sdpa"):
-    # experts one after the other: transformers' grouped product is for 32 bits and less
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, experts_implementation="eager", attn_implementation=attention
-    )
 
 
 @dataclass(frozen=True)
@@ -896,11 +889,9 @@ def expected(directories, batches):
     def expected(name, dtype=torch.float32):
         def updates(*model):
             directory = directories[SCENARIOS[name].model]
-            return reference_updates(
-                SCENARIOS[name], batches[name], reference_model(directory, *model)
-            )
+            return reference_updates(SCENARIOS[name], batches[name], model_of(directory, *model))
 
-        imprecise = [updates(dtype, attention)[1] for attention in ("sdpa", "eager")]
+        imprecise = [updates(dtype, attention)[1] for attention in ATTENTIONS]
         return Expected(*updates(), imprecise, dtype)
 
     return expected
@@ -987,7 +978,7 @@ def test_bfloat16_weights_are_those_of_the_float32_optimizer(run, directories, l
     Float32 errs by some 2^-24 of a number, which moves it across the middle of two bfloat16
     numbers, 2^-7 of it apart, in a few of 2^17 cases: fewer than one in 2^12 are one number off.
     """
-    model = reference_model(directories[SCENARIOS["plain"].model], torch.bfloat16)
+    model = model_of(directories[SCENARIOS["plain"].model], torch.bfloat16)
     [result, *_] = run(first_update, "plain", layout, "bfloat16")
     mains = {name: p.detach().float() for name, p in model.named_parameters()}
     for name, main in mains.items():

@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 import torch
 from ranks import join, on_ranks
+from rounding import allowance
 from tiny_models import actor_config
 
 from megatron_prepo.records import ScoredSequence
@@ -481,15 +482,27 @@ def test_updates_move_the_weights(results):
 
 @pytest.mark.parametrize(("source", "target"), RESHARDED)
 def test_another_layout_goes_on_up_to_rounding(results, source, target):
-    uninterrupted = results[0][1][source]
-    tolerance = {"rel": 0.05} if "bf16" in source else {"rel": 1e-3}
+    """Further from the run that was not interrupted than uninterrupted runs of other layouts are
+    from each other, it is not, but for a factor.
+    """
+    uninterrupted = results[0][1]
+    dtype = torch.bfloat16 if "bf16" in source else torch.float32
+    alike = [run for name, run in uninterrupted.items() if ("bf16" in name) == ("bf16" in source)]
+    losses = [[update["loss/policy"] for update in run["metrics"]] for run in alike]
+    allowed = [
+        allowance(max(of_update) - min(of_update), abs(of_update[0]), dtype)
+        for of_update in zip(*losses, strict=True)
+    ]
     for resumed, _ in results:
         if (source, target) in resumed:
             assert resumed[source, target]["updates"] == 4
-            for one, other in zip(
-                resumed[source, target]["metrics"], uninterrupted["metrics"], strict=True
+            for one, other, rounding in zip(
+                resumed[source, target]["metrics"],
+                uninterrupted[source]["metrics"],
+                allowed,
+                strict=True,
             ):
-                assert one["loss/policy"] == pytest.approx(other["loss/policy"], **tolerance)
+                assert abs(one["loss/policy"] - other["loss/policy"]) <= rounding
                 assert one["loss/learning_rate"] == other["loss/learning_rate"]
 
 

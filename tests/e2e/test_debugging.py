@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from rounding import approx
 from safetensors.torch import load_file, save_file
 
 from megatron_prepo import local_ranks
@@ -85,7 +86,8 @@ def test_the_table_of_a_dump_is_that_of_the_ledger(run):
         for line, same in zip(group.rollouts, other.rollouts, strict=True):
             assert (line.reward, line.length) == (same.reward, same.length)
             for name in ("advantage", "weight", "entropy"):
-                assert getattr(line, name) == pytest.approx(getattr(same, name), abs=1e-6)
+                value = getattr(same, name)
+                assert getattr(line, name) == approx(value, dtype=torch.float32)
             assert line.completion and same.completion is None
 
 

@@ -10,10 +10,9 @@ import pytest
 import tiny_models
 import torch
 from ranks import join, on_ranks
-from rounding import allowance, largest_difference
 from safetensors.torch import load_file
 from tiny_models import VOCAB, actor_config
-from transformers import AutoModelForCausalLM
+from transformers_scores import judged, largest_of_all, scores
 
 from megatron_prepo.records import ScoredSequence
 
@@ -118,25 +117,6 @@ def oddities(weights, hf):
 # What transformers says
 
 
-@torch.no_grad()
-def transformers_scores(model, name, temperature):
-    """Of each sequence alone, without padding, in the precision of the model."""
-    scores = []
-    for sequence in sequences(name):
-        tokens = torch.tensor(sequence.tokens)
-        logits_TV = model(tokens[None]).logits[0, sequence.start - 1 : -1] / temperature
-        logp_TV = logits_TV.log_softmax(-1)
-        logprobs_T = logp_TV.gather(1, tokens[sequence.start :, None])[:, 0]
-        scores.append((logprobs_T, -(logp_TV.exp() * logp_TV).sum(-1)))
-    return scores
-
-
-def largest_of_all(ours, theirs):
-    """Differences, in nats."""
-    pairs = zip(ours, theirs, strict=True)
-    return max(largest_difference(a, b) for both in pairs for a, b in zip(*both, strict=True))
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -148,25 +128,14 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(directories):
-    """{(model, temperature): scores in float64, and what ours may be off by}, which two
-    implementations of attention show in float32.
-    """
-    found = {}
-    for name, hf in directories.items():
-
-        def scores(dtype, attention="sdpa", hf=hf, name=name):
-            # experts one after the other: transformers' grouped product is for 32 bits and less
-            model = AutoModelForCausalLM.from_pretrained(
-                hf, dtype=dtype, attn_implementation=attention, experts_implementation="eager"
-            )
-            return [transformers_scores(model, name, t) for t in TEMPERATURES]
-
-        imprecise = [scores(torch.float32, attention) for attention in ("sdpa", "eager")]
-        for t, exact, *others in zip(TEMPERATURES, scores(torch.float64), *imprecise, strict=True):
-            error = max(largest_of_all(other, exact) for other in others)
-            size = torch.cat([entropy_T for _, entropy_T in exact]).mean().item()
-            found[name, t] = exact, allowance(error, size)
-    return found
+    """{(model, temperature): scores in float64, and what ours may be off by}"""
+    return {
+        (name, temperature): answer
+        for name, hf in directories.items()
+        for temperature, answer in zip(
+            TEMPERATURES, judged(hf, sequences(name), TEMPERATURES), strict=True
+        )
+    }
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +170,7 @@ def test_exported_weights_are_the_source_bit_for_bit(results, name, layout):
 
 
 def test_leaving_out_the_rope_scaling_would_be_seen(expected):
-    unscaled = transformers_scores(tiny_models.llama3(scaled=False), "llama3", 1.0)
+    unscaled = scores(tiny_models.llama3(scaled=False), sequences("llama3"), 1.0)
     exact, allowed = expected["llama3", 1.0]
     assert largest_of_all(unscaled, exact) > 100 * allowed
 
@@ -222,12 +191,12 @@ def test_a_norm_or_a_bias_left_at_its_default_would_be_seen(expected):
                 if parameter_name.endswith(kind):
                     parameter.fill_(value)
         exact, allowed = expected[name, 1.0]
-        error = largest_of_all(transformers_scores(model, name, 1.0), exact)
+        error = largest_of_all(scores(model, sequences(name), 1.0), exact)
         assert error > 100 * allowed, f"{name}: {kind}"
 
 
 def test_entropies_of_the_models_tell_something(expected):
     """Neither flat nor certain: the weights of the models are neither too small nor too large."""
-    for scores, _ in expected.values():
-        entropy_T = torch.cat([entropy for _, entropy in scores])
+    for exact, _ in expected.values():
+        entropy_T = torch.cat([entropy for _, entropy in exact])
         assert 0.5 < entropy_T.mean() < 5.4 and entropy_T.std() > 0.02

@@ -2,10 +2,10 @@
 
 import pytest
 import tiny_models
-import torch
 from ranks import join, on_ranks
 
 from megatron_prepo.records import Prompt
+from megatron_prepo.weight_sync import TOLERANCE
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
 pytestmark = pytest.mark.slow
@@ -78,8 +78,9 @@ def found(sglang_python, tmp_path_factory):
 @pytest.mark.parametrize("tokens", ["all", "content"])
 def test_the_servers_perplexities_are_the_actors(found, tokens):
     """Also of the last token of the vocabulary, whose number SGLang gives as 0."""
-    engines, actors = map(torch.tensor, found[tokens])
-    torch.testing.assert_close(engines, actors, rtol=1e-5, atol=0)
+    engines, actors = found[tokens]
+    # their logarithms are means of log-probabilities
+    assert engines == pytest.approx(actors, rel=TOLERANCE["float32"])
 
 
 def test_rollouts_find_their_prompt_in_the_cache_of_the_probe(found):

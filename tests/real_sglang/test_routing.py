@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from ranks import on_ranks
 
+from megatron_prepo.weight_sync import TOLERANCE
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
 NEW_TOKENS, MANY_TOKENS, STRAGGLER_SECONDS = 48, 200, 0.25
@@ -75,8 +76,9 @@ def difference(actor, rollouts) -> float:
 def test_the_actor_that_is_routed_as_the_engine_agrees_better(sglang_python, tmp_path):
     hf = tiny_models.save(tiny_models.qwen3_moe(), tmp_path / "hf")
     [found] = on_ranks(1, compared, hf, str(tmp_path), sglang_python, deadline_s=1500.0)
-    assert found["float32", "replayed"] < 1e-5
-    assert found["float32", "cut"] < 1e-5, "what was cut has a routing as long as it is"
+    within = TOLERANCE["float32"]
+    assert found["float32", "replayed"] < within
+    assert found["float32", "cut"] < within, "what was cut has a routing as long as it is"
     assert found["float32", "routed differently"] < 0.002
     assert 0.002 < found["bfloat16", "routed differently"] < 0.2
     assert found["bfloat16", "replayed"] < found["bfloat16", "own"]

@@ -5,6 +5,7 @@ A server a family starts with random weights (`load_format: dummy`); each case g
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -16,10 +17,12 @@ import tiny_models
 import torch
 from fake_sglang_package import wait_until_gone
 from ranks import join, on_ranks
+from transformers_scores import judged
 
 from megatron_prepo.config import Config
-from megatron_prepo.records import Prompt
+from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.rollout.sglang.launch import OwnServer
+from megatron_prepo.weight_sync import TOLERANCE
 
 MODELS = {
     "qwen2": tiny_models.qwen2,
@@ -30,6 +33,9 @@ MODELS = {
 }
 LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
 TRANSPORTS = ("value", "ipc", "disk", "distributed")
+CASES = list(itertools.product(LAYOUTS, TRANSPORTS))
+SCALES = {case: 1 + 0.02 * i for i, case in enumerate(CASES)}
+"""Of the weights, so that no two cases have the same."""
 TEMPERATURE = 0.8
 PROMPTS = [
     Prompt(f"p{i}", "", "", tuple(3 + (7 * i + j * j) % 250 for j in range(9 + 4 * i)), (0, 0))
@@ -62,15 +68,14 @@ def every_sync(hf: str, directory: str, url: str, name: str) -> dict:
                 servers={"urls": [url]},
                 weight_sync={"transport": transport, "bucket_mb": 1},
             ),
-            scale=1 + 0.02 * (3 * i + j),
+            scale,
         )
-        for i, layout in enumerate(LAYOUTS)
-        for j, transport in enumerate(TRANSPORTS)
+        for (layout, transport), scale in SCALES.items()
     }
 
 
 def one_sync(config: Config, scale: float) -> dict | None:
-    """Sync an actor whose weights are scaled, so that no two cases have the same."""
+    """Sync an actor whose weights are scaled."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.policy import Actor
     from megatron_prepo.records import scored_sequence
@@ -86,7 +91,7 @@ def one_sync(config: Config, scale: float) -> dict | None:
             parameter.mul_(scale)
     engine = engine_of(config, rank=torch.distributed.get_rank())
     sync_weights(actor, engine, config, PROMPTS[0].tokens)
-    prompt_difference = verify(actor, engine, PROMPTS[-1].tokens, tolerance=1e-5)
+    prompt_difference = verify(actor, engine, PROMPTS[-1].tokens, tolerance=TOLERANCE["float32"])
     rollouts = generate(engine)
     scores = actor.score([scored_sequence(r) for r in rollouts], temperature=TEMPERATURE)
     difference_T = torch.cat(
@@ -101,7 +106,6 @@ def one_sync(config: Config, scale: float) -> dict | None:
     parallel.shut_down()
     return {
         "prompt": prompt_difference,
-        "rollouts": float(difference_T.mean()),
         "rollouts at most": float(difference_T.max()),
         "repeated": repeated,
         "tokens": tokens,
@@ -156,28 +160,39 @@ def results(request, sglang_python, tmp_path_factory):
             2, every_sync, hf, str(directory), server.url, request.param, deadline_s=1500.0
         )
         assert server.ended() is None
-        return answers
+        return answers, rounding(MODELS[request.param](), answers[0], directory / "scaled")
     finally:
         server.stop()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_servers_log_probabilities_are_the_actors(results, layout, transport):
-    """Of a prompt, and of its own rollouts at the sampling temperature, on average.
+def rounding(model, answers: dict, directory) -> float:
+    """What a log-probability may err by in float32, by the largest weights and their rollouts."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(max(SCALES.values()))
+    texts = [prompt.tokens for prompt in PROMPTS for _ in range(4)]
+    sequences = [
+        ScoredSequence(text + tokens, 1)
+        for text, tokens in zip(texts, answers[CASES[-1]]["tokens"], strict=True)
+    ]
+    [(_, allowed)] = judged(tiny_models.save(model, directory), sequences, (TEMPERATURE,))
+    return allowed
 
-    A single token of those may be off by a few units in the last place of logits near 20, which the
-    temperature enlarges: 1.2e-5 was seen.
+
+@pytest.mark.parametrize(("layout", "transport"), CASES)
+def test_the_servers_log_probabilities_are_the_actors(results, layout, transport):
+    """Of a prompt, on average, and of its own rollouts at the sampling temperature, one by one;
+    both sides may err.
     """
-    for rank in results:
+    answers, allowed = results
+    for rank in answers:
         if (answer := rank[layout, transport]) is not None:
-            assert answer["prompt"] < 1e-5 and answer["rollouts"] < 1e-5
-            assert answer["rollouts at most"] < 3e-5
-            assert answer["tokens"] == results[0][layout, transport]["tokens"]
+            assert max(answer["prompt"], answer["rollouts at most"]) <= 2 * allowed
+            assert answer["tokens"] == answers[0][layout, transport]["tokens"]
 
 
 def test_seeds_repeat_a_rollout_and_samples_differ(results):
-    for answer in results[0].values():
+    for answer in results[0][0].values():
         assert answer["repeated"]
         assert len(set(answer["tokens"])) > len(PROMPTS)
 

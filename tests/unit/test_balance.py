@@ -30,7 +30,7 @@ def test_two_groups_are_at_most_a_sixth_worse_than_the_best(costs):
         for size in range(len(costs) + 1)
         for chosen in itertools.combinations(costs, size)
     )
-    assert max(sums) <= best * 7 / 6 + 1e-9
+    assert 6 * max(sums) <= 7 * best
 
 
 def test_largest_differencing_by_hand():

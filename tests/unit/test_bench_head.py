@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rounding import approx
+from rounding import Reference, allowance, approx, bound
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import ParallelConfig
@@ -58,10 +58,29 @@ def test_inputs_are_peaked_and_targets_likely(hidden):
 
 def test_exact_answer_is_pytorchs_in_float64():
     case = small_case()
-    logits_TV = case.hidden_TH.double() @ case.weight_VH.double().t()
-    expected = torch.distributions.Categorical(logits=logits_TV.detach())
-    torch.testing.assert_close(case.exact.logprobs_R, expected.log_prob(case.targets_T))
-    torch.testing.assert_close(case.exact.entropy_R, expected.entropy())
+
+    def by_torch(hidden_TH, weight_VH):
+        of_words = torch.distributions.Categorical(logits=hidden_TH @ weight_VH.t())
+        return of_words.log_prob(case.targets_T), of_words.entropy()
+
+    reference = Reference(by_torch, case.hidden_TH, case.weight_VH)
+    reference.assert_equals((case.exact.logprobs_R, case.exact.entropy_R))
+
+
+def reference_of(case):
+    """Log-probabilities, entropies, and the gradients of hidden states and head."""
+
+    def function(hidden_TH, weight_VH, grad_logprobs_T, grad_entropy_T):
+        leaves = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
+        logprobs_TV = (leaves[0] @ leaves[1].t()).log_softmax(1)
+        logprobs_T = logprobs_TV.gather(1, case.targets_T[:, None])[:, 0]
+        entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(1)
+        loss = logprobs_T @ grad_logprobs_T
+        if grad_entropy_T is not None:
+            loss = loss + entropy_T @ grad_entropy_T
+        return logprobs_T.detach(), entropy_T.detach(), *torch.autograd.grad(loss, leaves)
+
+    return Reference(function, *case.leaves, case.grad_logprobs_T, case.grad_entropy_T)
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -69,22 +88,13 @@ def test_exact_answer_is_pytorchs_in_float64():
 def test_providers_agree_with_float64(one_rank, tasks, entropy_gradient):
     """Values and gradients; else a faster provider may be a wrong one."""
     case = small_case(one_rank, entropy_gradient=entropy_gradient)
-    leaves = [leaf.detach().double().requires_grad_() for leaf in case.leaves]
-    logprobs_TV = (leaves[0] @ leaves[1].t()).log_softmax(1)
-    logprobs_T = logprobs_TV.gather(1, case.targets_T[:, None])[:, 0]
-    entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(1)
-    loss = logprobs_T @ case.grad_logprobs_T.double()
-    if entropy_gradient:
-        loss = loss + entropy_T @ case.grad_entropy_T.double()
-    grads = torch.autograd.grad(loss, leaves)
+    reference = reference_of(case)
     for task, run in tasks.items():
         case.weight_VH.main_grad.zero_()
         outcome = run(case)
-        torch.testing.assert_close(outcome.logprobs_T.double(), logprobs_T, atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(outcome.entropy_T.double(), entropy_T, atol=1e-4, rtol=1e-5)
-        expected = () if task == FORWARD else grads
-        for measured, exact in zip(outcome.gradients, expected, strict=True):
-            torch.testing.assert_close(measured.double(), exact, atol=1e-3, rtol=1e-4)
+        gradients = () if task == FORWARD else outcome.gradients
+        ours = (outcome.logprobs_T, outcome.entropy_T, *gradients)
+        reference.assert_equals([value.detach() for value in ours])
 
 
 def test_errors_are_against_the_exact_rows(one_rank):
@@ -223,7 +233,7 @@ def test_verls_kernel_is_called_as_verl_calls_it(tmp_path, monkeypatch):
     )
     case = small_case()
     logprobs_T, _ = head_providers.load_verl(tmp_path)(case)
-    torch.testing.assert_close(logprobs_T.double(), case.exact.logprobs_R, atol=1e-4, rtol=1e-5)
+    reference_of(case).assert_equals([logprobs_T.detach()])
 
 
 def test_torchs_own_agrees_with_float64():
@@ -232,7 +242,7 @@ def test_torchs_own_agrees_with_float64():
     case = small_case()
     logprobs_T, entropy_T = head_providers.load_torch()(case)
     assert entropy_T is None
-    torch.testing.assert_close(logprobs_T.double(), case.exact.logprobs_R, atol=1e-4, rtol=1e-5)
+    reference_of(case).assert_equals([logprobs_T.detach()])
 
 
 def test_a_peer_that_fails_is_absent_with_its_error_and_costs_the_others_nothing(one_rank):
@@ -280,10 +290,13 @@ def test_the_cpu_run_from_end_to_end(tmp_path):
     assert {row["verdict"] for row in result["goals"]} <= {"met", "missed"}
     assert str(tmp_path) not in out.read_text()
     for case in result["cases"]:
+        errors = {}
         for provider in ("ours", "naive"):
             run = case["runs"][provider][FORWARD_BACKWARD]
-            assert run["errors"]["logprob"]["max"] < 1e-3
+            errors[provider] = run["errors"]["logprob"]["max"]
             assert len(run["milliseconds"]["samples"]) == 2
+        # log-probabilities of 20 nats and less
+        assert errors["ours"] <= allowance(errors["naive"] + bound(20, torch.float32), size=1.0)
     text = out.with_suffix(".md").read_text()
     assert text.strip() in done.stdout
     assert all(f"| {p} | {FORWARD_BACKWARD} |" in text for p in ("bare", "ours", "naive"))

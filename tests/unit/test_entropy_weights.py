@@ -94,11 +94,7 @@ def test_sensitivities_of_appendix_e(mean):
     positive: it vanishes only for a rollout that owns the whole entropy.
     """
     lengths_N = LENGTHS_N.double()
-    share_N = (
-        lengths_N / lengths_N.sum()
-        if mean == "token"
-        else torch.full((5,), 0.2, dtype=torch.float64)
-    )
+    share_N = lengths_N / lengths_N.sum() if mean == "token" else torch.ones(5).double() / 5
     batch = (share_N * ENTROPY_N).sum()
     expected_NN = torch.eye(5).double() / batch - ENTROPY_N[:, None] * share_N / batch**2
     columns = []
