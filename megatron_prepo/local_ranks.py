@@ -134,7 +134,7 @@ def run_rank(main: Callable[[], None]) -> int:
     from rank 0 only, since every rank finds the same.
     """
     pipe = os.environ.get(ERROR_PIPE)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     if pipe:
         _die_with_parent()
     try:
@@ -153,7 +153,7 @@ def run_rank(main: Callable[[], None]) -> int:
     if pipe:
         words = f"{time.monotonic_ns()}\n{message}".encode(errors="backslashreplace")
         os.write(int(pipe), words[:MAX_ERROR_BYTES])
-    elif code == 1 or rank == 0:
+    elif code == 1 or rank == "0":
         print(message, file=sys.stderr)
     return code
 
