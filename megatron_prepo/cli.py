@@ -15,6 +15,8 @@ megatron-prepo reference                         the configuration reference, in
 
 import argparse
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing; 2 for something that the user can mend; 75 for a run that stopped when it was asked to,
     and can go on."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no overrides behind an option such as --seeds
@@ -42,7 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     options.arguments, options.command = arguments, compare.command_line(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except Stopped as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -60,6 +69,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 1
+
+
+def _open_streams() -> None:
+    """Lead standard streams that are closed (`>&-`) nowhere.
+
+    The next file to be opened would be in their place, and get what a child prints.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if vars(sys)[name] is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that its reader has closed (`... | head`); then it is no more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> None:

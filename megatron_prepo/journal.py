@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_prepo.durable import flush, naming
+from megatron_prepo.durable import flush, naming, read_lines
 from megatron_prepo.records import Prompt, Rollout
 
 NAME = re.compile(r"\w+_(?P<step>\d+)\.\d+\.jsonl")
@@ -121,7 +121,7 @@ def _read(directory: Path) -> list[dict]:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(path, len(whole))
-        lines += [json.loads(line) for line in whole.splitlines()]
+        lines += read_lines(path)
     return lines
 
 

@@ -134,7 +134,7 @@ def run_rank(main: Callable[[], None]) -> int:
     error from one rank per node only, since the ranks of a node find the same.
     """
     pipe = os.environ.get(ERROR_PIPE)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     if pipe:
         _die_with_parent()
     try:

@@ -16,9 +16,11 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_prepo.actor import cpu
 from megatron_prepo.config import ParallelConfig
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.local_ranks import MEETING_FILE
 
+ADDRESSING = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Variables by which ranks find each other."""
 _control: list[dist.ProcessGroup] = []
 
 
@@ -26,23 +28,32 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the job that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...).
 
     Without such an environment the job is this one process.  Raises UserError if the number of
-    ranks does not fit the layout.
+    ranks does not fit the layout, and Stopped if the ranks do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     check_world_size(config, world_size)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_number("LOCAL_RANK", 0))
     else:
         cpu.install()
     timeout = timedelta(minutes=config.timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo",
-            store=_meeting_place(world_size),
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=world_size,
-            timeout=timeout,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if torch.cuda.is_available() else "gloo",
+                store=_meeting_place(world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
+        except (RuntimeError, ValueError) as error:  # no such address, nobody there
+            where = {name: os.environ[name] for name in ADDRESSING if name in os.environ}
+            reason = " ".join(str(error).split())[:400]
+            raise Stopped(
+                f"error: the {world_size} ranks did not find each other: {reason}; the environment "
+                f"has {where}",
+                exit_code=1,
+            ) from error
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         context_parallel_size=config.context,
@@ -55,6 +66,14 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _control[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+
+
+def _number(name: str, default: int) -> int:
+    """Of the environment, as torchrun sets it."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} in the environment must be a whole number; unset it")
+    return int(text)
 
 
 def _meeting_place(world_size: int) -> dist.Store | None:

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from megatron_prepo import durable
+from megatron_prepo.errors import UserError
 from megatron_prepo.journal import Journal
 from megatron_prepo.records import Prompt, Rollout
 
@@ -37,6 +38,14 @@ def test_rollouts_are_found_once_and_as_they_were(tmp_path):
     again = journal(tmp_path / "j")
     assert again.find("rollouts/3", 5, PROMPTS) == rollouts()
     assert again.find("rollouts/3", 5, PROMPTS) == {}
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    journal(tmp_path / "j").add("rollouts/3", rollouts())
+    path = tmp_path / "j" / "rollouts_3.0.jsonl"
+    path.write_bytes(path.read_bytes() + b"\0\0\n")
+    with pytest.raises(UserError, match=r"rollouts_3\.0\.jsonl, line 2 is damaged"):
+        journal(tmp_path / "j")
 
 
 @pytest.mark.parametrize(
