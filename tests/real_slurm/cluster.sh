@@ -166,7 +166,7 @@ restart() {  # host: end its daemon of Slurm, and start it again; jobs live on
     local daemon=slurmd
     [ "$1" != login ] || daemon=slurmctld
     inside "$1" pkill -x "$daemon"
-    wait_for 30 "end of $daemon" not inside "$1" pgrep -x "$daemon"
+    wait_for 60 "end of $daemon" not inside "$1" pgrep -x "$daemon"
     inside "$1" bash -c "$daemon -D >>$DIR/log/init.$daemon.$1 2>&1 </dev/null &"
 }
 not() { ! "$@"; }
@@ -178,12 +178,12 @@ database() {
     inside login bash -c "exec mariadbd --no-defaults --user=root --datadir=$DIR/sql --socket=$DIR/sql.sock \
         --bind-address=127.0.0.1 --pid-file=$DIR/pid/sql.own --innodb-buffer-pool-size=16M --innodb-lock-wait-timeout=900 \
         --innodb-flush-log-at-trx-commit=0 >$DIR/log/sql 2>&1 </dev/null &"
-    wait_for 60 database inside login mariadb --no-defaults --socket="$DIR/sql.sock" --user=root -e 'select 1'
+    wait_for 180 database inside login mariadb --no-defaults --socket="$DIR/sql.sock" --user=root -e 'select 1'
     inside login mariadb --no-defaults --socket="$DIR/sql.sock" --user=root -e "create database slurm; \
         create user slurm@'127.0.0.1' identified by 'slurm'; create user slurm@localhost identified by 'slurm'; \
         grant all on slurm.* to slurm@'127.0.0.1'; grant all on slurm.* to slurm@localhost"
     inside login bash -c "slurmdbd -D >$DIR/log/init.slurmdbd 2>&1 </dev/null &"
-    wait_for 60 slurmdbd inside login sacctmgr --noheader list cluster
+    wait_for 180 slurmdbd inside login sacctmgr --noheader list cluster
     inside login sacctmgr --immediate --quiet add cluster prepo >/dev/null
     inside login sacctmgr --immediate --quiet add account lab >/dev/null
     inside login sacctmgr --immediate --quiet add user root account=lab >/dev/null
@@ -197,11 +197,11 @@ up() {
     munged --key-file="$DIR/munge/key" --socket="$DIR/munge/socket" --pid-file="$DIR/munge/pid" \
         --log-file="$DIR/log/munged" --seed-file="$DIR/munge/seed" --num-threads=2 --force >"$DIR/log/init.munge" 2>&1
     boot login "sleep infinity &"
-    wait_for 10 "login node" inside login true
+    wait_for 60 "login node" inside login true
     [ "$ACCOUNTING" = no ] || database
     inside login bash -c "slurmctld -D >$DIR/log/init.slurmctld 2>&1 </dev/null &"
     for host in $(hosts); do [ "$host" = login ] || boot_node "$host"; done
-    wait_for 60 "$NODES idle nodes" all_idle
+    wait_for 180 "$NODES idle nodes" all_idle
     trap - ERR
     inside login sinfo
 }
