@@ -25,7 +25,7 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
-from megatron_prepo.errors import Stopped, UserError, in_one_line, no_room
+from megatron_prepo.errors import Stopped, UserError, in_one_line
 from megatron_prepo.launch import array
 
 
@@ -64,11 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if (line := no_room(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 1
 
 
 def _open_streams() -> None:
