@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs clean compare sglang-cpu demo-sglang test-sglang
+.PHONY: demo test test-processors lint docs clean compare sglang-cpu demo-sglang test-sglang
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
@@ -25,6 +25,10 @@ sglang-cpu: .venv-sglang/ready
 demo-sglang: .venv-sglang/ready
 	.venv/bin/megatron-prepo demo --dir runs/demo_sglang rollout.engine=sglang \
 	  servers.python=.venv-sglang/bin/python
+
+# The numeric tests as processors with fewer instructions compute, with one thread and with two.
+test-processors: .venv/ready-dev
+	.venv/bin/python tools/emulate_processors.py
 
 test-sglang: .venv-sglang/ready
 	.venv/bin/python -m pytest -m sglang tests/real_sglang
