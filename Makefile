@@ -9,7 +9,7 @@ WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo test lint docs locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
-.PHONY: test-order test-newest newest newest-launch newest-sglang
+.PHONY: test-processors test-order test-newest newest newest-launch newest-sglang
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
@@ -27,6 +27,10 @@ sglang-cpu: .venv-sglang/ready
 demo-sglang: .venv-sglang/ready
 	.venv/bin/megatron-prepo demo --dir runs/demo_sglang rollout.engine=sglang \
 	  servers.python=.venv-sglang/bin/python
+
+# The numeric tests as processors with fewer instructions compute, with one thread and with two.
+test-processors: .venv/ready-dev
+	.venv/bin/python tools/emulate_processors.py
 
 test-sglang: .venv-sglang/ready
 	.venv/bin/python -m pytest -m sglang tests/real_sglang

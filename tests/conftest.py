@@ -20,10 +20,11 @@ sys.path[:0] = [entry for entry in map(str, FOLDERS) if entry not in sys.path]
 
 import allowed_skips  # noqa: E402
 
-# one thread, so that a number does not depend on the machine's count of cores, here and in the runs
-# that tests start
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+# one thread unless asked otherwise, so that a number does not depend on the machine's count of
+# cores, here and in the runs that tests start
+os.environ.setdefault("TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = os.environ["TEST_THREADS"]
+torch.set_num_threads(int(os.environ["TEST_THREADS"]))
 
 # without a GPU, Triton's kernels are interpreted; Triton looks at this when it is imported
 if not torch.cuda.is_available():

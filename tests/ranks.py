@@ -90,7 +90,7 @@ def _start(directory: Path, rank: int, num_ranks: int) -> ForkServerProcess:
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_RANK": str(rank),
         "RANKS_DIR": str(directory),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("TEST_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     with mock.patch.dict(os.environ, environment):

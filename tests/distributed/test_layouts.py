@@ -21,7 +21,7 @@ import pytest
 import tiny_models
 import torch
 from ranks import join, on_ranks
-from rounding import allowance, bound
+from rounding import allowance, approx, bound
 from tiny_models import VOCAB, actor_config
 from transformers_scores import ATTENTIONS, model_of
 
@@ -1143,7 +1143,7 @@ def test_other_choices_are_counted_as_sets_once_a_token_and_layer(run, layout):
     [own] = run(own_choice, "routed", "tp1 one micro-batch")
     for share, expected in run(counted, "routed", layout, own["routings"]):
         assert 0.05 < expected < 0.25
-        assert share == pytest.approx(expected, rel=1e-12)
+        assert share == approx(expected)
 
 
 def test_some_prompts_of_a_group_were_routed_alike_and_some_were_not(batches):

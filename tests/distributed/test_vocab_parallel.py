@@ -68,7 +68,6 @@ class Collectives(TorchDispatchMode):
 def compute_all():
     """On each rank: {(case, type): results of the ranks that are in it}."""
     join(4)
-    torch.set_num_threads(1)
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (1, 2, 4)}
     return {
         (name, dtype): compute(name, dtype, groups[ranks])
