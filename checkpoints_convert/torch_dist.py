@@ -2,7 +2,8 @@
 
 A checkpoint directory holds data files `__<rank>_<writer>.distcp`, in which tensors saved by
 `torch.save` follow each other; `.metadata`, torch's pickled table of which chunk of which tensor is
-where; `common.pt` with everything that is not a tensor; and `metadata.json` that names the format.
+where; `common.pt` with everything that is not a tensor (from megatron-core 0.19 on it is in a data
+file, too, in a list of one); and `metadata.json` that names the format.
 What is written here is read by `megatron.core.dist_checkpointing` in any layout, and the other way
 round.  Any number of threads may write and read; each holds one chunk in memory.
 """
@@ -41,6 +42,8 @@ FORMAT = {
 }
 
 
+COMMON = "common_state/shard_0_1"
+"""Megatron's name for what is not a tensor, from 0.19 on."""
 PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError)
 PICKLE_ERRORS += (KeyError, RuntimeError, TypeError, ValueError)
 """What unpickling raises on bytes that are no pickle, or one of other things."""
@@ -192,9 +195,15 @@ class TorchDistReader:
         from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()
-        file = self.directory / "common.pt"
+        place = self._places.get(MetadataIndex(COMMON))
+        file = self.directory / (place.relative_path if place else "common.pt")
         try:
-            return torch.load(file, weights_only=True)
+            if place is None:
+                return torch.load(file, weights_only=True)
+            with file.open("rb") as stream:
+                stream.seek(place.offset)
+                (common,) = torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
+            return common
         except (OSError, *PICKLE_ERRORS) as error:
             raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:300]}") from error
 

@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -157,8 +156,8 @@ def check_weights(config: Config, hf: dict) -> None:
         if config.model.megatron:
             checkpoint = newest(config.model.megatron)
             check_opens(checkpoint)
-            TorchDistReader(checkpoint)
-            _check_small_files(checkpoint)
+            _check_form(checkpoint)
+            TorchDistReader(checkpoint).common()
             check_record(checkpoint, hf, config.model.hf)
             check_tokenizer(checkpoint, config.model.hf)
         else:
@@ -168,16 +167,14 @@ def check_weights(config: Config, hf: dict) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def _check_small_files(checkpoint: Path) -> None:
-    """What Megatron reads beside the tensors."""
+def _check_form(checkpoint: Path) -> None:
+    """UserError unless `metadata.json`, which names the checkpoint's form, is a JSON object."""
     try:
         form = json.loads((checkpoint / "metadata.json").read_bytes())
     except ValueError:
         form = None
     if not isinstance(form, dict):
         raise UserError(f"{checkpoint / 'metadata.json'} is damaged: it is no JSON object")
-    if not zipfile.is_zipfile(checkpoint / "common.pt"):
-        raise UserError(f"{checkpoint / 'common.pt'} is missing or damaged")
 
 
 def read_tokenizer(directory: str):

@@ -67,7 +67,7 @@ def _prove(
 
 def compare(whole: Path, other: Path) -> list[Check]:
     """Two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
-    import torch
+    from checkpoints_convert.torch_dist import TorchDistReader
 
     def newest(run: Path) -> Path:
         return max((run / "checkpoints").glob("iter_???????"))
@@ -78,7 +78,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
         return [(name, files[name]["sha256"]) for name in names]
 
     def schedule(run: Path) -> list[tuple]:
-        common = torch.load(newest(run) / "common.pt", weights_only=True)
+        common = TorchDistReader(newest(run)).common()
         return [("updates", common["updates"]), *common["opt_param_scheduler"].items()]
 
     def lines(name: str):
