@@ -227,8 +227,8 @@ down() {
 case ${1:-} in
     up | down) "$1" ;;
     restart) restart "$2" ;;
-    run) shift; EXEC=exec inside login "$@" ;;
-    on) shift; EXEC=exec inside "$@" ;;
+    run) shift; EXEC="exec" inside login "$@" ;;
+    on) shift; EXEC="exec" inside "$@" ;;
     cut) ip -n "$(space switch)" link set "$2" down ;;
     join) ip -n "$(space switch)" link set "$2" up ;;
     power-off) ip -n "$(space switch)" link set "$2" down; end_host "$2" ;;
