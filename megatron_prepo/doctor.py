@@ -92,6 +92,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
     findings += [*_versions(), *_internals(), *_gpus(config), _shared_memory(), _port()]
     if config and config.rollout.engine == "sglang":
+        findings.append(_open_files(config))
         findings += [] if config.servers.urls else [_server_ports(config)]
         distributed = config.weight_sync.transport == "distributed"
         findings += [_weight_sync(config)] if distributed else []
@@ -270,6 +271,17 @@ def _server_ports(config: Config) -> Finding:
     return Finding("server ports", "ok", f"{count} free ones at {host}")
 
 
+def _open_files(config: Config) -> Finding:
+    """Whether as many connections as completions under way are allowed."""
+    from megatron_prepo.rollout.sglang import open_files
+
+    try:
+        open_files.make_room(config.servers)
+    except UserError as error:
+        return Finding("open files", "missing", str(error))
+    return Finding("open files", "ok", f"room for {config.servers.concurrency:,} a server")
+
+
 def _weight_sync(config: Config) -> Finding:
     """Whether servers will find rank 0, if it is here, by `weight_sync.address`."""
     address = config.weight_sync.address
@@ -313,6 +325,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     from checkpoints_convert.hf_config import read_hf_config
     from megatron_prepo import preflight, run_directory
     from megatron_prepo.actor.model import check_layout, transformer_config
+    from megatron_prepo.rewards import FUNCTIONS, check_file, pool
     from megatron_prepo.rollout.sglang import launch
 
     findings = []
@@ -403,6 +416,12 @@ def examine_inputs(config: Config) -> list[Finding]:
                 lambda name=name: preflight.prompts_of(config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
+    if config.reward.function not in FUNCTIONS:
+        look(
+            "reward",
+            lambda: (check_file(config.reward.function), pool.check(config.reward)),
+            lambda _: config.reward.function,
+        )
     if config.rollout.engine == "sglang" and _servers_are_apart(config):
         given = config.servers.urls
         look(

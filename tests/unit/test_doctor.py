@@ -249,6 +249,18 @@ def test_ports_of_own_servers_are_tried_at_their_address():
     assert "server ports" not in whats and "weight sync" not in whats
 
 
+def test_open_files_and_a_reward_of_ones_own_are_looked_at(tmp_path):
+    finding = found(doctor.examine(laptop(*SGLANG)), "open files")
+    assert (finding.state, finding.found) == ("ok", "room for 256 a server")
+    many = laptop(*SGLANG, "servers.concurrency=900000000")
+    finding = found(doctor.examine(many), "open files")
+    assert finding.state == "missing" and "may need 900,000,256 open files" in finding.found
+    (tmp_path / "mine.py").write_text("def f(completion): ...\n")
+    mine = laptop(f"reward.function={tmp_path / 'mine.py'}:f")
+    finding = found(doctor.examine(mine), "reward")
+    assert finding.state == "missing" and "mine.py:f(completion) does not fit" in finding.found
+
+
 def test_servers_have_to_find_rank_0():
     sync = "weight_sync.transport=distributed"
     finding = found(doctor.examine(laptop(*SGLANG, sync)), "weight sync")
