@@ -75,8 +75,9 @@ def read_hf_config(
 ) -> dict:
     """Return all of a model's architecture, itself a `config.json` of the same logits.
 
-    Keys of SIZES, `model_type`, `rms_norm_eps`, `tie_word_embeddings`, `rope_parameters`, and for
-    mixtures of experts EXPERT_SIZES; each explicit, as `transformers` reads the file.
+    Keys of SIZES, `model_type`, `architectures`, `rms_norm_eps`, `tie_word_embeddings`,
+    `rope_parameters`, and for mixtures of experts EXPERT_SIZES; each explicit, as `transformers`
+    reads the file.
     `quantized`: the weights are elsewhere, so the file may describe quantised ones.
     `for_megatron`: Megatron-Core has to compute what `transformers` computes; an engine that only
     generates may compute more.
@@ -87,7 +88,8 @@ def read_hf_config(
     raw = read_json(path)
     if str(raw.get("model_type")) not in FAMILIES:
         raise UserError(
-            f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}"
+            f"{path}: model_type {reprlib.repr(raw.get('model_type'))} is not one of "
+            f"{', '.join(FAMILIES)}"
         )
     if not quantized and (keys := QUANTIZATION_KEYS & {k for k, v in raw.items() if v is not None}):
         raise UserError(
@@ -107,7 +109,8 @@ def read_hf_config(
     hf = _as_transformers_reads(path, raw)
     if for_megatron:
         _refuse_other_computations(path, hf)
-    settings = {name: hf[name] for name in ("model_type", *SIZES, *(EXPERT_SIZES if moe else ()))}
+    settings = {name: hf[name] for name in ("model_type", "architectures", *SIZES)}
+    settings |= {name: hf[name] for name in EXPERT_SIZES} if moe else {}
     settings |= {name: hf[name] for name in ("hidden_act", "rms_norm_eps", "tie_word_embeddings")}
     if moe:
         settings |= {name: hf[name] for name in ONLY_EXPERTS}
