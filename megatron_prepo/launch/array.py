@@ -42,7 +42,7 @@ case $SLURM_ARRAY_TASK_ID in
 esac
 
 code=0
-srun --kill-on-bad-exit=1 --open-mode=append --output="$run_dir/train.log" \\
+srun --wait=60 --kill-on-bad-exit=1 --open-mode=append --output="$run_dir/train.log" \\
     {python} -m megatron_prepo.launch.rank "${{words[@]}}" || code=$?
 
 # {unreachable}: a machine does not answer; 138: the signal to save came before Python could listen
