@@ -153,7 +153,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     [
         ('{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8 text, but UTF-16; convert it"),
         ('{"prompt": "a"}'.encode("utf-16-be"), "line 1: not valid JSON"),
-        (gzip.compress(b"{}"), "line 1: not UTF-8 text, but compressed by gzip"),
+        (gzip.compress(b"{}", mtime=0), "line 1: not UTF-8 text, but compressed by gzip"),
         (b"PAR1\0\0PAR1", "line 1: not UTF-8 text, but Parquet"),
         (b'{}\n{"prompt": "\xe9"}', "field `prompt` is missing"),
         (b'\n\n{"prompt": "\xe9"}', "line 3: not UTF-8 text"),
