@@ -65,7 +65,8 @@ LOCK = .venv/bin/python -m uv pip compile --quiet --no-config --universal --pyth
   --generate-hashes --no-annotate setup.py --extra tensorboard --extra wandb
 
 locks: .venv/ready-dev
-	$(LOCK) --extra sglang --constraint constraints.txt --output-file locks/cuda-13.txt
+	$(LOCK) --extra sglang --constraint constraints.txt --override locks/cuda-13.overrides \
+	  --output-file locks/cuda-13.txt
 	$(LOCK) --constraint locks/cuda-12.8.in --output-file locks/cuda-12.8.txt
 
 # Every run of the comparison (docs/comparison_protocol.md), then its page.  What is there is not run

@@ -182,7 +182,7 @@ def test_a_lock_is_within_our_ranges_and_for_its_cuda(lock, cuda, extras):
 def test_a_lock_is_what_its_command_makes(lock, tmp_path):
     """By the command in its second line: its versions are on the index and within our ranges."""
     text = LOCKS[lock].read_text()
-    words = re.match(r"# .*\n#    uv pip compile (.*) --output-file (\S+)\n", text)
+    words = re.match(r"# .*\n#    uv pip compile --no-config (.*) --output-file (\S+)\n", text)
     assert words[2] == f"locks/{lock}"
     (tmp_path / lock).write_text(text)  # whose versions are kept
     done = compile_pins(*words[1].split(), "--output-file", str(tmp_path / lock))
@@ -192,12 +192,13 @@ def test_a_lock_is_what_its_command_makes(lock, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", ["linux-x86_64", "linux-arm64"])
-@pytest.mark.parametrize("python", ["3.12", "3.13"])
-@pytest.mark.parametrize("lock", LOCKS)
-def test_a_lock_has_a_wheel_of_everything(lock, machine, python):
+@pytest.mark.parametrize(
+    ("lock", "python"),
+    # on 3.13 a requirement of SGLang 0.5.21, outlines-core, has to be compiled
+    [("cuda-13.txt", "3.12"), ("cuda-12.8.txt", "3.12"), ("cuda-12.8.txt", "3.13")],
+)
+def test_a_lock_has_a_wheel_of_everything(lock, python, machine):
     place = ["--python-platform", MACHINES[machine].replace("2_28", "2_34")]
-    done = compile_pins(
-        *[*place, "--python-version", python, "--only-binary", ":all:", f"locks/{lock}"],
-        *["--no-binary", "antlr4-python3-runtime"],
-    )
+    place += ["--python-version", python, "--only-binary", ":all:", "--no-deps"]
+    done = compile_pins(*place, f"locks/{lock}")
     assert done.returncode == 0, done.stderr
