@@ -46,11 +46,11 @@ _TEXTS = {str, FilePath}
 HOW_VALUES_ARE_READ = """\
 Files and `key=value` overrides are YAML 1.2. The type of a setting decides what a word without
 quotes is: a `str` or a choice keeps it (`off`, `010`, `1:30`); an `int`, `float` or `bool` takes a
-number (`010` is ten, `1e-5` a number), `true` or `false`, and refuses anything else. Nothing, `null`
-and `~` are empty. In a `path`, `~/` and `$NAME` are expanded; a variable that is not set is an error.
-What follows the `=` of an override counts as a whole, also a ` #`, unless it is in quotes, brackets
-or braces. In a file `optimizer.lr: 1e-6` is the same as `lr: 1e-6` in the section `optimizer`; what
-is given twice is an error."""
+number (`010` is ten, `1e-5` a number), `true` or `false`, and refuses anything else. Nothing,
+`null` and `~` are empty. In a `path`, `~/` and `$NAME` are expanded; a variable that is not set is
+an error. What follows the `=` of an override counts as a whole, also a ` #`, unless it is in
+quotes, brackets or braces. In a file `optimizer.lr: 1e-6` is the same as `lr: 1e-6` in the section
+`optimizer`; what is given twice is an error."""
 VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
 
 
