@@ -45,6 +45,14 @@ MAX_DEADLINE = 10_000_000
 FilePath = Annotated[str, "path"]
 """The type of a setting that names a file or directory: a `~` in front and `$NAME` are expanded."""
 _TEXTS = {str, FilePath}
+HOW_VALUES_ARE_READ = """\
+Files and `key=value` overrides are YAML 1.2. The type of a setting decides what a word without
+quotes is: a `str` or a choice keeps it (`off`, `010`, `1:30`); an `int`, `float` or `bool` takes a
+number (`010` is ten, `1e-5` a number), `true` or `false`, and refuses anything else. Nothing,
+`null` and `~` are empty. In a `path`, `~/` and `$NAME` are expanded; a variable that is not set is
+an error. What follows the `=` of an override counts as a whole, also a ` #`, unless it is in
+quotes, brackets or braces. In a file `optimizer.lr: 1e-6` is the same as `lr: 1e-6` in the section
+`optimizer`; what is given twice is an error."""
 VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
 
 
@@ -647,12 +655,13 @@ class Config:
     debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to megatron-core under its own names: fields of TransformerConfig,
-    DistributedDataParallelConfig and OptimizerConfig; any other name is an error."""
+    DistributedDataParallelConfig and OptimizerConfig; any other name, and a value that is not of
+    the field's type, is an error."""
     sglang: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Passed to the SGLang servers that the run starts, under SGLang's own names:
     `mem_fraction_static: 0.8` becomes `--mem-fraction-static 0.8`, `true` a bare flag, and empty
-    takes one of our own out.  The embedded engine, and servers that run already, take none, and the
-    run says so."""
+    takes one of our own out.  SGLang's own parser checks them before anything starts.  The
+    embedded engine, and servers that run already, take none, and the run says so."""
 
     def __post_init__(self):
         for key in self.sglang:
@@ -791,7 +800,7 @@ def to_yaml(config: Config) -> str:
 
 def reference() -> str:
     """The configuration reference in Markdown."""
-    lines = []
+    lines = [HOW_VALUES_ARE_READ]
     for section in dataclasses.fields(Config):
         kind = section.type
         lines.append(f"\n## `{section.name}`\n")

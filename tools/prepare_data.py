@@ -22,16 +22,21 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo.errors import UserError, in_one_line
+from megatron_prepo import json_lines
+from megatron_prepo.errors import UserError, in_one_line, one_line
+from megatron_prepo.json_lines import answer_of, text_of
 from megatron_prepo.rewards.boxed import last_boxed
+from megatron_prepo.rewards.number import number
 
 DAPO_BEFORE = re.compile(r"^Solve the following math problem step by step\..*?\n\n", re.DOTALL)
 DAPO_AFTER = re.compile(r'\n\nRemember to put your answer on its own line after "Answer:"\.?\s*$')
 WORD = re.compile(r"\w+")
+DOLLAR = re.compile(r"(?<!\\)\$")
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 """What Qwen2.5-Math's model card asks for, and `reward.function=math` looks for."""
 
@@ -68,22 +73,22 @@ class Source:
 
     hub: tuple[str, str | None, str]
     """Repository, configuration and split."""
-    read: Callable[[dict], tuple[str, str]]
-    """Problem and answer of a row; KeyError names a column that is not there."""
+    read: Callable[[dict], tuple[object, object]]
+    """Problem and answer as a row has them; KeyError names a column that is not there."""
     id_column: str | None = None
 
 
-def dapo(row: dict) -> tuple[str, str]:
+def dapo(row: dict) -> tuple[str, object]:
     """A chat whose only turn wraps the problem in instructions, which are taken off."""
     (turn,) = row["prompt"]
     text = DAPO_AFTER.sub("", DAPO_BEFORE.sub("", turn["content"]))
-    return text, str(row["reward_model"]["ground_truth"])
+    return text, row["reward_model"]["ground_truth"]
 
 
 def gsm8k(row: dict) -> tuple[str, str]:
     """The answer ends with `####` and the number."""
-    _, number = row["answer"].split("####")
-    return row["question"], number.replace(",", "")
+    _, result = row["answer"].split("####")
+    return row["question"], result.replace(",", "")
 
 
 def boxed_solution(row: dict) -> tuple[str, str]:
@@ -91,14 +96,19 @@ def boxed_solution(row: dict) -> tuple[str, str]:
     return row["problem"], last_boxed(row["solution"])
 
 
-def problem_and_answer(row: dict) -> tuple[str, str]:
+def problem_and_answer(row: dict) -> tuple[object, object]:
     """MATH-500 and AIME."""
-    return row["problem"], str(row["answer"])
+    return row["problem"], row["answer"]
 
 
 def olympiad(row: dict) -> tuple[str, str]:
-    """A list of answers, of which there may be several."""
-    return row["question"], ", ".join(answer.strip("$") for answer in row["final_answer"])
+    """A list of answers in dollar signs, of which there may be several; or one answer."""
+    answers = row["final_answer"]
+    if isinstance(answers, str):
+        answers = [answers]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"`final_answer` must be a list of texts, and is {one_line(answers)}")
+    return row["question"], ", ".join(DOLLAR.sub("", answer).strip() for answer in answers)
 
 
 SOURCES = {
@@ -126,30 +136,34 @@ HENDRYCKS = (
 
 
 def read_problems(name: str, place: str) -> list[Problem]:
-    """All problems of a data set.  Raises UserError naming the row that does not read."""
+    """All problems of a data set.  Raises UserError naming the row that cannot be read."""
     if name not in SOURCES:
         raise UserError(f"unknown data set {name!r}; known are {', '.join(SOURCES)}")
-    source, problems = SOURCES[name], []
+    source, problems, seen = SOURCES[name], [], {}
     rows = _hub_rows(source.hub) if place == "hub" else _local_rows(Path(place))
-    for number, row in enumerate(rows, 1):
+    for index, (where, row) in enumerate(rows, 1):
         try:
-            text, answer = source.read(row)
-        except (KeyError, TypeError, ValueError) as error:
+            problem, answer = source.read(row)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{name} from {place}, row {number}: {type(error).__name__} {error}; its columns "
-                f"are {sorted(row)}, not those of {source.hub[0]}"
+                f"{where}: {type(error).__name__} {one_line(error)}; its columns are "
+                f"{one_line(sorted(map(str, row)))}, which should be those of {source.hub[0]}"
             ) from error
-        text, answer = text.strip(), answer.strip()
-        if not text or not answer:
-            raise UserError(f"{name} from {place}, row {number}: no problem, or no answer: {row}")
-        own = row.get(source.id_column) if source.id_column else None
-        problems.append(Problem(f"{name}/{number if own is None else own}", text, answer))
+        read = {"problem": problem, "answer": answer, "id": row.get(source.id_column)}
+        own = str(index) if read["id"] is None else answer_of(read, "id", where)
+        if own in seen:
+            raise UserError(f"{where}: id {own!r} is also that of {seen[own]}")
+        seen[own] = where
+        text = text_of(read, "problem", where).strip()
+        answer = answer_of(read, "answer", where).strip()
+        problems.append(Problem(f"{name}/{own}", text, answer))
     if not problems:
         raise UserError(f"{name}: {place} holds no rows")
     return problems
 
 
-def _local_rows(path: Path) -> Iterator[dict]:
+def _local_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(`FILE, line N` or `FILE, row N`, row) of a file, or of the files of a folder."""
     if path.is_dir():
         files = sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")])
         for file in files:
@@ -157,47 +171,55 @@ def _local_rows(path: Path) -> Iterator[dict]:
     elif not path.is_file():
         raise UserError(f"no such file or folder: {path}; `hub` reads it through `datasets`")
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: must be an object")
-            yield row
+        for line, row in json_lines.read(path):
+            yield f"{path}, line {line}", row
     elif path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise UserError(f'{path}: parquet needs pyarrow: pip install -e ".[data]"') from error
-        yield from parquet.read_table(path).to_pylist()
+        for index, row in enumerate(_parquet_rows(path), 1):
+            yield f"{path}, row {index}", row
     else:
         raise UserError(f"{path}: only .jsonl and .parquet files are read")
 
 
-def _hub_rows(hub: tuple[str, str | None, str]) -> Iterator[dict]:
+def _parquet_rows(path: Path) -> list[dict]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f'{path}: parquet needs pyarrow: pip install -e ".[data]"') from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    # how pyarrow says that a file is damaged, or that Python cannot hold what it holds
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{path} cannot be read as Parquet: {one_line(error)}; copy it again"
+        ) from error
+
+
+def _hub_rows(hub: tuple[str, str | None, str]) -> Iterator[tuple[str, dict]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError('`hub` needs the package datasets: pip install -e ".[data]"') from error
     repository, configuration, split = hub
     for part in HENDRYCKS if configuration == "all" else (configuration,):
+        where = ", ".join(filter(None, (part, split)))
         try:
             rows = load_dataset(repository, part, split=split)
         except (OSError, ValueError) as error:  # no network or data set; no such part or split
-            where = ", ".join(filter(None, (part, split)))
             raise UserError(
                 f"{repository} ({where}) cannot be read from the hub: {error}; name a copy of it, "
                 "NAME=FILE in place of NAME=hub"
             ) from error
-        yield from rows
+        for index, row in enumerate(rows, 1):
+            yield f"{repository} ({where}), row {index}", row
 
 
 def unique(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:
     """Each problem once; how many repeats went, and how many with contradicting answers."""
-    answers: dict[str, set[str]] = {}
+    answers: dict[str, set[Fraction | str]] = {}
     for problem in problems:
-        answers.setdefault(problem.key, set()).add(problem.answer)
+        value = number(problem.answer)
+        answers.setdefault(problem.key, set()).add(problem.answer if value is None else value)
     first = {problem.key: problem for problem in reversed(problems)}
     kept = [
         problem

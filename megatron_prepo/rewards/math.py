@@ -3,7 +3,8 @@ r"""Mathematics: the last `\boxed{...}` against the answer, by math-verify (with
 math-verify knows fractions, units, per cent, sets, intervals, tuples, matrices and equations.
 Where we differ from it, and why, is in `docs/evaluation.md`: only a box is an answer; a word such
 as `million` is no unit; an interval may be written as an inequality; a decimal per cent equals its
-number; spaces between thousands, a full stop and other signs for the empty set are tidied up.
+number; `1e3`, `1 1/2` and digits and signs beyond ASCII are numbers; spaces between thousands, a
+full stop and other signs for the empty set are tidied up.
 """
 
 import logging
@@ -12,6 +13,7 @@ import re
 from math_verify import LatexExtractionConfig, parse, verify
 
 from megatron_prepo.rewards.boxed import last_boxed
+from megatron_prepo.rewards.number import number
 
 LONGEST = 2000
 """Characters; a longer answer is wrong unless it is the same text."""
@@ -40,6 +42,9 @@ def same(given: str, answer: str) -> bool:
     given, answer = tidy(given), tidy(answer)
     if given == answer:
         return bool(given)
+    written = number(given)
+    if written is not None and written == number(answer):
+        return True
     if len(given) > LONGEST or SIZE.findall(given) != SIZE.findall(answer):
         return False
     if _equal(given, answer):

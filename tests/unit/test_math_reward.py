@@ -53,7 +53,6 @@ AGREED = {
         (r"1001_2", r"1001_{2}", YES),
         (r"1001_2", r"9", NO),
         (r"\infty", r"-\infty", NO),
-        (r"1e3", r"1000", NO),  # e is Euler's number
     ],
     "units and per cent": [
         (r"5", r"5\text{ cm}", YES),
@@ -148,6 +147,9 @@ OURS = [  # answer, given, ours; math-verify says the opposite
     (r"12.5\%", r"12.5", YES),
     (r"12.5", r"12.5\%", YES),
     (r"\emptyset", r"\varnothing", YES),
+    (r"1e3", r"1000", YES),  # to math-verify e is Euler's number
+    (r"1.5", r"1 1/2", YES),
+    ("18", "\uff11\uff18", YES),
     (r"2", r"2\text{ million}", NO),
     (r"5", r"5\text{ dozen}", NO),
 ]

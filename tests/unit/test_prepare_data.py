@@ -176,16 +176,105 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"question": "?", "answer": "5"}, "row 1: ValueError"),
+        ({"question": "?", "answer": "5"}, "line 1: ValueError"),
+        ({"question": "?", "answer": None}, "line 1: AttributeError"),
+        ({"question": None, "answer": "#### 5"}, "line 1: field `problem` must be a text"),
+        ({"question": "\ud800", "answer": "#### 5"}, "line 1: field `problem` is no Unicode"),
         ({"problem": "?", "answer": "#### 5"}, r"KeyError 'question'.*\['answer', 'problem'\]"),
-        ({"question": " ", "answer": "#### 5"}, "no problem, or no answer"),
-        ({"question": "?", "answer": "#### "}, "no problem, or no answer"),
+        ({"question": " ", "answer": "#### 5"}, "line 1: field `problem` is empty"),
+        ({"question": "?", "answer": "#### "}, "line 1: field `answer` is empty"),
         ([1], "line 1: must be an object"),
     ],
 )
 def test_a_row_that_does_not_read_is_named(row, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         read_problems("gsm8k", str(rows_file(tmp_path, "rows", row)))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("aime24", {"answer": None}, "field `answer` .* and is null"),
+        ("aime24", {"answer": ["1"]}, "field `answer` .* and is a list"),
+        ("aime24", {"answer": True}, "field `answer` .* and is true or false"),
+        ("aime24", {"answer": float("nan")}, "not valid JSON .NaN is no JSON"),
+        ("aime24", {"id": "\udc00"}, "field `id` is no Unicode text"),
+        ("aime24", {"id": {"a": 1}}, "field `id` .* and is an object"),
+        ("dapo-math-17k", {"reward_model": {"ground_truth": None}}, "field `answer` .* is null"),
+        ("dapo-math-17k", {"reward_model": None}, "TypeError"),
+        ("dapo-math-17k", {"prompt": [{"content": None}]}, "TypeError"),
+        ("olympiadbench", {"final_answer": None}, "`final_answer` must be a list of texts"),
+        ("olympiadbench", {"final_answer": [2]}, "`final_answer` must be a list of texts"),
+        ("olympiadbench", {"final_answer": []}, "field `answer` is empty"),
+        ("math", {"solution": ["no text"]}, "TypeError"),
+        ("math", {"solution": "no box"}, "field `answer` is empty"),
+    ],
+)
+def test_what_is_no_text_does_not_become_one(name, row, expected, tmp_path):
+    path = rows_file(tmp_path, name, ROWS[name] | row)
+    with pytest.raises(UserError, match=rf"{path}, line 1: .*{expected}") as caught:
+        read_problems(name, str(path))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [
+        ("aime24", {"answer": 204.0}, "204"),
+        ("aime24", {"answer": 0.50}, "0.5"),
+        ("aime24", {"answer": "204.0"}, "204.0"),
+        ("dapo-math-17k", {"reward_model": {"ground_truth": 5}}, "5"),
+        ("olympiadbench", {"final_answer": "$2$"}, "2"),
+        ("olympiadbench", {"final_answer": ["$2$"]}, "2"),
+        ("olympiadbench", {"final_answer": ["$1$, $2$", "\\$3"]}, "1, 2, \\$3"),
+        ("math500", {"answer": "a\u2028b"}, "a\u2028b"),
+    ],
+)
+def test_answers_of_other_forms(name, row, answer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[name] | row, ensure_ascii=False), encoding="utf-8")
+    (problem,) = read_problems(name, str(path))
+    assert problem.answer == answer
+
+
+def test_an_id_that_is_there_twice_is_refused(tmp_path):
+    """Both problems would be held out, or neither."""
+    path = rows_file(tmp_path, "rows", ROWS["aime24"], ROWS["aime24"] | {"id": 60.0})
+    with pytest.raises(UserError, match=rf"line 2: id '60' is also that of {path}, line 1"):
+        read_problems("aime24", str(path))
+
+
+def test_answers_that_are_the_same_number_do_not_contradict():
+    found = [Problem("a", "How many?", "18"), Problem("b", "How many?", "18.0")]
+    assert unique(found) == ([found[0]], 1, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet", b"PAR1" + b"\0" * 99 + b"PAR1"])
+def test_a_damaged_parquet_file_is_a_sentence(tmp_path, capsys, content):
+    pytest.importorskip("pyarrow", reason="parquet needs pyarrow (extra `data`)")
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(content)
+    assert main(["--suite", f"aime24={path}", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {path} cannot be read as Parquet: ") and error.isprintable()
+
+
+def test_parquet_that_is_cut_short_or_of_other_types_is_a_sentence(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow (extra `data`)")
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    rows = [ROWS["aime25"] | {"answer": value} for value in (70.0, None, float("nan"))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), path)
+    assert read_problems("aime25", str(path))[0].answer == "70"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        read_problems("aime25", str(path))
+    for row, message in zip(rows[1:], ("is null", "is no finite number"), strict=True):
+        parquet.write_table(pyarrow.Table.from_pylist([rows[0] | {"id": "7"}, row]), path)
+        with pytest.raises(UserError, match=rf"rows\.parquet, row 2: field `answer`.*{message}"):
+            read_problems("aime25", str(path))
 
 
 def test_of_the_same_problems_the_first_stays_and_of_contradicting_ones_none():

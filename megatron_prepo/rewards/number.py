@@ -1,0 +1,41 @@
+"""What number a text writes: exactly, in the ways in which models and data sets write one."""
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+LONGEST = 1000
+"""Characters; a longer text writes no number."""
+
+ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width signs and digits
+ASCII |= dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2013\ufe63"), "-")  # minus and its look-alikes
+
+WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+DECIMAL = rf"(?:{WHOLE}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?"
+NUMBER = re.compile(
+    rf"(?:\\?\$)*\s*(?P<sign>[-+]?)\s*(?:\\?\$)?"
+    rf"(?:(?:(?P<mixed>\d+)[ ]+)?(?P<over>{WHOLE})/(?P<under>{WHOLE})|(?P<decimal>{DECIMAL}))"
+    r"\s*(?:\\?%)?\s*(?:\\?\$)*"
+)
+
+
+def number(text: str) -> Fraction | None:
+    r"""The number that a text writes; None if it writes something else, or a unit, or a list.
+
+    Signs of currency ($) and per cent do not count, nor do commas between thousands; minus may be
+    Unicode's, digits those of any script.
+
+    >>> [str(number(text)) for text in ("$1,234.50", "\u221218", "1e3", "1 1/2", "50\\%", "18 kg")]
+    ['2469/2', '-18', '1000', '3/2', '50', 'None']
+    """
+    written = NUMBER.fullmatch(text.strip().translate(ASCII)) if len(text) <= LONGEST else None
+    if not written:
+        return None
+    if written["decimal"]:
+        value = Fraction(Decimal(written["decimal"].replace(",", "")))
+    else:
+        over, under = (int(written[part].replace(",", "")) for part in ("over", "under"))
+        if under == 0:
+            return None
+        value = int(written["mixed"] or 0) + Fraction(over, under)
+    return -value if written["sign"] == "-" else value
