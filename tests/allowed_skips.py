@@ -66,6 +66,12 @@ def no_c_compiler() -> bool:
     return shutil.which("cc") is None
 
 
+def no_slurm() -> bool:
+    from tests.real_slurm import cluster
+
+    return bool(cluster.missing())
+
+
 @functools.cache
 def no_index() -> bool:
     """Whether a resolver gets no answer from the package index."""
@@ -124,6 +130,7 @@ ALLOWED = (
         "the function that is measured came with torch 2.13",
     ),
     Skip("tests/real_sglang/*", others_do_not_run, "`make test` has no SGLang there"),
+    Skip("tests/real_slurm/*", no_slurm, "Slurm is installed by root, from Debian's packages"),
     Skip("tests/e2e/test_launch.py::*", others_do_not_run, "`make test` has no NeMo-Run there"),
     Skip(
         "tests/e2e/test_launch_clouds.py::*", others_do_not_run, "`make test` has no NeMo-Run there"
