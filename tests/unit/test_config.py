@@ -389,6 +389,22 @@ def test_a_text_in_quotes_is_without_them(tmp_path):
     assert load(path, ['run.dir="a\\nb"']).run.dir == "a\nb"
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("04:00:00", str, "04:00:00"),  # 14400 to YAML 1.1
+        ("010", str | None, "010"),
+        ("010", int, 10),
+        ("null", str | None, None),
+        ("H100:8", str | list[str] | None, "H100:8"),
+        ("[010, off]", str | list[str] | None, ["010", "off"]),
+        ("[{claim: 010}]", list[dict[str, str]], [{"claim": 10}]),
+    ],
+)
+def test_a_field_of_a_launchers_executor_is_read_by_its_type(text, kind, value):
+    assert configuration.value_for(text, kind, "--with x: the value") == value
+
+
 def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("DATA", "/data/sets")

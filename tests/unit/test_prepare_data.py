@@ -1,10 +1,15 @@
 """Data sets in their real schemas, made by hand: problems and answers, repeats, contamination."""
 
 import json
+import re
 import sys
+from fractions import Fraction
+from math import isfinite
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.rewards.boxed import last_boxed
@@ -235,6 +240,50 @@ def test_answers_of_other_forms(name, row, answer, tmp_path):
     path.write_text(json.dumps(ROWS[name] | row, ensure_ascii=False), encoding="utf-8")
     (problem,) = read_problems(name, str(path))
     assert problem.answer == answer
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=4,
+)
+
+
+def leaves(value) -> list:
+    """Texts and numbers within, in order."""
+    if isinstance(value, dict | list):
+        return [
+            x
+            for inner in (value.values() if isinstance(value, dict) else value)
+            for x in leaves(inner)
+        ]
+    return [value] if isinstance(value, str | int | float) and not isinstance(value, bool) else []
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(list(ROWS)), st.data())
+def test_any_value_in_a_row_is_a_problem_or_refused_with_its_line(tmp_path, name, data):
+    """Problem and answer are texts or numbers of the row; nothing else becomes one."""
+    row = ROWS[name] | {data.draw(st.sampled_from(list(ROWS[name]))): data.draw(ANYTHING)}
+    path = rows_file(tmp_path, "rows", row)
+    try:
+        (problem,) = read_problems(name, str(path))
+    except UserError as error:
+        assert str(error).startswith(f"{path}, line 1: ") and str(error).isprintable()
+        return
+    texts = [leaf for leaf in leaves(row) if isinstance(leaf, str)]
+    numbers = [Fraction(repr(x)) for x in leaves(row) if type(x) in (int, float) and isfinite(x)]
+    assert problem.text and any(problem.text in text for text in texts)
+
+    def plain(text: str) -> str:
+        return re.sub(r"[\s$,]", "", text)
+
+    in_numbers = re.fullmatch(r"-?\d+(\.\d+)?", problem.answer) and (
+        Fraction(problem.answer) in numbers
+    )
+    assert problem.answer and (in_numbers or plain(problem.answer) in plain("".join(texts)))
 
 
 def test_an_id_that_is_there_twice_is_refused(tmp_path):
