@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from rounding import approx
 
 from megatron_prepo import config as configuration
 from megatron_prepo import dashboards
@@ -77,7 +78,7 @@ def evaluate_and_record(config: configuration.Config) -> None:
     """The evaluation before a run of one step, the step, and the evaluation after it."""
     run = Run(config, rank=0)
     for step, passes in enumerate(([0.25, 0.5], [0.75, 1.0])):
-        found = Evaluation(torch.tensor(passes, dtype=torch.float64))
+        found = Evaluation(torch.tensor(passes, dtype=torch.float64), samples_per_prompt=4)
         run.evaluate(lambda found=found, **_: found, "during", step, samples=4)
         if step == 0:
             run.metrics.write(0, STEPS[0])
@@ -99,7 +100,7 @@ def test_tensorboard_shows_evaluations(tmp_path):
     lines = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     for end, tag in enumerate(("eval/ci95_low", "eval/ci95_high")):
         assert [value for _, value in shown[tag]] == [
-            pytest.approx(line["pass_rate_ci95"][end]) for line in lines
+            approx(line["pass_rate_ci95"][end], 1, dtype=torch.float32) for line in lines
         ]
 
 

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from rounding import approx
 from tiny_models import actor_config
 
 from megatron_prepo.actor.optimizer import build_schedule
@@ -47,5 +48,5 @@ def test_every_update_of_every_length_of_warm_up(style, mini_batches):
             )
             sizes = warmup * mini_batches, total * mini_batches
             by_hand = [expected(u, *sizes, style) for u in range(len(used))]
-            assert used == pytest.approx(by_hand, rel=16 * 2**-52)
-            assert min(used) > 0 and max(used) == pytest.approx(PEAK, rel=16 * 2**-52)
+            assert used == approx(by_hand)
+            assert min(used) > 0 and max(used) == approx(PEAK)
