@@ -14,12 +14,14 @@ TRAINER = str(Path(__file__).parents[4])
 
 def declare_torchvision_operators() -> None:
     """The package index's torchvision is linked to CUDA, and its operators do not load next to a
-    CPU torch; its module then fails at asking for the schema of these two."""
+    CPU torch; its module then fails at asking for the schema of these two.  Next to a torch for
+    CUDA, or of a build for a CPU, they have loaded by now, and a second definition is fatal."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)
 
 
@@ -56,7 +58,7 @@ def _internals():
     return internals
 
 
-BEFORE = {"torchvision": declare_torchvision_operators}
+BEFORE = {"torchvision._meta_registrations": declare_torchvision_operators}
 AFTER = {
     "sglang.srt.arg_groups.choices": allow_seeds_with_torch_native,
     "sglang.srt.batch_invariant_ops": leave_kernels_alone,
