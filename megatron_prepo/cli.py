@@ -25,6 +25,7 @@ from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import RunsFailed
+from megatron_prepo.config import literal
 from megatron_prepo.errors import Stopped, UserError, in_one_line
 from megatron_prepo.launch import array
 
@@ -156,7 +157,8 @@ def _resume(options: argparse.Namespace) -> int:
     run_directory.check_resumable(directory)
     options.config = directory / "config.yaml"
     # the saved configuration may say that it replaced a run
-    options.overrides = [f"run.dir={directory}", "run.overwrite=false", *options.overrides]
+    given = [f"run.dir={literal(directory)}", "run.overwrite=false"]
+    options.overrides = [*given, *options.overrides]
     return _train(options)
 
 

@@ -240,10 +240,11 @@ def plan(
     for seed in seeds:
         for arm, of_arm in arms.items():
             run_dir = directory / arm / str(seed)
+            where = f"run.dir={configuration.literal(run_dir)}"
             all_of_it = [*overrides, *of_arm, f"train.seed={seed}"]
-            config = configuration.load(config_path, [*all_of_it, f"run.dir={run_dir}"])
+            config = configuration.load(config_path, [*all_of_it, where])
             all_of_it.append(f"train.rollout_budget={rollout_budget(config)}")
-            config = configuration.load(config_path, [*all_of_it, f"run.dir={run_dir}"])
+            config = configuration.load(config_path, [*all_of_it, where])
             runs.append(PlannedRun(arm, seed, run_dir, all_of_it, config))
     return runs
 
@@ -368,7 +369,7 @@ def start(
         num_ranks = run.config.parallel.num_ranks
         mine = [devices[(slot * num_ranks + i) % len(devices)] for i in range(num_ranks)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
-    where = [f"run.dir={run.directory}", "run.overwrite=true"]
+    where = [f"run.dir={configuration.literal(run.directory)}", "run.overwrite=true"]
     with open(run.directory / "train.log", "a") as log:
         return subprocess.Popen(
             [*train, str(config_path), *run.overrides, *where],

@@ -43,17 +43,18 @@ MAX_FILE_BYTES = 1 << 20
 MAX_DEADLINE = 10_000_000
 
 FilePath = Annotated[str, "path"]
-"""The type of a setting that names a file or directory: a `~` in front and `$NAME` are expanded."""
+"""The type of a setting that names a file or directory: a `~` in front and `$NAME` are expanded
+when it is read (`literal` writes a path that stays as it is)."""
 _TEXTS = {str, FilePath}
 HOW_VALUES_ARE_READ = """\
 Files and `key=value` overrides are YAML 1.2. The type of a setting decides what a word without
 quotes is: a `str` or a choice keeps it (`off`, `010`, `1:30`); an `int`, `float` or `bool` takes a
 number (`010` is ten, `1e-5` a number), `true` or `false`, and refuses anything else. Nothing,
 `null` and `~` are empty. In a `path`, `~/` and `$NAME` are expanded; a variable that is not set is
-an error. What follows the `=` of an override counts as a whole, also a ` #`, unless it is in
-quotes, brackets or braces. In a file `optimizer.lr: 1e-6` is the same as `lr: 1e-6` in the section
-`optimizer`; what is given twice is an error."""
-VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})", re.ASCII)
+an error, and `$$` is a `$`. What follows the `=` of an override counts as a whole, also a ` #`,
+unless it is in quotes, brackets or braces. In a file `optimizer.lr: 1e-6` is the same as
+`lr: 1e-6` in the section `optimizer`; what is given twice is an error."""
+VARIABLE = re.compile(r"\$(\$|\w+|\{[^}]*\})", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -772,11 +773,11 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
     tree = copy.deepcopy(tree)
     for override in overrides:
         apply(tree, override)
-    return from_tree(tree)
+    return from_tree({name: _with_paths_expanded(name, value) for name, value in tree.items()})
 
 
 def from_tree(tree: dict) -> Config:
-    """A checked `Config` from nested dictionaries."""
+    """A checked `Config` from nested dictionaries of values, in which nothing is expanded."""
     tree = {name: _section(name, value) for name, value in tree.items()}
     if problems := list(_unfit(tree, "")):
         raise UserError("\n".join(problems))
@@ -795,7 +796,22 @@ def to_tree(config: Config) -> dict:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as the text of a file that `load` reads."""
-    return yaml_text.write(to_tree(config))
+    tree = to_tree(config)
+    for name, values in tree.items():
+        for key, kind in _types(name).items():
+            if FilePath in _parts(kind) and values[key] is not None:
+                values[key] = literal(values[key])
+    return yaml_text.write(tree)
+
+
+def literal(path: str | Path) -> str:
+    """Return the text that a setting reads as this path, whatever characters are in it.
+
+    >>> literal("runs/$5"), literal("~/mine")
+    ('runs/$$5', './~/mine')
+    """
+    text = str(path)
+    return ("./" + text if text.startswith("~") else text).replace("$", "$$")
 
 
 def reference() -> str:
@@ -889,17 +905,30 @@ def _merge(into: dict, other: dict, what: str, keys: tuple[str, ...]) -> None:
 
 
 def _section(name: str, values: Any) -> Any:
-    """A section with its values as their settings' types take them, and paths expanded."""
+    """A section with its values as their settings' types take them."""
     if not isinstance(values, dict):
         return _typed(values, Any)
     types, settings = _types(name), {}
     for key, value in values.items():
         try:
-            value = _typed(value, types.get(key, Any))
-            is_path = isinstance(value, str) and FilePath in _parts(types.get(key))
-            settings[key] = _expanded(value) if is_path else value
+            settings[key] = _typed(value, types.get(key, Any))
         except UserError as error:
             raise UserError(f"setting {one_line(f'{name}.{key}')}: {error}") from None
+    return settings
+
+
+def _with_paths_expanded(name: str, values: Any) -> Any:
+    """A section as it was read, with `~` and `$NAME` in its paths expanded."""
+    if not isinstance(values, dict):
+        return values
+    types, settings = _types(name), dict(values)
+    for key, value in values.items():
+        empty = isinstance(value, Plain) and value in NULL
+        if isinstance(value, str) and not empty and FilePath in _parts(types.get(key)):
+            try:
+                settings[key] = _expanded(value)
+            except UserError as error:
+                raise UserError(f"setting {one_line(f'{name}.{key}')}: {error}") from None
     return settings
 
 
@@ -940,18 +969,20 @@ def _expanded(path: str) -> str:
 
     def value_of(variable: re.Match) -> str:
         known = variable[1].strip("{}")
+        if known == "$":
+            return "$"
         if not os.environ.get(known):
             raise UserError(
                 f"{reprlib.repr(path)} names the environment variable {one_line(known)}, which is "
-                "not set, or empty; set it, or write the path itself"
+                "not set, or empty; set it, or write $$ for a $ of the name"
             )
         return os.environ[known]
 
     expanded = os.path.expanduser(VARIABLE.sub(value_of, path))
-    if expanded.startswith("~") or VARIABLE.search(expanded):
+    if expanded.startswith("~"):
         raise UserError(
-            f"{reprlib.repr(path)} is {reprlib.repr(expanded)}, in which ~ or $ names no user and "
-            "no variable; write the path itself"
+            f"{reprlib.repr(path)} is {reprlib.repr(expanded)}, in which ~ names no user; write "
+            "the path itself, or ./ before a ~ of the name"
         )
     return expanded
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megatron_prepo import cli, ownership, run_directory
 from megatron_prepo import config as configuration
+from megatron_prepo.config import literal
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
@@ -34,12 +35,12 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
     if not (laptop / "prepo.yaml").is_file():
         raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
     settings = [
-        f"run.dir={directory}",
+        f"run.dir={literal(directory)}",
         "run.overwrite=true",
-        f"model.hf={laptop / 'base'}",
-        f"model.megatron={directory / 'base_megatron'}",
-        f"data.train={laptop / 'train.jsonl'}",
-        f"data.eval={laptop / 'eval.jsonl'}",
+        f"model.hf={literal(laptop / 'base')}",
+        f"model.megatron={literal(directory / 'base_megatron')}",
+        f"data.train={literal(laptop / 'train.jsonl')}",
+        f"data.eval={literal(laptop / 'eval.jsonl')}",
         *overrides,
     ]
     config = configuration.load(laptop / "prepo.yaml", settings)

@@ -139,7 +139,8 @@ def _check(what: str, whole: Sequence, other: Sequence) -> Check:
 
 def _clear(config: Path, settings: Sequence[str], run: Path) -> None:
     """Remove the run of an earlier proof."""
-    replaced = configuration.load(config, [*settings, f"run.dir={run}", "run.overwrite=true"])
+    where = f"run.dir={configuration.literal(run)}"
+    replaced = configuration.load(config, [*settings, where, "run.overwrite=true"])
     run_directory.check(replaced)
     run_directory.clear(replaced, lambda line: print(line, file=sys.stderr))
 
@@ -148,7 +149,7 @@ def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen
     command = [sys.executable, "-m", "megatron_prepo", "train", str(config), *settings]
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen(
-            [*command, f"run.dir={run}"],
+            [*command, f"run.dir={configuration.literal(run)}"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

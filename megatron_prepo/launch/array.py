@@ -20,6 +20,7 @@ from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING
 
+from megatron_prepo.config import literal
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import slurm_time
 from megatron_prepo.launch.peers import UNREACHABLE_EXIT_CODE
@@ -146,7 +147,7 @@ def script(
     cases = []
     for task, run in enumerate(runs):
         run_dir = run.directory.resolve()
-        words = [str(config_path), *run.overrides, f"run.dir={run_dir}"]
+        words = [str(config_path), *run.overrides, f"run.dir={literal(run_dir)}"]
         cases.append(f"{task}) run_dir={shlex.quote(str(run_dir))} words=({shlex.join(words)}) ;;")
     return SCRIPT.format(
         flags="\n".join(f"#SBATCH {flag}" for flag in flags),

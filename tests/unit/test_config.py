@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, FilePath, from_tree, load, reference, to_tree, to_yaml
+from megatron_prepo.config import (
+    Config,
+    FilePath,
+    from_tree,
+    literal,
+    load,
+    reference,
+    to_tree,
+    to_yaml,
+)
 from megatron_prepo.errors import UserError
 
 REQUIRED = {
@@ -436,11 +445,12 @@ def test_a_variable_or_user_that_is_not_there_is_named(tmp_path, monkeypatch, pa
         load(write(tmp_path, tree()), [f"run.dir={path}"])
 
 
-def test_a_variable_within_a_variable_is_refused(tmp_path, monkeypatch):
-    """The saved configuration would be expanded again when it is read."""
+def test_what_a_variable_holds_is_not_expanded_again(tmp_path, monkeypatch):
+    """As in a shell, and neither when the saved configuration is read."""
     monkeypatch.setenv("OUTER", "/a/$INNER")
-    with pytest.raises(UserError, match=r"is '/a/\$INNER'"):
-        load(write(tmp_path, tree()), ["run.dir=$OUTER"])
+    monkeypatch.setenv("INNER", "b")
+    config = load(write(tmp_path, tree()), ["run.dir=$OUTER"])
+    assert config.run.dir == "/a/$INNER" and load(write(tmp_path, to_yaml(config))) == config
 
 
 # Sections and keys
@@ -558,3 +568,15 @@ def test_the_reference_lists_every_setting_once_with_its_meaning():
 def test_nearest_is_silent_when_nothing_is_near():
     assert configuration.nearest("clip_lo", ["clip_low", "lr"]) == " (did you mean clip_low?)"
     assert configuration.nearest("xyz", ["clip_low", "lr"]) == ""
+
+
+@pytest.mark.parametrize("name", ["a $HOME b", "$$", "${x}", "~", "it's #1: $5", "$"])
+def test_a_path_with_any_characters_is_the_same_when_it_is_saved_and_read(tmp_path, name):
+    """As a user's directory may be called; what is typed as a setting is expanded."""
+    tree_of_it = tree()
+    tree_of_it["run"]["dir"] = f"{tmp_path}/{name}"
+    config = from_tree(tree_of_it)
+    path = tmp_path / "saved.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load(path) == config
+    assert load(path, [f"run.dir={literal(config.run.dir)}"]) == config
