@@ -131,10 +131,12 @@ def run_rank(main: Callable[[], None]) -> int:
     """Run `main` as one rank and return its exit code; errors go where the launcher looks.
 
     Started by `start`: to the rank's pipe.  Started by torchrun or Slurm: to stderr, a user's
-    error from one rank per node only, since the ranks of a node find the same.
+    error from one rank per node only, since the ranks of a node find the same, and that the run was
+    stopped from rank 0.
     """
     pipe = os.environ.get(ERROR_PIPE)
     rank = os.environ.get("RANK", "0")
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     if pipe:
         _die_with_parent()
     try:
@@ -146,6 +148,7 @@ def run_rank(main: Callable[[], None]) -> int:
         code, message = 2, f"error: {error}"
     except Stopped as error:
         code, message = error.exit_code, str(error)
+        speaks = rank == "0"
     except Exception as error:
         code, message = 1, f"rank {rank} failed:\n{traceback.format_exc()}"
         if line := no_room(error):
@@ -153,7 +156,7 @@ def run_rank(main: Callable[[], None]) -> int:
     if pipe:
         words = f"{time.monotonic_ns()}\n{message}".encode(errors="backslashreplace")
         os.write(int(pipe), words[:MAX_ERROR_BYTES])
-    elif code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    elif code == 1 or speaks:
         print(message, file=sys.stderr)
     return code
 

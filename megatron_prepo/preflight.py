@@ -137,7 +137,8 @@ def check_opens(directory: Path) -> None:
             with path.open("rb") as file:
                 file.read(1)
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            link = f" is a link to {path.readlink()} and" if path.is_symlink() else ""
+            raise UserError(f"{path}{link} cannot be read: {error.strerror}") from error
 
 
 def check_weights(config: Config, hf: dict) -> None:

@@ -124,6 +124,7 @@ def srun(words: list[str]) -> int:
                     "SLURM_LOCALID": str(task % a_node),
                     "SLURM_NODEID": str(task // a_node),
                     "SLURM_NTASKS": str(tasks),
+                    "SLURM_NNODES": str(count),  # of the step, not of the job
                     "SLURM_STEP_NODELIST": ",".join(hosts),
                     "SLURMD_NODENAME": hosts[task // a_node],
                 },

@@ -448,7 +448,9 @@ class Update:
     """Of every rollout and layer in which a router chose by itself."""
 
     def metrics(self):
-        numbers = {name: terms_T.mean() for name, terms_T in self.terms.items()}
+        # a mean over no token is no metric
+        counted = {name: terms_T for name, terms_T in self.terms.items() if len(terms_T)}
+        numbers = {name: terms_T.mean() for name, terms_T in counted.items()}
         numbers["loss/policy"] = self.terms["loss/policy"].sum()
         numbers["loss/grad_norm"] = norm(self.gradient)
         return {name: number.item() for name, number in numbers.items()}

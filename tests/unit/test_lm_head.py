@@ -101,9 +101,12 @@ def test_an_engine_with_another_precision_is_refused(actor, engine):
 def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     config = actor_config("unused", model={"dtype": "bfloat16"})
     prompts = [SimpleNamespace(tokens=(1, 2))] * config.selection.num_candidates
-    inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts)
+    inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts, digests=None)
     monkeypatch.setattr(job.preflight, "check", lambda config: inputs)
     monkeypatch.setattr(job.parallel, "initialize", lambda *_: None)
+    monkeypatch.setattr(job.prompt_digests, "check_ranks", lambda *_: None)
+    monkeypatch.setattr(job, "StopRequests", lambda *_, **__: None)
+    monkeypatch.setattr(job, "begin", lambda config: config)
     monkeypatch.setattr(job.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(job, "Journal", lambda *_, **__: None)
     monkeypatch.setattr(job, "build_grader", lambda *_: None)
