@@ -87,10 +87,12 @@ compare: .venv/ready
 	$(COMPARE) examples/traces/compare.yaml --methods $(METHODS) --seeds 1-5 $(call run,traces)
 	$(COMPARE) examples/traces/compare.yaml --methods "$(ABLATIONS),$(LARGE)" --seeds 1-3 \
 	  $(call run,traces)
-	.venv/bin/python examples/laptop/build.py --fresh 12800 --out runs/compare/story_sums_prompts
+	test -f runs/compare/story_sums_prompts/train.jsonl || \
+	  .venv/bin/python examples/laptop/build.py --fresh 12800 --out runs/compare/story_sums_prompts
 	$(COMPARE) examples/laptop/compare.yaml --methods $(METHODS) --seeds 1-5 \
 	  $(call run,story_sums_fresh) data.train=runs/compare/story_sums_prompts/train.jsonl
-	.venv/bin/python examples/traces/build.py --fresh 12800 --out runs/compare/traces_prompts
+	test -f runs/compare/traces_prompts/train.jsonl || \
+	  .venv/bin/python examples/traces/build.py --fresh 12800 --out runs/compare/traces_prompts
 	$(COMPARE) examples/traces/compare.yaml --methods $(METHODS) --seeds 1-5 \
 	  $(call run,traces_fresh) data.train=runs/compare/traces_prompts/train.jsonl
 	$(COMPARE) examples/lists/compare.yaml --methods $(METHODS) --seeds 1-5 $(call run,lists)

@@ -5,7 +5,9 @@ Each task's ``build.py`` describes its task and calls `main`.
 
 import argparse
 import json
+import os
 import random
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -91,6 +93,9 @@ def main(task: Task, description: str) -> None:
     options = parser.parse_args()
     if options.fresh is not None and options.out.resolve() == task.folder.resolve():
         parser.error("--fresh needs an --out: it would replace the shipped train.jsonl")
+    if not options.measure:
+        written = ["train.jsonl"] if options.fresh is not None else FILES
+        refuse_to_replace(task, options.out, written)
 
     torch.set_num_threads(1)  # one thread adds in one order, so the weights are reproducible
     started = time.perf_counter()
@@ -135,6 +140,20 @@ def draw_corpus(task: Task, seed: int, held_back: Collection[str]) -> list[tuple
         draw_training_text(task.draw_for_corpus, rng, task.direct_share, held_back)
         for _ in range(task.num_steps * BATCH_SIZE)
     ]
+
+
+FILES = ("train.jsonl", "eval.jsonl", "base")
+"""What `build` writes."""
+
+
+def refuse_to_replace(task: Task, out: Path, names: Sequence[str]) -> None:
+    """Exit if a folder other than the task's own holds what would be written."""
+    there = [name for name in names if os.path.lexists(out / name)]
+    if there and out.resolve() != task.folder.resolve():
+        sys.exit(
+            f"error: --out {out} already holds {', '.join(there)}; nothing was written: choose "
+            "another folder, or move it away"
+        )
 
 
 def write_shipped_prompts(task: Task, out: Path, seed: int) -> list[Problem]:
