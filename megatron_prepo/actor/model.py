@@ -38,6 +38,7 @@ from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_p
 from megatron_prepo.actor.offload import check_offload
 from megatron_prepo.actor.vocab_parallel import row_operations
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
+from megatron_prepo.config import OptimizerConfig as OptimizerSettings
 from megatron_prepo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,8 +53,19 @@ OWN_SETTINGS = {
     "expert_model_parallel_size": "parallel.expert",
     "expert_tensor_parallel_size": "parallel.expert",
     "moe_enable_routing_replay": "rollout.router_replay",
-}
+} | {field.name: f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerSettings)}
 """Megatron's names that have a setting of ours: not to be given twice."""
+OTHER_FUNCTION = {
+    *("rotary_interleaved", "layernorm_zero_centered_gamma", "softmax_scale", "softmax_type"),
+    *("window_size", "window_attn_skip_freq", "no_rope_freq", "activation_func"),
+    *("activation_func_clamp_value", "glu_linear_offset", "multi_latent_attention"),
+    *("moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_enable_expert_bias"),
+    *("moe_expert_capacity_factor", "moe_apply_probs_on_input"),
+}
+"""Megatron's names that would have the actor compute another function than `config.json` means."""
+FOR_TRAINING = {"hidden_dropout", "attention_dropout", "moe_router_load_balancing_type"}
+"""Names that follow from `config.json`, and may differ: the engine computes without them."""
 REFUSED = {
     "cp_comm_type": "parallel.context exchanges heads around every attention, and nothing else",
     "hybrid_context_parallel": "parallel.context is the same for every micro-batch",
@@ -120,6 +132,7 @@ def check_layout(config: Config, hf: dict) -> None:
         )
     if config.rollout.router_replay:
         _check_router_replay(config, experts)
+    decided = OTHER_FUNCTION | transformer_settings(hf).keys()
     for name in config.megatron:
         if name in OWN_SETTINGS:
             raise UserError(f"megatron.{name}: set it through {OWN_SETTINGS[name]}")
@@ -129,6 +142,11 @@ def check_layout(config: Config, hf: dict) -> None:
                 f"unknown setting megatron.{name}{nearest(name, known)}; megatron-core's "
                 "TransformerConfig, DistributedDataParallelConfig and OptimizerConfig have no such "
                 "field"
+            )
+        if name in decided - FOR_TRAINING:
+            raise UserError(
+                f"megatron.{name}: the model's config.json decides it, for the engine and for the "
+                "export, too; change config.json"
             )
         if name in REFUSED and config.megatron[name]:
             raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")

@@ -9,9 +9,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
+from tiny_models import actor_config
 
-from megatron_prepo.actor.model import megatron_overrides
+from checkpoints_convert.hf_config import read_hf_config
+from megatron_prepo.actor.model import check_layout, megatron_overrides
 from megatron_prepo.errors import UserError
+from tests.e2e.laptop import REPOSITORY
 
 KINDS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
 PLAIN = (bool, int, float, str)
@@ -83,3 +86,23 @@ def test_any_value_is_taken_unchanged_or_refused_in_a_sentence(kind_and_field, v
     else:
         assert taken == (tuple(value) if isinstance(taken, tuple) else value)
         assert isinstance(taken, bool) == isinstance(value, bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rotary_interleaved", True, "config.json decides it"),
+        ("layernorm_epsilon", 1e-5, "config.json decides it"),
+        ("num_layers", 1, "config.json decides it"),
+        ("softmax_scale", 0.5, "config.json decides it"),
+        ("lr", 4e-4, r"set it through optimizer\.lr"),
+        ("weight_decay", 0.1, r"set it through optimizer\.weight_decay"),
+    ],
+)
+def test_what_another_place_decides_is_refused(name, value, message):
+    """The engine and the export would compute another function, or one of two values would win."""
+    base = REPOSITORY / "examples" / "laptop" / "base"
+    config = actor_config(str(base), megatron={name: value})
+    with pytest.raises(UserError, match=rf"^megatron\.{name}: .*{message}"):
+        check_layout(config, read_hf_config(base))
+    check_layout(actor_config(str(base), megatron={"attention_dropout": 0.1}), read_hf_config(base))
