@@ -66,8 +66,16 @@ NO_INFLUENCE = {
     *("attention_dropout", "hidden_dropout", "initializer_range", "output_router_logits"),
     *("embd_pdrop", "resid_pdrop", "attn_pdrop", "router_aux_loss_coef", "pretraining_tp"),
     *("max_window_layers", "use_mrope", "use_flash_attn", "use_flash_attention_2", "seq_length"),
+    "transformers.js_config",
 }
 """Keys that change no logit of these families; besides them, those of a generation."""
+NO_CHANGE = {
+    "is_llama_config": (True,),
+    "rope_interleaved": (False,),
+    "qkv_bias": (False,),
+    "shared_expert_intermediate_size": (0, None),
+}
+"""Keys that no class of `transformers` reads, and the values that say what it computes anyway."""
 
 
 def read_hf_config(
@@ -197,7 +205,10 @@ def _refuse_unknown(path: Path, raw: dict) -> None:
     from transformers import GenerationConfig
 
     known = READ | NO_INFLUENCE | QUANTIZATION_KEYS | vars(GenerationConfig()).keys()
-    if unknown := [name for name in raw if name not in known]:
+    if raw.get("model_type") in ("qwen3", "qwen3_moe"):
+        known = known | ({"use_qk_norm"} if raw.get("use_qk_norm") is True else set())
+    unknown = [name for name in raw if name not in known]
+    if unknown := [name for name in unknown if raw[name] not in NO_CHANGE.get(name, ())]:
         raise UserError(
             f"{path}: {listed(unknown)} may change what the model computes, and is not supported; "
             "remove it if it does not"

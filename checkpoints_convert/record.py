@@ -36,6 +36,26 @@ HF_NAMES = {
 }
 """Megatron's name -> that of `config.json`, where it is another."""
 
+OTHER_FUNCTION = {
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (1,),
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "squared_relu": (False,),
+    "softmax_scale": (),
+    "softmax_type": ("vanilla",),
+    "window_size": (),
+    "no_rope_freq": (),
+    "multi_latent_attention": (False,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_pre_softmax": (False,),
+    "moe_router_topk_scaling_factor": (1.0,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_shared_expert_intermediate_size": (0,),
+}
+"""What Megatron's trainers may record besides: the values, or none at all, of our families."""
+
 
 def architecture_record(settings: dict) -> dict:
     """What Megatron's trainers look for beside tensors: the architecture under their names."""
@@ -77,7 +97,14 @@ def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
     if args is None:
         return
     stored, given = comparable(args), comparable(architecture_record(settings)["args"])
-    differing = [
+    if stored.get("num_experts") and "num_experts" not in given:
+        given = given | {"num_experts": None}
+    unsupported = [
+        f"{name} is {stored[name]!r} by {source}, which none of our families has"
+        for name, values in OTHER_FUNCTION.items()
+        if name in stored and stored[name] not in values
+    ]
+    differing = unsupported + [
         f"{HF_NAMES.get(name, name)} is {stored[name]!r} by {source} and {given[name]!r} there"
         for name in stored
         if name in given and stored[name] != given[name]
@@ -89,9 +116,11 @@ def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
         )
 
 
-def comparable(args: Namespace) -> dict:
+def comparable(args: Namespace | dict) -> dict:
     """What of a record decides what the model computes, under Megatron's names."""
-    known = vars(args)
+    if not isinstance(args, Namespace | dict):
+        raise UserError(f"the record `args` of a checkpoint is a {type(args).__name__}")
+    known = args if isinstance(args, dict) else vars(args)
     dropped = {"max_position_embeddings"}  # a limit
     if not known.get("use_rope_scaling"):
         dropped.add("rope_scaling_factor")
