@@ -62,6 +62,11 @@ def load(name: str) -> Callable[[str, str], float]:
     return getattr(module, function)
 
 
+ANSWERS = ("answer", "ground_truth", "gt", "label", "target", "reference", "gold", "solution")
+COMPLETIONS = ("completion", "completions", "solution_str", "response", "output", "generation")
+"""How parameters are called that a user means as the one or the other."""
+
+
 def check_function(function: object, name: str) -> None:
     """UserError unless this can be called with `ARGUMENTS` and may return a number."""
     contract = f"a reward function takes ({', '.join(ARGUMENTS)}) and returns a number"
@@ -84,6 +89,13 @@ def check_function(function: object, name: str) -> None:
         signature.bind(*ARGUMENTS)
     except TypeError as error:
         raise UserError(f"{name}{signature} does not fit ({error}); {contract}") from None
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in signature.parameters.values() if p.kind in by_place]
+    if (names[:1] and names[0] in ANSWERS) or (names[1:] and names[1] in COMPLETIONS):
+        raise UserError(
+            f"{name}{signature} takes them the other way round: arguments go by their place; "
+            f"{contract}"
+        )
 
 
 def _run_file(file: Path):

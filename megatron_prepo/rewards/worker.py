@@ -65,7 +65,10 @@ def serve(channel: socket.socket, function: Callable, seconds: float, memory: in
         completion, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            reply = {"reward": float(function(completion, answer))}
+            reward = function(completion, answer)
+            if isinstance(reward, str | bytes | bytearray):
+                raise TypeError(f"a reward is a number, and not the text {reward!r:.80}")
+            reply = {"reward": float(reward)}
         except MemoryError:
             os._exit(1)  # there may be no memory left to say so in
         except Exception as error:  # whatever a function raises is this answer's grade

@@ -178,3 +178,16 @@ def test_a_file_that_is_not_there_is_refused():
     check_file("math"), check_file(f"{FILE}:length")
     with pytest.raises(UserError, match=r"no such file: absent\.py"):
         check_file("absent.py:f")
+
+
+@pytest.mark.parametrize(
+    "parameters", ["answer, completion", "ground_truth, solution_str", "a, output"]
+)
+def test_arguments_the_other_way_round_are_refused(tmp_path, parameters):
+    """They go by place: each completion would be looked for in its answer."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"def grade({parameters}):\n    return 0.0\n")
+    with pytest.raises(UserError, match="takes them the other way round"):
+        load(f"{file}:grade")
+    file.write_text("def grade(solution_str, ground_truth):\n    return 1.0\n")
+    assert load(f"{file}:grade")("a", "b") == 1.0
