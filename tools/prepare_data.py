@@ -317,6 +317,17 @@ def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
 
 def prepare(options: argparse.Namespace) -> dict:
     """All files; returns the statistics, which are also written."""
+    for kind in ("train", "suite"):
+        names = [name for name, _ in getattr(options, kind)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(
+                f"--{kind} {twice[0]} is given twice; put its files into one folder and name that"
+            )
+    if options.held_out < 0 or options.ngram < 1:
+        raise UserError(
+            f"--held-out {options.held_out} must be at least 0, and --ngram {options.ngram} at "
+            "least 1"
+        )
     out, statistics = Path(options.out), {"train": {}, "suites": {}}
     refuse_other_files(out, options)
     suites = {name: read_problems(name, place) for name, place in options.suite}
@@ -331,6 +342,11 @@ def prepare(options: argparse.Namespace) -> dict:
         read = read_problems(name, place)
         kept, repeated, contradicting = unique(read)
         kept, contaminated = decontaminate(kept, suites, options.ngram)
+        if not kept:
+            raise UserError(
+                f"--train {name}: nothing is left of its {len(read)} problems: {repeated} are "
+                f"repeated, {contradicting} contradict another, {contaminated} are in a suite"
+            )
         training, held_out = split(kept, options.held_out)
         entry = {
             "read": len(read),

@@ -456,3 +456,17 @@ def test_perplexities_are_those_of_transformers_and_are_drawn(tmp_path):
     assert [found[q] for q in ("q0", "q50", "q100")] == [round(x, 4) for x in expected.tolist()]
     assert found["prompts"] == 20
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train", "gsm8k=a", "--train", "gsm8k=b"], "--train gsm8k is given twice"),
+        (["--suite", "math500=a", "--suite", "math500=b"], "--suite math500 is given twice"),
+        (["--held-out", "-3"], "--held-out -3 must be at least 0"),
+        (["--ngram", "0"], "--ngram 0 at least 1"),
+    ],
+)
+def test_what_would_lose_problems_is_refused(tmp_path, capsys, words, message):
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
