@@ -76,13 +76,14 @@ def absolute(path: str | Path) -> Path:
 def digests(config: Config) -> dict[str, dict]:
     """Of each compared input, `path` and `files`: digest by name; none for what is not there."""
     return {
-        read.setting: {"path": str(read.path), "files": _files(read.setting, read.path)}
+        read.setting: {"path": str(read.path), "files": files_of(read.setting, read.path)}
         for read in inputs_of(config)
         if read.setting in COMPARED
     }
 
 
-def _files(setting: str, path: Path) -> dict[str, str]:
+def files_of(setting: str, path: Path) -> dict[str, str]:
+    """The digest of each file of an input that decides numbers, by its name."""
     if path.is_file():
         return {"content": digest(path)}
     if setting == "model.megatron":

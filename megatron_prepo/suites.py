@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_files import HFTensors, buckets, widest
 from megatron_prepo import config as configuration
-from megatron_prepo import lock, machine, preflight, prompt_digests
+from megatron_prepo import inputs, lock, machine, preflight, prompt_digests
 from megatron_prepo.config import Config, overridden
 from megatron_prepo.data import read_prompts
 from megatron_prepo.durable import flush, naming, write_text
@@ -407,6 +407,9 @@ def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[
     places = {name: _digest_of_model(Path(place)) for name, place in models.items()}
     files = {name: _digest_of_file(Path(file)) for name, file in suites.items()}
     note = {"settings": decisive(config), "models": places, "suites": files}
+    file, colon, function = config.reward.function.rpartition(":")
+    if colon:
+        note["settings"]["reward.function"] = f"{_digest_of_file(Path(file))}:{function}"
     path = directory / "evaluation.json"
     if path.is_file():
         before = _note(path)
@@ -447,12 +450,12 @@ def _digest_of_file(path: Path) -> str:
 
 
 def _digest_of_model(place: Path) -> str:
-    """Of names, sizes and times of the files, which change with the weights."""
-    facts = [
-        (str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(place.rglob("*"))
-        if path.suffix in (".safetensors", ".distcp", ".json", ".txt")
-    ]
+    """Of the content that decides numbers (`inputs.py`), wherever it lies."""
+    if not (place / "config.json").is_file() and (place / "config.yaml").is_file():  # of a run
+        exported = (place / "hf" / "config.json").is_file()
+        place = place / ("hf" if exported else "checkpoints")
+    setting = "model.hf" if (place / "config.json").is_file() else "model.megatron"
+    facts = sorted(inputs.files_of(setting, place).items())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
