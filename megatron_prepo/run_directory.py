@@ -342,7 +342,7 @@ def _strangers(entry: Path) -> list[Path]:
         def is_one_of(patterns: tuple[str, ...], name: str = path.name) -> bool:
             return any(fnmatch(name, pattern) for pattern in patterns)
 
-        if is_one_of(folder.whole):
+        if is_one_of(folder.whole) and _is_of_our_wandb_run(path):
             continue
         if is_one_of(folder.marked):
             kind = ownership.UNFINISHED if path.suffix == ".partial" else folder.kind
@@ -350,6 +350,17 @@ def _strangers(entry: Path) -> list[Path]:
         elif path.is_symlink() or not path.is_file() or not is_one_of(folder.files):
             found.append(path)
     return found
+
+
+def _is_of_our_wandb_run(path: Path) -> bool:
+    """Whether W&B wrote it for the run: folders' names end with the run's id, the rest is links.
+
+    A notebook that logs from within the directory has runs of its own there.
+    """
+    if path.is_symlink():
+        return True
+    own = path.parent / "run_id"
+    return path.is_dir() and own.is_file() and path.name.endswith(f"-{own.read_text().strip()}")
 
 
 def _touch(one: Path, other: Path) -> bool:
@@ -444,6 +455,8 @@ def _check_writable(directory: Path) -> None:
     place = directory
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        raise UserError(f"run.dir={directory} is below {place}, which is a file; choose another")
     folders = (directory / name for name in (*FOLDERS, *MARKED))
     for folder in (place, *folders):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):

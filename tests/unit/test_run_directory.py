@@ -468,6 +468,7 @@ def test_overwriting_removes_what_a_run_wrote_names_it_and_nothing_else(tmp_path
     (begun / "tensorboard").mkdir()
     (begun / "tensorboard" / "events.out.tfevents.1.host").touch()
     (begun / "wandb" / "offline-run-1").mkdir(parents=True)
+    (begun / "wandb" / "run_id").write_text("1")
     (begun / "wandb" / "offline-run-1" / "file").touch()
     (begun / "wandb" / "latest-run").symlink_to("offline-run-1")
     (begun / "checkpoints" / "latest_checkpointed_iteration.txt").touch()
@@ -495,6 +496,7 @@ MINE = {
     "journal/notes.jsonl": "journal/notes.jsonl",
     "tensorboard/other/events.out.tfevents.1": "tensorboard/other",
     "wandb/sweep.yaml": "wandb/sweep.yaml",
+    "wandb/run-20260101_000000-notebook/files/model.pt": "wandb/run-20260101_000000-notebook",
     "profile/flame.svg": "profile/flame.svg",
     "weight_sync/mine": "weight_sync",
     "pass_rate.png/mine": "pass_rate.png",
@@ -556,6 +558,7 @@ def test_a_link_is_not_followed_and_its_target_stays(tmp_path, begun, name):
 def test_an_input_in_the_way_is_refused_before_anything_is_removed(tmp_path, begun, place, setting):
     ownership.create(begun / "hf", "model")
     (begun / "wandb" / "run-1").mkdir(parents=True)
+    (begun / "wandb" / "run_id").write_text("1")
     (tmp_path / "link").symlink_to(begun)
     (tmp_path / "linked_model").symlink_to(begun / "hf")
     [(section, values)] = setting.items()
