@@ -300,13 +300,15 @@ def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_wait
 
 def read_results(path: Path) -> dict[tuple[str, str, int], dict]:
     """The records of a results file by (comparison, arm, seed); empty if there is none."""
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"--results {path} is no file; name one")
     if not path.is_file():
         return {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines if line.strip()]
         return {(r["comparison"], r["arm"], r["seed"]): r for r in records}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no results file of `compare`: {error!r}") from None
 
 

@@ -34,6 +34,9 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
     laptop = REPOSITORY / "examples" / "laptop"
     if not (laptop / "prepo.yaml").is_file():
         raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
+    decided = ("run.dir=", "run.overwrite=", "model.megatron=")
+    if given := [override for override in overrides if override.startswith(decided)]:
+        raise UserError(f"{given[0]}: the demo decides that; name its place by --dir")
     settings = [
         f"run.dir={literal(directory)}",
         "run.overwrite=true",

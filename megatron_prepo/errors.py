@@ -77,6 +77,15 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
                 raise
             print(f"error: {changed}", file=sys.stderr)
             return 2
+        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            if error.filename is None:
+                raise
+            print(
+                f"error: {error.filename}: {error.strerror}; choose another place, or change what "
+                "is there",
+                file=sys.stderr,
+            )
+            return 2
         except Exception as error:
             if (line := no_room(error)) is None:
                 raise

@@ -218,8 +218,8 @@ class Run:
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict:
         """The summary; written with the plot, and the files closed."""
-        before = self.before
         gain, gain_ci95, num_prompts = self._gain(after)
+        before, after = self.before.first(num_prompts), after.first(num_prompts)
         summary = {
             "method": self.config.selection.method,
             "weighting": self.config.weighting.method,

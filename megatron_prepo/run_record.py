@@ -142,6 +142,8 @@ def _summary_so_far(config: Config, steps: Sequence[dict], evaluations: Sequence
     The gain has no interval, since results of single prompts are not kept.
     """
     first, last = evaluations[0], evaluations[-1]
+    # `eval` may have changed when the run was resumed; older versions did not note these
+    comparable = all(first.get(key) == last.get(key) for key in ("prompts", "temperature"))
     totals = steps[-1] if steps else {name: 0 for name in TOTALS}
     stages = {name for step in steps for name in step if name.startswith("seconds/")}
     return {
@@ -153,7 +155,7 @@ def _summary_so_far(config: Config, steps: Sequence[dict], evaluations: Sequence
         "pass_rate_before_ci95": first["pass_rate_ci95"],
         "pass_rate_after": last["pass_rate"],
         "pass_rate_after_ci95": last["pass_rate_ci95"],
-        "gain": last["pass_rate"] - first["pass_rate"],
+        "gain": last["pass_rate"] - first["pass_rate"] if comparable else None,
         "samples_per_prompt": last["samples_per_prompt"],
         "rollouts": totals["rollout/paid"],
         "tokens": totals["rollout/tokens_paid"],
