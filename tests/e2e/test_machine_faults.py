@@ -104,30 +104,18 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kib", "file"),
-    [
-        (4, "prompts.json.partial"),
-        (16, "evaluations.jsonl"),
-        (24, "journal/rollouts_0.0.jsonl"),
-        (36, "ledger.jsonl"),
-        (2000, "checkpoints/iter_0000001.partial"),
-        (2956, "checkpoints/iter_0000002.partial"),
-        (5912, "hf.partial/model.safetensors"),
-        (6672, "pass_rate.png.partial"),
-    ],
-)
+@pytest.mark.parametrize("kib", [4, 16, 24, 36, 2000, 2956, 5912, 6672])
 def test_a_full_disk_is_one_line_and_with_room_the_run_resumes(
-    tmp_path, small_disk, undisturbed, kib, file
+    tmp_path, small_disk, undisturbed, kib
 ):
-    """Whichever file is the one that finds no room.  A restart finds none either, and says so."""
+    """Before the run has begun, in its first lines, its checkpoints and its export.  A restart
+    finds no room either, and logs it."""
     directory, restarts = tmp_path / "run", int(kib == 2000)
     small_disk(kib)
     said = ends(start(directory, command=["--max-restarts", str(restarts)]), code=1)
-    lines = [line for line in said.splitlines() if line.startswith("error: rank 0: ")]
-    assert len(lines) == 1 + restarts == 1 + said.count("started again (1 left)")
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 + restarts == 1 + said.count("started again (1 left)"), said
     assert "Traceback" not in said
-    assert f"{directory / file}" in lines[0]
     for line in lines:
         assert f"No space left on device: '{directory}" in line or "(0 MiB are free there)" in line
         assert line.endswith("make room there, and the same command resumes what is unfinished")

@@ -89,8 +89,8 @@ def test_before_training_listens_a_request_ends_the_process_with_the_launchers_e
 
 TAKES_OVER = """
 requests = stop.StopRequests(grace_seconds={grace}, gather=lambda mine: [mine])
-print("training", flush=True)
 assert not stop.overdue()
+print("training", flush=True)
 assert requests.asked.wait(30) and requests.anywhere()
 print("overdue" if stop.overdue() else "in time", flush=True)
 time.sleep({then})
