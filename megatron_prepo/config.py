@@ -65,8 +65,8 @@ class RunConfig:
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
     """Delete the run that is in `run.dir` and start a new one. If false, a run with the same
-    settings is resumed, and one of other settings is an error (`docs/reliability.md`). Only what a
-    run wrote to a directory that it has marked is ever deleted."""
+    settings is resumed, and one of other settings is an error (`docs/reliability.md`). Only what
+    has a run's own names, in a directory that a run has marked, is ever deleted."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
     wandb_project: str | None = None
