@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_prepo import json_lines
 from megatron_prepo.data import read_records
 from megatron_prepo.errors import UserError, in_one_line
+from megatron_prepo.files import json_lines
 
 
 @in_one_line
@@ -21,8 +21,8 @@ def main() -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from checkpoints_convert import tiny_instance
     from checkpoints_convert.convert import import_hf
+    from megatron_prepo.actor import tiny_instance
 
     tiny_instance.check(options.hf)
     layout = {"tensor": options.tp, "pipeline": options.pp, "expert": options.ep}

@@ -16,25 +16,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints_convert.arena import Arena
-from checkpoints_convert.fit import check_fit
-from checkpoints_convert.hf_config import (
+from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.files.atomic import write_text
+from megatron_prepo.models.arena import Arena
+from megatron_prepo.models.fit import check_fit
+from megatron_prepo.models.hf_config import (
     listed,
     read_hf_config,
     transformer_settings,
 )
-from checkpoints_convert.hf_files import HFTensors, HFWriter, carry_over, widest
-from checkpoints_convert.mapping import Heads, Mapping, check_parts, to_hf, to_megatron
-from checkpoints_convert.record import (
+from megatron_prepo.models.hf_files import HFTensors, HFWriter, carry_over, widest
+from megatron_prepo.models.mapping import Heads, Mapping, check_parts, to_hf, to_megatron
+from megatron_prepo.models.record import (
     HF_FILES,
     architecture_record,
     check_record,
     check_tokenizer,
 )
-from checkpoints_convert.torch_dist import Chunk, TorchDistReader, TorchDistWriter
-from megatron_prepo import ownership
-from megatron_prepo.durable import write_text
-from megatron_prepo.errors import UserError
+from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKERS = min(4, os.cpu_count() or 1)
@@ -216,9 +216,9 @@ def plan_checkpoint(
     """Every parameter of the model with its chunks in a checkpoint written by this layout."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
-    from checkpoints_convert.hf_to_megatron import stage_parameters
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig, ParallelConfig
+    from megatron_prepo.models.hf_to_megatron import stage_parameters
 
     sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
     if min(sizes.values()) < 1:

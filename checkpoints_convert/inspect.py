@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from checkpoints_convert.hf_config import read_hf_config, transformer_settings
-from checkpoints_convert.hf_files import HFTensors
-from checkpoints_convert.torch_dist import TorchDistReader
+from megatron_prepo.models.hf_config import read_hf_config, transformer_settings
+from megatron_prepo.models.hf_files import HFTensors
+from megatron_prepo.models.torch_dist import TorchDistReader
 
 
 def describe(directory: str | Path) -> str:

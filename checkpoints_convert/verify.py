@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints_convert import tiny_instance
-from checkpoints_convert.arena import Arena
 from checkpoints_convert.convert import (
     ARENA_BYTES,
     PlannedParameter,
@@ -30,14 +28,16 @@ from checkpoints_convert.convert import (
     refuse_layout,
     uneven_stages,
 )
-from checkpoints_convert.fit import check_fit
-from checkpoints_convert.hf_config import gpt_settings, read_hf_config
-from checkpoints_convert.hf_files import HFTensors
-from checkpoints_convert.mapping import Mapping, shard, to_hf, to_megatron, unshard
-from checkpoints_convert.record import architecture_record, comparable
-from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_prepo.durable import write_text
+from megatron_prepo.actor import tiny_instance
 from megatron_prepo.errors import UserError
+from megatron_prepo.files.atomic import write_text
+from megatron_prepo.models.arena import Arena
+from megatron_prepo.models.fit import check_fit
+from megatron_prepo.models.hf_config import gpt_settings, read_hf_config
+from megatron_prepo.models.hf_files import HFTensors
+from megatron_prepo.models.mapping import Mapping, shard, to_hf, to_megatron, unshard
+from megatron_prepo.models.record import architecture_record, comparable
+from megatron_prepo.models.torch_dist import TorchDistReader
 
 LONG = 2048
 """Positions of the long sequence."""
@@ -205,9 +205,9 @@ def _parts(
     settings: dict, tensor: int, pipeline: int, expert: int
 ) -> Iterator[tuple[tuple[str, ...], tuple[Mapping, torch.Size, int]]]:
     """Hugging Face names -> mapping, shape of a rank's part, number of parts, in a layout."""
-    from checkpoints_convert.hf_to_megatron import split_group, stage_parameters
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig, ParallelConfig
+    from megatron_prepo.models.hf_to_megatron import split_group, stage_parameters
 
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     refuse_layout(layout, settings)
@@ -243,10 +243,10 @@ def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> Non
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from checkpoints_convert.hf_to_megatron import load_hf_weights
     from megatron_prepo.actor import checkpoint, parallel
     from megatron_prepo.actor.model import build_model, output_weight
     from megatron_prepo.config import ModelConfig, ParallelConfig
+    from megatron_prepo.models.hf_to_megatron import load_hf_weights
 
     generator = torch.Generator().manual_seed(0)
     longest = min(LONG, settings["max_position_embeddings"])

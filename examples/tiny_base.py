@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_prepo.metrics import spearman
+from megatron_prepo.trainer.step_metrics import spearman
 from tiny_task import (
     ANSWER_MARK,
     Draw,

@@ -21,13 +21,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_convert.hf_config import read_hf_config
-from megatron_prepo import compare, local_ranks, lock
 from megatron_prepo import config as configuration
-from megatron_prepo.compare import RunsFailed
+from megatron_prepo.compare import runner as compare
+from megatron_prepo.compare import slurm_array as array
+from megatron_prepo.compare.runner import RunsFailed
 from megatron_prepo.config import literal
 from megatron_prepo.errors import Stopped, UserError, in_one_line
-from megatron_prepo.launch import array
+from megatron_prepo.files import lock
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.process import local_ranks
 
 
 @in_one_line
@@ -94,7 +96,8 @@ def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int 
 
     After a failure that is not the user's, start them again, as often as `max_restarts` says.
     """
-    from megatron_prepo import preflight, run_directory
+    from megatron_prepo.inputs import preflight
+    from megatron_prepo.run import directory as run_directory
 
     config = configuration.load(path, overrides)
     run_directory.check_config_file(config, path)
@@ -135,7 +138,8 @@ def _train(options: argparse.Namespace) -> int:
         return 0
 
     def as_rank() -> None:
-        from megatron_prepo import report, run_directory
+        from megatron_prepo.run import directory as run_directory
+        from megatron_prepo.run import summary as report
         from megatron_prepo.train import train
         from megatron_prepo.train_async import train_overlapped
 
@@ -149,7 +153,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from megatron_prepo import run_directory
+    from megatron_prepo.run import directory as run_directory
 
     if options.prove:
         return _prove(options)
@@ -163,7 +167,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _prove(options: argparse.Namespace) -> int:
-    from megatron_prepo import prove
+    from megatron_prepo.debug import resume_check as prove
 
     run = Path(options.directory)
     checks = prove.prove(
@@ -178,9 +182,9 @@ def _prove(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from megatron_prepo import replay
     from megatron_prepo.actor.model import check_layout
-    from megatron_prepo.dump import read
+    from megatron_prepo.debug import replay
+    from megatron_prepo.debug.dump import read
 
     directory, overrides = options.dump, options.overrides
     if "RANK" in os.environ:
@@ -254,7 +258,7 @@ def _slurm(options: argparse.Namespace) -> array.Slurm | None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_prepo import suites
+    from megatron_prepo.evaluation import suites
 
     config = suites.load_settings(options.config, options.model, options.overrides)
     chosen = options.suite or suites.held_out(config)
@@ -264,7 +268,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from megatron_prepo import page
+    from megatron_prepo.compare import report_page as page
 
     written = page.report(options.sources, options.out)
     print(f"{written[0]}, and beside it {len(written) - 1} pictures and tables")
@@ -272,7 +276,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from megatron_prepo import layouts, measured, plan, plan_text
+    from megatron_prepo.plan import layout_search as layouts
+    from megatron_prepo.plan import measured_rates as measured
+    from megatron_prepo.plan import planner as plan
+    from megatron_prepo.plan import text as plan_text
 
     config = configuration.load(options.config, options.overrides)
     question = plan.Question(
@@ -291,7 +298,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_prepo import doctor
+    from megatron_prepo.launch import doctor
 
     config = configuration.load(options.config, options.overrides) if options.config else None
     findings = doctor.examine(config)

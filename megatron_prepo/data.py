@@ -5,8 +5,8 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_prepo import json_lines
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import json_lines
 from megatron_prepo.records import Prompt
 
 MAX_CHARACTERS_A_TOKEN = 1000

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prepo import cli, ownership, run_directory
+from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.config import literal
 from megatron_prepo.data import read_prompts
-from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.files.atomic import write_text
 from megatron_prepo.rewards import load
+from megatron_prepo.run import directory as run_directory
 
 IMPORTED = "imported base model"
 """What the marker of `base_megatron/` calls it (`ownership.py`)."""

@@ -14,19 +14,24 @@ from functools import partial
 import torch
 
 from megatron_prepo.actor import parallel
-from megatron_prepo.actor.policy import Actor
-from megatron_prepo.advantages import zero_variance
+from megatron_prepo.actor.actor import Actor
 from megatron_prepo.config import Config
-from megatron_prepo.groups import Groups, rewards_of
-from megatron_prepo.job import due, set_up
-from megatron_prepo.journal import Journal
-from megatron_prepo.ledger import LedgerEntry
-from megatron_prepo.metrics import grading_metrics, selection_metrics
-from megatron_prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
-from megatron_prepo.policy_update import OldScores, score_rollouts, step_record, update_policy
+from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grader
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.run.ledger import LedgerEntry
+from megatron_prepo.run.rollout_journal import Journal
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.policy_update import (
+    OldScores,
+    score_rollouts,
+    step_record,
+    update_policy,
+)
+from megatron_prepo.trainer.setup import due, set_up
+from megatron_prepo.trainer.step_metrics import grading_metrics, selection_metrics
 
 
 def train(config: Config) -> dict:

@@ -18,14 +18,14 @@ import torch
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import Config
-from megatron_prepo.groups import Groups
-from megatron_prepo.job import Job, due, set_up
-from megatron_prepo.metrics import grading_metrics, selection_metrics
-from megatron_prepo.policy_update import score_rollouts, step_record, update_policy
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.sglang.engine import Generating
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 from megatron_prepo.train import ledger_entries, look_at, sampling
+from megatron_prepo.trainer.groups import Groups
+from megatron_prepo.trainer.policy_update import score_rollouts, step_record, update_policy
+from megatron_prepo.trainer.setup import Job, due, set_up
+from megatron_prepo.trainer.step_metrics import grading_metrics, selection_metrics
 
 
 def train_overlapped(config: Config) -> dict:

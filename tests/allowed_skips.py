@@ -100,7 +100,7 @@ def public_index() -> dict[str, str]:
 
 ALLOWED = (
     Skip("tests/gpu/*", no_gpu, "they need a CUDA device"),
-    Skip("megatron_prepo/actor/row_kernels.py", not_linux, "Triton has Linux wheels only"),
+    Skip("megatron_prepo/actor/lm_head_triton.py", not_linux, "Triton has Linux wheels only"),
     Skip(
         "tests/unit/test_row_operations.py::*[*triton*",
         a_gpu,

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from megatron_prepo import config as configuration
-from megatron_prepo import ownership, run_directory
+from megatron_prepo.files import ownership
+from megatron_prepo.run import directory as run_directory
 
 
 def main() -> None:

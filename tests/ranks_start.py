@@ -7,7 +7,5 @@ import gc
 import tiny_models  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
 
-from megatron_prepo.actor import parallel, policy  # noqa: F401
-
 gc.collect()
 gc.freeze()

@@ -27,12 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import Qwen3Config
 
-from checkpoints_convert.hf_config import read_hf_config
-from megatron_prepo import durable, machine
-from megatron_prepo.actor import parallel, policy
-from megatron_prepo.actor.policy import Actor
+from megatron_prepo.actor import actor as policy
+from megatron_prepo.actor import parallel
+from megatron_prepo.actor.actor import Actor
 from megatron_prepo.config import from_tree
 from megatron_prepo.errors import in_one_line
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.process import machine
 
 MODEL = {
     "hidden_size": 768,

@@ -57,7 +57,7 @@ def main() -> int:
 def measure(scratch: Path, model: str, rounds: int, tasks: list[str]) -> dict:
     """Seconds and memory of each task, interleaved."""
     sys.path.insert(0, str(REPOSITORY))
-    from megatron_prepo import machine
+    from megatron_prepo.process import machine
 
     # in a process of its own: a child's peak memory starts at that of its parent
     maker = [sys.executable, __file__, "--task", f"make {model}", str(scratch)]
@@ -244,7 +244,7 @@ def _verify(scratch: Path):
 
 def _load(scratch: Path):
     """Fill a live Megatron model, as a run without `model.megatron` does."""
-    from checkpoints_convert.hf_to_megatron import load_hf_weights
+    from megatron_prepo.models.hf_to_megatron import load_hf_weights
 
     model = _live_model(scratch)
     return lambda: load_hf_weights([model], scratch / "hf")
@@ -277,10 +277,10 @@ def _mbridge(scratch: Path):
 
 
 def _live_model(scratch: Path):
-    from checkpoints_convert.hf_config import read_hf_config
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.model import build_model
     from megatron_prepo.config import ModelConfig, ParallelConfig
+    from megatron_prepo.models.hf_config import read_hf_config
 
     parallel.initialize(ParallelConfig(), seed=0)
     hf = read_hf_config(scratch / "hf")

@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo import durable, local_ranks, machine
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.process import local_ranks, machine
 from tools import head_goals
 from tools.head_case import Case, Shape, describe, make_case
 from tools.head_providers import PRODUCTS, Absent, Outcome, Task, available, naive_bytes

@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
-from megatron_prepo import durable, machine
 from megatron_prepo.actor import optimizer_shards, parallel
-from megatron_prepo.actor.policy import Actor
+from megatron_prepo.actor.actor import Actor
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.process import machine
 from tools.bench_checkpoint import make_actor, make_model
 
 DEADLINE_SECONDS = 1800

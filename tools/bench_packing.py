@@ -28,12 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo import durable, machine
 from megatron_prepo.actor import parallel
-from megatron_prepo.actor.policy import Actor, TrainingSequence
-from megatron_prepo.actor.rows import Plan, Row, pieces_of, plan_rows
+from megatron_prepo.actor.actor import Actor, TrainingSequence
+from megatron_prepo.actor.packing import Plan, Row, pieces_of, plan_rows
 from megatron_prepo.config import from_tree
-from megatron_prepo.memory import Shape
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.plan.memory import Shape
+from megatron_prepo.process import machine
 from megatron_prepo.records import ScoredSequence
 
 MODEL = {

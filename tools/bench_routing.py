@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny_models
 from ranks import on_ranks
 
-from megatron_prepo import durable, machine
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.process import machine
 from tests.real_sglang.test_routing import DTYPES, compared
 
 REPOSITORY = Path(__file__).resolve().parent.parent

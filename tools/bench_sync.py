@@ -34,12 +34,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints_convert.hf_files import buckets
-from checkpoints_convert.megatron_to_hf import hf_plan, hf_shapes, hf_weights
-from megatron_prepo import durable, machine
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.config import Config, from_tree
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.models.hf_files import buckets
+from megatron_prepo.models.megatron_to_hf import hf_plan, hf_shapes, hf_weights
+from megatron_prepo.process import machine
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.sglang.transport import num_bytes
 
@@ -190,7 +191,7 @@ class Weights:
     """A Megatron model of random weights, without an optimizer."""
 
     def __init__(self, config: Config, device: torch.device):
-        from checkpoints_convert.hf_config import read_hf_config
+        from megatron_prepo.models.hf_config import read_hf_config
 
         hf = read_hf_config(config.model.hf)
         (self.model,) = build_model(hf, config.model, config.parallel)

@@ -25,12 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo import config as configuration
-from megatron_prepo import preflight
 from megatron_prepo.config import Config
 from megatron_prepo.errors import in_one_line
-from megatron_prepo.mismatch import mismatch_metrics
+from megatron_prepo.inputs import preflight
+from megatron_prepo.prepo.importance import mismatch_metrics
 from megatron_prepo.records import Rollout
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 
 WORST = 10
 CONTEXT = 12
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple]:
     """Both, with the same weights, as at the start of a run."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.job import build_engine
-    from megatron_prepo.weight_sync import sync_weights
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.rollout.weight_sync import sync_weights
+    from megatron_prepo.trainer.setup import build_engine
 
     parallel.initialize(config.parallel, config.train.seed)
     engine = build_engine(config, inputs.tokenizer, lambda line: print(line, file=sys.stderr))

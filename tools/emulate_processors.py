@@ -19,9 +19,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prepo import machine, progress
-from megatron_prepo.durable import write_text
 from megatron_prepo.errors import UserError
+from megatron_prepo.files.atomic import write_text
+from megatron_prepo.process import machine
+from megatron_prepo.run import progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUMERIC = (

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from megatron_prepo import machine
 from megatron_prepo.config import RewardConfig
-from megatron_prepo.durable import write_text
+from megatron_prepo.files.atomic import write_text
+from megatron_prepo.process import machine
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import WAITING, Grader
 

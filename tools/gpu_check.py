@@ -28,7 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo import durable, machine
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.process import machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 180.0

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from megatron_prepo.actor.vocab_parallel import (
+from megatron_prepo.actor.lm_head import (
     chunk_tokens_within,
     vocab_parallel_logprobs_and_entropy,
     vocab_parallel_loss,

@@ -29,10 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_prepo import config as configuration
-from megatron_prepo import machine, prove
-from megatron_prepo.durable import write_text
+from megatron_prepo.debug import resume_check as prove
 from megatron_prepo.errors import Stopped
-from megatron_prepo.ports import free_port
+from megatron_prepo.files.atomic import write_text
+from megatron_prepo.process import machine
+from megatron_prepo.process.ports import free_port
 from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.train import train
 from megatron_prepo.train_async import train_overlapped

@@ -2,7 +2,7 @@
 
     python tools/prompt_perplexity.py --hf MODEL --out perplexity.png train.jsonl math500.jsonl
 
-The perplexity is the one that PREPO's window sorts by (`megatron_prepo/perplexity.py`), here by
+The perplexity that PREPO's window sorts by (`megatron_prepo/prepo/perplexity.py`), here by
 `transformers`, one prompt at a time, on a GPU if there is one.  Beside the picture goes a `.json`.
 """
 
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError, in_one_line
-from megatron_prepo.perplexity import perplexity, scored_span
-from megatron_prepo.preflight import read_tokenizer
+from megatron_prepo.inputs.preflight import read_tokenizer
+from megatron_prepo.prepo.perplexity import perplexity, scored_span
 
 matplotlib.use("Agg")
 

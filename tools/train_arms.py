@@ -81,8 +81,8 @@ def _memory(name: str) -> int:
 def ours_fixed(case: Case, orders: Orders) -> None:
     """`Actor.score` and `Actor.update`, as `train.py` calls them."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.policy_update import score_rollouts, update_policy
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.trainer.policy_update import score_rollouts, update_policy
 
     config = case.config
     parallel.initialize(config.parallel, config.train.seed)
@@ -103,9 +103,9 @@ def ours_fixed(case: Case, orders: Orders) -> None:
 
 def ours_loop(case: Case, orders: Orders) -> None:
     """`train`, told when to go on."""
-    from megatron_prepo import metrics
-    from megatron_prepo.run import Run
+    from megatron_prepo.run.recorder import Run
     from megatron_prepo.train import train
+    from megatron_prepo.trainer import step_metrics as metrics
 
     steps = Run.steps
 

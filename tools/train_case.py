@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_prepo import durable
 from megatron_prepo.config import Config, load, to_yaml
 from megatron_prepo.data import read_prompts
+from megatron_prepo.files import atomic as durable
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.final_number import final_number
-from megatron_prepo.rollout.embedded import EmbeddedEngine
+from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAPTOP = REPOSITORY / "examples" / "laptop"

@@ -25,14 +25,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
-from checkpoints_convert.record import architecture_record, check_record
-from checkpoints_convert.torch_dist import TorchDistReader
-from megatron_prepo import ownership
 from megatron_prepo.actor import optimizer_shards
-from megatron_prepo.actor.offload import HostAdam, fill_adam_state
-from megatron_prepo.actor.saving import Copies, Saving
-from megatron_prepo.durable import rename_tree, write_text
+from megatron_prepo.actor.async_save import Copies, Saving
+from megatron_prepo.actor.cpu_offload import HostAdam, fill_adam_state
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.files.atomic import rename_tree, write_text
+from megatron_prepo.models.record import architecture_record, check_record
+from megatron_prepo.models.torch_dist import TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run.json"
@@ -57,7 +57,7 @@ def start_saving(
 
     Collective.  With optimizer and scheduler if given; then with this rank's random states, too.
     `run_state` is the text of `run.json`.  `hf`, the model's settings, become the checkpoint's own
-    record of it (`checkpoints_convert/record.py`).  It is there when the `Saving` is finished, and
+    record of it (`megatron_prepo/models/record.py`).  It is there when the `Saving` is finished, and
     nothing else may be saved below `directory` before; without `copies`, nor may model and
     optimizer change.  Raises OSError if a rank cannot write: older checkpoints stay.
     """

@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_prepo.actor import cpu
+from megatron_prepo.actor import cpu_shim as cpu
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.config import ModelConfig, ParallelConfig
 

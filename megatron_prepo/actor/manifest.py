@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_prepo import ownership
 from megatron_prepo.actor import parallel
-from megatron_prepo.durable import write_text
+from megatron_prepo.files import ownership
+from megatron_prepo.files.atomic import write_text
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20

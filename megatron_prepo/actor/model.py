@@ -31,15 +31,16 @@ from megatron.core.transformer.transformer_block import (
 )
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from checkpoints_convert.hf_config import gpt_settings, num_experts, transformer_settings
 from megatron_prepo import internals
-from megatron_prepo.actor import cpu, row_statistics
+from megatron_prepo.actor import cpu_shim as cpu
+from megatron_prepo.actor import lm_head_torch as row_statistics
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_position
-from megatron_prepo.actor.offload import check_offload
-from megatron_prepo.actor.vocab_parallel import row_operations
+from megatron_prepo.actor.cpu_offload import check_offload
+from megatron_prepo.actor.lm_head import row_operations
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
 from megatron_prepo.config import OptimizerConfig as OptimizerSettings
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.hf_config import gpt_settings, num_experts, transformer_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_SETTINGS = {

@@ -7,7 +7,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_prepo.actor import offload
+from megatron_prepo.actor import cpu_offload as offload
 from megatron_prepo.actor.model import DTYPES, megatron_overrides
 from megatron_prepo.config import Config
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_prepo.actor import cpu
+from megatron_prepo.actor import cpu_shim as cpu
 from megatron_prepo.config import ParallelConfig
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.local_ranks import MEETING_FILE
+from megatron_prepo.process.local_ranks import MEETING_FILE
 
 ADDRESSING = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables by which ranks find each other."""

@@ -8,11 +8,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_prepo import doctor
 from megatron_prepo.errors import Stopped, UserError, in_one_line
-from megatron_prepo.gpus import GPUS
+from megatron_prepo.launch import doctor
 from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
 from megatron_prepo.launch.job import Job, make_job
+from megatron_prepo.plan.gpus import GPUS
 
 
 @in_one_line
@@ -71,7 +71,8 @@ def _examined(job: Job, options: argparse.Namespace) -> bool:
 
 
 def _fits(job: Job, gpu: str) -> bool:
-    from megatron_prepo import plan, plan_text
+    from megatron_prepo.plan import planner as plan
+    from megatron_prepo.plan import text as plan_text
 
     elsewhere = job.server_nodes or job.config.servers.urls
     question = plan.Question(

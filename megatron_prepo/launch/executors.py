@@ -35,7 +35,7 @@ from megatron_prepo.config import nearest, value_for
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.launch import peers, slurm_time
 from megatron_prepo.launch.job import Job, local
-from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 
 EXECUTORS = ("local", "slurm", "docker", "skypilot", "kubeflow")
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from megatron_prepo.launch import nodes
+from megatron_prepo.process import slurm as nodes
 
 CONNECT_SECONDS = 5.0
 UNREACHABLE_EXIT_CODE = 69

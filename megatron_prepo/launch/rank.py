@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_prepo import stop
+from megatron_prepo.process import stop_signals as stop
 
 # what takes long to import comes after the signals are listened to
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as one task of Slurm; returns the exit code (see above)."""
     stop.leave_when_asked(0)
     from megatron_prepo import config as configuration
-    from megatron_prepo import run_directory
     from megatron_prepo.errors import UserError
-    from megatron_prepo.launch import nodes, peers
+    from megatron_prepo.launch import peers
+    from megatron_prepo.process import slurm as nodes
+    from megatron_prepo.run import directory as run_directory
 
     options = parser().parse_args(arguments)
     try:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(words: Sequence[str]) -> int:
     """Return the exit code of the training, 0 if it was stopped as asked."""
     from megatron_prepo import cli
-    from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+    from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 
     code = cli.main(words)
     stopped = code == STOPPED_EXIT_CODE or (code == 1 and stop.overdue())
@@ -92,7 +93,7 @@ def name_the_lost(known: "Sequence[peers.Peer]") -> int:
 
 def server_urls(server_nodes: int, servers_a_node: int) -> list[str]:
     """The servers on the last so many nodes of the job; 0: on all."""
-    from megatron_prepo.launch import nodes
+    from megatron_prepo.process import slurm as nodes
 
     hosts = nodes.hosts(os.environ["SLURM_JOB_NODELIST"])[-server_nodes:]
     ports = [nodes.server_port(os.environ, i) for i in range(servers_a_node)]

@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     from megatron_prepo import config as configuration
-    from megatron_prepo import run_directory
     from megatron_prepo.errors import UserError
-    from megatron_prepo.launch import nodes
     from megatron_prepo.launch.rank import parser
+    from megatron_prepo.process import slurm as nodes
     from megatron_prepo.rollout.sglang.launch import OwnServer, check
+    from megatron_prepo.run import directory as run_directory
 
     options = parser().parse_args(arguments)
     nodes.choose_interface(os.environ)

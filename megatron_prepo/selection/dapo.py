@@ -14,9 +14,9 @@ over from the last round is dropped, as in verl.
 
 import random
 
-from megatron_prepo.advantages import zero_variance
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.selection.base import Candidates
 
 
 class DynamicSampling:

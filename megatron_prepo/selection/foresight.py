@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import betaln, expit
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 
 MEMORY = 15.0
 SHARE = 0.35

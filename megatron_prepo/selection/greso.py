@@ -28,9 +28,9 @@ import math
 import random
 from fractions import Fraction
 
-from megatron_prepo.advantages import zero_variance
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.selection.base import Candidates
 
 TARGET = {"easy": Fraction(1, 4) / 3, "hard": Fraction(1, 4) * 2 / 3}
 """Share of the paid groups that may be all right, and all wrong: 25 % together."""

@@ -19,7 +19,7 @@ a prompt every posterior would be Beta(8, 8).  We need no such case, since G is 
 import random
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 
 PRIOR = 1.0
 """alpha and beta of a prompt never seen: every pass rate is as likely."""

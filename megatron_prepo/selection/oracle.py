@@ -6,7 +6,7 @@ what knowing the pass rates would be worth leaves them out, and says so.
 """
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 
 
 class Oracle:

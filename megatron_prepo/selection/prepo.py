@@ -16,7 +16,7 @@ from fractions import Fraction
 import torch
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 
 
 def linear(rho: Fraction) -> Fraction:

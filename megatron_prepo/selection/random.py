@@ -3,7 +3,7 @@
 import random
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 
 
 class RandomChoice:

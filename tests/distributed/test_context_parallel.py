@@ -13,9 +13,9 @@ from ranks import join, on_ranks
 from rounding import Reference
 
 from megatron_prepo.actor.attention import CausalAttention
-from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.context_parallel import slice_of_row
-from megatron_prepo.actor.rows import plan_rows
+from megatron_prepo.actor.micro_batch import micro_batch
+from megatron_prepo.actor.packing import plan_rows
 from megatron_prepo.records import ScoredSequence
 from tests.unit.test_batching import SHAPE
 

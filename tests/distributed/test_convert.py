@@ -17,11 +17,11 @@ from tiny_models import VOCAB, actor_config
 from transformers_scores import judged, largest_of_all, model_of, scores
 
 from checkpoints_convert.convert import export_hf, import_hf
-from checkpoints_convert.hf_config import read_hf_config
-from checkpoints_convert.hf_files import HFTensors
-from checkpoints_convert.torch_dist import TorchDistReader
 from megatron_prepo.actor.checkpoint import load_weights, newest
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.hf_files import HFTensors
+from megatron_prepo.models.torch_dist import TorchDistReader
 from megatron_prepo.records import ScoredSequence
 
 MODELS = {
@@ -94,7 +94,7 @@ def load_everything(hf, megatron, scratch):
     from megatron.core import parallel_state
 
     from megatron_prepo.actor import checkpoint, parallel
-    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.actor.actor import Actor
 
     found = {}
     for layout, (sizes, settings) in LAYOUTS.items():
@@ -139,8 +139,8 @@ def load_everything(hf, megatron, scratch):
 
 def from_hf(config):
     """This rank's model and the parameters that `load_hf_weights` gives it."""
-    from checkpoints_convert.hf_to_megatron import load_hf_weights
     from megatron_prepo.actor.model import build_model
+    from megatron_prepo.models.hf_to_megatron import load_hf_weights
 
     hf = read_hf_config(config.model.hf)
     (model,) = build_model(hf, config.model, config.parallel, config.megatron)
@@ -167,7 +167,7 @@ def differing(model, expected):
 
 def oddities(model, hf):
     """Names that the model's stream of weights has changed, lacks or has too many."""
-    from checkpoints_convert.megatron_to_hf import hf_weights
+    from megatron_prepo.models.megatron_to_hf import hf_weights
 
     source, streamed, changed = load_file(f"{hf}/model.safetensors"), [], []
     for name, tensor in hf_weights([model], VOCAB):

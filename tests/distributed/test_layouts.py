@@ -25,8 +25,8 @@ from rounding import allowance, approx, bound
 from tiny_models import VOCAB, actor_config
 from transformers_scores import ATTENTIONS, model_of
 
+from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.routing import RoutingFormat
 
 
 @dataclass(frozen=True)
@@ -574,7 +574,7 @@ class Case:
     @contextmanager
     def actor(self, **sections):
         from megatron_prepo.actor import parallel
-        from megatron_prepo.actor.policy import Actor
+        from megatron_prepo.actor.actor import Actor
 
         config = self.config(**sections)
         join(config.parallel.num_ranks)
@@ -583,7 +583,7 @@ class Case:
         parallel.shut_down()
 
     def rollouts(self):
-        from megatron_prepo.actor.policy import TrainingSequence
+        from megatron_prepo.actor.actor import TrainingSequence
 
         scenario, batch = SCENARIOS[self.name], self.batch
         return [
@@ -1149,7 +1149,7 @@ def test_other_choices_are_counted_as_sets_once_a_token_and_layer(run, layout):
 
 
 def test_some_prompts_of_a_group_were_routed_alike_and_some_were_not(batches):
-    from megatron_prepo.actor.rows import pieces_of
+    from megatron_prepo.actor.packing import pieces_of
 
     sizes = [len(piece.index) for piece in pieces_of(batches["routed"].sequences, most=40)]
     assert sorted(sizes) == [1, 1, 1, 1, 2, 2]

@@ -82,7 +82,7 @@ class ActorOn:
 
     def __enter__(self):
         from megatron_prepo.actor import parallel
-        from megatron_prepo.actor.policy import Actor
+        from megatron_prepo.actor.actor import Actor
 
         self.taking_part = join(self.config.parallel.num_ranks)
         if not self.taking_part:

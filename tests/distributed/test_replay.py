@@ -17,9 +17,9 @@ from ranks import join, on_ranks
 from tiny_models import VOCAB, actor_config
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prepo.debug.replay import TOLERANCE
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.replay import TOLERANCE
 
 LENGTHS = (5, 9, 3, 4, 12, 6, 8, 2)
 LAYOUTS = {
@@ -65,10 +65,10 @@ def config_of(hf, **sections):
 
 def made_up_step(actor):
     """4 groups of 2 rollouts of random tokens, and their old scores."""
-    from megatron_prepo.groups import Groups
-    from megatron_prepo.policy_update import score_rollouts
     from megatron_prepo.rewards.pool import Grade
-    from megatron_prepo.selection.candidates import Candidates
+    from megatron_prepo.selection.base import Candidates
+    from megatron_prepo.trainer.groups import Groups
+    from megatron_prepo.trainer.policy_update import score_rollouts
 
     generator = torch.Generator().manual_seed(3)
 
@@ -100,9 +100,9 @@ def run_everything(hf, root):
 
 def dump_of_one_rank(hf, root):
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.policy_update import step_record, update_policy
-    from megatron_prepo.updates import Updates
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.trainer.guarded_update import Updates
+    from megatron_prepo.trainer.policy_update import step_record, update_policy
 
     if not join(1):
         return None
@@ -194,9 +194,9 @@ def put_in_place_of_an_object(directory, evil):
 def replayed(root, overrides, mutate=None):
     """The comparison's differing rows and largest errors; None on a rank that is not needed."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.dump import read
-    from megatron_prepo.replay import replay
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.debug.dump import read
+    from megatron_prepo.debug.replay import replay
 
     if not join(2 if overrides[0].endswith("=2") else 1):
         return None
@@ -236,9 +236,9 @@ def forget_the_norms(actor, backward):
 def poisoned(hf, root, sections, what):
     """A good update, a NaN on rank 1 alone, a good one, NaN after NaN; the good ones without."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.policy_update import step_record
-    from megatron_prepo.updates import Updates
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.trainer.guarded_update import Updates
+    from megatron_prepo.trainer.policy_update import step_record
 
     join(2)
     config = config_of(hf, **sections, debug={"max_skip_dumps": 2})
@@ -251,7 +251,7 @@ def poisoned(hf, root, sections, what):
     def update(poison):
         batches = []
         collect = SimpleNamespace(update=lambda batch: batches.append(batch))
-        from megatron_prepo.policy_update import update_policy
+        from megatron_prepo.trainer.policy_update import update_policy
 
         update_policy(config, collect, groups.rollouts, groups.rewards_KG, old)
         if not poison:

@@ -109,7 +109,7 @@ class ActorOn:
 
     def __enter__(self):
         from megatron_prepo.actor import parallel
-        from megatron_prepo.actor.policy import Actor
+        from megatron_prepo.actor.actor import Actor
 
         layout = self.config.parallel
         self.taking_part = join(layout.num_ranks)
@@ -126,7 +126,7 @@ class ActorOn:
 
 
 def batch():
-    from megatron_prepo.actor.policy import TrainingSequence
+    from megatron_prepo.actor.actor import TrainingSequence
 
     generator = torch.Generator().manual_seed(3)
     sequences = []
@@ -268,7 +268,7 @@ class Held:
         self.here, self.go = here, threading.Event()
 
     def __enter__(self):
-        from megatron_prepo.actor.saving import Saving
+        from megatron_prepo.actor.async_save import Saving
 
         self.write = write = Saving._write
 
@@ -280,7 +280,7 @@ class Held:
         return self
 
     def __exit__(self, *_):
-        from megatron_prepo.actor.saving import Saving
+        from megatron_prepo.actor.async_save import Saving
 
         Saving._write = self.write
         self.go.set()
@@ -397,9 +397,9 @@ def run_checkpoints(hf, run_directory):
     """A run of 6 steps that keeps few checkpoints, and what is restored after damage to them."""
     from megatron_prepo.actor import checkpoint, parallel
     from megatron_prepo.config import from_tree, to_tree
-    from megatron_prepo.journal import Journal
-    from megatron_prepo.resume import Checkpoints
     from megatron_prepo.rollout.sglang.fleet import EngineError
+    from megatron_prepo.run.rollout_journal import Journal
+    from megatron_prepo.trainer.resume import Checkpoints
 
     result = {}
     with ActorOn(hf, "tp2") as actor:

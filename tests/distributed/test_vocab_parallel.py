@@ -12,7 +12,7 @@ from ranks import join, on_ranks
 from rounding import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor.vocab_parallel import (
+from megatron_prepo.actor.lm_head import (
     IGNORE,
     equal_chunks,
     vocab_parallel_logprobs_and_entropy,

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from checkpoints_convert import __main__, convert, hf_config, hf_files
-from checkpoints_convert.hf_files import HFTensors, HFWriter
-from checkpoints_convert.torch_dist import TorchDistReader, TorchDistWriter
-from megatron_prepo import ownership
+from checkpoints_convert import __main__, convert
+from megatron_prepo.files import ownership
+from megatron_prepo.models import hf_config, hf_files
+from megatron_prepo.models.hf_files import HFTensors, HFWriter
+from megatron_prepo.models.torch_dist import TorchDistReader, TorchDistWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = {

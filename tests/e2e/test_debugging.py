@@ -11,8 +11,8 @@ import torch
 from rounding import approx
 from safetensors.torch import load_file, save_file
 
-from megatron_prepo import local_ranks
 from megatron_prepo.cli import main
+from megatron_prepo.process import local_ranks
 from tests.e2e.laptop import LAPTOP, SHORT, metrics, train
 from tools.inspect_step import groups_of_dump, groups_of_run
 from tools.inspect_step import main as inspect_step
@@ -73,7 +73,7 @@ def test_what_is_no_dump_is_refused(run, capsys, path, message):
 
 def test_the_table_of_a_dump_is_that_of_the_ledger(run):
     from megatron_prepo import config as configuration
-    from megatron_prepo import dump
+    from megatron_prepo.debug import dump
 
     config = configuration.load(run / "config.yaml")
     of_dump = groups_of_dump(dump.read(run / "dumps" / "step_0001"))

@@ -16,7 +16,7 @@ import fake_kubernetes
 import pytest
 import yaml
 
-from megatron_prepo.ports import free_port
+from megatron_prepo.process.ports import free_port
 from tests.e2e import launcher
 from tests.e2e.laptop import FILES, REPOSITORY, SHORT, summary
 from tests.e2e.launcher import launch, python

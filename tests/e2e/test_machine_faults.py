@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prepo import prove
+from megatron_prepo.debug import resume_check as prove
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "parallel.tensor=1", "eval.every=1", "checkpoint.every=1"]

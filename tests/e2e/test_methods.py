@@ -7,7 +7,7 @@ import pytest
 from ranks import join, on_ranks
 
 from megatron_prepo import config as configuration
-from megatron_prepo.ledger import read
+from megatron_prepo.run.ledger import read
 from megatron_prepo.selection import METHODS
 from tests.e2e.laptop import FILES, LAPTOP, metrics, summary
 

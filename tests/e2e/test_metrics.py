@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints_convert.convert import export_hf
 from megatron_prepo import config as configuration
-from megatron_prepo import dump, preflight
+from megatron_prepo.debug import dump
+from megatron_prepo.inputs import preflight
 from tests.e2e.laptop import LAPTOP, SHORT, metrics, train
 
 LAYOUT = ["parallel.tensor=1", "parallel.data=2", "train.share_prefixes=false"]

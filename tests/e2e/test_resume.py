@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from fake_sglang import FakeSGLang
 
-from megatron_prepo import prove
 from megatron_prepo.cli import main
+from megatron_prepo.debug import resume_check as prove
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "train.total_steps=4", "parallel.tensor=1", "eval.every=1", "checkpoint.every=3"]

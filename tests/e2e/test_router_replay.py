@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from megatron_prepo import dump
 from megatron_prepo.cli import main
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.debug import dump
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.e2e.laptop import LAPTOP, SHORT, metrics, train
 from tests.e2e.test_resume import assert_equal, start, wait_for_steps
 

@@ -13,8 +13,10 @@ import torch
 import yaml
 from rounding import approx
 
-from megatron_prepo import lock, ownership, page, prove
 from megatron_prepo.cli import main
+from megatron_prepo.compare import report_page as page
+from megatron_prepo.debug import resume_check as prove
+from megatron_prepo.files import lock, ownership
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "parallel.tensor=1", "train.total_steps=2"]

@@ -10,8 +10,8 @@ import yaml
 from rounding import CHAIN, FACTOR, approx, bound
 
 from megatron_prepo import config as configuration
-from megatron_prepo.run import TRAINING_STAGES
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
+from megatron_prepo.run.recorder import TRAINING_STAGES
 from tests.e2e.laptop import SHORT, metrics, summary, train
 
 LAYOUTS = {

@@ -8,17 +8,18 @@ import torch
 from ranks import on_ranks
 from rounding import Reference, assert_close
 
-from megatron_prepo.actor import attention, row_statistics
-from megatron_prepo.actor.batching import micro_batch
-from megatron_prepo.actor.rows import plan_rows
-from megatron_prepo.actor.vocab_parallel import (
+from megatron_prepo.actor import attention
+from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor.lm_head import (
     chunk_tokens_within,
     vocab_parallel_logprobs_and_entropy,
     vocab_parallel_loss,
 )
-from megatron_prepo.memory import Shape
+from megatron_prepo.actor.micro_batch import micro_batch
+from megatron_prepo.actor.packing import plan_rows
+from megatron_prepo.plan.memory import Shape
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.unit.test_vocab_parallel import full_softmax, values_and_gradients
 from tools.head_goals import LOGPROB_ERROR
 
@@ -59,7 +60,7 @@ def head_problem(tokens, words, hidden, *, scale, seed=1):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_kernels_against_torch_rows(temperature, num_rows, columns, out_dtype):
     """Compiled, against the torch rows in float64: the numbers that the interpreter gives."""
-    from megatron_prepo.actor import row_kernels
+    from megatron_prepo.actor import lm_head_triton as row_kernels
 
     generator = torch.Generator(device="cuda").manual_seed(2)
     z_CV = 6 * torch.randn(num_rows, columns, device="cuda", generator=generator)
@@ -96,7 +97,7 @@ def test_kernels_against_torch_rows(temperature, num_rows, columns, out_dtype):
 
 def test_offsets_beyond_32_bits():
     """A workspace of 2.2 billion logits, of which the last row is looked at."""
-    from megatron_prepo.actor import row_kernels
+    from megatron_prepo.actor import lm_head_triton as row_kernels
 
     wide_CV = torch.empty(3, 1_100_000_000, device="cuda")
     z_CV = wide_CV[:, :1000]
@@ -226,7 +227,7 @@ def test_short_run(tmp_path):
 def offloaded_and_not(directory):
     """Weights before and after three updates, and after the last of them by a resumed actor."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.actor.actor import Actor
     from tests import tiny_models
     from tests.distributed.test_resume import DISTRIBUTED, SECTIONS, batch, state_of
 

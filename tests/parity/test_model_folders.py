@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert import tiny_instance
-from checkpoints_convert.fit import check_fit, expected_shapes
-from checkpoints_convert.hf_config import read_hf_config
-from checkpoints_convert.hf_files import EMBEDDING, HEAD, INDEX, SINGLE, HFTensors
+from megatron_prepo.actor import tiny_instance
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.fit import check_fit, expected_shapes
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.hf_files import EMBEDDING, HEAD, INDEX, SINGLE, HFTensors
 
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(tied=False),

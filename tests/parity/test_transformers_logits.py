@@ -67,7 +67,7 @@ def score_and_export_all(directories):
     from megatron.core import parallel_state
 
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.actor.actor import Actor
 
     results = {}
     for layout, (settings, way) in (LAYOUTS | EXPERT_LAYOUTS).items():

@@ -5,7 +5,7 @@ import tiny_models
 from ranks import join, on_ranks
 
 from megatron_prepo.records import Prompt
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
 pytestmark = pytest.mark.slow
@@ -19,9 +19,9 @@ SCORED = [
 def measure(hf: str, directory: str, python: str) -> dict:
     """On one rank: perplexities of both, and cached tokens of rollouts in some situations."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.perplexity import engine_perplexities, prompt_scores
-    from megatron_prepo.weight_sync import sync_weights
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.prepo.perplexity import engine_perplexities, prompt_scores
+    from megatron_prepo.rollout.weight_sync import sync_weights
 
     assert join(1)
     config = config_of(hf, directory, python, "qwen3")

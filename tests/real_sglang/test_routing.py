@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from ranks import on_ranks
 
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
 NEW_TOKENS, MANY_TOKENS, STRAGGLER_SECONDS = 48, 200, 0.25
@@ -21,10 +21,10 @@ DTYPES = ("float32", "bfloat16")
 def compared(hf: str, directory: str, python: str) -> dict:
     """How far the actor is from the engine, routed by itself and by it."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
-    from megatron_prepo.actor.rows import pieces_of
+    from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.actor.packing import pieces_of
     from megatron_prepo.records import scored_sequence
-    from megatron_prepo.weight_sync import sync_weights
+    from megatron_prepo.rollout.weight_sync import sync_weights
 
     found = {}
     parallel.initialize(config_of(hf, directory, python, "qwen3_moe").parallel, seed=1)

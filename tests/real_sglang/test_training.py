@@ -3,7 +3,7 @@
 import pandas
 import pytest
 
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.e2e.laptop import metrics, summary, train
 
 

@@ -22,7 +22,7 @@ from transformers_scores import judged
 from megatron_prepo.config import Config
 from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.rollout.sglang.launch import OwnServer
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 
 MODELS = {
     "qwen2": tiny_models.qwen2,
@@ -77,9 +77,9 @@ def every_sync(hf: str, directory: str, url: str, name: str) -> dict:
 def one_sync(config: Config, scale: float) -> dict | None:
     """Sync an actor whose weights are scaled."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.actor.actor import Actor
     from megatron_prepo.records import scored_sequence
-    from megatron_prepo.weight_sync import sync_weights, verify
+    from megatron_prepo.rollout.weight_sync import sync_weights, verify
 
     # a rank that takes no part in a case waits in the next one, and for the server's start
     if not join(config.parallel.num_ranks, timeout_s=1200.0):
@@ -200,9 +200,9 @@ def test_seeds_repeat_a_rollout_and_samples_differ(results):
 def faults(hf: str, directory: str, python: str) -> dict:
     """Messages of an engine with a server of its own that is tampered with."""
     from megatron_prepo.actor import parallel
-    from megatron_prepo.actor.policy import Actor
+    from megatron_prepo.actor.actor import Actor
     from megatron_prepo.rollout.sglang.fleet import EngineError
-    from megatron_prepo.weight_sync import sync_weights
+    from megatron_prepo.rollout.weight_sync import sync_weights
 
     def message(function) -> str:
         try:

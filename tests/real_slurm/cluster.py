@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_prepo import prove
+from megatron_prepo.debug import resume_check as prove
 from tests.e2e import launcher
 from tests.e2e.laptop import FILES, REPOSITORY, SHORT
 

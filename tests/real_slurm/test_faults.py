@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from megatron_prepo import prove
+from megatron_prepo.debug import resume_check as prove
 from tests.e2e.laptop import LAPTOP
 from tests.e2e.test_machine_faults import JUMPING
 from tests.real_slurm.cluster import TRAIN, Cluster

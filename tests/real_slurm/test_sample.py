@@ -5,8 +5,8 @@ import subprocess
 
 import fake_slurm
 
-from megatron_prepo import prove
-from megatron_prepo.launch import nodes
+from megatron_prepo.debug import resume_check as prove
+from megatron_prepo.process import slurm as nodes
 from tests.e2e import launcher
 from tests.e2e.laptop import LAPTOP, summary
 from tests.real_slurm.cluster import TRAIN, wait_for

@@ -6,8 +6,8 @@ from pathlib import Path
 import fake_sglang_package
 import pytest
 
-from megatron_prepo import prove
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.debug import resume_check as prove
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.e2e import launcher
 from tests.e2e.laptop import LAPTOP, REPOSITORY, metrics, summary
 from tests.real_slurm.cluster import TRAIN, Cluster

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from megatron_prepo import prove
-from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+from megatron_prepo.debug import resume_check as prove
+from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 from tests.e2e import launcher
 from tests.e2e.laptop import LAPTOP, REPOSITORY
 from tests.real_slurm.cluster import SCRIPT, SECONDS, TRAIN, wait_for

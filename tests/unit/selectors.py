@@ -8,7 +8,7 @@ from megatron_prepo.config import SelectionConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection import METHODS
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 
 
 def selector(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rounding import approx, assert_close
 
-from megatron_prepo.advantages import group_advantages, zero_variance
+from megatron_prepo.prepo.advantages import group_advantages, zero_variance
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from packaging.version import Version
 from rounding import Reference
 
-from megatron_prepo.actor import attention, cpu
+from megatron_prepo.actor import attention
+from megatron_prepo.actor import cpu_shim as cpu
 from megatron_prepo.actor.attention import CausalAttention, rotate_by_position
-from megatron_prepo.actor.batching import micro_batch
-from megatron_prepo.actor.rows import plan_rows
+from megatron_prepo.actor.micro_batch import micro_batch
+from megatron_prepo.actor.packing import plan_rows
 from megatron_prepo.records import ScoredSequence
 from tests.unit.test_batching import SHAPE
 

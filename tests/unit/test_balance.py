@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prepo.actor.balance import balance, fill
+from megatron_prepo.actor.load_balance import balance, fill
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 COSTS = st.lists(st.floats(0, 1e6), max_size=40)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prepo.actor.batching import micro_batch
-from megatron_prepo.actor.rows import Load, Piece, Row, pieces_of, plan_rows
-from megatron_prepo.actor.vocab_parallel import IGNORE
-from megatron_prepo.memory import Shape
+from megatron_prepo.actor.lm_head import IGNORE
+from megatron_prepo.actor.micro_batch import micro_batch
+from megatron_prepo.actor.packing import Load, Piece, Row, pieces_of, plan_rows
+from megatron_prepo.models.routing import RoutingFormat
+from megatron_prepo.plan.memory import Shape
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.routing import RoutingFormat
 
 ROUTING = RoutingFormat(layers=2, experts_a_token=2, experts=4)
 SHAPE = Shape(

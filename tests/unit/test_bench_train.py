@@ -11,8 +11,8 @@ import torch
 from rounding import approx
 from tiny_models import qwen2
 
-from megatron_prepo.flops import Work
-from megatron_prepo.memory import Shape
+from megatron_prepo.models.flops import Work
+from megatron_prepo.plan.memory import Shape
 from tools import bench_train, bench_utilisation, train_case
 from tools.train_case import Case, Group
 

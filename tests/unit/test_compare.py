@@ -12,9 +12,9 @@ import pytest
 import yaml
 from rounding import approx
 
-from megatron_prepo import compare as comparing
 from megatron_prepo import config as configuration
 from megatron_prepo.cli import main
+from megatron_prepo.compare import runner as comparing
 from megatron_prepo.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

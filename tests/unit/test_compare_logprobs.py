@@ -9,7 +9,7 @@ import torch
 
 from megatron_prepo.config import ParallelConfig
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.weight_sync import TOLERANCE
+from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY
 from tools import compare_logprobs
 from tools.compare_logprobs import Comparison

@@ -7,7 +7,7 @@ import pytest
 from rounding import approx
 from scipy import stats
 
-from megatron_prepo import comparison
+from megatron_prepo.compare import analysis as comparison
 from tests.made_records import lifelike, line
 
 

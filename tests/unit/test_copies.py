@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_prepo.actor.saving import Copies
+from megatron_prepo.actor.async_save import Copies
 
 
 def tensors(seed, shapes=((3, 4), (5,), (0, 2), ())):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_prepo.groups import Groups
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.groups import Groups
 from tests.unit.selectors import grades, passes, prompts, run_step, selector
 
 

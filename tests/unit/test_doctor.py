@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megatron_prepo import config as configuration
-from megatron_prepo import doctor
 from megatron_prepo.cli import main
-from megatron_prepo.doctor import GIB
 from megatron_prepo.errors import UserError
-from megatron_prepo.launch import nodes
+from megatron_prepo.launch import doctor
+from megatron_prepo.launch.doctor import GIB
+from megatron_prepo.process import slurm as nodes
 from tests.e2e.laptop import LAPTOP, REPOSITORY
 
 
@@ -61,7 +61,7 @@ def test_a_release_that_has_changed_what_we_replace_is_missing(change, monkeypat
     real = doctor.importlib.import_module
 
     def importing(name):
-        if name == "megatron_prepo.actor.policy":
+        if name == "megatron_prepo.actor.actor":
             raise change
         return real(name)
 

@@ -12,9 +12,15 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers_scores import judged
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, ScoredSequence
-from megatron_prepo.rollout.embedded import SHRINK_AT, EmbeddedEngine, _uniform, draw, stop_tokens
-from megatron_prepo.routing import RoutingFormat
+from megatron_prepo.rollout.transformers_engine import (
+    SHRINK_AT,
+    EmbeddedEngine,
+    _uniform,
+    draw,
+    stop_tokens,
+)
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
 STOP = frozenset(range(0, tiny_models.VOCAB, 16))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounding import DIFFERENCE, STEP, approx, assert_close
 
-from megatron_prepo.entropy_weights import relative_entropy_weights
+from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
 
 LENGTHS_N = torch.tensor([3, 10, 1, 6, 25])
 ENTROPY_N = torch.tensor([0.2, 1.1, 2.5, 0.05, 0.7], dtype=torch.float64)

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prepo import config as configuration
-from megatron_prepo import plan, preflight
+from megatron_prepo.inputs import preflight
+from megatron_prepo.plan import planner as plan
 from tests.e2e.laptop import REPOSITORY
 
 

@@ -10,10 +10,10 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints_convert.hf_files import HFWriter, carry_over, other_files, widest
 from megatron_prepo import config as configuration
-from megatron_prepo import suites
 from megatron_prepo.errors import UserError
+from megatron_prepo.evaluation import suites
+from megatron_prepo.models.hf_files import HFWriter, carry_over, other_files, widest
 
 CONFIGS = {
     # what the base's config.json says of its type

@@ -5,11 +5,11 @@ import torch
 from tiny_models import SHAPE, actor_config, llama3, qwen2, qwen3, qwen3_moe, save
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.actor import parallel
-from megatron_prepo.actor.policy import Actor
-from megatron_prepo.flops import Work
-from megatron_prepo.memory import Shape
+from megatron_prepo.actor.actor import Actor
+from megatron_prepo.models.flops import Work
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.plan.memory import Shape
 from megatron_prepo.records import ScoredSequence
 
 FAMILIES = {

@@ -9,7 +9,7 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from megatron_prepo.records import Prompt
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 from megatron_prepo.selection.foresight import features, likelihood, logistic_regression, predict
 from tests.unit.selectors import passes, prompts, run_step, selector
 

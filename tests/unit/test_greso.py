@@ -7,7 +7,7 @@ import pytest
 import torch
 from rounding import approx
 
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 from megatron_prepo.selection.greso import round_size
 from tests.unit.selectors import passes, prompts, run_step, selector
 

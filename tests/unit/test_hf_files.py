@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert import hf_files
-from checkpoints_convert.hf_files import INDEX, HFTensors, HFWriter, carry_over
-from megatron_prepo import ownership
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.models import hf_files
+from megatron_prepo.models.hf_files import INDEX, HFTensors, HFWriter, carry_over
 
 
 def random_tensor(shape, dtype, seed=0):

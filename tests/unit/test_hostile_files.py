@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoints_convert.fit import check_fit
-from checkpoints_convert.hf_config import read_hf_config
-from checkpoints_convert.hf_files import INDEX, HFTensors, other_files
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError
-from megatron_prepo.preflight import read_tokenizer
-from megatron_prepo.rollout.embedded import stop_tokens
+from megatron_prepo.inputs.preflight import read_tokenizer
+from megatron_prepo.models.fit import check_fit
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.hf_files import INDEX, HFTensors, other_files
+from megatron_prepo.rollout.transformers_engine import stop_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / "examples" / "laptop" / "base"

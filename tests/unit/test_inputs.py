@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_prepo import inputs
+from megatron_prepo.inputs import digests as inputs
 
 MIB = 1 << 20
 

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from megatron_prepo import durable
 from megatron_prepo.errors import UserError
-from megatron_prepo.journal import Journal
+from megatron_prepo.files import atomic as durable
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.run.rollout_journal import Journal
 
 PROMPTS = [Prompt(name, "how many ?", "1", (3, 4), (0, 2)) for name in ("a", "b")]
 
@@ -136,7 +136,7 @@ def test_every_rank_finds_what_each_has_written(tmp_path):
 def test_lines_are_forced_to_disk_every_second_and_when_asked(tmp_path, monkeypatch):
     """A thousand completions must not wait for the disk a thousand times."""
     now, forced = [0.0], []
-    monkeypatch.setattr("megatron_prepo.journal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_prepo.run.rollout_journal.time.monotonic", lambda: now[0])
     monkeypatch.setattr(
         durable.os,
         "fsync",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_prepo import compare as comparing
-from megatron_prepo.compare import RunsFailed
+from megatron_prepo.compare import runner as comparing
+from megatron_prepo.compare import slurm_array as array
+from megatron_prepo.compare.runner import RunsFailed
 from megatron_prepo.errors import UserError
-from megatron_prepo.launch import array
 from tests.e2e.laptop import REPOSITORY
 
 COMMANDS = {

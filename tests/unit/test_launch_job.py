@@ -14,10 +14,11 @@ import yaml
 from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.launch import executors, nodes, peers, rank, recipes, servers, slurm_time
+from megatron_prepo.launch import executors, peers, rank, recipes, servers, slurm_time
 from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
-from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+from megatron_prepo.process import slurm as nodes
+from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 from megatron_prepo.rollout.sglang import launch as sglang_launch
 from tests.e2e.laptop import REPOSITORY
 

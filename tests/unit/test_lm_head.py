@@ -10,15 +10,15 @@ import torch
 from rounding import Reference, allowance, bound
 from tiny_models import actor_config
 
-from megatron_prepo import job
-from megatron_prepo.actor import policy
+from megatron_prepo.actor import actor as policy
+from megatron_prepo.actor.actor import Actor
+from megatron_prepo.actor.lm_head import vocab_parallel_logprobs_and_entropy
 from megatron_prepo.actor.model import describe
-from megatron_prepo.actor.policy import Actor
-from megatron_prepo.actor.vocab_parallel import vocab_parallel_logprobs_and_entropy
 from megatron_prepo.errors import UserError
-from megatron_prepo.preflight import check_engine
-from megatron_prepo.products import add_product, product
-from megatron_prepo.rollout.embedded import EmbeddedEngine
+from megatron_prepo.inputs.preflight import check_engine
+from megatron_prepo.models.fp32_matmul import add_product, product
+from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
+from megatron_prepo.trainer import setup as job
 from tests.unit.test_vocab_parallel import full_softmax
 
 TEMPERATURE = 0.8

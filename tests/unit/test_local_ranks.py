@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-from megatron_prepo import local_ranks
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.local_ranks import RanksFailed, start
+from megatron_prepo.process import local_ranks
+from megatron_prepo.process.local_ranks import RanksFailed, start
 
 
 def run(tmp_path, code: str, num_ranks: int = 3) -> None:
     preamble = (
         "import os, sys, time, signal\n"
-        "from megatron_prepo.local_ranks import run_rank\n"
+        "from megatron_prepo.process.local_ranks import run_rank\n"
         "from megatron_prepo.errors import UserError\n"
         "rank = int(os.environ['RANK'])\n"
     )

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from megatron_prepo import lock
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import lock
 
 HOLD = "import sys, time; from megatron_prepo import lock; lock.take(sys.argv[1], 'it');"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rounding import approx, assert_close, assert_gradients
 
-from megatron_prepo.entropy_weights import relative_entropy_weights
-from megatron_prepo.loss import (
+from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
+from megatron_prepo.prepo.loss import (
     LossTerms,
     k3,
     policy_loss,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpoints_convert.mapping import (
+from megatron_prepo.models.mapping import (
     LAYER,
     TOP,
     Heads,

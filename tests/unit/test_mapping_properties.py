@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints_convert.mapping import Heads, Mapping, shard, to_hf, to_megatron, unshard
+from megatron_prepo.models.mapping import Heads, Mapping, shard, to_hf, to_megatron, unshard
 
 DTYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 MAX_TP = 8

@@ -7,9 +7,10 @@ import yaml
 from rounding import approx
 
 from megatron_prepo import config as configuration
-from megatron_prepo import measured, plan
 from megatron_prepo.cli import main
 from megatron_prepo.errors import UserError
+from megatron_prepo.plan import measured_rates as measured
+from megatron_prepo.plan import planner as plan
 from tests.unit.test_memory import DENSE
 
 H100 = "NVIDIA H100 80GB HBM3"

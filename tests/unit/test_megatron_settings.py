@@ -11,9 +11,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from tiny_models import actor_config
 
-from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.actor.model import check_layout, megatron_overrides
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.hf_config import read_hf_config
 from tests.e2e.laptop import REPOSITORY
 
 KINDS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)

@@ -10,14 +10,14 @@ from megatron.core import tensor_parallel
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor.batching import micro_batch
 from megatron_prepo.actor.context_parallel import context_group
 from megatron_prepo.actor.dry_run import pretend
+from megatron_prepo.actor.lm_head import vocab_parallel_logprobs_and_entropy
+from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.model import build_model
-from megatron_prepo.actor.rows import Piece, Row
-from megatron_prepo.actor.vocab_parallel import vocab_parallel_logprobs_and_entropy
+from megatron_prepo.actor.packing import Piece, Row
 from megatron_prepo.config import ModelConfig, ParallelConfig
-from megatron_prepo.memory import (
+from megatron_prepo.plan.memory import (
     Shape,
     head_workspace,
     kv_bytes_a_token,

@@ -8,8 +8,7 @@ import torch
 from rounding import approx, assert_close
 
 from megatron_prepo.config import LossConfig
-from megatron_prepo.loss import LossTerms, policy_loss
-from megatron_prepo.mismatch import (
+from megatron_prepo.prepo.importance import (
     effective_share,
     importance,
     importance_metrics,
@@ -20,6 +19,7 @@ from megatron_prepo.mismatch import (
     token_ratios,
     truncated,
 )
+from megatron_prepo.prepo.loss import LossTerms, policy_loss
 
 OLD_T = torch.tensor([0.1, 0.2, 0.4, 0.8]).log()
 ENGINE_T = torch.tensor([0.2, 0.2, 0.2, 0.1]).log()

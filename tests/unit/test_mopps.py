@@ -7,7 +7,7 @@ import torch
 from rounding import approx
 from scipy import stats
 
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 from tests.unit.selectors import passes, prompts, run_step, selector
 
 

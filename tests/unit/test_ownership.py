@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_prepo import durable, lock, ownership
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import lock, ownership
 
 
 @pytest.fixture

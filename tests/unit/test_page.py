@@ -9,8 +9,10 @@ import fake_train
 import pytest
 import yaml
 
-from megatron_prepo import comparison, figures, page
 from megatron_prepo.cli import main
+from megatron_prepo.compare import analysis as comparison
+from megatron_prepo.compare import figures
+from megatron_prepo.compare import report_page as page
 from megatron_prepo.errors import UserError
 from tests.made_records import LIFELIKE, lifelike, line
 

@@ -8,7 +8,7 @@ import pytest
 from rounding import approx
 from scipy import stats
 
-from megatron_prepo.pass_rates import (
+from megatron_prepo.evaluation.pass_at_k import (
     ci95,
     difference_ci95,
     mean_with_ci95,

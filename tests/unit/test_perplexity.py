@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from rounding import approx, assert_close
 
-from megatron_prepo.actor.batching import micro_batch
-from megatron_prepo.actor.policy import Scores
-from megatron_prepo.actor.rows import plan_rows
-from megatron_prepo.memory import Shape
-from megatron_prepo.perplexity import (
+from megatron_prepo.actor.actor import Scores
+from megatron_prepo.actor.micro_batch import micro_batch
+from megatron_prepo.actor.packing import plan_rows
+from megatron_prepo.plan.memory import Shape
+from megatron_prepo.prepo.perplexity import (
     check_agreement,
     engine_perplexities,
     perplexity,

@@ -10,14 +10,17 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from rounding import approx
 
-from megatron_prepo import gpus, layouts, memory, plan, plan_text
 from megatron_prepo.actor.dry_run import count_parameters, each_rank, each_stage, pretend
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.cli import main
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, from_tree
 from megatron_prepo.errors import UserError
-from megatron_prepo.gpus import GIB
-from megatron_prepo.memory import Shape
+from megatron_prepo.plan import gpus, memory
+from megatron_prepo.plan import layout_search as layouts
+from megatron_prepo.plan import planner as plan
+from megatron_prepo.plan import text as plan_text
+from megatron_prepo.plan.gpus import GIB
+from megatron_prepo.plan.memory import Shape
 from tests.unit.test_memory import DENSE, EXPERTS
 
 DDP = DistributedDataParallelConfig(grad_reduce_in_fp32=True)

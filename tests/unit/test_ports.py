@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from megatron_prepo import ports
+from megatron_prepo.process import ports
 
 
 def test_a_port_is_free_and_below_those_of_outgoing_connections():

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints_convert.convert import import_hf
-from megatron_prepo import config, preflight
+from megatron_prepo import config
 from megatron_prepo.errors import UserError
+from megatron_prepo.inputs import preflight
 
 LAPTOP = Path(__file__).resolve().parents[2] / "examples" / "laptop"
 HF_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")

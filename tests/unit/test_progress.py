@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from megatron_prepo import progress
+from megatron_prepo.run import progress
 
 
 def test_a_log_gets_one_line_a_step_that_says_how_long_yet(monkeypatch, capsys):

@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prepo import (
-    compare,
-    config,
-    data,
-    preflight,
-    prompt_digests,
-    run_directory,
-    suites,
-)
+from megatron_prepo import config, data
+from megatron_prepo.compare import runner as compare
 from megatron_prepo.errors import UserError
-from megatron_prepo.prompt_digests import PromptDigests
+from megatron_prepo.evaluation import suites
+from megatron_prepo.inputs import preflight, prompt_digests
+from megatron_prepo.inputs.prompt_digests import PromptDigests
+from megatron_prepo.run import directory as run_directory
 
 LAPTOP = Path(__file__).resolve().parents[2] / "examples" / "laptop"
 LLAMA32 = (

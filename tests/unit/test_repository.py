@@ -65,7 +65,7 @@ def test_shipped_files_are_small(name):
 
 def test_the_tables_of_the_comparison_are_those_of_the_raw_results():
     """`megatron-prepo report benchmarks/results/compare/*.jsonl` writes them in Markdown."""
-    from megatron_prepo import page
+    from megatron_prepo.compare import report_page as page
 
     text = (REPOSITORY / "docs" / "selection.md").read_text()
     results = sorted((REPOSITORY / "benchmarks" / "results" / "compare").glob("*.jsonl"))
@@ -76,7 +76,7 @@ def test_the_tables_of_the_comparison_are_those_of_the_raw_results():
 
 def test_the_readmes_comparison_is_that_of_the_raw_results():
     """Savings at 50, 75 and 100 % (a dash: not reached) and the end against Random's."""
-    from megatron_prepo import page
+    from megatron_prepo.compare import report_page as page
 
     text = (REPOSITORY / "README.md").read_text()
     shown = {m[1]: m[0].split("|") for m in re.finditer(r"^\| `?(\w+)`? \|.*$", text, re.M)}

@@ -5,12 +5,12 @@ import pytest
 import torch
 from tiny_models import actor_config, qwen3_moe
 
+from megatron_prepo.actor.actor import TrainingSequence
 from megatron_prepo.actor.model import check_layout
-from megatron_prepo.actor.policy import TrainingSequence
-from megatron_prepo.dump import from_tensors, to_tensors
+from megatron_prepo.debug.dump import from_tensors, to_tensors
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.routing import RoutingFormat
 
 
 @pytest.mark.parametrize(("experts", "bytes_each"), [(8, 1), (256, 1), (257, 2), (512, 2)])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rounding import CHAIN, Reference, approx, assert_close, bound
 
-from megatron_prepo.actor import row_statistics, vocab_parallel
+from megatron_prepo.actor import lm_head as vocab_parallel
+from megatron_prepo.actor import lm_head_torch as row_statistics
 from tests.unit.test_vocab_parallel import full_softmax, values_and_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, on NaN
@@ -28,7 +29,7 @@ def rows(request, monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("compiled kernels are compared in tests/gpu")
-    from megatron_prepo.actor import row_kernels
+    from megatron_prepo.actor import lm_head_triton as row_kernels
 
     monkeypatch.setattr(row_kernels, "BLOCK", 16)
     return row_kernels
@@ -240,7 +241,7 @@ def test_which_rows_compute_is_decided_by_the_device(monkeypatch):
     """And by whether Triton is there: `describe` says at the start of a run what was chosen."""
     assert vocab_parallel.row_operations(torch.device("cpu")) is row_statistics
     pytest.importorskip("triton")
-    from megatron_prepo.actor import row_kernels
+    from megatron_prepo.actor import lm_head_triton as row_kernels
 
     assert vocab_parallel.row_operations(torch.device("cuda")) is row_kernels
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

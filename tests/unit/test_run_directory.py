@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from megatron_prepo import cli, ownership, run_directory
+from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.run import directory as run_directory
 
 MINIMAL = {
     "selection": {"num_candidates": 8, "num_selected": 4},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_prepo.selection import METHODS
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 from megatron_prepo.selection.prepo import progress, select_window, window_start
 from tests.unit.selectors import passes, prompts, run_step, selector
 

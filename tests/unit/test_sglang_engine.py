@@ -10,12 +10,12 @@ import tiny_models
 import torch
 from fake_sglang import FakeSGLang
 
-from megatron_prepo import weight_sync
 from megatron_prepo.records import Prompt
+from megatron_prepo.rollout import weight_sync
 from megatron_prepo.rollout.sglang import ipc
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.sglang.fleet import EngineError
-from megatron_prepo.weight_sync import check_names, sync_weights
+from megatron_prepo.rollout.weight_sync import check_names, sync_weights
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 PROBE = (5, 6, 7, 8)
@@ -230,7 +230,7 @@ def test_a_server_that_does_not_tell_its_experts_is_refused_if_they_are_to_be_re
 
 
 def small_buckets(weights):
-    from checkpoints_convert.hf_files import buckets
+    from megatron_prepo.models.hf_files import buckets
 
     return buckets(weights, 4096)
 

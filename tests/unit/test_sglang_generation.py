@@ -13,13 +13,13 @@ import pytest
 from fake_sglang import FakeSGLang
 
 from megatron_prepo.config import ServersConfig
+from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.sglang import generation
 from megatron_prepo.rollout.sglang.completion import Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
-from megatron_prepo.routing import RoutingFormat
 
 SAMPLING = Sampling(0.7, 12, frozenset({2}), "run.3", fake_sglang.VOCAB)
 ROUTED = replace(SAMPLING, routing=RoutingFormat(3, 2, 8))

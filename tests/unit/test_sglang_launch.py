@@ -21,7 +21,7 @@ from megatron_prepo.rollout.sglang import launch
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.rollout.sglang.launch import STAND_INS, OwnServer, arguments, environment
-from megatron_prepo.weight_sync import sync_weights
+from megatron_prepo.rollout.weight_sync import sync_weights
 from tests.unit.test_sglang_engine import PROBE, FakeActor, rollouts
 
 

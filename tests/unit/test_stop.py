@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from megatron_prepo.local_ranks import STOPPED_EXIT_CODE
+from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 
 LISTENS = """
 import time
-from megatron_prepo.stop import StopRequests
+from megatron_prepo.process.stop_signals import StopRequests
 stop = StopRequests(grace_seconds={grace}, gather=lambda mine: [False, mine])
 assert not stop.anywhere()
 print("listening", flush=True)
@@ -58,7 +58,7 @@ def test_the_deadline_ends_a_process_whose_main_thread_is_in_c():
 
 EARLY = """
 import time
-from megatron_prepo import stop
+from megatron_prepo.process import stop_signals as stop
 stop.leave_when_asked({code})
 print("listening", flush=True)
 {then}

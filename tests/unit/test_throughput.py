@@ -8,16 +8,16 @@ import torch
 from rounding import approx
 from tiny_models import SHAPE, actor_config
 
-from megatron_prepo import throughput
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import ProfileConfig
-from megatron_prepo.flops import Work
-from megatron_prepo.gpus import DEVICE_NAMES, GPUS, peak_flops
-from megatron_prepo.metrics import Stopwatch
-from megatron_prepo.profiling import profiled
+from megatron_prepo.models.flops import Work
+from megatron_prepo.plan.gpus import DEVICE_NAMES, GPUS, peak_flops
 from megatron_prepo.records import Prompt, ScoredSequence
-from megatron_prepo.selection.candidates import Candidates
-from megatron_prepo.throughput import Throughput
+from megatron_prepo.run.profiling import profiled
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer import throughput
+from megatron_prepo.trainer.step_metrics import Stopwatch
+from megatron_prepo.trainer.throughput import Throughput
 
 HF = SHAPE | {"model_type": "qwen2"}
 PROMPTS = [Prompt(name, "", "", (5, 6, 7), (0, 3)) for name in "ab"]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from checkpoints_convert.torch_dist import Chunk, TorchDistReader, TorchDistWriter
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWriter
 
 SHAPE = (4, 7, 6)
 CUTS = ((0, 1, 3, 4), (0, 5, 7), (0, 2, 6))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_prepo.durable import read_lines
 from megatron_prepo.errors import UserError
+from megatron_prepo.files.atomic import read_lines
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 1', b'{"text": "\xc3', b"\x00\x00\x00", b"{", b""])

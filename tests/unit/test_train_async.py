@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from megatron_prepo import train_async
-from megatron_prepo.journal import Journal
-from megatron_prepo.metrics import Stopwatch
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.selection import METHODS
-from megatron_prepo.selection.candidates import Candidates
+from megatron_prepo.selection.base import Candidates
 from megatron_prepo.train import roll_out
 from megatron_prepo.train_async import Ahead
+from megatron_prepo.trainer.step_metrics import Stopwatch
 from tests.tiny_models import actor_config
 
 PROMPTS = [Prompt(f"p{i}", "", "", tuple(range(3, 9 + i)), (0, 0)) for i in range(12)]
@@ -179,7 +179,9 @@ def test_what_is_generated_is_journalled_once(job_of):
 
 def test_rollouts_are_on_disk_before_either_loop_has_them(job_of, monkeypatch):
     forced = []
-    monkeypatch.setattr("megatron_prepo.journal.flush", lambda path: forced.append(path.name))
+    monkeypatch.setattr(
+        "megatron_prepo.run.rollout_journal.flush", lambda path: forced.append(path.name)
+    )
     job = job_of(3)
     roll_out(job.config, job.engine, job.journal, PROMPTS[:2], "rollouts/4")
     assert forced == ["rollouts_4.0.jsonl", "journal"]

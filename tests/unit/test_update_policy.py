@@ -12,15 +12,15 @@ import torch
 from rounding import approx
 from tiny_models import actor_config
 
-from megatron_prepo.actor.policy import Actor, Scores, TrainingSequence
-from megatron_prepo.policy_update import (
+from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
+from megatron_prepo.records import Prompt, Rollout, ScoredSequence
+from megatron_prepo.trainer.policy_update import (
     OldScores,
     importance_of,
     mean_metrics,
     score_rollouts,
     update_policy,
 )
-from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 
 LENGTHS = (2, 3, 1, 4)
 

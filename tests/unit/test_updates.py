@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 
-from megatron_prepo.updates import NoUpdates, Updates
+from megatron_prepo.trainer.guarded_update import NoUpdates, Updates
 
 
 @pytest.fixture

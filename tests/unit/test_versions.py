@@ -4,7 +4,7 @@ from importlib import metadata
 
 import pytest
 
-from megatron_prepo import doctor, versions
+from megatron_prepo.launch import doctor, versions
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from rounding import Reference, approx, assert_close, assert_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor import row_statistics
-from megatron_prepo.actor.vocab_parallel import (
+from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor.lm_head import (
     IGNORE,
     chunk_tokens_within,
     equal_chunks,

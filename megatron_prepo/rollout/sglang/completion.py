@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
-from megatron_prepo.routing import RoutingFormat
 
 FINISHES = ("stop", "length", "abort")
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from checkpoints_convert.hf_config import read_hf_config
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rollout.embedded import stop_tokens
 from megatron_prepo.rollout.sglang import ipc, launch
 from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
 from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
@@ -34,7 +34,7 @@ from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.perplexity import Probing
 from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
-from megatron_prepo.routing import RoutingFormat
+from megatron_prepo.rollout.transformers_engine import stop_tokens
 
 
 class SGLangEngine:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import httpx
 
-from megatron_prepo import ports
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError, one_line
-from megatron_prepo.local_ranks import MEETING_FILE
+from megatron_prepo.process import ports
+from megatron_prepo.process.local_ranks import MEETING_FILE
 
 HERE = Path(__file__).resolve().parent
 STAND_INS = HERE / "on_cpu"

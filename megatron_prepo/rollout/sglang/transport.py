@@ -27,8 +27,9 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from checkpoints_convert.hf_files import HFWriter
-from megatron_prepo import internals, ownership
+from megatron_prepo import internals
+from megatron_prepo.files import ownership
+from megatron_prepo.models.hf_files import HFWriter
 from megatron_prepo.rollout.sglang.fleet import (
     POLL_SECONDS,
     EngineError,

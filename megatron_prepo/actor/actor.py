@@ -1,0 +1,568 @@
+"""The actor: a Megatron-Core model that scores sequences and learns from rollouts.
+
+Every rank calls the same method with the same arguments.  Data-parallel ranks share the sequences
+out among themselves, and results are the same, complete, on every rank.
+
+How losses add up.  Our loss is a sum over tokens with all normalisers inside (`loss.py`), so the
+gradient wanted is that of the plain sum over micro-batches m, data-parallel ranks d and the slices
+c of their rows (context parallelism).  Megatron's schedule multiplies the loss of each slice by
+their number C and divides it by that of the micro-batches, M (a `loss_func` of two results), and
+its DDP averages gradients over the D * C ranks:
+
+    gradient = (1/(D C)) sum_d sum_c sum_m (C/M) grad loss_func(d, c, m)
+
+so `loss_func` returns ``M * D * loss``, and what arrives at `loss` in backward is D * C, times what
+the optimizer scales losses by.  `vocab_parallel_loss` is told so beforehand, since by then it has
+added the head's gradient up.  Tests hold all of this against one rank and one micro-batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megatron_prepo.actor import checkpoint, parallel
+from megatron_prepo.actor.async_save import Copies, Saving
+from megatron_prepo.actor.attention import padding_multiple
+from megatron_prepo.actor.context_parallel import context_group
+from megatron_prepo.actor.lm_head import (
+    IGNORE,
+    LossOf,
+    chunk_tokens_within,
+    vocab_parallel_logprobs_and_entropy,
+    vocab_parallel_loss,
+)
+from megatron_prepo.actor.micro_batch import MicroBatch, micro_batch
+from megatron_prepo.actor.model import build_model, output_weight
+from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
+from megatron_prepo.actor.packing import Plan, plan_rows
+from megatron_prepo.actor.router_replay import RouterReplay
+from megatron_prepo.config import Config
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.hf_to_megatron import load_hf_weights
+from megatron_prepo.models.megatron_to_hf import (
+    hf_gradients,
+    hf_plan,
+    hf_shapes,
+    hf_weights,
+    save_hf,
+)
+from megatron_prepo.models.routing import RoutingFormat
+from megatron_prepo.plan.memory import Shape
+from megatron_prepo.prepo.loss import LossTerms, policy_loss
+from megatron_prepo.records import ScoredSequence
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the scored tokens of one sequence, in order, float32 on the CPU."""
+
+    logprobs_T: torch.Tensor
+    entropy_T: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A rollout with all that the loss needs to know about it."""
+
+    sequence: ScoredSequence
+    old_logprobs_T: torch.Tensor
+    advantage: float
+    coefficient: float
+    importance_T: torch.Tensor | None = None
+    reference_logprobs_T: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a backward pass found; the gradient itself is in Megatron's buffers, not clipped."""
+
+    totals: dict[str, float]
+    """Loss and loss statistics, summed over the tokens of all ranks."""
+    norm: float
+    finite: bool
+    """Whether loss, norm and every element of the gradient are finite numbers, on all ranks."""
+    plan: Plan
+    """How the mini-batch was laid out."""
+
+
+class Actor:
+    """This rank's part of the model that learns.  `parallel.initialize` comes first."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.hf = read_hf_config(config.model.hf)
+        self.shape = Shape.of(self.hf)
+        self.device = parallel.device()
+        built = build_model(self.hf, config.model, config.parallel, config.megatron)
+        self.chunks = [chunk.to(self.device) for chunk in built]
+        """One, or several stages of an interleaved pipeline; the last has this rank's head."""
+        mcore = self.mcore = self.chunks[0].config
+        self.routing = self.router_replay = None
+        if config.rollout.router_replay:
+            self.routing = RoutingFormat.of(self.hf)
+            self.router_replay = RouterReplay(self.chunks, self.device)
+        if config.model.megatron:
+            checkpoint.load_weights(self.chunks, config.model.megatron, self.hf)
+        else:
+            load_hf_weights(self.chunks, config.model.hf)
+        self.ddp = [DistributedDataParallel(mcore, ddp_config(config), c) for c in self.chunks]
+        self.optimizer, self.scheduler = build_optimizer(config, self.ddp)
+        mcore.grad_scale_func = self.optimizer.scale_loss
+        mcore.finalize_model_grads_func = finalize_model_grads
+        # gradients are reduced once they are whole, in the last micro-batch
+        waiting = [ddp.no_sync for ddp in self.ddp]
+        mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
+        self.reference = self._copy_of_weights() if config.loss.kl_coef else None
+        self.copies = Copies()
+        """For checkpoints in the background."""
+        self.updates = 0
+        """Optimizer updates so far: the version of the weights."""
+
+    def score(
+        self,
+        sequences: Sequence[ScoredSequence],
+        *,
+        temperature: float,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Scores]:
+        """Log-probabilities and exact entropies of all sequences: one forward pass, no gradient.
+
+        Sequences with a routing are routed by it (`rollout.router_replay`).  `on_progress` is
+        called with the number of sequences of each finished micro-batch.
+        """
+        offsets = [0]
+        for sequence in sequences:
+            offsets.append(offsets[-1] + sequence.num_scored)
+        flat_2T = torch.zeros(2, offsets[-1], device=self.device)
+
+        def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool) -> None:
+            lengths = [sequences[i].num_scored for i in batch.index]
+            scored_2R = torch.zeros(2, sum(lengths), device=self.device)
+            scored_2R[:, batch.scored] = torch.stack(self._scores(hidden, batch, temperature))
+            parts = scored_2R.split(lengths, dim=1)
+            for i, part_2R in zip(batch.index, parts, strict=True):
+                flat_2T[:, offsets[i] : offsets[i + 1]] = part_2R
+            if on_progress:
+                on_progress(len(batch.index))
+
+        for ddp in self.ddp:
+            ddp.eval()
+        if self.router_replay:
+            self.router_replay.forget_choices()
+        with torch.no_grad():
+            self._forward_backward(sequences, self.plan(sequences), collect, forward_only=True)
+        _share(flat_2T)
+        return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
+
+    def routed_differently(self) -> float | None:
+        """Share of tokens and layers of the last `score` where the actor's own choice of experts
+        was another than the replayed one; None without `rollout.router_replay`.  Collective.
+        """
+        return self.router_replay.routed_differently() if self.router_replay else None
+
+    def reference_score(
+        self, sequences: Sequence[ScoredSequence], *, temperature: float
+    ) -> list[Scores]:
+        """`score` under the weights that the actor started from (kept if there is a KL penalty)."""
+        assert self.reference is not None, "the initial weights are kept with loss.kl_coef > 0 only"
+        with self._weights(self.reference):
+            return self.score(sequences, temperature=temperature)
+
+    def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
+        """One optimizer update on one mini-batch; returns loss, gradient norm and loss statistics.
+
+        Raises FloatingPointError as `step` does.
+        """
+        return self.step(self.backward(rollouts))
+
+    def backward(self, rollouts: Sequence[TrainingSequence]) -> Gradient:
+        """The gradient of one mini-batch's loss; no weight changes.
+
+        Rollouts that cannot move a weight are left out of the computation.
+        """
+        rollouts = [r for r in rollouts if self._has_gradient(r)]
+        sequences = [r.sequence for r in rollouts]
+        names = ["loss", "tokens", "clipped", "ratio", "kl", "reference_kl"]
+        sums = dict.fromkeys(names, torch.zeros((), device=self.device))
+        settings, temperature = self.config.loss, self.config.rollout.temperature
+
+        def loss_func(batch: MicroBatch, hidden: torch.Tensor):
+            terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
+
+            def loss_of(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice):
+                return policy_loss(
+                    logprobs_T,
+                    entropy_T,
+                    terms[scored],
+                    clip_low=settings.clip_low,
+                    clip_high=settings.clip_high,
+                    entropy_coef=settings.entropy_coef,
+                    kl_coef=settings.kl_coef,
+                )
+
+            loss, parts = self._loss(hidden, batch, temperature, loss_of, loss_scale)
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums[name] + value
+            return loss * num_micro_batches * dp_size, {}
+
+        dp_size = parallel_state.get_data_parallel_world_size()
+        plan = self.plan(sequences)
+        num_micro_batches = len(plan.ranks[0])
+        cp_size = parallel_state.get_context_parallel_world_size()
+        loss_scale = dp_size * cp_size * float(self.optimizer.get_loss_scale())
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._forward_backward(sequences, plan, loss_func, forward_only=False)
+        totals_T = _share(torch.stack([sums[name].float() for name in names]))
+        totals = dict(zip(names, totals_T.tolist(), strict=True))
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        finite = self._finite_on_all_ranks(sums["loss"], totals, norm)
+        return Gradient(totals, norm, finite, plan)
+
+    def step(self, gradient: Gradient) -> dict[str, float]:
+        """Change the weights by the gradient of the last `backward`; returns metrics.
+
+        Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
+        computed, and absent if there were none.  The learning rate is the one of this update.
+
+        Raises FloatingPointError on all ranks if the gradient is not finite.  Weights, optimizer
+        state, learning rate and `updates` are then as before: the version counts what the weights
+        have gone through, and the engine's are still those.
+        """
+        totals, plan = gradient.totals, gradient.plan
+        if not gradient.finite:
+            raise FloatingPointError(
+                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {gradient.norm}, "
+                "and not every number behind them is finite; the weights are left as they were"
+            )
+        learning_rate = self.optimizer.param_groups[0]["lr"]  # the scheduler sets the next one
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+        self.updates += 1
+        metrics = {
+            "loss/policy": totals["loss"],
+            "loss/grad_norm": gradient.norm,
+            "loss/learning_rate": learning_rate,
+            "train/tokens": float(plan.load.tokens),
+            "train/padding_fraction": plan.padding_fraction,
+            "train/balance_ratio": plan.balance_ratio,
+        }
+        if tokens := totals["tokens"]:
+            metrics["loss/clip_fraction"] = totals["clipped"] / tokens
+            metrics["loss/ratio"] = totals["ratio"] / tokens
+            metrics["loss/kl_to_old"] = totals["kl"] / tokens
+            if self.config.loss.kl_coef:
+                metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
+        return metrics
+
+    def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:
+        """The micro-batches of all data-parallel ranks; no communication, the same on every rank.
+
+        `plan(...).load` counts tokens and attention's pairs, `load.flops(actor.shape)` operations.
+        """
+        train = self.config.train
+        return plan_rows(
+            sequences,
+            num_ranks=parallel_state.get_data_parallel_world_size(),
+            budget=train.micro_batch_tokens,
+            shape=self.shape,
+            multiple=padding_multiple(self.mcore),
+            rows_multiple=self.config.parallel.pipeline if len(self.chunks) > 1 else 1,
+            packing=train.packing,
+            share_prefixes=train.share_prefixes,
+        )
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
+        self._gather_weights()
+        return hf_weights(self.chunks, self.hf["vocab_size"], self._hf_plan)
+
+    def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of what `hf_weights` yields; collective, moves no weights."""
+        return self._hf_shapes
+
+    @cached_property
+    def _hf_plan(self) -> list:
+        return hf_plan(self.chunks)
+
+    @cached_property
+    def _hf_shapes(self) -> dict:
+        return hf_shapes(self.chunks, self.hf["vocab_size"], self._hf_plan)
+
+    def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradient of the last `backward` under Hugging Face names; collective.
+
+        Of the plain sum of losses (see above): not clipped, and the same under every layout.
+        """
+        if self.ddp[0].ddp_config.use_distributed_optimizer:
+            self._gather_gradient_shards()
+        return hf_gradients(self.chunks, self.hf["vocab_size"])
+
+    def export(self, directory: str | Path, *, write: bool) -> None:
+        """Write the model in Hugging Face format; collective, the rank that is told to writes."""
+        self._gather_weights()
+        save_hf(self.chunks, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
+
+    def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
+        """Write a Megatron checkpoint of this step below `directory`; collective.
+
+        With `checkpoint.optimizer=false` it has weights only, and nothing can go on from it.
+        """
+        saving = self.start_saving(directory, step=step, run_state=run_state, copy=False)
+        saving.finish(self.config.parallel.timeout_minutes)
+        return checkpoint.path_of(directory, step)
+
+    def start_saving(
+        self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
+    ) -> Saving:
+        """The same, still to be finished; the actor may go on if its state is copied.
+
+        The copy before is overwritten: its checkpoint must have been finished.
+        """
+        self._gather_weights()
+        copies = self.copies if copy else None
+        if not self.config.checkpoint.optimizer:
+            return checkpoint.start_saving(
+                self.chunks, directory, step=step, copies=copies, hf=self.hf
+            )
+        return checkpoint.start_saving(
+            self.chunks,
+            directory,
+            step=step,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            updates=self.updates,
+            run_state=run_state,
+            copies=copies,
+            hf=self.hf,
+        )
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint with optimizer, written under any layout; collective."""
+        self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler, self.hf)
+
+    def _gather_weights(self) -> None:
+        """After an update under overlap_param_gather, weights are on their way until a forward pass
+        waits for them: here they arrive."""
+        for ddp in self.ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
+
+    def _gather_gradient_shards(self) -> None:
+        """The distributed optimizer has reduced to each rank its shard of the gradient only."""
+        groups = [
+            group
+            for ddp in self.ddp
+            for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups)
+        ]
+        for group in groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()]
+                dist.all_gather_into_tensor(bucket.grad_data, shard.clone(), group=ranks)
+
+    def _finite_on_all_ranks(self, loss: torch.Tensor, totals: dict, norm: float) -> bool:
+        """Each rank looks at all that it holds, since no sum shows everything.
+
+        The norm leaves out the copies of parameters that other tensor-parallel ranks count, and
+        data-parallel replicas have norms of their own.
+        """
+        buffers = [b for d in self.ddp for b in (*d.buffers, *d.expert_parallel_buffers)]
+        # the largest magnitude, without a copy of the buffer; NaN if there is one
+        largest = [torch.linalg.vector_norm(b.grad_data, torch.inf).float() for b in buffers]
+        mine = torch.stack([loss.float(), *largest]).isfinite().all()
+        finite = mine and all(map(math.isfinite, (norm, *totals.values())))
+        broken = torch.tensor(float(not finite), device=self.device)
+        dist.all_reduce(broken)
+        return not broken
+
+    def _has_gradient(self, rollout: TrainingSequence) -> bool:
+        """False if its gradient is zero for certain: a factor of 0 in front of its only term.
+
+        Experts may have losses of their own, on whatever tokens they see (`megatron.moe_...`).
+        """
+        loss, experts = self.config.loss, self.mcore.num_moe_experts
+        return bool(rollout.advantage or loss.entropy_coef or loss.kl_coef or experts)
+
+    def _forward_backward(
+        self,
+        sequences: Sequence[ScoredSequence],
+        plan: Plan,
+        last_stage: Callable,
+        *,
+        forward_only: bool,
+    ) -> None:
+        """Megatron's schedule over this rank's micro-batches.
+
+        `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
+        """
+        layout = {"multiple": padding_multiple(self.mcore), "context": context_group()}
+        micro_batches = [
+            micro_batch(sequences, row, **layout, device=self.device, routing=self.routing)
+            for row in plan.ranks[parallel_state.get_data_parallel_rank()]
+        ]
+
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            tokens_1T, positions_1T = batch.tokens_T[None], batch.layout.positions_T[None]
+            with self._routed(model, batch):
+                hidden = model(tokens_1T, positions_1T, None, packed_seq_params=batch.layout)
+            return hidden, partial(last_stage, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches) for _ in self.ddp],
+            model=self.ddp,
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # not used: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        if self.router_replay:
+            self.router_replay.check_all_recomputed()
+
+    def _routed(self, ddp: DistributedDataParallel, batch: MicroBatch) -> AbstractContextManager:
+        """Around the forward pass of a chunk: its routers replay the micro-batch's routing."""
+        if self.router_replay is None:
+            return nullcontext()
+        return self.router_replay.of_micro_batch(self.ddp.index(ddp), batch.routing_TLk)
+
+    def _scores(
+        self, hidden: torch.Tensor, batch: MicroBatch, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
+        values = vocab_parallel_logprobs_and_entropy(
+            self._hidden_TH(hidden),
+            output_weight(self.chunks[-1]),
+            batch.targets_T,
+            temperature=temperature,
+            **self._head_settings(),
+        )
+        return tuple(value_T[batch.targets_T != IGNORE] for value_T in values)
+
+    def _loss(
+        self,
+        hidden: torch.Tensor,
+        batch: MicroBatch,
+        temperature: float,
+        loss_of: LossOf,
+        loss_scale: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What `loss_of` says of the scored tokens of a micro-batch; last stage only.
+
+        `loss_scale` is the gradient that will arrive at the loss.
+        """
+        if self.config.loss.head == "recompute":
+            return loss_of(*self._scores(hidden, batch, temperature), slice(None))
+        return vocab_parallel_loss(
+            self._hidden_TH(hidden),
+            output_weight(self.chunks[-1]),
+            batch.targets_T,
+            loss_of,
+            temperature=temperature,
+            loss_scale=loss_scale,
+            **self._head_settings(),
+        )
+
+    def _hidden_TH(self, hidden_1TH: torch.Tensor) -> torch.Tensor:
+        """The hidden states of all tokens, whole on every tensor-parallel rank.
+
+        The region that they pass adds up the ranks' parts of their gradient, once.
+        """
+        if self.mcore.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                hidden_1TH.squeeze(0), tensor_parallel_output_grad=True
+            )
+        # Its backward sums in place, and loses the sum of a gradient that is not contiguous
+        # (megatron-core 0.16.1, mappings._reduce): nothing may be transposed after it.
+        return copy_to_tensor_model_parallel_region(hidden_1TH.squeeze(0))
+
+    def _head_settings(self) -> dict:
+        return {
+            "vocab_size": self.hf["vocab_size"],
+            "group": parallel_state.get_tensor_model_parallel_group(),
+            "chunk_tokens": chunk_tokens_within(
+                self.config.loss.head_memory_mib, output_weight(self.chunks[-1])
+            ),
+            "fp32_logits": self.config.model.fp32_lm_head,
+            # with overlap_grad_reduce, DDP insists on a gradient from autograd
+            "into_main_grad": not self.ddp[0].ddp_config.overlap_grad_reduce,
+        }
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (p for chunk in self.chunks for p in chunk.parameters())
+
+    def _copy_of_weights(self) -> list[torch.Tensor]:
+        self._gather_weights()
+        return [p.detach().clone() for p in self._parameters()]
+
+    @contextmanager
+    def _weights(self, other: list[torch.Tensor]):
+        current = self._copy_of_weights()
+        self._set_weights(other)
+        try:
+            yield
+        finally:
+            self._set_weights(current)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: list[torch.Tensor]) -> None:
+        for parameter, weight in zip(self._parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+
+def _loss_terms(rollouts: Sequence[TrainingSequence], device) -> LossTerms:
+    """Flat tokens of some rollouts, in their order."""
+
+    def per_token(values) -> torch.Tensor:
+        return torch.cat([torch.empty(0), *values]).to(device)
+
+    def constant(name: str) -> torch.Tensor:
+        return per_token(torch.full_like(r.old_logprobs_T, getattr(r, name)) for r in rollouts)
+
+    def optional(name: str) -> torch.Tensor | None:
+        if any(getattr(r, name) is None for r in rollouts):
+            return None
+        return per_token(getattr(r, name) for r in rollouts)
+
+    return LossTerms(
+        old_logprobs_T=per_token(r.old_logprobs_T for r in rollouts),
+        advantage_T=constant("advantage"),
+        coefficient_T=constant("coefficient"),
+        importance_T=optional("importance_T"),
+        reference_logprobs_T=optional("reference_logprobs_T"),
+    )
+
+
+def _share(values: torch.Tensor) -> torch.Tensor:
+    """Sum over data- and context-parallel ranks of what their last pipeline stages hold, in place,
+    everywhere.
+
+    The tensor-parallel ranks of a last stage hold equal values, of which the first one's counts.
+    """
+    first_of_last_stage = (
+        parallel_state.is_pipeline_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    if not first_of_last_stage:
+        values.zero_()
+    dist.all_reduce(values)
+    return values

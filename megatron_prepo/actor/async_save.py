@@ -1,0 +1,176 @@
+"""Writing a checkpoint: planned on all ranks, written by a thread of each, named by rank 0.
+
+The thread reads what nobody changes: the tensors themselves while the run waits, or a copy of them
+in host memory while it goes on.  The directory gets its name only when all ranks have written, so
+that whatever stops a run before leaves a `.partial` and the checkpoint before.
+"""
+
+import inspect
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_prepo import internals
+from megatron_prepo.actor import manifest, parallel
+from megatron_prepo.errors import full_disk
+from megatron_prepo.files.atomic import flush, naming
+
+# Megatron forks a process for each file that it writes.  A fork whose rank is killed waits for ever
+# for a lock that the rank held: here its writers are threads, and a queue for their answers needs
+# no process of its own, either.
+_THREADS = SimpleNamespace(
+    Process=threading.Thread,
+    Queue=queue.Queue,
+    JoinableQueue=queue.Queue,
+    Manager=lambda: SimpleNamespace(Queue=queue.Queue),
+)
+internals.require(filesystem_async, "mp")
+internals.require(filesystem_async.mp, "get_context")
+internals.replace(
+    filesystem_async,
+    "mp",
+    SimpleNamespace(**vars(filesystem_async.mp) | {"get_context": lambda *_, **__: _THREADS}),
+)
+
+_ASYNCHRONOUS = {"async_sharded_save": True}
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on it asks for another package otherwise
+
+
+class Copies:
+    """Copies of a checkpoint's tensors in host memory, whose room the next checkpoint takes again.
+
+    To come by fresh memory costs more than to fill it.  On CUDA it is page-locked, so that a copy
+    goes at the speed of the bus.
+    """
+
+    def __init__(self):
+        self.room: list[torch.Tensor] = []
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """In order; those of the call before are overwritten."""
+        if [(t.shape, t.dtype) for t in tensors] != [(t.shape, t.dtype) for t in self.room]:
+            self.room = []  # other tensors than before; first give back what they had
+            self.room = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in tensors]
+        for mine, tensor in zip(self.room, tensors, strict=True):
+            mine.copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors):
+            torch.cuda.synchronize()
+        return self.room
+
+
+class Saving:
+    """A checkpoint under way; every rank calls the same methods, all collective."""
+
+    def __init__(
+        self,
+        state: dict,
+        aside: Path,
+        *,
+        metadata: dict,
+        copies: Copies | None,
+        small_files: dict[str, bytes],
+        publish: Callable[[], None],
+    ):
+        """Begin to write `state` to the empty directory `aside`, or copies of its tensors.
+
+        `small_files` are this rank's own; rank 0 calls `publish` when all ranks have written.
+        """
+        self.aside, self.small_files, self.publish = aside, small_files, publish
+        # what several replicas hold is shared out among them, to be copied and written by one each
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        self.request = dist_checkpointing.save(
+            state, str(aside), strategy, content_metadata=metadata, **_ASYNCHRONOUS
+        )
+        _, buckets, self.results = self.request.async_fn_args or (None, [], None)
+        self.buckets = _on_the_host(buckets, copies)
+        self.result, self.sums = None, {}
+        self.error: str | None = "its thread ended early"
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def done(self) -> bool:
+        """Whether `finish` has nothing to wait for."""
+        return not any(parallel.gather_to_all(self.thread.is_alive()))
+
+    def finish(self, timeout_minutes: float) -> None:
+        """Wait until all ranks have written, then give the checkpoint its name.
+
+        Raises OSError on all ranks if one could not write or is not done by then.
+        """
+        late = time.monotonic() + 60 * timeout_minutes
+        while True:
+            self.thread.join(parallel.SIGN_OF_LIFE_SECONDS)
+            writing = self.thread.is_alive()
+            ranks = parallel.gather_to_all((writing, time.monotonic() > late, self.error))
+            if not any(writing for writing, _, _ in ranks):
+                break
+            if any(is_late for _, is_late, _ in ranks):
+                raise TimeoutError(f"{self.aside} is not written after {timeout_minutes} minutes")
+        for rank, (_, _, error) in enumerate(ranks):
+            if error is not None:
+                # rank 0 may be at the next one, and have removed this one
+                free = shutil.disk_usage(self.aside.parent).free >> 20
+                raise OSError(
+                    f"rank {rank} could not write {self.aside} ({free:,} MiB are free there): "
+                    f"{error}"
+                )
+        if self.results is not None:
+            self.results.put(self.result)
+        for finalize in self.request.finalize_fns:
+            finalize()
+        dist.barrier()
+        manifest.write(self.aside, self.sums)
+        if dist.get_rank() == 0:
+            self.publish()
+        dist.barrier()
+
+    def _write(self) -> None:
+        """In the thread: this rank's files, and their checksums."""
+        try:
+            self.error = self._write_files()
+        except OSError as error:
+            self.error = str(error)
+
+    def _write_files(self) -> str | None:
+        if self.results is not None:
+            self.request.async_fn(dist.get_rank(), self.buckets, self.results)
+            self.result = self.results.get_nowait()
+            if isinstance(self.result, Exception):
+                # torch closes its archive when a write has failed, and fails in that, too
+                return full_disk(self.result) or str(self.result)
+        files = [Path(file) for file, _, _ in self.buckets]
+        self.buckets = []  # a copy of the model is large
+        for name, content in self.small_files.items():
+            files.append(self.aside / name)
+            with naming(files[-1]):
+                files[-1].write_bytes(content)
+            flush(files[-1])
+        self.sums = {file.name: manifest.sum_of(file) for file in files}
+        return None
+
+
+def _on_the_host(buckets: list, copies: Copies | None) -> list:
+    """Megatron's descriptions of files, their tensors in host memory."""
+    tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
+    here = iter(copies.of(tensors) if copies else [tensor.cpu() for tensor in tensors])
+    return [
+        (file, key, (values, [(item, next(here)) for item, _ in pairs]))
+        for file, key, (values, pairs) in buckets
+    ]

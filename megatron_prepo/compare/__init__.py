@@ -1,0 +1,1 @@
+"""Runs of several methods on equal terms, and the page about them."""

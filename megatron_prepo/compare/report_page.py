@@ -1,0 +1,368 @@
+"""Runs and comparisons as one page: `megatron-prepo report RUN_OR_RESULTS... [--out report.html]`.
+
+The page needs no other file and no network: figures are inside it, and beside it as PNG for slides.
+Its numbers are those of `comparison.py`; `docs/compare.md` says what they mean.
+"""
+
+import html
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from megatron_prepo.compare import analysis as comparison
+from megatron_prepo.compare import figures
+from megatron_prepo.compare import record as run_record
+from megatron_prepo.compare.analysis import Arm, ArmResult, Estimate, Saving
+from megatron_prepo.errors import UserError
+from megatron_prepo.files.atomic import write_text
+
+
+def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Write the page, its pictures and headline tables; returns all paths, the page first."""
+    sections = read(sources)
+    out = Path(out)
+    files = {out: lambda: write_text(out, page(sections))}
+    for name, records in sections.items():
+        arms = list(comparison.arms_of(records).values())
+        names = [arm.name for arm in arms]
+        for figure in figures.figures(arms):
+            path = out.parent / f"{figures.slug(name)[1:]}_{figure.key}.png"
+            files[path] = partial(figures.png, figure, names, path)
+        if records[0]["comparison"] is not None:
+            path = out.parent / f"{figures.slug(name)[1:]}.md"
+            files[path] = partial(_write_markdown, path, records)
+    for path in files:
+        _refuse_another_file(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for write in files.values():
+        write()
+    return list(files)
+
+
+def _write_markdown(path: Path, records: Sequence[dict]) -> None:
+    write_text(path, markdown(records))
+
+
+def _refuse_another_file(path: Path) -> None:
+    """UserError for a file that is there, unless an earlier report wrote it."""
+    if not os.path.lexists(path):
+        return
+    signs = {".md": b"| arm | seeds |"}
+    sign = signs.get(path.suffix, figures.WRITTEN_BY.encode())
+    if path.is_file():
+        with open(path, "rb") as file:
+            if sign in file.read(1024):
+                return
+    raise UserError(
+        f"{path} exists, and no report wrote it; nothing was written: choose another --out, or "
+        "move it away"
+    )
+
+
+def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
+    """Records by section: one for each comparison, and for each single run."""
+    sections: dict[str, list[dict]] = {}
+    for source in map(Path, sources):
+        results = source / "results.jsonl" if source.is_dir() else source
+        if source.is_dir() and run_record.is_there(source):
+            config = run_record.config_of(source)
+            arm = {"arm": config.selection.method, "seed": config.train.seed}
+            name = str(source)
+            sections[name] = [{"comparison": None, **arm, **run_record.record(source)}]
+        elif results.is_file():
+            for record in _records(results):
+                sections.setdefault(record["comparison"], []).append(record)
+        else:
+            raise UserError(
+                f"{source} is neither a run's directory nor a results file of `compare`"
+            )
+    for name, records in sections.items():
+        keys = [(record["arm"], record["seed"]) for record in records]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise UserError(f"{name} has the run {twice[0]}/{twice[1]} twice")
+    return sections
+
+
+def _records(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
+        assert all("comparison" in record and "evaluations" in record for record in records)
+    except (json.JSONDecodeError, AssertionError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{path} is no results file of `compare`") from None
+    return records
+
+
+def page(sections: dict[str, list[dict]]) -> str:
+    """The whole page."""
+    title = " and ".join(sections)
+    body = "\n".join(
+        _section(name, records, i) for i, (name, records) in enumerate(sections.items())
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="generator" content="{figures.WRITTEN_BY}">\n'
+        f'<meta name="color-scheme" content="light dark">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(name: str, records: Sequence[dict], number: int) -> str:
+    arms = comparison.arms_of(records)
+    names = list(arms)
+    palettes = figures.Palette(names, placeholders=True)
+    scope = f"s{number}"
+    style = (
+        f"<style>#{scope} {{{palettes.css(dark=False)}}} @media (prefers-color-scheme: dark) "
+        f"{{#{scope} {{{palettes.css(dark=True)}}}}}</style>"
+    )
+    single = records[0]["comparison"] is None
+    pictures = "\n".join(_figure(f, names) for f in figures.figures(list(arms.values())))
+    tables = _single_run(records[0]) if single else _tables(comparison.analyse(records))
+    return (
+        f'<section id="{scope}">{style}\n<h1>{html.escape(name)}</h1>\n{_what(records)}\n{tables}\n'
+        f'<div class="figures">\n{pictures}\n</div>\n{_foot(records)}\n</section>'
+    )
+
+
+def _what(records: Sequence[dict]) -> str:
+    """One sentence on what was run."""
+    summary = records[0]["summary"]
+    arms, seeds = ({record[key] for record in records} for key in ("arm", "seed"))
+    # a run that goes on has no summary that counts them
+    prompts = f"{summary['held_out_prompts']} " if "held_out_prompts" in summary else ""
+    return (
+        f"<p>{len(records)} run{'s' * (len(records) > 1)}: {len(arms)} arm{'s' * (len(arms) > 1)}, "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Pass rates are avg@"
+        f"{summary['samples_per_prompt']} on {prompts}held-out prompts; "
+        f"before training {comparison.base_of(records):.3f}.</p>"
+    )
+
+
+def _tables(results: Sequence[ArmResult]) -> str:
+    """The headline, and the same savings in tokens and seconds."""
+    quotas = [f"{quota * 100:g} %" for quota in comparison.QUOTAS]
+    has_savings = any(result.savings for result in results)
+    head = ["arm", *(f"saving at {q}" for q in quotas if has_savings)]
+    head += ["final pass rate", "against random", "mean pass rate", "against random"]
+    rows = []
+    for result in results:
+        cells = [_saving(result, "rollouts", quota) for quota in comparison.QUOTAS if has_savings]
+        cells += [_final(result.final), _difference(result.final_difference)]
+        cells += [_final(result.mean_pass), _difference(result.mean_pass_difference)]
+        rows.append(cells)
+    arms = [result.arm for result in results]
+    parts = [_table(head, arms, rows)]
+    if not has_savings:
+        parts.append("<p class=note>No savings: they need runs of random that gain.</p>")
+    else:
+        parts.append(SAVING_WORDS)
+        other = [
+            [_saving(r, axis, q) for axis in ("tokens", "seconds") for q in comparison.QUOTAS]
+            for r in results
+        ]
+        head = ["arm", *(f"{axis}, {q}" for axis in ("tokens", "seconds") for q in quotas)]
+        parts += ["<h2>Savings in tokens and in seconds</h2>", _table(head, arms, other)]
+    return "\n".join(parts)
+
+
+SAVING_WORDS = """<p class=note>Saving: rollouts that random pays until its mean pass rate has
+made 50, 75 or 100 % of its gain, over what the arm pays until it is as high; above 1, the arm is
+cheaper.
+Small: its 95 % interval (bootstrap over seeds), and how many seeds reach the target on their own.
+“&lt;”: the target was not reached within the arm’s budget, so the ratio is only bounded.
+Other intervals are Student’s t over seeds; differences are paired by seed. Mean pass rate: over the
+run, the area under the curve. With few seeds all intervals are rough.</p>"""
+
+
+def _table(head: Sequence[str], arms: Sequence[Arm], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th scope=col>{html.escape(h)}</th>" for h in head)
+    lines = []
+    for number, (arm, cells) in enumerate(zip(arms, rows, strict=True)):
+        count = len(arm.records)
+        small = f"{count} seed{'s' * (count > 1)}"
+        small += ", a ceiling" if arm.name == figures.CEILING else ""
+        label = f"{html.escape(arm.name)}<small>{small}</small>"
+        bold = " class=ours" if arm.name in figures.BOLD else ""
+        dot = f'<i style="background: var(--arm-{number})"></i>'
+        inside = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f"<tr{bold}><th scope=row>{dot}{label}</th>{inside}</tr>")
+    body = "\n".join(lines)
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
+
+
+def markdown(records: Sequence[dict]) -> str:
+    """The headline table of one comparison in Markdown, for documents and issues."""
+    results = [r for r in comparison.analyse(records) if r.savings]
+    quotas = [f"saving at {quota * 100:g} %" for quota in comparison.QUOTAS]
+    head = ["arm", "seeds", *quotas, "end", "against random", "mean pass rate", "against random"]
+    lines = [head, ["---"] * len(head)]
+    for result in results:
+        numbers = [result.final, result.final_difference]
+        numbers += [result.mean_pass, result.mean_pass_difference]
+        cells = [_saving(result, "rollouts", quota) for quota in comparison.QUOTAS]
+        cells += [(_difference if i % 2 else _final)(value) for i, value in enumerate(numbers)]
+        plain = [_without_tags(cell) for cell in cells]
+        lines.append([f"`{result.arm.name}`", str(len(result.arm.records)), *plain])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _without_tags(cell: str) -> str:
+    """A cell's number and its interval, on one line.
+
+    >>> _without_tags("1.2<small>1.1 to 1.3</small><small>5/5 seeds</small>")
+    '1.2 (1.1 to 1.3)'
+    >>> _without_tags("1.0<small>5/5 seeds</small>"), _without_tags("0.6<small>± 0.1</small>")
+    ('1.0', '0.6 ± 0.1')
+    """
+    number, *small = cell.replace("</small>", "").split("<small>")
+    if not small or small[0].endswith("seeds"):
+        return number
+    return f"{number} {small[0]}" if small[0].startswith("±") else f"{number} ({small[0]})"
+
+
+def _final(value: Estimate) -> str:
+    if value.low is None:
+        return f"{value.value:.3f}"
+    return f"{value.value:.3f}<small>± {value.high - value.value:.3f}</small>"
+
+
+def _difference(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    if value.low is None:
+        return signed(value.value)
+    return f"{signed(value.value)}<small>± {value.high - value.value:.3f}</small>"
+
+
+def signed(value: float) -> str:
+    """With a typographic minus."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _saving(result: ArmResult, axis: str, quota: float) -> str:
+    if not result.savings:
+        return "–"
+    saving = result.savings[axis, quota]
+    reached = f"{saving.reached_seeds}/{len(result.arm.records)} seeds"
+    interval = interval_words(saving)
+    small = "".join(f"<small>{words}</small>" for words in (interval, reached) if words)
+    return f"{'&lt; ' * saving.missed}{ratio_words(saving.ratio)}{small}"
+
+
+def ratio_words(ratio: float) -> str:
+    """Two decimals; a target that was reached before anything was paid has no ratio."""
+    return f"{ratio:.2f}" if ratio < 100 else "&gt; 100"
+
+
+def interval_words(saving: Saving) -> str:
+    """`1.10 to 1.60`; with “<” before a limit that is only bounded."""
+    if saving.low is None:
+        return ""
+    if not saving.reached_draws:
+        return "no draw reaches it"
+    return f"{'&lt; ' * saving.low_missed}{ratio_words(saving.low)} to {ratio_words(saving.high)}"
+
+
+def _single_run(record: dict) -> str:
+    """A run's own result, or how far it has come."""
+    summary = record["summary"]
+    unfinished = "of_steps" in summary
+
+    def rate(key: str) -> str:
+        if summary[key] is None:
+            return "not known: eval.temperature was changed in the run"
+        if f"{key}_ci95" not in summary:
+            return f"{summary[key]:.3f}"
+        low, high = summary[f"{key}_ci95"]
+        return f"{summary[key]:.3f}<small>{low:.3f} to {high:.3f}</small>"
+
+    rows = {
+        "pass rate before": rate("pass_rate_before"),
+        "pass rate so far" if unfinished else "pass rate after": rate("pass_rate_after"),
+        "gain so far" if unfinished else "gain, prompt by prompt": rate("gain"),
+        "rollouts": f"{summary['rollouts']:,}",
+        "tokens": f"{summary['tokens']:,}",
+        "steps": f"{summary['steps']:,}"
+        + (f" of {summary['of_steps']:,}, unfinished" if unfinished else ""),
+    }
+    lines = "".join(f"<tr><th scope=row>{key}</th><td>{v}</td></tr>" for key, v in rows.items())
+    method = html.escape(f"{summary['method']}, weights {summary['weighting']}")
+    words = (
+        f"<p class=note>{method}, seed {record['seed']}. Small: 95 % intervals over prompts.</p>"
+    )
+    return f"<div class=scroll><table class=narrow><tbody>{lines}</tbody></table></div>{words}"
+
+
+def _figure(figure: figures.Figure, names: Sequence[str]) -> str:
+    drawn = figures.svg(figure, names).replace(
+        "<svg ", f'<svg role="img" aria-label="{html.escape(figure.title)}" ', 1
+    )
+    return (
+        f"<figure><h2>{html.escape(figure.title)}</h2>\n{drawn}\n"
+        f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
+    )
+
+
+def _foot(records: Sequence[dict]) -> str:
+    """Commands, machines and settings: what it takes to do it again."""
+    commands = dict.fromkeys(r["command"] for r in records if r.get("command"))
+    machines = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in records
+    )
+    by_arm = comparison.arms_of(records)
+    seeds = "; ".join(f"{a.name}: {', '.join(map(str, a.seeds))}" for a in by_arm.values())
+    shared = dict(records[0]["settings"])
+    for record in records:
+        shared = {k: v for k, v in shared.items() if record["settings"].get(k) == v}
+    settings = "\n".join(f"{key}={json.dumps(value)}" for key, value in shared.items())
+    parts = [f"<pre>{html.escape(chr(10).join(commands))}</pre>"] if commands else []
+    parts += [f"<p>{html.escape(machine)}</p>" for machine in machines]
+    parts.append(f"<p>Seeds: {html.escape(seeds)}</p>")
+    parts.append(
+        "<details><summary>Settings that all runs share, where they are not defaults</summary>"
+        f"<pre>{html.escape(settings)}</pre></details>"
+    )
+    return f"<footer><h2>How it was run</h2>{''.join(parts)}</footer>"
+
+
+CSS = """
+:root { color-scheme: light dark; --text: #1f2328; --back: #ffffff; --soft: #59636e;
+  --rule: #d0d7de; --shade: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --back: #0d1117; --soft: #9aa4af;
+  --rule: #3d444d; --shade: #161b22; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 16px; }
+section + section { margin-top: 56px; border-top: 2px solid var(--rule); }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 24px 0 8px; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 20px 0 6px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
+table.narrow { width: auto; }
+th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); text-align: left;
+  vertical-align: top; white-space: nowrap; }
+thead th { font-size: 0.85rem; color: var(--soft); font-weight: 600; white-space: normal;
+  vertical-align: bottom; }
+tbody th { position: sticky; left: 0; background: var(--back); font-weight: 500; }
+.ours th, .ours td { background: var(--shade); font-weight: 700; }
+td small, th small { display: block; color: var(--soft); font-size: 0.78rem; font-weight: 400; }
+th i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px; }
+.note, figcaption, footer { color: var(--soft); font-size: 0.88rem; }
+.figures { display: grid; gap: 8px 32px; margin-top: 8px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+figure { margin: 0; min-width: 0; }
+svg { display: block; width: 100%; height: auto; max-width: 620px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--shade); padding: 10px 12px;
+  border-radius: 6px; font-size: 0.82rem; color: var(--text); }
+footer { margin-top: 24px; border-top: 1px solid var(--rule); }
+summary { cursor: pointer; }
+@media (max-width: 600px) { th, td { padding: 6px 7px; font-size: 0.92rem; } }
+"""

@@ -1,0 +1,242 @@
+"""The runs of a comparison as one job array of Slurm, a job each: `compare --executor slurm`.
+
+    DIR/array/N.sbatch      what was submitted as array N
+    DIR/array/N.runs        its runs, in the order of its tasks
+    DIR/array/N_TASK.out    what the script of a task has printed, N_TASK.code its exit code
+    DIR/ARM/SEED/train.log  what the ranks have printed
+
+Needs sbatch and squeue here, and a file system that all nodes share.  Interrupting the command
+leaves the array alone: the same command waits for it again, and submits only what is neither
+finished nor queued.  A job that is stopped before its time limit queues itself again and resumes.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import sleep
+from typing import TYPE_CHECKING
+
+from megatron_prepo.config import literal
+from megatron_prepo.errors import UserError
+from megatron_prepo.launch import slurm_time
+from megatron_prepo.launch.peers import UNREACHABLE_EXIT_CODE
+
+if TYPE_CHECKING:
+    from megatron_prepo.compare.runner import PlannedRun
+
+POLL_SECONDS = 5.0
+ANSWER_SECONDS = 120.0
+"""For sbatch and squeue."""
+SHOW_AFTER = 60
+"""Polls without an answer of squeue, after which the command gives up; the array lives."""
+
+SCRIPT = """#!/bin/bash
+{flags}
+set -euo pipefail
+
+case $SLURM_ARRAY_TASK_ID in
+{cases}
+esac
+
+code=0
+srun --wait=60 --kill-on-bad-exit=1 --open-mode=append --output="$run_dir/train.log" \\
+    {python} -m megatron_prepo.launch.rank "${{words[@]}}" || code=$?
+
+# {unreachable}: a machine does not answer; 138: the signal to save came before Python could listen
+unfinished=
+((code != {unreachable} && code != 138)) || unfinished=yes
+((code != 0)) || [ -f "$run_dir/summary.json" ] || unfinished=yes
+if [ "$unfinished" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    echo "$code" >{directory}/"${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID.code"
+fi
+exit "$code"
+"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Where and how the jobs of an array run."""
+
+    account: str | None = None
+    partition: str | None = None
+    time: str = "04:00:00"
+    gpus_per_node: int = 8
+    options: tuple[str, ...] = ()
+    """Further ones of sbatch, such as `--mem=64G`."""
+
+
+def run_all(
+    waiting: "Sequence[PlannedRun]",
+    config_path: str | Path,
+    directory: Path,
+    slurm: Slurm,
+    jobs: int | None = None,
+) -> "Iterator[tuple[PlannedRun, int]]":
+    """Submit what is not queued, wait for all; gives each run and its exit code as it ends.
+
+    At most `jobs` of them run at a time.
+
+    Raises UserError for jobs that cannot be, or that Slurm refuses.
+    """
+    if not waiting:
+        return
+    place = (directory / "array").resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    queued = _queued(place, waiting)
+    new = [run for run in waiting if run.name not in queued]
+    if new:
+        number = _submit(new, script(new, config_path, place, slurm, jobs), place)
+        queued |= {run.name: f"{number}_{task}" for task, run in enumerate(new)}
+    try:
+        yield from _ends(waiting, queued, place)
+    except KeyboardInterrupt:
+        numbers = " ".join(sorted({task.partition("_")[0] for task in queued.values()}))
+        print(
+            f"the jobs stay where they are: the same command collects them, scancel {numbers} "
+            "ends them",
+            file=sys.stderr,
+        )
+        raise
+
+
+def script(
+    runs: "Sequence[PlannedRun]",
+    config_path: str | Path,
+    place: Path,
+    slurm: Slurm,
+    jobs: int | None = None,
+) -> str:
+    """Return the array's script; UserError for runs that cannot be jobs."""
+    config = runs[0].config
+    ranks = config.parallel.num_ranks
+    if any(run.config.parallel.num_ranks != ranks for run in runs):
+        raise UserError("--executor slurm: all runs of a comparison must have as many ranks")
+    a_node = min(ranks, slurm.gpus_per_node)
+    if ranks % a_node:
+        raise UserError(f"--gpus-per-node {a_node} does not divide the {ranks} ranks of a run")
+    nodes = ranks // a_node
+    if nodes > 1 and config.rollout.engine == "sglang" and not config.servers.urls:
+        raise UserError(
+            f"a run of {nodes} nodes starts no SGLang servers: name them in servers.urls, or use "
+            "python -m megatron_prepo.launch for each run"
+        )
+    signal = slurm_time.warning(config.checkpoint.grace_seconds)
+    slurm_time.check(slurm.time, signal)
+    flags = [
+        "--job-name=megatron-prepo-compare",
+        f"--array=0-{len(runs) - 1}" + (f"%{jobs}" if jobs else ""),
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={a_node}",
+        f"--gpus-per-node={a_node}",
+        *(["--exclusive", "--mem=0"] if a_node == slurm.gpus_per_node else []),
+        f"--time={slurm.time}",
+        f"--signal={signal}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={shlex.quote(f'{place}/%A_%a.out')}",
+        *([f"--account={slurm.account}"] if slurm.account else []),
+        *([f"--partition={slurm.partition}"] if slurm.partition else []),
+        *slurm.options,
+    ]
+    cases = []
+    for task, run in enumerate(runs):
+        run_dir = run.directory.resolve()
+        words = [str(config_path), *run.overrides, f"run.dir={literal(run_dir)}"]
+        cases.append(f"{task}) run_dir={shlex.quote(str(run_dir))} words=({shlex.join(words)}) ;;")
+    return SCRIPT.format(
+        flags="\n".join(f"#SBATCH {flag}" for flag in flags),
+        cases="\n".join(cases),
+        python=shlex.quote(sys.executable),
+        unreachable=UNREACHABLE_EXIT_CODE,
+        directory=shlex.quote(str(place)),
+    )
+
+
+def _submit(runs: "Sequence[PlannedRun]", text: str, place: Path) -> str:
+    """Return the number of the array."""
+    for run in runs:
+        run.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable"],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"--executor slurm needs sbatch: {error}") from error
+    if done.returncode:
+        said = "; ".join(done.stderr.replace("sbatch: error: ", "").splitlines())
+        raise UserError(f"sbatch refuses the jobs: {said}")
+    number = done.stdout.strip().partition(";")[0]
+    (place / f"{number}.sbatch").write_text(text)
+    (place / f"{number}.runs").write_text(json.dumps([run.name for run in runs]))
+    print(f"submitted: {len(runs)} runs as the tasks of job array {number}", file=sys.stderr)
+    return number
+
+
+def _queued(place: Path, waiting: "Sequence[PlannedRun]") -> dict[str, str]:
+    """Return the tasks of earlier arrays that Slurm still has, by the names of their runs."""
+    names = {run.name for run in waiting}
+    queued = {}
+    for path in place.glob("*.runs"):
+        number = path.stem
+        alive = _alive(number)
+        if alive is None:
+            raise UserError("squeue does not answer, and there may be jobs queued: try again later")
+        for task, name in enumerate(json.loads(path.read_text())):
+            if name in names and f"{number}_{task}" in alive:
+                queued[name] = f"{number}_{task}"
+    return queued
+
+
+def _alive(number: str) -> set[str] | None:
+    """Return the tasks of an array that Slurm has not ended; None if it does not answer."""
+    try:
+        done = subprocess.run(
+            ["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%F_%K"],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    except OSError as error:
+        raise UserError(f"--executor slurm needs squeue: {error}") from error
+    if done.returncode:
+        return set() if "Invalid job id" in done.stderr else None
+    return set(done.stdout.split())
+
+
+def _ends(
+    waiting: "Sequence[PlannedRun]", queued: dict[str, str], place: Path
+) -> "Iterator[tuple[PlannedRun, int]]":
+    left, silent = list(waiting), 0
+    while left:
+        alive: set[str] = set()
+        for number in {queued[run.name].partition("_")[0] for run in left}:
+            tasks = _alive(number)
+            silent = silent + 1 if tasks is None else 0
+            if silent > SHOW_AFTER:
+                raise UserError("squeue does not answer; the same command collects the runs later")
+            # one that does not answer has not ended its jobs
+            alive |= {queued[run.name] for run in left} if tasks is None else tasks
+        for run in [run for run in left if queued[run.name] not in alive]:
+            left.remove(run)
+            yield run, _exit_code(run, place / f"{queued[run.name]}.code")
+        if left:
+            sleep(POLL_SECONDS)
+
+
+def _exit_code(run: "PlannedRun", written: Path) -> int:
+    """Return that of a task that has ended; 1 if it was cancelled, or its node lost."""
+    if (run.directory / "summary.json").is_file():
+        return 0
+    return int(written.read_text()) if written.is_file() else 1

@@ -1,0 +1,1 @@
+"""Dumped steps, their replay, and the check of resume."""

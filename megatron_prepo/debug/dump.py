@@ -1,0 +1,257 @@
+"""A step's dump: all that its optimizer updates need, to be run again by `replay.py`.
+
+| file | what |
+|---|---|
+| `step.json` | which step, why it was dumped, the candidates' perplexities, the updates' results |
+| `config.yaml` | the run's configuration |
+| `rollouts.jsonl` | one rollout a line, in the order of the tensors below: text, reward, update |
+| `batch.safetensors` | what the loss was given, routing, entropies; `_T`: tokens of all rollouts |
+| `weights_0/`, ... | before each update, a Megatron checkpoint, its optimizer state with it |
+| `gradients_0/`, ... | of each update, under Hugging Face names, before it is clipped |
+
+Nothing is pickled but what Megatron pickles in its checkpoints.  A dump is whole or has no name.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from megatron_prepo import config as configuration
+from megatron_prepo.actor.actor import Actor, Gradient, Scores, TrainingSequence
+from megatron_prepo.config import Config
+from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.models.hf_files import HFWriter
+from megatron_prepo.records import Prompt, Rollout, ScoredSequence
+from megatron_prepo.run import directory as run_directory
+from megatron_prepo.selection.base import Candidates
+
+FORMAT = 1
+KIND = "dump"
+"""What its marker calls it (`ownership.py`)."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step has come to before its updates."""
+
+    step: int
+    candidates: Candidates
+    rollouts: Sequence[Rollout]
+    rewards_N: torch.Tensor
+    scores: Sequence[Scores]
+    """The policy's before the first update."""
+    mini_batches: Sequence[Sequence[int]]
+    """Positions of the rollouts of each update."""
+
+
+class DumpWriter:
+    """Writes the dump of some updates of a step; collective, rank 0 writes all but the shards."""
+
+    def __init__(
+        self, directory: Path, actor: Actor, config: Config, record: StepRecord, *, why: str
+    ):
+        self.directory, self.actor, self.config, self.record = directory, actor, config, record
+        self.aside = directory.with_name(directory.name + ".partial")
+        self.writes = dist.get_rank() == 0
+        self.about = {"format": FORMAT, "step": record.step, "why": why}
+        self.results: list[dict] = []
+        self.lines: list[dict] = []
+        self.batch: list[TrainingSequence] = []
+        self.index: list[int] = []
+        if self.writes:
+            ownership.begin(directory)
+
+    def add(self, update: int, batch: Sequence[TrainingSequence], gradient: Gradient) -> None:
+        """The mini-batch of this number, after its `backward` and before its `step`."""
+        index = self.record.mini_batches[update]
+        weights = self.aside / f"weights_{len(self.results)}"
+        self.actor.save(weights, step=self.record.step)
+        name = f"gradients_{len(self.results)}"
+        result = {"update": update, "rollouts": len(index), "gradients": None}
+        result |= {"loss": gradient.totals["loss"], "grad_norm": gradient.norm}
+        if self.config.debug.dump_gradients:
+            result["gradients"] = name
+            result["not_finite"] = write_gradients(self.aside / name, self.actor)
+        self.results.append(result)
+        self.batch += batch
+        self.index += index
+        self.lines += [self._line(i, update) for i in index]
+
+    def finish(self) -> None:
+        """Give the dump its name; replaces one that a run left there before it was resumed."""
+        if self.writes:
+            record, ppl_P = self.record, self.record.candidates.ppl_P
+            self.about["candidates"] = [
+                {"id": prompt.id, "ppl": None if ppl_P is None else float(ppl_P[p])}
+                for p, prompt in enumerate(record.candidates.prompts)
+            ]
+            self.about["results"] = self.results
+            tensors = to_tensors(self.batch)
+            tensors["entropy_T"] = torch.cat([record.scores[i].entropy_T for i in self.index])
+            tensors["engine_logprobs_T"] = torch.cat(
+                [torch.tensor(record.rollouts[i].engine_logprobs) for i in self.index]
+            )
+            (self.aside / "step.json").write_text(json.dumps(self.about, indent=2) + "\n")
+            text = configuration.to_yaml(run_directory.with_absolute_paths(self.config))
+            (self.aside / "config.yaml").write_text(text, encoding="utf-8")
+            lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+            (self.aside / "rollouts.jsonl").write_text(lines)
+            save_file(tensors, self.aside / "batch.safetensors")
+            ownership.publish(self.aside, self.directory, KIND)
+        dist.barrier()
+
+    def _line(self, i: int, update: int) -> dict:
+        rollout, tensors = self.record.rollouts[i], ("tokens", "engine_logprobs", "routing")
+        line = {k: v for k, v in dataclasses.asdict(rollout).items() if k not in tensors}
+        return line | {"reward": float(self.record.rewards_N[i]), "update": update}
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A dump that was read; its tensors by the names in `batch.safetensors`."""
+
+    directory: Path
+    config: Config
+    about: dict
+    """`step.json`."""
+    rollouts: list[Rollout]
+    rewards_N: torch.Tensor
+    batch: list[TrainingSequence]
+    """Of all updates, one behind the other."""
+    tensors: dict[str, torch.Tensor]
+
+    def updates(self) -> Iterable[tuple[dict, list[TrainingSequence]]]:
+        """(result, mini-batch) of each update."""
+        first = 0
+        for result in self.about["results"]:
+            yield result, self.batch[first : first + result["rollouts"]]
+            first += result["rollouts"]
+
+    def weights(self, number: int) -> Path:
+        """The checkpoint behind an update of the dump."""
+        return self.directory / f"weights_{number}"
+
+    def per_rollout(self, name: str) -> list[torch.Tensor]:
+        """A tensor of all tokens, cut into rollouts."""
+        return list(self.tensors[name].split([s.sequence.num_scored for s in self.batch]))
+
+
+def read(directory: str | Path, overrides: Sequence[str] = ()) -> Dump:
+    """A dump, its configuration changed by `overrides`; UserError if it is none or not whole."""
+    directory = Path(directory)
+    if not (directory / "step.json").is_file():
+        raise UserError(f"{directory} is no dump of a step: it has no step.json (debug.dump_steps)")
+    try:
+        about = json.loads((directory / "step.json").read_text())
+        if about["format"] != FORMAT:
+            raise UserError(
+                f"{directory} has format {about['format']}; this version reads {FORMAT}"
+            )
+        lines = [json.loads(s) for s in (directory / "rollouts.jsonl").read_text().splitlines()]
+        tensors = load_file(directory / "batch.safetensors")
+        batch = from_tensors(tensors)
+        logprobs = tensors["engine_logprobs_T"].split([s.sequence.num_scored for s in batch])
+        rollouts = [_rollout(*parts) for parts in zip(lines, batch, logprobs, strict=True)]
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the dump {directory} is damaged: {error!r}") from error
+    return Dump(
+        directory,
+        configuration.load(directory / "config.yaml", overrides),
+        about,
+        rollouts,
+        torch.tensor([line["reward"] for line in lines]),
+        batch,
+        tensors,
+    )
+
+
+def to_tensors(batch: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
+    """All fields of all sequences, one behind the other; those that are None are left out."""
+    sequences = [s.sequence for s in batch]
+    tensors = {
+        "tokens": torch.tensor([token for s in sequences for token in s.tokens]),
+        "length_N": torch.tensor([len(s.tokens) for s in sequences]),
+        "start_N": torch.tensor([s.start for s in sequences]),
+    }
+    if any(s.routing is not None for s in sequences):
+        routing = bytearray(b"".join(s.routing for s in sequences))
+        tensors["routing"] = torch.frombuffer(routing, dtype=torch.uint8)
+    for name in _other_fields():
+        values = [getattr(s, name) for s in batch]
+        if any(value is None for value in values):
+            continue
+        tensor = isinstance(values[0], torch.Tensor)
+        tensors[name] = torch.cat(values) if tensor else torch.tensor(values).double()
+    return tensors
+
+
+def from_tensors(tensors: dict[str, torch.Tensor]) -> list[TrainingSequence]:
+    """What `to_tensors` was given, to the bit."""
+    tokens = tensors["tokens"].split(tensors["length_N"].tolist())
+    sequences = [
+        ScoredSequence(tuple(t.tolist()), start, routing)
+        for t, start, routing in zip(
+            tokens, tensors["start_N"].tolist(), _routings(tensors), strict=True
+        )
+    ]
+    num_scored = [s.num_scored for s in sequences]
+    columns = {"sequence": sequences}
+    for name in _other_fields():
+        if name in tensors:
+            per_token = name.endswith("_T")
+            values = tensors[name].split(num_scored) if per_token else tensors[name].tolist()
+            columns[name] = values
+    rows = zip(*columns.values(), strict=True)
+    return [TrainingSequence(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def write_gradients(directory: Path, actor: Actor) -> list[str]:
+    """Save the gradient of the last `backward`; collective.
+
+    Returns the names of tensors with an element that is not finite.
+    """
+    shapes = {name: (torch.float32, shape) for name, (_, shape) in actor.hf_shapes().items()}
+    writer = None
+    if dist.get_rank() == 0:
+        writer = HFWriter(directory, shapes, like=None, kind="gradients")
+    not_finite = []
+    for name, gradient in actor.hf_gradients():
+        if not gradient.isfinite().all():
+            not_finite.append(name)
+        if writer:
+            writer.write(name, gradient.float())
+    if writer:
+        writer.finish()
+    return not_finite
+
+
+def _routings(tensors: dict[str, torch.Tensor]) -> list[bytes | None]:
+    """Each sequence's; all tokens but the last have equally many bytes."""
+    routed_N = tensors["length_N"] - 1
+    if "routing" not in tensors:
+        return [None] * len(routed_N)
+    bytes_a_token = len(tensors["routing"]) // int(routed_N.sum())
+    parts = tensors["routing"].split((routed_N * bytes_a_token).tolist())
+    return [part.numpy().tobytes() for part in parts]
+
+
+def _other_fields() -> list[str]:
+    return [f.name for f in dataclasses.fields(TrainingSequence) if f.name != "sequence"]
+
+
+def _rollout(line: dict, batch: TrainingSequence, engine_logprobs_T: torch.Tensor) -> Rollout:
+    line = {k: v for k, v in line.items() if k not in ("reward", "update")}
+    prompt = line.pop("prompt")
+    prompt = Prompt(**prompt | {k: tuple(prompt[k]) for k in ("tokens", "content")})
+    completion = batch.sequence.tokens[batch.sequence.start :]
+    routing = batch.sequence.routing
+    return Rollout(prompt, completion, tuple(engine_logprobs_T.tolist()), routing=routing, **line)

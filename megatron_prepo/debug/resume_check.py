@@ -1,0 +1,168 @@
+"""Prove that a run which is killed and goes on is the run that it would have been.
+
+    megatron-prepo resume --prove CONFIG
+
+Trains twice for a few steps: once undisturbed, and once killed (SIGKILL, all processes at once)
+after the first of these steps and gone on with.  Then everything that the two left behind is
+compared, bit for bit.  Equal is what has to be on a CPU, and on a GPU with deterministic kernels.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prepo import config as configuration
+from megatron_prepo.errors import UserError
+from megatron_prepo.files import lock, ownership
+from megatron_prepo.run import directory as run_directory
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared."""
+
+    what: str
+    equal: bool
+    detail: str
+
+
+def prove(
+    config: Path, overrides: Sequence[str], directory: Path, *, before: int, after: int
+) -> list[Check]:
+    """Run both, of `before + after` steps, in `directory`, and compare them.
+
+    Raises UserError if one of them fails.
+    """
+    ownership.claim(directory, "proof", "--dir")
+    with lock.held(directory / lock.FILE, f"--dir {directory}"):
+        return _prove(config, overrides, directory, before=before, after=after)
+
+
+def _prove(
+    config: Path, overrides: Sequence[str], directory: Path, *, before: int, after: int
+) -> list[Check]:
+    settings = [*overrides, f"train.total_steps={before + after}", "checkpoint.every=1"]
+    settings += ["checkpoint.optimizer=true", "checkpoint.keep_last=2"]
+    settings += ["run.overwrite=false"]
+    whole, killed = directory / "whole", directory / "killed"
+    for run in (whole, killed):
+        _clear(config, settings, run)
+    _finish(_start(config, settings, whole))
+    process = _start(config, settings, killed)
+    while process.poll() is None and num_lines(killed / "metrics.jsonl") < before:
+        time.sleep(POLL_SECONDS)
+    os.killpg(process.pid, signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        raise UserError(f"the run failed before it could be killed; see {killed}.log")
+    _finish(_start(config, settings, killed))
+    return compare(whole, killed)
+
+
+def compare(whole: Path, other: Path) -> list[Check]:
+    """Two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
+    from megatron_prepo.models.torch_dist import TorchDistReader
+
+    def newest(run: Path) -> Path:
+        return max((run / "checkpoints").glob("iter_???????"))
+
+    def checksums(run: Path, pattern: str) -> list[tuple[str, str]]:
+        files = json.loads((newest(run) / "manifest.json").read_text())["files"]
+        names = sorted(name for name in files if Path(name).match(pattern))
+        return [(name, files[name]["sha256"]) for name in names]
+
+    def schedule(run: Path) -> list[tuple]:
+        common = TorchDistReader(newest(run)).common()
+        return [("updates", common["updates"]), *common["opt_param_scheduler"].items()]
+
+    def lines(name: str):
+        return lambda run: (run / name).read_bytes().splitlines()
+
+    def choices(run: Path) -> list[tuple]:
+        ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+        return [(entry["step"], entry["prompt_id"], entry["sample"]) for entry in ledger]
+
+    def exported(run: Path) -> list[tuple[str, bytes]]:
+        files = sorted(path for path in (run / "hf").rglob("*") if path.is_file())
+        return [(path.name, path.read_bytes()) for path in files]
+
+    reads = {
+        "exported weights": exported,
+        "weights and optimizer": lambda run: checksums(run, "*.distcp"),
+        "schedule": schedule,
+        "random states": lambda run: checksums(run, "random_*"),
+        "selected prompts": choices,
+        "ledger": lines("ledger.jsonl"),
+        "metrics, but seconds": lambda run: without_seconds(run / "metrics.jsonl"),
+        "evaluations, but seconds": lambda run: without_seconds(run / "evaluations.jsonl"),
+    }
+    return [_check(what, read(whole), read(other)) for what, read in reads.items()]
+
+
+def text(checks: Sequence[Check]) -> str:
+    """A line each."""
+    return "\n".join(
+        f"{'equal' if check.equal else 'DIFFERS':<8} {check.what:<26} {check.detail}"
+        for check in checks
+    )
+
+
+CLOCKED = ("seconds", "speed/")
+"""Metrics that differ from run to run."""
+
+
+def without_seconds(path: Path) -> list[dict]:
+    """The lines of metrics or evaluations without what a clock has measured."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
+
+
+def num_lines(path: Path) -> int:
+    """Whole lines of a file that may not be there yet."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _check(what: str, whole: Sequence, other: Sequence) -> Check:
+    if whole == other:
+        return Check(what, True, f"{len(whole):,} entries")
+    if len(whole) != len(other):
+        return Check(what, False, f"{len(whole):,} entries, and {len(other):,}")
+    first = next(i for i, pair in enumerate(zip(whole, other, strict=True)) if pair[0] != pair[1])
+    return Check(what, False, f"the first of {len(whole):,} entries that differs: {first}")
+
+
+def _clear(config: Path, settings: Sequence[str], run: Path) -> None:
+    """Remove the run of an earlier proof."""
+    where = f"run.dir={configuration.literal(run)}"
+    replaced = configuration.load(config, [*settings, where, "run.overwrite=true"])
+    run_directory.check(replaced)
+    run_directory.clear(replaced, lambda line: print(line, file=sys.stderr))
+
+
+def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_prepo", "train", str(config), *settings]
+    with open(f"{run}.log", "a") as log:
+        return subprocess.Popen(
+            [*command, f"run.dir={configuration.literal(run)}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _finish(process: subprocess.Popen) -> None:
+    try:
+        if process.wait():
+            run = next(word for word in process.args if word.startswith("run.dir="))
+            raise UserError(f"a run failed; see {run.removeprefix('run.dir=')}.log")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Held-out pass rates during training, and suites of benchmarks."""

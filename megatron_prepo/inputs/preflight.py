@@ -1,0 +1,199 @@
+"""Everything that can be found wrong before a rank is started: files, tokenizer, model, layout."""
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_prepo.config import Config
+from megatron_prepo.data import CandidateBatches, read_prompts
+from megatron_prepo.errors import UserError
+from megatron_prepo.inputs import prompt_digests
+from megatron_prepo.inputs.prompt_digests import PromptDigests
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.records import Prompt
+from megatron_prepo.rewards import check_file, pool
+from megatron_prepo.run import dashboards
+
+READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides weights."""
+
+    tokenizer: object
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    digests: PromptDigests
+    """Of all prompts of both files."""
+
+
+def check(config: Config) -> Inputs:
+    """Read and check all inputs; raises UserError naming the culprit."""
+    from megatron_prepo.actor.model import check_layout
+    from megatron_prepo.rollout.sglang import launch, open_files
+
+    dashboards.check(config)
+    check_opens(Path(config.model.hf))
+    hf = read_hf_config(config.model.hf)
+    check_layout(config, hf)
+    check_weights(config, hf)
+    check_file(config.reward.function)
+    if "RANK" not in os.environ:  # ranks load the function before anything else anyway
+        pool.check(config.reward)
+    tokenizer = read_tokenizer(config.model.hf)
+    check_stop_tokens(config, hf, tokenizer)
+    train_prompts = prompts_of(config, tokenizer, "train")
+    eval_prompts = prompts_of(config, tokenizer, "eval")
+    digests = PromptDigests.of(
+        config,
+        prompt_digests.template_date(config),
+        {"train": train_prompts, "eval": eval_prompts},
+    )
+    prompt_digests.check_unchanged(config, digests)
+    eval_prompts = eval_prompts[: config.eval.max_prompts]
+    CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
+    check_room(config, hf, train_prompts + eval_prompts)
+    largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
+    if largest >= hf["vocab_size"]:
+        raise UserError(
+            f"the tokenizer of {config.model.hf} gives token {largest}, but the model's vocab_size "
+            f"is {hf['vocab_size']}"
+        )
+    if config.rollout.engine == "sglang":
+        open_files.make_room(config.servers)
+        launch.check_given(config) if config.servers.urls else launch.check(config)
+        if not config.servers.urls and os.environ.get("RANK", "0") == "0":
+            launch.check_host(config)
+    return Inputs(tokenizer, train_prompts, eval_prompts, digests)
+
+
+def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
+    """UserError unless the longest prompt and its completion fit the model's positions."""
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if len(longest.tokens) > hf["max_position_embeddings"] - config.rollout.max_new_tokens:
+        raise UserError(
+            f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
+        )
+
+
+def check_stop_tokens(config: Config, hf: dict, tokenizer) -> frozenset[int]:
+    """The tokens that end a completion; UserError if none does, or the model has none of them."""
+    from megatron_prepo.rollout.transformers_engine import stop_tokens
+
+    tokens = stop_tokens(config.model.hf, tokenizer)
+    if min(tokens) >= hf["vocab_size"]:
+        raise UserError(
+            f"completions would never end: the end-of-sequence token {min(tokens)} of "
+            f"{config.model.hf} is not one of its vocab_size={hf['vocab_size']}"
+        )
+    return tokens
+
+
+def check_engine(config: Config, engine) -> None:
+    """UserError unless the engine rounds logits as the actor does.
+
+    One side alone in float32 is worse than neither: the other's rounding is then all difference.
+    """
+    actor_fp32 = config.model.fp32_lm_head
+    if config.model.dtype != "float32" and engine.fp32_lm_head != actor_fp32:
+        words = {True: "float32", False: config.model.dtype}
+        raise UserError(
+            f"model.fp32_lm_head={str(actor_fp32).lower()}: the actor's logits are "
+            f"{words[actor_fp32]}, but those of rollout.engine={config.rollout.engine} are "
+            f"{words[engine.fp32_lm_head]}; set model.fp32_lm_head="
+            f"{str(engine.fp32_lm_head).lower()}, or start the engine with its own setting "
+            "(SGLang: enable_fp32_lm_head) changed"
+        )
+
+
+def prompts_of(config: Config, tokenizer, name: Literal["train", "eval"]) -> list[Prompt]:
+    """All prompts of `data.train` or `data.eval`, tokenized."""
+    return read_prompts(
+        getattr(config.data, name),
+        tokenizer,
+        max_tokens=config.data.max_prompt_tokens,
+        chat_template=config.data.chat_template,
+        date=prompt_digests.template_date(config),
+    )
+
+
+def check_opens(directory: Path) -> None:
+    """UserError for an entry of a model's directory that cannot be read as a file.
+
+    A link that leads nowhere, as in a cache that is not complete; no permission; a directory or a
+    pipe in the place of a file.  Other directories are left alone.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.is_dir() and path.suffix not in READ_SUFFIXES:
+            continue
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise UserError(f"{path} is no file, and would be read as one")
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            link = f" is a link to {path.readlink()} and" if path.is_symlink() else ""
+            raise UserError(f"{path}{link} cannot be read: {error.strerror}") from error
+
+
+def check_weights(config: Config, hf: dict) -> None:
+    """UserError unless the checkpoint or the Hugging Face files to start from are those of `hf`.
+
+    `hf`: the settings of `model.hf`, whose other files go into the exported model.
+    """
+    from megatron_prepo.actor.checkpoint import newest
+    from megatron_prepo.models.fit import check_fit
+    from megatron_prepo.models.hf_files import HFTensors, other_files
+    from megatron_prepo.models.record import check_record, check_tokenizer
+    from megatron_prepo.models.torch_dist import TorchDistReader
+
+    other_files(config.model.hf)
+    try:
+        if config.model.megatron:
+            checkpoint = newest(config.model.megatron)
+            check_opens(checkpoint)
+            _check_form(checkpoint)
+            TorchDistReader(checkpoint).common()
+            check_record(checkpoint, hf, config.model.hf)
+            check_tokenizer(checkpoint, config.model.hf)
+        else:
+            with HFTensors(config.model.hf, tied=hf["tie_word_embeddings"]) as tensors:
+                check_fit(tensors, hf)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _check_form(checkpoint: Path) -> None:
+    """UserError unless `metadata.json`, which names the checkpoint's form, is a JSON object."""
+    try:
+        form = json.loads((checkpoint / "metadata.json").read_bytes())
+    except ValueError:
+        form = None
+    if not isinstance(form, dict):
+        raise UserError(f"{checkpoint / 'metadata.json'} is damaged: it is no JSON object")
+
+
+def read_tokenizer(directory: str):
+    """The fast tokenizer of a Hugging Face directory; UserError if it has none that will do."""
+    from transformers import AutoTokenizer
+
+    if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise all kinds for files that are bad
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the tokenizer of {directory} cannot be read: {reason}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {directory} has no fast version (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {directory} has no end-of-sequence token")
+    return tokenizer

@@ -1,0 +1,473 @@
+"""What this machine has and lacks for a run, with a remedy for each: `megatron-prepo doctor`.
+
+Packages are really imported, since a build against another CUDA or torch shows only then.  Nothing
+is started, written or downloaded.  What is needed depends on the run: without a configuration,
+only torch, megatron-core and transformers are.
+"""
+
+import dataclasses
+import errno
+import importlib
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from megatron_prepo import internals
+from megatron_prepo.config import Config
+from megatron_prepo.errors import UserError
+from megatron_prepo.launch import versions
+from megatron_prepo.process import ports
+from megatron_prepo.process import slurm as nodes
+from megatron_prepo.run import dashboards
+
+GIB = 2**30
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the table."""
+
+    what: str
+    state: Literal["ok", "note", "missing"]
+    """`missing`: the run cannot be; `note`: it can, and you may want to know."""
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Package:
+    """Something to import."""
+
+    module: str
+    distributions: tuple[str, ...]
+    """Names it is installed under; the first found gives the version."""
+    remedy: str
+
+
+PACKAGES = {
+    "torch": Package("torch", ("torch",), "pip install torch, the build for your CUDA"),
+    "megatron-core": Package(
+        "megatron.core", ("megatron-core",), "pip install -c constraints.txt -e ."
+    ),
+    "transformers": Package(
+        "transformers", ("transformers",), "pip install -c constraints.txt -e ."
+    ),
+    "TransformerEngine": Package(
+        "transformer_engine.pytorch",
+        ("transformer-engine", "transformer_engine"),
+        'pip install -e ".[te]" --no-build-isolation (needs nvcc), or set model.layers=torch',
+    ),
+    "apex": Package("apex", ("apex",), "optional: fuses weight gradients; build it from source"),
+    "SGLang": Package("sglang", ("sglang",), 'pip install -e ".[sglang]"'),
+    "math-verify": Package(
+        "math_verify",
+        ("math-verify",),
+        "pip install -c constraints.txt -e . (reward.function=math)",
+    ),
+    "TensorBoard": Package(
+        "torch.utils.tensorboard",
+        ("tensorboard",),
+        'pip install -e ".[tensorboard]", or leave run.tensorboard out',
+    ),
+    "Weights & Biases": Package(
+        "wandb", ("wandb",), 'pip install -e ".[wandb]", or leave run.wandb_project out'
+    ),
+    "NeMo-Run": Package(
+        "nemo_run", ("nemo_run",), 'pip install -e ".[launch]", only where you launch from'
+    ),
+}
+
+
+def examine(config: Config | None = None) -> list[Finding]:
+    """Look at the machine and, if there is a configuration, at what its run needs."""
+    needed = _needed(config)
+    findings = [_python()]
+    findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
+    findings += [*_versions(), *_internals(), *_gpus(config), _shared_memory(), _port()]
+    if config and config.rollout.engine == "sglang":
+        findings.append(_open_files(config))
+        findings += [] if config.servers.urls else [_server_ports(config)]
+        distributed = config.weight_sync.transport == "distributed"
+        findings += [_weight_sync(config)] if distributed else []
+    if config and config.run.wandb_project and importlib.util.find_spec("wandb"):
+        findings.append(_login(config))
+    return findings + (examine_inputs(config) if config else [])
+
+
+def _needed(config: Config | None) -> set[str]:
+    """The PACKAGES without which the run cannot be."""
+    needed = {"torch", "megatron-core", "transformers"}
+    if config:
+        asked = {
+            "TransformerEngine": config.model.layers == "te",
+            "SGLang": config.rollout.engine == "sglang" and not _servers_are_apart(config),
+            "math-verify": config.reward.function == "math",
+            "TensorBoard": config.run.tensorboard,
+            "Weights & Biases": config.run.wandb_project,
+        }
+        needed |= {name for name, wanted in asked.items() if wanted}
+    return needed
+
+
+def text(findings: Sequence[Finding]) -> str:
+    """The table, at most 100 columns wide, a remedy under what needs one."""
+    lines = []
+    for finding in findings:
+        lines += textwrap.wrap(
+            f"{finding.state:<8}{finding.what:<18} {finding.found}",
+            WIDTH,
+            subsequent_indent=" " * 27,
+        )
+        if finding.state != "ok" and finding.remedy:
+            lines += textwrap.wrap(
+                f"{' ' * 27}-> {finding.remedy}", WIDTH, subsequent_indent=" " * 30
+            )
+    missing = sum(finding.state == "missing" for finding in findings)
+    lines += ["", f"{missing} missing" if missing else "nothing that is needed is missing"]
+    return "\n".join(lines)
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 10) <= sys.version_info < (3, 14):
+        return Finding("Python", "ok", version)
+    return Finding("Python", "missing", version, "use Python 3.10 to 3.13")
+
+
+def _package(name: str, package: Package, needed: bool) -> Finding:
+    absent: Literal["missing", "note"] = "missing" if needed else "note"
+    try:
+        importlib.import_module(package.module)
+    except ModuleNotFoundError as error:
+        if error.name and package.module.split(".")[0] == error.name.split(".")[0]:
+            return Finding(name, absent, "not installed", package.remedy)
+        return Finding(name, absent, f"import fails: {error}", package.remedy)
+    except (ImportError, OSError) as error:  # a library of another CUDA or torch, or none
+        return Finding(name, absent, f"import fails: {error}", package.remedy)
+    return Finding(name, "ok", _version(package))
+
+
+def _internals() -> list[Finding]:
+    """What an installed release has changed of what actor and engine replace in it."""
+    remedy = "pip install -c constraints.txt -e ."
+    try:
+        for module in ("megatron_prepo.actor.actor", "megatron_prepo.rollout.transformers_engine"):
+            importlib.import_module(module)
+    except UserError as error:
+        return [Finding("internals", "missing", str(error), remedy)]
+    except ImportError as error:  # of a library that is not installed: it has a line already
+        changed = internals.explain(error)
+        return [Finding("internals", "missing", str(changed), remedy)] if changed else []
+    return []
+
+
+def _versions() -> list[Finding]:
+    """Installed versions that do not go with ours or with each other."""
+    wrong = [Finding("versions", "missing", *problem) for problem in versions.problems()]
+    return wrong or [Finding("versions", "ok", "they go together")]
+
+
+def _version(package: Package) -> str:
+    for distribution in package.distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "version unknown"
+
+
+def _gpus(config: Config | None) -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        wants = config is not None and config.model.layers == "te"
+        built = torch.version.cuda or "none"
+        return [
+            Finding(
+                "GPU",
+                "missing" if wants else "note",
+                f"none that torch sees (torch built for CUDA {built}); runs on the CPU",
+                "install the driver and torch's build for its CUDA, or look on the GPU machine",
+            )
+        ]
+    count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    free, total = torch.cuda.mem_get_info(0)
+    findings = [
+        Finding("GPU", "ok", f"{count} x {properties.name}, {total / GIB:.0f} GiB"),
+        Finding("NCCL", "ok", nccl),
+    ]
+    if free < 0.9 * total:
+        findings.append(
+            Finding(
+                "GPU memory",
+                "note",
+                f"{free / GIB:.0f} of {total / GIB:.0f} GiB free on the first",
+                "something else runs there: see nvidia-smi",
+            )
+        )
+    if config and config.parallel.tensor > count:
+        findings.append(
+            Finding(
+                "tensor parallelism",
+                "note",
+                f"parallel.tensor={config.parallel.tensor} over machines of {count} GPUs",
+                "its all-reduces leave NVLink; lower parallel.tensor",
+            )
+        )
+    return findings
+
+
+def _shared_memory() -> Finding:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return Finding("shared memory", "note", "there is no /dev/shm")
+    size = shutil.disk_usage(path).total
+    found = f"/dev/shm of {size / GIB:.1f} GiB"
+    if size >= GIB:
+        return Finding("shared memory", "ok", found)
+    return Finding("shared memory", "note", found, "NCCL may fail: docker run --shm-size=16g")
+
+
+def _port() -> Finding:
+    """The port at which torchrun's ranks meet; in a Slurm job all that `launch` uses there."""
+    if "SLURM_JOB_ID" in os.environ:
+        own = nodes.ports(os.environ)
+        for port in own:
+            if trouble := _trouble("", port):
+                remedy = "they follow from the job's number: submit it again, or end what is there"
+                return Finding("ports", "missing", f"{port} is {trouble}", remedy)
+        return Finding("ports", "ok", f"{own[0]} to {own[-1]}, this job's, are free")
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    if trouble := _trouble("", port):
+        remedy = "torchrun --master-port another, or set MASTER_PORT"
+        return Finding("port", "note", f"{port} is {trouble}", remedy)
+    return Finding("port", "ok", f"{port} is free")
+
+
+def _trouble(host: str, port: int) -> str | None:
+    """Why nobody can listen there; None if one can."""
+    try:
+        ports.try_to_listen(host, port)
+    except OSError as error:
+        return "taken" if error.errno == errno.EADDRINUSE else error.strerror
+    return None
+
+
+def _server_ports(config: Config) -> Finding:
+    """Servers of the run listen at ports that are free when they start: are there any?"""
+    host, count = config.servers.host, config.servers.count
+    if trouble := _trouble(host, 0):
+        found = f"servers.host={host} is no address to listen at here: {trouble}"
+        remedy = "127.0.0.1 for servers of the run, or another address of this machine"
+        return Finding("server ports", "missing", found, remedy)
+    return Finding("server ports", "ok", f"{count} free ones at {host}")
+
+
+def _open_files(config: Config) -> Finding:
+    """Whether as many connections as completions under way are allowed."""
+    from megatron_prepo.rollout.sglang import open_files
+
+    try:
+        open_files.make_room(config.servers)
+    except UserError as error:
+        return Finding("open files", "missing", str(error))
+    return Finding("open files", "ok", f"room for {config.servers.concurrency:,} a server")
+
+
+def _weight_sync(config: Config) -> Finding:
+    """Whether servers will find rank 0, if it is here, by `weight_sync.address`."""
+    address = config.weight_sync.address
+    hosts = {urlsplit(url).hostname for url in config.servers.urls}
+    remedy = "weight_sync.address: this machine's, as the servers see it"
+    if _is_here(address) and not all(map(_is_here, hosts)):
+        found = f"servers at {', '.join(sorted(hosts))} would look for rank 0 on themselves: "
+        found += f"weight_sync.address={address}"
+        return Finding("weight sync", "missing", found, remedy)
+    both = socket.has_dualstack_ipv6()  # as torch's store listens
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as store:
+        where = (address, store.getsockname()[1])
+        try:
+            socket.create_connection(where, timeout=config.servers.connect_seconds).close()
+        except OSError as error:
+            found = f"nobody reaches this machine at weight_sync.address={address}: {error}"
+            return Finding("weight sync", "missing", found, remedy)
+    return Finding("weight sync", "ok", f"rank 0 answers at {address}")
+
+
+def _login(config: Config) -> Finding:
+    try:
+        dashboards.check(config)
+    except UserError as error:
+        return Finding("W&B login", "missing", str(error))
+    return Finding("W&B login", "ok", "there is a key, or W&B is offline")
+
+
+def _is_here(host: str | None) -> bool:
+    """Whether every machine means itself by it."""
+    return host in ("localhost", "127.0.0.1", "::1")
+
+
+def examine_inputs(config: Config) -> list[Finding]:
+    """What the run reads, one line each; a later one is left out where it needs an earlier one.
+
+    Of the machine only the disk: it is also for a login node, where nothing will run.
+    """
+    from megatron_prepo.actor import tiny_instance
+    from megatron_prepo.actor.model import check_layout, transformer_config
+    from megatron_prepo.inputs import preflight
+    from megatron_prepo.models.hf_config import read_hf_config
+    from megatron_prepo.rewards import FUNCTIONS, check_file, pool
+    from megatron_prepo.rollout.sglang import launch
+    from megatron_prepo.run import directory as run_directory
+
+    findings = []
+
+    def look(
+        what: str, check: Callable, found: Callable[..., str] = lambda _: "", remedy: str = ""
+    ):
+        try:
+            result = check()
+        except UserError as error:
+            findings.append(Finding(what, "missing", str(error), remedy))
+            return None
+        findings.append(Finding(what, "ok", found(result)))
+        return result
+
+    hf = look(
+        "model",
+        lambda: read_hf_config(config.model.hf),
+        lambda hf: f"{hf['model_type']}, {hf['num_hidden_layers']} layers of {hf['hidden_size']}",
+    )
+    if hf:
+        parallel = config.parallel
+        # whether TransformerEngine is there has a line of its own
+        torch_native = dataclasses.replace(config.model, layers="torch")
+        look(
+            "layout",
+            lambda: (
+                check_layout(config, hf),
+                transformer_config(hf, torch_native, parallel, config.megatron),
+            ),
+            lambda _: (
+                f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+                + (f" x context {parallel.context}" if parallel.context > 1 else "")
+            ),
+        )
+        look(
+            "logits",
+            lambda: tiny_instance.check(config.model.hf),
+            lambda d: f"a tiny model of these settings: {d.ours:.0e} from transformers'",
+        )
+        limit = hf["max_position_embeddings"]
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        findings.append(
+            Finding(
+                "length",
+                "ok" if longest <= limit else "note",
+                f"up to {longest:,} tokens of the model's {limit:,} positions",
+                "a prompt of data.max_prompt_tokens would be refused: lower rollout.max_new_tokens",
+            )
+        )
+    whole = "model.hf=DIR, all of the model as Hugging Face has it (`hf download NAME`)"
+    if hf:
+        look(
+            "weights",
+            lambda: preflight.check_weights(config, hf),
+            lambda _: _weights(config),
+            "" if config.model.megatron else whole,
+        )
+    tokenizer = look(
+        "tokenizer",
+        lambda: preflight.read_tokenizer(config.model.hf),
+        lambda tokenizer: f"{len(tokenizer):,} tokens",
+        whole,
+    )
+    if tokenizer and hf:
+        look(
+            "stop tokens",
+            lambda: preflight.check_stop_tokens(config, hf, tokenizer),
+            lambda tokens: ", ".join(map(str, sorted(tokens))),
+        )
+    if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
+        findings.append(
+            Finding(
+                "vocabulary",
+                "note",
+                f"the tokenizer knows {len(tokenizer):,} tokens, the model {hf['vocab_size']:,}",
+                "is it this model's tokenizer?",
+            )
+        )
+    for name in ("train", "eval"):
+        file = getattr(config.data, name)
+        if not Path(file).is_file():
+            remedy = f"data.{name}=FILE; tools/prepare_data.py makes such files (docs/data.md)"
+            findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
+        elif tokenizer:
+            look(
+                f"data.{name}",
+                lambda name=name: preflight.prompts_of(config, tokenizer, name),
+                lambda prompts: f"{len(prompts):,} prompts",
+            )
+    if config.reward.function not in FUNCTIONS:
+        look(
+            "reward",
+            lambda: (check_file(config.reward.function), pool.check(config.reward)),
+            lambda _: config.reward.function,
+        )
+    if config.rollout.engine == "sglang" and _servers_are_apart(config):
+        given = config.servers.urls
+        look(
+            "servers",
+            lambda: launch.check_given(config) if given else launch.check(config),
+            lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
+        )
+    look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
+    findings.append(_disk(config))
+    return findings
+
+
+def _servers_are_apart(config: Config) -> bool:
+    """Whether SGLang is not in the trainer's own environment."""
+    return bool(config.servers.urls or config.servers.python)
+
+
+def _weights(config: Config) -> str:
+    return f"{_weight_bytes(config) / GIB:.1f} GiB in {config.model.megatron or config.model.hf}"
+
+
+def _weight_bytes(config: Config) -> int:
+    folder = Path(config.model.megatron or config.model.hf)
+    kinds = ("*.distcp",) if config.model.megatron else ("*.safetensors",)
+    return sum(path.stat().st_size for kind in kinds for path in folder.rglob(kind))
+
+
+def _disk(config: Config) -> Finding:
+    """Room for one checkpoint and the exported model, by the size of the weights that are there."""
+    folder = Path(config.run.dir)
+    while not folder.exists():
+        folder = folder.parent
+    free, weights = shutil.disk_usage(folder).free, _weight_bytes(config)
+    # bfloat16 weights, and 12 bytes a parameter of Adam's state
+    state = 6 * weights if config.checkpoint.optimizer else 0
+    wanted = 2 * weights + state
+    found = f"{free / GIB:.0f} GiB free at {folder}"
+    if not weights:
+        return Finding("disk", "ok", found)
+    found += f"; a checkpoint and the exported model take about {wanted / GIB:.1f} GiB"
+    if free > wanted:
+        return Finding("disk", "ok", found)
+    return Finding(
+        "disk", "missing", found, "choose another run.dir, or checkpoint.optimizer=false"
+    )

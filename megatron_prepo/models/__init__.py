@@ -1,0 +1,1 @@
+"""Every fact about a model family: configuration, names, formats, operations."""

@@ -1,0 +1,465 @@
+"""Hugging Face directories, tensor by tensor: a reader and a writer that hold one tensor at a time.
+
+A safetensors file is eight bytes (the header's length), a JSON header with the type, shape and
+place of each tensor, and the tensors' bytes.  Reading by plain `pread` and not through a memory map
+keeps the resident memory at what is in use; writing to places known in advance lets threads write
+at once, and no file is ever whole in memory.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.files.atomic import naming
+from megatron_prepo.models.hf_config import QUANTIZATION_KEYS, listed
+from megatron_prepo.models.raw import bytes_of, read_into, write_at
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot")
+OTHER_WEIGHTS += (".onnx", ".onnx_data", ".tflite", ".npz", ".distcp")
+"""How the names of files end that hold weights, ours or of another format."""
+OTHER_FOLDERS = ("consolidated", "original", "onnx", "openvino", "coreml", "checkpoints", "release")
+OWN_MARKS = ("config.yaml", "latest_checkpointed_iteration.txt", "metadata.json", SINGLE, INDEX)
+"""Files in a folder below a model that show a run, a checkpoint or another model."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+EMBEDDING, HEAD, PREFIX = "model.embed_tokens.weight", "lm_head.weight", "model."
+WHOLE_NAME = re.compile(r"model\.(embed_tokens|layers|norm)\.|lm_head\.")
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|weight_packed|weight_scale|weight_scale_inv"
+    r"|weight\.(absmax|quant_map|nested_absmax|quant_state.*))$"
+)
+"""Names of tensors in the formats of GPTQ, AWQ, bitsandbytes, compressed tensors and FP8."""
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor's bytes are."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class HFTensors:
+    """The tensors of a Hugging Face directory by name, read when asked for; safe from threads.
+
+    Files and names are resolved as `transformers` does: `model.safetensors` if it exists, else the
+    files of the index; a missing or additional prefix `model.`; all experts of a layer in one
+    tensor, each of which has a name of its own here.  `tied`: the embedding may be stored under the
+    head's name.
+
+    Raises UserError for a directory without weights, with quantised ones or an adapter's, a damaged
+    or truncated file, and an index that names a missing file or tensor.
+    """
+
+    def __init__(self, directory: str | Path, *, tied: bool = False):
+        self.directory = Path(directory)
+        if (self.directory / ADAPTER).is_file():
+            raise UserError(
+                f"{directory} holds an adapter ({ADAPTER}), to be added to another model; merge it "
+                "into that model's weights first"
+            )
+        self.places: dict[str, TensorPlace] = {}
+        headers = {file: _read_header(file) for file in self._files()}
+        for name, file in self._weight_map.items():
+            if name not in headers[file]:
+                where = f"{listed([name])} is in {file.name}"
+                raise UserError(f"{self.directory / INDEX} says that {where}, but it is not")
+        for file, header in headers.items():
+            for name, place in header.items():
+                self._add(name, file, place)
+        if quantized := [name for name in self.places if QUANTIZED.search(name)]:
+            raise UserError(
+                f"{directory} holds a quantised model, which is not supported; use the original "
+                f"weights, or dequantise them: {listed(quantized)}"
+            )
+        if tied and HEAD in self.places and EMBEDDING not in self.places:
+            self.places[EMBEDDING] = self.places.pop(HEAD)
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in headers}
+
+    def __enter__(self) -> "HFTensors":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+
+    def read(self, name: str, empty: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """A tensor, read into what `empty(shape, dtype)` gives."""
+        if name not in self.places:
+            raise UserError(f"{self.directory} has no tensor {name}")
+        place = self.places[name]
+        tensor = empty(place.shape, place.dtype)
+        read_into(self._descriptors[place.file], tensor, place.offset)
+        return tensor
+
+    def names(self) -> set[str]:
+        """All tensor names."""
+        return set(self.places)
+
+    def _add(self, stored: str, file: Path, place: TensorPlace) -> None:
+        for name, part in _experts(_full_name(stored), place):
+            if name in self.places:
+                other = self.places[name].file
+                where = f"{listed([name])} is in {other.name} and in {file.name}"
+                raise UserError(f"{self.directory}: {where}")
+            self.places[name] = part
+
+    def _files(self) -> list[Path]:
+        """The files to read; sets the index's table of names, which is empty for a single file."""
+        index, self._weight_map = self.directory / INDEX, {}
+        if (self.directory / SINGLE).is_file():
+            return [self.directory / SINGLE]
+        if not index.is_file():
+            others = sorted(p.name for p in self.directory.glob("*") if p.suffix in OTHER_WEIGHTS)
+            besides = (
+                f"; {listed(others)} would not be read by transformers either" if others else ""
+            )
+            raise UserError(
+                f"no weights in {self.directory}: it holds neither {SINGLE} nor {INDEX}{besides}"
+            )
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{index} is damaged: {error!r}") from error
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} is damaged: weight_map is no table of tensors and files")
+        for name, file in weight_map.items():
+            if type(file) is not str or not file:
+                raise UserError(f"{index} is damaged: the file of {listed([name])} is {file!r}")
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise UserError(
+                    f"{index} names {listed([file])}, which is outside of its directory"
+                )
+            if not os.path.isfile(self.directory / file):
+                raise UserError(f"{index} names {listed([file])}, which is missing")
+        self._weight_map = {name: self.directory / file for name, file in weight_map.items()}
+        return sorted(set(self._weight_map.values()))
+
+
+def _full_name(stored: str) -> str:
+    """A tensor's name in the whole model, as `transformers` adds and removes the base's prefix."""
+    short = stored.removeprefix(PREFIX)
+    if short != stored and WHOLE_NAME.match(short):
+        return short
+    return PREFIX + stored if WHOLE_NAME.match(PREFIX + stored) else stored
+
+
+def _experts(name: str, place: TensorPlace) -> Iterator[tuple[str, TensorPlace]]:
+    """The name and place, or those of each expert's parts.
+
+    In memory, and in files at wish, transformers 5 has the experts of a layer in two tensors: gate
+    over up `[experts, 2 * width, hidden]` and down `[experts, hidden, width]`.
+    """
+    layer, _, kind = name.rpartition(".mlp.experts.")
+    parts = FUSED.get(kind, ())
+    if not parts or len(place.shape) != 3 or not place.num_bytes or place.shape[1] % len(parts):
+        yield name, place
+        return
+    experts, rows, columns = place.shape
+    shape = (rows // len(parts), columns)
+    size = _num_bytes(place.dtype, shape)
+    for number in range(experts * len(parts)):
+        expert, part = divmod(number, len(parts))
+        yield (
+            f"{layer}.mlp.experts.{expert}.{parts[part]}.weight",
+            TensorPlace(place.file, place.offset + number * size, size, place.dtype, shape),
+        )
+
+
+class HFWriter:
+    """Writes a Hugging Face directory aside; `finish` gives it its name.
+
+    `shapes`: name -> (dtype, shape) of all tensors, in the order in which files are filled.
+    `like`: a directory whose files that are not weights are carried over (`carry_over`); None: none
+    are.
+    `kind`: what its marker calls it (`ownership.py`), and a directory of the same kind is replaced;
+    None: it is the user's once it is finished.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        like: str | Path | None,
+        shard_bytes: int = 5 << 30,
+        kind: str | None = None,
+    ):
+        self.directory, self.kind = Path(directory), kind
+        self.aside = ownership.begin(self.directory)
+        self.places: dict[str, TensorPlace] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._missing = set(shapes)
+        try:
+            self._start(shapes, like, shard_bytes)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _start(self, shapes: dict, like: str | Path | None, shard_bytes: int) -> None:
+        """Headers, index and other files."""
+        shards = _shards(shapes, shard_bytes)
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            path = self.aside / (file if len(shards) > 1 else "model.safetensors")
+            self.places |= _write_header(path, {name: shapes[name] for name in names})
+        for file in {place.file for place in self.places.values()}:
+            self._descriptors[file] = os.open(file, os.O_WRONLY)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(p.num_bytes for p in self.places.values())},
+                "weight_map": {name: p.file.name for name, p in sorted(self.places.items())},
+            }
+            with naming(self.aside / INDEX):
+                (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if like is not None:
+            carry_over(like, self.aside, dtype=widest(dtype for dtype, _ in shapes.values()))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in its place; from any thread, each name once."""
+        place = self.places[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), (
+            f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {place.dtype} {place.shape}"
+        )
+        self._missing.remove(name)
+        if place.num_bytes:
+            data = bytes_of(tensor.contiguous().cpu())
+            with naming(place.file):
+                write_at(self._descriptors[place.file], data, place.offset)
+
+    def finish(self) -> None:
+        """Force all to disk and rename; replaces a directory that is ours, and keeps any other."""
+        assert not self._missing, f"never written: {sorted(self._missing)}"
+        self._close()
+        ownership.publish(self.aside, self.directory, self.kind)
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._close()
+        ownership.abandon(self.aside)
+
+    def _close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
+    bucket, size = [], 0
+    for name, tensor in weights:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if bucket and size + num_bytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += num_bytes
+    if bucket:
+        yield bucket
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The type that holds every number of tensors of these types."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def carry_over(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Copy all that is not weights (`other_files`), and describe the weights by `config.json`.
+
+    `dtype`: what its `dtype` has to be, which `transformers` and the engines round weights to when
+    they load them; with it, the description of a quantisation goes.  None leaves it as it is.
+    """
+    for file in other_files(source, skip=target):
+        copy = Path(target) / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(source) / file, copy)
+    config = Path(target) / "config.json"
+    if dtype is not None and config.is_file():
+        before = json.loads(config.read_text(encoding="utf-8"))
+        if (described := _described(before, str(dtype).removeprefix("torch."))) != before:
+            config.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[Path]:
+    """The files of a model that are not weights, also in folders, relative to `source`.
+
+    Links are followed: the snapshots of Hugging Face's cache are full of them.  Not listed: weights
+    in any format and their indices, hidden folders, folders of other formats, of checkpoints and of
+    runs, and those that hold `skip`.
+
+    Raises UserError for a link to nothing.
+    """
+    source, files = Path(source), []
+    seen = {source.resolve()}
+    if skip is not None:
+        seen |= {Path(skip).resolve(), *Path(skip).resolve().parents}
+
+    def walk(folder: Path) -> None:
+        for path in sorted((source / folder).iterdir()):
+            if path.is_dir():
+                if path.resolve() not in seen and not _is_of_its_own(path):
+                    seen.add(path.resolve())
+                    walk(folder / path.name)
+            elif not path.exists():
+                raise UserError(f"{path} is a link to {os.readlink(path)}, which is missing")
+            elif path.is_file() and not (
+                _is_weights(path.name) or path.name in ownership.NOT_CONTENT
+            ):
+                files.append(folder / path.name)
+
+    walk(Path())
+    return files
+
+
+def _is_weights(name: str) -> bool:
+    """Or an index of weights, or our marker, which is about the folder and not about the model."""
+    index = ".index." in name and name.endswith(".json")
+    return index or name.endswith(OTHER_WEIGHTS) or name in ownership.NOT_CONTENT
+
+
+def _is_of_its_own(folder: Path) -> bool:
+    """Whether a folder below a model is hidden, another format of it, a checkpoint or a run."""
+    other = folder.name in OTHER_FOLDERS or folder.name.endswith(".partial")
+    other = other or folder.name.startswith((".", "checkpoint-", "iter_"))
+    return other or any((folder / mark).is_file() for mark in OWN_MARKS)
+
+
+def _described(config: dict, dtype: str) -> dict:
+    """A `config.json` whose tensors are of `dtype`.
+
+    `transformers` 5 reads `dtype` before `torch_dtype`, older tools only the latter.
+    """
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    for key in [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS:
+        config[key] = dtype
+    for name, part in config.items():  # of a model with several parts
+        if (
+            name.endswith("_config")
+            and isinstance(part, dict)
+            and not part.keys().isdisjoint(DTYPE_KEYS)
+        ):
+            config[name] = _described(part, dtype)
+    return config
+
+
+def _read_header(file: Path) -> dict[str, TensorPlace]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file} is damaged or truncated: its header is not complete")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is damaged: its header is not JSON") from error
+    places, end = {}, 0
+    try:
+        entries = sorted(
+            (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        )
+        sound = all(_is_entry(*entry) for entry in entries)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise UserError(f"{file} is damaged: its header is not a table of tensors")
+    for begin, stop, name, kind, shape in entries:
+        shown = listed([name])
+        if kind not in DTYPES:
+            quantized = "; the model is quantised" if kind.startswith(("F8", "F4", "F6")) else ""
+            raise UserError(f"{file}: {shown} has type {kind!r}, which is not supported{quantized}")
+        dtype = DTYPES[kind]
+        if begin != end:
+            raise UserError(f"{file} is damaged: {shown} begins at {begin}, not at {end}")
+        if stop - begin != _num_bytes(dtype, shape):
+            raise UserError(f"{file} is damaged: {shown} has {stop - begin} bytes for {shape}")
+        places[name] = TensorPlace(file, 8 + length + begin, stop - begin, dtype, shape)
+        end = stop
+    if 8 + length + end != size:
+        raise UserError(
+            f"{file} is damaged or truncated: {size} bytes, its header asks for {8 + length + end}"
+        )
+    return places
+
+
+def _is_entry(begin, stop, name, kind, shape) -> bool:
+    """Whether a header's entry has the types that it must have."""
+    counts = (begin, stop, *shape)
+    return type(kind) is str and all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
+
+
+def _write_header(path: Path, shapes: dict) -> dict[str, TensorPlace]:
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in shapes.items():
+        stop = offset + _num_bytes(dtype, shape)
+        header[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with naming(path), path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + offset)
+    places = {}
+    for name, (dtype, shape) in shapes.items():
+        begin, stop = header[name]["data_offsets"]
+        places[name] = TensorPlace(path, 8 + len(text) + begin, stop - begin, dtype, shape)
+    return places
+
+
+def _shards(shapes: dict, limit: int) -> list[list[str]]:
+    """Names in order, cut into files of at most `limit` bytes; a larger tensor has its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (dtype, shape) in shapes.items():
+        num_bytes = _num_bytes(dtype, shape)
+        if shards[-1] and size + num_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    return shards
+
+
+def _num_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count * dtype.itemsize

@@ -1,0 +1,239 @@
+"""Layouts that a model and a number of GPUs allow, the best first.
+
+Every division of the GPUs into tensor (inside a machine), pipeline, expert and data parallelism is
+tried, with the configuration's context parallelism, with its micro-batch or one as small as can be,
+as configured or with full recomputation, a pipeline also in chunks if they save a hundredth or
+more; always with the distributed optimizer, and with sequence parallelism where there is tensor
+parallelism.  Of those that fit, the least seconds of scoring and learning come first: published
+rates, idle pipeline, a fourth more arithmetic for recomputation, least communication (`gpus`).  It
+is an order, not a measurement.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_prepo.config import Config, from_tree, to_tree
+from megatron_prepo.errors import UserError
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.plan import gpus as gpu_rates
+from megatron_prepo.plan import planner as plan
+from megatron_prepo.plan.gpus import GPUS
+from megatron_prepo.plan.memory import Shape, exchanged_numbers
+from megatron_prepo.plan.planner import Held, Question, longest, num_micro_batches
+
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+CHUNKS = (1, 2, 4)
+"""Of a pipeline's rank.  More save little of what is idle, and cost what is not counted here:
+smaller kernels and more messages."""
+WORTH = 0.99
+"""Of the seconds without more chunks; below it they are worth their messages."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout that fits."""
+
+    settings: tuple[str, ...]
+    """As overrides of the configuration."""
+    total: int
+    """Bytes of the fullest rank."""
+    seconds: float
+    """Of scoring and learning, a step: what the order is by."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parameters of a rank: of the embedding, of a layer outside and inside its experts."""
+
+    embedding: int
+    layer: int
+    experts: int
+    """0 where expert=1: those are split like any MLP."""
+    gradient_bytes: int
+
+
+def suggest(config: Config, question: Question, *, most: int = 5) -> list[Layout]:
+    """The best layouts that fit, each tensor, pipeline and expert size in its best variant."""
+    hf = read_hf_config(config.model.hf)
+    shape = Shape.of(hf)
+    best: dict[tuple[int, int, int], Layout] = {}
+    parts: dict[tuple[int, int], _Parts] = {}
+    for variant in _variants(config, hf, question):
+        parallel = variant.parallel
+        sizes = (parallel.tensor, parallel.expert)
+        if sizes not in parts:
+            parts[sizes] = _parts(variant, hf)
+        layout = _evaluate(variant, config, question, hf, shape, parts[sizes])
+        key = (parallel.tensor, parallel.pipeline, parallel.expert)
+        worth = WORTH if parallel.virtual_pipeline > 1 else 1.0
+        if layout and (key not in best or layout.seconds < worth * best[key].seconds):
+            best[key] = layout
+    return sorted(best.values(), key=lambda layout: (layout.seconds, layout.total))[:most]
+
+
+def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
+    from megatron_prepo.actor.model import check_layout
+
+    tree = to_tree(config)
+    uneven = [name for name in config.megatron if name.startswith("num_layers_in_")]
+    megatron = {name: value for name, value in config.megatron.items() if name not in uneven}
+    micro_batches = dict.fromkeys((config.train.micro_batch_tokens, longest(config)))
+    context = config.parallel.context
+    sizes = _sizes(question.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
+    for tensor, pipeline, expert in sizes:
+        parallel = {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "expert": expert,
+            "data": question.gpus // (tensor * pipeline * context),
+            "sequence": tensor > 1,
+        }
+        # of equals the first wins
+        for size, recompute, chunks in itertools.product(
+            micro_batches, (megatron, megatron | RECOMPUTE), CHUNKS if pipeline > 1 else (1,)
+        ):
+            changed = {
+                "parallel": tree["parallel"] | parallel | {"virtual_pipeline": chunks},
+                "train": tree["train"] | {"micro_batch_tokens": size},
+                "optimizer": tree["optimizer"] | {"use_distributed_optimizer": True},
+                "megatron": recompute,
+            }
+            try:
+                variant = from_tree(tree | changed)
+                check_layout(variant, hf)
+            except UserError:  # this division is not one: the next
+                continue
+            yield variant
+
+
+def _sizes(gpus: int, context: int, layers: int, shape: Shape) -> Iterator[tuple[int, int, int]]:
+    for tensor in (1, 2, 4, 8):
+        for pipeline in range(1, min(layers, gpus // (tensor * context)) + 1):
+            if gpus % (tensor * context * pipeline) or layers % pipeline:
+                continue
+            expert = 1
+            while expert <= min(max(1, shape.experts), gpus // pipeline):
+                yield tensor, pipeline, expert
+                expert *= 2
+
+
+def _parts(config: Config, hf: dict) -> _Parts:
+    """From Megatron's own model of one layer: all others are like it."""
+    from megatron_prepo.actor.dry_run import each_stage
+    from megatron_prepo.actor.optimizer import ddp_config
+
+    one_layer = hf | {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    parallel = dataclasses.replace(config.parallel, pipeline=1, virtual_pipeline=1, data=None)
+    (stage,) = each_stage(
+        one_layer,
+        config.model,
+        parallel,
+        ddp_config(config),
+        world_size=parallel.num_ranks,
+    )
+    tensor = config.parallel.tensor
+    embedding = -(-hf["vocab_size"] // tensor) * hf["hidden_size"]
+    experts = sum(buffer.numel for buffer in stage.buffers if buffer.experts)
+    return _Parts(
+        embedding=embedding,
+        layer=stage.parameters - experts - embedding - hf["hidden_size"],
+        experts=experts,
+        gradient_bytes=stage.buffers[0].gradient_bytes,
+    )
+
+
+def _evaluate(
+    config: Config, original: Config, question: Question, hf: dict, shape: Shape, parts: _Parts
+) -> Layout | None:
+    """The layout if it fits."""
+    ranks, engine = _ranks(config, question, hf, shape, parts)
+    fullest = max(rank.total for rank in ranks)
+    gpu = GPUS[question.gpu]
+    if fullest + question.reserve > gpu.memory or not engine.sequences_at_once:
+        return None
+    return Layout(
+        _overrides(original, config),
+        fullest,
+        _seconds(config, question, shape, parts, ranks),
+    )
+
+
+def _ranks(config: Config, question: Question, hf: dict, shape: Shape, parts: _Parts):
+    parallel = config.parallel
+    replicas = parallel.data * parallel.context  # of a weight that is not an expert's
+    expert_ranks = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor)
+    layers = shape.layers // parallel.pipeline
+    tied = bool(hf.get("tie_word_embeddings"))
+
+    def held(stage: int) -> Held:
+        dense = layers * parts.layer
+        if stage == 0:
+            dense += parts.embedding
+        if stage == parallel.pipeline - 1:
+            dense += shape.hidden + (parts.embedding if stage or not tied else 0)
+        experts = layers * parts.experts
+        shard = dense / replicas + experts / expert_ranks
+        return Held(dense + experts, dense + experts, shard, parts.gradient_bytes)
+
+    whole = _whole_parameters(parallel, shape, parts, tied)
+    engine = plan.build_engine(config, question, shape, whole)
+    stages = sorted({0, parallel.pipeline // 2, parallel.pipeline - 1})
+    ranks = tuple(
+        plan.rank_memory(config, shape, engine, stage, layers, held(stage)) for stage in stages
+    )
+    return ranks, plan.with_room(config, question, shape, engine, ranks)
+
+
+def _whole_parameters(parallel, shape: Shape, parts: _Parts, tied: bool) -> int:
+    """About: what is not split over tensor ranks, norms, is counted with the rest."""
+    dense = shape.layers * parts.layer + (1 if tied else 2) * parts.embedding
+    spread = parallel.expert * parallel.expert_tensor
+    return parallel.tensor * dense + spread * shape.layers * parts.experts
+
+
+def _seconds(config: Config, question: Question, shape: Shape, parts: _Parts, ranks) -> float:
+    parallel, gpu = config.parallel, GPUS[question.gpu]
+    runs = plan.runs_behind(question, shape)
+    whole = _whole_parameters(parallel, shape, parts, tied=False)
+    rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
+    tokens = rollouts * longest(config)
+    full = config.megatron.get("recompute_granularity") == "full"
+    slow = max(
+        1 / run.rate("old_logprobs") + (4 / 3 if full else 1) / run.rate("update") for run in runs
+    )
+    busy = (whole - shape.idle_parameters) * tokens * slow / question.gpus
+    chunks = parallel.virtual_pipeline
+    busy *= gpu_rates.bubble(parallel.pipeline, num_micro_batches(config), chunks)
+    return busy + gpu_rates.communication_seconds(
+        gpu=gpu,
+        tensor=parallel.tensor,
+        data=parallel.data * parallel.context,
+        pipeline=parallel.pipeline,
+        chunks=chunks,
+        context=parallel.context,
+        layers=shape.layers // parallel.pipeline,
+        hidden=shape.hidden,
+        tokens=tokens // (parallel.data * parallel.context),
+        exchanged=exchanged_numbers(shape, parallel),
+        gradient_bytes=config.train.mini_batches * max(rank.gradients for rank in ranks),
+    )
+
+
+def _overrides(original: Config, config: Config) -> tuple[str, ...]:
+    """The settings that differ, as one would type them; `parallel.data` follows from the GPUs."""
+    before, after = to_tree(original), to_tree(config)
+    words = [
+        f"{section}.{name}={str(value).lower()}"
+        for section in ("parallel", "train", "optimizer", "megatron")
+        for name, value in after[section].items()
+        if before[section].get(name) != value and (section, name) != ("parallel", "data")
+    ]
+    gone = [name for name in before["megatron"] if name not in after["megatron"]]
+    return (*words, *(f"megatron.{name}=" for name in gone))

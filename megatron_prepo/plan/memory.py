@@ -1,0 +1,186 @@
+"""Bytes that a rank holds besides what Megatron-Core's own buffers say: formulas, with sources.
+
+Activations are counted tensor by tensor, as in Korthikanti et al. (arXiv 2205.05198, section 4),
+but for what these models have: RMSNorm, grouped queries, a gated MLP, attention that keeps no
+scores, no dropout.  bfloat16, 2 bytes a number unless said otherwise.  A token of one layer keeps,
+with TransformerEngine's layers,
+
+    8 h / s                              inputs and outputs of the two norms
+    (4 q + 4 g + 4 a) / t                queries, keys, values; attention's output and its sums
+    6 f / t                              gate and up, and their product
+
+and with the torch-native layers, exactly as autograd keeps them (tests run them and count),
+
+    (24 h + 8) / s                       each norm keeps its input twice in float32, and two results
+    (6 q + 6 g + 4 a) / t                the joint q, k, v stays alive beside q and k
+    10 f / t                             two more intermediates of the activation function
+
+Under context parallelism a rank has its share of the tokens; keys and values are kept once more, as
+the exchange between ranks gives them, and the joint q, k, v no longer for the keys' sake: 4 r g in
+place of 4 g and of 6 g, each head being repeated r times so that every rank gets one.
+
+h hidden size, q query width (heads times head size), g key width, a heads, f MLP width, t tensor
+parallel size, s = t under sequence parallelism, else 1.  A mixture of experts keeps, in place of
+the last line, k (2 h + 6 f / t) or k (2 h + 12 f / t) for the k experts of a token, if they are
+evenly loaded.
+Recomputation keeps a layer's input, 2 h / s, and works on one group of layers at a time.
+
+What is left out: temporaries of the backward pass, communication buffers, fragmentation; a plan
+sets an allowance aside for them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_prepo.config import ParallelConfig
+from megatron_prepo.models.hf_config import num_experts
+
+Layers = Literal["torch", "te"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a `config.json` that memory depends on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_size: int
+    mlp: int
+    """Width of the MLP, or of one expert."""
+    vocabulary: int
+    experts: int
+    experts_a_token: int
+    head_norms: bool
+    """Whether queries and keys are normalised (Qwen3)."""
+
+    @classmethod
+    def of(cls, hf: dict) -> "Shape":
+        """From a Hugging Face configuration that `read_hf_config` has accepted."""
+        experts, heads = num_experts(hf), hf["num_attention_heads"]
+        return cls(
+            layers=hf["num_hidden_layers"],
+            hidden=hf["hidden_size"],
+            heads=heads,
+            groups=hf.get("num_key_value_heads") or heads,
+            head_size=hf.get("head_dim") or hf["hidden_size"] // heads,
+            mlp=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
+            vocabulary=hf["vocab_size"],
+            experts=experts,
+            experts_a_token=hf["num_experts_per_tok"] if experts else 0,
+            head_norms=hf["model_type"].startswith("qwen3"),
+        )
+
+    @property
+    def queries(self) -> int:
+        """Width of a token's queries."""
+        return self.heads * self.head_size
+
+    @property
+    def keys(self) -> int:
+        """Width of a token's keys, and of its values."""
+        return self.groups * self.head_size
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token does not see."""
+        idle = self.experts - self.experts_a_token
+        return self.layers * idle * 3 * self.hidden * self.mlp
+
+
+def layer_activations(
+    shape: Shape, parallel: ParallelConfig, layers: Layers, *, tokens: int
+) -> float:
+    """Bytes that one layer keeps of a micro-batch of so many tokens for its backward pass."""
+    tensor = parallel.tensor
+    replicated = tensor if parallel.sequence else 1
+    hidden, queries, keys = shape.hidden, shape.queries, shape.keys
+    exchanged = 4 * keys * _repeats(shape, parallel)
+    if layers == "te":
+        token = 8 * hidden / replicated + (4 * queries + exchanged + 4 * shape.heads) / tensor
+    else:
+        token = (24 * hidden + 8) / replicated
+        kept = 6 * keys if parallel.context == 1 else exchanged
+        token += (6 * queries + kept + 4 * shape.heads) / tensor
+        if shape.head_norms:
+            token += (10 * (queries + keys) + 4 * (shape.heads + shape.groups)) / tensor
+        token += 8 * shape.head_size  # sine and cosine, for queries and for keys
+    token += _mlp_activations(shape, parallel, layers)
+    return token * tokens / parallel.context
+
+
+def exchanged_numbers(shape: Shape, parallel: ParallelConfig) -> float:
+    """Numbers of a token and a layer that go to other ranks around attention: context parallelism.
+
+    Queries, keys and values before it, its output behind it; a rank keeps its own part of each.
+    """
+    numbers = 2 * shape.queries + 2 * shape.keys * _repeats(shape, parallel)
+    return numbers / parallel.tensor * (1 - 1 / parallel.context)
+
+
+def _repeats(shape: Shape, parallel: ParallelConfig) -> int:
+    """How often attention has each key-value head of a tensor rank, over its context ranks."""
+    heads = max(1, shape.groups // parallel.tensor)
+    return math.lcm(heads, parallel.context) // heads
+
+
+def _mlp_activations(shape: Shape, parallel: ParallelConfig, layers: Layers) -> float:
+    """Bytes a token, between the second norm's output and the residual."""
+    if not shape.experts:
+        return (6 if layers == "te" else 10) * shape.mlp / parallel.tensor
+    inputs = 2 * shape.hidden / (1 if parallel.expert == 1 else parallel.tensor)
+    inside = (6 if layers == "te" else 12) * shape.mlp / parallel.tensor
+    # indices, probabilities and the map of tokens to experts: megatron-core sorts it from 0.17 on,
+    # and 0.16 keeps 3 bytes in place of 8
+    routing = (20 * shape.experts_a_token + 8 * shape.experts + 4) / parallel.tensor
+    return shape.experts_a_token * (inputs + inside) + routing
+
+
+def stage_activations(
+    shape: Shape,
+    parallel: ParallelConfig,
+    layers: Layers,
+    megatron: dict,
+    *,
+    num_layers: int,
+    in_flight: int,
+    tokens: int,
+) -> float:
+    """Bytes of a pipeline stage at its fullest, `in_flight` micro-batches being under way.
+
+    `megatron` is the section of that name: `recompute_granularity: full` is counted, by
+    `recompute_method` and `recompute_num_layers`.  `selective` counts as nothing: what it drops by
+    default, attention scores, these attentions never keep.
+    """
+    one = layer_activations(shape, parallel, layers, tokens=tokens)
+    if megatron.get("recompute_granularity") != "full":
+        return in_flight * num_layers * one
+    split = parallel.tensor if parallel.sequence else 1
+    kept = 2 * shape.hidden * tokens / (split * parallel.context)
+    group = min(megatron.get("recompute_num_layers") or 1, num_layers)
+    if megatron.get("recompute_method") == "block":
+        return in_flight * (group * kept + (num_layers - group) * one) + one
+    return in_flight * -(-num_layers // group) * kept + group * one
+
+
+def head_workspace(
+    shape: Shape, parallel: ParallelConfig, *, chunk_tokens: int, tokens: int
+) -> float:
+    """Bytes that the output head adds on the last stage, in backward.
+
+    A chunk's logits in float32 and their gradient in bfloat16, two copies of the hidden states
+    (gathered, and their gradient), and some 100 bytes a token.  The weight's gradient goes into
+    Megatron's buffer.
+    """
+    tokens = -(-tokens // parallel.context)
+    rows = -(-shape.vocabulary // parallel.tensor)
+    logits = min(chunk_tokens, tokens) * rows * (4 + 2)
+    return logits + tokens * (2 * shape.hidden * 2 + 100)
+
+
+def kv_bytes_a_token(shape: Shape, *, tensor: int = 1) -> int:
+    """Bytes of keys and values that a GPU of the engine holds of a token; a head is never split."""
+    groups = max(1, shape.groups // tensor)
+    return 2 * shape.layers * groups * shape.head_size * 2

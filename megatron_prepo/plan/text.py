@@ -1,0 +1,167 @@
+"""A plan as a table of at most 100 columns, or as JSON."""
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Sequence
+
+from megatron_prepo.plan.gpus import GIB
+from megatron_prepo.plan.layout_search import Layout
+from megatron_prepo.plan.planner import Plan, RankMemory
+
+WIDTH = 100
+COLUMNS = (
+    ("weights", "weights"),
+    ("grads", "gradients"),
+    ("Adam", "optimizer_split"),
+    ("unsplit", "optimizer_whole"),
+    ("activ.", "activations"),
+    ("head", "head"),
+    ("engine", "engine_weights"),
+    ("KV", "kv_cache"),
+    ("total", "total"),
+)
+
+
+def text(plan: Plan, layouts: Sequence[Layout]) -> str:
+    """What a person reads."""
+    parts = [_title(plan), _memory(plan), _engine(plan), _step(plan), _run(plan)]
+    if plan.cautions:
+        parts.append("\n".join(_wrapped("caution: " + caution) for caution in plan.cautions))
+    parts.append(_layouts(layouts))
+    return "\n\n".join(parts)
+
+
+def as_json(plan: Plan, layouts: Sequence[Layout]) -> str:
+    """What a machine reads: bytes, seconds and counts, unrounded."""
+    tree = dataclasses.asdict(plan) | {"fits": plan.fits}
+    for rank, row in zip(plan.ranks, tree["ranks"], strict=True):
+        row |= {"actor": rank.actor, "total": rank.total}
+    tree["layouts"] = [dataclasses.asdict(layout) for layout in layouts]
+    return json.dumps(tree, indent=2)
+
+
+def _title(plan: Plan) -> str:
+    names = ["tensor", "pipeline", *["context"] * (plan.layout["context"] > 1), "data"]
+    sizes = " x ".join(f"{name} {plan.layout[name]}" for name in names)
+    if plan.layout["expert"] > 1:
+        sizes += f", expert {plan.layout['expert']}"
+    if plan.layout["sequence"]:
+        sizes += ", sequence parallel"
+    active = plan.parameters != plan.active_parameters
+    lines = [
+        f"{plan.model}: {plan.parameters:,} parameters"
+        + (f", {plan.active_parameters:,} active a token" if active else ""),
+        f"{plan.gpus} {plan.gpu} of {plan.memory / GIB:.1f} GiB: {sizes}",
+        *(f"divides: {sentence}" for sentence in plan.divisions),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> str:
+    """One line for stages that are alike."""
+    split = plan.ranks[0].distributed
+    lines = [
+        f"GiB a rank, micro-batches of {plan.token_budget:,} tokens; optimizer "
+        + ("distributed" if split else "not distributed"),
+        f"{'stage':>7}{'layers':>7}{'parameters':>16}"
+        + "".join(f"{title:>{_width(title)}}" for title, _ in COLUMNS),
+    ]
+    for group in _alike(plan.ranks):
+        first, last = group[0], group[-1]
+        stage = str(first.stage) if first is last else f"{first.stage}-{last.stage}"
+        fullest = max(group, key=lambda rank: rank.total)
+        lines.append(
+            f"{stage:>7}{first.layers:>7}{first.parameters:>16,}"
+            + "".join(
+                f"{getattr(fullest, field) / GIB:>{_width(title)}.1f}" for title, field in COLUMNS
+            )
+        )
+    if host := max(rank.optimizer_host for rank in plan.ranks):
+        lines.append(f"in host memory, of the offloaded optimizer: {host / GIB:.1f} GiB a rank")
+    most = max(rank.total for rank in plan.ranks)
+    lines.append(
+        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {most / GIB:.1f} GiB at most, and "
+        f"{plan.reserve / GIB:.1f} GiB set aside (our guess), of {plan.memory / GIB:.1f} GiB"
+    )
+    return "\n".join(lines)
+
+
+def _engine(plan: Plan) -> str:
+    engine = plan.engine
+    if engine.name == "elsewhere":
+        return "engine: elsewhere, on GPUs that are not counted here, in the seconds neither"
+    shared = "each GPU a whole one" if engine.tensor == 1 else f"one over {engine.tensor} GPUs"
+    return (
+        f"engine: {engine.name} on the same GPUs, {shared}; its cache has room for "
+        f"{engine.sequences_at_once:,} of the\n"
+        f"{engine.sequences_wanted:,} sequences of {plan.sequence_tokens:,} tokens that a step "
+        "asks of it"
+    )
+
+
+def _step(plan: Plan) -> str:
+    lines = ["seconds a step, predicted"]
+    for stage, (fast, slow) in plan.seconds.items():
+        lines.append(f"  {stage:<14}{fast:>9.1f} to {slow:.1f}")
+    fast, slow = (sum(both[i] for both in plan.seconds.values()) for i in (0, 1))
+    lines.append(f"  {'all':<14}{fast:>9.1f} to {slow:.1f}")
+    lines += [_wrapped("rates " + source) for source in plan.rates]
+    return "\n".join(lines)
+
+
+def _run(plan: Plan) -> str:
+    def both(values, form: str) -> str:
+        least, most = (format(value, form) for value in values)
+        return least if least == most else f"{least} to {most}"
+
+    return (
+        f"run: {plan.steps:,} steps, {both(plan.rollouts, ',')} rollouts, "
+        f"{both(plan.gpu_hours, ',.0f')} GPU hours without evaluation and grading"
+    )
+
+
+def _layouts(layouts: Sequence[Layout]) -> str:
+    if not layouts:
+        return (
+            "no layout fits these GPUs: take more of them, larger ones, a smaller "
+            "rollout.max_new_tokens,\nor --engine sglang, whose weights are split"
+        )
+    lines = ["layouts that fit, best first: GiB, predicted seconds of scoring and learning"]
+    for layout in layouts:
+        settings = " ".join(layout.settings) or "as configured"
+        lines.append(
+            _wrapped(f"{layout.total / GIB:>6.1f}{layout.seconds:>9.1f}  {settings}", indent=17)
+        )
+    return "\n".join(lines)
+
+
+def _alike(ranks: Sequence[RankMemory]) -> list[list[RankMemory]]:
+    """Neighbouring stages of the same parameters and head; activations fall from stage to stage."""
+    groups: list[list[RankMemory]] = []
+    for rank in ranks:
+        same = groups and all(
+            getattr(groups[-1][0], name) == getattr(rank, name)
+            for name in ("layers", "parameters", "head")
+        )
+        if same:
+            groups[-1].append(rank)
+        else:
+            groups.append([rank])
+    return groups
+
+
+def _width(title: str) -> int:
+    return max(7, len(title) + 1)
+
+
+def _wrapped(line: str, indent: int = 4) -> str:
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            WIDTH,
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+        )
+    )

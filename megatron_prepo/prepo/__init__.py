@@ -1,0 +1,1 @@
+"""The mathematics of PREPO: tensors and numbers in, no configuration, no collectives."""

@@ -1,0 +1,1 @@
+"""Processes, ports, signals and machines."""

@@ -1,0 +1,381 @@
+"""A `transformers` model decodes inside the training processes, each rank its share of the work.
+
+It holds a whole model of its own on every rank and gets its weights through weight sync only, under
+Hugging Face names, as a server would.  A completion is a function of the weights, the seed, the
+prompt and the sample's number: who generates it, and beside what, does not matter (but for float
+rounding in a batch of another shape).
+"""
+
+import hashlib
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+)
+from transformers.masking_utils import sdpa_mask
+
+from megatron_prepo import internals
+from megatron_prepo.errors import UserError
+from megatron_prepo.models.fp32_matmul import product
+from megatron_prepo.models.hf_config import read_hf_config, read_json
+from megatron_prepo.models.routing import RoutingFormat
+from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rollout.routing_recorder import ChosenExperts
+
+GROUPED = "sdpa_grouped"
+"""Name in transformers of the attention on a CPU (`_grouped`)."""
+
+
+class EmbeddedEngine:
+    """`gather` gives every rank's value to every rank; `rank` and `num_ranks` split the work."""
+
+    def __init__(
+        self,
+        hf_directory: str | Path,
+        tokenizer,
+        *,
+        dtype: torch.dtype,
+        fp32_lm_head: bool = True,
+        device: torch.device,
+        batch_size: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        gather: Callable[[list], list[list]] = lambda mine: [mine],
+    ):
+        self.hf = read_hf_config(hf_directory, for_megatron=False)
+        settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
+        attention = GROUPED if device.type == "cpu" else "sdpa"
+        # by `to(dtype)` the rotary frequencies would be rounded, too
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, attn_implementation=attention
+        )
+        self.model = model.to(device).eval()
+        self.fp32_lm_head = fp32_lm_head
+        """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""
+        if fp32_lm_head:
+            head = self.model.get_output_embeddings()
+            assert head.bias is None, "no model that we convert has a bias on its output layer"
+            internals.replace(head, "forward", MethodType(_fp32_logits, head))
+        self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
+        self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
+        self.stop_tokens = stop_tokens(hf_directory, tokenizer)
+        self.weight_version: int | None = None
+        """Optimizer updates behind the weights; None before the first sync."""
+        self.verified = False
+        """Whether the weights have been compared with the actor's, by what comes of them."""
+
+    @torch.no_grad()
+    def load_weights(
+        self,
+        buckets: Iterable[list[tuple[str, torch.Tensor]]],
+        version: int,
+        shapes: dict | None = None,
+    ) -> None:
+        """Replace all weights by those of the buckets; their `shapes` are of no use here.
+
+        Raises ValueError naming the tensors unless every parameter comes exactly once and fits.
+        """
+        self.weight_version = None
+        # a tied head is the same parameter as the embedding, and comes once, under that name
+        missing = _parameters_by_file_name(self.model)
+        for bucket in buckets:
+            for name, tensor in bucket:
+                if name not in missing:
+                    raise ValueError(f"weight sync: the engine has no (further) tensor {name}")
+                parameter = missing.pop(name)
+                if parameter.shape != tensor.shape:
+                    raise ValueError(
+                        f"weight sync: {name} has shape {tuple(tensor.shape)}, "
+                        f"the engine's {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(tensor)
+        if missing:
+            raise ValueError(f"weight sync: no weights came for {sorted(missing)}")
+        self.weight_version = version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: str,
+        routing: bool = False,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        paid: Mapping[tuple[str, int], Rollout] = {},
+        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
+    ) -> list[Rollout]:
+        """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
+
+        With their routing, if it is asked for.  `on_progress` is called after each batch with about
+        how many completions all ranks have done, and how many there are.  Those that are `paid`, by
+        prompt's id and sample, are taken from there; each rank's `keep` gets its others, a batch at
+        a time.
+        """
+        assert self.weight_version is not None, "the engine has no weights: sync first"
+        jobs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
+        # neighbours in length share a batch, so that little is padded
+        order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].tokens))
+        mine, done = order[self.rank :: self.num_ranks], []
+        # what this rank has kept is whole batches, so that the rest makes the batches that it would
+        # have made; in others it would round differently
+        mine = [i for i in mine if (jobs[i][0].id, jobs[i][1]) not in paid]
+        for first in range(0, len(mine), self.batch_size):
+            batch = mine[first : first + self.batch_size]
+            seeds = [f"{seed}/{jobs[i][0].id}/{jobs[i][1]}" for i in batch]
+            experts = ChosenExperts(self.model) if routing else None
+            with experts.watched() if experts else nullcontext():
+                completions = self._complete(
+                    [jobs[i][0].tokens for i in batch], seeds, temperature, max_new_tokens, experts
+                )
+            pairs = list(zip(batch, completions, strict=True))
+            keep({(jobs[i][0].id, jobs[i][1]): self._rollout(jobs[i][0], *c) for i, c in pairs})
+            done += pairs
+            on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
+        completion_of = {i: c for share in self.gather(done) for i, c in share}
+        return [
+            self._rollout(prompt, *completion_of[i])
+            if i in completion_of
+            else paid[prompt.id, sample]
+            for i, (prompt, sample) in enumerate(jobs)
+        ]
+
+    def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """The log-probabilities of each prompt's tokens but the first, on every rank."""
+        assert self.weight_version is not None, "the engine has no weights: sync first"
+        mine = range(self.rank, len(prompts), self.num_ranks)
+        scored = [(i, *self.prompt_logprobs(prompts[i].tokens).values()) for i in mine]
+        logprobs_of = dict(pair for share in self.gather(scored) for pair in share)
+        return [logprobs_of[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
+        """The log-probability of every token but the first, given those before it."""
+        tokens_1S = torch.tensor([tokens], device=self.device)
+        logprobs_SV = torch.log_softmax(self.model(tokens_1S).logits[0].float(), dim=-1)
+        scored_S1 = logprobs_SV[:-1].gather(1, tokens_1S[0, 1:, None])
+        return {f"the embedded engine of rank {self.rank}": scored_S1[:, 0].tolist()}
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+    def _rollout(
+        self, prompt: Prompt, tokens: list[int], logprobs: list[float], routing: bytes | None
+    ) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            tokens=tuple(tokens),
+            engine_logprobs=tuple(logprobs),
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            finished=tokens[-1] in self.stop_tokens,
+            weight_version=self.weight_version,
+            routing=routing,
+        )
+
+    @torch.inference_mode()
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[str],
+        temperature: float,
+        max_new_tokens: int,
+        experts: ChosenExperts | None,
+    ) -> list[tuple[list[int], list[float], bytes | None]]:
+        """Tokens, their log-probabilities and, with `experts`, the routing of prompt and tokens.
+
+        One completion a prompt and seed.  Letters: B completions, of which R are in the running
+        batch; T new tokens; V vocabulary; S tokens, L layers and k experts a token.
+        """
+        uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
+        tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
+        logprobs_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
+        stop = torch.tensor(sorted(self.stop_tokens), device=self.device)
+        ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        running_R = torch.arange(len(prompts), device=self.device)
+        decoder = Decoder(self.model, prompts, self.device, experts)
+        chosen_BSLk = [decoder.experts_RSLk]
+        for t in range(max_new_tokens):
+            token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
+            tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
+            ended_B[running_R] |= torch.isin(token_R, stop)
+            going = (~ended_B[running_R]).nonzero().squeeze(1)
+            if len(going) == 0 or t + 1 == max_new_tokens:
+                break
+            if len(going) <= SHRINK_AT * len(running_R):
+                running_R, token_R = running_R[going], token_R[going]
+                decoder.keep(going)
+            decoder.advance(token_R)
+            if experts:
+                chosen_BSLk.append(torch.zeros_like(chosen_BSLk[0][:, :1]))
+                chosen_BSLk[-1][running_R] = decoder.experts_RSLk
+        completions = []
+        for tokens, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
+            ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
+            length = next(ends, len(tokens))
+            completions.append((tokens[:length], logprobs[:length]))
+        routings = [None] * len(prompts)
+        if experts:
+            form, width = RoutingFormat.of(self.hf), max(map(len, prompts))  # padded on the left
+            routings = [
+                form.pack(chosen_SLk[width - len(prompt) : width + len(tokens) - 1])
+                for prompt, (tokens, _), chosen_SLk in zip(
+                    prompts, completions, torch.cat(chosen_BSLk, dim=1).cpu().numpy(), strict=True
+                )
+            ]
+        return [(*both, routing) for both, routing in zip(completions, routings, strict=True)]
+
+
+SHRINK_AT = 0.9
+"""Ended rows leave the batch once at most this share is still going: leaving copies the cache."""
+
+
+class Decoder:
+    """Rows of text that grow by a token at a time, over the model's key-value cache.
+
+    A prompt that several rows share is computed once.  Rows are padded on the left.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        experts: ChosenExperts | None = None,
+    ):
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.experts, self.experts_RSLk = experts, None
+        """What is watched, and what was chosen for the tokens that came last."""
+        number_of = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        width = max(map(len, number_of))
+        ids_US = torch.zeros(len(number_of), width, dtype=torch.long)
+        self.mask_RS = torch.zeros_like(ids_US)
+        for prompt, u in number_of.items():
+            ids_US[u, width - len(prompt) :] = torch.tensor(prompt)
+            self.mask_RS[u, width - len(prompt) :] = 1
+        self.mask_RS = self.mask_RS.to(device)
+        self._forward(ids_US.to(device), (self.mask_RS.cumsum(1) - 1).clamp(min=0))
+        self.keep(torch.tensor([number_of[tuple(prompt)] for prompt in prompts], device=device))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """These rows, each as often as it is named, in this order."""
+        self.cache.batch_select_indices(rows)
+        self.mask_RS, self.logits_RV = self.mask_RS[rows], self.logits_RV[rows]
+        if self.experts:
+            self.experts_RSLk = self.experts_RSLk[rows]
+
+    def advance(self, token_R: torch.Tensor) -> None:
+        """Append a token to each row; `logits_RV` then are those of the token after it."""
+        self.mask_RS = torch.cat([self.mask_RS, self.mask_RS.new_ones(len(token_R), 1)], dim=1)
+        self._forward(token_R[:, None], self.mask_RS.sum(1, keepdim=True) - 1)
+
+    def _forward(self, ids_RS: torch.Tensor, positions_RS: torch.Tensor) -> None:
+        out = self.model(
+            input_ids=ids_RS,
+            attention_mask=self.mask_RS,
+            position_ids=positions_RS,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits_RV = out.logits[:, -1]
+        if self.experts:
+            self.experts_RSLk = self.experts.take(len(ids_RS)).short()
+
+
+def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
+    """All parameters, as views, by the names that they have in files.
+
+    In memory, transformers 5 has the experts of a layer in two tensors, one after the other.
+    """
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".mlp.experts.")
+        if not layer:
+            parameters[name] = parameter
+            continue
+        for number, expert in enumerate(parameter):
+            parts = {"down_proj": expert}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True))
+            for part, view in parts.items():
+                parameters[f"{layer}.mlp.experts.{number}.{part}.weight"] = view
+    return parameters
+
+
+def draw(
+    logits_RV: torch.Tensor, uniform_R: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token a row, and its log-probability.
+
+    The token inverts the cumulative distribution at the row's uniform number.
+    """
+    logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
+    cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
+    target_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
+    # right: a token of probability 0 is never drawn, not even by a uniform number of 0
+    token_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
+    token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)
+    return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
+
+
+def _grouped(module, query, key, value, attention_mask, *, scaling=None, **_):
+    """Attention of [B, heads, S, d] queries on [B, groups, S, d] keys and values: [B, S, heads, d].
+
+    As transformers' `sdpa`, which repeats keys and values for each head wherever there is a mask,
+    for the sake of CUDA's kernels; the CPU's kernel needs no copies.
+    """
+    causal = attention_mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED, _grouped)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
+def _fp32_logits(self, hidden_BSH: torch.Tensor, /, *_, **__) -> torch.Tensor:
+    """Stands in for `torch.nn.Linear.forward`, whose result would have the type of the weight."""
+    logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
+    return logits.view(*hidden_BSH.shape[:2], -1)
+
+
+def stop_tokens(hf_directory: str | Path, tokenizer) -> frozenset[int]:
+    """Tokens that end a completion.
+
+    Those of generation_config.json, else of config.json, else the tokenizer's.  Raises UserError
+    for a file that cannot be read or whose `eos_token_id` names no token.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(hf_directory) / name
+        if not path.is_file():
+            continue
+        ids = read_json(path).get("eos_token_id")
+        if ids is not None:
+            listed = ids if isinstance(ids, list) else [ids]
+            if not listed or any(type(t) is not int or not 0 <= t < 1 << 31 for t in listed):
+                raise UserError(
+                    f"{path}: eos_token_id={reprlib.repr(ids)} names no token, and completions "
+                    "would never end; name one or several, or remove it for the tokenizer's"
+                )
+            return frozenset(listed)
+    assert tokenizer.eos_token_id is not None, "preflight checks that there is a stop token"
+    return frozenset([tokenizer.eos_token_id])
+
+
+def _uniform(seed: str, count: int) -> torch.Tensor:
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)

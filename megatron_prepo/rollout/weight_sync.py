@@ -1,0 +1,103 @@
+"""From the actor's shards to the engine's weights, under Hugging Face names, in buckets.
+
+What an engine was given is proved by what it computes: its log-probabilities of a prompt have to be
+the actor's.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_prepo.config import Config
+from megatron_prepo.models.hf_files import HEAD, INDEX, SINGLE, HFTensors, buckets
+from megatron_prepo.records import ScoredSequence
+from megatron_prepo.rollout.sglang.fleet import SyncBroken
+
+MOST_TRIES = 3
+"""Of a sync that loses servers."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+"""Mean absolute difference in nats.  Two right implementations stay below 1e-6 in float32 and some
+0.02 in bfloat16; a tensor that is missing, or in the wrong place, is off by far more."""
+
+
+def sync_weights(actor, engine, config: Config, probe: Sequence[int]) -> None:
+    """Give the engine the actor's weights; afterwards its version is the actor's update count.
+
+    Collective.  Verifies the weights by the tokens of `probe` if `weight_sync.verify` says so.
+    The engine refuses an unknown, repeated, missing or misshapen tensor by name.
+    """
+    settings, shapes = config.weight_sync, actor.hf_shapes()
+    if engine.weight_version is None:
+        check_names(shapes, config.model.hf)
+    load_weights(actor, engine, settings.bucket_mb << 20, shapes)
+    if settings.verify == "always" or (settings.verify == "first" and not engine.verified):
+        verify(actor, engine, probe, settings.tolerance or TOLERANCE[config.model.dtype])
+        engine.verified = True
+
+
+def load_weights(actor, engine, limit: int, shapes: dict) -> None:
+    """All weights to the engine, in buckets of `limit` bytes; all anew if a part of it is lost.
+
+    Then it has a server less, or one that was started anew.
+    """
+    for tries_left in reversed(range(MOST_TRIES)):
+        try:
+            engine.load_weights(buckets(actor.hf_weights(), limit), actor.updates, shapes)
+            return
+        except SyncBroken:
+            if not tries_left:
+                raise
+
+
+def check_names(shapes: dict, hf_directory: str | Path) -> None:
+    """ValueError unless the tensors to be sent are those of the model's files, by name and shape.
+
+    A server skips a name that it does not know, and keeps a tensor that none is sent for, without a
+    word.  A directory without weights (a run from a Megatron checkpoint) has nothing to compare
+    with; `verify` remains.
+    """
+    if not any((Path(hf_directory) / name).is_file() for name in (SINGLE, INDEX)):
+        return
+    with HFTensors(hf_directory, tied=HEAD not in shapes) as tensors:
+        files = {name: place.shape for name, place in tensors.places.items()}
+    unknown = [name for name in shapes if name not in files]
+    # a tied model's files may repeat the embedding, and old files hold rotary frequencies
+    missing = [
+        name
+        for name in files
+        if name not in shapes and name != HEAD and not name.endswith("rotary_emb.inv_freq")
+    ]
+    misshapen = [
+        f"{name} {tuple(shape)} for {tuple(files[name])}"
+        for name, (_, shape) in shapes.items()
+        if name in files and tuple(shape) != tuple(files[name])
+    ]
+    if unknown or missing or misshapen:
+        raise ValueError(
+            f"weight sync: the actor's tensors are not those of {hf_directory}: unknown there "
+            f"{unknown[:5]}, not sent {missing[:5]}, of another shape {misshapen[:5]}"
+        )
+
+
+def verify(actor, engine, probe: Sequence[int], tolerance: float) -> float:
+    """Compare the log-probabilities of the probe's tokens; collective.
+
+    Returns the largest mean absolute difference of any part of the engine, in nats.  Raises
+    ValueError naming the server for one above `tolerance`.
+    """
+    [scores] = actor.score([ScoredSequence(tuple(probe), start=1)], temperature=1.0)
+    ours_T, worst = scores.logprobs_T, 0.0
+    for name, theirs in engine.prompt_logprobs(probe).items():
+        theirs_T = torch.tensor(theirs)
+        difference_T = (theirs_T - ours_T).abs()
+        mean, t = float(difference_T.mean()), int(difference_T.argmax())
+        if not mean <= tolerance:  # not a number is no agreement either
+            raise ValueError(
+                f"weight sync: the log-probabilities of {name} differ from the actor's by "
+                f"{mean:.2g} nats a token (weight_sync.tolerance={tolerance:g}), most at token "
+                f"{t + 1}: {theirs_T[t]:.4f} for {ours_T[t]:.4f}; a tensor did not arrive, or "
+                "arrived in the wrong place or type"
+            )
+        worst = max(worst, mean)
+    return worst

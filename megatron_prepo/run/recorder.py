@@ -1,0 +1,250 @@
+"""What a run leaves behind: its directory, its totals, and what it shows on the terminal.
+
+| file | what |
+|---|---|
+| `config.yaml` | the resolved configuration |
+| `inputs.json` | digests of what the run reads (`inputs.py`) |
+| `prompts.json` | the chat template's date, and a digest of each prompt (`prompt_digests.py`) |
+| `metrics.jsonl` | one object a step |
+| `evaluations.jsonl` | one object an evaluation |
+| `ledger.jsonl` | one object a rollout |
+| `summary.json` | the result |
+| `pass_rate.png` | the result as a picture |
+| `checkpoints/` | Megatron checkpoints, and with them what the run goes on from |
+| `journal/` | rollouts that no checkpoint covers yet |
+| `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
+| `hf/` | the trained model in Hugging Face format |
+| `profile/` | traces of `profile.steps` |
+| `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
+| `logs/` | what ranks other than 0 printed, and errors |
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_prepo.config import Config
+from megatron_prepo.errors import UserError
+from megatron_prepo.evaluation.held_out import Evaluation
+from megatron_prepo.files.atomic import flush, write_text
+from megatron_prepo.process import machine
+from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run import summary as report
+from megatron_prepo.run.dashboards import dashboards
+from megatron_prepo.run.ledger import Ledger, LedgerEntry
+from megatron_prepo.run.profiling import profiled
+from megatron_prepo.run.progress import bar as progress_bar
+from megatron_prepo.trainer.step_metrics import MetricsLog, Stopwatch
+
+LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
+"""Files that grow by lines."""
+
+TRAINING_STAGES = (
+    "perplexity",
+    "probes",
+    "rollouts",
+    "rewards",
+    "old_logprobs",
+    "update",
+    "weight_sync",
+)
+"""Whose seconds a comparison by time counts: all of a step, but not what only looks at it."""
+
+
+class Run:
+    """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them."""
+
+    def __init__(self, config: Config, *, rank: int):
+        self.config, self.rank, self.writes = config, rank, rank == 0
+        self.directory = Path(config.run.dir)
+        self.seconds = Stopwatch()
+        self.rollouts = self.tokens = self.num_steps = 0
+        """Paid for so far, and the steps behind the run."""
+        self.before: Evaluation | None = None
+        """The evaluation before the first step."""
+        self.temperature_before = config.eval.temperature
+        """At which it was sampled: `eval` may change when a run is resumed."""
+        if self.writes:
+            self.dashboards = dashboards(config)
+            self.ledger = Ledger(self.directory / "ledger.jsonl")
+            self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.dashboards)
+            self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
+
+    def say(self, sentence: str) -> None:
+        """A line on the terminal, once."""
+        if self.writes:
+            print(sentence, file=sys.stderr)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to come, with a progress bar; ends when the budget is spent."""
+        first, total = self.num_steps, self.config.train.total_steps
+        if first and self.is_last(first - 1):
+            return
+        self.bar = progress_bar(
+            range(first, total), "train", total=total, initial=first, disable=not self.writes
+        )
+        for step in self.bar:
+            with profiled(self.config.profile, step, self.rank, self.directory):
+                yield step
+            if self.is_last(step):
+                break
+        self.bar.close()
+
+    def is_last(self, step: int, to_be_recorded: int = 0) -> bool:
+        """Whether this step, of whose rollouts so many have not been recorded yet, ends the run."""
+        budget = self.config.train.rollout_budget
+        spent = budget is not None and self.rollouts + to_be_recorded >= budget
+        return spent or step + 1 == self.config.train.total_steps
+
+    def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict) -> None:
+        """A step's ledger entries and metrics."""
+        self.num_steps += 1
+        self.rollouts += len(entries)
+        self.tokens += sum(entry.length for entry in entries)
+        totals = {"rollout/paid": self.rollouts, "rollout/tokens_paid": self.tokens}
+        seconds = {f"seconds/{stage}": value for stage, value in self.seconds.of_step().items()}
+        if self.writes:
+            self.ledger.append(entries)
+            self.metrics.write(step, {**metrics, **totals, **seconds})
+        self.bar.set_postfix(
+            reward=f"{metrics['reward/mean']:.2f}",
+            entropy=f"{metrics['entropy/mean']:.2f}",
+            rollouts=self.rollouts,
+        )
+
+    def evaluate(
+        self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
+    ) -> Evaluation:
+        """`held_out(samples_per_prompt, on_progress)` with a progress bar; written and shown."""
+        bar = progress_bar(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        with self.seconds("evaluate"), bar:
+            evaluation = held_out(samples_per_prompt=samples, on_progress=on_progress)
+            bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
+        if self.writes:
+            self._record_evaluation(step, evaluation, samples)
+        return evaluation
+
+    def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
+        """A line of the file, and points on the dashboards, after so many steps."""
+        low, high = evaluation.ci95
+        self.evaluations.write(
+            step,
+            {
+                "rollouts": self.rollouts,
+                "tokens": self.tokens,
+                "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
+                "pass_rate": evaluation.pass_rate,
+                "pass_rate_ci95": [low, high],
+                "samples_per_prompt": samples,
+                "prompts": len(evaluation.passes_P),
+                "temperature": self.config.eval.temperature,
+            },
+        )
+        shown = {"pass_rate": evaluation.pass_rate, "ci95_low": low, "ci95_high": high}
+        shown |= {"samples_per_prompt": samples, "rollouts": self.rollouts}
+        for dashboard in self.dashboards:
+            dashboard.write(step, {f"eval/{name}": value for name, value in shown.items()})
+
+    def state_dict(self) -> dict:
+        """Between two steps: totals, the first evaluation, and how long the files are."""
+        return {
+            "num_steps": self.num_steps,
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "seconds": dict(self.seconds.total),
+            "before": None
+            if self.before is None
+            else vars(self.before) | {"passes_P": self.before.passes_P.tolist()},
+            "temperature_before": self.temperature_before,
+            "files": {name: os.path.getsize(self.directory / name) for name in LOGS}
+            if self.writes
+            else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state; lines that were written after it are cut off."""
+        self.num_steps, self.rollouts = state["num_steps"], state["rollouts"]
+        self.tokens = state["tokens"]
+        self.seconds.go_on_from(state["seconds"])
+        if (before := state["before"]) is not None:
+            if isinstance(before, list):  # of an older version, under which `eval` did not change
+                samples = self.config.eval.samples_per_prompt
+                before = {"passes_P": before, "samples_per_prompt": samples}
+            passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
+            self.before = Evaluation(passes_P, before["samples_per_prompt"])
+            self.temperature_before = state.get("temperature_before", self.temperature_before)
+        self.cut(state["files"])
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Keep so many bytes of the files of lines, of those that are not named nothing.
+
+        UserError if one is shorter.
+        """
+        if not self.writes:
+            return
+        for name in LOGS:
+            path, size = self.directory / name, sizes.get(name, 0)
+            if path.stat().st_size < size:
+                raise UserError(
+                    f"{path} has lost lines that its checkpoints count on ({size} bytes); put it "
+                    "back, or start a new run in another run.dir from the last checkpoint "
+                    f"(model.megatron={self.directory / 'checkpoints'})"
+                )
+            os.truncate(path, size)
+            flush(path)
+
+    def _gain(self, after: Evaluation) -> tuple[float | None, list[float] | None, int]:
+        """Gain, its interval, and over how many prompts: those of both evaluations.
+
+        `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's are
+        among the longer one's.  None at different temperatures, whose pass rates do not compare.
+        """
+        both = min(len(self.before.passes_P), len(after.passes_P))
+        if self.temperature_before != self.config.eval.temperature:
+            self.say(
+                f"no gain is computed: the evaluation before the run was sampled at temperature "
+                f"{self.temperature_before}, and this one at {self.config.eval.temperature}"
+            )
+            return None, None, both
+        first, last = self.before.first(both), after.first(both)
+        return last.pass_rate - first.pass_rate, list(last.gain_ci95(first)), both
+
+    def finish(self, after: Evaluation, *, ranks: int) -> dict:
+        """The summary; written with the plot, and the files closed."""
+        gain, gain_ci95, num_prompts = self._gain(after)
+        before, after = self.before.first(num_prompts), after.first(num_prompts)
+        summary = {
+            "method": self.config.selection.method,
+            "weighting": self.config.weighting.method,
+            "steps": self.num_steps,
+            "ranks": ranks,
+            "pass_rate_before": before.pass_rate,
+            "pass_rate_before_ci95": list(before.ci95),
+            "pass_rate_after": after.pass_rate,
+            "pass_rate_after_ci95": list(after.ci95),
+            "gain": gain,
+            "gain_ci95": gain_ci95,
+            "held_out_prompts": num_prompts,
+            "samples_per_prompt": self.config.eval.samples_per_prompt,
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "seconds": {stage: round(value, 2) for stage, value in self.seconds.total.items()},
+            "machine": machine.describe(),
+        }
+        if self.writes:
+            for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
+                log.close()
+            report.plot(self.directory, summary)
+            # last: a run that has one is finished
+            write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+            run_directory.end(self.config)
+        return summary

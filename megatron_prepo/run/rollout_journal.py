@@ -1,0 +1,141 @@
+"""Rollouts that have been paid for and that no checkpoint covers yet, so that none is paid twice.
+
+They are written as they come, to `journal/PURPOSE_STEP.RANK.jsonl`: a line for each completion of a
+server, or for each batch of the embedded engine, which is there whole or not at all and so is the
+same batch again if it has to be generated again.  A run that goes on and comes to the same step, by
+the same weights, takes what is there and generates the rest.  A rollout has random numbers of its
+own, named by purpose, prompt and sample, so the order of arrival changes nothing.
+
+Killing a process takes nothing of what it wrote.  Against the end of the machine the lines are
+forced to disk, every second and before anything is made of them.
+"""
+
+import base64
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_prepo.files.atomic import flush, naming, read_lines
+from megatron_prepo.records import Prompt, Rollout
+
+NAME = re.compile(r"\w+_(?P<step>\d+)\.\d+\.jsonl")
+"""Of our files; anything else in the directory is left alone."""
+FIELDS = ("tokens", "engine_logprobs", "text", "finished", "aborted")
+"""What a line holds of each rollout, behind its prompt and sample; the weight version is the
+line's.  Behind them comes its routing, base64, if it has one."""
+SECONDS_UNFORCED = 1.0
+"""A step of a thousand completions must not wait for the disk a thousand times."""
+
+
+class Journal:
+    """`share` gives rank 0's value to every rank; each rank writes a file of its own, rank 0 reads.
+
+    `add` may be called from another thread, one call at a time.
+    """
+
+    def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]):
+        self.directory, self.rank = directory, rank
+        lines = share(_read(directory) if rank == 0 else None)
+        self.waiting = {
+            (line["purpose"], line["weight_version"], prompt, sample): fields
+            for line in lines
+            for prompt, sample, *fields in line["rollouts"]
+        }
+        self._unforced: Path | None = None
+        self._forced_at = time.monotonic()
+
+    def find(
+        self, purpose: str, weight_version: int, prompts: Sequence[Prompt]
+    ) -> dict[tuple[str, int], Rollout]:
+        """What of these prompts was paid for before the run stopped, by prompt's id and sample.
+
+        Once: it is not found again.
+        """
+        prompt_of = {prompt.id: prompt for prompt in prompts}
+        keys = [
+            key
+            for key in self.waiting
+            if key[:2] == (purpose, weight_version) and key[2] in prompt_of
+        ]
+        return {
+            key[2:]: _rollout(self.waiting.pop(key), prompt_of[key[2]], weight_version)
+            for key in keys
+        }
+
+    def add(self, purpose: str, rollouts: Mapping[tuple[str, int], Rollout]) -> None:
+        """Rollouts for `PURPOSE/STEP` that have just come; written when this returns.
+
+        On disk after `force`.  Raises OSError.
+        """
+        [weight_version] = {rollout.weight_version for rollout in rollouts.values()}
+        line = {
+            "purpose": purpose,
+            "weight_version": weight_version,
+            "rollouts": [[*key, *_fields(rollout)] for key, rollout in rollouts.items()],
+        }
+        self.directory.mkdir(exist_ok=True)
+        path = self.directory / f"{purpose.replace('/', '_')}.{self.rank}.jsonl"
+        with naming(path), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._unforced = path
+        if time.monotonic() - self._forced_at > SECONDS_UNFORCED:
+            self.force()
+
+    def force(self) -> None:
+        """All that was added is on disk when this returns."""
+        if self._unforced:
+            flush(self._unforced)
+            flush(self.directory)
+        self._unforced, self._forced_at = None, time.monotonic()
+
+    def forget(self, before: int) -> None:
+        """Drop the rollouts of steps before this one: checkpoints cover them."""
+        if self.rank == 0:
+            for path in _ours(self.directory):
+                if int(NAME.fullmatch(path.name)["step"]) < before:
+                    path.unlink()
+
+    def close(self) -> None:
+        """The run is finished."""
+        if self.rank == 0:
+            for path in _ours(self.directory):
+                path.unlink()
+            with suppress(OSError):  # there is none, or it holds something else
+                self.directory.rmdir()
+
+
+def _ours(directory: Path) -> list[Path]:
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(p for p in paths if NAME.fullmatch(p.name) and p.is_file() and not p.is_symlink())
+
+
+def _read(directory: Path) -> list[dict]:
+    """All lines; one that was being written when the run stopped is cut off."""
+    lines = []
+    for path in _ours(directory):
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(path, len(whole))
+        lines += read_lines(path)
+    return lines
+
+
+def _fields(rollout: Rollout) -> list:
+    fields = [getattr(rollout, name) for name in FIELDS]
+    if rollout.routing is None:
+        return fields
+    return [*fields, base64.b64encode(rollout.routing).decode()]
+
+
+def _rollout(fields: list, prompt: Prompt, weight_version: int) -> Rollout:
+    fields, routing = fields[: len(FIELDS)], fields[len(FIELDS) :]
+    values = dict(zip(FIELDS, fields, strict=True))
+    values |= {name: tuple(values[name]) for name in ("tokens", "engine_logprobs")}
+    if routing:
+        values["routing"] = base64.b64decode(*routing, validate=True)
+    return Rollout(prompt=prompt, weight_version=weight_version, **values)

@@ -1,0 +1,73 @@
+"""A finished run as a picture and as a few lines of text."""
+
+from pathlib import Path
+
+from megatron_prepo.files.atomic import naming, read_lines
+
+
+def plot(directory: str | Path, summary: dict) -> Path:
+    """`pass_rate.png`: held-out pass rate and the window's mean perplexity by rollouts paid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    directory = Path(directory)
+    steps = list(read_lines(directory / "metrics.jsonl"))
+    evaluations = list(read_lines(directory / "evaluations.jsonl"))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    rollouts = [e["rollouts"] for e in evaluations]
+    rate = [e["pass_rate"] for e in evaluations]
+    low, high = zip(*(e["pass_rate_ci95"] for e in evaluations), strict=True)
+    axes.fill_between(rollouts, low, high, color="tab:blue", alpha=0.15, lw=0)
+    axes.plot(rollouts, rate, "o-", color="tab:blue", label="held-out pass rate, 95 % interval")
+    axes.set(xlabel="rollouts paid", ylabel="pass rate")
+    axes.yaxis.label.set_color("tab:blue")
+    axes.spines[["top"]].set_visible(False)
+    window = [
+        (s["rollout/paid"], s["ppl/selected_mean"]) for s in steps if "ppl/selected_mean" in s
+    ]
+    if window:
+        other = axes.twinx()
+        other.plot(*zip(*window, strict=True), color="tab:orange", lw=1.2)
+        other.set_ylabel("mean perplexity of the selected window")
+        other.yaxis.label.set_color("tab:orange")
+        other.spines[["top"]].set_visible(False)
+    axes.set_title(
+        f"{summary['method']}, weights {summary['weighting']}: "
+        f"{summary['pass_rate_before']:.3f} -> {summary['pass_rate_after']:.3f} "
+        f"on {summary['held_out_prompts']} held-out prompts",
+        fontsize=11,
+    )
+    path = directory / "pass_rate.png"
+    aside = directory / "pass_rate.png.partial"
+    with naming(aside):
+        figure.savefig(aside, dpi=120, format="png")
+    pyplot.close(figure)
+    aside.replace(path)
+    return path
+
+
+def text(summary: dict) -> str:
+    """The result in a few lines."""
+
+    def rate(when: str) -> str:
+        if summary[when] is None:
+            return "not known: eval.temperature was changed in the run"
+        low, high = summary[f"{when}_ci95"]
+        return f"{summary[when]:.3f}  (95 % interval {low:.3f} to {high:.3f})"
+
+    seconds = summary["seconds"]
+    stages = [f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5]
+    stages.append(f"together {sum(seconds.values()):.0f}")
+    return "\n".join(
+        [
+            f"held-out pass rate before   {rate('pass_rate_before')}",
+            f"held-out pass rate after    {rate('pass_rate_after')}",
+            f"gain, prompt by prompt      {rate('gain')}",
+            f"                            avg@{summary['samples_per_prompt']} over "
+            f"{summary['held_out_prompts']} prompts",
+            f"rollouts, tokens paid       {summary['rollouts']:,}, {summary['tokens']:,}",
+            f"seconds by stage            {', '.join(stages)}",
+        ]
+    )

@@ -1,0 +1,52 @@
+"""What a step has paid for: prompts, their rollouts, and what these are worth.
+
+Letters: K selected prompts, G rollouts each, N = K*G rollouts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.records import Rollout
+from megatron_prepo.rewards.pool import Grade
+
+
+def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
+    """`rewards_N`."""
+    return torch.tensor([grade.reward for grade in grades])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """K groups of G rollouts, in the order in which they were paid for."""
+
+    chosen: tuple[int, ...] = ()
+    """Each group's prompt, as a position among the candidates."""
+    rollouts: tuple[Rollout, ...] = ()
+    grades: tuple[Grade, ...] = ()
+    """One a rollout."""
+
+    @property
+    def rewards_KG(self) -> torch.Tensor:
+        """What the grades are worth."""
+        return rewards_of(self.grades).view(len(self.chosen), -1)
+
+    def and_also(self, chosen, rollouts, grades) -> "Groups":
+        """With further groups behind."""
+        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
+
+    def trained_on(self, num_groups: int) -> "Groups":
+        """The first `num_groups` with an advantage; others fill up where there are too few.
+
+        Those add nothing to the gradient, but the batch and so the loss's normaliser stay as large.
+        """
+        useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
+        kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
+        members = [k * group_size + g for k in kept for g in range(group_size)]
+        return Groups(
+            tuple(self.chosen[k] for k in kept),
+            tuple(self.rollouts[i] for i in members),
+            tuple(self.grades[i] for i in members),
+        )

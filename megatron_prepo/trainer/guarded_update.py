@@ -1,0 +1,108 @@
+"""The optimizer updates of a run, watched: dumped where asked for, skipped where not finite.
+
+The loop calls `of_step(record).update(mini_batch)` in place of the actor's `update`.
+"""
+
+from collections.abc import Sequence
+
+from megatron_prepo.actor.actor import Actor, Gradient, TrainingSequence
+from megatron_prepo.config import Config
+from megatron_prepo.debug.dump import DumpWriter, StepRecord
+from megatron_prepo.run.recorder import Run
+
+
+class Updates:
+    """Counts what was skipped; a run has one."""
+
+    def __init__(self, config: Config, actor: Actor, run: Run):
+        self.config, self.actor, self.run = config, actor, run
+        self.skipped_in_a_row = self.skip_dumps = 0
+
+    def of_step(self, record: StepRecord) -> "StepUpdates":
+        """Those of a step."""
+        return StepUpdates(self, record)
+
+    def state_dict(self) -> dict:
+        """What was skipped so far."""
+        return {"skipped_in_a_row": self.skipped_in_a_row, "skip_dumps": self.skip_dumps}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting."""
+        self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
+
+    def skip(self, error: FloatingPointError, dump_it) -> None:
+        """Count a skipped update; raises the error if there were too many in a row.
+
+        `dump_it()` writes the update's dump and returns its directory.
+        """
+        self.skipped_in_a_row += 1
+        allowed, dumped = self.config.train.max_skipped_updates, "no more of them are dumped"
+        if self.skip_dumps < self.config.debug.max_skip_dumps:
+            self.skip_dumps += 1
+            dumped = f"see it by `megatron-prepo replay {dump_it()}`"
+        if self.skipped_in_a_row > allowed:
+            raise FloatingPointError(
+                f"{error}; {self.skipped_in_a_row} in a row are more than "
+                f"train.max_skipped_updates={allowed}; {dumped}"
+            ) from error
+        self.run.say(f"skipped: {error}; {dumped}")
+
+
+class StepUpdates:
+    """A step's mini-batches, in order."""
+
+    def __init__(self, updates: Updates, record: StepRecord):
+        self.updates, self.record = updates, record
+        self.actor, self.config = updates.actor, updates.config
+        self.number = 0
+        self.asked_for: DumpWriter | None = None
+
+    def update(self, batch: Sequence[TrainingSequence]) -> dict[str, float] | None:
+        """The actor's update; None if it was skipped, on all ranks."""
+        number, self.number = self.number, self.number + 1
+        last = self.number == len(self.record.mini_batches)
+        if number == 0 and self.record.step in self.config.debug.dump_steps:
+            self.asked_for = self._dump("", "debug.dump_steps")
+        gradient = self.actor.backward(batch)
+        if self.asked_for:
+            self.asked_for.add(number, batch, gradient)
+            if last:
+                self.asked_for.finish()
+        try:
+            metrics = self.actor.step(gradient)
+        except FloatingPointError as error:
+            self.updates.skip(error, lambda: self._dump_skipped(number, batch, gradient))
+            return None
+        self.updates.skipped_in_a_row = 0
+        return metrics
+
+    def _dump_skipped(self, number: int, batch, gradient: Gradient) -> str:
+        dump = self._dump(f"_update_{number}_skipped", "not finite")
+        dump.add(number, batch, gradient)
+        dump.finish()
+        return str(dump.directory)
+
+    def _dump(self, suffix: str, why: str) -> DumpWriter:
+        directory = self.updates.run.directory / "dumps" / f"step_{self.record.step:04d}{suffix}"
+        return DumpWriter(directory, self.actor, self.config, self.record, why=why)
+
+
+class NoUpdates:
+    """`debug.mode=rollout`: none is made."""
+
+    def __init__(self, config: Config, actor: Actor, run: Run):
+        run.say("debug.mode=rollout: the weights stay as they are")
+
+    def of_step(self, record: StepRecord) -> "NoUpdates":
+        """The same for every step."""
+        return self
+
+    def update(self, batch: Sequence[TrainingSequence]) -> None:
+        """Not made, and counted as skipped."""
+
+    def state_dict(self) -> dict:
+        """Nothing is counted."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to go on with."""

@@ -1,0 +1,155 @@
+"""Going on where a run stopped: what a checkpoint holds beside the actor.
+
+Between two steps a run is its weights and optimizer (`actor/checkpoint.py`) and some parts that
+remember something, each with `state_dict()` and `load_state_dict(state)`, plain JSON: the position
+in the prompts, the selector, the totals and files of the run.  They are in the checkpoint's
+`run.json`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_prepo.actor import checkpoint, manifest, parallel
+from megatron_prepo.actor.async_save import Saving
+from megatron_prepo.config import Config
+from megatron_prepo.errors import Stopped
+from megatron_prepo.rollout.sglang.fleet import EngineError
+from megatron_prepo.run.rollout_journal import Journal
+
+
+@dataclass(frozen=True)
+class Border:
+    """The parts between two steps, frozen."""
+
+    step: int
+    """Steps behind the run."""
+    updates: int
+    """Optimizer updates behind the actor."""
+    parts: str
+    """JSON."""
+
+
+class Checkpoints:
+    """The checkpoints of a run; every rank calls the same methods, all collective but `mark`."""
+
+    def __init__(
+        self,
+        config: Config,
+        actor,
+        parts: dict[str, object],
+        journal: Journal,
+        say: Callable[[str], None],
+    ):
+        """One of the parts is the `run`, which knows how many steps are behind it."""
+        self.settings, self.directory = config.checkpoint, Path(config.run.dir) / "checkpoints"
+        self.actor, self.parts, self.journal, self.say = actor, parts, journal, say
+        self.steps = [0]
+        """Where this run could have gone on from: its beginning, and its checkpoints."""
+        self.saving: Saving | None = None
+        self.kept: set[Path] = set()
+        """Checkpoints that could not be pruned."""
+        self.timeout_minutes = config.parallel.timeout_minutes
+
+    def restore(self) -> bool:
+        """Set everything to the newest whole checkpoint, or to the beginning; False for that.
+
+        Those that are damaged, or hold weights only, are passed over with a sentence.
+        """
+        steps = parallel.from_rank_zero(list(checkpoint.all_of(self.directory)))
+        for step in reversed(steps):
+            path = checkpoint.path_of(self.directory, step)
+            if problem := self._problem(path):
+                self.say(f"{path} {problem}; it is passed over")
+                continue
+            self.actor.load(path)
+            state = parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text())
+            for name, part in json.loads(state).items():
+                self.parts[name].load_state_dict(part)
+            self.steps.append(step)
+            self.say(f"going on from {path}")
+            num_ranks = len(list(path.glob("random_*.safetensors")))
+            if num_ranks != dist.get_world_size():
+                self.say(f"{num_ranks} ranks wrote it: numbers go on up to rounding")
+            self.mark()
+            return True
+        self.parts["run"].cut({})
+        self.mark()
+        return False
+
+    def mark(self) -> None:
+        """This is the border between two steps."""
+        parts = json.dumps({name: part.state_dict() for name, part in self.parts.items()})
+        self.border = Border(self.parts["run"].num_steps, self.actor.updates, parts)
+
+    def save(self) -> None:
+        """Write a checkpoint of now, which is between two steps; older ones may go.
+
+        With `checkpoint.asynchronous` it is whole only after `finish`.
+        """
+        self.mark()
+        self._write()
+
+    def finish_if_done(self) -> None:
+        """Give the checkpoint that is being written its name, unless there is more to write."""
+        if self.saving and self.saving.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        if self.saving is None:
+            return
+        saving, self.saving = self.saving, None
+        saving.finish(self.timeout_minutes)
+        self.steps.append(self.saving_step)
+        if dist.get_rank() == 0:
+            kept = checkpoint.prune(
+                self.directory,
+                keep_last=self.settings.keep_last,
+                keep_every=self.settings.keep_every,
+            )
+            for path in kept.keys() - self.kept:
+                self.say(f"{path} is kept: {kept[path][0]} is not known to be this run's")
+            self.kept |= kept.keys()
+        # what the newest covers is still of use, should that one turn out to be damaged
+        self.journal.forget(before=self.steps[-2])
+
+    @contextmanager
+    def saved_if_the_engine_fails(self) -> Iterator[None]:
+        """Whatever the engine was doing, no step is lost; raises Stopped in its error's place.
+
+        An engine's error comes to all ranks, so that all take part.
+        """
+        try:
+            yield
+        except EngineError as error:
+            assert self.actor.updates == self.border.updates, "the engine is not asked in an update"
+            self.finish()
+            if self.border.step not in self.steps:
+                self._write()
+                self.finish()
+            raise Stopped(
+                f"the engine failed: {error}\n{self.border.step} steps are saved, and the same "
+                "command goes on",
+                exit_code=1,
+            ) from error
+
+    def _write(self) -> None:
+        self.finish()  # one at a time
+        self.saving_step, asynchronous = self.border.step, self.settings.asynchronous
+        self.saving = self.actor.start_saving(
+            self.directory, step=self.saving_step, run_state=self.border.parts, copy=asynchronous
+        )
+        if not asynchronous:
+            self.finish()
+
+    def _problem(self, path: Path) -> str | None:
+        if problem := manifest.problem(path):
+            return problem
+        if not (path / checkpoint.RUN_STATE).is_file():
+            return "holds weights only (checkpoint.optimizer=false)"
+        return None

@@ -1,0 +1,220 @@
+"""What a training loop works with on each rank, from inputs that are checked to the export."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_prepo.actor import parallel
+from megatron_prepo.actor.actor import Actor
+from megatron_prepo.actor.model import DTYPES, describe
+from megatron_prepo.config import Config
+from megatron_prepo.data import CandidateBatches
+from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.evaluation.held_out import Evaluation, evaluate
+from megatron_prepo.inputs import preflight, prompt_digests
+from megatron_prepo.process.stop_signals import StopRequests
+from megatron_prepo.records import Prompt, scored_sequence
+from megatron_prepo.rewards.pool import Grader
+from megatron_prepo.rollout.sglang.engine import SGLangEngine
+from megatron_prepo.rollout.sglang.fleet import EngineError
+from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
+from megatron_prepo.rollout.weight_sync import sync_weights
+from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run.recorder import Run
+from megatron_prepo.run.rollout_journal import Journal
+from megatron_prepo.selection import METHODS
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.guarded_update import NoUpdates, Updates
+from megatron_prepo.trainer.resume import Checkpoints
+from megatron_prepo.trainer.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop works with, on each rank."""
+
+    config: Config
+    inputs: preflight.Inputs
+    run: Run
+    stop: StopRequests
+    journal: Journal
+    engine: EmbeddedEngine | SGLangEngine
+    actor: Actor
+    updates: Updates | NoUpdates
+    grader: Grader
+    batches: CandidateBatches
+    selector: object
+    throughput: Throughput
+
+    def go_on(self, parts: dict[str, object]) -> Checkpoints:
+        """Set actor and parts to the last checkpoint, if there is one, and the engine to them.
+
+        Raises Stopped on all ranks if the engine fails; what is saved stays.
+        """
+        with self.run.seconds("setup"):
+            checkpoints = Checkpoints(self.config, self.actor, parts, self.journal, self.run.say)
+            checkpoints.restore()
+            try:
+                self.sync()
+            except EngineError as error:  # of all ranks
+                raise Stopped(
+                    f"the engine failed before training began: {error}", exit_code=1
+                ) from error
+        return checkpoints
+
+    def sync(self) -> None:
+        """Give the engine the actor's weights."""
+        probe = self.inputs.train_prompts[0].tokens
+        sync_weights(self.actor, self.engine, self.config, probe)
+
+    def evaluate(self, when: str, samples: int) -> Evaluation:
+        """avg@k on held-out prompts; written, and shown."""
+
+        def held_out(**options) -> Evaluation:
+            return evaluate_held_out(
+                self.config, self.engine, self.grader, self.inputs.eval_prompts, **options
+            )
+
+        return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+
+    def save_if_due(self, checkpoints: Checkpoints, step: int) -> None:
+        """Between two steps: finish what is written, and save if settings or a signal ask for it.
+
+        Raises Stopped on all ranks, behind the checkpoint, if one was asked to stop.
+        """
+        stopping = self.stop.anywhere()
+        with self.run.seconds("checkpoint"):
+            checkpoints.finish_if_done()
+            if due(step, self.config.checkpoint.every) or self.run.is_last(step) or stopping:
+                checkpoints.save()
+            if stopping:
+                checkpoints.finish()
+                raise self.stop.stopped(self.run.num_steps)
+
+    def speed(self, scored: Sequence[Candidates], groups: "Groups") -> dict[str, float]:
+        """Rates of the actor's passes in the step that is about to be recorded."""
+        sequences = [scored_sequence(rollout) for rollout in groups.rollouts]
+        return self.throughput.of_step(self.run.seconds, scored, sequences, groups.rewards_KG)
+
+    def finish(self, after: Evaluation) -> dict:
+        """Export the weights and end everything; returns the summary."""
+        with self.run.seconds("export"):
+            self.actor.export(self.run.directory / "hf", write=self.run.writes)
+        self.engine.close()
+        self.grader.close()
+        self.journal.close()
+        return self.run.finish(after, ranks=dist.get_world_size())
+
+
+def set_up(config: Config) -> Job:
+    """Read the inputs, join the other ranks, build engine and actor; collective."""
+    inputs = preflight.check(config)
+    parallel.initialize(config.parallel, config.train.seed)
+    prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
+    stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
+    config = begin(config)
+    run = Run(config, rank=dist.get_rank())
+    if run.writes:
+        prompt_digests.save(run.directory, inputs.digests)
+    run.say(describe(config))
+    if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
+        run.say("the section sglang: is for servers that the run starts, and is ignored here")
+    seed, total_steps = config.train.seed, config.train.total_steps
+    batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
+    selector = METHODS[config.selection.method](
+        config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
+    )
+    journal = Journal(run.directory / "journal", dist.get_rank(), share=parallel.from_rank_zero)
+    with run.seconds("setup"):
+        grader = build_grader(config, run.say)
+        engine = build_engine(config, inputs.tokenizer, run.say)
+        preflight.check_engine(config, engine)
+        actor = Actor(config)
+    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
+    return Job(
+        config=config,
+        inputs=inputs,
+        run=run,
+        stop=stop,
+        journal=journal,
+        engine=engine,
+        actor=actor,
+        updates=updates,
+        grader=grader,
+        batches=batches,
+        selector=selector,
+        throughput=Throughput(config, actor.hf),
+    )
+
+
+def begin(config: Config) -> Config:
+    """Take the run's directory; returns the settings that hold, collective.
+
+    Raises UserError, on all ranks, if it is in use or holds anything else than this run.
+    """
+    settled = None
+    if dist.get_rank() == 0:
+        try:
+            settled = run_directory.begin(config, lambda line: print(line, file=sys.stderr))
+        except UserError as error:
+            settled = error
+    settled = parallel.from_rank_zero(settled)
+    if isinstance(settled, UserError):
+        raise settled
+    return settled
+
+
+def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
+    """The engine that `rollout.engine` names, still without weights."""
+    if config.rollout.engine == "sglang":
+        return SGLangEngine(
+            config,
+            tokenizer,
+            device=parallel.device(),
+            rank=dist.get_rank(),
+            share=parallel.from_rank_zero_when_done,
+            gather=parallel.gather_to_all,
+            say=say,
+        )
+    return EmbeddedEngine(
+        config.model.hf,
+        tokenizer,
+        dtype=DTYPES[config.model.dtype],
+        fp32_lm_head=config.model.fp32_lm_head,
+        device=parallel.device(),
+        batch_size=config.rollout.batch_size,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        gather=parallel.gather_to_all,
+    )
+
+
+def build_grader(config: Config, say) -> Grader:
+    """Grading processes beside rank 0, which share what they find."""
+    return Grader(
+        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, say=say
+    )
+
+
+def evaluate_held_out(
+    config: Config, engine, grader: Grader, prompts: Sequence[Prompt], **options
+) -> Evaluation:
+    """avg@k on held-out prompts, with the same random numbers each time."""
+    return evaluate(
+        engine.generate,
+        prompts,
+        lambda rollouts: rewards_of(grader.grade(rollouts)),
+        pass_reward=config.reward.high,
+        temperature=config.eval.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=f"{config.train.seed}/evaluation",
+        **options,
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something periodic follows this step, counted from 0."""
+    return every > 0 and (step + 1) % every == 0

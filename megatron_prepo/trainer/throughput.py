@@ -1,0 +1,108 @@
+"""How fast the actor's passes of a step were: tokens and operations a second of each rank.
+
+| metric | what |
+|---|---|
+| `speed/STAGE_tokens` | tokens a second of a rank, of the sequences that the stage passes through |
+| `speed/STAGE_tflops` | 10^12 operations a second of a rank, counted as in `flops.py` |
+| `speed/STAGE_mfu` | those over the GPU's published peak (`gpus.py`), where there is one |
+| `memory/peak_gib` | the most that torch's allocator held on a rank in the step; CUDA only |
+
+for the stages `perplexity`, `old_logprobs` and `update`.  Seconds are the whole stage's, with all
+that is not arithmetic.  A rank's share is the job's over the number of ranks, whatever the layout.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_prepo.actor import parallel
+from megatron_prepo.config import Config
+from megatron_prepo.models.flops import Work
+from megatron_prepo.plan.gpus import GIB, peak_flops
+from megatron_prepo.plan.memory import Shape
+from megatron_prepo.prepo.advantages import group_advantages
+from megatron_prepo.records import ScoredSequence
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.step_metrics import Stopwatch
+
+FORWARD, FORWARD_AND_BACKWARD = 1, 3
+
+
+class Throughput:
+    """Of this run's model, layout and GPUs; every rank has one."""
+
+    def __init__(self, config: Config, hf: dict):
+        self.config, self.shape, self.ranks = config, Shape.of(hf), dist.get_world_size()
+        on_cuda = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if on_cuda else ""
+        self.peak = peak_flops(device, config.model.dtype)
+
+    def of_step(
+        self,
+        seconds: Stopwatch,
+        scored: Sequence[Candidates],
+        sequences: Sequence[ScoredSequence],
+        rewards_KG: torch.Tensor,
+    ) -> dict[str, float]:
+        """Metrics of a step, from the candidates scored in it and the rollouts trained on.
+
+        With `train.overlap` a step scores the next step's candidates, and the first also its own.
+        """
+        by_actor = self.config.selection.ppl_from == "actor"
+        prompts = Work.of(
+            ScoredSequence(prompt.tokens, 1)
+            for candidates in scored
+            if by_actor and candidates.ppl_P is not None
+            for prompt in candidates.prompts
+        )
+        learnt = itertools.compress(sequences, self._learnt(rewards_KG))
+        scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
+        rates = {}
+        for stage, work, passes, forwards in (
+            ("perplexity", prompts, 1, FORWARD),
+            ("old_logprobs", Work.of(sequences), scorings, FORWARD),
+            ("update", Work.of(learnt), 1, FORWARD_AND_BACKWARD),
+        ):
+            spent = seconds.so_far(stage) * self.ranks / passes
+            rates |= self.rates(stage, work, forwards, spent)
+        return rates | peak_memory()
+
+    def rates(self, stage: str, work: Work, forwards: int, seconds: float) -> dict[str, float]:
+        """Of one pass, which costs so many forward passes, in seconds of all ranks together.
+
+        Nothing where nothing was done.
+        """
+        if not (work.tokens and seconds):
+            return {}
+        flops = forwards * work.flops(self.shape) / seconds
+        rates = {
+            f"speed/{stage}_tokens": work.tokens / seconds,
+            f"speed/{stage}_tflops": flops / 1e12,
+        }
+        if self.peak:
+            rates[f"speed/{stage}_mfu"] = flops / self.peak
+        return rates
+
+    def _learnt(self, rewards_KG: torch.Tensor) -> list[bool]:
+        """Which rollouts the update passes through: the rule of `Actor.update`.
+
+        A reward equal to its group's mean has an advantage of 0, too.
+        """
+        loss, advantage = self.config.loss, self.config.advantage
+        if self.config.debug.mode == "rollout":  # no updates at all
+            return [False] * rewards_KG.numel()
+        if loss.entropy_coef or loss.kl_coef or self.shape.experts:
+            return [True] * rewards_KG.numel()
+        advantages_KG = group_advantages(rewards_KG, std=advantage.std, eps=advantage.eps)
+        return advantages_KG.flatten().bool().tolist()
+
+
+def peak_memory() -> dict[str, float]:
+    """The fullest rank's; collective on CUDA, and the next step's peak starts anew."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = max(parallel.gather_to_all(torch.cuda.max_memory_allocated()))
+    torch.cuda.reset_peak_memory_stats()
+    return {"memory/peak_gib": peak / GIB}
