@@ -17,7 +17,6 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
 from megatron_prepo.config import Config
 from megatron_prepo.prepo.advantages import zero_variance
-from megatron_prepo.prepo.perplexity import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.run.ledger import LedgerEntry
@@ -30,6 +29,7 @@ from megatron_prepo.trainer.policy_update import (
     step_record,
     update_policy,
 )
+from megatron_prepo.trainer.prompt_scores import check_agreement, engine_perplexities, prompt_scores
 from megatron_prepo.trainer.setup import due, set_up
 from megatron_prepo.trainer.step_metrics import grading_metrics, selection_metrics
 

@@ -33,7 +33,7 @@ from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.actor.packing import Plan, Row, pieces_of, plan_rows
 from megatron_prepo.config import from_tree
 from megatron_prepo.files import atomic as durable
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.process import machine
 from megatron_prepo.records import ScoredSequence
 

@@ -23,8 +23,8 @@ from megatron_prepo import config as configuration
 from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.inputs import preflight
-from megatron_prepo.prepo.perplexity import engine_perplexities, prompt_scores
 from megatron_prepo.process import machine
+from megatron_prepo.trainer.prompt_scores import engine_perplexities, prompt_scores
 from megatron_prepo.trainer.step_metrics import spearman
 from tools.compare_logprobs import actor_and_engine, one_rank
 

@@ -41,10 +41,10 @@ from megatron_prepo.config import Config, from_tree
 from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import planner as plan
 from megatron_prepo.plan.gpus import DEVICE_NAMES, GPUS
 from megatron_prepo.plan.layout_search import RECOMPUTE
-from megatron_prepo.plan.memory import Shape
 from megatron_prepo.process import machine
 from megatron_prepo.records import ScoredSequence
 from tools.bench_utilisation import MODELS, layers_that_fit

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.models.flops import Work
 from megatron_prepo.models.hf_config import read_hf_config
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.process import machine
 from megatron_prepo.records import scored_sequence
 from tools import train_case

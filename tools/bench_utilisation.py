@@ -5,7 +5,7 @@
 Models are the shapes of Qwen2.5-Math-1.5B and Qwen2.5-7B, in bfloat16, as far as their layers go
 into memory with Adam's state: of a model that is too large, the first layers, as many as fit, which
 the result says.  Rollouts have log-normal lengths, all with an advantage, packed and padded.
-Operations are those of `megatron_prepo/models/flops.py`, the peak that of `megatron_prepo/plan/gpus.py`;
+Operations are those of `models/flops.py`, the peak that of `plan/gpus.py`;
 without a GPU (a test) there is none.
 """
 
@@ -34,8 +34,8 @@ from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.models.flops import Work, layer_parameters
 from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.gpus import peak_flops
-from megatron_prepo.plan.memory import Shape
 from megatron_prepo.process import machine
 from megatron_prepo.records import ScoredSequence
 from tools.head_goals import at_least

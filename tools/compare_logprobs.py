@@ -28,9 +28,9 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import in_one_line
 from megatron_prepo.inputs import preflight
-from megatron_prepo.prepo.importance import mismatch_metrics
 from megatron_prepo.records import Rollout
 from megatron_prepo.rollout.weight_sync import TOLERANCE
+from megatron_prepo.trainer.mismatch_metrics import mismatch_metrics
 
 WORST = 10
 CONTEXT = 12

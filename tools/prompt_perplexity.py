@@ -20,7 +20,8 @@ from tqdm import tqdm
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError, in_one_line
 from megatron_prepo.inputs.preflight import read_tokenizer
-from megatron_prepo.prepo.perplexity import perplexity, scored_span
+from megatron_prepo.prepo.perplexity import perplexity
+from megatron_prepo.trainer.prompt_scores import span_of
 
 matplotlib.use("Agg")
 
@@ -55,7 +56,7 @@ def perplexities(
             tokens_S = torch.tensor(prompt.tokens, device=device)
             logprobs_SV = torch.log_softmax(model(tokens_S[None]).logits[0, :-1].float(), dim=-1)
             logprobs_T = logprobs_SV.gather(1, tokens_S[1:, None])[:, 0]
-            values.append(float(perplexity(logprobs_T, scored_span(prompt, tokens))))
+            values.append(float(perplexity(logprobs_T, span_of(prompt, tokens))))
         result[file] = np.array(values)
     return result
 

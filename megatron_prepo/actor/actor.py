@@ -61,7 +61,7 @@ from megatron_prepo.models.megatron_to_hf import (
     save_hf,
 )
 from megatron_prepo.models.routing import RoutingFormat
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.prepo.loss import LossTerms, policy_loss
 from megatron_prepo.records import ScoredSequence
 

@@ -57,7 +57,7 @@ def start_saving(
 
     Collective.  With optimizer and scheduler if given; then with this rank's random states, too.
     `run_state` is the text of `run.json`.  `hf`, the model's settings, become the checkpoint's own
-    record of it (`megatron_prepo/models/record.py`).  It is there when the `Saving` is finished, and
+    record of it (`models/record.py`).  It is there when the `Saving` is finished, and
     nothing else may be saved below `directory` before; without `copies`, nor may model and
     optimizer change.  Raises OSError if a rank cannot write: older checkpoints stay.
     """

@@ -21,7 +21,7 @@ from functools import cached_property
 
 from megatron_prepo.actor.load_balance import balance, fill
 from megatron_prepo.models.flops import forward_flops
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
 

@@ -24,7 +24,7 @@ utilisation, not another formula.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from megatron_prepo.config import Config, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import gpus as gpu_rates
 from megatron_prepo.plan import planner as plan
 from megatron_prepo.plan.gpus import GPUS
-from megatron_prepo.plan.memory import Shape, exchanged_numbers
+from megatron_prepo.plan.memory import exchanged_numbers
 from megatron_prepo.plan.planner import Held, Question, longest, num_micro_batches
 
 RECOMPUTE = {

@@ -30,64 +30,12 @@ sets an allowance aside for them.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from megatron_prepo.config import ParallelConfig
-from megatron_prepo.models.hf_config import num_experts
+from megatron_prepo.models.shape import Shape
 
 Layers = Literal["torch", "te"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of a `config.json` that memory depends on."""
-
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_size: int
-    mlp: int
-    """Width of the MLP, or of one expert."""
-    vocabulary: int
-    experts: int
-    experts_a_token: int
-    head_norms: bool
-    """Whether queries and keys are normalised (Qwen3)."""
-
-    @classmethod
-    def of(cls, hf: dict) -> "Shape":
-        """From a Hugging Face configuration that `read_hf_config` has accepted."""
-        experts, heads = num_experts(hf), hf["num_attention_heads"]
-        return cls(
-            layers=hf["num_hidden_layers"],
-            hidden=hf["hidden_size"],
-            heads=heads,
-            groups=hf.get("num_key_value_heads") or heads,
-            head_size=hf.get("head_dim") or hf["hidden_size"] // heads,
-            mlp=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
-            vocabulary=hf["vocab_size"],
-            experts=experts,
-            experts_a_token=hf["num_experts_per_tok"] if experts else 0,
-            head_norms=hf["model_type"].startswith("qwen3"),
-        )
-
-    @property
-    def queries(self) -> int:
-        """Width of a token's queries."""
-        return self.heads * self.head_size
-
-    @property
-    def keys(self) -> int:
-        """Width of a token's keys, and of its values."""
-        return self.groups * self.head_size
-
-    @property
-    def idle_parameters(self) -> int:
-        """Parameters of the experts that a token does not see."""
-        idle = self.experts - self.experts_a_token
-        return self.layers * idle * 3 * self.hidden * self.mlp
 
 
 def layer_activations(

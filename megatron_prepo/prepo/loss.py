@@ -24,7 +24,7 @@ class LossTerms:
     coefficient_T: torch.Tensor
     """Of the token's rollout."""
     importance_T: torch.Tensor | None = None
-    """What the token counts, where engine and actor differ (`mismatch.py`)."""
+    """What the token counts, where engine and actor differ (`importance.py`)."""
     reference_logprobs_T: torch.Tensor | None = None
     """The initial policy's, for the KL penalty."""
 

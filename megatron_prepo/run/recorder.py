@@ -36,9 +36,10 @@ from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import summary as report
 from megatron_prepo.run.dashboards import dashboards
 from megatron_prepo.run.ledger import Ledger, LedgerEntry
+from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.profiling import profiled
 from megatron_prepo.run.progress import bar as progress_bar
-from megatron_prepo.trainer.step_metrics import MetricsLog, Stopwatch
+from megatron_prepo.run.stopwatch import Stopwatch
 
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
 """Files that grow by lines."""

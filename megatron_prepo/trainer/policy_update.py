@@ -14,12 +14,13 @@ from megatron_prepo.config import Config, LossConfig
 from megatron_prepo.debug.dump import StepRecord
 from megatron_prepo.prepo.advantages import group_advantages, zero_variance
 from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
-from megatron_prepo.prepo.importance import importance, importance_metrics, mismatch_metrics
+from megatron_prepo.prepo.importance import importance_weights
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.records import Rollout, scored_sequence
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.guarded_update import StepUpdates
+from megatron_prepo.trainer.mismatch_metrics import importance_metrics, mismatch_metrics
 from megatron_prepo.trainer.step_metrics import rollout_metrics
 
 
@@ -105,7 +106,14 @@ def importance_of(
     if config.loss.importance == "off":
         return None
     return [
-        importance(config.loss, score.logprobs_T, torch.tensor(rollout.engine_logprobs))
+        importance_weights(
+            score.logprobs_T,
+            torch.tensor(rollout.engine_logprobs),
+            method=config.loss.importance,
+            level=config.loss.importance_level,
+            low=config.loss.importance_low,
+            high=config.loss.importance_high,
+        )
         for score, rollout in zip(scores, rollouts, strict=True)
     ]
 

@@ -1,6 +1,4 @@
-"""What is measured in a step, and where it is written.
-
-`metrics.jsonl` has one object per step; keys are `group/name`, seconds are under `seconds/`.
+"""What is measured in a step.
 
 A mean is over what there was: a key is absent where there was nothing (no update was made, no token
 had an advantage), and null where the value is not a finite number.  Neither is ever counted as 0.
@@ -8,90 +6,16 @@ had an advantage), and null where the value is not a finite number.  Neither is 
 are tokens of all ranks, so that the layout changes no value but by rounding.
 """
 
-import json
-import math
-import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from scipy import stats
-from torch.profiler import record_function
 
-from megatron_prepo.files.atomic import append
 from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.prepo.statistics import quantiles
 from megatron_prepo.rewards.pool import Grade
-from megatron_prepo.run.dashboards import TensorBoard, WandB
 from megatron_prepo.selection.base import Candidates
-
-
-class Stopwatch:
-    """Seconds by stage, in all and since the last step; a trace has the stages under their names.
-
-    On CUDA a stage ends when the device is done with it: else its seconds would be the next one's.
-    """
-
-    def __init__(self):
-        self.total: dict[str, float] = defaultdict(float)
-        self._before_step: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage; several visits add up."""
-        start = time.perf_counter()
-        try:
-            with record_function(stage), _nvtx_range(stage):
-                yield
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-        finally:
-            self.total[stage] += time.perf_counter() - start
-
-    def so_far(self, stage: str) -> float:
-        """Seconds of a stage since the last call of `of_step`."""
-        return self.total[stage] - self._before_step.get(stage, 0.0)
-
-    def of_step(self) -> dict[str, float]:
-        """Seconds of each stage since the last call."""
-        step = {stage: s - self._before_step.get(stage, 0.0) for stage, s in self.total.items()}
-        self._before_step = dict(self.total)
-        return step
-
-    def go_on_from(self, total: dict[str, float]) -> None:
-        """Add up further from seconds that were measured before."""
-        self.total.update(total)
-        self._before_step = dict(self.total)
-
-
-def _nvtx_range(name: str):
-    return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
-
-
-class MetricsLog:
-    """Appends to `metrics.jsonl`, and shows the same on dashboards."""
-
-    def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
-        self._dashboards = dashboards
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One object; on disk when the method returns."""
-        record = {name: _finite_or_none(value) for name, value in metrics.items()}
-        append(self._file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
-        for dashboard in self._dashboards:
-            dashboard.write(step, metrics)
-
-    def close(self) -> None:
-        """No more metrics; dashboards are closed by those who made them."""
-        self._file.close()
-
-
-def _finite_or_none(value):
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def selection_metrics(
@@ -156,16 +80,6 @@ def rollout_metrics(
         **quantiles("weight", weight_N),
         "rollout/length": float(lengths_N.double().mean()),
         "rollout/finished_ratio": sum(finished_N) / len(finished_N),
-    }
-
-
-def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
-    """Minimum, quartiles and maximum."""
-    values, points = values.double(), {"q25": 0.25, "q50": 0.5, "q75": 0.75}
-    return {
-        f"{name}_min": float(values.min()),
-        **{f"{name}_{label}": float(torch.quantile(values, q)) for label, q in points.items()},
-        f"{name}_max": float(values.max()),
     }
 
 

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import Config
 from megatron_prepo.models.flops import Work
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.gpus import GIB, peak_flops
-from megatron_prepo.plan.memory import Shape
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection.base import Candidates
-from megatron_prepo.trainer.step_metrics import Stopwatch
 
 FORWARD, FORWARD_AND_BACKWARD = 1, 3
 

@@ -17,7 +17,7 @@ from megatron_prepo.actor.lm_head import (
 )
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.packing import plan_rows
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.unit.test_vocab_parallel import full_softmax, values_and_gradients

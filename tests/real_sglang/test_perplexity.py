@@ -20,8 +20,8 @@ def measure(hf: str, directory: str, python: str) -> dict:
     """On one rank: perplexities of both, and cached tokens of rollouts in some situations."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.prepo.perplexity import engine_perplexities, prompt_scores
     from megatron_prepo.rollout.weight_sync import sync_weights
+    from megatron_prepo.trainer.prompt_scores import engine_perplexities, prompt_scores
 
     assert join(1)
     config = config_of(hf, directory, python, "qwen3")

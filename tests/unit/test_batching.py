@@ -11,7 +11,7 @@ from megatron_prepo.actor.lm_head import IGNORE
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.packing import Load, Piece, Row, pieces_of, plan_rows
 from megatron_prepo.models.routing import RoutingFormat
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
 ROUTING = RoutingFormat(layers=2, experts_a_token=2, experts=4)

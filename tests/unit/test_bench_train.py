@@ -12,7 +12,7 @@ from rounding import approx
 from tiny_models import qwen2
 
 from megatron_prepo.models.flops import Work
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from tools import bench_train, bench_utilisation, train_case
 from tools.train_case import Case, Group
 

@@ -11,8 +11,8 @@ from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
 from megatron_prepo.run import dashboards
+from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.recorder import Run
-from megatron_prepo.trainer.step_metrics import MetricsLog
 from tests.e2e.laptop import REPOSITORY
 
 STEPS = [{"reward/mean": 0.25, "ppl/spearman_with_reward": None}, {"reward/mean": 0.5}]

@@ -9,7 +9,7 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
 from megatron_prepo.models.flops import Work
 from megatron_prepo.models.hf_config import read_hf_config
-from megatron_prepo.plan.memory import Shape
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
 FAMILIES = {

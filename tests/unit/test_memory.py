@@ -17,8 +17,8 @@ from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.actor.packing import Piece, Row
 from megatron_prepo.config import ModelConfig, ParallelConfig
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.memory import (
-    Shape,
     head_workspace,
     kv_bytes_a_token,
     layer_activations,

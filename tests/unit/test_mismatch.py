@@ -9,21 +9,31 @@ from rounding import approx, assert_close
 
 from megatron_prepo.config import LossConfig
 from megatron_prepo.prepo.importance import (
-    effective_share,
-    importance,
-    importance_metrics,
+    importance_weights,
     masked,
-    mismatch_metrics,
-    nearest_rank,
     sequence_ratios,
     token_ratios,
     truncated,
 )
 from megatron_prepo.prepo.loss import LossTerms, policy_loss
+from megatron_prepo.prepo.statistics import effective_share, nearest_rank
+from megatron_prepo.trainer.mismatch_metrics import importance_metrics, mismatch_metrics
 
 OLD_T = torch.tensor([0.1, 0.2, 0.4, 0.8]).log()
 ENGINE_T = torch.tensor([0.2, 0.2, 0.2, 0.1]).log()
 """Ratios 1/2, 1, 2 and 8; their product is 8."""
+
+
+def importance(settings, old_logprobs_T, engine_logprobs_T):
+    """The weights by the section `loss`."""
+    return importance_weights(
+        old_logprobs_T,
+        engine_logprobs_T,
+        method=settings.importance,
+        level=settings.importance_level,
+        low=settings.importance_low,
+        high=settings.importance_high,
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,15 @@ from rounding import approx, assert_close
 from megatron_prepo.actor.actor import Scores
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.packing import plan_rows
-from megatron_prepo.plan.memory import Shape
-from megatron_prepo.prepo.perplexity import (
+from megatron_prepo.models.shape import Shape
+from megatron_prepo.prepo.perplexity import perplexity
+from megatron_prepo.records import Prompt
+from megatron_prepo.trainer.prompt_scores import (
     check_agreement,
     engine_perplexities,
-    perplexity,
     prompt_scores,
-    scored_span,
+    span_of,
 )
-from megatron_prepo.records import Prompt
 
 V = 7
 SHAPE = Shape(
@@ -176,12 +176,12 @@ def test_content_leaves_the_template_out_of_the_sum():
 )
 def test_span_of_content_by_hand(content, expected):
     """Log-probability i belongs to token i + 1; the first token has none."""
-    assert scored_span(prompt(range(5), content), "content") == expected
+    assert span_of(prompt(range(5), content), "content") == expected
 
 
 def test_content_of_the_first_token_alone_still_scores_something():
     """It has no predecessor; the token after it stands in, rather than a mean over nothing."""
-    assert scored_span(prompt(range(5), (0, 1)), "content") == slice(0, 1)
+    assert span_of(prompt(range(5), (0, 1)), "content") == slice(0, 1)
 
 
 def test_values_that_are_not_finite_are_kept():

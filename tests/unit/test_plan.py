@@ -15,12 +15,12 @@ from megatron_prepo.actor.model import build_model
 from megatron_prepo.cli import main
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, from_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import gpus, memory
 from megatron_prepo.plan import layout_search as layouts
 from megatron_prepo.plan import planner as plan
 from megatron_prepo.plan import text as plan_text
 from megatron_prepo.plan.gpus import GIB
-from megatron_prepo.plan.memory import Shape
 from tests.unit.test_memory import DENSE, EXPERTS
 
 DDP = DistributedDataParallelConfig(grad_reduce_in_fp32=True)

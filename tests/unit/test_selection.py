@@ -9,9 +9,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from megatron_prepo.prepo.ppl_schedule import progress, select_window, window_start
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Candidates
-from megatron_prepo.selection.prepo import progress, select_window, window_start
 from tests.unit.selectors import passes, prompts, run_step, selector
 
 

@@ -14,9 +14,9 @@ from megatron_prepo.models.flops import Work
 from megatron_prepo.plan.gpus import DEVICE_NAMES, GPUS, peak_flops
 from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.run.profiling import profiled
+from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer import throughput
-from megatron_prepo.trainer.step_metrics import Stopwatch
 from megatron_prepo.trainer.throughput import Throughput
 
 HF = SHAPE | {"model_type": "qwen2"}

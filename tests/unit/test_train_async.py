@@ -9,11 +9,11 @@ import torch
 from megatron_prepo import train_async
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.run.rollout_journal import Journal
+from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.train import roll_out
 from megatron_prepo.train_async import Ahead
-from megatron_prepo.trainer.step_metrics import Stopwatch
 from tests.tiny_models import actor_config
 
 PROMPTS = [Prompt(f"p{i}", "", "", tuple(range(3, 9 + i)), (0, 0)) for i in range(12)]

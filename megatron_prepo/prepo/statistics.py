@@ -1,0 +1,30 @@
+"""Statistics of tokens and rollouts that the metrics of a step use."""
+
+import math
+
+import torch
+
+
+def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Minimum, quartiles and maximum."""
+    values, points = values.double(), {"q25": 0.25, "q50": 0.5, "q75": 0.75}
+    return {
+        f"{name}_min": float(values.min()),
+        **{f"{name}_{label}": float(torch.quantile(values, q)) for label, q in points.items()},
+        f"{name}_max": float(values.max()),
+    }
+
+
+def effective_share(log_ratio_N: torch.Tensor) -> float:
+    """Kish's effective sample size over the number of samples: (sum r)^2 / (N sum r^2).
+
+    >>> effective_share(torch.tensor([0.0, 0.0, -math.inf, -math.inf]))
+    0.5
+    """
+    ratio_N = (log_ratio_N.double() - log_ratio_N.max()).exp()
+    return float(ratio_N.sum() ** 2 / (len(ratio_N) * (ratio_N**2).sum()))
+
+
+def nearest_rank(values_T: torch.Tensor, q: float) -> float:
+    """A quantile, of more values than `torch.quantile` takes."""
+    return float(values_T.kthvalue(max(1, math.ceil(q * len(values_T)))).values)

@@ -1,0 +1,51 @@
+"""The seconds of each stage of a step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.profiler import record_function
+
+
+class Stopwatch:
+    """Seconds by stage, in all and since the last step; a trace has the stages under their names.
+
+    On CUDA a stage ends when the device is done with it: else its seconds would be the next one's.
+    """
+
+    def __init__(self):
+        self.total: dict[str, float] = defaultdict(float)
+        self._before_step: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage; several visits add up."""
+        start = time.perf_counter()
+        try:
+            with record_function(stage), _nvtx_range(stage):
+                yield
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+        finally:
+            self.total[stage] += time.perf_counter() - start
+
+    def so_far(self, stage: str) -> float:
+        """Seconds of a stage since the last call of `of_step`."""
+        return self.total[stage] - self._before_step.get(stage, 0.0)
+
+    def of_step(self) -> dict[str, float]:
+        """Seconds of each stage since the last call."""
+        step = {stage: s - self._before_step.get(stage, 0.0) for stage, s in self.total.items()}
+        self._before_step = dict(self.total)
+        return step
+
+    def go_on_from(self, total: dict[str, float]) -> None:
+        """Add up further from seconds that were measured before."""
+        self.total.update(total)
+        self._before_step = dict(self.total)
+
+
+def _nvtx_range(name: str):
+    return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()

@@ -1,0 +1,53 @@
+"""The candidates' perplexities: by the actor, with entropies, or by the engine, without."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_prepo.prepo.perplexity import perplexity, scored_span
+from megatron_prepo.records import Prompt, ScoredSequence
+from megatron_prepo.trainer.step_metrics import spearman
+
+
+def prompt_scores(
+    actor, prompts: Sequence[Prompt], tokens: str = "all"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
+
+    `actor.score` is one forward pass without gradient (see `megatron_prepo.actor.actor`).
+    Not finite values are kept: selection sorts them last.
+    """
+    scores = actor.score([ScoredSequence(p.tokens, 1) for p in prompts], temperature=1.0)
+    spans = [span_of(prompt, tokens) for prompt in prompts]
+    ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
+    entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
+    return torch.stack(ppl), torch.stack(entropy)
+
+
+def engine_perplexities(engine, prompts: Sequence[Prompt], tokens: str = "all") -> torch.Tensor:
+    """`ppl_P` by the engine's log-probabilities; float64, identical on every rank."""
+    scored = zip(engine.score_prompts(prompts), prompts, strict=True)
+    return torch.stack(
+        [perplexity(torch.tensor(logprobs), span_of(p, tokens)) for logprobs, p in scored]
+    )
+
+
+def check_agreement(engine_ppl_P: torch.Tensor, actor_ppl_P: torch.Tensor, least: float) -> None:
+    """ValueError if the engine's perplexities do not stand for the actor's.
+
+    They do if the rank correlation is at least `least`; it counts as 0 where a side does not tell
+    prompts apart.
+    """
+    agreement = spearman(engine_ppl_P, actor_ppl_P) or 0.0
+    if agreement < least:
+        raise ValueError(
+            "selection.ppl_from=engine: the rank correlation of its perplexities with the actor's "
+            f"is {agreement:.3f} over {len(actor_ppl_P)} prompts, below selection.ppl_agreement="
+            f"{least:g}; set selection.ppl_from=actor, and look for the cause with "
+            "tools/compare_logprobs.py"
+        )
+
+
+def span_of(prompt: Prompt, tokens: str) -> slice:
+    """Return which log-probabilities of a prompt count, after `selection.ppl_tokens`."""
+    return scored_span(len(prompt.tokens), prompt.content if tokens == "content" else None)
