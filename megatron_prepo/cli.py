@@ -24,12 +24,13 @@ from pathlib import Path
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import runner as compare
 from megatron_prepo.compare import slurm_array as array
-from megatron_prepo.compare.runner import RunsFailed
 from megatron_prepo.config import literal
-from megatron_prepo.errors import Stopped, UserError, in_one_line
+from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock
+from megatron_prepo.launch import start
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import local_ranks
+from megatron_prepo.process.command import in_one_line
 
 
 @in_one_line
@@ -61,9 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
         return 2 if error.exit_code == 2 else 1
-    except RunsFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -91,65 +89,12 @@ def _nobody_reads() -> bool:
     return True
 
 
-def train_command(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> None:
-    """Check the configuration and its inputs, start the ranks, wait for them.
-
-    After a failure that is not the user's, start them again, as often as `max_restarts` says.
-    """
-    from megatron_prepo.inputs import preflight
-    from megatron_prepo.run import directory as run_directory
-
-    config = configuration.load(path, overrides)
-    run_directory.check_config_file(config, path)
-    run_directory.check(config)
-    preflight.check(config)
-    run_directory.begin(config, say)
-    run_directory.end(config)  # rank 0 takes the lock: it is what must not live twice
-    command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
-    for restarts_left in reversed(range(max_restarts + 1)):
-        try:
-            return local_ranks.start(
-                [*command, "run.overwrite=false"],  # the directory now holds this run
-                num_ranks=config.parallel.num_ranks,
-                log_directory=Path(config.run.dir) / "logs",
-            )
-        except local_ranks.RanksFailed as error:
-            if error.exit_code == 2 or not restarts_left:
-                raise
-            print(f"{error}\nstarted again ({restarts_left} left)", file=sys.stderr)
-
-
-def say(line: str) -> None:
-    """A line for the user, apart from results."""
-    print(line, file=sys.stderr)
-
-
-def _without_overwriting_again(overrides: Sequence[str]) -> list[str]:
-    """torchrun and Slurm start the same command again: what is there is then its own progress."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    again = any(os.environ.get(name, "0") not in ("", "0") for name in counts)
-    return [*overrides, "run.overwrite=false"] if again else [*overrides]
-
-
 def _train(options: argparse.Namespace) -> int:
-    options.overrides = _without_overwriting_again(options.overrides)
-    if "RANK" not in os.environ:
-        train_command(options.config, options.overrides, options.max_restarts)
-        return 0
-
-    def as_rank() -> None:
-        from megatron_prepo.run import directory as run_directory
-        from megatron_prepo.run import summary as report
-        from megatron_prepo.train import train
-        from megatron_prepo.train_async import train_overlapped
-
-        config = configuration.load(options.config, options.overrides)
-        run_directory.check_config_file(config, options.config)
-        summary = train_overlapped(config) if config.train.overlap else train(config)
-        if os.environ["RANK"] == "0":
-            print(report.text(summary))
-
-    return local_ranks.run_rank(as_rank)
+    overrides = start.without_overwriting_again(options.overrides)
+    if "RANK" in os.environ:
+        return start.train_rank(options.config, overrides)
+    start.train(options.config, overrides, options.max_restarts)
+    return 0
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -222,18 +167,22 @@ def _compare(options: argparse.Namespace) -> int:
     results.parent.mkdir(parents=True, exist_ok=True)
     # two comparisons would each write the file from what they knew when they began
     with lock.held(results.with_name(f".{results.name}.lock"), str(results)):
-        records = compare.compare(
-            options.config,
-            options.methods,
-            options.seeds,
-            directory,
-            overrides=options.overrides,
-            jobs=options.jobs,
-            results=results,
-            name=name,
-            command=options.command,
-            slurm=_slurm(options),
-        )
+        try:
+            records = compare.compare(
+                options.config,
+                options.methods,
+                options.seeds,
+                directory,
+                overrides=options.overrides,
+                jobs=options.jobs,
+                results=results,
+                name=name,
+                command=options.command,
+                slurm=_slurm(options),
+            )
+        except compare.RunsFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     for record in records:
         print(compare.one_line(record))
     return 0

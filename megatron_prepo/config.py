@@ -30,7 +30,6 @@ from pydantic.dataclasses import dataclass
 
 from megatron_prepo import yaml_text
 from megatron_prepo.errors import UserError, one_line
-from megatron_prepo.rewards import check_name
 from megatron_prepo.yaml_text import NULL, Plain
 
 STRICT = ConfigDict(
@@ -388,7 +387,6 @@ class RewardConfig:
     an error."""
 
     def __post_init__(self):
-        check_name(self.function)
         _positive("reward.seconds", self.seconds)
         _at_least("reward.memory_mb", self.memory_mb, 128)
         _at_least("reward.processes", self.processes, 1)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.config import literal
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.launch import start
 from megatron_prepo.rewards import load
 from megatron_prepo.run import directory as run_directory
 
@@ -62,7 +62,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
     ownership.seal(directory / "base_megatron", IMPORTED)
 
     _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")
-    cli.train_command(str(laptop / "prepo.yaml"), settings)
+    start.train(laptop / "prepo.yaml", settings)
 
     _headline("3/3  the exported model in plain transformers")
     summary = json.loads((directory / "summary.json").read_text())

@@ -1,11 +1,8 @@
 """Exceptions that the command line shows as a sentence, without a stack trace."""
 
 import errno
-import functools
 import os
-import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 MAX_LINE = 500
@@ -55,44 +52,6 @@ NO_ROOM = tuple(
     for mark in (os.strerror(number), f"(os error {number})")
 )
 """Disk full, quota, file-size limit (`ulimit -f`): as Python and C, and as Rust, write them."""
-
-
-def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` whose UserError becomes a line of stderr and exit code 2; of a full disk, 1.
-
-    An import of what a library no longer has (`internals.py`) counts as a UserError.
-    """
-
-    @functools.wraps(main)
-    def said(*args, **kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except ImportError as error:
-            from megatron_prepo import internals
-
-            if (changed := internals.explain(error)) is None:
-                raise
-            print(f"error: {changed}", file=sys.stderr)
-            return 2
-        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-            if error.filename is None:
-                raise
-            print(
-                f"error: {error.filename}: {error.strerror}; choose another place, or change what "
-                "is there",
-                file=sys.stderr,
-            )
-            return 2
-        except Exception as error:
-            if (line := no_room(error)) is None:
-                raise
-            print(f"error: {line}", file=sys.stderr)
-            return 1
-
-    return said
 
 
 def one_line(text: object) -> str:

@@ -15,6 +15,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -188,12 +190,14 @@ def find_model(name: str, place: Path, directory: Path, config: Config) -> Model
 
 def export(name: str, megatron: Path, directory: Path, hf: str | None) -> Path:
     """The checkpoint in Hugging Face format; `hf` has its configuration, if it has not itself."""
-    from checkpoints_convert.convert import export_hf
-
     out = directory / "exported" / name
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        export_hf(megatron, out, hf=hf)
+        command = [sys.executable, "-m", "checkpoints_convert", "export", "--megatron", megatron]
+        command += ["--out", out, *(["--hf", hf] if hf else [])]
+        done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{megatron}: {done.stderr.strip().removeprefix('error: ')}")
     return out
 
 

@@ -15,7 +15,6 @@ from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import check_file, pool
-from megatron_prepo.run import dashboards
 
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 
@@ -36,7 +35,6 @@ def check(config: Config) -> Inputs:
     from megatron_prepo.actor.model import check_layout
     from megatron_prepo.rollout.sglang import launch, open_files
 
-    dashboards.check(config)
     check_opens(Path(config.model.hf))
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)

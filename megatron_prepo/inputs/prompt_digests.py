@@ -19,7 +19,6 @@ from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.records import Prompt
-from megatron_prepo.run import directory as run_directory
 
 FILE = "prompts.json"
 DIGITS = 8
@@ -137,9 +136,8 @@ def read(directory: Path) -> dict | None:
 
 
 def _recorded(config: Config) -> dict | None:
-    """Of the run in `run.dir`, if these settings resume it."""
-    resumes = run_directory.check(config) == "unfinished"
-    return read(Path(config.run.dir)) if resumes else None
+    """Return that of the run in `run.dir`, if there is one and these settings do not replace it."""
+    return None if config.run.overwrite else read(Path(config.run.dir))
 
 
 def _digest(prompt: Prompt) -> str:

@@ -8,11 +8,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_prepo.errors import Stopped, UserError, in_one_line
+from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.launch import doctor
 from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
 from megatron_prepo.launch.job import Job, make_job
 from megatron_prepo.plan.gpus import GPUS
+from megatron_prepo.process.command import in_one_line
 
 
 @in_one_line

@@ -17,6 +17,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import recipes
+from megatron_prepo.rewards import check_name
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def make_job(
     """
     path = recipes.find(recipe)
     config = configuration.load(path, overrides)
+    check_name(config.reward.function)
     if nodes is None:
         ranks = config.parallel.num_ranks
         gpus_per_node = min(gpus_per_node, ranks)

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("SLURM_LOCALID", "0") == "0":  # the ranks of a node find the same
             print(f"error: {error}", file=sys.stderr)
         return 2
-    code = train(["train", options.config, *overrides])
+    code = train(options.config, overrides)
     if code == 1:
         code = name_the_lost([*peers.ranks(), *map(server, urls)])
     if sign_of_life:
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def train(words: Sequence[str]) -> int:
+def train(path: str, overrides: Sequence[str]) -> int:
     """Return the exit code of the training, 0 if it was stopped as asked."""
-    from megatron_prepo import cli
+    from megatron_prepo.launch import start
     from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 
-    code = cli.main(words)
+    code = start.train_rank(path, start.without_overwriting_again(overrides))
     stopped = code == STOPPED_EXIT_CODE or (code == 1 and stop.overdue())
     return 0 if stopped else code
 

@@ -36,7 +36,8 @@ def check_name(function: str) -> None:
 
 
 def check_file(function: str) -> None:
-    """UserError unless the file that `reward.function` names, if any, is there."""
+    """Raise UserError unless `reward.function` has a known form and its file, if any, exists."""
+    check_name(function)
     file = function.rpartition(":")[0]
     if function not in FUNCTIONS and not Path(file).is_file():
         raise UserError(f"reward.function={function}: no such file: {file}")

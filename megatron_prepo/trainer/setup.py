@@ -21,6 +21,7 @@ from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 from megatron_prepo.rollout.weight_sync import sync_weights
+from megatron_prepo.run import dashboards
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
@@ -111,6 +112,7 @@ class Job:
 
 def set_up(config: Config) -> Job:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
+    dashboards.check(config)
     inputs = preflight.check(config)
     parallel.initialize(config.parallel, config.train.seed)
     prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)

@@ -11,10 +11,9 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.launch import executors, peers, rank, recipes, servers, slurm_time
+from megatron_prepo.launch import executors, peers, rank, recipes, servers, slurm_time, start
 from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
 from megatron_prepo.process import slurm as nodes
@@ -158,11 +157,13 @@ def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, mo
     monkeypatch.setattr(peers, "listen", lambda: None)
     codes = iter([75, 3, 0])
     trained = []
-    monkeypatch.setattr(cli, "main", lambda words: trained.append(words) or next(codes))
+    monkeypatch.setattr(
+        start, "train_rank", lambda *words: trained.append(list(words)) or next(codes)
+    )
     words = ["examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
     assert rank.main(words) == 0, "saved, and not ended"
     assert rank.main(words) == 3
-    assert trained == [["train", *words]] * 2
+    assert trained == [[words[0], words[1:]]] * 2
     finish(tmp_path)
     assert rank.main(words) == 0 and len(trained) == 2
     assert "finished run" in capsys.readouterr().out
@@ -189,9 +190,9 @@ def test_where_servers_log_is_said_only_if_they_have_logged(tmp_path):
 @pytest.mark.parametrize(("overdue", "expected"), [(False, 1), (True, 0)])
 def test_what_fails_when_the_time_to_save_is_over_is_a_stop(overdue, expected, monkeypatch):
     """Another rank has left at its deadline, a moment before this one's."""
-    monkeypatch.setattr(cli, "main", lambda words: 1)
+    monkeypatch.setattr(start, "train_rank", lambda *words: 1)
     monkeypatch.setattr(rank.stop, "overdue", lambda: overdue)
-    assert rank.train([]) == expected
+    assert rank.train("prepo.yaml", []) == expected
 
 
 def test_a_failed_rank_names_those_that_are_not_there(monkeypatch, capsys):

@@ -15,6 +15,7 @@ from megatron_prepo import cli
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
+from megatron_prepo.launch import start
 from megatron_prepo.run import directory as run_directory
 
 MINIMAL = {
@@ -677,7 +678,7 @@ def test_an_empty_directory_holds_no_run(tmp_path):
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_command_that_is_started_again_does_not_delete_its_own_progress(monkeypatch, name):
     """torchrun --max-restarts, and a job that Slurm requeues, with run.overwrite=true."""
-    monkeypatch.setattr(cli, "train_command", lambda path, overrides, _: given.append(overrides))
+    monkeypatch.setattr(start, "train", lambda path, overrides, _: given.append(overrides))
     given = []
     for count in ("", "0", "1"):
         monkeypatch.setenv(name, count)

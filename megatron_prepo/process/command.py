@@ -1,0 +1,44 @@
+"""How a command ends: a user's error is one line of stderr and exit code 2."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+from megatron_prepo import internals
+from megatron_prepo.errors import UserError, no_room
+
+
+def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
+    """A `main` whose UserError becomes a line of stderr and exit code 2; of a full disk, 1.
+
+    An import of what a library no longer has (`internals.py`) counts as a UserError.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except ImportError as error:
+            if (changed := internals.explain(error)) is None:
+                raise
+            print(f"error: {changed}", file=sys.stderr)
+            return 2
+        except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            if error.filename is None:
+                raise
+            print(
+                f"error: {error.filename}: {error.strerror}; choose another place, or change what "
+                "is there",
+                file=sys.stderr,
+            )
+            return 2
+        except Exception as error:
+            if (line := no_room(error)) is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return 1
+
+    return run
