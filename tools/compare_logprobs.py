@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
-from megatron_prepo.errors import in_one_line
 from megatron_prepo.inputs import preflight
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import Rollout
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 from megatron_prepo.trainer.mismatch_metrics import mismatch_metrics

@@ -19,10 +19,11 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.data import read_records
 from megatron_prepo.debug import dump
-from megatron_prepo.errors import UserError, in_one_line
+from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.loss import rollout_coefficients
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
 
 

@@ -27,9 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo.errors import UserError, in_one_line, one_line
+from megatron_prepo.errors import UserError, one_line
 from megatron_prepo.files import json_lines
 from megatron_prepo.files.json_lines import answer_of, text_of
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.rewards.boxed import last_boxed
 from megatron_prepo.rewards.number import number
 

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
-from megatron_prepo.errors import UserError, in_one_line
+from megatron_prepo.errors import UserError
 from megatron_prepo.inputs.preflight import read_tokenizer
 from megatron_prepo.prepo.perplexity import perplexity
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.trainer.prompt_scores import span_of
 
 matplotlib.use("Agg")

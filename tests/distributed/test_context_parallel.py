@@ -17,7 +17,7 @@ from megatron_prepo.actor.context_parallel import slice_of_row
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.packing import plan_rows
 from megatron_prepo.records import ScoredSequence
-from tests.unit.test_batching import SHAPE
+from tests.unit.actor.test_micro_batch import SHAPE
 
 CONFIG = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
 SIZE = 6

@@ -5,7 +5,7 @@ import pytest
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.rollout.sglang import launch
-from tests.unit.test_sglang_launch import config_of
+from tests.unit.rollout.test_sglang_launch import config_of
 
 
 def config(python: str, settings: dict) -> Config:

@@ -1,0 +1,197 @@
+"""Attention on rows of sequences: each token sees its own sequence, and positions restart."""
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from packaging.version import Version
+from rounding import Reference
+
+from megatron_prepo.actor import attention
+from megatron_prepo.actor import cpu_shim as cpu
+from megatron_prepo.actor.attention import CausalAttention, rotate_by_position
+from megatron_prepo.actor.micro_batch import micro_batch
+from megatron_prepo.actor.packing import plan_rows
+from megatron_prepo.records import ScoredSequence
+from tests.unit.actor.test_micro_batch import SHAPE
+
+HEADS, GROUPS, SIZE = 4, 2, 8
+CONFIG = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
+A, B = ScoredSequence((1, 2, 3, 4, 5), 3), ScoredSequence((1, 2, 3, 6, 7, 8), 3)
+C = ScoredSequence((9, 10, 11), 1)
+WAYS = [{}, {"share_prefixes": True}, {"packing": False}]
+
+
+def row_of(way):
+    plan = plan_rows([A, C, B], num_ranks=1, budget=16, shape=SHAPE, multiple=4, **way)
+    return micro_batch([A, C, B], plan.ranks[0][0]).layout
+
+
+def random_qkv(tokens, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(tokens)
+    return [
+        torch.randn(tokens, 1, heads, SIZE, dtype=dtype, generator=generator).requires_grad_()
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
+
+
+def written_out(query, key, value, lengths):
+    """Softmax over a block-diagonal causal mask of whole sequences: [W, heads, d] and so on."""
+    sequence_W = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    total = len(sequence_W)
+    seen_WW = (sequence_W[:, None] == sequence_W) & torch.ones(total, total).tril().bool()
+    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / SIZE**0.5
+    weights = scores.masked_fill(~seen_WW, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
+
+
+def expected_of(qkv, layout):
+    whole = (layout.whole(x[:, 0]) for x in qkv)
+    return layout.row(written_out(*whole, layout.lengths))[:, None]
+
+
+def assert_is_attention(ours, qkv, layout):
+    """Output and gradients, of its sum with weights from -1 to 1, are those written out."""
+
+    def with_gradients(out, qkv):
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        return out.detach(), *torch.autograd.grad((out * weights).sum(), qkv)
+
+    def expected(*qkv):
+        qkv = [x.requires_grad_() for x in qkv]
+        return with_gradients(expected_of(qkv, layout), qkv)
+
+    Reference(expected, *qkv).assert_equals(with_gradients(ours, qkv))
+
+
+def causal_attention():
+    return CausalAttention(CONFIG, 1, None, "self")
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_each_sequence_attends_to_itself(way):
+    layout = row_of(way)
+    qkv = random_qkv(len(layout.positions_T))
+    ours = causal_attention()(*qkv, packed_seq_params=layout)
+    assert_is_attention(ours, qkv, layout)
+
+
+def test_a_plain_batch_is_what_it_always_was():
+    """[s, b, ...] without a layout: what the checkpoint converter feeds."""
+    qkv = random_qkv(12)
+    batch = [x.view(6, 2, *x.shape[2:]) for x in qkv]
+    ours = causal_attention()(*batch)
+    for b in range(2):
+        alone = Reference(lambda *x: [written_out(*x, (6,))], *(x[:, b] for x in batch))
+        alone.assert_equals([ours[:, b].detach()])
+
+
+class Kernel:
+    """Stands in for torch's variable-length kernel and for TransformerEngine's: same contract."""
+
+    def __call__(self, query, key, value, starts_q, starts_k, max_q, max_k, **options):
+        assert options == {"window_size": (-1, 0), "enable_gqa": True}
+        assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k)
+        lengths = starts_q.diff().tolist()
+        assert max_q == max_k == max(lengths)
+        return written_out(query, key, value, lengths).view_as(query)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", Kernel())
+    layout = row_of(way)
+    qkv = random_qkv(len(layout.positions_T))
+    whole = [layout.whole(x[:, 0]) for x in qkv]
+    ours = layout.row(attention._attend_in_one_kernel(*whole, layout))[:, None]
+    assert_is_attention(ours, qkv, layout)
+
+
+class TransformerEngines(torch.nn.Module):
+    """What `TEDotProductAttention` is given by Megatron, for `thd`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads, config.num_query_groups
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type, packed_seq_params=None):
+        assert attention_mask is None and attn_mask_type == "causal"
+        params = packed_seq_params
+        assert params.qkv_format == "thd" and type(params).__name__ == "PackedSeqParams"
+        starts = (params.cu_seqlens_q, params.cu_seqlens_kv)
+        longest = (params.max_seqlen_q, params.max_seqlen_kv)
+        kernel = Kernel()
+        return kernel(query, key, value, *starts, *longest, window_size=(-1, 0), enable_gqa=True)
+
+
+@pytest.fixture
+def te_attention(monkeypatch):
+    """Its module, with TransformerEngine's attention replaced: it is not here."""
+    monkeypatch.setattr(
+        transformer_engine, "TEDotProductAttention", TransformerEngines, raising=False
+    )
+    monkeypatch.delitem(sys.modules, "megatron_prepo.actor.te_attention", raising=False)
+    module = importlib.import_module("megatron_prepo.actor.te_attention")
+    monkeypatch.delitem(sys.modules, "megatron_prepo.actor.te_attention")
+    return module
+
+
+def te_config(tensor, heads, groups):
+    return SimpleNamespace(
+        num_attention_heads=heads, num_query_groups=groups, tensor_model_parallel_size=tensor
+    )
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
+    layout = row_of(way)
+    qkv = random_qkv(len(layout.positions_T))
+    module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS))
+    ours = module(*qkv, None, attn_mask_type="causal", packed_seq_params=layout)
+    assert_is_attention(ours, qkv, layout)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "context", "heads", "groups", "told"),
+    [
+        (1, 1, 28, 4, (28, 4)),
+        (1, 2, 28, 4, (14, 2)),
+        (4, 7, 28, 4, (4, 4)),  # one head a rank, and its group's keys and values
+        (2, 4, 32, 8, (8, 2)),
+        (1, 8, 32, 4, (4, 1)),
+        (8, 2, 64, 8, (32, 8)),
+    ],
+)
+def test_transformer_engine_is_told_the_heads_of_a_context_rank(
+    monkeypatch, te_attention, tensor, context, heads, groups, told
+):
+    """For all tensor-parallel ranks together: it divides by their number itself."""
+    monkeypatch.setattr(
+        te_attention.parallel_state, "get_context_parallel_world_size", lambda: context
+    )
+    config = te_config(tensor, heads, groups)
+    assert te_attention.PackedTEAttention(config).heads == told
+    assert (config.num_attention_heads, config.num_query_groups) == (heads, groups)
+
+
+def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
+    """Where it is not found, a GPU computes sequence by sequence, with the same result."""
+    assert attention._has_kernel() or Version(torch.__version__) < Version("2.13.0.dev0")
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_angles_are_those_of_the_positions(way):
+    if not torch.cuda.is_available():
+        cpu.install()
+    rotary = RotaryEmbedding(SIZE, 1.0, use_cpu_initialization=True)
+    plain = rotary(32).clone()
+    rotate_by_position(rotary)
+    layout = row_of(way)
+    length = rotary.get_rotary_seq_len(None, None, None, None, layout)
+    assert torch.equal(rotary(length, packed_seq=False, cp_group=None), plain[layout.positions_T])
+    assert torch.equal(rotary(32), plain)
