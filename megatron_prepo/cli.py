@@ -266,20 +266,40 @@ def _parser() -> argparse.ArgumentParser:
         description="PREPO (arXiv 2511.00794): RLVR with fewer rollouts, on Megatron-Core.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train as a configuration file says")
-    train.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    _add_restarts(train)
-    train.set_defaults(run=_train)
-    resume = commands.add_parser("resume", help="go on with an interrupted run")
-    resume.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
-    resume.add_argument(
+    for add in (
+        _add_demo,
+        _add_train,
+        _add_resume,
+        _add_replay,
+        _add_compare,
+        _add_evaluate,
+        _add_report,
+        _add_plan,
+        _add_doctor,
+        _add_reference,
+    ):
+        add(commands)
+    return parser
+
+
+def _add_train(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("train", help="train as a configuration file says")
+    parser.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
+    _add_overrides(parser)
+    _add_restarts(parser)
+    parser.set_defaults(run=_train)
+
+
+def _add_resume(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("resume", help="go on with an interrupted run")
+    parser.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument(
         "--prove",
         action="store_true",
         help="leave the run alone (a configuration file does, too): by its settings, make a short "
         "run that is killed, and compare it with an undisturbed one; the exit code tells",
     )
-    resume.add_argument(
+    parser.add_argument(
         "--steps",
         type=int,
         nargs=2,
@@ -287,67 +307,77 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("N", "M"),
         help="with --prove: steps before and after the kill (default: 2 2)",
     )
-    resume.add_argument(
+    parser.add_argument(
         "--dir", default="runs/prove", help="with --prove: where it goes (default: %(default)s)"
     )
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    _add_restarts(resume)
-    resume.set_defaults(run=_resume)
-    replay = commands.add_parser(
+    _add_overrides(parser)
+    _add_restarts(parser)
+    parser.set_defaults(run=_resume)
+
+
+def _add_replay(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
         "replay", help="the updates of a dumped step again, in any layout (docs/debugging.md)"
     )
-    replay.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
-    replay.add_argument(
+    parser.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
+    parser.add_argument(
         "--tolerance", type=float, help="largest difference (float32: 1e-4, bfloat16: 0.05)"
     )
-    replay.add_argument("--all", action="store_true", help="show all tensors, not the worst only")
-    replay.add_argument(
+    parser.add_argument("--all", action="store_true", help="show all tensors, not the worst only")
+    parser.add_argument(
         "--write-gradients", action="store_true", help="keep gradients in the dump to compare with"
     )
-    replay.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    replay.set_defaults(run=_replay)
-    demo = commands.add_parser("demo", help="the laptop experiment from end to end")
-    demo.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
-    demo.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    demo.set_defaults(run=_demo)
-    comparison = commands.add_parser(
+    _add_overrides(parser)
+    parser.set_defaults(run=_replay)
+
+
+def _add_demo(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("demo", help="the laptop experiment from end to end")
+    parser.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
+    _add_overrides(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _add_compare(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
         "compare", help="train by several methods and seeds on equal terms (docs/compare.md)"
     )
-    comparison.add_argument("config", help="YAML file that all arms share")
-    comparison.add_argument(
+    parser.add_argument("config", help="YAML file that all arms share")
+    parser.add_argument(
         "--methods",
         required=True,
         help=f"comma-separated: {', '.join(compare.ARMS)}; or your own, as "
         "'mine:selection.method=prepo;weighting.clamp=2'",
     )
-    comparison.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")
-    comparison.add_argument("--dir", help="where the runs go (default: runs/compare/NAME)")
-    comparison.add_argument("--name", help="of the comparison (default: from --dir, or CONFIG)")
-    comparison.add_argument("--results", help="the records (default: DIR/results.jsonl)")
-    comparison.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
-    comparison.add_argument(
+    parser.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")
+    parser.add_argument("--dir", help="where the runs go (default: runs/compare/NAME)")
+    parser.add_argument("--name", help="of the comparison (default: from --dir, or CONFIG)")
+    parser.add_argument("--results", help="the records (default: DIR/results.jsonl)")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
+    parser.add_argument(
         "--executor",
         choices=("local", "slurm"),
         default="local",
         help="where the runs are: here, or each a job of Slurm (docs/launch.md)",
     )
-    comparison.add_argument("--account", help="of Slurm")
-    comparison.add_argument("--partition", help="of Slurm")
-    comparison.add_argument(
+    parser.add_argument("--account", help="of Slurm")
+    parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument(
         "--time", default=array.Slurm.time, help="limit of a job of Slurm (default: %(default)s)"
     )
-    comparison.add_argument(
-        "--gpus-per-node", type=int, default=array.Slurm.gpus_per_node, metavar="N"
-    )
-    comparison.add_argument(
+    parser.add_argument("--gpus-per-node", type=int, default=array.Slurm.gpus_per_node, metavar="N")
+    parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="such as --sbatch=--mem=64G"
     )
-    comparison.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    comparison.set_defaults(run=_compare)
-    evaluation = commands.add_parser(
+    _add_overrides(parser)
+    parser.set_defaults(run=_compare)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
         "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
     )
-    evaluation.add_argument(
+    parser.add_argument(
         "--model",
         action="append",
         type=_named_place,
@@ -355,51 +385,68 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]DIR",
         help="Hugging Face directory, Megatron checkpoint or run; may come several times",
     )
-    evaluation.add_argument(
+    parser.add_argument(
         "--suite",
         action="append",
         type=_named_place,
         metavar="[NAME=]FILE",
         help="prompts with answers, JSON Lines; may come several times (default: data.eval)",
     )
-    evaluation.add_argument("--out", required=True, help="folder; what is there is gone on with")
-    evaluation.add_argument("--config", help="YAML file (default: that of a run among the models)")
-    evaluation.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    evaluation.set_defaults(run=_evaluate)
-    report = commands.add_parser("report", help="one page of runs and comparisons")
-    report.add_argument(
+    parser.add_argument("--out", required=True, help="folder; what is there is gone on with")
+    parser.add_argument("--config", help="YAML file (default: that of a run among the models)")
+    _add_overrides(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_report(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("report", help="one page of runs and comparisons")
+    parser.add_argument(
         "sources",
         nargs="+",
         metavar="RUN_OR_RESULTS",
         help="a run's directory, a comparison's directory or its results.jsonl",
     )
-    report.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
-    report.set_defaults(run=_report)
-    plan = commands.add_parser(
+    parser.add_argument("--out", default="parser.html", help="the page (default: %(default)s)")
+    parser.set_defaults(run=_report)
+
+
+def _add_plan(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
         "plan", help="memory, seconds and layouts on a cluster, without a GPU (docs/plan.md)"
     )
-    plan.add_argument("config", help="YAML file; of its model only config.json is read")
-    plan.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
-    plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
-    plan.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
-    plan.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
-    plan.add_argument("--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)")
-    plan.add_argument(
+    parser.add_argument("config", help="YAML file; of its model only config.json is read")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
+    parser.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
+    parser.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
+    parser.add_argument(
+        "--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)"
+    )
+    parser.add_argument(
         "--response-tokens", type=float, metavar="N", help="mean (default: the limit)"
     )
-    plan.add_argument(
+    parser.add_argument(
         "--rates", metavar="RUN", help="directory of a finished run (default: published rates)"
     )
-    plan.add_argument("--json", action="store_true", help="for machines: bytes and seconds")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    plan.set_defaults(run=_plan)
-    doctor = commands.add_parser("doctor", help="versions, GPU, disk, ports, and a run's inputs")
-    doctor.add_argument("config", nargs="?", help="YAML file whose needs are looked at too")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    doctor.set_defaults(run=_doctor)
-    reference = commands.add_parser("reference", help="print the configuration reference")
-    reference.set_defaults(run=_reference)
-    return parser
+    parser.add_argument("--json", action="store_true", help="for machines: bytes and seconds")
+    _add_overrides(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("doctor", help="versions, GPU, disk, ports, and a run's inputs")
+    parser.add_argument("config", nargs="?", help="YAML file whose needs are looked at too")
+    _add_overrides(parser)
+    parser.set_defaults(run=_doctor)
+
+
+def _add_reference(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("reference", help="print the configuration reference")
+    parser.set_defaults(run=_reference)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
 
 
 def _named_place(word: str) -> tuple[str, str]:

@@ -78,10 +78,19 @@ REFUSED = {
 
 
 def check_layout(config: Config, hf: dict) -> None:
-    """UserError if the model cannot be split as `parallel` says, or `megatron:` names nothing."""
+    """Raise UserError if the model cannot be split by `parallel`, or for a wrong `megatron:`."""
+    _check_tensor(config.parallel, hf)
+    _check_pipeline(config, hf)
+    _check_experts(config.parallel, hf)
+    if config.rollout.router_replay:
+        _check_router_replay(config, num_experts(hf))
+    _check_megatron_settings(config, hf)
+    check_offload(config)
+
+
+def _check_tensor(parallel: ParallelConfig, hf: dict) -> None:
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
-    parallel = config.parallel
     for name, count in (
         ("num_attention_heads", heads),
         ("intermediate_size", hf["intermediate_size"]),
@@ -102,6 +111,10 @@ def check_layout(config: Config, hf: dict) -> None:
             f"parallel.tensor={parallel.tensor} neither divides nor is a multiple of the model's "
             f"num_key_value_heads={groups}"
         )
+
+
+def _check_pipeline(config: Config, hf: dict) -> None:
+    parallel = config.parallel
     uneven = any(name.startswith("num_layers_in_") for name in config.megatron)
     if hf["num_hidden_layers"] % parallel.pipeline and not uneven:
         raise UserError(
@@ -116,6 +129,9 @@ def check_layout(config: Config, hf: dict) -> None:
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs chunks of equally many "
             f"layers, and num_hidden_layers={hf['num_hidden_layers']} are not {chunks} of them"
         )
+
+
+def _check_experts(parallel: ParallelConfig, hf: dict) -> None:
     if (experts := num_experts(hf)) % parallel.expert or (parallel.expert > 1 and not experts):
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide the model's {experts} experts"
@@ -131,8 +147,9 @@ def check_layout(config: Config, hf: dict) -> None:
             f"parallel.sequence=false: megatron-core trains experts under parallel.tensor="
             f"{parallel.tensor} with sequence parallelism only; set parallel.sequence=true"
         )
-    if config.rollout.router_replay:
-        _check_router_replay(config, experts)
+
+
+def _check_megatron_settings(config: Config, hf: dict) -> None:
     decided = OTHER_FUNCTION | transformer_settings(hf).keys()
     for name in config.megatron:
         if name in OWN_SETTINGS:
@@ -153,7 +170,6 @@ def check_layout(config: Config, hf: dict) -> None:
             raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
     for kind in _MEGATRON_CONFIGS:
         megatron_overrides(config.megatron, kind)
-    check_offload(config)
     split = config.optimizer.use_distributed_optimizer
     if config.megatron.get("overlap_param_gather") and not split:
         raise UserError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_prepo import internals
@@ -319,83 +319,114 @@ def _is_here(host: str | None) -> bool:
     return host in ("localhost", "127.0.0.1", "::1")
 
 
+class _Findings(list[Finding]):
+    """Findings in order; `look` adds one."""
+
+    def look(
+        self,
+        what: str,
+        check: Callable[[], Any],
+        found: Callable[[Any], str] = lambda _: "",
+        remedy: str = "",
+    ) -> Any:
+        """Return what `check` returns; None, with a finding, where it raises UserError."""
+        try:
+            result = check()
+        except UserError as error:
+            self.append(Finding(what, "missing", str(error), remedy))
+            return None
+        self.append(Finding(what, "ok", found(result)))
+        return result
+
+
+WHOLE_MODEL = "model.hf=DIR, all of the model as Hugging Face has it (`hf download NAME`)"
+
+
 def examine_inputs(config: Config) -> list[Finding]:
     """What the run reads, one line each; a later one is left out where it needs an earlier one.
 
     Of the machine only the disk: it is also for a login node, where nothing will run.
     """
-    from megatron_prepo.actor import tiny_instance
-    from megatron_prepo.actor.model import check_layout, transformer_config
-    from megatron_prepo.inputs import preflight
     from megatron_prepo.models.hf_config import read_hf_config
     from megatron_prepo.rewards import FUNCTIONS, check_file, pool
-    from megatron_prepo.rollout.sglang import launch
     from megatron_prepo.run import directory as run_directory
 
-    findings = []
-
-    def look(
-        what: str, check: Callable, found: Callable[..., str] = lambda _: "", remedy: str = ""
-    ):
-        try:
-            result = check()
-        except UserError as error:
-            findings.append(Finding(what, "missing", str(error), remedy))
-            return None
-        findings.append(Finding(what, "ok", found(result)))
-        return result
-
-    hf = look(
+    findings = _Findings()
+    hf = findings.look(
         "model",
         lambda: read_hf_config(config.model.hf),
         lambda hf: f"{hf['model_type']}, {hf['num_hidden_layers']} layers of {hf['hidden_size']}",
     )
     if hf:
-        parallel = config.parallel
-        # whether TransformerEngine is there has a line of its own
-        torch_native = dataclasses.replace(config.model, layers="torch")
-        look(
-            "layout",
-            lambda: (
-                check_layout(config, hf),
-                transformer_config(hf, torch_native, parallel, config.megatron),
-            ),
-            lambda _: (
-                f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
-                + (f" x context {parallel.context}" if parallel.context > 1 else "")
-            ),
+        _examine_model(findings, config, hf)
+    tokenizer = _examine_tokenizer(findings, config, hf)
+    _examine_prompts(findings, config, tokenizer)
+    if config.reward.function not in FUNCTIONS:
+        findings.look(
+            "reward",
+            lambda: (check_file(config.reward.function), pool.check(config.reward)),
+            lambda _: config.reward.function,
         )
-        look(
-            "logits",
-            lambda: tiny_instance.check(config.model.hf),
-            lambda d: f"a tiny model of these settings: {d.ours:.0e} from transformers'",
+    if config.rollout.engine == "sglang" and _servers_are_apart(config):
+        _examine_servers(findings, config)
+    findings.look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
+    findings.append(_disk(config))
+    return findings
+
+
+def _examine_model(findings: _Findings, config: Config, hf: dict) -> None:
+    from megatron_prepo.actor import tiny_instance
+    from megatron_prepo.actor.model import check_layout, transformer_config
+    from megatron_prepo.inputs import preflight
+
+    parallel = config.parallel
+    # whether TransformerEngine is there has a line of its own
+    torch_native = dataclasses.replace(config.model, layers="torch")
+    findings.look(
+        "layout",
+        lambda: (
+            check_layout(config, hf),
+            transformer_config(hf, torch_native, parallel, config.megatron),
+        ),
+        lambda _: (
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+            + (f" x context {parallel.context}" if parallel.context > 1 else "")
+        ),
+    )
+    findings.look(
+        "logits",
+        lambda: tiny_instance.check(config.model.hf),
+        lambda d: f"a tiny model of these settings: {d.ours:.0e} from transformers'",
+    )
+    limit = hf["max_position_embeddings"]
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    findings.append(
+        Finding(
+            "length",
+            "ok" if longest <= limit else "note",
+            f"up to {longest:,} tokens of the model's {limit:,} positions",
+            "a prompt of data.max_prompt_tokens would be refused: lower rollout.max_new_tokens",
         )
-        limit = hf["max_position_embeddings"]
-        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-        findings.append(
-            Finding(
-                "length",
-                "ok" if longest <= limit else "note",
-                f"up to {longest:,} tokens of the model's {limit:,} positions",
-                "a prompt of data.max_prompt_tokens would be refused: lower rollout.max_new_tokens",
-            )
-        )
-    whole = "model.hf=DIR, all of the model as Hugging Face has it (`hf download NAME`)"
-    if hf:
-        look(
-            "weights",
-            lambda: preflight.check_weights(config, hf),
-            lambda _: _weights(config),
-            "" if config.model.megatron else whole,
-        )
-    tokenizer = look(
+    )
+    findings.look(
+        "weights",
+        lambda: preflight.check_weights(config, hf),
+        lambda _: _weights(config),
+        "" if config.model.megatron else WHOLE_MODEL,
+    )
+
+
+def _examine_tokenizer(findings: _Findings, config: Config, hf: dict | None) -> Any:
+    from megatron_prepo.inputs import preflight
+
+    tokenizer = findings.look(
         "tokenizer",
         lambda: preflight.read_tokenizer(config.model.hf),
         lambda tokenizer: f"{len(tokenizer):,} tokens",
-        whole,
+        WHOLE_MODEL,
     )
     if tokenizer and hf:
-        look(
+        findings.look(
             "stop tokens",
             lambda: preflight.check_stop_tokens(config, hf, tokenizer),
             lambda tokens: ", ".join(map(str, sorted(tokens))),
@@ -409,33 +440,33 @@ def examine_inputs(config: Config) -> list[Finding]:
                 "is it this model's tokenizer?",
             )
         )
-    for name in ("train", "eval"):
-        file = getattr(config.data, name)
+    return tokenizer
+
+
+def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> None:
+    from megatron_prepo.inputs import preflight
+
+    for name, file in (("train", config.data.train), ("eval", config.data.eval)):
         if not Path(file).is_file():
             remedy = f"data.{name}=FILE; tools/prepare_data.py makes such files (docs/data.md)"
             findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
         elif tokenizer:
-            look(
+            findings.look(
                 f"data.{name}",
                 lambda name=name: preflight.prompts_of(config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
-    if config.reward.function not in FUNCTIONS:
-        look(
-            "reward",
-            lambda: (check_file(config.reward.function), pool.check(config.reward)),
-            lambda _: config.reward.function,
-        )
-    if config.rollout.engine == "sglang" and _servers_are_apart(config):
-        given = config.servers.urls
-        look(
-            "servers",
-            lambda: launch.check_given(config) if given else launch.check(config),
-            lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
-        )
-    look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
-    findings.append(_disk(config))
-    return findings
+
+
+def _examine_servers(findings: _Findings, config: Config) -> None:
+    from megatron_prepo.rollout.sglang import launch
+
+    given = config.servers.urls
+    findings.look(
+        "servers",
+        lambda: launch.check_given(config) if given else launch.check(config),
+        lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
+    )
 
 
 def _servers_are_apart(config: Config) -> bool:
