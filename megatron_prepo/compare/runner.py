@@ -7,7 +7,6 @@ Every run is a process of its own, in `DIR/ARM/SEED`, and leaves one record in `
 interruption.  `docs/compare.md` says what is equal and what the numbers mean.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from tqdm import tqdm
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare import slurm_array as array
+from megatron_prepo.compare.planned_run import PlannedRun, refuse_other_settings
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
@@ -59,40 +58,6 @@ LOG_LINES = 15
 
 class RunsFailed(RuntimeError):
     """Some runs ended with an error; the message names them and shows how their logs end."""
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One arm at one seed."""
-
-    arm: str
-    seed: int
-    directory: Path
-    overrides: list[str]
-    """All that follows CONFIG on the command line, but for where the run lives."""
-    config: Config
-
-    @property
-    def name(self) -> str:
-        """As it is called on the terminal."""
-        return f"{self.arm}/{self.seed}"
-
-    def is_finished(self) -> bool:
-        """Whether it is there; UserError if what is there is something else."""
-        if not run_record.is_finished(self.directory):
-            return False
-        self.must_equal(run_record.config_of(self.directory), f"{self.directory} holds")
-        return True
-
-    def replacing(self) -> Config:
-        """The configuration with which it starts: the rest of an interrupted run is replaced."""
-        section = dataclasses.replace(self.config.run, overwrite=True)
-        return dataclasses.replace(self.config, run=section)
-
-    def must_equal(self, other: Config, where: str) -> None:
-        """UserError naming the settings in which a finished run is another one."""
-        before = run_record.settings(other)
-        refuse_other_settings(before, run_record.settings(self.config), self.name, where)
 
 
 def compare(
@@ -272,16 +237,6 @@ def rollout_budget(config: Config) -> int:
         paid = selection.num_selected
         budget = -(-budget * (selection.num_candidates + paid) // paid)
     return budget
-
-
-def refuse_other_settings(before: dict, now: dict, run: str, where: str) -> None:
-    """UserError if a finished run of that name has other settings."""
-    changed = run_record.differences(before, now)
-    if changed:
-        raise UserError(
-            f"{where} a finished {run} with other settings ({'; '.join(changed)}); "
-            "choose another --dir and --name, or give the same settings"
-        )
 
 
 def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_waiting: int) -> str:

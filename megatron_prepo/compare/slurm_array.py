@@ -18,15 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING
 
+from megatron_prepo.compare.planned_run import PlannedRun
 from megatron_prepo.config import literal
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import slurm_time
 from megatron_prepo.launch.peers import UNREACHABLE_EXIT_CODE
-
-if TYPE_CHECKING:
-    from megatron_prepo.compare.runner import PlannedRun
 
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 120.0
@@ -72,12 +69,12 @@ class Slurm:
 
 
 def run_all(
-    waiting: "Sequence[PlannedRun]",
+    waiting: Sequence[PlannedRun],
     config_path: str | Path,
     directory: Path,
     slurm: Slurm,
     jobs: int | None = None,
-) -> "Iterator[tuple[PlannedRun, int]]":
+) -> Iterator[tuple[PlannedRun, int]]:
     """Submit what is not queued, wait for all; gives each run and its exit code as it ends.
 
     At most `jobs` of them run at a time.
@@ -106,7 +103,7 @@ def run_all(
 
 
 def script(
-    runs: "Sequence[PlannedRun]",
+    runs: Sequence[PlannedRun],
     config_path: str | Path,
     place: Path,
     slurm: Slurm,
@@ -158,7 +155,7 @@ def script(
     )
 
 
-def _submit(runs: "Sequence[PlannedRun]", text: str, place: Path) -> str:
+def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
     """Return the number of the array."""
     for run in runs:
         run.directory.mkdir(parents=True, exist_ok=True)
@@ -182,7 +179,7 @@ def _submit(runs: "Sequence[PlannedRun]", text: str, place: Path) -> str:
     return number
 
 
-def _queued(place: Path, waiting: "Sequence[PlannedRun]") -> dict[str, str]:
+def _queued(place: Path, waiting: Sequence[PlannedRun]) -> dict[str, str]:
     """Return the tasks of earlier arrays that Slurm still has, by the names of their runs."""
     names = {run.name for run in waiting}
     queued = {}
@@ -216,8 +213,8 @@ def _alive(number: str) -> set[str] | None:
 
 
 def _ends(
-    waiting: "Sequence[PlannedRun]", queued: dict[str, str], place: Path
-) -> "Iterator[tuple[PlannedRun, int]]":
+    waiting: Sequence[PlannedRun], queued: dict[str, str], place: Path
+) -> Iterator[tuple[PlannedRun, int]]:
     left, silent = list(waiting), 0
     while left:
         alive: set[str] = set()
@@ -235,7 +232,7 @@ def _ends(
             sleep(POLL_SECONDS)
 
 
-def _exit_code(run: "PlannedRun", written: Path) -> int:
+def _exit_code(run: PlannedRun, written: Path) -> int:
     """Return that of a task that has ended; 1 if it was cancelled, or its node lost."""
     if (run.directory / "summary.json").is_file():
         return 0

@@ -46,6 +46,23 @@ NETWORK = 50e9
 """Bytes a second between machines for each GPU: a 400 Gb/s adapter each (DGX H100, H200, B200)."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of one run; `gpus.Published` of one's own."""
+
+    parameters: float
+    gpu: str
+    """Name in `gpus.GPUS`."""
+    rates: dict[str, float]
+    seconds: dict[str, float]
+    """Of the weight sync."""
+    source: str
+
+    def rate(self, stage: str) -> float:
+        """Active parameters times tokens, a second and GPU."""
+        return self.rates[stage]
+
+
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """The published peak of a device for products of this type; None where we know of none.
 

@@ -5,30 +5,12 @@ first step, which warms up.  A rate is active parameters times tokens, a second 
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
-from megatron_prepo.plan.gpus import DEVICE_NAMES, bubble
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of one run; `gpus.Published` of one's own."""
-
-    parameters: float
-    gpu: str
-    """Name in `gpus.GPUS`."""
-    rates: dict[str, float]
-    seconds: dict[str, float]
-    """Of the weight sync."""
-    source: str
-
-    def rate(self, stage: str) -> float:
-        """Active parameters times tokens, a second and GPU."""
-        return self.rates[stage]
+from megatron_prepo.plan.gpus import DEVICE_NAMES, Measured, bubble
 
 
 def rates_of(directory: str | Path) -> Measured:

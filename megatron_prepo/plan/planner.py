@@ -24,8 +24,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import gpus as gpu_rates
-from megatron_prepo.plan.gpus import GIB, GPUS, Gpu
-from megatron_prepo.plan.measured_rates import Measured
+from megatron_prepo.plan.gpus import GIB, GPUS, Gpu, Measured
 from megatron_prepo.plan.memory import Layers, head_workspace, kv_bytes_a_token, stage_activations
 
 ENGINES = ("embedded", "sglang", "elsewhere")
