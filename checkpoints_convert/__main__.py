@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from megatron_prepo.data import read_records
-from megatron_prepo.errors import UserError, in_one_line
+from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
+from megatron_prepo.process.command import in_one_line
 
 
 @in_one_line

@@ -10,7 +10,7 @@ from megatron_prepo.cli import main
 from tests.e2e.laptop import REPOSITORY, metrics
 
 KILLED = REPOSITORY / "tests" / "data" / "run_of_d7965c3.tar.xz"
-"""Of commit d7965c3, before modules were moved into folders: killed in step 5 of 6, checkpoint at 4.
+"""Of commit d7965c3, before modules moved into folders: killed in step 5 of 6, checkpoint at 4.
 
     megatron-prepo train examples/laptop/prepo.yaml run.dir=runs/begun train.total_steps=6 \\
       parallel.tensor=1 selection.num_candidates=24 selection.num_selected=8 \\

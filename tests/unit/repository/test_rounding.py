@@ -17,19 +17,19 @@ NOT_ROUNDING = {
         "test_transformers_reaches_the_same_pass_rate": "pass rates of a few hundred samples",
     },
     "e2e/test_machine_faults.py": {"test_the_clock_does_jump": "seconds"},
-    "unit/test_bench_head.py": {
+    "unit/tools/test_bench_head.py": {
         "test_naive_holds_a_few_times_the_float32_logits": "numbers a token",
     },
-    "unit/test_bench_plan.py": {"test_the_most_bytes_are_those_alive_at_once": "bytes of scalars"},
-    "unit/test_comparison.py": {"test_some_seeds_miss": "draws of a bootstrap"},
-    "unit/test_memory.py": {
+    "unit/tools/test_bench_plan.py": {"test_the_most_bytes_are_those_alive_at_once": "bytes of scalars"},
+    "unit/compare/test_analysis.py": {"test_some_seeds_miss": "draws of a bootstrap"},
+    "unit/plan/test_memory.py": {
         "test_a_layers_activations_are_what_autograd_keeps": "bytes of routing probabilities",
     },
-    "unit/test_pass_rates.py": {
+    "unit/evaluation/test_pass_at_k.py": {
         "test_the_interval_of_many_problems_is_the_normal_one": "draws of a bootstrap",
         "test_the_mean_over_suites_counts_each_suite_once": "draws of a bootstrap",
     },
-    "unit/test_plan.py": {
+    "unit/plan/test_plan.py": {
         "test_the_distributed_optimizer_splits_as_planned": "padding of shards",
         "test_bytes_of_a_rank_by_hand": "padding of shards",
         "test_an_offloaded_optimizer_takes_host_memory": "whole bytes",
@@ -37,7 +37,7 @@ NOT_ROUNDING = {
         "test_what_suggestions_are_made_of_is_the_real_model": "layers alike",
         "test_suggestions_fit_and_come_in_order": "layers alike",
     },
-    "unit/test_tasks.py": {"test_worked_answers_have_the_promised_lengths": "samples"},
+    "unit/rewards/test_tasks.py": {"test_worked_answers_have_the_promised_lengths": "samples"},
 }
 
 
@@ -96,7 +96,7 @@ def test_what_counts_as_chosen(line, found):
 def test_no_allowance_for_rounding_is_a_chosen_number():
     for path in sorted(TESTS.rglob("*.py")):
         name = path.relative_to(TESTS).as_posix()
-        if name not in ("rounding.py", "unit/test_rounding.py"):
+        if name not in ("rounding.py", "unit/repository/test_rounding.py"):
             assert chosen(path.read_text()) == NOT_ROUNDING.get(name, {}).keys(), name
 
 
