@@ -231,14 +231,14 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_prepo.plan import text as plan_text
 
     config = configuration.load(options.config, options.overrides)
-    question = plan.Question(
+    question = plan.PlanRequest(
         gpus=options.gpus,
         gpu=options.gpu,
         engine=options.engine,
         engine_tensor=options.engine_tensor,
         prompt_tokens=options.prompt_tokens,
         response_tokens=options.response_tokens,
-        rates=measured.rates_of(options.rates) if options.rates else None,
+        rates=measured.read_rates(options.rates) if options.rates else None,
     )
     answer = plan.make_plan(config, question)
     suggestions = layouts.suggest(config, question)

@@ -101,7 +101,7 @@ def memory(model: Path, megatron: dict, length: int, num_sequences: int) -> dict
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(hf | {"num_hidden_layers": layers}))
         config = configuration(folder, megatron, length, num_sequences)
-        question = plan.Question(gpus=1, engine="elsewhere")
+        question = plan.PlanRequest(gpus=1, engine="elsewhere")
         (rank,) = plan.make_plan(config, question).ranks
         measured = _learn(config, length, 2 * num_sequences, hf["vocab_size"])
     planned = rank.actor + rank.activations + rank.head

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.files import atomic as durable
-from megatron_prepo.models.flops import Work
+from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.process import machine
@@ -256,7 +256,7 @@ def products(case: Case, answers: dict[str, list[dict]]) -> dict:
     peak = 2 * 1024**3 / min(seconds)
     rates = {"peak_gflops": peak / 1e9}
     for task, times, passed in (("score", 1, case), ("update", 3, case.learnt())):
-        work = Work.of(scored_sequence(rollout) for rollout in passed.rollouts(0))
+        work = FlopCount.of(scored_sequence(rollout) for rollout in passed.rollouts(0))
         spent = median(answer["seconds"][task] for answer in answers[task][1:])
         flops = times * work.flops(shape) / spent
         rates[task] = {"gflops": flops / 1e9, "of_peak": flops / peak}

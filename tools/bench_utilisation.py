@@ -31,7 +31,7 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
 from megatron_prepo.files import atomic as durable
-from megatron_prepo.models.flops import Work, layer_parameters
+from megatron_prepo.models.flops import FlopCount, layer_parameters
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.gpus import peak_flops
@@ -107,7 +107,7 @@ def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
         parallel.shut_down()
     gc.collect()
     torch.cuda.empty_cache()
-    work = Work.of(sequences)
+    work = FlopCount.of(sequences)
     return {
         "model": model.parent.name if model.name == "model" else model.name,
         "layers": layers,
@@ -167,7 +167,7 @@ def passes(actor: Actor, sequences: list[ScoredSequence]) -> dict:
     return {"seconds": {task: spent[1:] for task, spent in seconds.items()}, "peak_bytes": peak}
 
 
-def rates(shape: Shape, work: Work, measured: dict, dtype: str) -> dict:
+def rates(shape: Shape, work: FlopCount, measured: dict, dtype: str) -> dict:
     """With tokens and operations a second, and the share of the peak where one is published."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak, result = peak_flops(device, dtype), dict(measured)

@@ -35,7 +35,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Saving:
+class Savings:
     """What the baseline pays to the target over what the arm pays: above 1, the arm is cheaper.
 
     A draw or an arm that misses the target within its budget bounds the ratio from above only.
@@ -94,7 +94,7 @@ class ArmResult:
     mean_pass: Estimate
     """Mean pass rate over the baseline's budget of rollouts: the area under the curve."""
     mean_pass_difference: Estimate | None
-    savings: dict[tuple[str, float], Saving]
+    savings: dict[tuple[str, float], Savings]
     """By axis and quota; empty without a baseline that gains."""
 
 
@@ -203,7 +203,7 @@ def first_reached(x_M: np.ndarray, y_DM: np.ndarray, target_D: np.ndarray) -> np
 
 def saving(
     arm: Arm, baseline: Arm, axis: str, quota: float, base: float, draws: int = DRAWS
-) -> Saving:
+) -> Savings:
     """The arm's saving at one target, and its interval."""
     x_M, y_SM = on_common_grid(arm.curves(axis))
     x_of_baseline_M, y_of_baseline_SM = on_common_grid(baseline.curves(axis))
@@ -240,7 +240,7 @@ def saving(
         # a missed draw could lie anywhere below: with so many, the limit could, too
         low_missed = bool(sorted_missed_D.mean() > 0.025)
         reached_draws = float(1 - sorted_missed_D.mean())
-    return Saving(
+    return Savings(
         ratio=float(ratio),
         missed=bool(missed),
         low=low,

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_prepo.compare import analysis as comparison
 from megatron_prepo.compare import figures
 from megatron_prepo.compare import record as run_record
-from megatron_prepo.compare.analysis import Arm, ArmResult, Estimate, Saving
+from megatron_prepo.compare.analysis import Arm, ArmResult, Estimate, Savings
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 
@@ -261,7 +261,7 @@ def ratio_words(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 100 else "&gt; 100"
 
 
-def interval_words(saving: Saving) -> str:
+def interval_words(saving: Savings) -> str:
     """`1.10 to 1.60`; with “<” before a limit that is only bounded."""
     if saving.low is None:
         return ""

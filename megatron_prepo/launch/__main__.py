@@ -76,7 +76,7 @@ def _fits(job: Job, gpu: str) -> bool:
     from megatron_prepo.plan import text as plan_text
 
     elsewhere = job.server_nodes or job.config.servers.urls
-    question = plan.Question(
+    question = plan.PlanRequest(
         gpus=job.ranks,
         gpu=gpu,
         engine="elsewhere" if elsewhere else None,

@@ -29,7 +29,7 @@ from megatron_prepo.records import ScoredSequence
 
 
 @dataclass(frozen=True)
-class Work:
+class FlopCount:
     """What passes over some sequences ask for."""
 
     tokens: int = 0
@@ -39,11 +39,11 @@ class Work:
     """A token and one that it attends to, itself included."""
 
     @classmethod
-    def of(cls, sequences: Iterable[ScoredSequence]) -> "Work":
+    def of(cls, sequences: Iterable[ScoredSequence]) -> "FlopCount":
         """Causal attention, each sequence for itself.
 
-        >>> Work.of([ScoredSequence((7, 8, 9), start=2), ScoredSequence((7, 8), start=1)])
-        Work(tokens=5, scored=2, pairs=9)
+        >>> FlopCount.of([ScoredSequence((7, 8, 9), start=2), ScoredSequence((7, 8), start=1)])
+        FlopCount(tokens=5, scored=2, pairs=9)
         """
         lengths_and_scored = [(len(s.tokens), s.num_scored) for s in sequences]
         return cls(

@@ -47,7 +47,7 @@ NETWORK = 50e9
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRates:
     """Of one run; `gpus.Published` of one's own."""
 
     parameters: float
@@ -155,7 +155,7 @@ EXPERTS = (
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a step asks for, in tokens."""
 
     parameters: float
@@ -177,9 +177,9 @@ def published(experts: bool) -> tuple[Published, ...]:
 
 
 def predict_seconds(
-    work: Work, *, gpu: Gpu, gpus: int, runs: Sequence
+    work: StepWork, *, gpu: Gpu, gpus: int, runs: Sequence
 ) -> dict[str, tuple[float, float]]:
-    """(fast, slow) seconds of each stage of a step, by the runs, `Published` or `Measured`.
+    """(fast, slow) seconds of each stage of a step, by the runs, `Published` or `MeasuredRates`.
 
     Work is parameters times tokens.  Rates scale with the number of GPUs; generation with the GPU's
     memory bandwidth over that of the run's, scoring and learning with its arithmetic: our scaling,

@@ -22,7 +22,7 @@ from megatron_prepo.plan import gpus as gpu_rates
 from megatron_prepo.plan import planner as plan
 from megatron_prepo.plan.gpus import GPUS
 from megatron_prepo.plan.memory import exchanged_numbers
-from megatron_prepo.plan.planner import Held, Question, longest, num_micro_batches
+from megatron_prepo.plan.planner import ParameterCounts, PlanRequest, longest, num_micro_batches
 
 RECOMPUTE = {
     "recompute_granularity": "full",
@@ -60,7 +60,7 @@ class _Parts:
     gradient_bytes: int
 
 
-def suggest(config: Config, question: Question, *, most: int = 5) -> list[Layout]:
+def suggest(config: Config, question: PlanRequest, *, most: int = 5) -> list[Layout]:
     """The best layouts that fit, each tensor, pipeline and expert size in its best variant."""
     hf = read_hf_config(config.model.hf)
     shape = Shape.of(hf)
@@ -79,7 +79,7 @@ def suggest(config: Config, question: Question, *, most: int = 5) -> list[Layout
     return sorted(best.values(), key=lambda layout: (layout.seconds, layout.total))[:most]
 
 
-def _variants(config: Config, hf: dict, question: Question) -> Iterator[Config]:
+def _variants(config: Config, hf: dict, question: PlanRequest) -> Iterator[Config]:
     from megatron_prepo.actor.model import check_layout
 
     tree = to_tree(config)
@@ -151,7 +151,7 @@ def _parts(config: Config, hf: dict) -> _Parts:
 
 
 def _evaluate(
-    config: Config, original: Config, question: Question, hf: dict, shape: Shape, parts: _Parts
+    config: Config, original: Config, question: PlanRequest, hf: dict, shape: Shape, parts: _Parts
 ) -> Layout | None:
     """The layout if it fits."""
     ranks, engine = _ranks(config, question, hf, shape, parts)
@@ -166,14 +166,14 @@ def _evaluate(
     )
 
 
-def _ranks(config: Config, question: Question, hf: dict, shape: Shape, parts: _Parts):
+def _ranks(config: Config, question: PlanRequest, hf: dict, shape: Shape, parts: _Parts):
     parallel = config.parallel
     replicas = parallel.data * parallel.context  # of a weight that is not an expert's
     expert_ranks = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor)
     layers = shape.layers // parallel.pipeline
     tied = bool(hf.get("tie_word_embeddings"))
 
-    def held(stage: int) -> Held:
+    def held(stage: int) -> ParameterCounts:
         dense = layers * parts.layer
         if stage == 0:
             dense += parts.embedding
@@ -181,7 +181,7 @@ def _ranks(config: Config, question: Question, hf: dict, shape: Shape, parts: _P
             dense += shape.hidden + (parts.embedding if stage or not tied else 0)
         experts = layers * parts.experts
         shard = dense / replicas + experts / expert_ranks
-        return Held(dense + experts, dense + experts, shard, parts.gradient_bytes)
+        return ParameterCounts(dense + experts, dense + experts, shard, parts.gradient_bytes)
 
     whole = _whole_parameters(parallel, shape, parts, tied)
     engine = plan.build_engine(config, question, shape, whole)
@@ -199,7 +199,7 @@ def _whole_parameters(parallel, shape: Shape, parts: _Parts, tied: bool) -> int:
     return parallel.tensor * dense + spread * shape.layers * parts.experts
 
 
-def _seconds(config: Config, question: Question, shape: Shape, parts: _Parts, ranks) -> float:
+def _seconds(config: Config, question: PlanRequest, shape: Shape, parts: _Parts, ranks) -> float:
     parallel, gpu = config.parallel, GPUS[question.gpu]
     runs = plan.runs_behind(question, shape)
     whole = _whole_parameters(parallel, shape, parts, tied=False)

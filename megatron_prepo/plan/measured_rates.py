@@ -10,10 +10,10 @@ from statistics import median
 
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
-from megatron_prepo.plan.gpus import DEVICE_NAMES, Measured, bubble
+from megatron_prepo.plan.gpus import DEVICE_NAMES, MeasuredRates, bubble
 
 
-def rates_of(directory: str | Path) -> Measured:
+def read_rates(directory: str | Path) -> MeasuredRates:
     """The rates of a run.
 
     Raises UserError for one that has not ended, has one step only, had its engine on GPUs that are
@@ -39,7 +39,7 @@ def rates_of(directory: str | Path) -> Measured:
             "run whose engine was on its own"
         )
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    counted = plan.make_plan(config, plan.Question(gpus=ranks, gpu=DEVICE_NAMES[device]))
+    counted = plan.make_plan(config, plan.PlanRequest(gpus=ranks, gpu=DEVICE_NAMES[device]))
     parallel, active = config.parallel, counted.active_parameters
     # a prediction adds what its own pipeline idles, so the run's is taken out
     idle = bubble(parallel.pipeline, counted.micro_batches, parallel.virtual_pipeline)
@@ -50,7 +50,7 @@ def rates_of(directory: str | Path) -> Measured:
             raise UserError(f"--rates {directory}: no step behind the first has learnt anything")
         return median(values)
 
-    return Measured(
+    return MeasuredRates(
         parameters=counted.parameters,
         gpu=DEVICE_NAMES[device],
         rates={

@@ -24,7 +24,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import gpus as gpu_rates
-from megatron_prepo.plan.gpus import GIB, GPUS, Gpu, Measured
+from megatron_prepo.plan.gpus import GIB, GPUS, Gpu, MeasuredRates
 from megatron_prepo.plan.memory import Layers, head_workspace, kv_bytes_a_token, stage_activations
 
 ENGINES = ("embedded", "sglang", "elsewhere")
@@ -34,7 +34,7 @@ fragmentation: a guess of ours, to be replaced by what a run measures."""
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What a plan is asked for besides the configuration."""
 
     gpus: int
@@ -49,7 +49,7 @@ class Question:
     response_tokens: float | None = None
     """Mean length of a completion; empty: the longest, `rollout.max_new_tokens`."""
     reserve: int = RESERVE
-    rates: Measured | None = None
+    rates: MeasuredRates | None = None
     """Of a run of one's own; empty: published ones."""
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Held:
+class ParameterCounts:
     """Parameters of a rank, as Megatron-Core's buffers hold them."""
 
     parameters: int
@@ -156,7 +156,7 @@ class Plan:
         return most + self.reserve <= self.memory and self.engine.sequences_at_once > 0
 
 
-def make_plan(config: Config, question: Question) -> Plan:
+def make_plan(config: Config, question: PlanRequest) -> Plan:
     """Build, check and predict.  Raises UserError for a layout that cannot be."""
     from megatron_prepo.actor.dry_run import count_parameters, each_stage
     from megatron_prepo.actor.optimizer import ddp_config
@@ -178,7 +178,7 @@ def make_plan(config: Config, question: Question) -> Plan:
     parameters = count_parameters(hf, stages)
     engine = build_engine(config, question, shape, parameters)
     ranks = tuple(
-        rank_memory(config, shape, engine, stage.stage, stage.layers, _held(stage))
+        rank_memory(config, shape, engine, stage.stage, stage.layers, _parameter_counts(stage))
         for stage in stages
     )
     engine = with_room(config, question, shape, engine, ranks)
@@ -214,7 +214,7 @@ def make_plan(config: Config, question: Question) -> Plan:
     )
 
 
-def runs_behind(question: Question, shape: Shape) -> tuple:
+def runs_behind(question: PlanRequest, shape: Shape) -> tuple:
     """The runs whose rates predict: one's own, or the published ones of that kind of model."""
     return (question.rates,) if question.rates else gpu_rates.published(bool(shape.experts))
 
@@ -337,7 +337,7 @@ def rollouts_a_step(config: Config) -> tuple[int, int]:
 
 
 def rank_memory(
-    config: Config, shape: Shape, engine: Engine, stage: int, layers: int, held: Held
+    config: Config, shape: Shape, engine: Engine, stage: int, layers: int, held: ParameterCounts
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
     from megatron_prepo.actor.cpu_offload import offload_fraction
@@ -404,8 +404,8 @@ def head_bytes(config: Config, shape: Shape) -> int:
     )
 
 
-def _held(stage) -> Held:
-    return Held(
+def _parameter_counts(stage) -> ParameterCounts:
+    return ParameterCounts(
         parameters=stage.parameters,
         padded=sum(buffer.padded for buffer in stage.buffers),
         shard=sum(buffer.padded / buffer.ranks for buffer in stage.buffers),
@@ -413,7 +413,7 @@ def _held(stage) -> Held:
     )
 
 
-def build_engine(config: Config, question: Question, shape: Shape, parameters: int) -> Engine:
+def build_engine(config: Config, question: PlanRequest, shape: Shape, parameters: int) -> Engine:
     """The engine on these GPUs, before it is known how much room its key-value cache has."""
     name = question.engine or config.rollout.engine
     of_type = 2 if config.model.dtype == "bfloat16" else 4
@@ -442,7 +442,11 @@ def _smallest_tensor(weights: int, gpu: Gpu, gpus: int) -> int:
 
 
 def with_room(
-    config: Config, question: Question, shape: Shape, engine: Engine, ranks: tuple[RankMemory, ...]
+    config: Config,
+    question: PlanRequest,
+    shape: Shape,
+    engine: Engine,
+    ranks: tuple[RankMemory, ...],
 ) -> Engine:
     """With `sequences_at_once`: SGLang's cache takes what the fullest GPU has left."""
     if engine.name != "sglang":
@@ -454,7 +458,9 @@ def with_room(
     return dataclasses.replace(engine, sequences_at_once=at_once)
 
 
-def _work(config: Config, question: Question, parameters: int, active: int) -> gpu_rates.Work:
+def _work(
+    config: Config, question: PlanRequest, parameters: int, active: int
+) -> gpu_rates.StepWork:
     from megatron_prepo.selection import METHODS
 
     selection, group = config.selection, config.rollout.samples_per_prompt
@@ -463,7 +469,7 @@ def _work(config: Config, question: Question, parameters: int, active: int) -> g
     scored = selection.num_candidates if METHODS[selection.method].needs_scores else 0
     least, _ = rollouts_a_step(config)
     learnt = selection.num_selected * group * (prompt + response)
-    return gpu_rates.Work(
+    return gpu_rates.StepWork(
         parameters=parameters,
         active_parameters=active,
         prompt_tokens=scored * prompt,

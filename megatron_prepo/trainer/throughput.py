@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import Config
-from megatron_prepo.models.flops import Work
+from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.gpus import GIB, peak_flops
 from megatron_prepo.prepo.advantages import group_advantages
@@ -51,7 +51,7 @@ class Throughput:
         With `train.overlap` a step scores the next step's candidates, and the first also its own.
         """
         by_actor = self.config.selection.ppl_from == "actor"
-        prompts = Work.of(
+        prompts = FlopCount.of(
             ScoredSequence(prompt.tokens, 1)
             for candidates in scored
             if by_actor and candidates.ppl_P is not None
@@ -62,14 +62,14 @@ class Throughput:
         rates = {}
         for stage, work, passes, forwards in (
             ("perplexity", prompts, 1, FORWARD),
-            ("old_logprobs", Work.of(sequences), scorings, FORWARD),
-            ("update", Work.of(learnt), 1, FORWARD_AND_BACKWARD),
+            ("old_logprobs", FlopCount.of(sequences), scorings, FORWARD),
+            ("update", FlopCount.of(learnt), 1, FORWARD_AND_BACKWARD),
         ):
             spent = seconds.so_far(stage) * self.ranks / passes
             rates |= self.rates(stage, work, forwards, spent)
         return rates | peak_memory()
 
-    def rates(self, stage: str, work: Work, forwards: int, seconds: float) -> dict[str, float]:
+    def rates(self, stage: str, work: FlopCount, forwards: int, seconds: float) -> dict[str, float]:
         """Of one pass, which costs so many forward passes, in seconds of all ranks together.
 
         Nothing where nothing was done.

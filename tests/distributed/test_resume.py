@@ -237,7 +237,7 @@ def saved_meanwhile(tree, actor, fresh, first):
         checkpoints.journal.directory.mkdir(exist_ok=True)
         for line in lines:
             line.touch()
-    with Held() as held:
+    with ParameterCounts() as held:
         updates = []
         for _ in range(2):
             actor.update(batch())
@@ -261,7 +261,7 @@ def saved_meanwhile(tree, actor, fresh, first):
     return updates, before, (states, run_then.num_steps, actor.updates)
 
 
-class Held:
+class ParameterCounts:
     """Threads that write wait, on this rank if so, until they are let go."""
 
     def __init__(self, here=True):
@@ -296,7 +296,7 @@ def in_the_background(hf, scratch):
             there = [f"{scratch}/{kind}-{layout.replace(' ', '-')}" for kind in ("at-once", "late")]
             actor.update(batch())
             at_once = actor.save(there[0], step=1)
-            with Held() as held:
+            with ParameterCounts() as held:
                 saving = actor.start_saving(there[1], step=1)
                 actor.update(batch())
                 named_early = saving.done() or list(checkpoint.all_of(there[1]))
@@ -307,7 +307,7 @@ def in_the_background(hf, scratch):
 
     with ActorOn(hf, "tp2") as actor:
         rank = torch.distributed.get_rank()
-        with Held(here=rank == 1):
+        with ParameterCounts(here=rank == 1):
             saving = actor.start_saving(there[0], step=2)
             result["late"] = error_of(lambda: saving.finish(timeout_minutes=0.01))
         saving.thread.join()

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
-from megatron_prepo.models.flops import Work
+from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
@@ -35,7 +35,7 @@ def test_against_torchs_counter_on_transformers(family, tmp_path):
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     num_tokens = SEQUENCES * LENGTH
-    expected = Work(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
+    expected = FlopCount(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
     # how transformers makes the rotary embedding's angles is no part of the model
     with FlopCounterMode(display=False) as angles:
         model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])
@@ -54,10 +54,10 @@ def test_the_actor_takes_the_heads_product_of_scored_tokens_only(tmp_path):
             actor.score(sequences, temperature=1.0)
     finally:
         parallel.shut_down()
-    work = Work.of(sequences)
-    assert work == Work(SEQUENCES * LENGTH, SEQUENCES * 11, SEQUENCES * 153)
+    work = FlopCount.of(sequences)
+    assert work == FlopCount(SEQUENCES * LENGTH, SEQUENCES * 11, SEQUENCES * 153)
     # the last token of a sequence predicts nothing, and is in no row
-    passed = Work(work.tokens - SEQUENCES, work.scored)
+    passed = FlopCount(work.tokens - SEQUENCES, work.scored)
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for operator, n in counts.items() if "attention" not in str(operator))
     assert products == passed.flops(Shape.of(actor.hf))

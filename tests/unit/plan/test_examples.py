@@ -49,7 +49,7 @@ def test_a_cluster_sized_example_fits_and_counts_parameters_as_transformers_does
     config = configuration.load(path)
     parallel = config.parallel
     gpus = parallel.tensor * parallel.pipeline * parallel.data
-    answer = plan.make_plan(config, plan.Question(gpus=gpus, engine="sglang"))
+    answer = plan.make_plan(config, plan.PlanRequest(gpus=gpus, engine="sglang"))
     assert answer.fits and not answer.cautions, answer
     assert answer.parameters == parameters_in_transformers(config.model.hf)
 

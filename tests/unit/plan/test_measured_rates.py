@@ -52,7 +52,7 @@ def write(run, steps: list[dict], device: str = H100) -> None:
 
 def seconds(run, gpu: str, count: int) -> dict:
     config = configuration.load(run / "config.yaml")
-    question = plan.Question(gpus=count, gpu=gpu, rates=measured.rates_of(run))
+    question = plan.PlanRequest(gpus=count, gpu=gpu, rates=measured.read_rates(run))
     return plan.make_plan(config, question).seconds
 
 
@@ -70,9 +70,9 @@ def test_a_pipelines_idle_time_is_counted_once(run):
     with (run / "config.yaml").open("a") as file:
         file.write("parallel: {pipeline: 2}\n")
     assert seconds(run, "h100", 2)["update"] == approx(flat["update"])
-    rates = measured.rates_of(run)
+    rates = measured.read_rates(run)
     config = configuration.load(run / "config.yaml", ["parallel.pipeline=1"])
-    without = plan.make_plan(config, plan.Question(gpus=2, rates=rates)).seconds
+    without = plan.make_plan(config, plan.PlanRequest(gpus=2, rates=rates)).seconds
     assert without["update"][0] == approx(flat["update"][0] * 16 / 17)
 
 
@@ -114,4 +114,4 @@ def test_the_output_says_whose_rates_they_are(run, capsys):
 def test_a_run_that_says_nothing_is_refused(run, change, expected):
     change(run)
     with pytest.raises(UserError, match=expected):
-        measured.rates_of(run)
+        measured.read_rates(run)

@@ -155,7 +155,7 @@ def test_the_distributed_optimizer_splits_as_planned(hf, sizes):
 def test_bytes_of_a_rank_by_hand(configured):
     """Tensor 1, pipeline 1, data 8: 2 + 4 bytes a parameter, and 12, or 12 / 8."""
     config = configured(parallel={})
-    answer = plan.make_plan(config, plan.Question(gpus=8, engine="sglang"))
+    answer = plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang"))
     (rank,) = answer.ranks
     count = 7_615_616_512
     assert answer.parameters == answer.active_parameters == rank.parameters == count
@@ -164,7 +164,7 @@ def test_bytes_of_a_rank_by_hand(configured):
     assert rank.optimizer_split == pytest.approx(12 * count / 8, rel=1e-6)  # and padding
     assert rank.actor == rank.weights + rank.gradients + rank.optimizer_split
     whole = configured(parallel={}, optimizer={"use_distributed_optimizer": False})
-    (unsplit,) = plan.make_plan(whole, plan.Question(gpus=8, engine="sglang")).ranks
+    (unsplit,) = plan.make_plan(whole, plan.PlanRequest(gpus=8, engine="sglang")).ranks
     assert unsplit.actor == 18 * count
     assert unsplit.activations == rank.activations
 
@@ -177,7 +177,7 @@ def test_an_offloaded_optimizer_takes_host_memory(configured, megatron, fraction
     """12 bytes a parameter leave the GPU; 16, with the gradient, arrive."""
     sections = {"optimizer": {"use_distributed_optimizer": True}}
     offload = {"megatron": {"optimizer_cpu_offload": True, **megatron}}
-    question = plan.Question(gpus=8)
+    question = plan.PlanRequest(gpus=8)
     answer = plan.make_plan(configured(**sections, **offload), question)
     rank, plain = answer.ranks[0], plan.make_plan(configured(**sections), question).ranks[0]
     assert plain.optimizer_host == 0
@@ -190,7 +190,7 @@ def test_an_offloaded_optimizer_takes_host_memory(configured, megatron, fraction
 
 def test_total_is_the_fuller_of_learning_and_generating(configured):
     config = configured(parallel={"tensor": 4, "sequence": True})
-    ranks = plan.make_plan(config, plan.Question(gpus=8, engine="sglang")).ranks
+    ranks = plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang")).ranks
     for rank in ranks:
         assert rank.activations + rank.head > rank.kv_cache
         learning = rank.activations + rank.head
@@ -199,14 +199,14 @@ def test_total_is_the_fuller_of_learning_and_generating(configured):
 
 def test_pipeline_stages_hold_activations_of_as_many_micro_batches_as_are_under_way(configured):
     config = configured(parallel={"pipeline": 4})
-    ranks = plan.make_plan(config, plan.Question(gpus=8, engine="sglang")).ranks
+    ranks = plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang")).ranks
     last = ranks[-1].activations
     assert [rank.activations / last for rank in ranks] == [4, 3, 2, 1]
     assert [rank.head > 0 for rank in ranks] == [False, False, False, True]
 
 
 def test_a_kl_penalty_keeps_weights_twice_more(configured):
-    question = plan.Question(gpus=8, engine="sglang")
+    question = plan.PlanRequest(gpus=8, engine="sglang")
     config = configured(parallel={"pipeline": 4}, loss={"kl_coef": 0.01})
     answer = plan.make_plan(config, question)
     for rank in answer.ranks:
@@ -219,7 +219,7 @@ def test_a_kl_penalty_keeps_weights_twice_more(configured):
 
 def test_the_embedded_engine_is_whole_on_every_rank(configured):
     config = configured(parallel={"tensor": 4}, rollout={"batch_size": 100})
-    answer = plan.make_plan(config, plan.Question(gpus=8))
+    answer = plan.make_plan(config, plan.PlanRequest(gpus=8))
     assert answer.engine == plan.Engine("embedded", 1, 2 * 7_615_616_512, 128, 100)
     assert answer.ranks[0].kv_cache == 100 * 4096 * 56 * 1024
 
@@ -227,7 +227,7 @@ def test_the_embedded_engine_is_whole_on_every_rank(configured):
 def test_sglangs_cache_takes_what_the_actor_leaves(configured):
     config = configured(parallel={"tensor": 4, "sequence": True})
     answer = plan.make_plan(
-        config, plan.Question(gpus=8, engine="sglang", engine_tensor=2, reserve=40 * GIB)
+        config, plan.PlanRequest(gpus=8, engine="sglang", engine_tensor=2, reserve=40 * GIB)
     )
     engine = answer.engine
     assert engine.weights == 7_615_616_512
@@ -235,7 +235,7 @@ def test_sglangs_cache_takes_what_the_actor_leaves(configured):
     assert engine.sequences_wanted == 1024 // 4
     assert 0 < engine.sequences_at_once == room // (4096 * 28 * 1024) < 256
     full = plan.make_plan(
-        config, plan.Question(gpus=8, engine="sglang", engine_tensor=2, reserve=0)
+        config, plan.PlanRequest(gpus=8, engine="sglang", engine_tensor=2, reserve=0)
     )
     assert full.engine.sequences_at_once == 256
 
@@ -244,7 +244,9 @@ def test_a_thousand_gpus_and_more(configured):
     """Nothing but group sizes changes: the shard shrinks with the data-parallel ranks."""
     config = configured(parallel={"tensor": 4, "pipeline": 2, "sequence": True})
     shards = [
-        plan.make_plan(config, plan.Question(gpus=count, engine="sglang")).ranks[0].optimizer_split
+        plan.make_plan(config, plan.PlanRequest(gpus=count, engine="sglang"))
+        .ranks[0]
+        .optimizer_split
         for count in (256, 1024)
     ]
     assert shards[0] == pytest.approx(4 * shards[1], rel=1e-3)  # but for padding
@@ -267,21 +269,21 @@ def test_a_thousand_gpus_and_more(configured):
 )
 def test_what_cannot_be_is_refused(configured, sections, gpu_count, expected):
     with pytest.raises(UserError, match=expected):
-        plan.make_plan(configured(**sections), plan.Question(gpus=gpu_count, engine="sglang"))
+        plan.make_plan(configured(**sections), plan.PlanRequest(gpus=gpu_count, engine="sglang"))
 
 
 def test_experts_under_tensor_parallelism_need_sequence_parallelism(configured):
     """Megatron says so itself, but only in the first forward pass of training."""
     config = configured(EXPERTS | {"max_position_embeddings": 8192}, parallel={"tensor": 2})
     with pytest.raises(UserError, match=r"set parallel\.sequence=true"):
-        plan.make_plan(config, plan.Question(gpus=2))
+        plan.make_plan(config, plan.PlanRequest(gpus=2))
 
 
 def test_tensor_parallelism_has_to_divide_the_width_of_an_expert(configured):
     hf = EXPERTS | {"max_position_embeddings": 8192, "moe_intermediate_size": 99}
     config = configured(hf, parallel={"tensor": 2, "sequence": True})
     with pytest.raises(UserError, match=r"parallel\.tensor=2 .* moe_intermediate_size=99"):
-        plan.make_plan(config, plan.Question(gpus=2))
+        plan.make_plan(config, plan.PlanRequest(gpus=2))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_tensor_parallelism_has_to_divide_the_width_of_an_expert(configured):
 )
 def test_a_wrong_question_is_refused(configured, asked, expected):
     with pytest.raises(UserError, match=expected):
-        plan.make_plan(configured(), plan.Question(**asked))
+        plan.make_plan(configured(), plan.PlanRequest(**asked))
 
 
 def test_rollouts_of_a_run(configured):
@@ -303,7 +305,7 @@ def test_rollouts_of_a_run(configured):
 
     def paid(method: str, **train) -> tuple[int, int]:
         config = configured(selection={"method": method}, train=train)
-        return plan.make_plan(config, plan.Question(gpus=8, engine="sglang")).rollouts
+        return plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang")).rollouts
 
     assert paid("prepo") == paid("random") == (102_400, 102_400)
     assert paid("greso") == (102_400, 512_000)
@@ -314,7 +316,7 @@ def test_rollouts_of_a_run(configured):
 def test_a_budget_makes_a_run_of_refills_shorter(configured):
     """10,240 rollouts: 10 steps of 1,024, or 2 of 5,120; either way the rollouts cost the same."""
     config = configured(selection={"method": "greso"}, train={"rollout_budget": 10_240})
-    answer = plan.make_plan(config, plan.Question(gpus=8, engine="sglang"))
+    answer = plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang"))
     assert answer.rollouts == (10_240, 10_240)
     fast = {stage: both[0] for stage, both in answer.seconds.items()}
     slow = {stage: both[1] for stage, both in answer.seconds.items()} | {
@@ -329,7 +331,7 @@ def test_seconds_are_the_published_runs_themselves():
     """Asked for the very step that was published, the prediction contains it, stage by stage."""
     for run in gpus.DENSE + gpus.EXPERTS:
         tokens = run.rollouts * run.tokens
-        work = gpus.Work(run.parameters, run.active, 0, tokens, tokens, tokens, bubble=1.0)
+        work = gpus.StepWork(run.parameters, run.active, 0, tokens, tokens, tokens, bubble=1.0)
         seconds = gpus.predict_seconds(
             work, gpu=gpus.GPUS["h100"], gpus=run.gpus, runs=gpus.published(run in gpus.EXPERTS)
         )
@@ -339,7 +341,7 @@ def test_seconds_are_the_published_runs_themselves():
 
 
 def test_seconds_scale_with_work_gpus_and_bandwidth():
-    work = gpus.Work(7e9, 7e9, 1e5, 2e6, 3e6, 3e6, bubble=1.5)
+    work = gpus.StepWork(7e9, 7e9, 1e5, 2e6, 3e6, 3e6, bubble=1.5)
 
     def seconds(gpu: str, count: int) -> dict:
         return gpus.predict_seconds(
@@ -393,7 +395,7 @@ def test_exchanges_of_context_parallelism_by_hand():
 
 def test_context_ranks_on_several_machines_are_cautioned_against(configured):
     sizes = {"parallel": {"tensor": 4, "sequence": True, "context": 7}}
-    answer = plan.make_plan(configured(**sizes), plan.Question(gpus=28, engine="elsewhere"))
+    answer = plan.make_plan(configured(**sizes), plan.PlanRequest(gpus=28, engine="elsewhere"))
     assert any("parallel.tensor=4 x parallel.context=7" in line for line in answer.cautions)
 
 
@@ -419,7 +421,7 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
         ),
         world_size,
     )
-    question = plan.Question(gpus=world_size, engine="sglang", engine_tensor=1)
+    question = plan.PlanRequest(gpus=world_size, engine="sglang", engine_tensor=1)
     real = plan.make_plan(config, question)
     parts = layouts._parts(config, hf)
     composed, engine = layouts._ranks(config, question, hf, Shape.of(hf), parts)
@@ -431,7 +433,7 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
 
 def test_suggestions_fit_and_come_in_order(configured):
     config = configured()
-    question = plan.Question(gpus=8, engine="sglang")
+    question = plan.PlanRequest(gpus=8, engine="sglang")
     found = layouts.suggest(config, question)
     assert len(found) == 5
     assert [layout.seconds for layout in found] == sorted(layout.seconds for layout in found)
@@ -450,7 +452,7 @@ def test_suggestions_fit_and_come_in_order(configured):
 
 def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
     here, elsewhere = (
-        plan.make_plan(configured(), plan.Question(gpus=8, engine=engine))
+        plan.make_plan(configured(), plan.PlanRequest(gpus=8, engine=engine))
         for engine in ("sglang", "elsewhere")
     )
     for beside, alone in zip(here.ranks, elsewhere.ranks, strict=True):
@@ -465,13 +467,13 @@ def test_suggestions_undo_an_uneven_pipeline(configured):
     """Its numbers of layers belong to the configured pipeline, not to a suggested one."""
     uneven = {"num_layers_in_first_pipeline_stage": 13}
     config = configured(parallel={"pipeline": 2}, megatron=uneven)
-    best = layouts.suggest(config, plan.Question(gpus=8, engine="sglang"))[0]
+    best = layouts.suggest(config, plan.PlanRequest(gpus=8, engine="sglang"))[0]
     assert "megatron.num_layers_in_first_pipeline_stage=" in best.settings
 
 
 def suggested(config: Config) -> dict[tuple[str, ...], layouts.Layout]:
     """All suggestions for 16 GPUs, by the settings that make the pipeline."""
-    found = layouts.suggest(config, plan.Question(gpus=16, engine="elsewhere"), most=99)
+    found = layouts.suggest(config, plan.PlanRequest(gpus=16, engine="elsewhere"), most=99)
     return {
         tuple(word for word in layout.settings if "tensor" in word or "pipeline" in word): layout
         for layout in found
@@ -502,7 +504,7 @@ def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configure
 
 def test_recomputation_is_suggested_only_where_it_is_needed(configured):
     """On GPUs with room for everything, it would cost a fourth more arithmetic for nothing."""
-    question = plan.Question(gpus=8, gpu="b200", engine="sglang")
+    question = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
     best = layouts.suggest(configured(), question)[0]
     assert not any("recompute" in setting for setting in best.settings)
 

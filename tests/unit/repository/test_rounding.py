@@ -20,7 +20,9 @@ NOT_ROUNDING = {
     "unit/tools/test_bench_head.py": {
         "test_naive_holds_a_few_times_the_float32_logits": "numbers a token",
     },
-    "unit/tools/test_bench_plan.py": {"test_the_most_bytes_are_those_alive_at_once": "bytes of scalars"},
+    "unit/tools/test_bench_plan.py": {
+        "test_the_most_bytes_are_those_alive_at_once": "bytes of scalars"
+    },
     "unit/compare/test_analysis.py": {"test_some_seeds_miss": "draws of a bootstrap"},
     "unit/plan/test_memory.py": {
         "test_a_layers_activations_are_what_autograd_keeps": "bytes of routing probabilities",

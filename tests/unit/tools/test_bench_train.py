@@ -11,7 +11,7 @@ import torch
 from rounding import approx
 from tiny_models import qwen2
 
-from megatron_prepo.models.flops import Work
+from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.shape import Shape
 from tools import bench_train, bench_utilisation, train_case
 from tools.train_case import Case, Group
@@ -141,7 +141,7 @@ def test_utilisation_of_a_tiny_model(monkeypatch, tmp_path, capsys):
     result = json.loads(out.read_text())
     (case,) = result["cases"]
     hf = json.loads((tmp_path / "tiny" / "config.json").read_text())
-    work = Work.of(bench_utilisation.rollouts(3, 20, hf["vocab_size"]))
+    work = FlopCount.of(bench_utilisation.rollouts(3, 20, hf["vocab_size"]))
     assert (case["layers"], case["tokens"]) == (4, work.tokens)
     for arm in case["arms"].values():
         spent = median(arm["seconds"]["update"])

@@ -10,7 +10,7 @@ from tiny_models import SHAPE, actor_config
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import ProfileConfig
-from megatron_prepo.models.flops import Work
+from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.plan.gpus import DEVICE_NAMES, GPUS, peak_flops
 from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.run.profiling import profiled
@@ -65,7 +65,7 @@ def test_all_candidates_scored_in_a_step_count_and_rewards_at_the_mean_do_not():
 
 def test_operations_a_second_by_hand():
     rates = Throughput(actor_config("unused"), HF)
-    old, update = Work(22, 10, 10 + 15 + 21 + 28), Work(9, 3, 10 + 15)
+    old, update = FlopCount(22, 10, 10 + 15 + 21 + 28), FlopCount(9, 3, 10 + 15)
     assert measured()["speed/old_logprobs_tflops"] == old.flops(rates.shape) / 2e12
     assert measured()["speed/update_tflops"] == 3 * update.flops(rates.shape) / 4e12
 
