@@ -256,7 +256,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _reference(options: argparse.Namespace) -> int:
-    print(configuration.reference(), end="")
+    from megatron_prepo.config import reference
+
+    print(reference.markdown(), end="")
     return 0
 
 

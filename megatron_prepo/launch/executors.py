@@ -30,8 +30,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from megatron_prepo import internals, yaml_text
-from megatron_prepo.config import nearest, value_for
+from megatron_prepo import internals
+from megatron_prepo.config import nearest, value_for, yaml_text
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.launch import peers, slurm_time
 from megatron_prepo.launch.job import Job, local

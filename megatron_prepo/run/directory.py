@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prepo import config as configuration
-from megatron_prepo import yaml_text
-from megatron_prepo.config import Config, to_tree, to_yaml
+from megatron_prepo.config import Config, to_tree, to_yaml, yaml_text
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
 from megatron_prepo.files.atomic import write_text

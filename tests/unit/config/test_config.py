@@ -552,7 +552,7 @@ def test_round_trip_of_every_setting(tmp_path):
 
 
 def test_the_reference_lists_every_setting_once_with_its_meaning():
-    text = reference()
+    text = reference.markdown()
     for section, field in all_fields():
         assert f"## `{section.name}`\n" in text
         if field is None:

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from megatron_prepo import yaml_text
-from megatron_prepo.config import FilePath, from_tree, load, to_tree, to_yaml
+from megatron_prepo.config import FilePath, from_tree, load, to_tree, to_yaml, yaml_text
 from megatron_prepo.errors import MAX_LINE, UserError
 from tests.unit.config.test_config import all_fields, tree
 

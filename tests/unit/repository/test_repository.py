@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tiny_base
-from megatron_prepo import config as configuration
+from megatron_prepo.config import reference
 from tests.tiny_tasks import TASKS, load
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 def test_the_configuration_reference_is_that_of_the_code():
     """`make docs` writes it."""
-    assert (REPOSITORY / "docs" / "configuration.md").read_text() == configuration.reference()
+    assert (REPOSITORY / "docs" / "configuration.md").read_text() == reference.markdown()
 
 
 def test_links_of_the_readme_lead_somewhere():
