@@ -2,7 +2,7 @@
 
 The layout on disk is Megatron-LM's: `iter_0000042/` with the shards, and beside it
 `latest_checkpointed_iteration.txt`; an imported model is in `release/`.  A checkpoint gets its name
-only once it is whole (`saving.py`), and its manifest (`manifest.py`) says what whole means.
+only once it is whole (`async_save.py`), and its manifest (`manifest.py`) says what whole means.
 
 Beside the shards there may be
 

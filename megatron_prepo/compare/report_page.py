@@ -1,7 +1,7 @@
 """Runs and comparisons as one page: `megatron-prepo report RUN_OR_RESULTS... [--out report.html]`.
 
 The page needs no other file and no network: figures are inside it, and beside it as PNG for slides.
-Its numbers are those of `comparison.py`; `docs/compare.md` says what they mean.
+Its numbers are those of `compare/analysis.py`; `docs/compare.md` says what they mean.
 """
 
 import html

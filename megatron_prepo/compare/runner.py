@@ -3,7 +3,7 @@
     megatron-prepo compare CONFIG --methods random,prepo,dapo --seeds 1-5 --dir runs/compare/NAME
 
 Every run is a process of its own, in `DIR/ARM/SEED`, and leaves one record in `DIR/results.jsonl`
-(`run_record.py`).  What is finished is not run again, so the same command goes on after an
+(`compare/record.py`).  What is finished is not run again, so the same command goes on after an
 interruption.  `docs/compare.md` says what is equal and what the numbers mean.
 """
 

@@ -457,7 +457,7 @@ def _digest_of_file(path: Path) -> str:
 
 
 def _digest_of_model(place: Path) -> str:
-    """Of the content that decides numbers (`inputs.py`), wherever it lies."""
+    """Of the content that decides numbers (`inputs/digests.py`), wherever it lies."""
     if not (place / "config.json").is_file() and (place / "config.yaml").is_file():  # of a run
         exported = (place / "hf" / "config.json").is_file()
         place = place / ("hf" if exported else "checkpoints")

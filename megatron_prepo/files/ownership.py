@@ -10,7 +10,7 @@ then lists every file.  So
 
 A link is never ours, and what it points to is never touched.  The marker names no place, so a
 folder that was moved or copied is still known.  `lock.py` keeps two processes from one folder,
-`run_directory.py` knows what a run writes.
+`run/directory.py` knows what a run writes.
 """
 
 import itertools

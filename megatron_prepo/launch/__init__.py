@@ -8,7 +8,7 @@
 | `executors.py` | the job as a NeMo-Run experiment | yes |
 | `rank.py` | inside a Slurm job: one rank of the training | |
 | `servers.py` | inside a Slurm job: the SGLang servers of one node | |
-| `nodes.py` | what Slurm says of nodes and tasks | |
+| `process/slurm.py` | what Slurm says of nodes and tasks | |
 
 What runs inside a job needs nothing of NeMo-Run, so containers need not have it.
 """

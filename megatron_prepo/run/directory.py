@@ -78,7 +78,7 @@ LOGS = ("rank_*.log", "rank_*.error")
 """Files of `logs/` that a launcher replaces at every start; `run.overwrite` leaves them."""
 
 INPUTS = inputs.COMPARED
-"""Settings whose path may change while the content is the same (`inputs.py`)."""
+"""Settings whose path may change while the content is the same (`inputs/digests.py`)."""
 
 FREE = (
     "run",

@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | `config.yaml` | the resolved configuration |
-| `inputs.json` | digests of what the run reads (`inputs.py`) |
+| `inputs.json` | digests of what the run reads (`inputs/digests.py`) |
 | `prompts.json` | the chat template's date, and a digest of each prompt (`prompt_digests.py`) |
 | `metrics.jsonl` | one object a step |
 | `evaluations.jsonl` | one object an evaluation |

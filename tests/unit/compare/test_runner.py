@@ -202,9 +202,9 @@ def test_not_more_than_jobs_at_once(run_compare, tmp_path, monkeypatch):
 def test_an_interruption_ends_all_runs(config_path, tmp_path, number):
     """The fake starts a child of its own, as a run starts its ranks: that must go, too."""
     code = (
-        "import sys; from megatron_prepo import cli, compare; "
+        "import sys; from megatron_prepo import cli; from megatron_prepo.compare import runner; "
         f"fakes = dict(train={FAKE!r}, check=print); "
-        "compare.compare.__kwdefaults__.update(fakes); sys.exit(cli.main(sys.argv[1:]))"
+        "runner.compare.__kwdefaults__.update(fakes); sys.exit(cli.main(sys.argv[1:]))"
     )
     command = ["compare", str(config_path), "--methods=random,prepo", "--seeds=1", "--jobs=2"]
     environment = {**os.environ, "FAKE_SECONDS": "60", "FAKE_PIDS": str(tmp_path / "pids")}

@@ -15,7 +15,7 @@ import pytest
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock
 
-HOLD = "import sys, time; from megatron_prepo import lock; lock.take(sys.argv[1], 'it');"
+HOLD = "import sys, time; from megatron_prepo.files import lock; lock.take(sys.argv[1], 'it');"
 
 
 @pytest.fixture

@@ -694,7 +694,7 @@ def holding(directory: Path) -> subprocess.Popen:
     """Another process that has begun to use the directory."""
     code = (
         "import sys, time\n"
-        "from megatron_prepo import lock\n"
+        "from megatron_prepo.files import lock\n"
         "lock.take(sys.argv[1] + '/' + lock.FILE, 'it')\n"
         "print('held', flush=True)\n"
         "time.sleep(600)\n"
