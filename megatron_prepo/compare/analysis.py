@@ -1,8 +1,8 @@
 """What the records of a comparison say: pass rates, and rollouts saved, with intervals over seeds.
 
 The estimand is the ratio of what `random` pays to what another arm pays until the mean pass rate of
-its seeds first reaches a target.  All of it is arithmetic on records (`compare/record.py`) and nothing
-is random but the bootstrap, which is seeded.  `docs/compare.md` has the definitions in words.
+its seeds first reaches a target.  All of it is arithmetic on records (`record.py`), and nothing is
+random but the bootstrap, which is seeded.  `docs/compare.md` has the definitions in words.
 
 Letters: S seeds of an arm, M points of their common grid, D draws of the bootstrap.
 """

@@ -78,7 +78,8 @@ def test_one_thread_less_than_one_and_names_with_spaces_load(tmp_path):
     odd.mkdir()
     (odd / "reward file.py").write_text("def f(completion, answer):\n    return 1.0\n")
     program = (
-        "import sys; from megatron_prepo import config\nfrom megatron_prepo.inputs import preflight\n"
+        "import sys; from megatron_prepo import config\n"
+        "from megatron_prepo.inputs import preflight\n"
         "preflight.check(config.load(sys.argv[1], sys.argv[2:]))\n"
         "from megatron_prepo.actor import parallel\n"
         "parallel.initialize(config.load(sys.argv[1], sys.argv[2:]).parallel, 1); print('fine')\n"
