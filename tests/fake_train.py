@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megatron_prepo import config as configuration
 from megatron_prepo.files import ownership
-from megatron_prepo.run import directory as run_directory
 
 
 def main() -> None:
@@ -21,7 +20,7 @@ def main() -> None:
         started.write(f"{name}\n")
     if (directory / "config.yaml").exists() and not config.run.overwrite:
         sys.exit("already there")
-    ownership.mark(directory, run_directory.KIND)
+    ownership.mark(directory, ownership.RUN, identity=ownership.new_identity())
     (directory / "config.yaml").write_text(configuration.to_yaml(config))
     if "FAKE_PIDS" in os.environ:
         child = subprocess.Popen(["sleep", "60"])

@@ -109,10 +109,11 @@ class Saving:
         """Whether `finish` has nothing to wait for."""
         return not any(parallel.gather_to_all(self.thread.is_alive()))
 
-    def finish(self, timeout_minutes: float) -> None:
+    def finish(self, timeout_minutes: float, check: Callable[[], None] = lambda: None) -> None:
         """Wait until all ranks have written, then give the checkpoint its name.
 
-        Raises OSError on all ranks if one could not write or is not done by then.
+        `check`, which is collective, raises if it must not get one any more.  Raises OSError on
+        all ranks if one could not write or is not done by then.
         """
         late = time.monotonic() + 60 * timeout_minutes
         while True:
@@ -123,6 +124,7 @@ class Saving:
                 break
             if any(is_late for _, is_late, _ in ranks):
                 raise TimeoutError(f"{self.aside} is not written after {timeout_minutes} minutes")
+        check()
         for rank, (_, _, error) in enumerate(ranks):
             if error is not None:
                 # rank 0 may be at the next one, and have removed this one

@@ -65,7 +65,7 @@ def start_saving(
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
         for left_behind in final.parent.glob("iter_*.partial"):
-            ownership.make_room(left_behind, ownership.UNFINISHED)
+            ownership.make_room(left_behind, ownership.UNFINISHED, ownership.run_of(aside))
         ownership.create(aside, ownership.UNFINISHED)
     dist.barrier()
     weights = _sharded_weights(chunks)
@@ -81,7 +81,7 @@ def start_saving(
 
     def publish() -> None:
         ownership.seal(aside, KIND)
-        ownership.make_room(final, KIND)
+        ownership.make_room(final, KIND, ownership.run_of(final))
         rename_tree(aside, final)
         write_text(Path(directory) / TRACKER, str(step))
 
@@ -197,16 +197,21 @@ def prune(
 ) -> dict[Path, list[Path]]:
     """Remove checkpoints but the newest `keep_last`, and those of every `keep_every`-th step.
 
-    An empty `keep_last` keeps all.  One process calls it, after the newest has been saved.  Returns
-    those that stay because they hold what is not known to be ours, and what that is.
+    Only this run's are counted: others among the newest must not cost it its own.  An empty
+    `keep_last` keeps all.  One process calls it, after the newest has been saved.  Returns those
+    that stay because they hold what is not known to be ours, and what that is.
     """
-    steps, kept = all_of(directory), {}
-    for step in list(steps)[: -keep_last if keep_last else 0]:
+    if not keep_last:
+        return {}
+    run, found = ownership.run_of(directory), all_of(directory)
+    ours = {step: path for step, path in found.items() if ownership.is_marked(path, KIND, run)}
+    kept = {path: [path] for step, path in found.items() if step not in ours}
+    for step, path in list(ours.items())[:-keep_last]:
         if not keep_every or step % keep_every:
-            if strangers := ownership.strangers(steps[step], KIND):
-                kept[steps[step]] = strangers
+            if strangers := ownership.strangers(path, KIND, run):
+                kept[path] = strangers
             else:
-                shutil.rmtree(steps[step])
+                shutil.rmtree(path)
     return kept
 
 

@@ -222,7 +222,7 @@ def write_gradients(directory: Path, actor: Actor) -> list[str]:
     shapes = {name: (torch.float32, shape) for name, (_, shape) in actor.hf_shapes().items()}
     writer = None
     if dist.get_rank() == 0:
-        writer = HFWriter(directory, shapes, like=None, kind="gradients")
+        writer = HFWriter(directory, shapes, like=None, kind=ownership.LATER_KIND)
     not_finite = []
     for name, gradient in actor.hf_gradients():
         if not gradient.isfinite().all():

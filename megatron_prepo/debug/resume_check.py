@@ -90,8 +90,9 @@ def compare(whole: Path, other: Path) -> list[Check]:
         return [(entry["step"], entry["prompt_id"], entry["sample"]) for entry in ledger]
 
     def exported(run: Path) -> list[tuple[str, bytes]]:
-        files = sorted(path for path in (run / "hf").rglob("*") if path.is_file())
-        return [(path.name, path.read_bytes()) for path in files]
+        # but for the marker, in which the runs have identities of their own
+        files = sorted(p for p in (run / "hf").rglob("*") if p.name not in ownership.NOT_CONTENT)
+        return [(path.name, path.read_bytes()) for path in files if path.is_file()]
 
     reads = {
         "exported weights": exported,

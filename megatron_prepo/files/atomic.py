@@ -56,9 +56,9 @@ def read_lines(path: str | Path) -> Iterator[dict]:
                     raise UserError(f"{path}, line {number} is damaged: no JSON") from error
 
 
-def flush(path: str | Path) -> None:
-    """Force a file or a directory's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def flush(path: str | Path, dir_fd: int | None = None) -> None:
+    """Force a file or a directory's entries to disk; `dir_fd` as in `os.open`."""
+    descriptor = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
     try:
         with naming(path):
             os.fsync(descriptor)

@@ -81,6 +81,22 @@ def held(file: str | Path, what: str) -> Iterator[None]:
         give_back(file)
 
 
+def is_held(file: str | Path) -> bool:
+    """Return whether the file at this path is still one whose lock this process holds.
+
+    False once the file, or a folder above it, was moved, removed or replaced.  Raises OSError if
+    that cannot be found out.
+    """
+    try:
+        found = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return any(
+        process == os.getpid() and os.path.samestat(os.fstat(descriptor), found)
+        for process, descriptor, _ in _held.values()
+    )
+
+
 def refuse_if_held(file: str | Path, what: str) -> None:
     """UserError that names the holder, if another process holds the lock; writes nothing."""
     file = _canonical(file)

@@ -1,15 +1,24 @@
 """Whose a folder is: nothing is removed or replaced without a proof that this program made it.
 
 A folder of ours gets a marker, `.megatron-prepo.json`, before anything else is in it: what kind of
-folder it is, and for a run its identity.  When its content is complete it is sealed: the marker
-then lists every file.  So
+folder it is, for a run its identity, and for a folder within a run's directory the identity of that
+run.  When its content is complete it is sealed: the marker then lists every file with a proof of
+its content.  So
 
 - a folder without a marker is the user's, whatever its name;
-- a sealed folder that holds more than its list holds something of the user's;
-- a folder with a marker and no list is one that a killed process left behind.
+- a folder that another run wrote is not this run's;
+- in a sealed folder, a file that is not listed, or that was replaced, is the user's;
+- a `.partial` folder with a marker is one that a killed process left behind;
+- any other folder without a list, or with one of names only (of an older version), proves nothing.
+
+The proof is the SHA-256 of a file up to 64 MiB.  For a larger one it is the digest of samples in
+`inputs/digests.py`, of the size, both ends and 32 blocks in between, and the time of the last change, to
+the nanosecond: to read all of it again would take as long as to write it, other weights in the same
+shapes differ in the samples, and a change that falls between the samples has another time.
 
 A link is never ours, and what it points to is never touched.  The marker names no place, so a
-folder that was moved or copied is still known.  `lock.py` keeps two processes from one folder,
+folder that was moved or copied is still known; copies of files above 64 MiB only if their times
+were copied, too (`mv`, `cp -a`, `rsync -a`).  `lock.py` keeps two processes from one folder,
 `run/directory.py` knows what a run writes.
 """
 
@@ -24,16 +33,21 @@ from pathlib import Path
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock
-from megatron_prepo.files.atomic import rename_tree, write_text
+from megatron_prepo.files.atomic import flush, rename_tree, write_text
+from megatron_prepo.inputs import digests as inputs
 
 MARKER = ".megatron-prepo.json"
 MADE_BY = "megatron-prepo"
+RUN = "run"
+"""The kind of a run's directory."""
 UNFINISHED = "unfinished folder"
 NOT_CONTENT = (MARKER, lock.FILE)
 """Files that say whose a folder is, and are no part of what it holds."""
 MAX_MARKER_BYTES = 1 << 26
-LATER = re.compile(r"logs/rank_\d+\.(log|error)|one_rank/gradients_\d+/[^/]+")
-"""What a replay adds to a dump that was sealed before."""
+LATER_LOG = re.compile(r"logs/rank_\d+\.(log|error)")
+LATER_FOLDER = re.compile(r"(one_rank/gradients_\d+)/.+")
+LATER_KIND = "gradients"
+"""What a replay adds to a dump that was sealed before: logs, and folders that are sealed, too."""
 
 
 def begin(final: str | Path) -> Path:
@@ -43,7 +57,7 @@ def begin(final: str | Path) -> Path:
     """
     final = Path(final)
     aside = final.with_name(final.name + ".partial")
-    make_room(aside, UNFINISHED)
+    make_room(aside, UNFINISHED, run_of(aside))
     create(aside, UNFINISHED)
     lock.take(aside / lock.FILE, str(final))
     return aside
@@ -52,11 +66,17 @@ def begin(final: str | Path) -> Path:
 def publish(aside: Path, final: str | Path, kind: str | None) -> None:
     """Give the complete folder its name, on disk; what had it goes as in `make_room`.
 
-    Without a kind it is the user's from then on, and has no marker.
+    Without a kind it is the user's from then on, and has no marker.  Raises UserError if the
+    folder that `begin` made is not at its place any more.
     """
+    if not lock.is_held(aside / lock.FILE):
+        raise UserError(
+            f"{aside} was moved, removed or replaced while it was being written; {final} was not "
+            "touched: start the same command again"
+        )
     if kind:
         seal(aside, kind)
-    make_room(final, kind)
+    make_room(final, kind, run_of(final))
     rename_tree(aside, final)
     lock.give_back(aside / lock.FILE)
     for name in NOT_CONTENT if kind is None else (lock.FILE,):
@@ -64,9 +84,10 @@ def publish(aside: Path, final: str | Path, kind: str | None) -> None:
 
 
 def abandon(aside: Path) -> None:
-    """Remove what this process began."""
-    lock.give_back(aside / lock.FILE)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove what this process began, and nothing that has taken its place."""
+    if lock.is_held(aside / lock.FILE):
+        lock.give_back(aside / lock.FILE)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def create(directory: str | Path, kind: str) -> None:
@@ -75,7 +96,7 @@ def create(directory: str | Path, kind: str) -> None:
         Path(directory).mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(f"{directory} has just been made by another process") from error
-    mark(directory, kind)
+    mark(directory, kind, run=run_of(directory))
 
 
 def mark(directory: str | Path, kind: str, **facts: object) -> None:
@@ -100,32 +121,74 @@ def marker(directory: str | Path) -> dict | None:
         return None
     if not isinstance(content, dict) or content.get("made_by") != MADE_BY:
         return None
-    right = isinstance(content.get("kind"), str) and isinstance(content.get("files", []), list)
-    return content if right else None
+    kind, identity = content.get("kind"), content.get("identity")
+    if kind == RUN and not (isinstance(identity, str) and identity.isalnum()):
+        return None
+    return content if isinstance(kind, str) else None
+
+
+def run_of(path: str | Path) -> str | None:
+    """Return the identity of the run in whose directory the path is; None outside of any."""
+    for parent in Path(os.path.abspath(path)).parents:
+        content = marker(parent)
+        if content is not None and content["kind"] == RUN:
+            return content["identity"]
+    return None
 
 
 def seal(directory: str | Path, kind: str) -> None:
-    """List all files in the marker: the folder is complete, and what comes to it is not ours."""
+    """List all files in the marker, each with its proof: the folder is complete.
+
+    What comes to it later, or takes a file's place, is not ours.
+    """
     directory = Path(directory)
-    mark(directory, kind, files=sorted(_files(directory) - set(NOT_CONTENT)))
+    files = {name: _proof(directory / name) for name in sorted(_content(directory))}
+    mark(directory, kind, run=run_of(directory), files=files)
 
 
-def strangers(directory: str | Path, kind: str | None) -> list[Path]:
-    """Paths in a folder of that kind which are not ours; the folder itself without our marker."""
+def is_marked(directory: str | Path, kind: str | None, run: str | None = None) -> bool:
+    """Return whether a real folder has our marker of that kind; with `run`, no other run's."""
     directory = Path(directory)
     content = None if directory.is_symlink() or not directory.is_dir() else marker(directory)
     if content is None or content["kind"] != kind:
+        return False
+    return run is None or content.get("run") in (None, run)  # an older version noted no run
+
+
+def strangers(directory: str | Path, kind: str | None, run: str | None = None) -> list[Path]:
+    """Return the paths in a folder of that kind, and with `run` of that run, that are not ours.
+
+    The folder itself if nothing in it is known to be ours.
+    """
+    directory = Path(directory)
+    if not is_marked(directory, kind, run):
         return [directory]
-    if "files" not in content:
+    if kind == UNFINISHED:
         return []
-    more = _files(directory) - {*NOT_CONTENT, *content["files"]}
-    return [directory / name for name in sorted(more) if not LATER.fullmatch(name)]
+    content = marker(directory)
+    proofs = content.get("files")
+    # never complete, of a version that listed names only, or sealed outside of any run
+    if not isinstance(proofs, dict) or (run is not None and content.get("run") != run):
+        return [directory]
+    found = [
+        name
+        for name in sorted(_content(directory))
+        if not _is_as_sealed(directory / name, proofs.get(name)) and not LATER_LOG.fullmatch(name)
+    ]
+    later = {within[1] for name in found if (within := LATER_FOLDER.fullmatch(name))}
+    later = {name for name in later if not strangers(directory / name, LATER_KIND, run)}
+    return [
+        directory / name
+        for name in found
+        if not ((within := LATER_FOLDER.fullmatch(name)) and within[1] in later)
+    ]
 
 
-def make_room(path: str | Path, kind: str | None) -> None:
+def make_room(path: str | Path, kind: str | None, run: str | None = None) -> None:
     """Leave nothing at `path`: remove our folder of that kind, rename anything else and log it.
 
-    Raises UserError if a process that still runs is writing it.
+    With `run`, another run's folder is not ours.  Raises UserError if a process that still runs is
+    writing it.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -133,7 +196,7 @@ def make_room(path: str | Path, kind: str | None) -> None:
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
         path.rmdir()
         return
-    if strangers(path, kind):
+    if strangers(path, kind, run):
         names = (path.with_name(f"{path.name}.kept-{n}") for n in itertools.count(1))
         kept = next(name for name in names if not os.path.lexists(name))
         path.rename(kept)
@@ -166,10 +229,31 @@ def claim(directory: str | Path, kind: str, option: str) -> None:
     mark(directory, kind)
 
 
-def _files(directory: Path) -> set[str]:
-    """All that is below but real folders, by relative name; links are not followed."""
-    return {
+def _content(directory: Path) -> set[str]:
+    """All that is below but real folders and NOT_CONTENT, by relative name; links stay links."""
+    found = {
         Path(parent, name).relative_to(directory).as_posix()
         for parent, folders, files in os.walk(directory)
         for name in (*files, *(f for f in folders if Path(parent, f).is_symlink()))
     }
+    return found - set(NOT_CONTENT)
+
+
+def _proof(path: Path) -> dict[str, object] | None:
+    """Return what a file is known by; None for what is no regular file, such as a link."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    proof = {"bytes": path.stat().st_size, "digest": inputs.digest(path)}
+    if inputs.is_sampled(proof["digest"]):
+        flush(path)  # a network file system settles the time of the last change then
+        proof["mtime_ns"] = path.stat().st_mtime_ns
+    return proof
+
+
+def _is_as_sealed(path: Path, proof: object) -> bool:
+    """Return whether a file is what was sealed; its size and time are looked at first."""
+    if not isinstance(proof, dict) or path.is_symlink() or not path.is_file():
+        return False
+    found = path.stat()
+    size, time = proof.get("bytes"), proof.get("mtime_ns", found.st_mtime_ns)
+    return (size, time) == (found.st_size, found.st_mtime_ns) and _proof(path) == proof

@@ -136,6 +136,11 @@ def digest(file: Path) -> str:
     return f"sampled:{summed.hexdigest()}"
 
 
+def is_sampled(digest: str) -> bool:
+    """Return whether a digest is of samples, which a change within a gap leaves as it is."""
+    return digest.startswith("sampled:")
+
+
 def differing(before: dict, now: dict) -> list[str]:
     """Names of files of an input that are not the same."""
     names = sorted(before["files"].keys() | now["files"].keys())

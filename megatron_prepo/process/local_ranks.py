@@ -76,6 +76,8 @@ def _run(
 ) -> tuple[dict[int, int], set[int], "dict[int, Error]"]:
     """Exit codes of the ranks that did not end well, stop signals that came, errors by rank."""
     log_directory.mkdir(parents=True, exist_ok=True)
+    # errors go where it goes, if the run's directory is moved, and not to what takes its place
+    place = os.open(log_directory, os.O_RDONLY | os.O_DIRECTORY)
     processes, logs, codes, pipes, errors = [], [], {}, [], {}
     meeting_file = Path(tempfile.mkdtemp(prefix="megatron-prepo-")) / "ranks"
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
@@ -122,8 +124,11 @@ def _run(
                 if error := _read(pipe):
                     errors[rank] = error
                     with suppress(OSError):  # for later; it is shown even if the disk is full
-                        path = log_directory / f"rank_{rank}.error"
-                        path.write_text(error.message + "\n", encoding="utf-8")
+                        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                        file = os.open(f"rank_{rank}.error", flags, 0o666, dir_fd=place)
+                        with open(file, "w", encoding="utf-8") as left:
+                            left.write(error.message + "\n")
+            os.close(place)
     return codes, asked, errors
 
 

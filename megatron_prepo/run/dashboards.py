@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_prepo.config import Config, to_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.run import directory as run_directory
 
 
 def check(config: Config) -> None:
@@ -47,17 +48,20 @@ def dashboards(config: Config) -> "list[TensorBoard | WandB]":
     """Those that the section `run` names."""
     directory, found = Path(config.run.dir), []
     if config.run.tensorboard:
-        found.append(TensorBoard(directory))
+        found.append(TensorBoard(directory, run_directory.identity(directory)))
     if config.run.wandb_project:
         found.append(WandB(directory, config))
     return found
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`: `tensorboard --logdir RUN`."""
+    """Event files in `tensorboard/`: `tensorboard --logdir RUN`.
 
-    def __init__(self, directory: Path):
-        self._directory, self._writer = directory / "tensorboard", None
+    Their names end with the run's identity, by which they are known from those of others.
+    """
+
+    def __init__(self, directory: Path, identity: str):
+        self._directory, self._suffix, self._writer = directory / "tensorboard", identity, None
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
         """The numbers of a step; on disk when the method returns."""
@@ -65,7 +69,9 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             # steps that an interrupted run wrote behind its last checkpoint are hidden
-            self._writer = SummaryWriter(str(self._directory), purge_step=step)
+            self._writer = SummaryWriter(
+                str(self._directory), purge_step=step, filename_suffix=f".{self._suffix}"
+            )
         for name, value in metrics.items():
             if is_number(value):
                 self._writer.add_scalar(name, value, step)

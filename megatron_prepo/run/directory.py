@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,9 +22,6 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import digests as inputs
-
-KIND = "run"
-"""What its marker calls it."""
 
 FILES = (
     "config.yaml",
@@ -41,7 +39,10 @@ FILES = (
 
 @dataclass(frozen=True)
 class Folder:
-    """How what a run writes to a folder is known, by patterns of names."""
+    """How what a run writes to a folder is known, by patterns of names.
+
+    `{identity}` in a pattern is the run's.
+    """
 
     files: tuple[str, ...] = ()
     marked: tuple[str, ...] = ()
@@ -57,7 +58,7 @@ FOLDERS = {
     ),
     "dumps": Folder(marked=("step_*",), kind="dump"),
     "journal": Folder(files=("*_*.*.jsonl",)),
-    "tensorboard": Folder(files=("events.out.tfevents.*",)),
+    "tensorboard": Folder(files=("events.out.tfevents.*.{identity}",)),
     "wandb": Folder(
         files=("run_id", "settings", "wandb-resume.json"),
         whole=("run-*", "offline-run-*", "latest-run", "debug*.log"),
@@ -230,14 +231,14 @@ def prepare(config: Config, say: Callable[[str], None]) -> Config:
     read = inputs.digests(config)
     if state == "new":
         clear(config, say)
-        identity = ownership.new_identity()
-        ownership.mark(directory, KIND, identity=identity)
+        ownership.mark(directory, ownership.RUN, identity=ownership.new_identity())
     else:
         before = saved_config(directory)
         config = resumed(before, config)
         _say_what_changes(before, config, changes(before, config, saved_inputs(directory)), say)
         if not ours(directory):
-            ownership.mark(directory, KIND, identity=ownership.new_identity())
+            kept = _identity_of_checkpoints(directory)
+            ownership.mark(directory, ownership.RUN, identity=kept or ownership.new_identity())
         if (directory / "summary.json").exists():
             _withdraw_summary(directory, say)
     write_text(directory / "inputs.json", json.dumps(read, indent=1) + "\n")
@@ -270,7 +271,33 @@ def check_resumable(directory: Path) -> None:
 def ours(directory: Path) -> bool:
     """Whether a run has marked it."""
     content = ownership.marker(directory)
-    return content is not None and content["kind"] == KIND
+    return content is not None and content["kind"] == ownership.RUN
+
+
+def identity(directory: Path) -> str | None:
+    """Return the identity of the run that has marked the directory; None without one."""
+    return ownership.marker(directory)["identity"] if ours(directory) else None
+
+
+def lost(directory: Path, of: str) -> str | None:
+    """Return an error message if the directory is not that of the run with this identity any more.
+
+    For the process that took its lock: a live run's directory may be moved, removed or replaced,
+    and another run may have begun in its place.  Raises OSError if that cannot be found out.
+    """
+    if not os.path.lexists(directory):
+        what = "was moved or removed"
+    elif not lock.is_held(directory / lock.FILE):
+        what = f"was replaced by another directory, or its {lock.FILE} was removed or replaced"
+    elif _read_identity(directory) != of:
+        what = f"has lost its {ownership.MARKER}, or has another run's"
+    else:
+        return None
+    return (
+        f"run.dir={directory} {what} while the run was using it; the run has stopped, and has "
+        "written nothing there since it noticed: put its directory back and start the same "
+        "command, or resume it where it is now (megatron-prepo resume PLACE)"
+    )
 
 
 def entries(directory: Path) -> list[Path]:
@@ -328,11 +355,12 @@ def clear(config: Config, say: Callable[[str], None]) -> None:
 
 
 def _strangers(entry: Path) -> list[Path]:
-    """What below one of the `entries` a run did not write."""
+    """What below one of the `entries` the run did not write."""
     if entry.is_symlink():
         return [entry]
+    run = identity(entry.parent)
     if entry.name in MARKED:
-        return ownership.strangers(entry, MARKED[entry.name])
+        return ownership.strangers(entry, MARKED[entry.name], run)
     if entry.name not in FOLDERS:
         return [] if entry.is_file() else [entry]
     if not entry.is_dir():
@@ -341,13 +369,13 @@ def _strangers(entry: Path) -> list[Path]:
     for path in sorted(entry.iterdir()):
 
         def is_one_of(patterns: tuple[str, ...], name: str = path.name) -> bool:
-            return any(fnmatch(name, pattern) for pattern in patterns)
+            return any(fnmatch(name, pattern.format(identity=run)) for pattern in patterns)
 
         if is_one_of(folder.whole) and _is_of_our_wandb_run(path):
             continue
         if is_one_of(folder.marked):
             kind = ownership.UNFINISHED if path.suffix == ".partial" else folder.kind
-            found += ownership.strangers(path, kind)
+            found += ownership.strangers(path, kind, run)
         elif path.is_symlink() or not path.is_file() or not is_one_of(folder.files):
             found.append(path)
     return found
@@ -451,6 +479,25 @@ def _first_line(path: Path, key: str) -> bool:
     return not line.endswith(b"\n") or key in json.loads(line)
 
 
+def _identity_of_checkpoints(directory: Path) -> str | None:
+    """Return the identity that all checkpoints of a run without its marker have; None for none.
+
+    `cp -r run/* copy` leaves the marker behind.  UserError if they are of several runs.
+    """
+    found = set()
+    for path in sorted((directory / "checkpoints").glob("iter_*/run.json")):
+        try:
+            found.add(json.loads(path.read_text(encoding="utf-8"))["run"].get("identity"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found.add(None)  # damaged; a version that noted none has none, either
+    if len(found) > 1:
+        raise UserError(
+            f"run.dir={directory} has no {ownership.MARKER}, and its checkpoints are of "
+            f"{len(found)} runs: put the marker back, or move the other runs' checkpoints away"
+        )
+    return found.pop() if found else None
+
+
 def _check_writable(directory: Path) -> None:
     """UserError if a run could not write here; nothing is written for that."""
     place = directory
@@ -465,6 +512,13 @@ def _check_writable(directory: Path) -> None:
                 f"run.dir={directory} cannot be written, since {folder} is read-only for this "
                 "user; choose another directory, or change its permissions"
             )
+
+
+def _read_identity(directory: Path) -> str | None:
+    """Return the same as `identity`, or raise OSError if the marker cannot be read."""
+    with suppress(FileNotFoundError):
+        (directory / ownership.MARKER).read_bytes()
+    return identity(directory)
 
 
 # What may change

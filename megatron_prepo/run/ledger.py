@@ -52,15 +52,15 @@ class Ledger:
     """Appends to a file; a step's entries are on disk when `append` returns."""
 
     def __init__(self, path: str | Path):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:
         """Write the entries of a step."""
-        append(self._file, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
+        append(self.file, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
 
     def close(self) -> None:
         """No more entries."""
-        self._file.close()
+        self.file.close()
 
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:

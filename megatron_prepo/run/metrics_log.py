@@ -16,19 +16,19 @@ class MetricsLog:
     """Appends to `metrics.jsonl`, and shows the same on dashboards."""
 
     def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
         self._dashboards = dashboards
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One object; on disk when the method returns."""
         record = {name: _finite_or_none(value) for name, value in metrics.items()}
-        append(self._file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
+        append(self.file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
         for dashboard in self._dashboards:
             dashboard.write(step, metrics)
 
     def close(self) -> None:
         """No more metrics; dashboards are closed by those who made them."""
-        self._file.close()
+        self.file.close()
 
 
 def _finite_or_none(value):

@@ -23,14 +23,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
-from megatron_prepo.files.atomic import flush, write_text
+from megatron_prepo.files.atomic import naming, write_text
 from megatron_prepo.process import machine
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import summary as report
@@ -57,10 +59,19 @@ TRAINING_STAGES = (
 
 
 class Run:
-    """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them."""
+    """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them.
 
-    def __init__(self, config: Config, *, rank: int):
-        self.config, self.rank, self.writes = config, rank, rank == 0
+    `share` gives rank 0's value to every rank; a job of one rank needs none.  The directory may be
+    moved, removed or replaced while the run is live.  So whatever is named by its path is written
+    only after a look at whose it is: by all ranks together (`check_directory`) between the stages
+    of a step, and by rank 0 for itself (`lost`) where not all ranks come by.  Files of lines stay
+    open, and so stay the run's own.
+    """
+
+    def __init__(
+        self, config: Config, *, rank: int, share: Callable[[Any], Any] = lambda value: value
+    ):
+        self.config, self.rank, self.writes, self.share = config, rank, rank == 0, share
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()
         self.rollouts = self.tokens = self.num_steps = 0
@@ -69,11 +80,46 @@ class Run:
         """The evaluation before the first step."""
         self.temperature_before = config.eval.temperature
         """At which it was sampled: `eval` may change when a run is resumed."""
+        self.identity = run_directory.identity(self.directory) if self.writes else None
+        """In the directory's marker."""
         if self.writes:
             self.dashboards = dashboards(config)
             self.ledger = Ledger(self.directory / "ledger.jsonl")
             self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.dashboards)
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
+
+    def lost(self) -> str | None:
+        """Return an error message if the directory is not this run's any more; rank 0 asks."""
+        assert self.writes, "rank 0 holds the directory's lock"
+        return run_directory.lost(self.directory, self.identity)
+
+    def check_directory(self) -> None:
+        """UserError, on all ranks, if the directory is not this run's any more; collective.
+
+        OSError, on all ranks, too, if that cannot be found out.
+        """
+        found = None
+        if self.writes:
+            try:
+                found = UserError(problem) if (problem := self.lost()) else None
+            except OSError as error:
+                found = error
+        if found := self.share(found):
+            raise found
+
+    @contextmanager
+    def lost_directory_named(self) -> Iterator[None]:
+        """Raise UserError in place of an OSError that comes from a directory that is gone."""
+        try:
+            yield
+        except OSError as error:
+            if self.writes and (problem := self.lost()):
+                raise UserError(problem) from error
+            raise
+
+    def has_lines(self) -> bool:
+        """Return whether rollouts of this run are in its ledger, on every rank; collective."""
+        return self.share(self.writes and os.fstat(self.ledger.file.fileno()).st_size > 0)
 
     def say(self, sentence: str) -> None:
         """A line on the terminal, once."""
@@ -108,7 +154,7 @@ class Run:
         self.tokens += sum(entry.length for entry in entries)
         totals = {"rollout/paid": self.rollouts, "rollout/tokens_paid": self.tokens}
         seconds = {f"seconds/{stage}": value for stage, value in self.seconds.of_step().items()}
-        if self.writes:
+        if self.writes and not self.lost():  # all ranks look together before the next stage
             self.ledger.append(entries)
             self.metrics.write(step, {**metrics, **totals, **seconds})
         self.bar.set_postfix(
@@ -130,7 +176,7 @@ class Run:
         with self.seconds("evaluate"), bar:
             evaluation = held_out(samples_per_prompt=samples, on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
-        if self.writes:
+        if self.writes and not self.lost():
             self._record_evaluation(step, evaluation, samples)
         return evaluation
 
@@ -156,8 +202,9 @@ class Run:
             dashboard.write(step, {f"eval/{name}": value for name, value in shown.items()})
 
     def state_dict(self) -> dict:
-        """Between two steps: totals, the first evaluation, and how long the files are."""
+        """Between two steps: whose state it is, totals, first evaluation, lengths of the files."""
         return {
+            "identity": self.identity,
             "num_steps": self.num_steps,
             "rollouts": self.rollouts,
             "tokens": self.tokens,
@@ -166,7 +213,7 @@ class Run:
             if self.before is None
             else vars(self.before) | {"passes_P": self.before.passes_P.tolist()},
             "temperature_before": self.temperature_before,
-            "files": {name: os.path.getsize(self.directory / name) for name in LOGS}
+            "files": {name: os.fstat(file.fileno()).st_size for name, file in self._logs().items()}
             if self.writes
             else None,
         }
@@ -192,16 +239,27 @@ class Run:
         """
         if not self.writes:
             return
-        for name in LOGS:
-            path, size = self.directory / name, sizes.get(name, 0)
-            if path.stat().st_size < size:
+        for name, file in self._logs().items():
+            size = sizes.get(name, 0)
+            if os.fstat(file.fileno()).st_size < size:
                 raise UserError(
-                    f"{path} has lost lines that its checkpoints count on ({size} bytes); put it "
-                    "back, or start a new run in another run.dir from the last checkpoint "
+                    f"{file.name} has lost lines that its checkpoints count on ({size} bytes); put "
+                    "it back, or start a new run in another run.dir from the last checkpoint "
                     f"(model.megatron={self.directory / 'checkpoints'})"
                 )
-            os.truncate(path, size)
-            flush(path)
+            with naming(file.name):
+                os.truncate(file.fileno(), size)
+                os.fsync(file.fileno())
+
+    def _check_for_itself(self) -> None:
+        """UserError on rank 0, behind the last collective call, if the directory is lost."""
+        if problem := self.lost():
+            raise UserError(problem)
+
+    def _logs(self) -> dict[str, TextIO]:
+        """The open files of lines by name; not by path, where another run may be by now."""
+        logs = (self.ledger, self.metrics, self.evaluations)
+        return dict(zip(LOGS, (log.file for log in logs), strict=True))
 
     def _gain(self, after: Evaluation) -> tuple[float | None, list[float] | None, int]:
         """Gain, its interval, and over how many prompts: those of both evaluations.
@@ -244,7 +302,9 @@ class Run:
         if self.writes:
             for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
                 log.close()
+            self._check_for_itself()
             report.plot(self.directory, summary)
+            self._check_for_itself()
             # last: a run that has one is finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             run_directory.end(self.config)

@@ -8,18 +8,26 @@ own, named by purpose, prompt and sample, so the order of arrival changes nothin
 
 Killing a process takes nothing of what it wrote.  Against the end of the machine the lines are
 forced to disk, every second and before anything is made of them.
+
+The run's directory may be moved, removed or replaced while the run is live, and ranks add lines at
+moments of their own, where one that raises would leave the others waiting.  So each rank holds the
+directory open: lines go where it goes, never to what takes its place, and nowhere once it is
+removed, until all ranks look together (`Run.check_directory`).  Lines have the run's identity, and
+those of another run are not taken.
 """
 
 import base64
 import json
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import flush, naming, read_lines
 from megatron_prepo.records import Prompt, Rollout
 
@@ -40,13 +48,15 @@ class Journal:
 
     def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]):
         self.directory, self.rank = directory, rank
-        lines = share(_read(directory) if rank == 0 else None)
+        self._place = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY)
+        self.identity = ownership.run_of(directory)
+        lines = share(_read(directory, self.identity) if rank == 0 else None)
         self.waiting = {
             (line["purpose"], line["weight_version"], prompt, sample): fields
             for line in lines
             for prompt, sample, *fields in line["rollouts"]
         }
-        self._unforced: Path | None = None
+        self._unforced: str | None = None
         self._forced_at = time.monotonic()
 
     def find(
@@ -70,27 +80,33 @@ class Journal:
     def add(self, purpose: str, rollouts: Mapping[tuple[str, int], Rollout]) -> None:
         """Rollouts for `PURPOSE/STEP` that have just come; written when this returns.
 
-        On disk after `force`.  Raises OSError.
+        On disk after `force`.  Raises OSError.  Nothing is written once the run's directory is
+        removed.
         """
         [weight_version] = {rollout.weight_version for rollout in rollouts.values()}
         line = {
+            "run": self.identity,
             "purpose": purpose,
             "weight_version": weight_version,
             "rollouts": [[*key, *_fields(rollout)] for key, rollout in rollouts.items()],
         }
-        self.directory.mkdir(exist_ok=True)
-        path = self.directory / f"{purpose.replace('/', '_')}.{self.rank}.jsonl"
-        with naming(path), open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._unforced = path
+        name = f"{purpose.replace('/', '_')}.{self.rank}.jsonl"
+        with self._unless_removed():
+            with suppress(FileExistsError):
+                os.mkdir(self.directory.name, dir_fd=self._place)
+            path = f"{self.directory.name}/{name}"
+            with naming(self.directory / name), open(path, "a", opener=self._open) as file:
+                file.write(json.dumps(line) + "\n")
+            self._unforced = path
         if time.monotonic() - self._forced_at > SECONDS_UNFORCED:
             self.force()
 
     def force(self) -> None:
         """All that was added is on disk when this returns."""
         if self._unforced:
-            flush(self._unforced)
-            flush(self.directory)
+            with self._unless_removed():
+                flush(self._unforced, dir_fd=self._place)
+                flush(self.directory.name, dir_fd=self._place)
         self._unforced, self._forced_at = None, time.monotonic()
 
     def forget(self, before: int) -> None:
@@ -102,11 +118,28 @@ class Journal:
 
     def close(self) -> None:
         """The run is finished."""
+        os.close(self._place)
         if self.rank == 0:
             for path in _ours(self.directory):
                 path.unlink()
             with suppress(OSError):  # there is none, or it holds something else
                 self.directory.rmdir()
+
+    def _open(self, path: str, flags: int) -> int:
+        return os.open(path, flags, 0o666, dir_fd=self._place)
+
+    @contextmanager
+    def _unless_removed(self) -> Iterator[None]:
+        """Pass over a FileNotFoundError that comes from the run's directory being gone."""
+        try:
+            yield
+        except FileNotFoundError:
+            try:
+                found = os.stat(self.directory.parent)
+            except FileNotFoundError:
+                return
+            if os.path.samestat(os.fstat(self._place), found):
+                raise
 
 
 def _ours(directory: Path) -> list[Path]:
@@ -114,15 +147,24 @@ def _ours(directory: Path) -> list[Path]:
     return sorted(p for p in paths if NAME.fullmatch(p.name) and p.is_file() and not p.is_symlink())
 
 
-def _read(directory: Path) -> list[dict]:
-    """All lines; one that was being written when the run stopped is cut off."""
+def _read(directory: Path, run: str | None) -> list[dict]:
+    """Lines of this run, or of an older version's, which have no identity.
+
+    One that was being written when the run stopped is cut off.
+    """
     lines = []
     for path in _ours(directory):
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(path, len(whole))
         lines += read_lines(path)
-    return lines
+    own = [line for line in lines if line.get("run") in (None, run)]
+    if others := len(lines) - len(own):
+        print(
+            f"{directory}: skipped {others} lines with another run's rollouts",
+            file=sys.stderr,
+        )
+    return own
 
 
 def _fields(rollout: Rollout) -> list:

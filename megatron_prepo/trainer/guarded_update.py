@@ -83,6 +83,7 @@ class StepUpdates:
         return str(dump.directory)
 
     def _dump(self, suffix: str, why: str) -> DumpWriter:
+        self.updates.run.check_directory()
         directory = self.updates.run.directory / "dumps" / f"step_{self.record.step:04d}{suffix}"
         return DumpWriter(directory, self.actor, self.config, self.record, why=why)
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron_prepo.actor import checkpoint, manifest, parallel
 from megatron_prepo.actor.async_save import Saving
 from megatron_prepo.config import Config
-from megatron_prepo.errors import Stopped
+from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.files import ownership
 from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.run.rollout_journal import Journal
 
@@ -35,7 +36,11 @@ class Border:
 
 
 class Checkpoints:
-    """The checkpoints of a run; every rank calls the same methods, all collective but `mark`."""
+    """The checkpoints of a run; every rank calls the same methods, all collective but `mark`.
+
+    A step's state is written, and gets its name, only in the run's own directory
+    (`Run.check_directory`).
+    """
 
     def __init__(
         self,
@@ -58,13 +63,22 @@ class Checkpoints:
     def restore(self) -> bool:
         """Set everything to the newest whole checkpoint, or to the beginning; False for that.
 
-        Those that are damaged, or hold weights only, are passed over with a sentence.
+        Those that are damaged, hold weights only, or are another run's, are skipped and logged.
+        Raises UserError on all ranks if all are another run's and this one has made steps.
         """
-        steps = parallel.from_rank_zero(list(checkpoint.all_of(self.directory)))
+        self.parts["run"].check_directory()
+        steps, others = parallel.from_rank_zero(list(checkpoint.all_of(self.directory))), []
         for step in reversed(steps):
             path = checkpoint.path_of(self.directory, step)
             if problem := self._problem(path):
                 self.say(f"{path} {problem}; it is passed over")
+                continue
+            if self._is_of_another_run(path):
+                self.say(
+                    f"{path} is another run's and is skipped (a new run can start from its "
+                    f"weights: model.megatron={path})"
+                )
+                others.append(path.name)
                 continue
             self.actor.load(path)
             state = parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text())
@@ -77,6 +91,13 @@ class Checkpoints:
                 self.say(f"{num_ranks} ranks wrote it: numbers go on up to rounding")
             self.mark()
             return True
+        if others and self.parts["run"].has_lines():
+            raise UserError(
+                f"none of the checkpoints in {self.directory} can be resumed from, since "
+                f"{', '.join(others)} are another run's, and starting from the beginning would "
+                f"remove this run's ledger: put this run's {ownership.MARKER} or checkpoints back, "
+                "or move the other run's checkpoints away to start from the beginning"
+            )
         self.parts["run"].cut({})
         self.mark()
         return False
@@ -104,7 +125,7 @@ class Checkpoints:
         if self.saving is None:
             return
         saving, self.saving = self.saving, None
-        saving.finish(self.timeout_minutes)
+        saving.finish(self.timeout_minutes, self.parts["run"].check_directory)
         self.steps.append(self.saving_step)
         if dist.get_rank() == 0:
             kept = checkpoint.prune(
@@ -125,7 +146,8 @@ class Checkpoints:
         An engine's error comes to all ranks, so that all take part.
         """
         try:
-            yield
+            with self.parts["run"].lost_directory_named():
+                yield
         except EngineError as error:
             assert self.actor.updates == self.border.updates, "the engine is not asked in an update"
             self.finish()
@@ -140,12 +162,19 @@ class Checkpoints:
 
     def _write(self) -> None:
         self.finish()  # one at a time
+        self.parts["run"].check_directory()
         self.saving_step, asynchronous = self.border.step, self.settings.asynchronous
         self.saving = self.actor.start_saving(
             self.directory, step=self.saving_step, run_state=self.border.parts, copy=asynchronous
         )
         if not asynchronous:
             self.finish()
+
+    def _is_of_another_run(self, path: Path) -> bool:
+        """Of a whole checkpoint; an older version noted no identity."""
+        run = json.loads(parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text()))["run"]
+        own = parallel.from_rank_zero(self.parts["run"].identity)
+        return run.get("identity") not in (None, own)
 
     def _problem(self, path: Path) -> str | None:
         if problem := manifest.problem(path):

@@ -67,7 +67,8 @@ class Job:
         return checkpoints
 
     def sync(self) -> None:
-        """Give the engine the actor's weights."""
+        """Give the engine the actor's weights, some by way of the run's directory."""
+        self.run.check_directory()
         probe = self.inputs.train_prompts[0].tokens
         sync_weights(self.actor, self.engine, self.config, probe)
 
@@ -86,6 +87,7 @@ class Job:
 
         Raises Stopped on all ranks, behind the checkpoint, if one was asked to stop.
         """
+        self.run.check_directory()
         stopping = self.stop.anywhere()
         with self.run.seconds("checkpoint"):
             checkpoints.finish_if_done()
@@ -102,12 +104,15 @@ class Job:
 
     def finish(self, after: Evaluation) -> dict:
         """Export the weights and end everything; returns the summary."""
-        with self.run.seconds("export"):
-            self.actor.export(self.run.directory / "hf", write=self.run.writes)
-        self.engine.close()
-        self.grader.close()
-        self.journal.close()
-        return self.run.finish(after, ranks=dist.get_world_size())
+        with self.run.lost_directory_named():
+            self.run.check_directory()
+            with self.run.seconds("export"):
+                self.actor.export(self.run.directory / "hf", write=self.run.writes)
+            self.engine.close()
+            self.grader.close()
+            self.run.check_directory()
+            self.journal.close()
+            return self.run.finish(after, ranks=dist.get_world_size())
 
 
 def set_up(config: Config) -> Job:
@@ -118,7 +123,7 @@ def set_up(config: Config) -> Job:
     prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     config = begin(config)
-    run = Run(config, rank=dist.get_rank())
+    run = Run(config, rank=dist.get_rank(), share=parallel.from_rank_zero)
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
     run.say(describe(config))

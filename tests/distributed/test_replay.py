@@ -110,9 +110,9 @@ def dump_of_one_rank(hf, root):
     parallel.initialize(config.parallel, seed=1)
     actor = Actor(config)
     groups, candidates, old = made_up_step(actor)
-    learner = Updates(config, actor, SimpleNamespace(directory=root, say=print)).of_step(
-        step_record(config, 7, candidates, groups, old)
-    )
+    learner = Updates(
+        config, actor, SimpleNamespace(directory=root, say=print, check_directory=lambda: None)
+    ).of_step(step_record(config, 7, candidates, groups, old))
     _, metrics = update_policy(config, learner, groups.rollouts, groups.rewards_KG, old)
     hostile = hostile_checkpoints(actor, root / "dumps" / "step_0007" / "weights_0", root)
     parallel.shut_down()
@@ -246,7 +246,11 @@ def poisoned(hf, root, sections, what):
     actor, untouched = Actor(config), Actor(config)
     groups, candidates, old = made_up_step(actor)
     record, said = step_record(config, 3, candidates, groups, old), []
-    updates = Updates(config, actor, SimpleNamespace(directory=root, say=said.append))
+    updates = Updates(
+        config,
+        actor,
+        SimpleNamespace(directory=root, say=said.append, check_directory=lambda: None),
+    )
 
     def update(poison):
         batches = []

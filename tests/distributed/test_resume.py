@@ -4,6 +4,7 @@ Under the layout that wrote it bit for bit, under another up to rounding.  One s
 through everything that needs a job; the tests look at its results.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from ranks import join, on_ranks
 from rounding import allowance
 from tiny_models import actor_config
 
+from megatron_prepo.errors import UserError
 from megatron_prepo.records import ScoredSequence
 
 DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True}}
@@ -377,14 +379,67 @@ def manifests(hf, scratch):
         return said
 
 
+def of_another_run(fresh):
+    """What a run with another identity restores: with rollouts of its own, and without; then one
+    whose checkpoints note none, as an older version's."""
+    result = []
+    for has_lines in (False, True):
+        checkpoints, run, said = fresh("b2")
+        run.has_lines = lambda found=has_lines: found
+        try:
+            result.append((checkpoints.restore(), run.cut_to, said))
+        except UserError as error:
+            result.append((str(error), run.cut_to, said))
+    checkpoints, run, _ = fresh(None)
+    checkpoints.save()
+    checkpoints, run, _ = fresh("b2")
+    torch.distributed.barrier()
+    return [*result, checkpoints.restore()]
+
+
+def lost_directory(actor, fresh):
+    """A run whose directory is lost before a checkpoint is written, and before it has its name."""
+    found = []
+    for looks in (0, 1):
+        checkpoints, run, _ = fresh()
+        checkpoints.restore()
+        before = list(checkpoint_names(checkpoints))
+        run.num_steps += 5
+        run.lost_after = looks
+        try:
+            checkpoints.save()
+        except UserError as error:
+            found.append(str(error))
+        torch.distributed.barrier()
+        found.append(checkpoint_names(checkpoints) == before)
+        torch.distributed.barrier()
+    return found
+
+
+def checkpoint_names(checkpoints):
+    """Of those that have their names."""
+    from megatron_prepo.actor import checkpoint
+
+    return list(checkpoint.all_of(checkpoints.directory))
+
+
 class Part:
     """Something that remembers, and the run."""
 
-    def __init__(self):
+    def __init__(self, identity):
         self.num_steps, self.cut_to = 0, None
+        self.identity, self.lost_after = identity, None
+
+    def check_directory(self):
+        if self.lost_after == 0:
+            raise UserError("the directory is lost")
+        if self.lost_after:
+            self.lost_after -= 1
+
+    lost_directory_named = contextlib.nullcontext
 
     def state_dict(self):
-        return {"num_steps": self.num_steps}
+        return {"num_steps": self.num_steps, "identity": self.identity}
 
     def load_state_dict(self, state):
         self.num_steps = state["num_steps"]
@@ -408,9 +463,10 @@ def run_checkpoints(hf, run_directory):
         tree["checkpoint"] |= {"keep_last": 2, "keep_every": 3}
         rank = torch.distributed.get_rank()
         first = rank == 0
+        Path(run_directory).mkdir(exist_ok=True)
 
-        def fresh():
-            said, run = [], Part()
+        def fresh(identity="a1"):
+            said, run = [], Part(identity)
             journal = Journal(Path(run_directory, "journal"), rank, parallel.from_rank_zero)
             checkpoints = Checkpoints(
                 from_tree(tree), actor, {"run": run}, journal, lambda text: said.append(text)
@@ -451,6 +507,8 @@ def run_checkpoints(hf, run_directory):
         except Exception as error:
             result["engine"] = (type(error).__name__, str(error), error.exit_code)
         result["after the engine"] = restored()
+        result["another run's"] = of_another_run(fresh)
+        result["lost"] = lost_directory(actor, fresh)
         result["asynchronous"] = saved_meanwhile(tree, actor, fresh, first)
         result["left behind"] = [path.name for path in directory.glob("*.partial")]
     return result
@@ -583,6 +641,22 @@ def test_checkpoints_are_kept_restored_and_passed_over(results):
         passed, steps, updates, said = found["the newest is damaged"]
         assert (passed, steps, updates) == (True, 5, 5)
         assert "iter_0000006 has a damaged __0_0.distcp" in said[0], rank
+
+
+def test_checkpoints_of_another_run_are_skipped_and_cost_no_ledger(results):
+    for rank, (resumed, _) in enumerate(results):
+        begins, refused, older = resumed["checkpoints"]["another run's"]
+        assert begins[:2] == (False, {})
+        assert refused[1] is None and "would remove this run's ledger" in refused[0]
+        for *_, said in (begins, refused):
+            assert "iter_0000006 is another run's and is skipped" in said[0], rank
+            assert len(said) == 3
+        assert older is True
+
+
+def test_a_run_that_lost_its_directory_writes_and_names_no_checkpoint(results):
+    for resumed, _ in results:
+        assert resumed["checkpoints"]["lost"] == 2 * ["the directory is lost", True]
 
 
 def test_when_the_engine_fails_the_step_is_saved(results):

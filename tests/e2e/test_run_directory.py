@@ -211,6 +211,30 @@ def test_the_second_of_two_launchers_is_refused_by_name(capsys, tmp_path, copied
     assert len(keys) == len(set(keys))
 
 
+def test_a_live_run_whose_directory_is_taken_leaves_the_next_one_alone(tmp_path, short):
+    """Moved away from two ranks, and a finished run put in its place, which stays as it is."""
+    directory, moved = tmp_path / "run", tmp_path / "moved"
+    command = [sys.executable, "-m", "megatron_prepo", "train", CONFIG, f"run.dir={directory}"]
+    settings = [*FILES, *RUN, "parallel.tensor=2", "train.total_steps=1000", "checkpoint.every=1"]
+    live = subprocess.Popen(
+        [*command, *settings], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for_lines(1, directory / "metrics.jsonl", live)
+        directory.rename(moved)
+        shutil.copytree(short / "run", directory)
+        before = content(directory)
+        _, said = live.communicate(timeout=DEADLINE_SECONDS)
+    finally:
+        live.kill()
+        live.wait()
+    assert live.returncode == 2, said
+    assert f"error: run.dir={directory} was replaced by another directory" in said
+    assert "while the run was using it" in said and "Traceback" not in said
+    assert content(directory) == before
+    assert prove.num_lines(moved / "metrics.jsonl") >= 1
+
+
 def wait_for_lines(count: int, path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while prove.num_lines(path) < count:

@@ -152,6 +152,31 @@ def test_a_lock_whose_file_was_removed_is_taken_again(file):
     _in_another_process(file)
 
 
+def test_it_is_held_only_while_its_file_is_in_its_place(tmp_path):
+    """Even if the file in its place has a holder, or the folder a link to where it went."""
+    folder, moved = tmp_path / "folder", tmp_path / "moved"
+    folder.mkdir()
+    file = folder / lock.FILE
+    assert not lock.is_held(file)
+    lock.take(file, "it")
+    assert lock.is_held(file)
+    folder.rename(moved)
+    assert not lock.is_held(file) and lock.is_held(moved / lock.FILE)
+    folder.symlink_to(moved)
+    assert lock.is_held(file)
+    folder.unlink()
+    folder.mkdir()
+    process = holder(file)
+    assert not lock.is_held(file)
+    end(process)
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+    fork.Process(target=lambda: answers.put(lock.is_held(moved / lock.FILE))).start()
+    assert answers.get() is False
+    (moved / lock.FILE).unlink()
+    assert not lock.is_held(moved / lock.FILE)
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said(file, monkeypatch, capsys, number):
     def no_locks(*_):

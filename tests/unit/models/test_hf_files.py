@@ -257,7 +257,7 @@ def test_a_marker_is_not_carried_over_with_the_files_of_a_model(tmp_path, config
     writer.write("a", torch.zeros(2))
     writer.finish()
     files = ownership.marker(tmp_path / "out")["files"]
-    assert files == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert list(files) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_writer_that_could_not_start_leaves_nothing(tmp_path):

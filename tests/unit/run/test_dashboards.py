@@ -10,6 +10,7 @@ from rounding import approx
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
+from megatron_prepo.files import lock, ownership
 from megatron_prepo.run import dashboards
 from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.recorder import Run
@@ -21,6 +22,14 @@ STEPS = [{"reward/mean": 0.25, "ppl/spearman_with_reward": None}, {"reward/mean"
 def configured(directory, *overrides: str) -> configuration.Config:
     path = REPOSITORY / "examples" / "laptop" / "prepo.yaml"
     return configuration.load(path, [f"run.dir={directory}", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def begun(tmp_path):
+    """A run's directory: marked, and locked by this process."""
+    ownership.mark(tmp_path, ownership.RUN, identity="a1")
+    with lock.held(tmp_path / lock.FILE, "it"):
+        yield
 
 
 def write(config: configuration.Config, path, steps: list[dict], first: int = 0) -> None:
@@ -59,6 +68,7 @@ def test_tensorboard_reads_what_was_written_and_what_a_resumed_run_writes_anew(t
     points = [(event.step, event.value) for event in events.Scalars("reward/mean")]
     assert points == [(0, 0.25), (1, 0.5), (2, 0.75)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert all(path.name.endswith(".a1") for path in (tmp_path / "tensorboard").iterdir())
 
 
 def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(wandb, tmp_path, monkeypatch):
@@ -149,4 +159,5 @@ def test_without_dashboards_there_is_the_file(tmp_path):
     write(configured(tmp_path), tmp_path / "metrics.jsonl", STEPS)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"step": 1, "reward/mean": 0.5}
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    names = {path.name for path in tmp_path.iterdir()} - set(ownership.NOT_CONTENT)
+    assert names == {"metrics.jsonl"}

@@ -1,11 +1,13 @@
 """What was paid for is found again, bit for bit, and only as what it was."""
 
 import os
+import shutil
 
 import pytest
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.run.rollout_journal import Journal
 
@@ -38,6 +40,63 @@ def test_rollouts_are_found_once_and_as_they_were(tmp_path):
     again = journal(tmp_path / "j")
     assert again.find("rollouts/3", 5, PROMPTS) == rollouts()
     assert again.find("rollouts/3", 5, PROMPTS) == {}
+
+
+def begun(directory, identity: str):
+    """A run's directory."""
+    directory.mkdir(exist_ok=True)
+    ownership.mark(directory, ownership.RUN, identity=identity)
+    return directory
+
+
+def test_rollouts_of_another_run_are_not_taken(tmp_path, capsys):
+    """The same prompt, step and weights' number; those of an older version have no identity."""
+    run = begun(tmp_path / "run", "a1")
+    journal(run / "j").add("rollouts/3", rollouts(samples=(0,)))
+    begun(run, "b2")
+    mine = journal(run / "j")
+    assert "skipped 1 lines with another run's rollouts" in capsys.readouterr().err
+    assert mine.find("rollouts/3", 5, PROMPTS) == {}
+    mine.add("rollouts/3", rollouts(samples=(1,)))
+    assert journal(run / "j").find("rollouts/3", 5, PROMPTS) == rollouts(samples=(1,))
+    [path] = (run / "j").iterdir()
+    path.write_text(path.read_text().replace('"run": "a1", ', ""))
+    assert journal(run / "j").find("rollouts/3", 5, PROMPTS) == rollouts()
+
+
+def test_lines_go_where_the_runs_directory_goes(tmp_path):
+    """And not to the run that takes its place, at the same step by the same weights."""
+    run = begun(tmp_path / "run", "a1")
+    live = journal(run / "j")
+    live.add("rollouts/3", rollouts(samples=(0,)))
+    run.rename(tmp_path / "moved")
+    other = journal(begun(run, "b2") / "j")
+    live.add("rollouts/3", rollouts(samples=(1,)))
+    live.force()
+    assert list(run.iterdir()) == [run / ownership.MARKER]
+    assert other.find("rollouts/3", 5, PROMPTS) == {}
+    assert journal(tmp_path / "moved" / "j").find("rollouts/3", 5, PROMPTS) == rollouts()
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_nothing_is_written_where_the_runs_directory_was_removed(tmp_path, another):
+    """Nor raised, which would leave other ranks waiting."""
+    run = begun(tmp_path / "run", "a1")
+    live = journal(run / "j")
+    live.add("rollouts/3", rollouts(samples=(0,)))
+    shutil.rmtree(run)
+    if another:
+        begun(run, "b2")
+    live.add("rollouts/3", rollouts(samples=(1,)))
+    live.force()
+    left = [run / ownership.MARKER] if another else []
+    assert list(run.iterdir() if another else tmp_path.iterdir()) == left
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "j").symlink_to(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError):
+        journal(tmp_path / "j").add("rollouts/3", rollouts())
 
 
 def test_a_damaged_line_is_named(tmp_path):

@@ -469,7 +469,7 @@ def test_overwriting_removes_what_a_run_wrote_names_it_and_nothing_else(tmp_path
     (begun / "journal").mkdir()
     (begun / "journal" / "rollouts_0.0.jsonl").touch()
     (begun / "tensorboard").mkdir()
-    (begun / "tensorboard" / "events.out.tfevents.1.host").touch()
+    (begun / "tensorboard" / f"events.out.tfevents.1.host.{identity}").touch()
     (begun / "wandb" / "offline-run-1").mkdir(parents=True)
     (begun / "wandb" / "run_id").write_text("1")
     (begun / "wandb" / "offline-run-1" / "file").touch()
@@ -498,6 +498,9 @@ MINE = {
     "hf/README.md": "hf",
     "journal/notes.jsonl": "journal/notes.jsonl",
     "tensorboard/other/events.out.tfevents.1": "tensorboard/other",
+    "tensorboard/events.out.tfevents.1.host": "tensorboard/events.out.tfevents.1.host",
+    "tensorboard/events.out.tfevents.1.host.0.a1": "tensorboard/events.out.tfevents.1.host.0.a1",
+    "hf.partial/model": "hf.partial",
     "wandb/sweep.yaml": "wandb/sweep.yaml",
     "wandb/run-20260101_000000-notebook/files/model.pt": "wandb/run-20260101_000000-notebook",
     "profile/flame.svg": "profile/flame.svg",
@@ -526,6 +529,34 @@ def test_an_export_that_was_added_to_is_not_replaced(tmp_path, begun):
     (begun / "hf" / "gguf" / "model.gguf").write_text("precious")
     with pytest.raises(UserError, match=r"hf/gguf/model.gguf in it is not known"):
         run_directory.check(replacing)
+
+
+@pytest.mark.parametrize("harm", ["a file", "hf", "the marker", "an older marker", "a checkpoint"])
+def test_what_was_replaced_in_a_run_is_not_removed_with_it(tmp_path, begun, harm):
+    """Under the same name and in the same size; by another run's of the same content."""
+    for name, kind in (("hf", "model"), ("checkpoints/iter_0000009", "checkpoint")):
+        ownership.create(begun / name, kind)
+        (begun / name / "model.safetensors").write_text("ours")
+        ownership.seal(begun / name, kind)
+    run_directory.check(config(tmp_path, run={"overwrite": True}))
+    place = begun / ("checkpoints/iter_0000009" if harm == "a checkpoint" else "hf")
+    match harm:
+        case "a file":
+            (place / "model.safetensors").write_text("mine")
+        case "hf" | "a checkpoint":
+            other = prepare(config(tmp_path, run={"dir": str(tmp_path / "other")}))
+            shutil.move(place, other / place.name)
+            kind = ownership.marker(other / place.name)["kind"]
+            ownership.seal(other / place.name, kind)
+            shutil.move(other / place.name, place)
+        case "the marker":
+            (place / ownership.MARKER).unlink()
+        case "an older marker":
+            ownership.mark(place, "model", files=["model.safetensors"])
+    before = content(begun)
+    with pytest.raises(UserError, match=rf"{place.name}.* in it is not known.*nothing was removed"):
+        prepare(config(tmp_path, run={"overwrite": True}))
+    assert content(begun) == before
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "hf", "ledger.jsonl", "checkpoints/iter_0000001"])
@@ -560,6 +591,7 @@ def test_a_link_is_not_followed_and_its_target_stays(tmp_path, begun, name):
 )
 def test_an_input_in_the_way_is_refused_before_anything_is_removed(tmp_path, begun, place, setting):
     ownership.create(begun / "hf", "model")
+    ownership.seal(begun / "hf", "model")
     (begun / "wandb" / "run-1").mkdir(parents=True)
     (begun / "wandb" / "run_id").write_text("1")
     (tmp_path / "link").symlink_to(begun)
@@ -621,6 +653,23 @@ def test_a_run_of_an_older_version_knows_its_inputs_where_they_were(tmp_path, be
         run_directory.check(copy)
 
 
+def test_a_run_whose_marker_stayed_behind_is_known_by_its_checkpoints(tmp_path, begun):
+    """`cp -r run/* copy`: with another identity it would pass over its own checkpoints."""
+    identity = ownership.marker(begun)["identity"]
+    state = begun / "checkpoints" / "iter_0000001" / "run.json"
+    state.write_text(json.dumps({"run": {"identity": identity}}))
+    older(begun)
+    prepare(config(tmp_path))
+    assert ownership.marker(begun)["identity"] == identity
+    older(begun)
+    other = begun / "checkpoints" / "iter_0000002"
+    shutil.copytree(state.parent, other)
+    (other / "run.json").write_text(json.dumps({"run": {"identity": "b2"}}))
+    with pytest.raises(UserError, match=r"its checkpoints are of 2 runs: put the marker back"):
+        prepare(config(tmp_path))
+    assert ownership.marker(begun) is None
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -648,7 +697,18 @@ def test_a_folder_of_ours_that_is_no_run_is_named(tmp_path):
         run_directory.check(config(tmp_path, run={"overwrite": True}))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"made_by": "megatron-prepo"}', "{" * 99999])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"made_by": "megatron-prepo"}',
+        '{"made_by": "megatron-prepo", "kind": "run"}',
+        '{"made_by": "megatron-prepo", "kind": "run", "identity": "*"}',
+        "{" * 99999,
+    ],
+)
 def test_a_marker_that_is_not_one_proves_nothing(tmp_path, begun, text):
     (begun / ownership.MARKER).write_text(text)
     (begun / "ledger.jsonl").unlink()

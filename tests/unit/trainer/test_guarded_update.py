@@ -17,7 +17,7 @@ def fresh(tmp_path):
         train={"total_steps": 8, "max_skipped_updates": 2},
         debug={"max_skip_dumps": 2},
     )
-    run = SimpleNamespace(directory=tmp_path, say=lambda sentence: None)
+    run = SimpleNamespace(directory=tmp_path, say=print, check_directory=lambda: None)
     return lambda kind=Updates: kind(config, None, run)
 
 
