@@ -11,8 +11,8 @@ its content.  So
 - a `.partial` folder with a marker is one that a killed process left behind;
 - any other folder without a list, or with one of names only (of an older version), proves nothing.
 
-The proof is the SHA-256 of a file up to 64 MiB.  For a larger one it is the digest of samples in
-`inputs/digests.py`, of the size, both ends and 32 blocks in between, and the time of the last change, to
+The proof is the SHA-256 of a file up to 64 MiB.  For a larger one it is a digest of samples
+(`digest.py`), of the size, both ends and 32 blocks in between, and the time of the last change, to
 the nanosecond: to read all of it again would take as long as to write it, other weights in the same
 shapes differ in the samples, and a change that falls between the samples has another time.
 
