@@ -7,6 +7,7 @@ after the first of these steps and gone on with.  Then everything that the two l
 compared, bit for bit.  Equal is what has to be on a CPU, and on a GPU with deterministic kernels.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from pathlib import Path
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
+from megatron_prepo.models.raw import bytes_of
+from megatron_prepo.models.torch_dist import TorchDistReader
 from megatron_prepo.run import directory as run_directory
 
 POLL_SECONDS = 0.02
@@ -68,8 +71,6 @@ def _prove(
 
 def compare(whole: Path, other: Path) -> list[Check]:
     """Two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
-    from megatron_prepo.models.torch_dist import TorchDistReader
-
     def newest(run: Path) -> Path:
         return max((run / "checkpoints").glob("iter_???????"))
 
@@ -77,6 +78,11 @@ def compare(whole: Path, other: Path) -> list[Check]:
         files = json.loads((newest(run) / "manifest.json").read_text())["files"]
         names = sorted(name for name in files if Path(name).match(pattern))
         return [(name, files[name]["sha256"]) for name in names]
+
+    def tensors(run: Path) -> list[tuple]:
+        # not the files: newer megatron-core pickles what is no tensor into one of them
+        reader = TorchDistReader(newest(run))
+        return [(name, *_content(reader, name)) for name in sorted(reader.tensors)]
 
     def schedule(run: Path) -> list[tuple]:
         common = TorchDistReader(newest(run)).common()
@@ -96,7 +102,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
 
     reads = {
         "exported weights": exported,
-        "weights and optimizer": lambda run: checksums(run, "*.distcp"),
+        "weights and optimizer": tensors,
         "schedule": schedule,
         "random states": lambda run: checksums(run, "random_*"),
         "selected prompts": choices,
@@ -105,6 +111,13 @@ def compare(whole: Path, other: Path) -> list[Check]:
         "evaluations, but seconds": lambda run: without_seconds(run / "evaluations.jsonl"),
     }
     return [_check(what, read(whole), read(other)) for what, read in reads.items()]
+
+
+def _content(reader: TorchDistReader, name: str) -> tuple:
+    """Return type, shape and digest of a tensor; -0.0 and 0.0 are two values, NaN is one."""
+    shape = reader.shape(name)
+    tensor = reader.read(name, (0,) * len(shape), shape)
+    return tensor.dtype, shape, hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def text(checks: Sequence[Check]) -> str:
@@ -136,7 +149,8 @@ def _check(what: str, whole: Sequence, other: Sequence) -> Check:
     if len(whole) != len(other):
         return Check(what, False, f"{len(whole):,} entries, and {len(other):,}")
     first = next(i for i, pair in enumerate(zip(whole, other, strict=True)) if pair[0] != pair[1])
-    return Check(what, False, f"the first of {len(whole):,} entries that differs: {first}")
+    name = whole[first][0] if isinstance(whole[first], tuple) else first
+    return Check(what, False, f"the first of {len(whole):,} entries that differs: {name}")
 
 
 def _clear(config: Path, settings: Sequence[str], run: Path) -> None:

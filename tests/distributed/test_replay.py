@@ -179,9 +179,12 @@ def hostile_checkpoints(actor, good, root):
 
 
 def put_in_place_of_an_object(directory, evil):
-    """Of the only one in the checkpoint: its place in the table becomes that of other bytes."""
+    """Of `thing`: its place in the table becomes that of other bytes."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
-    ((index, place),) = metadata.storage_data.items()
+    # megatron-core 0.19 saves what all ranks have in common as an object, too
+    ((index, place),) = (
+        entry for entry in metadata.storage_data.items() if entry[0].fqn.startswith("thing")
+    )
     file, data = directory / place.relative_path, io.BytesIO()
     torch.save(evil, data)
     metadata.storage_data[index] = replace(
