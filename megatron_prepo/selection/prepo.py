@@ -5,8 +5,8 @@
 sigma sorts by perplexity, ascending.  Progress rho = step / (horizon - 1) is 0 in the first step
 and 1 in the last; `rho_max` scales it, so that the window may stop before the hardest prompts.
 
-What the paper leaves for others to try: another pacing f(rho) with f(0) = 0 and f(1) = 1, and the
-way from high to low.
+Not in the paper: other pacings f(rho) with f(0) = 0 and f(1) = 1, and the direction from high to
+low.
 """
 
 import math
@@ -20,17 +20,17 @@ from megatron_prepo.selection.base import Candidates
 
 
 def linear(rho: Fraction) -> Fraction:
-    """As published."""
+    """Return rho itself, as published."""
     return rho
 
 
 def quadratic(rho: Fraction) -> Fraction:
-    """Stays on the easy prompts longer."""
+    """Return the square of rho, which stays on the easy prompts longer."""
     return rho * rho
 
 
 def root(rho: Fraction) -> float:
-    """Leaves the easy prompts sooner."""
+    """Return the root of rho, which leaves the easy prompts sooner."""
     return math.sqrt(rho)
 
 
@@ -57,7 +57,7 @@ class PerplexityWindow:
         self.first = 0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the K selected candidates, lowest perplexity first."""
+        """Return the positions of the K selected candidates, lowest perplexity first."""
         room = len(candidates.prompts) - self.num_selected
         rho = progress(step, self.horizon, self.rho_max)
         self.first = window_start(self.pacing(rho), len(candidates.prompts), self.num_selected)
@@ -66,25 +66,25 @@ class PerplexityWindow:
         return select_window(candidates.ppl_P, self.first, self.num_selected)
 
     def observe(self, prompts, rewards_KG) -> None:
-        """The schedule learns nothing from rewards."""
+        """Ignore rewards: the schedule depends only on the step."""
 
     def metrics(self) -> dict[str, float]:
-        """The window's ends, as positions in the ascending order."""
+        """Return the ends of the window, as positions in the ascending order."""
         return {
             "selection/window_first": self.first,
             "selection/window_last": self.first + self.num_selected - 1,
         }
 
     def state_dict(self) -> dict:
-        """Nothing: the window follows from the step."""
+        """Return an empty state: the window depends only on the step."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""
 
 
 def progress(step: int, horizon: int, rho_max: float = 1.0) -> Fraction:
-    """rho of a step, counted from 0; 0 in the first, `rho_max` from step ``horizon - 1`` on.
+    """Return rho of a step, counted from 0: 0 in the first, `rho_max` from step ``horizon - 1`` on.
 
     A fraction, because floor(rho (|B| - K)) of a rounded rho can be one too small.
     """
@@ -93,7 +93,7 @@ def progress(step: int, horizon: int, rho_max: float = 1.0) -> Fraction:
 
 
 def window_start(rho: Fraction | float, num_candidates: int, num_selected: int) -> int:
-    """l(rho) = floor(rho (|B| - K)), from 0 to |B| - K.
+    """Return l(rho) = floor(rho (|B| - K)), from 0 to |B| - K.
 
     >>> [window_start(Fraction(i, 4), 10, 2) for i in range(5)]
     [0, 2, 4, 6, 8]
@@ -102,9 +102,9 @@ def window_start(rho: Fraction | float, num_candidates: int, num_selected: int) 
 
 
 def select_window(ppl_P: torch.Tensor, first: int, num_selected: int) -> list[int]:
-    """Indices of the candidates at positions first, ..., first + K - 1 of the ascending order.
+    """Return the candidates at positions first, ..., first + K - 1 of the ascending order.
 
-    Ties keep their order; perplexities that are not finite come last.
+    Ties keep their order; non-finite perplexities come last.
 
     >>> select_window(torch.tensor([3.0, float("nan"), 1.0, 2.0]), 1, 2)
     [3, 0]
