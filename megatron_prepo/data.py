@@ -1,4 +1,4 @@
-"""Prompts: read and checked once, then dealt out in candidate batches, the same on every rank."""
+"""Prompts: read and validated once, then drawn in candidate batches, identical on every rank."""
 
 import datetime
 import random
@@ -10,7 +10,7 @@ from megatron_prepo.files import json_lines
 from megatron_prepo.records import Prompt
 
 MAX_CHARACTERS_A_TOKEN = 1000
-"""No tokenizer has longer ones; what is longer still is not worth the time to tokenize it."""
+"""Upper bound of any tokenizer's characters per token; longer prompts are rejected untokenized."""
 
 
 def read_prompts(
@@ -21,14 +21,14 @@ def read_prompts(
     chat_template: bool = False,
     date: datetime.date | None = None,
 ) -> list[Prompt]:
-    """The prompts of a JSON Lines file, tokenized.
+    """Return the tokenized prompts of a JSON Lines file.
 
-    A line is an object with a text `prompt`, an `answer` that is a text or a finite number, and an
-    `id` (the line's number otherwise); other fields are ignored.  `tokenizer` is one of
-    `transformers`.  `date` is what its chat template is told of today; None: today.
+    Each line is an object with a text `prompt`, an `answer` that is a text or a finite number, and
+    optionally an `id` (by default the line number); other fields are ignored.  `tokenizer` is one
+    of `transformers`.  `date` is passed to its chat template as the current date; None: today.
 
-    Raises `UserError` naming file and line for a broken line, a missing or empty prompt or answer,
-    a repeated id, and a prompt of more than `max_tokens` tokens.
+    Raises `UserError` naming file and line for an invalid line, a missing or empty prompt or
+    answer, a repeated id, and a prompt of more than `max_tokens` tokens.
     """
     prompts: list[Prompt] = []
     for where, prompt_id, text, answer in read_records(path):
@@ -41,8 +41,8 @@ def read_prompts(
             tokens, content = tokenize(text, tokenizer, chat_template=chat_template, date=date)
         except UserError:
             raise
-        except Exception as error:  # what `tokenizers` raises for a word that it does not know
-            raise UserError(f"{where}: the tokenizer refuses the prompt: {error}") from error
+        except Exception as error:  # `tokenizers` raises this type for an unknown word
+            raise UserError(f"{where}: the tokenizer rejects the prompt: {error}") from error
         if len(tokens) > max_tokens:
             raise UserError(
                 f"{where}: prompt {prompt_id!r} has {len(tokens)} tokens, more than "
@@ -55,12 +55,12 @@ def read_prompts(
             )
         prompts.append(Prompt(prompt_id, text, answer, tokens, content))
     if not prompts:
-        raise UserError(f"{path} holds no prompts")
+        raise UserError(f"{path} contains no prompts")
     return prompts
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
-    """(`FILE, line N`, id, prompt, answer) of each line; the id of one without is its number."""
+    """Yield (`FILE, line N`, id, prompt, answer) per line; the default id is the line number."""
     seen: dict[str, int] = {}
     for number, record in json_lines.read(path):
         where = f"{path}, line {number}"
@@ -78,7 +78,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
 def tokenize(
     text: str, tokenizer, *, chat_template: bool, date: datetime.date | None = None
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Token ids of a prompt, and the span of those that hold its text.
+    """Return the token ids of a prompt, and the span of tokens that hold its text.
 
     With `chat_template` the text becomes a user turn followed by the generation prompt.
     """
@@ -96,14 +96,14 @@ def tokenize(
 
 
 def _as_user_turn(text: str, tokenizer, date: datetime.date | None) -> tuple[str, int]:
-    """The rendered chat, and where in it the text's first word is; -1 if it was rewritten."""
+    """Return the rendered chat and the offset of the text's first word; -1 if it was rewritten."""
     if not tokenizer.chat_template:
         raise UserError(
             "data.chat_template=true, but the tokenizer has no chat template; "
             "set data.chat_template=false"
         )
 
-    # the only way in which a template learns the date; what is given it goes before the built-in
+    # templates obtain the date only through this function; an argument overrides the built-in one
     clock = {} if date is None else {"strftime_now": date.strftime}
 
     def render(content: str) -> str:
@@ -112,7 +112,7 @@ def _as_user_turn(text: str, tokenizer, date: datetime.date | None) -> tuple[str
             turns, tokenize=False, add_generation_prompt=True, **clock
         )
 
-    # the words of a text may also be in the template: a mark that is not shows the place
+    # the words of a text may also occur in the template: a character that does not marks the place
     rendered, begin = render(text), render("\ufffc").find("\ufffc")
     if begin >= 0 and rendered.startswith(text, begin):
         return rendered, begin + len(text) - len(text.lstrip())
@@ -123,7 +123,8 @@ def _as_user_turn(text: str, tokenizer, date: datetime.date | None) -> tuple[str
 class CandidateBatches:
     """Endless candidate batches of P prompts with unique ids; a pure function of seed and position.
 
-    Each epoch is a fresh permutation; prompts that do not fill a last batch sit that epoch out.
+    Each epoch is a new permutation; prompts that do not fill the last batch are skipped in that
+    epoch.
     """
 
     def __init__(self, prompts: Sequence[Prompt], num_candidates: int, seed: int):
@@ -134,10 +135,10 @@ class CandidateBatches:
             )
         self.prompts, self.num_candidates, self.seed = prompts, num_candidates, seed
         self.position = 0
-        """Batches dealt so far."""
+        """Number of batches drawn so far."""
 
     def next(self) -> list[Prompt]:
-        """The next P candidate prompts."""
+        """Return the next P candidate prompts."""
         batches_an_epoch = len(self.prompts) // self.num_candidates
         epoch, batch = divmod(self.position, batches_an_epoch)
         order = list(range(len(self.prompts)))
@@ -147,9 +148,9 @@ class CandidateBatches:
         return [self.prompts[i] for i in order[first : first + self.num_candidates]]
 
     def state_dict(self) -> dict:
-        """The position, for a checkpoint."""
+        """Return the position, for a checkpoint."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved position."""
+        """Resume from a saved position."""
         self.position = state["position"]

@@ -1,4 +1,4 @@
-"""Exceptions that the command line shows as a sentence, without a stack trace."""
+"""Exceptions that the command line prints as one line, without a stack trace."""
 
 import errno
 import os
@@ -6,15 +6,15 @@ import traceback
 from pathlib import Path
 
 MAX_LINE = 500
-"""Characters of a message about what may be endless."""
+"""Maximum characters of a message that quotes text of unbounded length."""
 
 
 class UserError(ValueError):
-    """A wrong setting, file or model; the message names the culprit, its value and the remedy."""
+    """Invalid setting, file or model; the message names it, its value and the remedy."""
 
 
 class Stopped(RuntimeError):
-    """The run has stopped between two steps and can go on; the message says why and from where."""
+    """The run stopped between two steps and can be resumed; the message has the reason and step."""
 
     def __init__(self, message: str, *, exit_code: int):
         super().__init__(message)
@@ -22,17 +22,17 @@ class Stopped(RuntimeError):
 
 
 def no_room(error: BaseException) -> str | None:
-    """Return one line, with the remedy, for a write that found no room on a disk; else None."""
+    """Return one line, with the remedy, for a write that failed on a full disk; else None."""
     if (words := full_disk(error)) is None:
         return None
     return f"{words}; make room there, and the same command resumes what is unfinished"
 
 
 def full_disk(error: BaseException) -> str | None:
-    """Return what an error, or one behind it, says of a disk without room; None if none does.
+    """Return the message of an error, or of a cause of it, that reports a full disk; else None.
 
-    Its text is looked at, since not every library that writes (safetensors, torch) raises an
-    OSError of its own.
+    The text is searched, since not every library that writes (safetensors, torch) raises an
+    OSError.
     """
     one = error
     while one is not None:
@@ -51,10 +51,10 @@ NO_ROOM = tuple(
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     for mark in (os.strerror(number), f"(os error {number})")
 )
-"""Disk full, quota, file-size limit (`ulimit -f`): as Python and C, and as Rust, write them."""
+"""Messages for disk full, quota and file-size limit (`ulimit -f`) of Python and C, and of Rust."""
 
 
 def one_line(text: object) -> str:
-    """The text without line breaks and other control characters, cut after MAX_LINE."""
+    """Return a text without line breaks and control characters, truncated after MAX_LINE."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."

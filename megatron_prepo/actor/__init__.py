@@ -1,1 +1,1 @@
-"""The model that learns, on Megatron-Core: the only package that reads `parallel_state`."""
+"""The trained model, on Megatron-Core: the only package that reads `parallel_state`."""

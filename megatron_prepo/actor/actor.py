@@ -1,19 +1,20 @@
-"""The actor: a Megatron-Core model that scores sequences and learns from rollouts.
+"""The actor: a Megatron-Core model that scores sequences and is trained on rollouts.
 
-Every rank calls the same method with the same arguments.  Data-parallel ranks share the sequences
-out among themselves, and results are the same, complete, on every rank.
+Every rank calls the same method with the same arguments.  Data-parallel ranks split the sequences
+between them, and the complete results are returned on every rank.
 
-How losses add up.  Our loss is a sum over tokens with all normalisers inside (`loss.py`), so the
-gradient wanted is that of the plain sum over micro-batches m, data-parallel ranks d and the slices
-c of their rows (context parallelism).  Megatron's schedule multiplies the loss of each slice by
-their number C and divides it by that of the micro-batches, M (a `loss_func` of two results), and
-its DDP averages gradients over the D * C ranks:
+Normalisation of losses.  The loss is a sum over tokens that includes all normalisers (`loss.py`),
+so the required gradient is that of the plain sum over micro-batches m, data-parallel ranks d and
+the slices c of their rows (context parallelism).  Megatron's schedule multiplies the loss of each
+slice by the number of slices C and divides it by the number of micro-batches M (for a `loss_func`
+with two results), and its DDP averages gradients over the D * C ranks:
 
     gradient = (1/(D C)) sum_d sum_c sum_m (C/M) grad loss_func(d, c, m)
 
-so `loss_func` returns ``M * D * loss``, and what arrives at `loss` in backward is D * C, times what
-the optimizer scales losses by.  `vocab_parallel_loss` is told so beforehand, since by then it has
-added the head's gradient up.  Tests hold all of this against one rank and one micro-batch.
+so `loss_func` returns ``M * D * loss``, and the gradient that arrives at `loss` in backward is
+D * C times the optimizer's loss scale.  `vocab_parallel_loss` gets this factor as an argument,
+since it accumulates the head's gradient before backward.  Tests compare all of this with one rank
+and one micro-batch.
 """
 
 import math
@@ -68,7 +69,7 @@ from megatron_prepo.records import ScoredSequence
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the scored tokens of one sequence, in order, float32 on the CPU."""
+    """Scores of the scored tokens of one sequence, in order, float32 on the CPU."""
 
     logprobs_T: torch.Tensor
     entropy_T: torch.Tensor
@@ -76,7 +77,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """A rollout with all that the loss needs to know about it."""
+    """A rollout with all inputs of the loss."""
 
     sequence: ScoredSequence
     old_logprobs_T: torch.Tensor
@@ -88,19 +89,19 @@ class TrainingSequence:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a backward pass found; the gradient itself is in Megatron's buffers, not clipped."""
+    """Result of a backward pass; the gradient itself is in Megatron's buffers, not clipped."""
 
     totals: dict[str, float]
     """Loss and loss statistics, summed over the tokens of all ranks."""
     norm: float
     finite: bool
-    """Whether loss, norm and every element of the gradient are finite numbers, on all ranks."""
+    """Whether loss, norm and every element of the gradient are finite on all ranks."""
     plan: Plan
-    """How the mini-batch was laid out."""
+    """Rows of the mini-batch."""
 
 
 class Actor:
-    """This rank's part of the model that learns.  `parallel.initialize` comes first."""
+    """This rank's part of the trained model.  Call `parallel.initialize` first."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -109,7 +110,8 @@ class Actor:
         self.device = parallel.device()
         built = build_model(self.hf, config.model, config.parallel, config.megatron)
         self.chunks = [chunk.to(self.device) for chunk in built]
-        """One, or several stages of an interleaved pipeline; the last has this rank's head."""
+        """One chunk, or several stages of an interleaved pipeline; the last has this rank's head.
+        """
         mcore = self.mcore = self.chunks[0].config
         self.routing = self.router_replay = None
         if config.rollout.router_replay:
@@ -123,14 +125,14 @@ class Actor:
         self.optimizer, self.scheduler = build_optimizer(config, self.ddp)
         mcore.grad_scale_func = self.optimizer.scale_loss
         mcore.finalize_model_grads_func = finalize_model_grads
-        # gradients are reduced once they are whole, in the last micro-batch
+        # gradients are reduced when they are complete, in the last micro-batch
         waiting = [ddp.no_sync for ddp in self.ddp]
         mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self.reference = self._copy_of_weights() if config.loss.kl_coef else None
         self.copies = Copies()
-        """For checkpoints in the background."""
+        """Host buffers for checkpoints in the background."""
         self.updates = 0
-        """Optimizer updates so far: the version of the weights."""
+        """Number of optimizer updates so far: the version of the weights."""
 
     def score(
         self,
@@ -139,10 +141,10 @@ class Actor:
         temperature: float,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Scores]:
-        """Log-probabilities and exact entropies of all sequences: one forward pass, no gradient.
+        """Return log-probabilities and exact entropies of all sequences, by one forward pass.
 
-        Sequences with a routing are routed by it (`rollout.router_replay`).  `on_progress` is
-        called with the number of sequences of each finished micro-batch.
+        Sequences with a routing replay it (`rollout.router_replay`).  `on_progress` is called with
+        the number of sequences of each finished micro-batch.
         """
         offsets = [0]
         for sequence in sequences:
@@ -169,30 +171,32 @@ class Actor:
         return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
 
     def routed_differently(self) -> float | None:
-        """Share of tokens and layers of the last `score` where the actor's own choice of experts
-        was another than the replayed one; None without `rollout.router_replay`.  Collective.
+        """Return the share of tokens and layers of the last `score` where the actor would have
+        chosen other experts than the replayed ones; None without `rollout.router_replay`.
+
+        Collective.
         """
         return self.router_replay.routed_differently() if self.router_replay else None
 
     def reference_score(
         self, sequences: Sequence[ScoredSequence], *, temperature: float
     ) -> list[Scores]:
-        """`score` under the weights that the actor started from (kept if there is a KL penalty)."""
-        assert self.reference is not None, "the initial weights are kept with loss.kl_coef > 0 only"
+        """Return `score` under the initial weights (kept only with a KL penalty)."""
+        assert self.reference is not None, "the initial weights are kept only with loss.kl_coef > 0"
         with self._weights(self.reference):
             return self.score(sequences, temperature=temperature)
 
     def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
-        """One optimizer update on one mini-batch; returns loss, gradient norm and loss statistics.
+        """Make one optimizer update on one mini-batch; returns the metrics of `step`.
 
-        Raises FloatingPointError as `step` does.
+        Raises FloatingPointError like `step`.
         """
         return self.step(self.backward(rollouts))
 
     def backward(self, rollouts: Sequence[TrainingSequence]) -> Gradient:
-        """The gradient of one mini-batch's loss; no weight changes.
+        """Compute the gradient of one mini-batch's loss, without changing weights.
 
-        Rollouts that cannot move a weight are left out of the computation.
+        Skips rollouts whose gradient is exactly zero.
         """
         rollouts = [r for r in rollouts if self._has_gradient(r)]
         sequences = [r.sequence for r in rollouts]
@@ -237,20 +241,20 @@ class Actor:
         return Gradient(totals, norm, finite, plan)
 
     def step(self, gradient: Gradient) -> dict[str, float]:
-        """Change the weights by the gradient of the last `backward`; returns metrics.
+        """Update the weights with the gradient of the last `backward`; returns metrics.
 
         Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
-        computed, and absent if there were none.  The learning rate is the one of this update.
+        not skipped, and absent if there were none.  The learning rate is that of this update.
 
         Raises FloatingPointError on all ranks if the gradient is not finite.  Weights, optimizer
-        state, learning rate and `updates` are then as before: the version counts what the weights
-        have gone through, and the engine's are still those.
+        state, learning rate and `updates` are then unchanged: `updates` counts applied updates, and
+        the engine still has the current weights.
         """
         totals, plan = gradient.totals, gradient.plan
         if not gradient.finite:
             raise FloatingPointError(
-                f"update {self.updates + 1}: loss {totals['loss']}, gradient norm {gradient.norm}, "
-                "and not every number behind them is finite; the weights are left as they were"
+                f"update {self.updates + 1}: non-finite loss or gradient (loss={totals['loss']}, "
+                f"grad_norm={gradient.norm}); the update was not applied"
             )
         learning_rate = self.optimizer.param_groups[0]["lr"]  # the scheduler sets the next one
         self.optimizer.step()
@@ -273,9 +277,10 @@ class Actor:
         return metrics
 
     def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:
-        """The micro-batches of all data-parallel ranks; no communication, the same on every rank.
+        """Return the micro-batches of all data-parallel ranks, the same on every rank.
 
-        `plan(...).load` counts tokens and attention's pairs, `load.flops(actor.shape)` operations.
+        No communication.  `plan(...).load` counts tokens and attention pairs,
+        `load.flops(actor.shape)` operations.
         """
         train = self.config.train
         return plan_rows(
@@ -290,12 +295,12 @@ class Actor:
         )
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The current weights under Hugging Face names; collective, see `megatron_to_hf`."""
+        """Yield the current weights under Hugging Face names; collective, see `megatron_to_hf`."""
         self._gather_weights()
         return hf_weights(self.chunks, self.hf["vocab_size"], self._hf_plan)
 
     def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of what `hf_weights` yields; collective, moves no weights."""
+        """Return type and shape of what `hf_weights` yields; collective, transfers no weights."""
         return self._hf_shapes
 
     @cached_property
@@ -307,23 +312,24 @@ class Actor:
         return hf_shapes(self.chunks, self.hf["vocab_size"], self._hf_plan)
 
     def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradient of the last `backward` under Hugging Face names; collective.
+        """Yield the gradient of the last `backward` under Hugging Face names; collective.
 
-        Of the plain sum of losses (see above): not clipped, and the same under every layout.
+        It is the gradient of the plain sum of losses (see above): not clipped, and the same under
+        every layout.
         """
         if self.ddp[0].ddp_config.use_distributed_optimizer:
             self._gather_gradient_shards()
         return hf_gradients(self.chunks, self.hf["vocab_size"])
 
     def export(self, directory: str | Path, *, write: bool) -> None:
-        """Write the model in Hugging Face format; collective, the rank that is told to writes."""
+        """Export the model in Hugging Face format; collective, written by the rank with `write`."""
         self._gather_weights()
         save_hf(self.chunks, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
     def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
         """Write a Megatron checkpoint of this step below `directory`; collective.
 
-        With `checkpoint.optimizer=false` it has weights only, and nothing can go on from it.
+        With `checkpoint.optimizer=false` it has weights only, and a run cannot resume from it.
         """
         saving = self.start_saving(directory, step=step, run_state=run_state, copy=False)
         saving.finish(self.config.parallel.timeout_minutes)
@@ -332,9 +338,9 @@ class Actor:
     def start_saving(
         self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
     ) -> Saving:
-        """The same, still to be finished; the actor may go on if its state is copied.
+        """Start `save` and return the unfinished checkpoint; with `copy`, training may continue.
 
-        The copy before is overwritten: its checkpoint must have been finished.
+        The previous copy is overwritten: its checkpoint must be finished.
         """
         self._gather_weights()
         copies = self.copies if copy else None
@@ -355,18 +361,20 @@ class Actor:
         )
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint with optimizer, written under any layout; collective."""
+        """Resume from a checkpoint with optimizer state, written under any layout; collective."""
         self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler, self.hf)
 
     def _gather_weights(self) -> None:
-        """After an update under overlap_param_gather, weights are on their way until a forward pass
-        waits for them: here they arrive."""
+        """Wait for the weights of the last update.
+
+        With overlap_param_gather they are otherwise still in transit until the next forward pass.
+        """
         for ddp in self.ddp:
             if ddp.ddp_config.overlap_param_gather:
                 ddp.start_param_sync(force_sync=True)
 
     def _gather_gradient_shards(self) -> None:
-        """The distributed optimizer has reduced to each rank its shard of the gradient only."""
+        """Gather the gradient, of which the distributed optimizer reduced one shard per rank."""
         groups = [
             group
             for ddp in self.ddp
@@ -379,13 +387,14 @@ class Actor:
                 dist.all_gather_into_tensor(bucket.grad_data, shard.clone(), group=ranks)
 
     def _finite_on_all_ranks(self, loss: torch.Tensor, totals: dict, norm: float) -> bool:
-        """Each rank looks at all that it holds, since no sum shows everything.
+        """Return whether loss, norm and the complete gradient are finite on all ranks.
 
-        The norm leaves out the copies of parameters that other tensor-parallel ranks count, and
-        data-parallel replicas have norms of their own.
+        Each rank checks all that it holds, since no sum covers everything: the norm excludes copies
+        of parameters that other tensor-parallel ranks count, and each data-parallel replica has a
+        separate norm.
         """
         buffers = [b for d in self.ddp for b in (*d.buffers, *d.expert_parallel_buffers)]
-        # the largest magnitude, without a copy of the buffer; NaN if there is one
+        # the largest magnitude, without a copy of the buffer; NaN if it contains one
         largest = [torch.linalg.vector_norm(b.grad_data, torch.inf).float() for b in buffers]
         mine = torch.stack([loss.float(), *largest]).isfinite().all()
         finite = mine and all(map(math.isfinite, (norm, *totals.values())))
@@ -394,9 +403,9 @@ class Actor:
         return not broken
 
     def _has_gradient(self, rollout: TrainingSequence) -> bool:
-        """False if its gradient is zero for certain: a factor of 0 in front of its only term.
+        """Return False if the gradient is exactly zero: a factor of 0 before its only term.
 
-        Experts may have losses of their own, on whatever tokens they see (`megatron.moe_...`).
+        Experts may have additional losses, on whatever tokens they see (`megatron.moe_...`).
         """
         loss, experts = self.config.loss, self.mcore.num_moe_experts
         return bool(rollout.advantage or loss.entropy_coef or loss.kl_coef or experts)
@@ -409,7 +418,7 @@ class Actor:
         *,
         forward_only: bool,
     ) -> None:
-        """Megatron's schedule over this rank's micro-batches.
+        """Run Megatron's schedule over this rank's micro-batches.
 
         `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
         """
@@ -440,7 +449,7 @@ class Actor:
             self.router_replay.check_all_recomputed()
 
     def _routed(self, ddp: DistributedDataParallel, batch: MicroBatch) -> AbstractContextManager:
-        """Around the forward pass of a chunk: its routers replay the micro-batch's routing."""
+        """Return a context for a chunk's forward pass, in which its routers replay the routing."""
         if self.router_replay is None:
             return nullcontext()
         return self.router_replay.of_micro_batch(self.ddp.index(ddp), batch.routing_TLk)
@@ -448,7 +457,7 @@ class Actor:
     def _scores(
         self, hidden: torch.Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
+        """Return `logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
         values = vocab_parallel_logprobs_and_entropy(
             self._hidden_TH(hidden),
             output_weight(self.chunks[-1]),
@@ -466,7 +475,7 @@ class Actor:
         loss_of: LossOf,
         loss_scale: float,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What `loss_of` says of the scored tokens of a micro-batch; last stage only.
+        """Return the result of `loss_of` on the scored tokens of a micro-batch; last stage only.
 
         `loss_scale` is the gradient that will arrive at the loss.
         """
@@ -483,16 +492,16 @@ class Actor:
         )
 
     def _hidden_TH(self, hidden_1TH: torch.Tensor) -> torch.Tensor:
-        """The hidden states of all tokens, whole on every tensor-parallel rank.
+        """Return the hidden states of all tokens, complete on every tensor-parallel rank.
 
-        The region that they pass adds up the ranks' parts of their gradient, once.
+        The backward pass of the region sums the ranks' parts of their gradient, once.
         """
         if self.mcore.sequence_parallel:
             return gather_from_sequence_parallel_region(
                 hidden_1TH.squeeze(0), tensor_parallel_output_grad=True
             )
-        # Its backward sums in place, and loses the sum of a gradient that is not contiguous
-        # (megatron-core 0.16.1, mappings._reduce): nothing may be transposed after it.
+        # Its backward sums in place, and loses the sum of a non-contiguous gradient (megatron-core
+        # 0.16.1, mappings._reduce): nothing may be transposed after it.
         return copy_to_tensor_model_parallel_region(hidden_1TH.squeeze(0))
 
     def _head_settings(self) -> dict:
@@ -503,7 +512,7 @@ class Actor:
                 self.config.loss.head_memory_mib, output_weight(self.chunks[-1])
             ),
             "fp32_logits": self.config.model.fp32_lm_head,
-            # with overlap_grad_reduce, DDP insists on a gradient from autograd
+            # with overlap_grad_reduce, DDP requires a gradient from autograd
             "into_main_grad": not self.ddp[0].ddp_config.overlap_grad_reduce,
         }
 
@@ -530,7 +539,7 @@ class Actor:
 
 
 def _loss_terms(rollouts: Sequence[TrainingSequence], device) -> LossTerms:
-    """Flat tokens of some rollouts, in their order."""
+    """Return the loss terms of the tokens of some rollouts, flat and in order."""
 
     def per_token(values) -> torch.Tensor:
         return torch.cat([torch.empty(0), *values]).to(device)
@@ -553,10 +562,10 @@ def _loss_terms(rollouts: Sequence[TrainingSequence], device) -> LossTerms:
 
 
 def _share(values: torch.Tensor) -> torch.Tensor:
-    """Sum over data- and context-parallel ranks of what their last pipeline stages hold, in place,
-    everywhere.
+    """Sum values of last pipeline stages over data- and context-parallel ranks, in place.
 
-    The tensor-parallel ranks of a last stage hold equal values, of which the first one's counts.
+    The result is the same on all ranks.  The tensor-parallel ranks of a last stage hold equal
+    values, of which those of the first one are counted.
     """
     first_of_last_stage = (
         parallel_state.is_pipeline_last_stage()

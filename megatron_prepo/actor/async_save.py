@@ -1,8 +1,8 @@
-"""Writing a checkpoint: planned on all ranks, written by a thread of each, named by rank 0.
+"""Writing of checkpoints: planned on all ranks, written by one thread per rank, renamed by rank 0.
 
-The thread reads what nobody changes: the tensors themselves while the run waits, or a copy of them
-in host memory while it goes on.  The directory gets its name only when all ranks have written, so
-that whatever stops a run before leaves a `.partial` and the checkpoint before.
+The thread reads tensors that do not change: the originals while the run waits, or copies in host
+memory while the run continues.  The directory is renamed only when all ranks have written, so that
+an interrupted save leaves a `.partial` directory and the previous checkpoint.
 """
 
 import inspect
@@ -28,9 +28,9 @@ from megatron_prepo.actor import manifest, parallel
 from megatron_prepo.errors import full_disk
 from megatron_prepo.files.atomic import flush, naming
 
-# Megatron forks a process for each file that it writes.  A fork whose rank is killed waits for ever
-# for a lock that the rank held: here its writers are threads, and a queue for their answers needs
-# no process of its own, either.
+# Megatron forks one process per file.  If the rank is killed, its fork waits forever for a lock
+# that the rank held: here the writers are threads, and the queue for their results needs no
+# separate process either.
 _THREADS = SimpleNamespace(
     Process=threading.Thread,
     Queue=queue.Queue,
@@ -47,23 +47,23 @@ internals.replace(
 
 _ASYNCHRONOUS = {"async_sharded_save": True}
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-    _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on it asks for another package otherwise
+    _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on, the default needs another package
 
 
 class Copies:
-    """Copies of a checkpoint's tensors in host memory, whose room the next checkpoint takes again.
+    """Copies of a checkpoint's tensors in host memory, whose buffers the next checkpoint reuses.
 
-    To come by fresh memory costs more than to fill it.  On CUDA it is page-locked, so that a copy
-    goes at the speed of the bus.
+    Allocating new memory costs more than filling it.  On CUDA it is page-locked, so that copies run
+    at the speed of the bus.
     """
 
     def __init__(self):
         self.room: list[torch.Tensor] = []
 
     def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """In order; those of the call before are overwritten."""
+        """Return copies of tensors, in order; those of the previous call are overwritten."""
         if [(t.shape, t.dtype) for t in tensors] != [(t.shape, t.dtype) for t in self.room]:
-            self.room = []  # other tensors than before; first give back what they had
+            self.room = []  # different tensors: release the old buffers first
             self.room = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in tensors]
         for mine, tensor in zip(self.room, tensors, strict=True):
             mine.copy_(tensor.detach(), non_blocking=True)
@@ -73,7 +73,7 @@ class Copies:
 
 
 class Saving:
-    """A checkpoint under way; every rank calls the same methods, all collective."""
+    """A checkpoint that is being written; every rank calls the same methods, all collective."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class Saving:
         small_files: dict[str, bytes],
         publish: Callable[[], None],
     ):
-        """Begin to write `state` to the empty directory `aside`, or copies of its tensors.
+        """Start to write `state`, or copies of its tensors, to the empty directory `aside`.
 
-        `small_files` are this rank's own; rank 0 calls `publish` when all ranks have written.
+        `small_files` are written by this rank; rank 0 calls `publish` when all ranks have written.
         """
         self.aside, self.small_files, self.publish = aside, small_files, publish
-        # what several replicas hold is shared out among them, to be copied and written by one each
+        # tensors with several replicas are split between them, and copied and written by one each
         strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -106,14 +106,14 @@ class Saving:
         self.thread.start()
 
     def done(self) -> bool:
-        """Whether `finish` has nothing to wait for."""
+        """Return whether `finish` would return without waiting."""
         return not any(parallel.gather_to_all(self.thread.is_alive()))
 
     def finish(self, timeout_minutes: float, check: Callable[[], None] = lambda: None) -> None:
-        """Wait until all ranks have written, then give the checkpoint its name.
+        """Wait until all ranks have written, then rename the checkpoint to its final name.
 
-        `check`, which is collective, raises if it must not get one any more.  Raises OSError on
-        all ranks if one could not write or is not done by then.
+        `check`, which is collective, raises if the checkpoint may not be renamed any more.  Raises
+        OSError on all ranks if one could not write or exceeds the timeout.
         """
         late = time.monotonic() + 60 * timeout_minutes
         while True:
@@ -127,7 +127,7 @@ class Saving:
         check()
         for rank, (_, _, error) in enumerate(ranks):
             if error is not None:
-                # rank 0 may be at the next one, and have removed this one
+                # rank 0 may have started the next one, and removed this one
                 free = shutil.disk_usage(self.aside.parent).free >> 20
                 raise OSError(
                     f"rank {rank} could not write {self.aside} ({free:,} MiB are free there): "
@@ -144,7 +144,7 @@ class Saving:
         dist.barrier()
 
     def _write(self) -> None:
-        """In the thread: this rank's files, and their checksums."""
+        """Write this rank's files and compute their checksums, in the thread."""
         try:
             self.error = self._write_files()
         except OSError as error:
@@ -155,7 +155,7 @@ class Saving:
             self.request.async_fn(dist.get_rank(), self.buckets, self.results)
             self.result = self.results.get_nowait()
             if isinstance(self.result, Exception):
-                # torch closes its archive when a write has failed, and fails in that, too
+                # torch closes its archive after a failed write, which fails as well
                 return full_disk(self.result) or str(self.result)
         files = [Path(file) for file, _, _ in self.buckets]
         self.buckets = []  # a copy of the model is large
@@ -169,7 +169,7 @@ class Saving:
 
 
 def _on_the_host(buckets: list, copies: Copies | None) -> list:
-    """Megatron's descriptions of files, their tensors in host memory."""
+    """Return Megatron's descriptions of files with their tensors in host memory."""
     tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
     here = iter(copies.of(tensors) if copies else [tensor.cpu() for tensor in tensors])
     return [

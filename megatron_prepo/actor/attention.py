@@ -1,7 +1,7 @@
-"""Torch-native layer parts for Megatron's specs, where TransformerEngine is not installed.
+"""Torch-native layer modules for Megatron's specs, for use without TransformerEngine.
 
-Megatron's local norm refuses sequence parallelism and its local attention materialises scores;
-these two take their places, on any device.
+Megatron's local norm does not support sequence parallelism and its local attention materialises the
+scores; these two modules replace them, on any device.
 """
 
 import functools
@@ -29,60 +29,61 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # finalize_model_grads sums the gradients of parameters so marked over tensor parallelism
+        # finalize_model_grads sums the gradients of parameters with this mark over tensor ranks
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape and type as `x`."""
+        """Return the norm of `x`, in the shape and type of `x`."""
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return (x.float() * scale).to(x.dtype) * self.weight
 
 
 @dataclass
 class RowLayout(PackedSeqParams):
-    """Where sequences lie in a row of T tokens; Megatron hands it through to every layer.
+    """Position of sequences in a row of T tokens; Megatron passes it through to every layer.
 
-    Attention works on whole sequences: those of the row one after the other, or, where some share
-    a prefix of which the row has one copy, W tokens taken from the row, the copy several times.
-    To Megatron the row is an ordinary batch of one sequence (`qkv_format` stays empty): angles come
-    by position, and the inherited fields speak of the whole sequences.
+    Attention works on complete sequences: the sequences of the row in order, or, if some share a
+    prefix of which the row has one copy, W tokens gathered from the row, with the prefix repeated
+    per sequence.  For Megatron the row is an ordinary batch of one sequence (`qkv_format` stays
+    empty): rotary angles are looked up by position, and the inherited fields describe the complete
+    sequences.
 
-    Under context parallelism this rank has a slice of the row, and attention works on the whole row
-    for some of the heads (`context_parallel`).
+    Under context parallelism this rank has a slice of the row, and attention works on the entire
+    row for some of the heads (`context_parallel`).
     """
 
     positions_T: torch.Tensor | None = None
-    """The position in its sequence of each of this rank's tokens."""
+    """Position of each of this rank's tokens in its sequence."""
     lengths: tuple[int, ...] = ()
-    """Of the whole sequences, in order; they add up to W (to T where nothing is shared)."""
+    """Lengths of the complete sequences, in order; the sum is W (T if no prefix is shared)."""
     whole_W: torch.Tensor | None = None
-    """The row's token at each place of the whole sequences; None: the row as it is."""
+    """Index in the row of each token of the complete sequences; None: the row itself."""
     row_T: torch.Tensor | None = None
-    """A place among the whole sequences of each token of the row."""
+    """Index of each token of the row in the complete sequences."""
     context: dist.ProcessGroup | None = None
-    """The ranks that have the slices of the row, in their order; None: this one has all of it."""
+    """Ranks that hold the slices of the row, in order; None: this rank holds the entire row."""
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
-        """From this rank's tokens [., heads, d] to whole sequences, of this rank's heads."""
+        """Convert this rank's tokens [., heads, d] to complete sequences of this rank's heads."""
         x_T = x if self.context is None else tokens_to_heads(x, self.context)
         return x_T if self.whole_W is None else x_T.index_select(0, self.whole_W)
 
     def row(self, x_W: torch.Tensor) -> torch.Tensor:
-        """From whole sequences [W, heads * d] of this rank's heads back to its tokens."""
+        """Convert complete sequences [W, heads * d] of this rank's heads back to its tokens."""
         x_T = x_W if self.row_T is None else x_W.index_select(0, self.row_T)
         return x_T if self.context is None else heads_to_tokens(x_T, self.context)
 
 
 class CausalAttention(MegatronModule):
-    """Causal grouped-query attention: torch's variable-length kernel, or sequence by sequence.
+    """Causal grouped-query attention: torch's variable-length kernel, or a loop over sequences.
 
-    The kernel is for 16-bit numbers on CUDA.  On a CPU the loop is faster than padding, unless
+    The kernel supports 16-bit types on CUDA.  On a CPU the loop is faster than padding, unless
     lengths are nearly equal (docs/packing.md).
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "the layout's group says it, not Megatron's size"
+        assert config.context_parallel_size == 1, "context parallelism is set by RowLayout.context"
         assert config.attention_dropout == 0.0, "torch-native attention has no dropout"
 
     def forward(
@@ -95,10 +96,10 @@ class CausalAttention(MegatronModule):
         packed_seq_params: RowLayout | None = None,
         **_,
     ):
-        """[s, b, heads, d] queries and [s, b, groups, d] keys and values to [s, b, heads * d].
+        """Attend: [s, b, heads, d] queries, [s, b, groups, d] keys and values to [s, b, heads * d].
 
-        With a layout b is 1, and tokens look at those before them in their own sequence; without,
-        each of b sequences is s long.
+        With a layout, b is 1 and tokens attend to earlier tokens of the same sequence; without one,
+        each of the b sequences has length s.
         """
         if packed_seq_params is None:
             return _attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
@@ -114,7 +115,7 @@ class CausalAttention(MegatronModule):
 
 
 def _attend(query, key, value) -> torch.Tensor:
-    """[b, s, heads, d] and so on to [b, s, heads * d]."""
+    """Attend: [b, s, heads, d] queries, and so on, to [b, s, heads * d]."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
@@ -123,7 +124,7 @@ def _attend(query, key, value) -> torch.Tensor:
 
 
 def _attend_in_one_kernel(query, key, value, layout: RowLayout) -> torch.Tensor:
-    """[W, heads, d] and so on to [W, heads * d]."""
+    """Attend: [W, heads, d] queries, and so on, to [W, heads * d]."""
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(
@@ -142,7 +143,7 @@ def _attend_in_one_kernel(query, key, value, layout: RowLayout) -> torch.Tensor:
 
 @functools.cache
 def _has_kernel() -> bool:
-    """Whether this torch has the kernel, and it knows grouped queries."""
+    """Return whether this torch has the kernel with support for grouped queries."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
@@ -151,10 +152,10 @@ def _has_kernel() -> bool:
 
 
 def rotate_by_position(rotary: RotaryEmbedding) -> None:
-    """Have the model's rotary embedding look its angles up by a layout's positions, in place.
+    """Make the model's rotary embedding look up angles by a layout's positions, in place.
 
-    Megatron asks it first for a length and then for the angles of that length: here, with a layout,
-    the layout stands for the length.
+    Megatron first requests a length and then the angles of that length: with a layout, the layout
+    is passed in place of the length.
     """
     internals.replace(rotary, "get_rotary_seq_len", MethodType(_rotary_length, rotary))
     internals.replace(rotary, "forward", MethodType(_angles, rotary))
@@ -166,16 +167,18 @@ def _rotary_length(self, *args, **kwargs):
 
 
 def _angles(self, length: int | RowLayout, /, *args, **kwargs) -> torch.Tensor:
-    """[T, 1, 1, d]"""
+    """Return angles [T, 1, 1, d]."""
     if isinstance(length, RowLayout):
-        # `packed_seq`: all angles, not those of the slice that Megatron would give this rank
+        # `packed_seq`: all angles, not those of the slice that Megatron would select for this rank
         return type(self).forward(self, length.max_seqlen_q, packed_seq=True)[length.positions_T]
     return type(self).forward(self, length, *args, **kwargs)
 
 
 def padding_multiple(config) -> int:
-    """Row lengths must be a multiple of this: context parallelism splits a row evenly, and sequence
-    parallelism each slice of it."""
+    """Return the number that must divide row lengths.
+
+    Context parallelism splits a row evenly, and sequence parallelism each slice of it.
+    """
     slices = parallel_state.get_context_parallel_world_size()
     if config.sequence_parallel:
         return slices * parallel_state.get_tensor_model_parallel_world_size()

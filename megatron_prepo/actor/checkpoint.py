@@ -1,15 +1,15 @@
 """Megatron `torch_dist` checkpoints: written under any layout, read under any other.
 
-The layout on disk is Megatron-LM's: `iter_0000042/` with the shards, and beside it
-`latest_checkpointed_iteration.txt`; an imported model is in `release/`.  A checkpoint gets its name
-only once it is whole (`async_save.py`), and its manifest (`manifest.py`) says what whole means.
+The layout on disk is Megatron-LM's: `iter_0000042/` with the shards, next to
+`latest_checkpointed_iteration.txt`; an imported model is in `release/`.  A checkpoint is renamed to
+its final name only when it is complete (`async_save.py`), as its manifest defines (`manifest.py`).
 
-Beside the shards there may be
+In addition to the shards there may be
 
-| file | what |
+| file | content |
 |---|---|
-| `run.json` | what the training loop needs to go on (`resume.py`) |
-| `random_N.safetensors` | the random states of rank N |
+| `run.json` | state from which the training loop resumes (`resume.py`) |
+| `random_N.safetensors` | random states of rank N |
 """
 
 import os
@@ -37,7 +37,7 @@ from megatron_prepo.models.torch_dist import TorchDistReader
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run.json"
 KIND = "checkpoint"
-"""What its marker calls it (`ownership.py`)."""
+"""Kind of directory in its marker (`ownership.py`)."""
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -53,13 +53,14 @@ def start_saving(
     copies: Copies | None = None,
     hf: dict | None = None,
 ) -> Saving:
-    """Begin to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
+    """Start to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
-    Collective.  With optimizer and scheduler if given; then with this rank's random states, too.
-    `run_state` is the text of `run.json`.  `hf`, the model's settings, become the checkpoint's own
-    record of it (`models/record.py`).  It is there when the `Saving` is finished, and
-    nothing else may be saved below `directory` before; without `copies`, nor may model and
-    optimizer change.  Raises OSError if a rank cannot write: older checkpoints stay.
+    Collective.  Optimizer and scheduler are saved if given, together with this rank's random
+    states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as the
+    checkpoint's record of the model (`models/record.py`).  The checkpoint exists when
+    the `Saving` is finished; until then nothing else may be saved below `directory` and, without
+    `copies`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
+    checkpoints are kept.
     """
     final = path_of(directory, step)
     aside = final.with_name(final.name + ".partial")
@@ -101,11 +102,11 @@ def start_saving(
 
 
 def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf: dict) -> int:
-    """Read what `save` wrote with an optimizer, under any layout; returns `updates`; collective.
+    """Load a checkpoint with optimizer state, under any layout, and return `updates`; collective.
 
-    Under the number of ranks that wrote it, random states are restored, too.  Raises UserError if
-    the optimizer is one that has another form on disk, and if the weights are not of the model
-    whose settings are `hf`.
+    With the same number of ranks as at saving, random states are restored as well.  Raises
+    UserError if the optimizer has a different format on disk, and if the weights are not those of
+    the model with settings `hf`.
     """
     check_record(path, hf, "model.hf")
     _check_form(path, optimizer)
@@ -125,9 +126,9 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: dict) -> None:
-    """Read the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
+    """Load the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
-    Raises UserError if there is none, or if it is not of this model, whose settings are `hf`.
+    Raises UserError if there is none, or if it is not one of the model with settings `hf`.
     """
     path = newest(directory)
     check_record(path, hf, "model.hf")
@@ -140,18 +141,19 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: d
 
 
 def load_without_running(path: Path, sharded: dict) -> dict:
-    """Megatron's `load` of a checkpoint from anywhere: nothing that is in it gets executed.
+    """Call Megatron's `load` on an untrusted checkpoint without executing anything in it.
 
-    Megatron unpickles the table of tensors whatever it holds, so it is looked at before, and torch
-    unpickles what the table calls bytes, unless it is told to build tensors and plain values only.
-    Raises UserError for a table that holds anything else or names files that are not whole.
+    Megatron unpickles the table of tensors whatever it contains, so the table is checked first, and
+    torch unpickles the entries that the table marks as bytes, unless it is restricted to tensors
+    and plain values.  Raises UserError for a table that contains anything else or names incomplete
+    files.
     """
     TorchDistReader(path)
     before = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"
     try:
         return dist_checkpointing.load(sharded, str(path))
-    except CheckpointException as error:  # not an Exception; what the ranks raised is in it
+    except CheckpointException as error:  # not an Exception; it holds the errors of the ranks
         first = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise UserError(f"{path} cannot be read: {first[-400:]}") from error
     finally:
@@ -162,7 +164,7 @@ def load_without_running(path: Path, sharded: dict) -> dict:
 
 
 def newest(directory: str | Path) -> Path:
-    """The newest whole checkpoint below `directory`, or the directory if it is one itself."""
+    """Return the newest complete checkpoint below `directory`, or the directory if it is one."""
     directory = Path(directory)
     if (directory / "metadata.json").is_file():
         return directory
@@ -171,22 +173,25 @@ def newest(directory: str | Path) -> Path:
         raise UserError(f"no Megatron checkpoint in {directory}: {tracker} is missing")
     name = tracker.read_text(errors="replace").strip()
     if name != "release" and not name.isdecimal():
-        raise UserError(f"{tracker} is damaged: it says {name[:20]!r}, neither a step nor release")
+        raise UserError(
+            f"{tracker} is damaged: it contains {name[:20]!r}, neither a step nor release"
+        )
     path = directory / name if name == "release" else path_of(directory, int(name))
     if not (path / "metadata.json").is_file():
         raise UserError(
-            f"{tracker} names {path.name}, which is not a whole checkpoint: it has no metadata.json"
+            f"{tracker} names {path.name}, which is not a complete checkpoint: it has no "
+            "metadata.json"
         )
     return path
 
 
 def path_of(directory: str | Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """Return the path of a step's checkpoint."""
     return Path(directory) / f"iter_{step:07d}"
 
 
 def all_of(directory: str | Path) -> dict[int, Path]:
-    """The checkpoints below `directory` by step, the oldest first, whole or not."""
+    """Return the checkpoints below `directory` by step, oldest first, complete or not."""
     names = [path.name.removeprefix("iter_") for path in Path(directory).glob("iter_*")]
     steps = sorted(int(name) for name in names if name.isdecimal())
     return {step: path_of(directory, step) for step in steps}
@@ -195,11 +200,11 @@ def all_of(directory: str | Path) -> dict[int, Path]:
 def prune(
     directory: str | Path, *, keep_last: int | None, keep_every: int | None
 ) -> dict[Path, list[Path]]:
-    """Remove checkpoints but the newest `keep_last`, and those of every `keep_every`-th step.
+    """Remove all checkpoints except the newest `keep_last` and those of each `keep_every`-th step.
 
-    Only this run's are counted: others among the newest must not cost it its own.  An empty
-    `keep_last` keeps all.  One process calls it, after the newest has been saved.  Returns those
-    that stay because they hold what is not known to be ours, and what that is.
+    Only this run's checkpoints are counted.  An empty `keep_last` keeps all.  Called by one
+    process, after the newest has been saved.  Returns the checkpoints that are kept because they
+    contain files that are not known to be ours, with these files.
     """
     if not keep_last:
         return {}
@@ -216,9 +221,10 @@ def prune(
 
 
 def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:
-    """Without TransformerEngine's `_extra_state`: empty in bf16, and absent elsewhere.
+    """Return sharded weights without TransformerEngine's `_extra_state`.
 
-    The sections of chunks are for this rank only: on disk a tensor has its name in the whole model.
+    That entry is empty in bf16, and other layers do not have it.  The sections of chunks are local
+    to this rank: on disk a tensor has its name in the complete model.
     """
     return {
         section: {
@@ -236,26 +242,27 @@ def _load_chunks(chunks: Sequence[torch.nn.Module], state: dict) -> None:
 
 
 def _sections(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
-    """As Megatron-LM calls them."""
+    """Return model chunks under the names that Megatron-LM uses."""
     if len(chunks) == 1:
         return {"model": chunks[0]}
     return {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
 def _fill_adam_state(optimizer) -> None:
-    """Without it Megatron's distributed optimizer can be neither saved nor loaded."""
+    """Create Adam's state, which Megatron's distributed optimizer needs to be saved or loaded."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HostAdam):
             part.optimizer.fill_state()
-        elif isinstance(part.optimizer, torch.optim.Adam):  # which AdamW is, too
+        elif isinstance(part.optimizer, torch.optim.Adam):  # AdamW is a subclass
             fill_adam_state(part.optimizer)
 
 
 def _load_optimizer(optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict`, mended for torch's Adam (megatron-core 0.16.1).
+    """Call `optimizer.load_state_dict` with corrections for torch's Adam (megatron-core 0.16.1).
 
-    A `step` of 0 is not saved.  The distributed optimizer looks for a `step` among the tensors of a
-    checkpoint, where none is, and then gives one tensor to all parameters, which each count it up.
+    A `step` of 0 is not saved.  The distributed optimizer looks for `step` among the tensors of a
+    checkpoint, which has none, and then assigns one tensor to all parameters, each of which
+    increments it.
     """
     parts = optimizer.chained_optimizers
     states = [state] if len(parts) == 1 else [state[key] for key in sorted(state)]
@@ -274,10 +281,10 @@ def _load_optimizer(optimizer, state: dict) -> None:
 
 
 def _check_form(path: Path, optimizer) -> None:
-    """UserError where Megatron would name hundreds of missing tensors.
+    """Raise UserError where Megatron would list hundreds of missing tensors.
 
-    Experts that are spread over ranks have an optimizer of their own there, and only the
-    distributed optimizer has float32 weights of float32 models.
+    Experts that are distributed over ranks have a separate optimizer there, and only the
+    distributed optimizer stores float32 weights of float32 models.
     """
     names = [name for name in TorchDistReader(path).tensors if "optimizer.state." in name]
     parts = optimizer.chained_optimizers
@@ -294,13 +301,13 @@ def _check_form(path: Path, optimizer) -> None:
         if there != here:
             raise UserError(
                 f"{path} was written {'with' if there else 'without'} {setting}, and its "
-                f"optimizer's state cannot be read {'with' if here else 'without'} it: set it as "
-                "there, or start a new run from the weights (model.megatron)"
+                f"optimizer state cannot be read {'with' if here else 'without'} it: use the same "
+                "setting, or start a new run from the weights (model.megatron)"
             )
 
 
 def _random_states() -> dict[str, torch.Tensor]:
-    """Of this rank's generators: torch's, CUDA's, and Megatron's tracker."""
+    """Return the states of this rank's generators: torch, CUDA, and Megatron's tracker."""
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
     return states | {f"tracker/{name}": state.cpu() for name, state in tracker.items()}

@@ -1,15 +1,15 @@
 """Context parallelism: several ranks share the tokens of a row.
 
-Everything but attention works token by token, so each of C ranks goes through the layers with its
-slice of the row, S = T / C tokens.  Around attention all-to-alls give it all tokens, of some heads
-(DeepSpeed-Ulysses, arXiv 2309.14509):
+Everything except attention works token by token, so each of C ranks computes the layers on its
+slice of the row, S = T / C tokens.  Before and after attention, all-to-alls exchange tokens for
+heads, so that each rank has all tokens of some heads (DeepSpeed-Ulysses, arXiv 2309.14509):
 
     [S, heads, d]  ->  [T, heads / C, d]  attention  [T, heads / C * d]  ->  [S, heads * d]
 
-So attention sees whole rows as it does on one rank, and is the same, whatever its kernel.  Megatron
-has no part in it: its groups know of the C ranks (gradients are averaged over them as over
-data-parallel ranks), but `TransformerConfig.context_parallel_size` stays 1, since its attentions
-would then split the sequence in their own ways.
+So attention sees complete rows as it does on one rank, and gives the same result with any kernel.
+Megatron is not involved: its groups include the C ranks (gradients are averaged over them as over
+data-parallel ranks), but `TransformerConfig.context_parallel_size` stays 1, since its attention
+modules would otherwise split the sequence themselves.
 """
 
 import math
@@ -21,13 +21,13 @@ from megatron.core.tensor_parallel import all_to_all
 
 
 def context_group() -> dist.ProcessGroup | None:
-    """The ranks that share rows with this one, in the order of their slices; None: it is alone."""
+    """Return the ranks that share rows with this one, in slice order; None if there are none."""
     group = parallel_state.get_context_parallel_group()
     return group if group.size() > 1 else None
 
 
 def slice_of_row(num_tokens: int, group: dist.ProcessGroup | None) -> slice:
-    """This rank's tokens of a row, whose length the size of `group` divides."""
+    """Return this rank's slice of a row; the size of `group` must divide the row's length."""
     if group is None:
         return slice(0, num_tokens)
     size = num_tokens // group.size()
@@ -36,7 +36,7 @@ def slice_of_row(num_tokens: int, group: dist.ProcessGroup | None) -> slice:
 
 
 def heads_of_a_rank(heads: int, ranks: int) -> int:
-    """How many of so many heads each of `ranks` context-parallel ranks gets, repeated ones too.
+    """Return the number of heads per context-parallel rank, including repeated ones.
 
     >>> heads_of_a_rank(8, 4), heads_of_a_rank(2, 4), heads_of_a_rank(3, 2)
     (2, 1, 3)
@@ -45,10 +45,10 @@ def heads_of_a_rank(heads: int, ranks: int) -> int:
 
 
 def tokens_to_heads(x_SND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[T / C, heads, d], this rank's tokens, to [T, heads / C, d], this rank's heads.
+    """Exchange this rank's tokens, [T / C, heads, d], for this rank's heads, [T, heads / C, d].
 
-    Where C does not divide the heads (of keys and values), each is repeated as often as it takes
-    for every rank to get those that its queries look at; autograd adds their gradients up.
+    If C does not divide the number of heads (of keys and values), each head is repeated until every
+    rank has the heads that its queries attend to; autograd sums their gradients.
     """
     ranks, (tokens, heads, size) = group.size(), x_SND.shape
     each = heads_of_a_rank(heads, ranks)
@@ -58,6 +58,6 @@ def tokens_to_heads(x_SND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
 
 
 def heads_to_tokens(x_TH: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[T, heads / C * d], this rank's heads, to [T / C, heads * d], this rank's tokens."""
+    """Exchange this rank's heads, [T, heads / C * d], for its tokens, [T / C, heads * d]."""
     parts_CSH = x_TH.unflatten(0, (group.size(), -1))
     return all_to_all(group, parts_CSH).movedim(0, 1).flatten(1)

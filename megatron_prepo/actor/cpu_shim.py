@@ -1,8 +1,8 @@
-"""Megatron-Core on a machine without CUDA: everything that it takes, in one file.
+"""Substitutes that let Megatron-Core run on a machine without CUDA, all in one file.
 
-Megatron-Core names the device "cuda" in many places and asks `torch.cuda` for streams and random
-states, but its mathematics and its collectives run on a CPU over gloo.  `install` answers those
-questions with the CPU; it does nothing to numbers.  It is called only where CUDA is absent.
+Megatron-Core hard-codes the device "cuda" in many places and uses streams and random states of
+`torch.cuda`, but its mathematics and its collectives run on a CPU over gloo.  `install` redirects
+those calls to the CPU; numbers do not change.  It is called only if CUDA is absent.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ _installed: list["_CudaMeansCpu"] = []
 
 
 def install() -> None:
-    """Make `device="cuda"` mean the CPU in this process, once.  Needs a machine without CUDA."""
+    """Redirect `device="cuda"` to the CPU in this process, once; only on machines without CUDA."""
     assert not torch.cuda.is_available(), "the CPU stand-ins must not hide a real GPU"
     if _installed:
         return
     mode = _CudaMeansCpu()
-    mode.__enter__()  # never left: it lives as long as the process
+    mode.__enter__()  # never exited: it stays active as long as the process
     _installed.append(mode)
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
 
@@ -53,7 +53,7 @@ def install() -> None:
 
 
 def model_settings() -> dict:
-    """TransformerConfig fields without which Megatron-Core asks for a CUDA kernel."""
+    """Return TransformerConfig fields without which Megatron-Core would call CUDA kernels."""
     return {
         "use_cpu_initialization": True,
         "batch_p2p_comm": False,
@@ -68,27 +68,27 @@ def model_settings() -> dict:
 
 
 class _Stream:
-    """Work on a CPU is in order already."""
+    """Substitute for a CUDA stream: work on a CPU is already in order."""
 
     def __init__(self, *_, **__):
         pass
 
     def wait_stream(self, other) -> None:
-        """Nothing to wait for."""
+        """Return immediately."""
 
     def wait(self, other=None) -> None:
-        """Nothing to wait for."""
+        """Return immediately."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Return immediately."""
 
     def record_event(self) -> "_Stream":
-        """An event that has happened."""
+        """Return an event that has already completed."""
         return self
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends factories, `.to` and type names from CUDA to the CPU."""
+    """Redirection of factories, `.to` and type names from CUDA to the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -99,13 +99,16 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = tuple("cpu" if _is_cuda(a) else a for a in args)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
-        if kwargs.get("pin_memory"):  # for copies to and from a GPU
+        if kwargs.get("pin_memory"):  # only useful for copies to and from a GPU
             kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
 class _HostIsElsewhere(TorchFunctionMode):
-    """Tells what went through `.cpu()`, and what was made of it, from what is on the device."""
+    """Tracking of tensors that went through `.cpu()`, and of results computed from them.
+
+    All other tensors report that they are on the device.
+    """
 
     def __init__(self):
         super().__init__()
@@ -122,7 +125,7 @@ class _HostIsElsewhere(TorchFunctionMode):
 
 
 def _split_as_on_a_gpu() -> None:
-    """Have the offloaded optimizer choose parameters for the host, all of which are there here."""
+    """Make the offloaded optimizer choose parameters for the host although all are on a CPU."""
 
     def choose(*args, **kwargs):
         with _HostIsElsewhere():
@@ -132,7 +135,8 @@ def _split_as_on_a_gpu() -> None:
 
 
 def _as_on_the_host(tensor, as_numpy: bool = False, *_, **__):
-    """Megatron's own leaves a CPU tensor a tensor, but all-to-all takes its sizes as numbers."""
+    """Return sizes as numpy: Megatron's version returns a CPU tensor unchanged, but all-to-all
+    needs numbers."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

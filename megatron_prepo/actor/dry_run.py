@@ -1,8 +1,8 @@
-"""Every rank of a layout, on one process without weights: the fake process group, the meta device.
+"""Simulation of every rank of a layout in one process: fake process group, meta device, no weights.
 
-A rank takes milliseconds and no memory whatever the model's size, so questions about layouts of
-hundreds of GPUs (what does a rank hold, what will a checkpoint look like) are answered on a laptop,
-by Megatron-Core itself.
+A rank takes milliseconds and no memory whatever the size of the model.  So the memory per rank and
+the content of a checkpoint for layouts of hundreds of GPUs are computed on a laptop, by
+Megatron-Core itself.
 """
 
 import dataclasses
@@ -27,33 +27,33 @@ from megatron_prepo.config import ModelConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class Buffer:
-    """One of the buffers in which Megatron-Core keeps parameters and gradients together."""
+    """One of Megatron-Core's contiguous buffers of parameters and gradients."""
 
     numel: int
-    """Parameters in it."""
+    """Number of parameters."""
     padded: int
-    """Its length with the distributed optimizer, which aligns parameters and cuts it evenly."""
+    """Length with the distributed optimizer, which aligns parameters and shards it evenly."""
     ranks: int
-    """Data-parallel ranks that the distributed optimizer cuts it over; for experts, fewer."""
+    """Data-parallel ranks over which the distributed optimizer shards it; fewer for experts."""
     gradient_bytes: int
-    """Of one gradient."""
+    """Bytes per gradient element."""
     experts: bool
-    """Whether it holds experts that are spread over ranks."""
+    """Whether it holds experts that are distributed over ranks."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What each rank of a pipeline stage holds; its tensor- and data-parallel ranks are alike."""
+    """Contents of each rank of a pipeline stage, equal for its tensor- and data-parallel ranks."""
 
     stage: int
     layers: int
     buffers: tuple[Buffer, ...]
     tensors: dict[str, tuple[int, ...]]
-    """Shape of every whole tensor that a part of is here, as Megatron's checkpoint names it."""
+    """Global shape of every tensor of which this stage has a part, by its checkpoint name."""
 
     @property
     def parameters(self) -> int:
-        """Parameters of a rank."""
+        """Number of parameters per rank."""
         return sum(buffer.numel for buffer in self.buffers)
 
 
@@ -66,12 +66,12 @@ def each_stage(
     *,
     world_size: int,
 ) -> Iterator[Stage]:
-    """Every stage of a job of `world_size` ranks: Megatron's model and data-parallel buffers.
+    """Yield every stage of a job of `world_size` ranks: Megatron's model and data-parallel buffers.
 
-    One rank a stage is built, the first; the others of a stage hold parts of the same shape.
+    One rank per stage is built, the first; the other ranks of a stage hold parts of the same shape.
     Raises AssertionError in a process that is part of a job.
     """
-    # TransformerEngine's layers want a GPU to be built; their parameters are the same
+    # TransformerEngine's layers need a GPU to be built; their parameters are the same
     model = dataclasses.replace(model, layers="torch")
     ddp = dataclasses.replace(ddp, use_distributed_optimizer=True)
     overrides = (megatron or {}) | {"perform_initialization": False}
@@ -94,7 +94,7 @@ def each_stage(
 
 
 def count_parameters(hf: dict, stages: list[Stage]) -> int:
-    """Parameters of the whole model, without vocabulary padding, tied embeddings once."""
+    """Return the parameters of the complete model, without vocabulary padding, tied ones once."""
     tensors = {name: shape for stage in stages for name, shape in stage.tensors.items()}
     total = sum(math.prod(shape) for shape in tensors.values())
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -125,17 +125,18 @@ def _whole_tensors(model: GPTModel) -> dict[str, tuple[int, ...]]:
 
 
 def _buffers_on_meta():
-    """Megatron asks CUDA where its buffers go, whatever the device of the parameters is."""
+    """Put Megatron's buffers on the meta device; it takes the current CUDA device, whatever the
+    device of the parameters."""
     return mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta"))
 
 
 def each_rank(
     hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
 ) -> Iterator[tuple[int, list[GPTModel]]]:
-    """(rank, its part of the model on the meta device) for each rank of one data-parallel replica.
+    """Yield (rank, its part of the model on the meta device) per rank of a data-parallel replica.
 
-    With expert parallelism, of as many replicas as it takes to spread the experts.
-    Raises AssertionError in a process that is part of a job.
+    With expert parallelism, the ranks are those of as many replicas as are needed to distribute the
+    experts.  Raises AssertionError in a process that is part of a job.
     """
     world_size = parallel.replica * parallel.smallest_data
     for rank in range(world_size):
@@ -146,8 +147,8 @@ def each_rank(
 
 @contextmanager
 def pretend(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[None]:
-    """This process as one rank of a job; collectives do nothing, and leave what they receive."""
-    assert not dist.is_initialized(), "a layout is simulated outside of a job"
+    """Simulate one rank of a job; collectives do nothing and leave their outputs unchanged."""
+    assert not dist.is_initialized(), "a layout must be simulated outside a job"
     if not torch.cuda.is_available():
         cpu.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

@@ -1,22 +1,23 @@
 """Exact token log-probability and full-vocabulary entropy from hidden states and a sharded head.
 
-For a token with logits z = W h / temperature over the whole vocabulary of V entries,
+For a token with logits z = W h / temperature over the full vocabulary of V entries,
 
     logp = z_target - lse,   H = -sum_v p_v ln p_v,   p = softmax(z),   lse = ln sum_v e^(z_v),
 
-each tensor-parallel rank holding the rows of W for its part of the vocabulary.  Three things make
-it exact and small: the logits of `chunk_tokens` tokens exist at a time and never leave float32; a
-rank condenses its columns to four numbers a token (max m, sum e^(z-m), sum (z-m)e^(z-m), z_target),
-which an all-gather exchanges and every rank merges in the same order; and entropy is taken in
-shifted form, ln S - T/S, which does not cancel.  Backward needs no statistics from other ranks:
+where each tensor-parallel rank holds the rows of W for its part of the vocabulary.  Three design
+choices make this exact and memory-efficient: the logits of `chunk_tokens` tokens exist at a time
+and never leave float32; a rank reduces its columns to four numbers per token (max m, sum e^(z-m),
+sum (z-m)e^(z-m), z_target), which an all-gather exchanges and every rank merges in the same order;
+and entropy is computed in the shifted form ln S - T/S, which does not cancel.  Backward needs no
+statistics from other ranks:
 
     dlogp/dz_v = 1[v = target] - p_v,      dH/dz_v = -p_v (ln p_v + H).
 
-`vocab_parallel_logprobs_and_entropy` computes the logits again in backward: 4 matrix products in
-all, for any gradient that may arrive.  `vocab_parallel_loss` is told the loss, and so knows the
+`vocab_parallel_logprobs_and_entropy` recomputes the logits in backward: 4 matrix products in total,
+for any incoming gradient.  `vocab_parallel_loss` takes the loss as an argument, and so knows the
 gradient while it still has the logits: 3 products.  docs/head.md derives and measures both.
 
-Letters: T tokens, R scored ones among them, C tokens of a chunk, H hidden, V this rank's rows of W.
+Letters: T tokens, R scored ones among them, C tokens per chunk, H hidden, V rows of W of this rank.
 """
 
 import importlib.util
@@ -32,11 +33,12 @@ from megatron_prepo.actor import lm_head_torch as row_statistics
 from megatron_prepo.models.fp32_matmul import add_product, product
 
 IGNORE = -100
-"""A target that says: leave this token out."""
+"""Target of tokens that are not scored."""
 HEAD_MEMORY_MIB = {"cuda": 900.0, "cpu": 16.0}
-"""For a chunk's logits: a GPU's matrix products want 1,000 rows, a CPU's cache holds few."""
+"""Memory for a chunk's logits: matrix products on a GPU need about 1,000 rows to be efficient, the
+cache of a CPU holds only a few."""
 ALIGNMENT = 128
-"""Chunks of more tokens than this are a multiple of it: matrix products like whole tiles."""
+"""Divisor of the size of chunks with more tokens than this: matrix products prefer full tiles."""
 
 
 def vocab_parallel_logprobs_and_entropy(
@@ -51,23 +53,23 @@ def vocab_parallel_logprobs_and_entropy(
     fp32_logits: bool = True,
     into_main_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logprobs_T` and `entropy_T`, float32 (float64 for float64 inputs), in nats.
+    """Return `logprobs_T` and `entropy_T`, float32 (float64 for float64 inputs), in nats.
 
     `hidden_TH`: the last hidden states, the same on every rank of `group`.
     `weight_VH`: this rank's rows of the output embedding; rank r holds rows r*V ... (r+1)*V - 1.
     `targets_T`: token ids; `IGNORE` gives 0 and 0 with zero gradient, and the token's hidden state
-    is never looked at.
-    `vocab_size`: rows from there on are padding, and take no part.
-    `temperature`: one number, or one a token.
-    `group`: the tensor-parallel group; None means that this rank holds the whole vocabulary.
+    is never read.
+    `vocab_size`: rows from this index on are padding, and are excluded.
+    `temperature`: one number, or one per token.
+    `group`: the tensor-parallel group; None means that this rank holds the full vocabulary.
     `chunk_tokens`: see `chunk_tokens_within`.
     `fp32_logits`: False rounds the logits to the type of the weights, as an engine may do.
-    `into_main_grad`: add the weight's gradient to `weight_VH.main_grad`, where it has one in
-    float32, and return none for it; the parameter's `grad_added_to_main_grad` is then set, as
-    Megatron's own linear layer does.  Otherwise it is accumulated in float32, and returned.
+    `into_main_grad`: add the weight's gradient to `weight_VH.main_grad`, if it has one in float32,
+    and return none for it; the parameter's `grad_added_to_main_grad` is then set, as Megatron's
+    linear layer does.  Otherwise it is accumulated in float32, and returned.
 
-    The gradient of `hidden_TH` is this rank's part only: the region that the hidden states came
-    through must add the parts up once (`copy_to_tensor_model_parallel_region`, or
+    The gradient of `hidden_TH` is only this rank's part: the region that the hidden states come
+    from must sum the parts once (`copy_to_tensor_model_parallel_region`, or
     `gather_from_sequence_parallel_region` with `tensor_parallel_output_grad=True`).  The weight's
     gradient is complete.
 
@@ -84,9 +86,9 @@ def vocab_parallel_logprobs_and_entropy(
 
 
 LossOf = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""`loss_of(logprobs_C, entropy_C, scored)`: the loss of some tokens, and further sums over them.
+"""Type of `loss_of(logprobs_C, entropy_C, scored)`: the loss of some tokens, and sums over them.
 
-`scored` says which of the scored tokens these are.  Losses and sums of disjoint tokens add up.
+`scored` is the range of these among the scored tokens.  Losses and sums of disjoint ranges add up.
 """
 
 
@@ -104,17 +106,18 @@ def vocab_parallel_loss(
     into_main_grad: bool = True,
     loss_scale: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss that `loss_of` makes of the scored tokens, and the sums that it returns with it.
+    """Return the loss of `loss_of` on the scored tokens, and the sums that it returns.
 
-    Values and gradients are those of `loss_of` on what `vocab_parallel_logprobs_and_entropy`
-    returns for the targets that are not `IGNORE`, in their order; `loss_of` sees a chunk of them at
-    a time, on every rank of `group` the same, bit for bit.  All other arguments are as there.
+    Values and gradients are those of `loss_of` on the results of
+    `vocab_parallel_logprobs_and_entropy` for the targets that are not `IGNORE`, in their order;
+    `loss_of` gets one chunk of them at a time, bit-identical on every rank of `group`.  All other
+    arguments are the same.
 
-    The gradients are computed here, in forward, where the logits still exist.
+    The gradients are computed in forward, while the logits still exist.
 
-    `loss_scale`: the gradient that will arrive at the loss in backward.  It has to be known where
-    the weight's gradient goes into `main_grad`, which cannot be scaled afterwards: another one
-    then raises RuntimeError (without waiting for the device: on CUDA it is a device-side
+    `loss_scale`: the gradient that will arrive at the loss in backward.  It must be known if the
+    weight's gradient is added to `main_grad`, which cannot be scaled afterwards: a different
+    gradient then raises RuntimeError (without waiting for the device: on CUDA it is a device-side
     assertion), and so does a second backward.  Otherwise any gradient may arrive.
     """
     head = _Head.of(weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens)
@@ -123,10 +126,10 @@ def vocab_parallel_loss(
 
 
 def chunk_tokens_within(memory_mib: float | None, weight_VH: torch.Tensor) -> int:
-    """Tokens of a chunk whose float32 logits, and their gradient in the weight's type, fit.
+    """Return the tokens per chunk whose float32 logits and gradient in the weight's type fit.
 
-    Float32 logits give their memory to their gradient.  At least 1, and a multiple of `ALIGNMENT`
-    where that many fit; the same on every tensor-parallel rank.  None is the device's
+    The gradient of float32 logits reuses their memory.  At least 1, and a multiple of `ALIGNMENT`
+    if at least that many fit; the same on every tensor-parallel rank.  None means the device's
     `HEAD_MEMORY_MIB`.
 
     >>> chunk_tokens_within(900, torch.empty(152064, 1, dtype=torch.bfloat16))
@@ -141,7 +144,7 @@ def chunk_tokens_within(memory_mib: float | None, weight_VH: torch.Tensor) -> in
 
 
 def row_operations(device: torch.device):
-    """The module with the two row operations for this device: `row_kernels` or `row_statistics`."""
+    """Return the module of the row operations for a device: `row_kernels` or `row_statistics`."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from megatron_prepo.actor import lm_head_triton as row_kernels
 
@@ -151,7 +154,7 @@ def row_operations(device: torch.device):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some of the scored tokens, with their logits before division by the temperature."""
+    """A range of the scored tokens, with their logits before division by the temperature."""
 
     scored: slice
     rows_C: torch.Tensor
@@ -163,15 +166,15 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Head:
-    """This rank's part of the output layer, and the tokens that it is to score."""
+    """This rank's part of the output layer, and the tokens to score."""
 
     rows_R: torch.Tensor
-    """Where the scored tokens are among the hidden states."""
+    """Indices of the scored tokens in the hidden states."""
     target_R: torch.Tensor
-    """Their targets, counted from this rank's first column."""
+    """Targets of the scored tokens, relative to this rank's first column."""
     temperature: float | torch.Tensor
     columns: int
-    """Rows of this rank's weight that are no padding."""
+    """Rows of this rank's weight that are not padding."""
     group: dist.ProcessGroup | None
     chunk_tokens: int
     fp32_logits: bool = True
@@ -179,7 +182,7 @@ class _Head:
 
     @classmethod
     def of(cls, weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens) -> "_Head":
-        # waits for the device, once a call: the number of scored tokens is the size of what follows
+        # waits for the device, once per call: the number of scored tokens is a size needed below
         rows_R = (targets_T != IGNORE).nonzero().squeeze(1)
         first = weight_VH.shape[0] * (0 if group is None else group.rank())
         if torch.is_tensor(temperature):
@@ -188,7 +191,7 @@ class _Head:
         return cls(rows_R, targets_T[rows_R] - first, temperature, columns, group, chunk_tokens)
 
     def only(self, keep_K: torch.Tensor) -> "_Head":
-        """The same for some of the scored tokens."""
+        """Return the head for a subset of the scored tokens."""
         per_row = torch.is_tensor(self.temperature)
         return replace(
             self,
@@ -198,7 +201,7 @@ class _Head:
         )
 
     def chunks(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[_Chunk]:
-        """Chunk after chunk; their logits share a workspace, so that one is to be done first."""
+        """Yield the chunks; their logits share a workspace, so finish one before the next."""
         slices = equal_chunks(len(self.rows_R), self.chunk_tokens)
         rows_VH = weight_VH[: self.columns]
         longest = max(chunk.stop - chunk.start for chunk in slices)
@@ -217,7 +220,7 @@ class _Head:
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
-    """The logits are computed again in backward."""
+    """Log-probabilities and entropies; the logits are recomputed in backward."""
 
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, head):
@@ -238,8 +241,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         hidden_TH, weight_VH, lse_R, entropy_R = ctx.saved_tensors
         if grad_logprobs_R is None:
             grad_logprobs_R = torch.zeros_like(lse_R)
-        # Tokens without a gradient (clipped ones, say) need no product.  Their number waits for the
-        # device, once a call: less than the products of one chunk.
+        # Tokens without a gradient (such as clipped ones) need no product.  Counting them waits for
+        # the device, once per call: this takes less time than the products of one chunk.
         counts_R = grad_logprobs_R != 0
         if grad_entropy_R is not None:
             counts_R |= grad_entropy_R != 0
@@ -255,7 +258,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """The gradient of the loss is known in forward: the logits are computed once."""
+    """Loss whose gradient is known in forward, so that the logits are computed once."""
 
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, head, loss_of, loss_scale, with_gradient):
@@ -291,7 +294,7 @@ class _Loss(torch.autograd.Function):
         if ctx.used:
             raise RuntimeError("vocab_parallel_loss: the weight's gradient is in main_grad already")
         ctx.used = True
-        # (1 / M) M of Megatron's schedule and its caller is 1 to rounding only
+        # (1 / M) M of Megatron's schedule and its caller equals 1 only up to rounding
         torch._assert_async(
             (grad_loss - ctx.loss_scale).abs() <= 1e-6 * abs(ctx.loss_scale),
             f"vocab_parallel_loss: main_grad was given the gradient for loss_scale={ctx.loss_scale}"
@@ -301,7 +304,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of hidden states and weight, from the gradients of chunks of logits."""
+    """Gradients of hidden states and weight, accumulated from gradients of chunks of logits."""
 
     def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head):
         self.hidden_TH = torch.zeros_like(hidden_TH)
@@ -320,7 +323,7 @@ class _Gradients:
         self.workspace_CV: torch.Tensor | None = None
 
     def add(self, chunk: _Chunk, lse_C, entropy_C, grad_logprobs_C, grad_entropy_C) -> None:
-        """Two matrix products; the chunk's logits are overwritten."""
+        """Add a chunk's gradients by two matrix products; the chunk's logits are overwritten."""
         grad_z_CV = self._space_for(chunk.z_CV)
         if grad_logprobs_C is None:
             grad_logprobs_C = torch.zeros_like(lse_C)
@@ -340,10 +343,10 @@ class _Gradients:
         add_product(self.total_VH[:columns], grad_z_CV.t(), chunk.hidden_CH)
 
     def of_weight(self) -> torch.Tensor | None:
-        """What autograd is to get for the weight: nothing if it is in `main_grad`.
+        """Return the weight's gradient for autograd: None if it is in `main_grad`.
 
-        Megatron's hook then adds nothing more, unless `zero_out_wgrad` tells it that the parameter
-        is an embedding of the same stage as well: what that one gives is then all that it sees.
+        Megatron's hook then adds nothing more, unless `zero_out_wgrad` marks the parameter as an
+        embedding of the same stage as well: the hook then adds only the embedding's gradient.
         """
         if not self.in_main_grad:
             return self.total_VH.to(self.weight_VH.dtype)
@@ -360,10 +363,11 @@ class _Gradients:
 
 
 def equal_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
-    """As few chunks of at most `chunk_tokens` tokens as will do, as equal as possible.
+    """Return as few chunks of at most `chunk_tokens` tokens as possible, of nearly equal size.
 
-    Matrix products of very few rows are slow, and on a CPU also rounded worse.  Chunks of
-    `ALIGNMENT` tokens and more are multiples of it, but for the last.  No token makes one chunk.
+    Matrix products of very few rows are slow, and on a CPU also have larger rounding errors.
+    Chunks of `ALIGNMENT` tokens and more are multiples of it, except for the last.  Zero tokens
+    make one chunk.
 
     >>> equal_chunks(7, 3)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
@@ -378,7 +382,10 @@ def equal_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
 
 
 def _gather(stats_4T: torch.Tensor, group) -> torch.Tensor:
-    """[ranks, 4, T]: the only collective, once a call (of `vocab_parallel_loss`: once a chunk)."""
+    """Gather statistics [ranks, 4, T]: the only collective, once per call.
+
+    In `vocab_parallel_loss` it is once per chunk.
+    """
     if group is None or group.size() == 1:
         return stats_4T[None]
     stats_R4T = stats_4T.new_empty(group.size(), *stats_4T.shape)
@@ -387,7 +394,7 @@ def _gather(stats_4T: torch.Tensor, group) -> torch.Tensor:
 
 
 def _merge(stats_R4T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-sum-exp, entropy and the target's log-probability over all ranks' columns."""
+    """Return log-sum-exp, entropy and the target's log-probability over all ranks' columns."""
     max_RT, sum_RT, weighted_RT, target_RT = stats_R4T.unbind(1)
     max_T = max_RT.amax(dim=0)
     nothing_RT = max_RT == -torch.inf

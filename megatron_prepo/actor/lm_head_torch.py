@@ -1,29 +1,30 @@
-"""The two operations on the rows of a chunk of logits, in torch.  `row_kernels` has them in Triton.
+"""Torch versions of the two operations on rows of a chunk of logits; `row_kernels` has Triton ones.
 
-They go through the logits a block of rows at a time, small enough to stay in a CPU's cache, so that
-only the first pass of several reads memory; no operation depends on a tensor's contents (there is
-no boolean index), so that none waits for a GPU.
+They process one block of rows at a time, small enough to stay in a CPU's cache, so that only the
+first of several passes reads memory; no operation depends on a tensor's contents (there is no
+boolean index), so that none waits for a GPU.
 
-Letters: C tokens of a chunk, V this rank's columns, B rows of a block.
+Letters: C tokens per chunk, V columns of this rank, B rows per block.
 """
 
 import torch
 
 BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
-"""Of a block: what a core's cache holds three times over, or what keeps a GPU busy."""
+"""Elements per block: three blocks fit the cache of a CPU core, or one keeps a GPU busy."""
 
 FAR_BELOW = -1e4
-"""Stands in for logits further below the maximum, -inf above all: e^-10000 is 0 in every precision,
-and 0 times this number is 0, but 0 times -inf is not a number."""
+"""Lower bound for logits relative to the maximum, needed for -inf: e^-10000 is 0 in every
+precision, and 0 times this number is 0, but 0 times -inf is NaN."""
 
 
 def row_statistics(
     z_CV: torch.Tensor, target_C: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """[4, C] of x = z / temperature: max, sum e^(x-max), sum (x-max) e^(x-max), x at the target.
+    """Return [4, C] of x = z / temperature: max, sum e^(x-max), sum (x-max) e^(x-max), x_target.
 
-    `temperature`: one number, or one a token.  A target that is no column of this rank gives -inf,
-    and so does the maximum of no column; a row of nothing but -inf has sums of 0.  NaN stays NaN.
+    `temperature`: one number, or one per token.  A target that is not a column of this rank gives
+    -inf, and so does the maximum over zero columns; a row of only -inf has sums of 0.  NaN is
+    propagated.
     """
     stats_4C = z_CV.new_zeros(4, len(z_CV))
     if z_CV.shape[1] == 0:  # every column of this rank is vocabulary padding
@@ -53,12 +54,13 @@ def row_gradient(
     grad_entropy_C: torch.Tensor | None,
     out_CV: torch.Tensor,
 ) -> None:
-    """Into `out_CV` (which may be `z_CV`), rounded to its type, the gradient by z of
+    """Write to `out_CV` (which may be `z_CV`), rounded to its type, the gradient by z of
 
         sum_c grad_logprobs_c logp_c + grad_entropy_c H_c,
 
     that is ( g 1[v = target] - p_v (g + h (ln p_v + H)) ) / temperature with g and h the two
-    gradients.  `lse_C` and `entropy_C` are those of the whole vocabulary; no `grad_entropy_C` is 0.
+    gradients.  `lse_C` and `entropy_C` are those of the full vocabulary; `grad_entropy_C=None` is
+    the same as 0.
     """
     if z_CV.shape[1] == 0:
         return
@@ -79,7 +81,7 @@ def row_gradient(
 
 
 def _blocks(z_CV: torch.Tensor, temperature: float | torch.Tensor):
-    """(slice of rows, their logits, their temperature as a column or a number, two of the shape)"""
+    """Yield blocks: row slice, logits, temperature as column or number, two scratch tensors."""
     rows = max(1, BLOCK_ELEMENTS[z_CV.device.type] // z_CV.shape[1])
     scratch_2BV = z_CV.new_empty(2, min(rows, len(z_CV)), z_CV.shape[1])
     for first in range(0, len(z_CV), rows):
@@ -90,6 +92,6 @@ def _blocks(z_CV: torch.Tensor, temperature: float | torch.Tensor):
 
 
 def _columns(target_B: torch.Tensor, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A column of this rank for each target, and whether it is the target's."""
+    """Return a column of this rank per target, and whether it is the target's."""
     column_B = target_B.clamp(0, num_columns - 1)
     return column_B, column_B == target_B

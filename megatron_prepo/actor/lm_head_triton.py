@@ -1,8 +1,8 @@
-"""The two operations on the rows of a chunk of logits, in Triton: a row's logits are read once.
+"""Triton versions of the two operations on rows of a chunk of logits: logits are read once per row.
 
-Same functions, arguments and results as `row_statistics`.  A program takes a row and goes along it
-a block of columns at a time, with an online maximum.  On a CPU they run under Triton's interpreter
-only, for tests (TRITON_INTERPRET=1 before Triton is imported).
+Same functions, arguments and results as `row_statistics`.  One program per row processes a block of
+columns at a time, with an online maximum.  On a CPU they run only under Triton's interpreter, for
+tests (TRITON_INTERPRET=1 before Triton is imported).
 
 Offsets of rows are 64 bits wide: a chunk of 1,024 rows of 2.1 million columns overflows 32.
 """
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 BLOCK = 4096
-"""Columns that a program looks at together."""
+"""Columns per block."""
 WARPS = 8
 
 
 def row_statistics(
     z_CV: torch.Tensor, target_C: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """[4, C]; see `megatron_prepo.actor.lm_head_torch.row_statistics`."""
+    """Return statistics [4, C]; see `megatron_prepo.actor.lm_head_torch.row_statistics`."""
     num_rows, num_columns = z_CV.shape
     stats_4C = z_CV.new_empty(4, num_rows)
     if num_rows:
@@ -49,7 +49,7 @@ def row_gradient(
     grad_entropy_C: torch.Tensor | None,
     out_CV: torch.Tensor,
 ) -> None:
-    """Into `out_CV`; see `megatron_prepo.actor.lm_head_torch.row_gradient`."""
+    """Write the gradient to `out_CV`; see `megatron_prepo.actor.lm_head_torch.row_gradient`."""
     num_rows, num_columns = z_CV.shape
     if num_rows == 0 or num_columns == 0:
         return
@@ -74,7 +74,7 @@ def row_gradient(
 
 
 def _per_row(temperature: float | torch.Tensor, z_CV: torch.Tensor) -> torch.Tensor:
-    """One number a row; a single one stands there once, with a stride of 0."""
+    """Return one number per row; a single number is stored once, with a stride of 0."""
     if torch.is_tensor(temperature):
         return temperature
     return z_CV.new_full((1,), temperature).expand(len(z_CV))
@@ -102,13 +102,13 @@ def _statistics(
         columns = first + tl.arange(0, BLOCK)
         x = tl.load(z + columns, mask=columns < num_columns, other=float("-inf")) / scale
         larger = tl.maximum(maximum, tl.max(x, axis=0))
-        # nothing but -inf so far: there is no maximum to subtract, and nothing to rescale
+        # only -inf so far: there is no maximum to subtract, and nothing to rescale
         origin = tl.where(larger == float("-inf"), 0.0, larger)
         down = tl.where(maximum == float("-inf"), 0.0, maximum - origin)
         x -= origin
         exp = tl.exp(x)
         rescale = tl.exp(down)
-        # 0 * -inf is not a number: logits of -inf have no share in either sum
+        # 0 * -inf is NaN: logits of -inf contribute to neither sum
         x_exp = tl.where(exp == 0.0, 0.0, x * exp)
         weighted = rescale * (weighted + down * total) + tl.sum(x_exp, axis=0)
         total = rescale * total + tl.sum(exp, axis=0)

@@ -1,6 +1,6 @@
-"""Numbers into groups: of equal sums over ranks, and of bounded sums within one.
+"""Partitioning of numbers: into groups of equal sums over ranks, and of bounded sums within a rank.
 
-Pure arithmetic on lists, so that every rank comes to the same answer by itself.
+Pure arithmetic on lists, so that every rank computes the same result without communication.
 """
 
 import heapq
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 
 def balance(costs: Sequence[float], num_groups: int) -> list[list[int]]:
-    """Positions in `num_groups` groups whose sums of costs are nearly equal.
+    """Return positions in `num_groups` groups whose sums of costs are nearly equal.
 
-    Karmarkar and Karp's largest differencing: of the partial divisions, the two that are most
-    uneven are joined, the largest group of one with the smallest of the other, until one division
-    is left.  Groups may differ in how many they hold, and be empty.
+    The largest differencing method of Karmarkar and Karp: the two most uneven partial partitions
+    are joined, the largest group of one with the smallest of the other, until one partition
+    remains.  Groups may differ in size, and be empty.
 
     >>> balance([8, 7, 6, 5, 4], 2)
     [[1, 3, 4], [0, 2]]
@@ -36,9 +36,9 @@ def balance(costs: Sequence[float], num_groups: int) -> list[list[int]]:
 
 
 def fill(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Positions in few bins of at most `capacity` each: first fit, the largest first.
+    """Return positions in few bins of at most `capacity` each: first fit, in decreasing order.
 
-    What is larger than the capacity gets a bin of its own.
+    An item larger than the capacity gets a separate bin.
 
     >>> fill([5, 9, 7, 3, 1], capacity=10)
     [[1, 4], [2, 3], [0]]

@@ -1,6 +1,6 @@
-"""A checkpoint's manifest: every file with its size and SHA-256, to know a whole one by.
+"""Manifest of a checkpoint: size and SHA-256 of every file, to recognise a complete checkpoint.
 
-Ranks share the reading; they all see the directory, as Megatron's checkpoints require.
+Reading is split between the ranks; all can access the directory, as Megatron's checkpoints require.
 """
 
 import hashlib
@@ -18,7 +18,10 @@ BLOCK = 1 << 20
 
 
 def write(directory: Path, known: dict[str, dict]) -> None:
-    """Of all files that are there, some of which each rank knows (`sum_of`) already; collective."""
+    """Write the manifest of all files in a directory; collective.
+
+    `known` has the entries (`sum_of`) that this rank already computed.
+    """
     files = {
         name: entry for share in parallel.gather_to_all(known) for name, entry in share.items()
     }
@@ -33,7 +36,7 @@ def write(directory: Path, known: dict[str, dict]) -> None:
 
 
 def problem(directory: Path) -> str | None:
-    """What keeps a checkpoint from being whole, as half a sentence; collective."""
+    """Return why a checkpoint is not complete, as a phrase, or None if it is; collective."""
     text = parallel.from_rank_zero(_text(directory))
     if text is None:
         return "has no manifest"
@@ -57,14 +60,14 @@ def _text(directory: Path) -> str | None:
 
 
 def _summed(paths: list[Path]) -> dict[str, dict]:
-    """Size and SHA-256 by name, on every rank."""
+    """Return size and SHA-256 by name, on every rank."""
     mine = paths[dist.get_rank() :: dist.get_world_size()]
     shares = parallel.gather_to_all({path.name: sum_of(path) for path in mine})
     return {name: entry for share in shares for name, entry in share.items()}
 
 
 def sum_of(path: Path) -> dict:
-    """Size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

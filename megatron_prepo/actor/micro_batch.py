@@ -1,7 +1,8 @@
-"""A planned row as tensors: what the model reads, what the head scores, where sequences lie.
+"""A planned row as tensors: input of the model, targets of the head, positions of sequences.
 
-T tokens of a row, W tokens of whole sequences (`attention.RowLayout`); L layers, k experts a token.
-Under context parallelism tokens, targets, positions and routing are those of this rank's slice.
+T tokens of a row, W tokens of complete sequences (`attention.RowLayout`); L layers, k experts per
+token.  Under context parallelism, tokens, targets, positions and routing are those of this rank's
+slice.
 """
 
 from collections.abc import Sequence
@@ -24,15 +25,16 @@ class MicroBatch:
     """A row as tensors."""
 
     index: tuple[int, ...]
-    """The sequences of the row, in the order of their scored tokens."""
+    """Sequences of the row, in the order of their scored tokens."""
     scored: slice
-    """Which of the row's scored tokens have their targets here."""
+    """Range of the row's scored tokens whose targets are in this slice."""
     tokens_T: torch.Tensor
     targets_T: torch.Tensor
-    """The next token where it is to be scored, else `IGNORE`."""
+    """Next token if it is scored, else `IGNORE`."""
     layout: RowLayout
     routing_TLk: torch.Tensor | None = None
-    """The experts to replay, on the CPU; -1, of padding: the actor's own choice.  None: all are."""
+    """Experts to replay, on the CPU; -1, for padding: the actor's choice.  None: its choice for all
+    tokens."""
 
 
 def micro_batch(
@@ -44,17 +46,17 @@ def micro_batch(
     device="cpu",
     routing: RoutingFormat | None = None,
 ) -> MicroBatch:
-    """The tensors of a row, or of this rank's slice if the ranks of `context` share it.
+    """Return the tensors of a row, or of this rank's slice if the ranks of `context` share it.
 
-    With the sequences' routing if its format is given, and they have one.
+    The routing of the sequences is included if its format is given and they have one.
 
-    One without a sequence becomes `multiple` tokens without a target, so that every pipeline stage
+    A row without sequences becomes `multiple` tokens without targets, so that every pipeline stage
     has work.
     """
     size = row.load.tokens or multiple
     tokens_T = torch.zeros(size, dtype=torch.long)
     targets_T = torch.full_like(tokens_T, IGNORE)
-    whole, lengths = [], []  # of the row's tokens, sequence by sequence
+    whole, lengths = [], []  # indices of the row's tokens, sequence by sequence
     place = 0
     for piece, piece_lengths in row.whole():
         first = torch.tensor(sequences[piece.index[0]].tokens[: piece.prefix], dtype=torch.long)
@@ -116,7 +118,7 @@ def _layout(
     device,
 ) -> RowLayout:
     positions_W = torch.cat([torch.arange(length) for length in lengths])
-    # of a token that is at several places, the first
+    # the first place of a token that occurs several times
     row_T = torch.full((size,), len(whole_W)).scatter_reduce(
         0, whole_W, torch.arange(len(whole_W)), "amin"
     )

@@ -1,8 +1,8 @@
 """Build this rank's part of a Megatron-Core GPTModel from a Hugging Face configuration.
 
-TransformerEngine's layers where it is installed, torch-native ones otherwise.  The model hands out
-hidden states in place of logits: `vocab_parallel` makes of them what is needed, so that the logits
-of a batch never exist whole.
+Layers are TransformerEngine's if it is installed, torch-native ones otherwise.  The model returns
+hidden states instead of logits: `vocab_parallel` computes from them what is needed, so that the
+logits of a batch are never materialised all together.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ OWN_SETTINGS = {
     "expert_tensor_parallel_size": "parallel.expert",
     "moe_enable_routing_replay": "rollout.router_replay",
 } | {field.name: f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerSettings)}
-"""Megatron's names that have a setting of ours: not to be given twice."""
+"""Megatron's names with a setting of ours, which must be used instead."""
 OTHER_FUNCTION = {
     *("rotary_interleaved", "layernorm_zero_centered_gamma", "softmax_scale", "softmax_type"),
     *("window_size", "window_attn_skip_freq", "no_rope_freq", "activation_func"),
@@ -64,21 +64,21 @@ OTHER_FUNCTION = {
     *("moe_router_num_groups", "moe_router_group_topk", "moe_router_enable_expert_bias"),
     *("moe_expert_capacity_factor", "moe_apply_probs_on_input"),
 }
-"""Megatron's names that would have the actor compute another function than `config.json` means."""
+"""Megatron's names that would make the actor compute another function than `config.json`."""
 FOR_TRAINING = {"hidden_dropout", "attention_dropout", "moe_router_load_balancing_type"}
-"""Names that follow from `config.json`, and may differ: the engine computes without them."""
+"""Names that are derived from `config.json` but may differ: the engine computes without them."""
 REFUSED = {
     "cp_comm_type": "parallel.context exchanges heads around every attention, and nothing else",
     "hybrid_context_parallel": "parallel.context is the same for every micro-batch",
     "overlap_param_gather_with_optimizer_step": "set megatron.overlap_param_gather=true",
-    "use_torch_optimizer_for_cpu_offload": "megatron-core passes over it, and takes torch's AdamW "
-    "on the host in any case",
+    "use_torch_optimizer_for_cpu_offload": "megatron-core ignores it and always uses torch's AdamW "
+    "on the host",
 }
-"""Megatron's names that would change what we rely on, and what to do."""
+"""Megatron's names that would break our assumptions, and the reason or remedy."""
 
 
 def check_layout(config: Config, hf: dict) -> None:
-    """Raise UserError if the model cannot be split by `parallel`, or for a wrong `megatron:`."""
+    """Raise UserError if `parallel` does not fit the model, or `megatron:` has an invalid name."""
     _check_tensor(config.parallel, hf)
     _check_pipeline(config, hf)
     _check_experts(config.parallel, hf)
@@ -98,13 +98,13 @@ def _check_tensor(parallel: ParallelConfig, hf: dict) -> None:
         if count % parallel.tensor:
             raise UserError(
                 f"parallel.tensor={parallel.tensor} does not divide the model's {name}={count}; "
-                "choose a tensor-parallel size that does"
+                "choose a tensor-parallel size that divides it"
             )
     if heads % (parallel.tensor * parallel.context):
         raise UserError(
             f"parallel.context={parallel.context} x parallel.tensor={parallel.tensor} does not "
             f"divide the model's num_attention_heads={heads}, which context-parallel ranks share; "
-            "choose sizes that do"
+            "choose sizes whose product divides it"
         )
     if groups % parallel.tensor and parallel.tensor % groups:
         raise UserError(
@@ -119,15 +119,16 @@ def _check_pipeline(config: Config, hf: dict) -> None:
     if hf["num_hidden_layers"] % parallel.pipeline and not uneven:
         raise UserError(
             f"parallel.pipeline={parallel.pipeline} does not divide the model's "
-            f"num_hidden_layers={hf['num_hidden_layers']}; choose one that does, or give the first "
-            "or last stage another number by megatron.num_layers_in_first_pipeline_stage or "
+            f"num_hidden_layers={hf['num_hidden_layers']}; choose a divisor, or set another number "
+            "for the first or last stage by megatron.num_layers_in_first_pipeline_stage or "
             "megatron.num_layers_in_last_pipeline_stage"
         )
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.virtual_pipeline > 1 and (uneven or hf["num_hidden_layers"] % chunks):
         raise UserError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs chunks of equally many "
-            f"layers, and num_hidden_layers={hf['num_hidden_layers']} are not {chunks} of them"
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs {chunks} chunks with the "
+            f"same number of layers: num_hidden_layers={hf['num_hidden_layers']} must be divisible "
+            "by it, and no stage may be given another number"
         )
 
 
@@ -140,12 +141,12 @@ def _check_experts(parallel: ParallelConfig, hf: dict) -> None:
         raise UserError(
             f"parallel.tensor={parallel.tensor} does not divide the model's "
             f"moe_intermediate_size={hf['moe_intermediate_size']}; choose a tensor-parallel size "
-            "that does, or spread whole experts (parallel.expert)"
+            "that divides it, or distribute complete experts (parallel.expert)"
         )
     if experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
-            f"parallel.sequence=false: megatron-core trains experts under parallel.tensor="
-            f"{parallel.tensor} with sequence parallelism only; set parallel.sequence=true"
+            f"parallel.sequence=false: with parallel.tensor={parallel.tensor} megatron-core needs "
+            "sequence parallelism to train experts; set parallel.sequence=true"
         )
 
 
@@ -153,7 +154,7 @@ def _check_megatron_settings(config: Config, hf: dict) -> None:
     decided = OTHER_FUNCTION | transformer_settings(hf).keys()
     for name in config.megatron:
         if name in OWN_SETTINGS:
-            raise UserError(f"megatron.{name}: set it through {OWN_SETTINGS[name]}")
+            raise UserError(f"megatron.{name}: set {OWN_SETTINGS[name]} instead")
         known = [n for kind in _MEGATRON_CONFIGS for n in _field_names(kind)]
         if name not in known:
             raise UserError(
@@ -163,8 +164,8 @@ def _check_megatron_settings(config: Config, hf: dict) -> None:
             )
         if name in decided - FOR_TRAINING:
             raise UserError(
-                f"megatron.{name}: the model's config.json decides it, for the engine and for the "
-                "export, too; change config.json"
+                f"megatron.{name}: it is set by the model's config.json, also for the engine and "
+                "the export; change config.json"
             )
         if name in REFUSED and config.megatron[name]:
             raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
@@ -173,34 +174,33 @@ def _check_megatron_settings(config: Config, hf: dict) -> None:
     split = config.optimizer.use_distributed_optimizer
     if config.megatron.get("overlap_param_gather") and not split:
         raise UserError(
-            "megatron.overlap_param_gather=true has nothing to gather without "
+            "megatron.overlap_param_gather=true has no effect without "
             "optimizer.use_distributed_optimizer=true"
         )
 
 
 def _check_router_replay(config: Config, experts: int) -> None:
-    """UserError if the model has no routers, or they would not ask which experts to take."""
+    """Raise UserError if the model has no routers, or routers that cannot replay a choice."""
     if not experts:
         raise UserError(
-            "rollout.router_replay=true: the model has no experts, and nothing to route; set "
-            "rollout.router_replay=false"
+            "rollout.router_replay=true: the model has no experts; set rollout.router_replay=false"
         )
     for name, value, why in (
-        ("moe_router_fusion", True, "the fused kernel makes its own choice of experts"),
-        ("moe_router_load_balancing_type", "sinkhorn", "its choice is made by a solver"),
+        ("moe_router_fusion", True, "the fused kernel chooses experts itself"),
+        ("moe_router_load_balancing_type", "sinkhorn", "a solver chooses the experts"),
         ("moe_router_force_load_balancing", True, "it draws logits at random"),
     ):
         if config.megatron.get(name) == value:
             raise UserError(
-                f"rollout.router_replay=true does not go with megatron.{name}={value}: {why}; drop "
-                "one of them"
+                f"rollout.router_replay=true is incompatible with megatron.{name}={value}: {why}; "
+                "remove one of them"
             )
 
 
 def megatron_overrides(megatron: dict, kind: type) -> dict:
-    """Those settings of the `megatron:` section that are fields of a Megatron dataclass.
+    """Return the settings in the `megatron:` section that are fields of a Megatron dataclass.
 
-    Raises UserError for a value that is not of its field's type.
+    Raises UserError for a value that does not have its field's type.
     """
     types, known = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     return {
@@ -211,7 +211,7 @@ def megatron_overrides(megatron: dict, kind: type) -> dict:
 
 
 def _of_type(name: str, value: object, kind: Any) -> Any:
-    """The value as the type has it: a list as a tuple, a name as a member of an enumeration."""
+    """Convert a value to a type: a list to a tuple, a name to a member of an enumeration."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         if value not in list(kind.__members__):
             raise UserError(
@@ -225,7 +225,9 @@ def _of_type(name: str, value: object, kind: Any) -> Any:
     except ValidationError as error:
         wanted = " or ".join(
             dict.fromkeys(
-                "no configuration can hold one" if e["type"] == "needs_python_object" else e["msg"]
+                "a configuration cannot express it"
+                if e["type"] == "needs_python_object"
+                else e["msg"]
                 for e in error.errors()
             )
         )
@@ -238,7 +240,7 @@ def _of_type(name: str, value: object, kind: Any) -> Any:
 def transformer_config(
     hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict
 ) -> TransformerConfig:
-    """Megatron's TransformerConfig for a model, a layout and the `megatron:` section."""
+    """Return Megatron's TransformerConfig for a model, a layout and the `megatron:` section."""
     dtype = DTYPES[model.dtype]
     settings = transformer_settings(hf) | {
         "tensor_model_parallel_size": parallel.tensor,
@@ -253,28 +255,28 @@ def transformer_config(
         "activation_func": torch.nn.functional.silu,
         "attention_softmax_in_fp32": True,
         "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, dense or not
+        "moe_token_dispatcher_type": "alltoall",  # required by the line above, also if dense
     }
     if not torch.cuda.is_available():
         settings |= cpu.model_settings()
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA apex
         settings["gradient_accumulation_fusion"] = False
     if parallel.virtual_size is not None:
-        # One message at a time between two ranks: of several, a pipeline of two ranks takes one for
-        # the other where their lengths differ (megatron-core 0.16.1, _communicate_shapes).
+        # One message at a time between two ranks: with several, a pipeline of two ranks confuses
+        # them if their lengths differ (megatron-core 0.16.1, _communicate_shapes).
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if not _uses_te(model):
         settings["persist_layer_norm"] = False
     settings |= megatron_overrides(megatron, TransformerConfig)
     try:
         mcore = TransformerConfig(**settings)
-    except (ValueError, AssertionError) as error:  # how Megatron says what does not go together
-        raise UserError(f"megatron-core refuses the model's settings: {error}") from error
+    except (ValueError, AssertionError) as error:  # raised for incompatible settings
+        raise UserError(f"megatron-core rejected the model's settings: {error}") from error
     without_te = {"layernorm", "moe_act"}.intersection(mcore.recompute_modules)
     if mcore.recompute_granularity == "selective" and without_te and not _uses_te(model):
         raise UserError(
-            f"megatron.recompute_modules={sorted(without_te)}: megatron-core drops these outputs "
-            "with TransformerEngine's help only; recompute core_attn, mlp or moe instead"
+            f"megatron.recompute_modules={sorted(without_te)}: megatron-core needs "
+            "TransformerEngine to drop these outputs; recompute core_attn, mlp or moe instead"
         )
     return mcore
 
@@ -282,9 +284,9 @@ def transformer_config(
 def build_model(
     hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
 ) -> list[GPTModel]:
-    """This rank's part of the model, with weights still to be loaded.
+    """Build this rank's part of the model, without loading weights.
 
-    One chunk, or `parallel.virtual_pipeline` of them: with P pipeline ranks, chunk v of rank p is
+    One chunk, or `parallel.virtual_pipeline` chunks: with P pipeline ranks, chunk v of rank p is
     stage v * P + p.
     """
     mcore = transformer_config(hf, model, parallel, megatron or {})
@@ -320,7 +322,7 @@ def _build_chunk(
 
 
 def describe(config: Config) -> str:
-    """One sentence on what computes here, for the start of a run."""
+    """Return one line on the actor's backend, layout and precision, for the start of a run."""
     where = "CUDA" if torch.cuda.is_available() else "the CPU over gloo"
     layers = "TransformerEngine's" if _uses_te(config.model) else "torch-native"
     logits = "float32" if config.model.fp32_lm_head else config.model.dtype
@@ -338,16 +340,16 @@ def describe(config: Config) -> str:
 
 
 def output_weight(model: GPTModel) -> torch.Tensor:
-    """The last stage's rows of the output embedding, tied or not."""
+    """Return the last stage's rows of the output embedding, tied or not."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
 
 
 def _hidden_states(self, hidden_states, /, *_, **__):
-    """Stands in for `ColumnParallelLinear.forward`: hands the hidden states through.
+    """Return the hidden states unchanged, in place of `ColumnParallelLinear.forward`.
 
-    Works on every megatron-core from 0.16; the layer keeps its weight, names and sharded state.
+    Works with every megatron-core from 0.16; the layer keeps its weight, names and sharded state.
     """
     return hidden_states, None
 
@@ -359,7 +361,7 @@ def _te_spec(mcore: TransformerConfig) -> ModuleSpec:
         qk_layernorm=mcore.qk_layernorm,
     )
     attention = layer.submodules.self_attention.submodules
-    if mcore.params_dtype is torch.float32:  # TransformerEngine packs 16-bit numbers only
+    if mcore.params_dtype is torch.float32:  # TransformerEngine packs only 16-bit types
         attention.core_attention = CausalAttention
     else:
         from megatron_prepo.actor.te_attention import PackedTEAttention
@@ -380,10 +382,10 @@ def _torch_spec(mcore: TransformerConfig, virtual_stage: int | None) -> Transfor
     if mcore.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if mcore.num_moe_experts:
-        # Megatron saves this norm under a name that its TransformerEngine layers do not look for
+        # Megatron saves this norm under a name that its TransformerEngine layers do not use
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        # The router multiplies by TransformerEngine unless this is None; without TransformerEngine,
-        # megatron-core 0.16 leaves the name unbound, and the first forward is a NameError.
+        # The router multiplies with TransformerEngine unless this is None; without it,
+        # megatron-core 0.16 leaves the name unbound, and the first forward raises NameError.
         moe_utils.te_general_gemm = None
     layers_here = get_num_layers_to_build(mcore, virtual_stage, pp_rank=_pipeline_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)

@@ -1,4 +1,4 @@
-"""Megatron's optimizer and learning-rate schedule, from our settings."""
+"""Construction of Megatron's optimizer and learning-rate schedule from the configuration."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from megatron_prepo.config import Config
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:
-    """Gradients are accumulated and reduced in float32."""
+    """Return DDP settings; gradients are accumulated and reduced in float32."""
     settings = {
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
@@ -25,9 +25,9 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 def build_optimizer(
     config: Config, model_chunks
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer and its schedule."""
+    """Return the optimizer and its schedule."""
     ours = dataclasses.asdict(config.optimizer)
-    for name in ("lr_decay_style", "lr_warmup_steps", "lr_decay_steps"):  # the schedule's
+    for name in ("lr_decay_style", "lr_warmup_steps", "lr_decay_steps"):  # used by the schedule
         del ours[name]
     settings = ours | {
         "optimizer": "adam",
@@ -44,11 +44,11 @@ def build_optimizer(
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Return Megatron's schedule of the learning rate; one of its steps is one optimizer update.
+    """Return Megatron's learning-rate schedule; one of its steps is one optimizer update.
 
-    Update u of W warm-up updates, counted from 0, has the learning rate ``lr (u + 1) / W``: none is
-    made at 0, and the last one has the peak.  Megatron's warm-up is linear from `init_lr` at its
-    step 0 to the peak at step `lr_warmup_steps`, hence `lr / W` and W - 1.
+    Update u of W warm-up updates, counted from 0, has the learning rate ``lr (u + 1) / W``: no
+    update has learning rate 0, and the last one has the peak.  Megatron's warm-up is linear from
+    `init_lr` at its step 0 to the peak at step `lr_warmup_steps`, hence `lr / W` and W - 1.
     """
     settings, updates_per_step = config.optimizer, config.train.mini_batches
     warmup_updates = max(1, settings.lr_warmup_steps * updates_per_step)
@@ -64,7 +64,7 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # of a checkpoint only the number of updates counts: a run that is extended may decay later
+        # only the number of updates is read from a checkpoint: an extended run may decay later
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

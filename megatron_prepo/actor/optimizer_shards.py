@@ -1,13 +1,14 @@
-"""What the distributed optimizer puts into a checkpoint: each rank its own part, as it lies there.
+"""Checkpoint state of the distributed optimizer: each rank writes its part without gathering.
 
-It shares out the flattened parameters among data-parallel ranks in ranges.  A range of a flattened
-matrix is at most three rectangles (the end of a row, whole rows, the beginning of one), and torch's
-distributed checkpoints are made of rectangles: any ranks can read what any others have written.
+The distributed optimizer shards the flattened parameters over data-parallel ranks in ranges.  A
+range of a flattened matrix is at most three rectangles (the end of a row, full rows, the start of a
+row), and torch's distributed checkpoints consist of rectangles: they can be read under any layout.
 
-Megatron-Core (0.16.1) does that with formats of its own.  The one that another layout can read,
-`fully_reshardable`, gathers the whole state, 12 bytes for each parameter of a tensor and pipeline
-rank, in host memory of every data-parallel rank, while the run waits; to read, each rank reads all
-of it again.  What is on disk is the same, tensor by tensor, and either reads the other's.
+Megatron-Core (0.16.1) has other ways to do this.  The only format that another layout can read,
+`fully_reshardable`, gathers the complete state, 12 bytes per parameter of a tensor and pipeline
+rank, in host memory of every data-parallel rank, while the run waits; for loading, each rank reads
+all of it again.  The files on disk are the same, tensor by tensor, and either implementation reads
+those of the other.
 """
 
 import math
@@ -25,17 +26,17 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_prepo import internals
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Megatron's name for what is on disk."""
+"""Megatron's name of the format on disk."""
 PARTS = (
     "_get_main_param_and_optimizer_states",
     "_set_main_param_and_optimizer_states",
     "gbuf_ranges",
 )
-"""What is used of the distributed optimizer's internals."""
+"""Internals of the distributed optimizer that are used here."""
 
 
 def write_own_parts(optimizer) -> None:
-    """Have Megatron's `sharded_state_dict` take ours for what it gathers."""
+    """Make Megatron's `sharded_state_dict` use `sharded_state` instead of gathering."""
     for part in distributed_parts(optimizer):
         internals.require(part, *PARTS)
         ours = MethodType(sharded_state, part)
@@ -43,23 +44,23 @@ def write_own_parts(optimizer) -> None:
 
 
 def distributed_parts(optimizer) -> list[DistributedOptimizer]:
-    """Of Megatron's chain of optimizers, those that share out their state."""
+    """Return the optimizers in Megatron's chain that shard their state."""
     return [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
 
 
 def sharded_state(
     part: DistributedOptimizer, weights: dict, /, is_loading: bool = False, *_, **__
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """By range of this rank and kind of state: its rectangles in the tensors of the whole model.
+    """Return the rectangles of this rank's ranges in the model's tensors, by range and state name.
 
-    `weights` is the model's sharded state.  To be loaded, they are without data.
+    `weights` is the model's sharded state.  With `is_loading`, the rectangles have no data.
     """
     tensors, _ = extract_sharded_tensors_and_factories(weights)
     places = {sharded.data: sharded for sharded in nested_values(tensors)}
     state = {}
     for index, (parameter, start, stop) in enumerate(ranges(part)):
         values = part._get_main_param_and_optimizer_states(parameter)
-        values.pop("step", None)  # is in the groups of parameters
+        values.pop("step", None)  # saved in the parameter groups
         if not isinstance(part.optimizer, HybridDeviceOptimizer) and (
             part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
         ):
@@ -76,7 +77,7 @@ def sharded_state(
 
 @torch.no_grad()
 def load_state(part: DistributedOptimizer, state: dict[int, dict[str, list[torch.Tensor]]]) -> None:
-    """Give a rank its ranges; `state` is what `sharded_state` has asked for."""
+    """Load a rank's ranges from `state`, which has the structure of `sharded_state`."""
     for index, (parameter, _, _) in enumerate(ranges(part)):
         values = {
             name: torch.cat([rectangle.flatten() for rectangle in rectangles])
@@ -88,7 +89,7 @@ def load_state(part: DistributedOptimizer, state: dict[int, dict[str, list[torch
 
 
 def ranges(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
-    """This rank's parameters, and where its part of each begins and ends."""
+    """Yield this rank's parameters with start and end of its range of each."""
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -105,10 +106,10 @@ def rectangles_of(
     value: torch.Tensor,
     part: DistributedOptimizer,
 ) -> Iterator[ShardedTensor]:
-    """`value`, the state `name` of elements `start` to `stop` of a parameter, in order.
+    """Yield the rectangles of `value`, the state `name` of elements `start` to `stop`, in order.
 
-    A parameter may be several tensors of the model (gate and up projection): parts of its memory,
-    one behind the other.
+    A parameter may consist of several tensors of the model (gate and up projection) that are
+    consecutive in its memory.
     """
     tensors = place.build() if isinstance(place, ShardedTensorFactory) else place
     tensors = [tensors] if isinstance(tensors, ShardedTensor) else list(nested_values(tensors))
@@ -137,21 +138,21 @@ def rectangles_of(
                         tensor.global_offset, (0,) * prepended + offset, strict=True
                     )
                 ),
-                axis_fragmentations=None,  # no regular grid
+                axis_fragmentations=None,  # not a regular grid
                 prepend_axis_num=0,
                 replica_id=(*tensor.replica_id[:2], part.distributed_optimizer_instance_id),
             )
-    assert end == parameter.numel(), f"{place.key} is not all of its parameter"
+    assert end == parameter.numel(), f"{place.key} does not cover its parameter"
 
 
 def rectangles(
     start: int, stop: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements `start` to `stop` of a flattened tensor: each piece's offset and shape, in order."""
+    """Yield offset and shape of each piece of elements `start` to `stop` of a flattened tensor."""
     if start >= stop:
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # of the whole rows
+    first, last = -(-start // row), stop // row  # range of full rows
     if first > last:
         yield from _in_row(last, start, stop, shape)
         return
@@ -162,7 +163,7 @@ def rectangles(
 
 
 def position(offset: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Of an element in the flattened tensor."""
+    """Return the index of an element in the flattened tensor."""
     at = 0
     for index, size in zip(offset, shape, strict=True):
         at = at * size + index

@@ -1,17 +1,17 @@
-"""Which sequence is computed where: rows of tokens, the same plan on every rank.
+"""Assignment of sequences to ranks and rows of tokens, the same plan on every rank.
 
-A micro-batch is one row.  Sequences are dealt to data-parallel ranks so that all have equal work,
-then each rank fills as few rows as will do with whole sequences, up to a budget of tokens.
-Sequences with the same prompt may lie in a row with one copy of it.
+A micro-batch is one row.  Sequences are assigned to data-parallel ranks so that all have equal
+work, then each rank packs complete sequences into as few rows as possible, up to a budget of
+tokens.  Sequences with the same prompt may share one copy of it in a row.
 
-The last token of a sequence is a target only, and has no place in the row.  So a sequence is its
-prefix (the tokens before the last of the prompt; they predict nothing that is scored) and as many
-more as get a score, the last of the prompt in front:
+The last token of a sequence is only a target, and is not part of the row.  So a sequence consists
+of its prefix (the tokens before the last one of the prompt, which predict no scored token) and one
+further token per score, starting with the last one of the prompt:
 
     prompt a b c, completion d e     prefix a b | c d     targets of c and d: d and e
     and another, x y z                          | c x y   targets x, y and z
 
-All of it is arithmetic on lengths; `batching` makes the tensors.
+Everything here is arithmetic on lengths; `batching` builds the tensors.
 """
 
 from collections import defaultdict
@@ -27,36 +27,36 @@ from megatron_prepo.records import ScoredSequence
 
 @dataclass(frozen=True)
 class Load:
-    """What a forward pass has to do; adds up."""
+    """Work of a forward pass; loads can be added."""
 
     tokens: int = 0
-    """Through the layers, padding included."""
+    """Tokens in the layers, including padding."""
     padding: int = 0
-    """Of these, without meaning."""
+    """Padding tokens among them."""
     pairs: int = 0
-    """Of a token and one that it looks at, itself too."""
+    """Pairs of a token and a token that it attends to, including itself."""
     scored: int = 0
-    """Tokens through the output head."""
+    """Tokens in the output head."""
 
     def __add__(self, other: "Load") -> "Load":
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Load(*(one + more for one, more in pairs))
 
     def flops(self, shape: Shape) -> int:
-        """Floating-point operations of the forward pass; a backward pass costs twice as many."""
+        """Return the floating-point operations of the forward pass; backward has twice as many."""
         return forward_flops(shape, tokens=self.tokens, scored=self.scored, pairs=self.pairs)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What stays together in a row: sequences with one prefix, or a single sequence."""
+    """Unit of a row that is not split: sequences with a common prefix, or a single sequence."""
 
     index: tuple[int, ...]
     """Positions of the sequences in the list that is batched."""
     prefix: int
-    """Tokens that the sequences share."""
+    """Number of tokens that the sequences share."""
     scored: tuple[int, ...]
-    """Further tokens of each sequence."""
+    """Number of further tokens of each sequence."""
 
     @property
     def tokens(self) -> int:
@@ -66,26 +66,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class Row:
-    """A micro-batch to be: pieces, each with padding behind it."""
+    """A planned micro-batch: pieces, each followed by padding."""
 
     pieces: tuple[Piece, ...]
     padding: tuple[int, ...]
 
     @property
     def index(self) -> tuple[int, ...]:
-        """The sequences of the row, in its order."""
+        """Sequences of the row, in its order."""
         return tuple(i for piece in self.pieces for i in piece.index)
 
     @cached_property
     def load(self) -> Load:
-        """Attention counts a prefix as often as it is shared: so it computes."""
+        """Work of the row; attention counts a prefix once per sequence, as it is computed."""
         tokens = sum(piece.tokens for piece in self.pieces) + sum(self.padding)
         scored = sum(sum(piece.scored) for piece in self.pieces)
         lengths = [length for _, lengths in self.whole() for length in lengths]
         return Load(tokens, sum(self.padding), sum(n * (n + 1) // 2 for n in lengths), scored)
 
     def whole(self) -> Iterable[tuple[Piece, list[int]]]:
-        """Each piece and the lengths of its whole sequences; padding belongs to the last."""
+        """Yield each piece and the lengths of its complete sequences; the last includes padding."""
         for piece, padding in zip(self.pieces, self.padding, strict=True):
             lengths = [piece.prefix + scored for scored in piece.scored]
             lengths[-1] += padding
@@ -94,33 +94,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of every data-parallel rank, equally many on each."""
+    """Rows of every data-parallel rank, the same number on each."""
 
     ranks: tuple[tuple[Row, ...], ...]
     shape: Shape
 
     @property
     def load(self) -> Load:
-        """Of all ranks."""
+        """Total work of all ranks."""
         return sum((row.load for rows in self.ranks for row in rows), Load())
 
     @property
     def padding_fraction(self) -> float:
-        """Share of the tokens that is padding."""
+        """Share of tokens that are padding."""
         load = self.load
         return load.padding / max(1, load.tokens)
 
     @property
     def balance_ratio(self) -> float:
-        """Operations of the busiest rank over those of the mean; 1 where there is nothing to do."""
+        """Operations of the busiest rank divided by the mean over ranks; 1 if there is no work."""
         flops = [sum(row.load.flops(self.shape) for row in rows) for rows in self.ranks]
         return max(flops) * len(flops) / sum(flops) if any(flops) else 1.0
 
 
 def pieces_of(sequences: Sequence[ScoredSequence], most: int | None = None) -> list[Piece]:
-    """Each sequence by itself; or, given `most`, those of a prompt together, up to so many tokens.
+    """Return one piece per sequence; or, given `most`, pieces per prompt of at most `most` tokens.
 
-    Prompts are the same only if the engine has routed their tokens to the same experts, too.
+    Prompts are the same only if the engine also routed their tokens to the same experts.
 
     >>> a, b = ScoredSequence((7, 8, 9, 1), 3), ScoredSequence((7, 8, 9, 2, 3), 3)
     >>> pieces_of([a, b], most=10)
@@ -152,12 +152,12 @@ def plan_rows(
     packing: bool = True,
     share_prefixes: bool = False,
 ) -> Plan:
-    """Which sequence goes where.
+    """Assign sequences to ranks and rows.
 
-    No row holds more than `budget` tokens, rounded up to a `multiple`; a rank may get a row without
-    a sequence, when there are fewer than rows.  All ranks get as many rows, a multiple of
-    `rows_multiple`.  Without `packing`, sequences of similar length lie side by side, padded to the
-    longest.
+    No row holds more than `budget` tokens, rounded up to a `multiple`; a rank may get rows without
+    sequences if there are fewer sequences than rows.  All ranks get the same number of rows, a
+    multiple of `rows_multiple`.  Without `packing`, sequences of similar length are padded to the
+    longest one.
     """
     if not packing:
         rows = _padded(pieces_of(sequences), num_ranks, budget, multiple, rows_multiple)
@@ -172,7 +172,10 @@ def plan_rows(
 def _shared_pieces(
     sequences: Sequence[ScoredSequence], num_ranks: int, budget: int, shape: Shape
 ) -> list[Piece]:
-    """Groups, cut as is best for the busiest rank: large pieces share more, small ones balance."""
+    """Return groups split so that the busiest rank has least work.
+
+    Large pieces share more, small ones balance better.
+    """
     share = sum(len(s.tokens) - 1 for s in sequences) // num_ranks
     sizes = (share, share // 2, share // 4, share // 8, 0) if num_ranks > 1 else (budget,)
     choices = [pieces_of(sequences, min(budget, size)) for size in sizes]
@@ -214,7 +217,7 @@ def _packed(
 
 
 def _split_one(bins: list[list[int]], costs: Sequence[float]) -> None:
-    """One bin more: the most expensive of several pieces becomes two, or an empty one is added."""
+    """Add one bin: split the most expensive bin with several pieces, or add an empty one."""
     several = [chosen for chosen in bins if len(chosen) > 1]
     if not several:
         bins.append([])

@@ -1,8 +1,8 @@
 """Process groups: Megatron's own, plus one gloo group for control messages.
 
-Rank facts come from `parallel_state`; there is no second topology object.  Control messages
-(rollout records, rewards, flags) use gloo with the deadline of `parallel.timeout_minutes`, so that
-they neither occupy the GPU nor trip NCCL's watchdog.
+Ranks and sizes come from `parallel_state`; there is no second topology object.  Control messages
+(rollout records, rewards, flags) use gloo with the timeout `parallel.timeout_minutes`, so that they
+neither occupy the GPU nor trigger NCCL's watchdog.
 """
 
 import concurrent.futures
@@ -20,15 +20,15 @@ from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.process.local_ranks import MEETING_FILE
 
 ADDRESSING = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Variables by which ranks find each other."""
+"""Environment variables for the rendezvous of ranks."""
 _control: list[dist.ProcessGroup] = []
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the job that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...).
 
-    Without such an environment the job is this one process.  Raises UserError if the number of
-    ranks does not fit the layout, and Stopped if the ranks do not find each other.
+    Without these variables, the job is a single process.  Raises UserError if the number of ranks
+    does not fit the layout, and Stopped if the rendezvous fails.
     """
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     check_world_size(config, world_size)
@@ -46,11 +46,11 @@ def initialize(config: ParallelConfig, seed: int) -> None:
                 world_size=world_size,
                 timeout=timeout,
             )
-        except (RuntimeError, ValueError) as error:  # no such address, nobody there
+        except (RuntimeError, ValueError) as error:  # invalid address, or no peers
             where = {name: os.environ[name] for name in ADDRESSING if name in os.environ}
             reason = " ".join(str(error).split())[:400]
             raise Stopped(
-                f"error: the {world_size} ranks did not find each other: {reason}; the environment "
+                f"error: rendezvous of the {world_size} ranks failed: {reason}; the environment "
                 f"has {where}",
                 exit_code=1,
             ) from error
@@ -69,15 +69,18 @@ def initialize(config: ParallelConfig, seed: int) -> None:
 
 
 def _number(name: str, default: int) -> int:
-    """Of the environment, as torchrun sets it."""
+    """Return a number from the environment, as set by torchrun."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(f"{name}={text!r} in the environment must be a whole number; unset it")
+        raise UserError(f"{name}={text!r} in the environment must be an integer; unset it")
     return int(text)
 
 
 def _meeting_place(world_size: int) -> dist.Store | None:
-    """A job of one rank meets nobody, ranks of our launcher in a file, others at MASTER_PORT."""
+    """Return the rendezvous store: in memory for one rank, a file if our launcher set one.
+
+    The result is None for other launchers, whose ranks use MASTER_ADDR and MASTER_PORT.
+    """
     if world_size == 1:
         return dist.HashStore()
     file = os.environ.get(MEETING_FILE)
@@ -85,7 +88,7 @@ def _meeting_place(world_size: int) -> dist.Store | None:
 
 
 def check_world_size(config: ParallelConfig, world_size: int) -> None:
-    """UserError unless tensor x pipeline x context (x data, if given) ranks make up the job."""
+    """Raise UserError unless the layout, tensor x pipeline x context (x data, if given), fits."""
     fits = world_size % (config.replica * config.smallest_data) == 0
     if not fits or (config.data and config.num_ranks != world_size):
         context = f"parallel.context={config.context} x " if config.context > 1 else ""
@@ -105,13 +108,13 @@ def shut_down() -> None:
 
 
 def control_group() -> dist.ProcessGroup:
-    """The gloo group of all ranks."""
-    assert _control, "parallel.initialize must come first"
+    """Return the gloo group of all ranks."""
+    assert _control, "parallel.initialize must be called first"
     return _control[0]
 
 
 def from_rank_zero(value):
-    """What rank 0 passed, on every rank; any picklable value."""
+    """Return rank 0's argument, any picklable value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=control_group())
     return box[0]
@@ -121,11 +124,11 @@ SIGN_OF_LIFE_SECONDS = 5.0
 
 
 def from_rank_zero_when_done(future: concurrent.futures.Future | None) -> Any:
-    """The result of rank 0's future, on every rank; the other ranks pass None.
+    """Return the result of rank 0's future on every rank; other ranks pass None.
 
-    However long it takes: rank 0 gives a sign of life every few seconds, so that the deadline of
-    the control group is that of a dead rank 0 and not of its work.  What the future raised is
-    raised on every rank.
+    The future may take any time: rank 0 sends a sign of life every few seconds, so that the timeout
+    of the control group detects a dead rank 0 but does not limit its work.  An exception of the
+    future is raised on every rank.
     """
     while True:
         state = None
@@ -144,21 +147,21 @@ def from_rank_zero_when_done(future: concurrent.futures.Future | None) -> Any:
 
 
 def gather_to_all(value) -> list:
-    """Every rank's value, in the order of ranks, on every rank."""
+    """Return the values of all ranks, in the order of ranks, on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=control_group())
     return values
 
 
 def assert_equal_on_all_ranks(name: str, value) -> None:
-    """A decision that every rank takes for itself must have come out the same everywhere."""
+    """Assert that a decision that each rank computes is the same on all ranks."""
     values = gather_to_all(value)
     odd = [rank for rank, other in enumerate(values) if other != values[0]]
     assert not odd, f"{name} differs from rank 0's on ranks {odd}"
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device of this rank."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

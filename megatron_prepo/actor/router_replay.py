@@ -1,11 +1,11 @@
-"""Routers that send tokens to the experts of a micro-batch's routing, in place of their own choice.
+"""Routers that replay the expert choices of a micro-batch's routing instead of choosing themselves.
 
-Megatron-Core hands its routers' top-k over to an object, if they have one (`router_replay`, alike
-from 0.16 to 0.20).  Its own keeps one global list of all routers; ours are told the micro-batch by
-`of_micro_batch`.  Only the choice is replayed: probabilities are the actor's, from the logits of
-the chosen experts, so that the router learns, too.
+Megatron-Core delegates the top-k of a router to an object, if it has one (`router_replay`, the same
+interface from 0.16 to 0.20).  Megatron's implementation keeps one global list of all routers; ours
+get the micro-batch from `of_micro_batch`.  Only the choice is replayed: probabilities are computed
+by the actor from the logits of the chosen experts, so that the router is trained as well.
 
-T tokens that the rank has, k experts a token.
+T tokens of the rank, k experts per token.
 """
 
 from collections import deque
@@ -22,38 +22,39 @@ from megatron_prepo import internals
 
 
 class RouterReplay:
-    """All routers of this rank; routings are replayed from when it is made."""
+    """All routers of this rank; from its construction on, they replay routings."""
 
     def __init__(self, chunks: Sequence[GPTModel], device: torch.device):
         self.chunks = [_Chunk(chunk, device) for chunk in chunks]
 
     @contextmanager
     def of_micro_batch(self, chunk: int, routing_TLk: torch.Tensor | None) -> Iterator[None]:
-        """Around a chunk's forward pass of a micro-batch; its routers recompute by the same.
+        """Replay a routing during a chunk's forward pass of a micro-batch, and its recomputation.
 
-        `routing_TLk` is of the whole row and all layers; None, or a token's -1: their own choice.
+        `routing_TLk` covers the entire row and all layers; with None, or -1 for a token, the
+        routers choose.
         """
         self.chunks[chunk].begin(routing_TLk)
         yield
         self.chunks[chunk].end()
 
     def check_all_recomputed(self) -> None:
-        """Behind a pass: each routing that was kept for recomputation has been used."""
+        """Assert, after a pass, that each routing kept for recomputation has been used."""
         left = sum(len(router.kept) for chunk in self.chunks for router in chunk.routers)
-        assert left == 0, f"{left} routings were kept for a recomputation that never came"
+        assert left == 0, f"{left} routings were kept for a recomputation that did not happen"
 
     def forget_choices(self) -> None:
-        """Begin to count anew."""
+        """Reset the counters."""
         for chunk in self.chunks:
             chunk.counts_2.zero_()
 
     def routed_differently(self) -> float:
-        """Share of tokens and layers where the actor would have chosen another set of experts.
+        """Return the share of tokens and layers where the actor would have chosen other experts.
 
-        Of all scoring passes since `forget_choices`; collective.
+        Covers all scoring passes since `forget_choices`; collective.
         """
-        # all ranks hold other tokens or other layers: tensor-parallel ones, too, since experts are
-        # trained with sequence parallelism only
+        # all ranks hold different tokens or layers: also tensor-parallel ones, since experts are
+        # trained only with sequence parallelism
         counts_2 = torch.stack([chunk.counts_2 for chunk in self.chunks]).sum(0)
         dist.all_reduce(counts_2)
         different, all_of_them = counts_2.tolist()
@@ -61,16 +62,16 @@ class RouterReplay:
 
 
 class _Chunk:
-    """The routers of a model chunk."""
+    """Routers of a model chunk."""
 
     def __init__(self, chunk: GPTModel, device: torch.device):
         self.model, self.device = chunk, device
         self.in_forward = False
         self.counts_2 = torch.zeros(2, dtype=torch.long, device=device)
-        """Tokens times layers of scoring passes that differ, and all."""
+        """Tokens times layers of scoring passes: those that differ, and the total."""
         layers = chunk.decoder.layers
         self.layers = [layer.layer_number - 1 for layer in layers]
-        """Their numbers in the whole model."""
+        """Layer numbers in the complete model."""
         self.routers = [_Router(self, number) for number in range(len(layers))]
         for layer, router in zip(layers, self.routers, strict=True):
             internals.replace(layer.mlp.router, "router_replay", router)
@@ -89,12 +90,12 @@ class _Chunk:
 
 
 class _Router:
-    """Stands in for Megatron's RouterReplay in one router."""
+    """Substitute for Megatron's RouterReplay in one router."""
 
     def __init__(self, chunk: _Chunk, number: int):
         self.chunk, self.number = chunk, number
         self.kept: deque[torch.Tensor | None] = deque()
-        """Of the micro-batches whose forward pass is going to be recomputed, in order."""
+        """Routings of the micro-batches whose forward pass will be recomputed, in order."""
 
     def get_replay_topk(
         self,
@@ -106,7 +107,7 @@ class _Router:
         *_,
         **__,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and numbers of each token's experts, both [T, k], from scores [T, experts]."""
+        """Return scores and indices of each token's experts, [T, k], from scores [T, experts]."""
         own_scores_Tk, own_Tk = default_compute_topk(scores, topk, num_groups, group_topk)
         replayed_Tk = self._routing()
         if replayed_Tk is None:
@@ -119,10 +120,10 @@ class _Router:
         return scores.gather(1, chosen_Tk), chosen_Tk
 
     def _routing(self) -> torch.Tensor | None:
-        """[T, k] of the micro-batch in its forward pass, or of the one that is being recomputed.
+        """Return the routing [T, k] of the micro-batch in its forward pass or recomputation.
 
-        Megatron computes what it is going to recompute without a graph, and recomputes in backward
-        passes, which each chunk has in the order of its forward passes.
+        Megatron runs a forward pass that it will recompute without a graph, and recomputes it in
+        the backward pass; backward passes of a chunk have the order of its forward passes.
         """
         chunk = self.chunk
         if not chunk.in_forward:

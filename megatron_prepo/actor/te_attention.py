@@ -1,4 +1,4 @@
-"""TransformerEngine's attention on rows of sequences; imported only where it is installed."""
+"""TransformerEngine's attention on rows of sequences; imported only if it is installed."""
 
 import copy
 
@@ -11,7 +11,8 @@ from megatron_prepo.actor.context_parallel import heads_of_a_rank
 
 
 class PackedTEAttention(TEDotProductAttention):
-    """`CausalAttention`'s contract for rows, by TransformerEngine's kernels for `thd`."""
+    """Attention on rows with the interface of `CausalAttention`, by the `thd` kernels of
+    TransformerEngine."""
 
     def __init__(self, config, *arguments, **options):
         super().__init__(_of_this_ranks_heads(config), *arguments, **options)
@@ -26,7 +27,7 @@ class PackedTEAttention(TEDotProductAttention):
         packed_seq_params: RowLayout | None = None,
         **options,
     ):
-        """[t, 1, heads, d] queries, [t, 1, groups, d] keys and values to [t, 1, heads * d]."""
+        """Attend: [t, 1, heads, d] queries, [t, 1, groups, d] keys, values to [t, 1, heads * d]."""
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, **options)
         layout = packed_seq_params
@@ -46,7 +47,7 @@ class PackedTEAttention(TEDotProductAttention):
 
 
 def _of_this_ranks_heads(config):
-    """TransformerEngine compares the heads that it gets with those of the configuration."""
+    """Return a configuration with this rank's number of heads, which TransformerEngine checks."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks <= 1:
         return config

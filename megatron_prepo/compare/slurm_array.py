@@ -1,13 +1,14 @@
-"""The runs of a comparison as one job array of Slurm, a job each: `compare --executor slurm`.
+"""Runs of a comparison as one Slurm job array, one job per run: `compare --executor slurm`.
 
-    DIR/array/N.sbatch      what was submitted as array N
+    DIR/array/N.sbatch      script submitted as array N
     DIR/array/N.runs        its runs, in the order of its tasks
-    DIR/array/N_TASK.out    what the script of a task has printed, N_TASK.code its exit code
-    DIR/ARM/SEED/train.log  what the ranks have printed
+    DIR/array/N_TASK.out    output of a task's script, N_TASK.code its exit code
+    DIR/ARM/SEED/train.log  output of the ranks
 
-Needs sbatch and squeue here, and a file system that all nodes share.  Interrupting the command
-leaves the array alone: the same command waits for it again, and submits only what is neither
-finished nor queued.  A job that is stopped before its time limit queues itself again and resumes.
+Requires sbatch and squeue on this machine, and a file system that all nodes share.  Interrupting
+the command does not affect the array: the same command waits for it again, and submits only runs
+that are neither finished nor queued.  A job that is stopped before its time limit requeues itself
+and resumes.
 """
 
 import json
@@ -27,9 +28,10 @@ from megatron_prepo.launch.peers import UNREACHABLE_EXIT_CODE
 
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 120.0
-"""For sbatch and squeue."""
+"""Timeout of sbatch and squeue."""
 SHOW_AFTER = 60
-"""Polls without an answer of squeue, after which the command gives up; the array lives."""
+"""Consecutive polls without a response of squeue after which the command exits; the array is not
+affected."""
 
 SCRIPT = """#!/bin/bash
 {flags}
@@ -58,14 +60,14 @@ exit "$code"
 
 @dataclass(frozen=True)
 class Slurm:
-    """Where and how the jobs of an array run."""
+    """Slurm options of the jobs of an array."""
 
     account: str | None = None
     partition: str | None = None
     time: str = "04:00:00"
     gpus_per_node: int = 8
     options: tuple[str, ...] = ()
-    """Further ones of sbatch, such as `--mem=64G`."""
+    """Additional options of sbatch, such as `--mem=64G`."""
 
 
 def run_all(
@@ -75,11 +77,11 @@ def run_all(
     slurm: Slurm,
     jobs: int | None = None,
 ) -> Iterator[tuple[PlannedRun, int]]:
-    """Submit what is not queued, wait for all; gives each run and its exit code as it ends.
+    """Submit runs that are not queued and wait for all; yields each run and its exit code.
 
     At most `jobs` of them run at a time.
 
-    Raises UserError for jobs that cannot be, or that Slurm refuses.
+    Raises UserError for runs that cannot be submitted, or that Slurm rejects.
     """
     if not waiting:
         return
@@ -95,8 +97,8 @@ def run_all(
     except KeyboardInterrupt:
         numbers = " ".join(sorted({task.partition("_")[0] for task in queued.values()}))
         print(
-            f"the jobs stay where they are: the same command collects them, scancel {numbers} "
-            "ends them",
+            f"the jobs continue: the same command waits for them again, scancel {numbers} cancels "
+            "them",
             file=sys.stderr,
         )
         raise
@@ -109,19 +111,21 @@ def script(
     slurm: Slurm,
     jobs: int | None = None,
 ) -> str:
-    """Return the array's script; UserError for runs that cannot be jobs."""
+    """Return the array's script; raises UserError for runs that cannot be submitted."""
     config = runs[0].config
     ranks = config.parallel.num_ranks
     if any(run.config.parallel.num_ranks != ranks for run in runs):
-        raise UserError("--executor slurm: all runs of a comparison must have as many ranks")
+        raise UserError(
+            "--executor slurm: all runs of a comparison must have the same number of ranks"
+        )
     a_node = min(ranks, slurm.gpus_per_node)
     if ranks % a_node:
         raise UserError(f"--gpus-per-node {a_node} does not divide the {ranks} ranks of a run")
     nodes = ranks // a_node
     if nodes > 1 and config.rollout.engine == "sglang" and not config.servers.urls:
         raise UserError(
-            f"a run of {nodes} nodes starts no SGLang servers: name them in servers.urls, or use "
-            "python -m megatron_prepo.launch for each run"
+            f"a run of {nodes} nodes starts no SGLang servers: list existing ones in servers.urls, "
+            "or use python -m megatron_prepo.launch for each run"
         )
     signal = slurm_time.warning(config.checkpoint.grace_seconds)
     slurm_time.check(slurm.time, signal)
@@ -156,7 +160,7 @@ def script(
 
 
 def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
-    """Return the number of the array."""
+    """Submit a script and return the number of the array."""
     for run in runs:
         run.directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -171,7 +175,7 @@ def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
         raise UserError(f"--executor slurm needs sbatch: {error}") from error
     if done.returncode:
         said = "; ".join(done.stderr.replace("sbatch: error: ", "").splitlines())
-        raise UserError(f"sbatch refuses the jobs: {said}")
+        raise UserError(f"sbatch rejected the jobs: {said}")
     number = done.stdout.strip().partition(";")[0]
     (place / f"{number}.sbatch").write_text(text)
     (place / f"{number}.runs").write_text(json.dumps([run.name for run in runs]))
@@ -180,14 +184,14 @@ def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
 
 
 def _queued(place: Path, waiting: Sequence[PlannedRun]) -> dict[str, str]:
-    """Return the tasks of earlier arrays that Slurm still has, by the names of their runs."""
+    """Return the tasks of earlier arrays that have not ended, by the names of their runs."""
     names = {run.name for run in waiting}
     queued = {}
     for path in place.glob("*.runs"):
         number = path.stem
         alive = _alive(number)
         if alive is None:
-            raise UserError("squeue does not answer, and there may be jobs queued: try again later")
+            raise UserError("squeue does not respond, and jobs may be queued: try again later")
         for task, name in enumerate(json.loads(path.read_text())):
             if name in names and f"{number}_{task}" in alive:
                 queued[name] = f"{number}_{task}"
@@ -195,7 +199,7 @@ def _queued(place: Path, waiting: Sequence[PlannedRun]) -> dict[str, str]:
 
 
 def _alive(number: str) -> set[str] | None:
-    """Return the tasks of an array that Slurm has not ended; None if it does not answer."""
+    """Return the tasks of an array that have not ended; None if squeue does not respond."""
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%F_%K"],
@@ -222,8 +226,10 @@ def _ends(
             tasks = _alive(number)
             silent = silent + 1 if tasks is None else 0
             if silent > SHOW_AFTER:
-                raise UserError("squeue does not answer; the same command collects the runs later")
-            # one that does not answer has not ended its jobs
+                raise UserError(
+                    "squeue does not respond; the same command collects the results later"
+                )
+            # without a response, the jobs are assumed to run
             alive |= {queued[run.name] for run in left} if tasks is None else tasks
         for run in [run for run in left if queued[run.name] not in alive]:
             left.remove(run)
@@ -233,7 +239,7 @@ def _ends(
 
 
 def _exit_code(run: PlannedRun, written: Path) -> int:
-    """Return that of a task that has ended; 1 if it was cancelled, or its node lost."""
+    """Return the exit code of a task that has ended; 1 if it was cancelled, or its node lost."""
     if (run.directory / "summary.json").is_file():
         return 0
     return int(written.read_text()) if written.is_file() else 1

@@ -1,7 +1,7 @@
 """A configuration from YAML files and ``key=value`` overrides, and back.
 
-Files and overrides are YAML 1.2, and the type of a setting decides what a word without quotes is: a
-setting that takes text keeps it (`off`, `010`), and one that takes a number refuses it.
+Files and overrides are YAML 1.2.  The type of a setting decides how an unquoted word is read: a
+text setting keeps it (`off`, `010`), a numeric setting rejects it.
 """
 
 import copy
@@ -32,9 +32,9 @@ _SECTIONS = {section.name: section.type for section in dataclasses.fields(Config
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The run's configuration from a YAML file, changed by overrides such as ``optimizer.lr=1e-6``.
+    """Return the configuration in a YAML file with overrides such as ``optimizer.lr=1e-6`` applied.
 
-    Raises `UserError` that names every wrong setting, with the nearest known name for an unknown
+    Raises `UserError` that names every invalid setting, with the closest known name for an unknown
     one.
     """
     path = Path(path)
@@ -54,7 +54,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def overridden(tree: dict, overrides: Sequence[str]) -> Config:
-    """A checked `Config` from nested dictionaries, which stay as they are, and overrides."""
+    """Return a validated `Config` from nested dictionaries (not modified) and overrides."""
     tree = copy.deepcopy(tree)
     for override in overrides:
         apply(tree, override)
@@ -62,25 +62,25 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
 
 
 def from_tree(tree: dict) -> Config:
-    """A checked `Config` from nested dictionaries of values, in which nothing is expanded."""
+    """Return a validated `Config` from nested dictionaries of values, without expanding paths."""
     tree = {name: _section(name, value) for name, value in tree.items()}
     if problems := list(_unfit(tree, "")):
         raise UserError("\n".join(problems))
     try:
-        # JSON has the types of settings: to pydantic's strict mode a list in it is a tuple, and
-        # neither true nor "1" is a 1
+        # JSON has the types of settings: pydantic's strict mode accepts a JSON list as a tuple, and
+        # neither true nor "1" as 1
         return TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise UserError("\n".join(_sentence(e) for e in error.errors())) from None
 
 
 def to_tree(config: Config) -> dict:
-    """The resolved configuration as nested dictionaries, as it is saved with the run."""
+    """Return the resolved configuration as nested dictionaries, as it is saved with the run."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as the text of a file that `load` reads."""
+    """Return the resolved configuration as the text of a file that `load` reads."""
     tree = to_tree(config)
     for name, values in tree.items():
         for key, kind in _types(name).items():
@@ -90,7 +90,7 @@ def to_yaml(config: Config) -> str:
 
 
 def literal(path: str | Path) -> str:
-    """Return the text that a setting reads as this path, whatever characters are in it.
+    """Return the text that a setting reads as this path, whatever characters it contains.
 
     >>> literal("runs/$5"), literal("~/mine")
     ('runs/$$5', './~/mine')
@@ -100,13 +100,13 @@ def literal(path: str | Path) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean X?)`` for the known name closest to a misspelt one, else nothing."""
+    """Return `` (did you mean X?)`` with the closest known name, or an empty text if none is."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def apply(tree: dict, override: str) -> None:
-    """Change nested dictionaries by an override such as ``optimizer.lr=1e-6``, in place."""
+    """Apply an override such as ``optimizer.lr=1e-6`` to nested dictionaries, in place."""
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
     if not equals or not name or not all(sections):
@@ -128,24 +128,24 @@ def apply(tree: dict, override: str) -> None:
 
 
 def value_for(text: str, kind: Any, what: str) -> Any:
-    """What a value typed in the shell is for a field of this type; `what` it is, for errors."""
+    """Return a value typed in the shell as a field of this type; errors call it `what`."""
     return _typed(_from_shell(text, kind, what), kind)
 
 
 def _from_shell(text: str, kind: Any, what: str) -> Any:
-    """In quotes, brackets or braces it is YAML; otherwise all of it counts, also a `#`."""
+    """Parse text in quotes, brackets or braces as YAML; keep any other text, including a `#`."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     bracketed = text[:1] in ("[", "{") and not _parts(kind) <= {*_TEXTS, NoneType}
     return yaml_text.read(text, what) if quoted or bracketed else Plain(text)
 
 
 def _empty_if_null(value: Any) -> Any:
-    """A section without settings, of comments only, is empty."""
+    """Return an empty section in place of null (a section that holds comments only)."""
     return {} if isinstance(value, Plain) and value in NULL else value
 
 
 def _nested(tree: dict, what: str) -> dict:
-    """Sections of settings, where a file may also say `optimizer.lr: 1e-6` in one line."""
+    """Expand dotted keys such as `optimizer.lr: 1e-6` into sections."""
     result: dict = {}
     for key, value in tree.items():
         section, *inner = key.split(".")
@@ -156,21 +156,21 @@ def _nested(tree: dict, what: str) -> dict:
 
 
 def _merge(into: dict, other: dict, what: str, keys: tuple[str, ...]) -> None:
-    """Put the settings of a dictionary into another; UserError for one that both have."""
+    """Merge one dictionary of settings into another; raise UserError for a setting in both."""
     for name, value in other.items():
         before, path = into.setdefault(name, value), (*keys, name)
         if before is value:
             continue
         if not isinstance(before, dict) or not isinstance(value, dict):
             raise UserError(
-                f"{what}: {one_line('.'.join(path))} is given twice, in its section and by a key "
-                "with a dot; keep one of them"
+                f"{what}: {one_line('.'.join(path))} is given twice, in its section and as a "
+                "dotted key; keep one of them"
             )
         _merge(before, value, what, path)
 
 
 def _section(name: str, values: Any) -> Any:
-    """A section with its values as their settings' types take them."""
+    """Return a section with each value converted to its setting's type."""
     if not isinstance(values, dict):
         return _typed(values, Any)
     types, settings = _types(name), {}
@@ -183,7 +183,7 @@ def _section(name: str, values: Any) -> Any:
 
 
 def _with_paths_expanded(name: str, values: Any) -> Any:
-    """A section as it was read, with `~` and `$NAME` in its paths expanded."""
+    """Return a section as it was read, with `~` and `$NAME` in its paths expanded."""
     if not isinstance(values, dict):
         return values
     types, settings = _types(name), dict(values)
@@ -198,14 +198,14 @@ def _with_paths_expanded(name: str, values: Any) -> Any:
 
 
 def _types(section: str) -> dict[str, Any]:
-    """The type of each setting of a section; none of those that pass through."""
+    """Return the type of each setting of a section; empty for pass-through sections."""
     kind = _SECTIONS.get(section)
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
     return {field.name: field.type for field in fields}
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """A value that was read, for a setting of this type: a word is a text where it may be one."""
+    """Convert a value to a setting's type: an unquoted word is text if the type allows text."""
     if isinstance(value, dict):
         return {key: _typed(inner, Any) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -219,7 +219,7 @@ def _typed(value: Any, kind: Any) -> Any:
 
 
 def _parts(kind: Any) -> set:
-    """The types that a union joins, or the one type; of a Literal, those of its choices.
+    """Return the types in a union, or the one type; for a Literal, the types of its choices.
 
     >>> _parts(int | None) == {int, NoneType}, _parts(Literal["off", "on"])
     (True, {<class 'str'>})
@@ -230,7 +230,7 @@ def _parts(kind: Any) -> set:
 
 
 def _expanded(path: str) -> str:
-    """The path with `~` and `$NAME` expanded; UserError naming a variable or user that is not."""
+    """Expand `~` and `$NAME` in a path; raise UserError for an unknown variable or user."""
 
     def value_of(variable: re.Match) -> str:
         known = variable[1].strip("{}")
@@ -238,22 +238,22 @@ def _expanded(path: str) -> str:
             return "$"
         if not os.environ.get(known):
             raise UserError(
-                f"{reprlib.repr(path)} names the environment variable {one_line(known)}, which is "
-                "not set, or empty; set it, or write $$ for a $ of the name"
+                f"{reprlib.repr(path)} uses the environment variable {one_line(known)}, which is "
+                "not set or empty; set it, or write $$ for a literal $"
             )
         return os.environ[known]
 
     expanded = os.path.expanduser(VARIABLE.sub(value_of, path))
     if expanded.startswith("~"):
         raise UserError(
-            f"{reprlib.repr(path)} is {reprlib.repr(expanded)}, in which ~ names no user; write "
-            "the path itself, or ./ before a ~ of the name"
+            f"{reprlib.repr(path)} expands to {reprlib.repr(expanded)}, in which ~ names no known "
+            "user; write the full path, or ./ before a literal ~"
         )
     return expanded
 
 
 def _unfit(value: Any, key: str) -> Iterator[str]:
-    """A sentence for each value that no setting can have: what JSON cannot hold, long numbers."""
+    """Yield an error message per value that no setting accepts: not valid in JSON, or too long."""
     what = f"setting {one_line(key)}" if key else "the configuration"
     match value:
         case dict():
@@ -261,7 +261,7 @@ def _unfit(value: Any, key: str) -> Iterator[str]:
                 if isinstance(name, str) and _is_unicode(name):
                     yield from _unfit(inner, f"{key}.{name}" if key else name)
                 else:
-                    yield f"{what} has the key {reprlib.repr(name)}, which is no text"
+                    yield f"{what} has the key {reprlib.repr(name)}, which is not text"
         case list() | tuple():
             for inner in value:
                 yield from _unfit(inner, key)
@@ -269,7 +269,7 @@ def _unfit(value: Any, key: str) -> Iterator[str]:
             pass
         case int():
             if abs(value) >= 1 << 63:
-                yield f"{what} has a whole number of more than 64 bits"
+                yield f"{what} has an integer of more than 64 bits"
         case float():
             if not math.isfinite(value):
                 yield f"{what}={value}: Input should be a finite number"
@@ -277,7 +277,7 @@ def _unfit(value: Any, key: str) -> Iterator[str]:
             if not _is_unicode(value):
                 yield f"{what}={reprlib.repr(value)} is not UTF-8 text"
         case _:
-            yield f"{what}={reprlib.repr(value)}: a {type(value).__name__} is no setting"
+            yield f"{what}={reprlib.repr(value)}: a {type(value).__name__} is not a valid value"
 
 
 def _is_unicode(text: str) -> bool:
@@ -299,7 +299,7 @@ def _sentence(error: dict) -> str:
 
 
 def _required(key: str) -> list[str]:
-    """The settings without a default in a section; anything else is one itself."""
+    """Return the required settings of a section; a key that is not a section is returned as is."""
     fields = dataclasses.fields(_SECTIONS[key]) if key in _SECTIONS else ()
     return [f"{key}.{field.name}" for field in fields if field.default is dataclasses.MISSING] or [
         key

@@ -6,17 +6,17 @@ from typing import Any, Literal, get_args, get_origin
 from megatron_prepo.config.schema import Config, FilePath
 
 HOW_VALUES_ARE_READ = """\
-Files and `key=value` overrides are YAML 1.2. The type of a setting decides what a word without
-quotes is: a `str` or a choice keeps it (`off`, `010`, `1:30`); an `int`, `float` or `bool` takes a
-number (`010` is ten, `1e-5` a number), `true` or `false`, and refuses anything else. Nothing,
-`null` and `~` are empty. In a `path`, `~/` and `$NAME` are expanded; a variable that is not set is
-an error, and `$$` is a `$`. What follows the `=` of an override counts as a whole, also a ` #`,
-unless it is in quotes, brackets or braces. In a file `optimizer.lr: 1e-6` is the same as
-`lr: 1e-6` in the section `optimizer`; what is given twice is an error."""
+Files and `key=value` overrides are YAML 1.2. The type of a setting decides how an unquoted word is
+read: a `str` or a choice keeps it (`off`, `010`, `1:30`); an `int`, `float` or `bool` accepts a
+number (`010` is ten, `1e-5` a number), `true` or `false`, and rejects anything else. A missing
+value, `null` and `~` mean empty. In a `path`, `~/` and `$NAME` are expanded; an unset variable is
+an error, and `$$` stands for `$`. Everything after the `=` of an override is its value, including
+a ` #`, unless the value is in quotes, brackets or braces. In a file, `optimizer.lr: 1e-6` is the
+same as `lr: 1e-6` in the section `optimizer`; a setting that is given twice is an error."""
 
 
 def markdown() -> str:
-    """The configuration reference in Markdown."""
+    """Return the configuration reference in Markdown."""
     lines = [HOW_VALUES_ARE_READ]
     for section in dataclasses.fields(Config):
         kind = section.type

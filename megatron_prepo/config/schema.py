@@ -1,9 +1,9 @@
-"""Every setting of a run: a frozen tree of dataclasses, a section each.
+"""All settings of a run: a frozen tree of dataclasses, one per section.
 
-The defaults are the paper's (PREPO as first published, research ambiguities as named settings);
-a setting without a default has to be given.  The text under each field is its documentation: the
-configuration reference in ``docs/configuration.md`` is printed from here (``megatron-prepo
-reference``).  Whatever can be wrong without looking at a file or a model is refused here.
+Settings without a default are required; all others default to the paper's values (PREPO as first
+published, with its ambiguities as named settings).  The string under each field is its
+documentation, from which ``megatron-prepo reference`` generates ``docs/configuration.md``.  Every
+error that can be found without opening a file or a model is raised here.
 """
 
 import dataclasses
@@ -26,66 +26,74 @@ STRICT = ConfigDict(
 MAX_DEADLINE = 10_000_000
 
 FilePath = Annotated[str, "path"]
-"""The type of a setting that names a file or directory: a `~` in front and `$NAME` are expanded
-when it is read (`literal` writes a path that stays as it is)."""
+"""Type of a setting that names a file or directory: a leading `~` and `$NAME` are expanded when the
+setting is read (`literal` escapes a path that must not change)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
-    """Where the run lives."""
+    """Output directory and dashboards."""
 
     dir: FilePath
     """Directory of the run: config, metrics, ledger, checkpoints and the exported model."""
     overwrite: bool = False
-    """Delete the run that is in `run.dir` and start a new one. If false, a run with the same
-    settings is resumed, and one of other settings is an error (`docs/reliability.md`). Only what
-    has a run's own names, in a directory that a run has marked, is ever deleted."""
+    """Delete the existing run in `run.dir` and start a new one. If false, a run with the same
+    settings is resumed, and a run with different settings is an error (`docs/reliability.md`). Only
+    files with the names that a run writes, in a directory that a run has marked, are ever
+    deleted."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, to `tensorboard/` there (extra `tensorboard`)."""
+    """Write the metrics for TensorBoard as well, to `tensorboard/` in `run.dir` (extra
+    `tensorboard`)."""
     wandb_project: str | None = None
-    """Also log the metrics to this Weights & Biases project (extra `wandb`)."""
+    """Weights & Biases project to which the metrics are logged as well (extra `wandb`)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    """The model that learns."""
+    """The model to train."""
 
     hf: FilePath
-    """Hugging Face directory: configuration, tokenizer and (unless `model.megatron`) weights."""
+    """Hugging Face directory with configuration, tokenizer and, unless `model.megatron` is set,
+    weights."""
     megatron: FilePath | None = None
     """Megatron `torch_dist` checkpoint to start from, as `checkpoints_convert import` writes it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the weights in forward and backward; the optimizer's are always float32."""
+    """Precision of the weights in forward and backward passes; the optimizer's copy is always
+    float32."""
     layers: Literal["auto", "torch", "te"] = "auto"
-    """Layer implementation: torch-native, TransformerEngine, or the latter where installed."""
+    """Layer implementation: torch-native (`torch`), TransformerEngine (`te`), or TransformerEngine
+    if it is installed (`auto`)."""
     fp32_lm_head: bool = True
-    """Logits stay float32 in actor and engine, from inputs in `model.dtype`; false: both round them
-    to `model.dtype`. An engine that does otherwise than the actor is refused."""
+    """Keep logits in float32 in actor and engine, from inputs in `model.dtype`. If false, both
+    round them to `model.dtype`. An engine that differs from the actor in this is an error."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParallelConfig:
-    """How the actor is spread over ranks."""
+    """Parallel layout of the actor."""
 
     tensor: int = 1
     """Tensor-parallel size."""
     pipeline: int = 1
     """Pipeline-parallel size."""
     virtual_pipeline: int = 1
-    """Model chunks of each pipeline rank. With several the schedule is interleaved: less idle time,
-    more messages; the number of micro-batches becomes a multiple of `parallel.pipeline`."""
+    """Model chunks per pipeline rank. Values above 1 select the interleaved schedule: less idle
+    time, more messages; the number of micro-batches becomes a multiple of `parallel.pipeline`."""
     context: int = 1
-    """Context-parallel size: so many ranks share the tokens of each micro-batch, for long sequences
-    (`docs/parallel.md`); times `parallel.tensor` it must divide the attention heads."""
+    """Context-parallel size: number of ranks that share the tokens of each micro-batch, for long
+    sequences (`docs/parallel.md`). Its product with `parallel.tensor` must divide the number of
+    attention heads."""
     expert: int = 1
-    """Expert-parallel size (mixture of experts): whole experts are spread over this many of the
-    tensor-, context- and data-parallel ranks; 1: each holds its tensor-parallel part of all."""
+    """Expert-parallel size (mixture of experts): complete experts are distributed over this many
+    tensor-, context- and data-parallel ranks; 1: each rank holds its tensor-parallel shard of every
+    expert."""
     data: int | None = None
-    """Data-parallel size; empty: what the ranks given by torchrun leave, or the smallest."""
+    """Data-parallel size; empty: derived from the number of ranks that torchrun starts, or the
+    smallest valid size."""
     sequence: bool = False
-    """Sequence parallelism: activations between tensor-parallel regions are split too."""
+    """Sequence parallelism: also shard activations between tensor-parallel regions."""
     timeout_minutes: float = 10.0
-    """Deadline of every collective; a rank that waits longer fails instead of hanging."""
+    """Timeout of every collective; a rank that waits longer fails instead of hanging."""
 
     def __post_init__(self):
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data"):
@@ -95,7 +103,7 @@ class ParallelConfig:
             context = f"parallel.context={self.context} x " if self.context > 1 else ""
             raise ValueError(
                 f"parallel.expert={self.expert} must divide parallel.tensor={self.tensor} x "
-                f"{context}parallel.data={self.data}, over whose ranks experts are spread"
+                f"{context}parallel.data={self.data}, over whose ranks experts are distributed"
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
@@ -109,7 +117,7 @@ class ParallelConfig:
 
     @property
     def virtual_size(self) -> int | None:
-        """Model chunks of each rank as Megatron counts them: None without interleaving."""
+        """Model chunks per rank as Megatron counts them: None without interleaving."""
         return self.virtual_pipeline if self.virtual_pipeline > 1 else None
 
     @property
@@ -119,35 +127,36 @@ class ParallelConfig:
 
     @property
     def smallest_data(self) -> int:
-        """The smallest data-parallel size: 1, or what it takes to spread the experts."""
+        """Smallest valid data-parallel size: 1, or the size needed to distribute the experts."""
         return self.expert // math.gcd(self.expert, self.tensor * self.context)
 
     @property
     def replica(self) -> int:
-        """Ranks of one data-parallel replica."""
+        """Number of ranks per data-parallel replica."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def num_ranks(self) -> int:
-        """Of the job, with the smallest data-parallel size where none is given."""
+        """Number of ranks of the job, with the smallest valid data-parallel size if none is set."""
         return self.replica * (self.data or self.smallest_data)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Prompts: JSON Lines files with an id, a prompt and an answer a line."""
+    """Prompts: JSON Lines files with one id, prompt and answer per line."""
 
     train: FilePath
     """Training prompts."""
     eval: FilePath
     """Held-out prompts."""
     chat_template: bool = False
-    """Wrap each prompt as a user turn by the tokenizer's chat template."""
+    """Wrap each prompt as a user turn with the tokenizer's chat template."""
     chat_template_date: str | None = None
-    """What the chat template is told of today's date, as `2026-01-31`, if it asks (Llama 3.2's);
-    empty: the day of the run's first start, also when it resumes."""
+    """Current date for chat templates that use it (Llama 3.2's), such as `2026-01-31`; empty: the
+    day on which the run was first started, also after it resumes."""
     max_prompt_tokens: int = 1024
-    """A longer prompt is an error that names it (nothing is cut silently)."""
+    """Maximum prompt length; a longer prompt is an error that names it (prompts are never
+    truncated)."""
 
     def __post_init__(self):
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
@@ -157,36 +166,40 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SelectionConfig:
-    """Which K of the P candidate prompts are rolled out."""
+    """Selection of the K prompts to roll out among P candidates."""
 
     method: Literal["prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle"] = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
-    `greso`, `dapo`, `mopps`: the published rivals; `foresight`: ours; `oracle`: an upper bound that
-    rolls out every candidate. `docs/selection.md` compares them."""
+    `greso`, `dapo`, `mopps`: other published methods; `foresight`: ours; `oracle`: an upper bound
+    that rolls out every candidate. `docs/selection.md` compares them."""
     num_candidates: int
-    """|B| in the paper, P here: prompts scored in a step."""
+    """P (|B| in the paper): prompts scored per step."""
     num_selected: int
-    """K: prompts rolled out in a step (the paper uses 20 % of the candidates)."""
+    """K: prompts rolled out per step (the paper uses 20 % of the candidates)."""
     rho_max: float = 1.0
-    """Where the window stops: 1 ends on the highest perplexities, 0.5 in the middle."""
+    """Final position of the window: 1 is at the highest perplexities, 0.5 in the middle."""
     horizon: int | None = None
-    """Steps in which the window travels; empty: `train.total_steps`."""
+    """Number of steps over which the window moves; empty: `train.total_steps`."""
     pacing: Literal["linear", "quadratic", "root"] = "linear"
-    """How the window's place follows from progress rho: rho (paper), its square, or its root."""
+    """Position of the window as a function of progress rho: rho (paper), its square, or its
+    root."""
     direction: Literal["low-to-high", "high-to-low"] = "low-to-high"
-    """Where the window starts: at the lowest perplexities (paper), or at the highest."""
+    """Direction of the window: start at the lowest perplexities (paper), or at the highest."""
     target_pass_rate: float = 0.5
-    """The pass rate that `mopps`, `foresight` and `oracle` look for."""
+    """Pass rate that `mopps`, `foresight` and `oracle` aim for."""
     mopps_decay: float = 0.5
-    """`mopps`: how much of what was observed before still counts at the next observation."""
+    """Factor by which `mopps` discounts earlier observations at each new observation."""
     ppl_tokens: Literal["all", "content"] = "all"
-    """Perplexity over all prompt tokens, or only the user's text without the chat template's."""
+    """Tokens over which perplexity is computed: all prompt tokens, or only the user's text without
+    the tokens of the chat template."""
     ppl_from: Literal["actor", "engine"] = "actor"
-    """Who computes it: a forward pass of the actor; or the engine, whose cache then has the prompts
-    that are rolled out (`docs/off_policy.md`; not for `foresight`, which needs entropies)."""
+    """Source of the perplexities: a forward pass of the actor, or the engine, whose cache then
+    already holds the selected prompts (`docs/off_policy.md`; not for `foresight`, which needs
+    entropies)."""
     ppl_agreement: float = 0.95
-    """`ppl_from=engine`: in the first step and those that evaluate, both compute it, and a rank
-    correlation below this ends the run."""
+    """Minimum rank correlation between actor and engine with `ppl_from=engine`: in the first step
+    and in steps that evaluate, both compute the perplexities, and a lower correlation stops the
+    run."""
 
     def __post_init__(self):
         _at_least("selection.num_selected", self.num_selected, 1)
@@ -220,11 +233,11 @@ class WeightingConfig:
     method: Literal["relative_entropy", "none"] = "relative_entropy"
     """w_i = mean token entropy of the rollout over the batch's mean entropy, or 1."""
     mean: Literal["sequence", "token"] = "sequence"
-    """The batch's mean: of the rollouts' means (paper, main text) or over tokens (appendix E)."""
+    """Batch mean: of the rollouts' means (paper, main text) or over tokens (appendix E)."""
     clamp: float | None = None
-    """c > 1 keeps the weights within [1/c, c]; empty: no clamp (paper)."""
+    """Bound c > 1 that keeps the weights within [1/c, c]; empty: no clamp (paper)."""
     include_zero_variance: bool = True
-    """Whether rollouts of groups without an advantage count in the batch's mean (paper: yes)."""
+    """Include rollouts of groups without an advantage in the batch mean (paper: yes)."""
 
     def __post_init__(self):
         if self.clamp is not None and not self.clamp > 1:
@@ -233,22 +246,24 @@ class WeightingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
-    """How completions are generated."""
+    """Generation of completions."""
 
     engine: Literal["embedded", "sglang"] = "embedded"
     """`embedded`: a transformers model decodes inside the training processes; `sglang`: SGLang
-    servers, ours or given ones (section `servers`, `docs/sglang.md`)."""
+    servers, started by the run or existing (section `servers`, `docs/sglang.md`)."""
     samples_per_prompt: int = 8
-    """G: completions of a selected prompt."""
+    """G: completions per selected prompt."""
     temperature: float = 1.0
-    """Sampling temperature; log-probabilities and entropies of rollouts are taken at it too."""
+    """Sampling temperature; log-probabilities and entropies of rollouts are computed at the same
+    temperature."""
     max_new_tokens: int
-    """A completion is cut there."""
+    """Maximum length of a completion; longer ones are truncated."""
     batch_size: int = 256
-    """Completions generated at once by a rank (embedded engine)."""
+    """Completions per rank that are generated concurrently (embedded engine)."""
     router_replay: bool = False
-    """Mixtures of experts: the actor's passes over rollouts send each token to the experts that the
-    engine's forward pass chose, so that both compute the same function (`docs/off_policy.md`)."""
+    """Mixtures of experts: the actor's passes over rollouts route each token to the experts that
+    the engine's forward pass chose, so that both compute the same function
+    (`docs/off_policy.md`)."""
 
     def __post_init__(self):
         _at_least("rollout.samples_per_prompt", self.samples_per_prompt, 2)
@@ -259,36 +274,37 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServersConfig:
-    """The SGLang servers of `rollout.engine=sglang`."""
+    """SGLang servers of `rollout.engine=sglang`."""
 
     urls: tuple[str, ...] = ()
-    """Servers that run already, such as `[http://10.0.0.7:30000]`; empty: the run starts its own on
-    the machine of rank 0, and ends them with itself."""
+    """Existing servers, such as `[http://10.0.0.7:30000]`; empty: the run starts servers on the
+    machine of rank 0 and stops them when it ends."""
     count: int = 1
-    """How many the run starts."""
+    """Number of servers to start."""
     tensor: int = 1
-    """Tensor-parallel size of each of them."""
+    """Tensor-parallel size per server."""
     first_device: int = 0
-    """GPU of the first one's first rank; the others follow.  0: the GPUs that the actor uses too;
-    the number of the actor's ranks: GPUs of their own."""
+    """GPU of the first server's first rank; all further ranks use the GPUs after it.  0: share the
+    actor's GPUs; the number of the actor's ranks: use separate GPUs."""
     release_memory: bool = False
-    """Give the memory of the key-value cache back to the actor between rollouts (shared GPUs)."""
+    """Release the memory of the key-value cache to the actor between rollouts (shared GPUs)."""
     python: FilePath | None = None
-    """Interpreter that has SGLang; empty: the trainer's own."""
+    """Python interpreter with SGLang installed; empty: the trainer's interpreter."""
     host: str = "127.0.0.1"
-    """Address that the servers listen on; anyone who reaches it can use and change them."""
+    """Address that the servers listen on; anyone who can reach it can use and modify them."""
     concurrency: int = 256
-    """Completions under way at once at each server."""
+    """Maximum number of concurrent completions per server."""
     attempts: int = 4
-    """How often a completion is asked for, before the run gives up."""
+    """Attempts per completion before the run stops with an error."""
     start_seconds: float = 900.0
-    """Deadline for a server to become healthy."""
+    """Timeout for a server to become healthy."""
     connect_seconds: float = 10.0
-    """Deadline for a connection, and for the answer of a health check."""
+    """Timeout for a connection, and for the response to a health check."""
     request_seconds: float = 1800.0
-    """Deadline for a completion; a server that misses it is given up."""
+    """Timeout for a completion; a server that exceeds it is treated as failed."""
     straggler_seconds: float | None = None
-    """Cut a completion that takes longer: what it has so far is kept, recorded as `aborted`."""
+    """Time after which a completion is truncated: the tokens so far are kept and recorded as
+    `aborted`."""
 
     def __post_init__(self):
         for name in ("count", "tensor", "concurrency", "attempts"):
@@ -308,26 +324,27 @@ class ServersConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WeightSyncConfig:
-    """How the engine gets the actor's weights, and how that is checked."""
+    """Transfer of the actor's weights to the engine, and its verification."""
 
     transport: Literal["value", "ipc", "distributed", "disk"] = "value"
-    """To SGLang: inside the requests; through memory, to servers on the devices of actor ranks on
-    rank 0's machine; by broadcast (NCCL, or gloo on a CPU), to servers on devices of their own; or
-    through a directory that actor and servers share."""
+    """Transport to SGLang: inside the requests (`value`); through shared memory, to servers on the
+    devices of actor ranks on rank 0's machine (`ipc`); by broadcast (NCCL, or gloo on a CPU), to
+    servers on separate devices (`distributed`); or through a directory that actor and servers share
+    (`disk`)."""
     bucket_mb: int = 512
-    """Tensors travel together up to this size."""
+    """Maximum size of a bucket of tensors that are sent together."""
     request_seconds: float = 300.0
-    """Deadline for a server's answer in a sync; keep it below `parallel.timeout_minutes`."""
+    """Timeout for a server's response during a sync; keep it below `parallel.timeout_minutes`."""
     directory: FilePath | None = None
-    """`disk`: where the weights are put, in a folder of this run's own; empty: in `run.dir`."""
+    """Directory for the weights with `disk`, in a subdirectory per run; empty: in `run.dir`."""
     address: str = "127.0.0.1"
-    """`distributed`: address under which the servers find rank 0."""
+    """Address under which the servers reach rank 0 with `distributed`."""
     verify: Literal["first", "always", "never"] = "first"
-    """After the first sync (and that of a server started anew), each or none: compare the engine's
-    log-probabilities of a training prompt with the actor's."""
+    """Syncs after which the engine's log-probabilities of a training prompt are compared with the
+    actor's: the first one (and the first one of a restarted server), all, or none."""
     tolerance: float | None = None
-    """Largest mean absolute difference that passes, in nats; empty: 1e-4 for float32, 0.1 for
-    bfloat16."""
+    """Maximum mean absolute difference accepted by the comparison, in nats; empty: 1e-4 for
+    float32, 0.1 for bfloat16."""
 
     def __post_init__(self):
         _at_least("weight_sync.bucket_mb", self.bucket_mb, 1)
@@ -339,26 +356,27 @@ class WeightSyncConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardConfig:
-    """How a completion is graded."""
+    """Grading of completions."""
 
     function: FilePath = "final_number"
     """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
-    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or your own, as
-    `FILE.py:FUNCTION`, which takes completion and answer and returns a number; modules beside the
-    file can be imported."""
+    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or a custom function
+    `FILE.py:FUNCTION`, which takes completion and answer and returns a number and may import
+    modules from the file's directory."""
     low: float = 0.0
-    """Smallest reward the function may give."""
+    """Smallest reward that the function may return."""
     high: float = 1.0
-    """Largest reward the function may give; a prompt passes at this reward."""
+    """Largest reward that the function may return; a prompt passes at this reward."""
     seconds: float = 5.0
-    """Processor time for an answer, ten times as much on the clock; then it gets `reward.low`."""
+    """CPU time limit per answer; the wall-clock limit is ten times as long. An answer that exceeds
+    either gets `reward.low`."""
     memory_mb: int = 1024
-    """Address space of a grading process; an answer that needs more gets `reward.low`."""
+    """Address space per grading process; an answer that needs more gets `reward.low`."""
     processes: int | None = None
-    """Grading processes, on rank 0's machine; empty: one a core, at most 16."""
+    """Number of grading processes on rank 0's machine; empty: one per core, at most 16."""
     max_failed: float = 0.5
-    """The run ends when more than this share of the answers graded at once break a limit, or raise
-    an error."""
+    """Maximum share of the answers in a batch that may exceed a limit or raise an error; above it
+    the run stops."""
 
     def __post_init__(self):
         _positive("reward.seconds", self.seconds)
@@ -375,7 +393,8 @@ class AdvantageConfig:
     """Group-relative advantages (GRPO)."""
 
     std: Literal["unbiased", "population", "none"] = "unbiased"
-    """Divide by the group's standard deviation (n-1 or n in its denominator), or do not."""
+    """Normalisation by the group's standard deviation: with n-1 in its denominator, with n, or
+    none."""
     eps: float = 1e-6
     """Added to the standard deviation."""
 
@@ -388,31 +407,33 @@ class LossConfig:
     """The clipped policy loss."""
 
     clip_low: float = 0.2
-    """Lower clip: ratios below 1 - clip_low bring no gradient where the advantage is negative."""
+    """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative."""
     clip_high: float = 0.28
     """Upper clip (DAPO's clip-higher)."""
     aggregation: Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"] = (
         "seq-mean-token-sum"
     )
-    """Sum over tokens, mean over rollouts (paper v1); mean, mean (v3); or mean over all tokens."""
+    """Sum over tokens, then mean over rollouts (paper v1); mean over both (v3); or mean over all
+    tokens."""
     entropy_coef: float = 0.0
-    """Entropy bonus (paper: none)."""
+    """Coefficient of the entropy bonus (paper: none)."""
     kl_coef: float = 0.0
-    """Penalty on the k3 estimate of KL to the initial policy (paper: none); keeps a copy of it."""
+    """Coefficient of the k3 estimate of the KL divergence from the initial policy (paper: none);
+    above 0, a copy of the initial policy is kept."""
     importance: Literal["off", "truncated", "masked"] = "off"
-    """Correction for an engine whose probabilities are not the actor's, by their ratio: counts at
-    most `importance_high`, or not at all outside of the band (`docs/off_policy.md`)."""
+    """Correction for an engine whose probabilities differ from the actor's, by the ratio of the
+    two: truncated at `importance_high`, or zero outside the band (`docs/off_policy.md`)."""
     importance_level: Literal["token", "sequence"] = "token"
-    """The ratio is each token's, or the whole rollout's: the product over its tokens."""
+    """Level of the ratio: per token, or per rollout (the product over its tokens)."""
     importance_low: float = 0.5
-    """`masked`: the smallest ratio, of actor over engine, that counts."""
+    """Smallest ratio, actor over engine, that `masked` keeps."""
     importance_high: float = 2.0
-    """`truncated`: what a larger ratio counts; `masked`: the largest that counts."""
+    """Value at which `truncated` caps larger ratios; the largest ratio that `masked` keeps."""
     head: Literal["known-gradient", "recompute"] = "known-gradient"
-    """How the output head gets its gradient: with the loss, while the logits exist (3 matrix
-    products), or afterwards, from logits computed again (4 products)."""
+    """Computation of the output head's gradient: together with the loss, while the logits exist (3
+    matrix products), or in the backward pass, from recomputed logits (4 products)."""
     head_memory_mib: float | None = None
-    """Memory for the logits that exist at once in the output head, and their gradient, in MiB;
+    """Memory for the logits that exist at a time in the output head, and their gradient, in MiB;
     empty: 900 on a GPU (1,024 tokens of a vocabulary of 152,064), 16 on a CPU."""
 
     def __post_init__(self):
@@ -439,25 +460,25 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     lr_warmup_steps: int = 0
-    """Steps whose updates raise the learning rate to its peak, in equal parts: the first of W
-    updates has `lr` / W, the last `lr`. 0 and 1 (with one update per step): no warm-up."""
+    """Number of steps whose updates raise the learning rate linearly to its peak: the first of W
+    updates uses `lr` / W, the last `lr`. 0 and 1 (with one update per step): no warm-up."""
     lr_decay_steps: int | None = None
-    """Steps after which the learning rate has come down to `optimizer.min_lr`; empty:
-    `train.total_steps`. A run that is extended keeps its number."""
+    """Number of steps after which the learning rate reaches `optimizer.min_lr`; empty:
+    `train.total_steps`. A run that is extended keeps its value."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the root of the second moment."""
     clip_grad: float = 1.0
-    """Largest gradient norm; a larger gradient is scaled down to it."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     use_distributed_optimizer: bool = False
-    """Split the optimizer's state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks."""
 
     def __post_init__(self):
         _at_least("optimizer.lr", self.lr, 0)
@@ -477,31 +498,31 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """The length and the arithmetic of the training loop."""
+    """Length and batching of the training loop."""
 
     total_steps: int
-    """Steps: one candidate batch, one set of rollouts, `train.mini_batches` updates each. A larger
-    number extends a run, also one that is finished."""
+    """Number of steps. Each has one candidate batch, one set of rollouts and `train.mini_batches`
+    updates. A larger number extends a run, even a finished one."""
     rollout_budget: int | None = None
-    """Stop after the step that reaches so many rollouts, kept or dropped; methods that refill pay
-    more a step. Empty: run all steps."""
+    """Number of rollouts, kept or dropped, after which the run stops at the end of the step;
+    methods that refill generate more per step. Empty: run all steps."""
     seed: int = 1
-    """Everything random in a run derives from it."""
+    """Seed from which all randomness of a run is derived."""
     mini_batches: int = 1
-    """Optimizer updates a step; the rollouts are split between them."""
+    """Optimizer updates per step; the rollouts are split between them."""
     overlap: bool = False
-    """Generate the rollouts of the next step while this one trains, by weights that are a step
-    older than those that learn from them (`docs/off_policy.md`)."""
+    """Generate the rollouts of the next step while the current one trains, with weights that are
+    one step older than the weights they update (`docs/off_policy.md`)."""
     micro_batch_tokens: int = 8192
-    """Tokens in a forward pass of the actor, at most; a sequence is never split."""
+    """Maximum number of tokens per forward pass of the actor; a sequence is never split."""
     packing: bool = True
-    """Lay sequences end to end; false: side by side, padded to the longest."""
+    """Pack sequences end to end. If false, they are padded to the longest one."""
     share_prefixes: bool = False
-    """Compute the prompt of a group's rollouts once for all that share a micro-batch; changes no
-    result, but what experts count (`megatron.moe_aux_loss_coeff`)."""
+    """Compute a prompt once for all rollouts of its group that share a micro-batch. Results do not
+    change, except for token counts per expert (`megatron.moe_aux_loss_coeff`)."""
     max_skipped_updates: int = 3
-    """An update whose loss or gradient is not finite is skipped and dumped; more than so many in a
-    row end the run. 0: the first one does."""
+    """Maximum number of consecutive updates with a non-finite loss or gradient: these are skipped
+    and dumped, and one more stops the run. 0: the first one stops the run."""
 
     def __post_init__(self):
         _at_least("train.max_skipped_updates", self.max_skipped_updates, 0)
@@ -509,7 +530,8 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.share_prefixes and not self.packing:
             raise ValueError(
-                "train.share_prefixes=true needs train.packing=true: what is padded is not shared"
+                "train.share_prefixes=true needs train.packing=true: padded batches share no "
+                "prefixes"
             )
 
 
@@ -518,13 +540,13 @@ class EvalConfig:
     """Held-out evaluation: avg@k."""
 
     every: int = 0
-    """Evaluate after every so many steps; 0: only before and after the run."""
+    """Interval between evaluations, in steps; 0: only before and after the run."""
     samples_per_prompt: int = 4
-    """k of avg@k, before and after the run."""
+    """k of avg@k before and after the run."""
     samples_during: int = 1
-    """k of the evaluations in between."""
+    """k of avg@k for evaluations during the run."""
     max_prompts: int | None = None
-    """Use the first so many held-out prompts; empty: all."""
+    """Number of held-out prompts to use, from the start of the file; empty: all."""
     temperature: float = 1.0
     """Sampling temperature of the evaluation."""
 
@@ -538,23 +560,24 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """What is kept on disk."""
+    """Checkpoints of the run."""
 
     every: int = 0
-    """Save a Megatron checkpoint after every so many steps; 0: only at the end."""
+    """Interval between Megatron checkpoints, in steps; 0: save only at the end."""
     optimizer: bool = True
-    """Save what a run needs to go on: the optimizer's state, random states, the loop's own. false:
-    weights only, and a run that is interrupted begins again."""
+    """Save everything needed to resume: the states of the optimizer, the random number generators
+    and the loop. If false, only weights are saved and an interrupted run restarts from scratch."""
     keep_last: int | None = None
-    """How many checkpoints are kept, the newest; empty: all."""
+    """Number of most recent checkpoints to keep; empty: all."""
     keep_every: int | None = None
-    """Beside those of `checkpoint.keep_last`, keep each whose step is a multiple of this."""
+    """Interval of checkpoints to keep in addition to `checkpoint.keep_last`: each whose step is a
+    multiple of this."""
     asynchronous: bool = False
-    """Copy the state to host memory, which has to have room for it once more, and write it while
-    the next steps run."""
+    """Copy the state to host memory, which must have room for another copy of it, and write it
+    while the next steps run."""
     grace_seconds: float = 300.0
-    """After SIGTERM or SIGUSR1 the run saves at the end of its step; when this time has passed it
-    leaves without."""
+    """Time for a checkpoint after SIGTERM or SIGUSR1: the run saves at the end of its step, and
+    exits without saving if that takes longer than this."""
 
     def __post_init__(self):
         _at_least("checkpoint.every", self.every, 0)
@@ -570,16 +593,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DebugConfig:
-    """Looking into a run (`docs/debugging.md`)."""
+    """Debugging aids (`docs/debugging.md`)."""
 
     mode: Literal["train", "rollout"] = "train"
-    """`rollout`: everything but the optimizer updates, for a look at prompts, rewards and speed."""
+    """`rollout`: run everything except optimizer updates, to inspect prompts, rewards and speed."""
     dump_steps: tuple[int, ...] = ()
-    """Steps, counted from 0, whose update is dumped to `dumps/` for `megatron-prepo replay`."""
+    """Steps, counted from 0, whose updates are dumped to `dumps/` for `megatron-prepo replay`."""
     dump_gradients: bool = True
-    """A dump holds the gradients too: 4 bytes a parameter and update."""
+    """Include gradients in dumps: 4 bytes per parameter and update."""
     max_skip_dumps: int = 3
-    """So many of the updates that are skipped are dumped; the others are only counted."""
+    """Maximum number of skipped updates to dump; later ones are only counted."""
 
     def __post_init__(self):
         _at_least("debug.max_skip_dumps", self.max_skip_dumps, 0)
@@ -592,11 +615,11 @@ class ProfileConfig:
     """Traces of chosen steps, for Perfetto or chrome://tracing, in `profile/` of the run."""
 
     steps: tuple[int, ...] = ()
-    """Steps that are traced, counted from 0 as in `metrics.jsonl`; a traced step is slower."""
+    """Steps to trace, counted from 0 as in `metrics.jsonl`; a traced step is slower."""
     ranks: tuple[int, ...] = (0,)
-    """Ranks that are traced."""
+    """Global ranks to trace."""
     stacks: bool = False
-    """Python's call stacks, too."""
+    """Record Python call stacks as well."""
 
     def __post_init__(self):
         for name in ("steps", "ranks"):
@@ -606,7 +629,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
-    """A run."""
+    """Configuration of a run."""
 
     run: RunConfig
     model: ModelConfig
@@ -627,33 +650,35 @@ class Config:
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Passed to megatron-core under its own names: fields of TransformerConfig,
-    DistributedDataParallelConfig and OptimizerConfig; any other name, and a value that is not of
-    the field's type, is an error."""
+    """Settings passed to megatron-core under its own names: fields of TransformerConfig,
+    DistributedDataParallelConfig and OptimizerConfig. Any other name is an error, and so is a value
+    that does not have the field's type."""
     sglang: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Passed to the SGLang servers that the run starts, under SGLang's own names:
-    `mem_fraction_static: 0.8` becomes `--mem-fraction-static 0.8`, `true` a bare flag, and empty
-    takes one of our own out.  SGLang's own parser checks them before anything starts.  The
-    embedded engine, and servers that run already, take none, and the run says so."""
+    """Settings passed to the SGLang servers that the run starts, under SGLang's own names:
+    `mem_fraction_static: 0.8` becomes `--mem-fraction-static 0.8`, `true` a bare flag, and an empty
+    value removes one of our defaults.  SGLang's own parser checks them before launch.  The embedded
+    engine and existing servers ignore them, and the run logs a warning."""
 
     def __post_init__(self):
         for key in self.sglang:
             if key.replace("-", "_").endswith("api_key"):
                 raise ValueError(
-                    f"sglang.{key} would be in config.yaml and in the server's log; the run's own "
-                    "servers listen on servers.host, which is this machine unless changed"
+                    f"sglang.{key} would be stored in config.yaml and in the server's log; remove "
+                    "it: servers that the run starts listen on servers.host, which is this machine "
+                    "unless changed"
                 )
         rollouts = self.selection.num_selected * self.rollout.samples_per_prompt
         if self.train.mini_batches > self.selection.num_selected:
             raise ValueError(
                 f"train.mini_batches={self.train.mini_batches} is more than "
-                f"selection.num_selected={self.selection.num_selected}; each needs a group"
+                f"selection.num_selected={self.selection.num_selected}; each mini-batch needs at "
+                "least one group"
             )
         if self.parallel.data and self.parallel.data * self.train.mini_batches > rollouts:
             raise ValueError(
                 f"parallel.data={self.parallel.data} and train.mini_batches="
-                f"{self.train.mini_batches} leave ranks without one of the {rollouts} rollouts "
-                "of a step"
+                f"{self.train.mini_batches} leave some ranks without any of the {rollouts} "
+                "rollouts per step"
             )
         if self.train.overlap:
             self._check_overlap()
@@ -673,8 +698,8 @@ class Config:
         self._check_decay()
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
             raise ValueError(
-                f"profile.steps={late}: train.total_steps={self.train.total_steps} steps are "
-                "counted from 0, and have none of that number"
+                f"profile.steps={late} is out of range: steps run from 0 to "
+                f"{self.train.total_steps - 1} (train.total_steps={self.train.total_steps})"
             )
 
     def _check_decay(self):
@@ -690,27 +715,26 @@ class Config:
         if decays and optimizer.lr_decay_steps < total_steps:
             raise ValueError(
                 f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is less than "
-                f"train.total_steps={total_steps}, and optimizer.min_lr=0: the steps after it "
-                f"would learn nothing; set optimizer.lr_decay_steps={total_steps}, or a rate for "
-                "them by optimizer.min_lr"
+                f"train.total_steps={total_steps}, and optimizer.min_lr=0: later steps would learn "
+                f"nothing; set optimizer.lr_decay_steps={total_steps}, or optimizer.min_lr above 0"
             )
 
     def _check_overlap(self):
         if self.rollout.engine == "embedded":
             raise ValueError(
-                "train.overlap=true needs servers that generate while the actor trains, and "
-                "rollout.engine=embedded computes in the actor's processes; set "
-                "rollout.engine=sglang, or train.overlap=false"
+                "train.overlap=true needs servers that generate while the actor trains, but "
+                "rollout.engine=embedded generates in the actor's processes; set "
+                "rollout.engine=sglang or train.overlap=false"
             )
         if self.selection.method in ("greso", "dapo", "oracle"):
             raise ValueError(
-                f"train.overlap=true chooses a step's prompts once and beforehand, and "
-                f"selection.method={self.selection.method} has to see rollouts of a step to choose "
-                "its prompts; set train.overlap=false, or another method"
+                f"train.overlap=true selects a step's prompts once, before the step, but "
+                f"selection.method={self.selection.method} needs rollouts of the step to select "
+                "its prompts; set train.overlap=false or use another method"
             )
         if self.loss.importance == "off":
             raise ValueError(
-                "train.overlap=true learns from rollouts of older weights, which loss.importance="
+                "train.overlap=true trains on rollouts of older weights, which loss.importance="
                 "off does not correct for; set loss.importance=truncated (or masked)"
             )
 
@@ -741,9 +765,9 @@ def _day(name: str, value: str) -> None:
 
 
 def _host(name: str, value: str) -> None:
-    """A name, IPv4 or IPv6 address; as in a URL, it needs none of a URL's other parts."""
+    """Check that a value is a host name, IPv4 or IPv6 address, without other parts of a URL."""
     try:
-        usable = "%" not in str(ipaddress.ip_address(value))  # a scope has no place in a URL
+        usable = "%" not in str(ipaddress.ip_address(value))  # a URL cannot contain a scope
     except ValueError:
         usable = re.fullmatch(r"[\w.-]+", value)
     if not usable:
@@ -756,9 +780,9 @@ def _no_secret(url: str) -> None:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise ValueError(f"servers.urls: {url!r} is no URL: {error}") from None
+        raise ValueError(f"servers.urls: {url!r} is not a URL: {error}") from None
     if "@" in parts.netloc:
         raise ValueError(
-            "servers.urls: a user or password in a URL would be in config.yaml and in logs; "
+            "servers.urls: a user or password in a URL would be stored in config.yaml and in logs; "
             "let a proxy on this machine add it"
         )

@@ -1,11 +1,11 @@
 """YAML 1.2 for settings: read with the text of each scalar, written for readers of any version.
 
-A scalar without quotes is read as `Plain`, its text: a setting that takes text keeps it, and for
-any other `resolved` gives its value by YAML 1.2's core schema (section 10.3.2).  There `off` and
-`yes` are texts, `010` is ten and `1e-5` a number; to YAML 1.1 they are false, true, eight, a text.
+An unquoted scalar is read as `Plain`, its text: a text setting keeps it, and for any other setting
+`resolved` returns its value in YAML 1.2's core schema (section 10.3.2).  There `off` and `yes` are
+texts, `010` is ten and `1e-5` a number; in YAML 1.1 they are false, true, eight and a text.
 
-Refused: keys given twice, aliases (some hundred bytes of which stand for gigabytes, or for a list
-within itself), tags, several documents, nesting of more than MAX_DEPTH.
+Rejected: duplicate keys, aliases (a few hundred bytes of them can expand to gigabytes, or to a list
+that contains itself), tags, multiple documents, and nesting deeper than MAX_DEPTH.
 """
 
 import re
@@ -33,7 +33,7 @@ from megatron_prepo.errors import UserError, one_line
 
 MAX_DEPTH = 20
 MAX_DIGITS = 100
-"""A longer whole number is no setting."""
+"""Maximum digits of an integer; a longer one is an error."""
 
 NULL = ("", "~", "null", "Null", "NULL")
 BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -43,19 +43,19 @@ NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 UNQUOTED = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
-"""What a reader of either version may take for something else than a text."""
+"""Words that a reader of either version may not read as text."""
 
 
 class Plain(str):
-    """The text of a scalar without quotes."""
+    """Text of an unquoted scalar."""
 
 
 def read(text: str, what: str) -> Any:
-    """The dictionaries, lists, texts and `Plain` scalars of a YAML text; `what` it is, for errors.
+    """Parse YAML into dictionaries, lists, texts and `Plain` scalars; errors call the text `what`.
 
-    Raises `UserError` for what is not valid or not supported, with the line where it is.
+    Raises `UserError` for anything invalid or unsupported, with its line.
     """
-    if "\x85" in text:  # a line break to YAML 1.1 and to the parser, and none to YAML 1.2
+    if "\x85" in text:  # a line break in YAML 1.1 and for the parser, but not in YAML 1.2
         raise UserError(f'{what} has the character U+0085; write it as "\\x85", in quotes')
     try:
         events = YAML(typ="safe", pure=True).parse(text)
@@ -65,20 +65,20 @@ def read(text: str, what: str) -> Any:
             return Plain("")
         if document.version not in (None, (1, 2)):
             version = ".".join(map(str, document.version))
-            raise UserError(f"{what} is marked %YAML {version}, and is read as YAML 1.2")
+            raise UserError(f"{what} is marked %YAML {version}, but only YAML 1.2 is supported")
         value = _value(next(events), events, what, ())
         next(events)
         if not isinstance(next(events), StreamEndEvent):
-            raise UserError(f"{what} has several documents; it must be one")
+            raise UserError(f"{what} contains multiple documents; it must be a single one")
     except UserError:
         raise
-    except (YAMLError, ValueError, OverflowError) as error:  # the last two: of escapes and versions
+    except (YAMLError, ValueError, OverflowError) as error:  # last two: bad escapes and versions
         raise UserError(f"{what} is not valid YAML: {one_line(error)}") from error
     return value
 
 
 def _value(event: Event, events: Iterator[Event], what: str, keys: tuple[str, ...]) -> Any:
-    """The value that begins with an event; `keys` lead to it."""
+    """Return the value that starts with an event; `keys` is the path to it."""
     line = event.start_mark.line + 1
     if isinstance(event, AliasEvent):
         raise UserError(f"{what}, line {line}: a YAML alias (*name) is not supported")
@@ -93,7 +93,7 @@ def _value(event: Event, events: Iterator[Event], what: str, keys: tuple[str, ..
         while not isinstance(item := next(events), SequenceEndEvent):
             items.append(_value(item, events, what, (*keys, str(len(items)))))
         return items
-    assert isinstance(event, MappingStartEvent), f"{event} begins no value"
+    assert isinstance(event, MappingStartEvent), f"{event} does not start a value"
     found, lines = {}, {}
     while not isinstance(key := next(events), MappingEndEvent):
         line = key.start_mark.line + 1
@@ -111,7 +111,7 @@ def _value(event: Event, events: Iterator[Event], what: str, keys: tuple[str, ..
 
 
 def resolved(text: str) -> str | int | float | bool | None:
-    """The value of a plain scalar by YAML 1.2's core schema.
+    """Return the value of a plain scalar in YAML 1.2's core schema.
 
     >>> [resolved(text) for text in ("010", "1e-5", "true", "off", "1:30", "~")]
     [10, 1e-05, True, 'off', '1:30', None]
@@ -122,7 +122,7 @@ def resolved(text: str) -> str | int | float | bool | None:
         return BOOLEAN[text]
     if INTEGER.fullmatch(text):
         if len(text) > MAX_DIGITS:
-            raise UserError(f"{text[:20]}...: a whole number of {len(text):,} digits is too long")
+            raise UserError(f"{text[:20]}...: an integer of {len(text):,} digits is too long")
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
     if FLOAT.fullmatch(text):
         return float(text)
@@ -132,9 +132,9 @@ def resolved(text: str) -> str | int | float | bool | None:
 
 
 def write(tree: dict) -> str:
-    """Nested dictionaries as YAML that `read`, and a reader of YAML 1.1, take for the same.
+    """Format nested dictionaries as YAML that `read` and YAML 1.1 readers read identically.
 
-    Texts are in quotes but for those that no reader takes for anything else.
+    Texts are quoted unless every reader reads them as text.
     """
     yaml, text = YAML(typ="safe", pure=True), StringIO()
     yaml.Representer = _Representer
@@ -145,15 +145,15 @@ def write(tree: dict) -> str:
 
 
 class _Representer(SafeRepresenter):
-    """Texts and numbers in the form that both versions of YAML read alike."""
+    """Texts and numbers in a form that both versions of YAML read identically."""
 
     def represent_text(self, text: str) -> ScalarNode:
-        """The text, in double quotes unless it is a plain word."""
+        """Represent a text, in double quotes unless it is a plain word."""
         bare = UNQUOTED.fullmatch(text) and text.lower() not in WORDS
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if bare else '"')
 
     def represent_number(self, number: float) -> ScalarNode:
-        """All digits, with a point: YAML 1.1 takes 1e-05 for a text."""
+        """Represent a number with all digits and a point: YAML 1.1 reads 1e-05 as text."""
         text = repr(number)
         text = text if "." in text else text.replace("e", ".0e")
         return self.represent_scalar("tag:yaml.org,2002:float", text)

@@ -71,6 +71,7 @@ def _prove(
 
 def compare(whole: Path, other: Path) -> list[Check]:
     """Two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
+
     def newest(run: Path) -> Path:
         return max((run / "checkpoints").glob("iter_???????"))
 

@@ -1,8 +1,8 @@
-"""JSON Lines files that others wrote: prompts, data sets.  An error names the file and the line.
+"""JSON Lines files from other sources: prompts, data sets.  Errors name the file and the line.
 
-Strict where JSON leaves room for two readings: keys given twice, NaN and texts that are no Unicode
-are refused, and numbers keep all their digits.  Only line feeds end a line: JSON allows Unicode's
-other line separators within a text.  `durable.read_lines` reads the logs of our own.
+Strict where JSON allows two readings: duplicate keys, NaN and texts that are not valid Unicode are
+errors, and numbers keep all their digits.  Only line feeds end a line: JSON allows Unicode's other
+line separators within a text.  The run's own logs are read by `durable.read_lines`.
 """
 
 import json
@@ -21,14 +21,14 @@ OTHER_FORMATS = {
     b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
 }
-"""How files begin that are taken for JSON Lines now and then, and what to do."""
+"""First bytes of formats that are sometimes mistaken for JSON Lines, and the remedy for each."""
 
 MAX_EXPONENT = 300
-"""Of ten, up and down: a number beyond is no answer."""
+"""Largest absolute power of ten of an answer; a number outside this range is an error."""
 
 
 def read(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The number and the object of each line that is not blank.
+    """Yield the line number and the object of each non-blank line.
 
     Fractions are `Decimal`, with all their digits.  Raises UserError naming file and line.
     """
@@ -40,7 +40,7 @@ def read(path: str | Path) -> Iterator[tuple[int, dict]]:
             )
         except RecursionError:
             raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
-        except ValueError as error:  # also of thousands of digits
+        except ValueError as error:  # also raised for integers of thousands of digits
             raise UserError(f"{where}: not valid JSON ({one_line(error)})") from error
         if not isinstance(record, dict):
             raise UserError(f'{where}: must be an object, such as {{"prompt": ...}}')
@@ -48,7 +48,7 @@ def read(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The number and the text of each line of a UTF-8 file that is not blank."""
+    """Yield the line number and the text of each non-blank line of a UTF-8 file."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
@@ -56,7 +56,7 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     _check_format(path, line)
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # UTF-8's mark, as Windows sets it
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # UTF-8 byte order mark, on Windows
                 try:
                     text = line.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
@@ -68,37 +68,39 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def text_of(record: dict, field: str, where: str) -> str:
-    """A field that has to be a text, and not an empty one."""
+    """Return a field that must be a non-empty text."""
     value = _given(record, field, where)
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: field `{field}` must be a text, and is {_kind(value)}; correct the line, or "
-            "leave it out"
+            f"{where}: field `{field}` must be a text, but is {_kind(value)}; correct or remove "
+            "the line"
         )
     return _checked(value, field, where)
 
 
 def answer_of(record: dict, field: str, where: str) -> str:
-    """An answer or an id, which may be a text or a finite number: 18.0 is 18, to its last digit."""
+    """Return an answer or id, a text or a finite number: 18.0 is 18, all digits are kept."""
     value = _given(record, field, where)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise UserError(
-            f"{where}: field `{field}` must be a text or a number, and is {_kind(value)}; write "
-            "it as a text, or leave the line out"
+            f"{where}: field `{field}` must be a text or a number, but is {_kind(value)}; write "
+            "it as a text, or remove the line"
         )
     if isinstance(value, str):
         return _checked(value, field, where)
     number = digits(value)
     if number is None:
         raise UserError(
-            f"{where}: field `{field}`={one_line(value)[:40]} is no finite number between "
-            f"1e-{MAX_EXPONENT} and 1e{MAX_EXPONENT}; correct it, or leave the line out"
+            f"{where}: field `{field}`={one_line(value)[:40]} is not a finite number between "
+            f"1e-{MAX_EXPONENT} and 1e{MAX_EXPONENT}; correct or remove the line"
         )
     return number
 
 
 def digits(number: int | float | Decimal) -> str | None:
-    """A number in the shortest way without an exponent, all digits kept; None if it has no end.
+    """Format a number in the shortest form without an exponent, all digits kept.
+
+    The result is None for numbers that are not finite or exceed MAX_EXPONENT.
 
     >>> digits(Decimal("18.0")), digits(-0.0), digits(1e-7), digits(10**20), digits(float("nan"))
     ('18', '0', '0.0000001', '100000000000000000000', None)
@@ -125,8 +127,8 @@ def _checked(text: str, field: str, where: str) -> str:
         raise UserError(f"{where}: field `{field}` is empty")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UserError(
-            f"{where}: field `{field}` is no Unicode text: it has half a surrogate pair; write the "
-            "character itself"
+            f"{where}: field `{field}` is not valid Unicode: it contains half a surrogate pair; "
+            "write the character itself"
         )
     return text
 
@@ -157,7 +159,7 @@ def _fraction(digits: str) -> Decimal:
 
 
 def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _check_format(path: str | Path, start: bytes) -> None:

@@ -6,9 +6,9 @@
 | `recipes.py` | names of the configurations in `examples/` | |
 | `job.py` | what a job runs on which nodes, as command lines | |
 | `executors.py` | the job as a NeMo-Run experiment | yes |
-| `rank.py` | inside a Slurm job: one rank of the training | |
+| `rank.py` | inside a Slurm job: one training rank | |
 | `servers.py` | inside a Slurm job: the SGLang servers of one node | |
-| `process/slurm.py` | what Slurm says of nodes and tasks | |
+| `process/slurm.py` | nodes and tasks of a job, from Slurm's environment | |
 
-What runs inside a job needs nothing of NeMo-Run, so containers need not have it.
+Modules that run inside a job do not import NeMo-Run, so containers need not have it.
 """

@@ -18,8 +18,11 @@ from megatron_prepo.process.command import in_one_line
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done, or submitted; 1: a job, the doctor or the plan says no; 2: the user can mend it;
-    75: waited for, and stopped before its end."""
+    """Launch a job and return the exit code.
+
+    0: finished or submitted; 1: a job failed, or the doctor or the plan found an error; 2: an error
+    that the user can fix; 75: the job was waited for and stopped before the end of the run.
+    """
     options = _parser().parse_intermixed_args(arguments)
     try:
         job = make_job(
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _examined(job: Job, options: argparse.Namespace) -> bool:
-    """Whether doctor and plan, as far as they were not switched off, have nothing against it."""
+    """Return whether doctor and plan, unless disabled, found no error."""
     good = True
     if options.doctor:
         findings = doctor.examine_inputs(job.config)
@@ -95,8 +98,8 @@ def _check_chain(job: Job, place: Place) -> None:
         raise UserError(f"--chain {place.chain} needs --executor slurm")
     if place.chain > 1 and job.config.run.overwrite:
         raise UserError(
-            f"--chain {place.chain} with run.overwrite=true: each job would remove what the one "
-            "before it has done"
+            f"--chain {place.chain} with run.overwrite=true: each job would delete the results of "
+            "the previous one; set run.overwrite=false"
         )
 
 
@@ -113,37 +116,41 @@ def _parser() -> argparse.ArgumentParser:
         description="Launch a run by NeMo-Run (docs/launch.md).",
     )
     parser.add_argument("recipe", help="such as qwen2.5-7b or qwen2.5-7b/random; or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     parser.add_argument("--executor", choices=EXECUTORS, required=True)
-    parser.add_argument("--nodes", type=int, help="that train (default: what the layout needs)")
+    parser.add_argument(
+        "--nodes", type=int, help="training nodes (default: as many as the layout needs)"
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
     parser.add_argument(
-        "--server-nodes", type=int, default=0, metavar="N", help="further nodes, for SGLang"
+        "--server-nodes", type=int, default=0, metavar="N", help="additional nodes for SGLang"
     )
     parser.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="so many jobs behind each other"
+        "--chain", type=int, default=1, metavar="N", help="number of jobs to submit in sequence"
     )
     parser.add_argument("--account")
     parser.add_argument("--partition")
-    parser.add_argument("--time", default="04:00:00", help="of a job (default: %(default)s)")
-    parser.add_argument("--image", help="container")
+    parser.add_argument("--time", default="04:00:00", help="time limit (default: %(default)s)")
+    parser.add_argument("--image", help="container image")
     parser.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--python", default="python", help="on the nodes (default: %(default)s)")
+    parser.add_argument(
+        "--python", default="python", help="interpreter on the nodes (default: %(default)s)"
+    )
     parser.add_argument(
         "--with",
         dest="field",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="of NeMo-Run's executor, such as qos=high",
+        help="field of NeMo-Run's executor, such as qos=high",
     )
-    parser.add_argument("--gpu", choices=GPUS, help="kind of GPU: then the plan has to fit, too")
+    parser.add_argument("--gpu", choices=GPUS, help="GPU type; if given, the plan must fit it")
     parser.add_argument("--no-doctor", dest="doctor", action="store_false")
     parser.add_argument("--no-plan", dest="plan", action="store_false")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run")
+    parser.add_argument("--dry-run", action="store_true", help="print the job without running it")
     parser.add_argument(
-        "--wait", action="store_true", help="for the end of jobs of slurm, skypilot"
+        "--wait", action="store_true", help="wait for the end of jobs of slurm and skypilot"
     )
     return parser
 

@@ -1,21 +1,22 @@
-"""A job as a NeMo-Run experiment (nemo-run 0.11.1, extra `launch`).
+"""Jobs as NeMo-Run experiments (nemo-run 0.11.1, extra `launch`).
 
-| executor | nodes | how the ranks start | |
+| executor | nodes | start of the ranks | |
 |---|---|---|---|
-| `local` | this machine | torchrun | really runs |
-| `slurm` | many | a task of `srun` each | also SGLang servers on nodes, jobs in a chain |
+| `local` | this machine | torchrun | runs without a cluster |
+| `slurm` | many | one `srun` task per rank | also SGLang servers on nodes, jobs in a chain |
 | `docker` | one container | torchrun | |
-| `skypilot` | many | torchrun | NeMo-Run wants its extra `skypilot` |
-| `kubeflow` | many | torchrun | a TrainJob; NeMo-Run wants `kubernetes`, `kubectl`, a kubeconfig |
+| `skypilot` | many | torchrun | NeMo-Run needs its extra `skypilot` |
+| `kubeflow` | many | torchrun | a TrainJob; NeMo-Run needs `kubernetes`, `kubectl`, a kubeconfig |
 
-Tasks are `run.Script`, so that what runs inside a job needs no NeMo-Run.  Jobs of Slurm are for the
-checkout that they are launched from, on a file system that all nodes share: nothing is packed, and
-relative paths stay what they are.
+Tasks are `run.Script`, so that code inside a job does not need NeMo-Run.  Slurm jobs run in the
+checkout that they are launched from, on a file system that all nodes share: nothing is packaged,
+and relative paths are unchanged.
 
-Of NeMo-Run 0.11.1: words of a command reach the scripts of Slurm and Docker unquoted, values of the
-environment that of Slurm; a task that fails leaves the launcher at exit code 0; names of variables
-are turned to capitals.  Its torchrun launcher writes `$PET_MASTER_ADDR` into a TrainJob, whose
-command no shell reads.  It cannot print a dry run of SkyPilot 0.10 and later.
+Limitations of NeMo-Run 0.11.1: command words are written unquoted into the scripts of Slurm and
+Docker, and environment values into that of Slurm; the launcher's exit code is 0 even if a task
+fails; variable names are converted to upper case.  Its torchrun launcher writes `$PET_MASTER_ADDR`
+into a TrainJob, whose command is not run by a shell.  It cannot print a dry run of SkyPilot 0.10
+and later.
 """
 
 import importlib.util
@@ -41,27 +42,27 @@ EXECUTORS = ("local", "slurm", "docker", "skypilot", "kubeflow")
 
 
 class LaunchFailed(RuntimeError):
-    """A task did not succeed; the message names it and its state."""
+    """A task failed; the message names it and its state."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job runs."""
+    """Executor of a job and its options."""
 
     executor: str
     account: str | None = None
     partition: str | None = None
     time: str = "04:00:00"
     image: str | None = None
-    """Container; empty: none, and `python` is found on the nodes."""
+    """Container image; empty: no container, and `python` is found on the nodes."""
     mounts: tuple[str, ...] = ()
-    """`from:to` of the container; the working directory is always there, under its own name."""
+    """`from:to` of the container; the working directory is always mounted, under the same path."""
     environment: Mapping[str, str] = field(default_factory=dict)
     python: str = "python"
     chain: int = 1
-    """Jobs of Slurm one behind the other, each of which goes on where the last one stopped."""
+    """Number of Slurm jobs in sequence, each of which resumes where the previous one stopped."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Of NeMo-Run's executor, under its own names, as they were typed."""
+    """Fields of NeMo-Run's executor, under NeMo-Run's names, as they were typed."""
 
 
 READS = {
@@ -71,15 +72,15 @@ READS = {
     "skypilot": ("image", "environment"),
     "kubeflow": ("image", "environment"),
 }
-"""Fields of a place that mean something to an executor."""
+"""Fields of a place that an executor uses."""
 OPTIONS = {"mounts": "--mount", "environment": "--env"}
-"""Of fields whose option has another name."""
+"""Options of fields whose option has a different name."""
 
 
 def check(job: Job, place: Place) -> None:
-    """UserError for an option that the executor would not look at."""
+    """Raise UserError for an option that the executor would ignore."""
     if job.server_nodes and place.executor == "local":
-        raise UserError("--server-nodes means nothing to --executor local: leave it out")
+        raise UserError("--server-nodes has no effect with --executor local: remove it")
     for known in fields(Place):
         name = known.name
         if name in ("executor", "fields", *READS[place.executor]):
@@ -87,23 +88,23 @@ def check(job: Job, place: Place) -> None:
         if getattr(place, name) != known.default:
             option = OPTIONS.get(name, f"--{name}")
             raise UserError(
-                f"{option} means nothing to --executor {place.executor}: leave it out, or say it "
-                "by --with FIELD=VALUE as NeMo-Run's executor has it"
+                f"{option} has no effect with --executor {place.executor}: remove it, or set the "
+                "field of NeMo-Run's executor by --with FIELD=VALUE"
             )
     if place.executor == "slurm" and place.mounts and not place.image:
-        raise UserError("--mount is for containers: add --image, or leave it out")
+        raise UserError("--mount is for containers: add --image, or remove --mount")
     if place.executor == "slurm":
         if "time" in place.fields:
-            raise UserError("--with time=...: write --time")
+            raise UserError("--with time=...: use --time instead")
         slurm_time.check(place.time, str(place.fields.get("signal", _signal(job))))
 
 
 def launch(job: Job, place: Place, *, dry_run: bool, wait: bool) -> str:
-    """Run the job, or say what would be run; returns what is to be shown.
+    """Run the job, or describe it if `dry_run`; returns text to print.
 
-    Jobs of Slurm and SkyPilot are waited for only if `wait`, all others always.  Raises
-    LaunchFailed if a job that was waited for did not succeed, Stopped if it did and the run is not
-    finished, and UserError where NeMo-Run or a part of it is missing, or Slurm refuses a job.
+    Jobs of Slurm and SkyPilot are waited for only if `wait` is set, all other jobs always.  Raises
+    LaunchFailed if a job that was waited for failed, Stopped if it succeeded but the run is not
+    finished, and UserError if NeMo-Run or a part of it is missing, or Slurm rejects a job.
     """
     run = _nemo_run()
     if place.executor == "slurm" and not dry_run:
@@ -130,11 +131,11 @@ def _signal(job: Job) -> str:
 
 
 def _nemo_run():
-    # where it keeps experiments is read once, when it is imported
+    # read once, at import
     os.environ.setdefault("NEMORUN_HOME", str(Path("runs/launch").resolve()))
     try:
         import nemo_run
-    except ImportError as error:  # also of leptonai, whose newer versions it cannot import
+    except ImportError as error:  # also for newer versions of leptonai, which it cannot import
         raise UserError(
             f'NeMo-Run cannot be imported ({error}): pip install -e ".[launch]"'
         ) from error
@@ -142,7 +143,7 @@ def _nemo_run():
 
 
 def _local(run, experiment, job: Job, place: Place) -> None:
-    # NeMo-Run looks for torchrun on PATH, where it is not unless the environment is activated
+    # NeMo-Run looks for torchrun on PATH, which has it only if the environment is activated
     scripts = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     executor = _build(
@@ -178,13 +179,13 @@ def _slurm(run, experiment, job: Job, place: Place) -> None:
 
 
 REQUEUED = f"""
-# ranks leave so if a machine does not answer, which Slurm itself may notice much later
+# the exit code of ranks when a machine does not respond, which Slurm may notice much later
 trap '[ $? -ne {peers.UNREACHABLE_EXIT_CODE} ] || scontrol requeue "$SLURM_JOB_ID"' EXIT
 """
 
 
 def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, first: int):
-    """For a step of so many tasks on each of some of the job's nodes."""
+    """Build the executor of a step with `tasks_a_node` tasks on each of `nodes` nodes."""
     here = os.getcwd()
     where = f"--container-workdir={here}" if place.image else f"--chdir={here}"
     return _build(
@@ -208,7 +209,7 @@ def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, 
             f"--ntasks={nodes * tasks_a_node}",
             f"--ntasks-per-node={tasks_a_node}",
             f"--relative={first}",
-            "--overlap",  # else Slurm would start servers and ranks one after the other
+            "--overlap",  # otherwise Slurm would start servers and ranks one after the other
             where,
         ],
         packager=run.Packager(),
@@ -225,8 +226,8 @@ def _docker(run, experiment, job: Job, place: Place) -> None:
         raise UserError("--executor docker needs --image")
     if job.nodes + job.server_nodes > 1:
         raise UserError(
-            f"--executor docker is for one machine, and the job has {job.nodes + job.server_nodes} "
-            "nodes"
+            f"--executor docker supports one machine, but the job has "
+            f"{job.nodes + job.server_nodes} nodes"
         )
     executor = _build(
         run.DockerExecutor,
@@ -236,7 +237,7 @@ def _docker(run, experiment, job: Job, place: Place) -> None:
         ntasks_per_node=job.ranks,
         num_gpus=-1,
         ipc_mode="host",
-        volumes=[f"{os.getcwd()}:/nemo_run/code", *place.mounts],  # where it starts commands
+        volumes=[f"{os.getcwd()}:/nemo_run/code", *place.mounts],  # its working directory
         env_vars=dict(place.environment),
         packager=run.Packager(),
     )
@@ -248,8 +249,8 @@ def _skypilot(run, experiment, job: Job, place: Place) -> None:
     _refuse_servers(job, place)
     if not {"gpus", "instance_type"} & set(place.fields):
         raise UserError(
-            "--executor skypilot needs --with gpus=H100, or another of `sky show-gpus`; without it "
-            "SkyPilot takes machines that have none"
+            "--executor skypilot needs --with gpus=H100, or another type from `sky show-gpus`; "
+            "without it SkyPilot uses machines without GPUs"
         )
     executor = _build(
         run.SkypilotExecutor,
@@ -267,7 +268,7 @@ def _kubeflow(run, experiment, job: Job, place: Place) -> None:
     _refuse_servers(job, place)
     if not place.image:
         raise UserError("--executor kubeflow needs --image")
-    # with a volume for the code, NeMo-Run writes words and variables into a script as they are
+    # with a volume for the code, NeMo-Run writes words and variables into a script unquoted
     quote = shlex.quote if place.fields.get("workdir_pvc") else str
     executor = _build(
         run.KubeflowExecutor,
@@ -277,7 +278,7 @@ def _kubeflow(run, experiment, job: Job, place: Place) -> None:
         gpus_per_node=job.gpus_per_node,
         env_vars={name: quote(value) for name, value in place.environment.items()},
     )
-    # no launcher: the operator sets PET_NNODES and the like, which torchrun reads by itself
+    # no launcher: the operator sets PET_NNODES and similar variables, which torchrun reads
     words = map(quote, job.train_words())
     script = run.Script(path="-m", entrypoint="torchrun", args=list(words))
     experiment.add(script, executor=executor, name="train")
@@ -295,8 +296,8 @@ EXPERIMENTS = {
 def _refuse_servers(job: Job, place: Place) -> None:
     if job.starts_servers:
         raise UserError(
-            f"--executor {place.executor} starts no SGLang servers on several nodes: start them "
-            "and name them in servers.urls, or use --executor slurm"
+            f"--executor {place.executor} starts no SGLang servers on multiple nodes: start them "
+            "and list them in servers.urls, or use --executor slurm"
         )
 
 
@@ -306,7 +307,7 @@ def _script(run, words, python: str = "python"):
 
 
 def _build(kind, place: Place, **settings):
-    """The executor, with the user's fields on top; UserError for one that it does not have."""
+    """Build an executor, overridden by the user's fields; raises UserError for an unknown field."""
     known, types, own = [known.name for known in fields(kind)], get_type_hints(kind), {}
     for name, text in place.fields.items():
         if name not in known:
@@ -317,12 +318,12 @@ def _build(kind, place: Place, **settings):
     try:
         return kind(**settings | own)
     except (AssertionError, ImportError, *_no_kubeconfig()) as error:
-        # the first two are how NeMo-Run says that an extra is missing
+        # NeMo-Run raises the first two if an extra is missing
         raise UserError(f"--executor {place.executor}: {error}") from error
 
 
 def _no_kubeconfig() -> tuple[type[Exception], ...]:
-    """What the package of Kubernetes raises where it finds no cluster."""
+    """Return the exception that the Kubernetes package raises if it finds no cluster."""
     if importlib.util.find_spec("kubernetes") is None:
         return ()
     from kubernetes.config import ConfigException
@@ -348,16 +349,16 @@ def _train_job(job) -> str:
 
 
 WRITTEN = {"slurm": _sbatch_script, "skypilot": _sky_task, "kubeflow": _train_job}
-"""What a job of the executor is submitted as; the others are requests that NeMo-Run prints."""
+"""Text of a submitted job per executor; for other executors NeMo-Run prints the request."""
 
 
 def _check_slurm(wait: bool) -> None:
-    """UserError unless what is asked of Slurm can be: jobs by sbatch, their states by sacct."""
+    """Raise UserError if sbatch, or sacct if `wait` is set, cannot be used."""
     for place in (os.environ["NEMORUN_HOME"], os.getcwd()):
-        if "/nemo_run" in place:  # which it replaces in its scripts wherever it stands
+        if "/nemo_run" in place:  # NeMo-Run replaces every occurrence of it in its scripts
             raise UserError(
                 f"NeMo-Run cannot write scripts for a path that contains /nemo_run: {place}; set "
-                "NEMORUN_HOME, or launch from elsewhere"
+                "NEMORUN_HOME, or launch from another directory"
             )
     if shutil.which("sbatch") is None:
         raise UserError(
@@ -368,34 +369,34 @@ def _check_slurm(wait: bool) -> None:
     try:
         asked = subprocess.run(["sacct", "--noheader"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"--wait needs sacct ({error}): leave it out") from error
+        raise UserError(f"--wait needs sacct ({error}): remove --wait") from error
     if asked.returncode:
         raise UserError(
-            f"--wait needs sacct, which says {' '.join(asked.stderr.split())!r}: leave it out, and "
-            "look at squeue and the run's summary.json"
+            f"--wait needs sacct, which reports {' '.join(asked.stderr.split())!r}: remove --wait, "
+            "and check squeue and the run's summary.json"
         )
 
 
 @contextmanager
 def _refusals(experiment) -> Iterator[None]:
-    """UserError with the words of sbatch where it refuses a job; names those it took before."""
+    """Raise UserError with sbatch's message if it rejects a job, naming jobs submitted before."""
     from invoke.exceptions import UnexpectedExit
 
-    experiment.console.quiet = True  # it would show the same in twenty lines
+    experiment.console.quiet = True  # it would print the same error in twenty lines
     try:
         yield
     except UnexpectedExit as error:
         lines = error.result.stderr.replace("sbatch: error: ", "").splitlines()
         said = "; ".join(filter(None, lines)) or f"exit code {error.result.exited}"
         taken = _submitted(experiment)
-        also = f"; submitted before, and to be cancelled with scancel: {taken}" if taken else ""
-        raise UserError(f"sbatch refuses the job: {said}{also}") from None
+        also = f"; already submitted, cancel them with scancel: {taken}" if taken else ""
+        raise UserError(f"sbatch rejected the job: {said}{also}") from None
     finally:
         experiment.console.quiet = False
 
 
 def _submitted(experiment) -> str:
-    """What was submitted, with the cluster's own numbers."""
+    """Return the submitted jobs, with the cluster's job ids."""
     return ", ".join(
         f"{added.id} as {added.handle.rpartition('/')[2]}"
         for added in experiment.jobs
@@ -404,18 +405,18 @@ def _submitted(experiment) -> str:
 
 
 def _raise_if_unfinished(job: Job) -> None:
-    """Stopped unless the run has come to its end, whatever the scheduler says of its jobs."""
+    """Raise Stopped unless the run is finished, whatever the scheduler reports for its jobs."""
     directory = Path(job.config.run.dir)
     if not (directory / "summary.json").is_file():
         raise Stopped(
-            f"the jobs have ended and the run in {directory} has not: it was stopped in time; the "
-            "same command resumes it",
+            f"the jobs have ended, but the run in {directory} is not finished: it was stopped "
+            "before the time limit; the same command resumes it",
             exit_code=STOPPED_EXIT_CODE,
         )
 
 
 def _raise_if_failed(experiment) -> None:
-    """LaunchFailed unless the last job, which ends the run, succeeded."""
+    """Raise LaunchFailed unless the last job, which finishes the run, succeeded."""
     last = experiment.jobs[-1]
     if last.state.name != "SUCCEEDED":
         where = last.executor.job_dir

@@ -1,10 +1,10 @@
-"""What a job runs on which nodes, as command lines; nothing here knows NeMo-Run.
+"""Command lines of a job on its nodes, independent of NeMo-Run.
 
 engine                 servers                         started by
-embedded, servers.urls none of the job's               nobody
-sglang, one node       as the section `servers` says   the run, on the node of rank 0
-sglang, more nodes     one for each `servers.tensor` GPUs, beside the ranks     the job
-the same, with `server_nodes`                          on further nodes         the job
+embedded, servers.urls none                            -
+sglang, one node       set by the section `servers`    the run, on the node of rank 0
+sglang, more nodes     one per `servers.tensor` GPUs, on the nodes of the ranks   the job
+the same, with `server_nodes`                          on additional nodes        the job
 """
 
 import dataclasses
@@ -22,48 +22,48 @@ from megatron_prepo.rewards import check_name
 
 @dataclass(frozen=True)
 class Job:
-    """A run, and the nodes that it gets."""
+    """A run and its nodes."""
 
     path: Path
     overrides: tuple[str, ...]
     config: Config
     nodes: int
-    """Of the ranks."""
+    """Number of training nodes."""
     gpus_per_node: int
     server_nodes: int = 0
-    """Further nodes, behind those of the ranks, for SGLang servers only."""
+    """Number of additional nodes, after those of the ranks, for SGLang servers only."""
 
     @property
     def name(self) -> str:
-        """Such as `qwen2.5-7b-prepo`."""
+        """Name of the job, such as `qwen2.5-7b-prepo`."""
         return f"{self.path.parent.name}-{self.path.stem}"
 
     @property
     def ranks(self) -> int:
-        """GPUs that train."""
+        """Number of training GPUs."""
         return self.nodes * self.gpus_per_node
 
     @property
     def starts_servers(self) -> bool:
-        """Whether SGLang servers are the job's, and not the run's or somebody else's."""
+        """Whether the job starts the SGLang servers, instead of the run or the user."""
         wanted = self.config.rollout.engine == "sglang" and not self.config.servers.urls
         return wanted and self.nodes + self.server_nodes > 1
 
     @property
     def servers_a_node(self) -> int:
-        """SGLang servers that fill the GPUs of a node."""
+        """Number of SGLang servers that use all GPUs of a node."""
         return self.gpus_per_node // self.config.servers.tensor
 
     def train_words(self) -> list[str]:
-        """Behind `python -m`: what every rank of torchrun runs."""
+        """Return the arguments of `python -m` for each rank under torchrun."""
         return ["megatron_prepo", "train", *self._what()]
 
     def rank_words(self) -> list[str]:
-        """Behind `python -m`: what every task of Slurm runs."""
+        """Return the arguments of `python -m` for each training task of Slurm."""
         return ["megatron_prepo.launch.rank", *self._where(), *self._what()]
 
     def server_words(self) -> list[str]:
-        """Behind `python -m`: what the task of each server node runs."""
+        """Return the arguments of `python -m` for the task of each server node."""
         return ["megatron_prepo.launch.servers", *self._where(), *self._what()]
 
     def _where(self) -> list[str]:
@@ -85,11 +85,11 @@ def make_job(
     gpus_per_node: int = 8,
     server_nodes: int = 0,
 ) -> Job:
-    """The job of a recipe or a file.
+    """Return the job of a recipe or a file.
 
-    Without `nodes` there are as many as the configuration's layout has ranks; with it,
-    `parallel.data` follows, unless an override says it.  Raises UserError for a layout that does
-    not fit the nodes, or servers that do not fit a node.
+    Without `nodes`, the number of nodes is derived from the ranks of the configured layout; with
+    it, `parallel.data` is derived from the nodes unless an override sets it.  Raises UserError for
+    a layout that does not fit the nodes, or servers that do not fit a node.
     """
     path = recipes.find(recipe)
     config = configuration.load(path, overrides)
@@ -110,7 +110,7 @@ def make_job(
 
 
 def check(job: Job) -> None:
-    """UserError for what cannot be on these nodes."""
+    """Raise UserError for a job that cannot run on its nodes."""
     from megatron_prepo.actor.parallel import check_world_size
 
     for name in ("nodes", "gpus_per_node", "server_nodes"):
@@ -123,21 +123,21 @@ def check(job: Job) -> None:
     if job.server_nodes and (job.config.rollout.engine != "sglang" or servers.urls):
         raise UserError(
             f"--server-nodes {job.server_nodes} is for SGLang servers of the job: set "
-            "rollout.engine=sglang and leave servers.urls empty, or leave the option out"
+            "rollout.engine=sglang and leave servers.urls empty, or remove the option"
         )
     if job.starts_servers and job.gpus_per_node % servers.tensor:
         raise UserError(
-            f"servers.tensor={servers.tensor} does not divide the {job.gpus_per_node} GPUs of a "
-            "node; choose one that does"
+            f"servers.tensor={servers.tensor} does not divide the {job.gpus_per_node} GPUs per "
+            "node; choose a divisor"
         )
     shared = job.starts_servers and not job.server_nodes
     if shared and job.config.weight_sync.transport == "distributed":
         raise UserError(
-            "weight_sync.transport=distributed needs servers on GPUs of their own: add "
+            "weight_sync.transport=distributed needs servers on separate GPUs: add "
             "--server-nodes, or choose value or disk"
         )
 
 
 def local(job: Job) -> Job:
-    """The same on this machine: all ranks on one node."""
+    """Return the same job on this machine: all ranks on one node."""
     return dataclasses.replace(job, nodes=1, gpus_per_node=job.ranks)

@@ -1,11 +1,11 @@
-"""Who of a job still answers, once an operation of all ranks has failed.
+"""Detection of lost ranks and machines after a collective has failed.
 
-The errors of gloo and NCCL name a deadline, not a rank.  So each rank opens a port of the job and
-accepts nothing there: its kernel completes connections as long as process and machine live.
+The errors of gloo and NCCL name a timeout, not a rank.  So each rank opens a port of the job and
+accepts nothing there: its kernel completes connections as long as process and machine are alive.
 
-connection    the rank lives
-refused       its process has ended
-no answer     its machine, or the network to it, is lost
+connection     the rank is alive
+refused        its process has ended
+no response    its machine, or the network to it, is lost
 """
 
 import os
@@ -19,13 +19,13 @@ from megatron_prepo.process import slurm as nodes
 
 CONNECT_SECONDS = 5.0
 UNREACHABLE_EXIT_CODE = 69
-"""A machine of the job does not answer: EX_UNAVAILABLE of sysexits.h.  Worth another try on other
-machines; Slurm itself may take minutes to notice (SlurmdTimeout)."""
+"""Exit code if a machine of the job does not respond: EX_UNAVAILABLE of sysexits.h.  The job should
+be retried on other machines; Slurm may take minutes to notice (SlurmdTimeout)."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A process of the job, and a port at which it is listening."""
+    """A process of the job and a port on which it listens."""
 
     name: str
     host: str
@@ -34,11 +34,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Lost:
-    """A peer that is not there."""
+    """A peer that is not reachable."""
 
     peer: Peer
     machine: bool
-    """Whether it is its machine that does not answer."""
+    """Whether the machine, and not only the process, is not reachable."""
     how: str
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Lost:
 
 
 def ranks() -> list[Peer]:
-    """Return the ranks of this step, by the environment of Slurm."""
+    """Return the ranks of this step, from Slurm's environment."""
     environment = os.environ
     hosts = nodes.hosts(environment["SLURM_STEP_NODELIST"])
     a_node = int(environment["SLURM_NTASKS"]) // len(hosts)
@@ -65,12 +65,12 @@ def listen() -> socket.socket | None:
         return socket.create_server(("", port), backlog=socket.SOMAXCONN)
     except OSError as error:
         rank = os.environ["SLURM_PROCID"]
-        print(f"rank {rank}: other ranks will take this one for lost: {error}", file=sys.stderr)
+        print(f"rank {rank}: other ranks will report this one as lost: {error}", file=sys.stderr)
         return None
 
 
 def lost(peers: Sequence[Peer]) -> list[Lost]:
-    """Return those that are not there; takes a few times CONNECT_SECONDS at most."""
+    """Return the peers that are not reachable; takes at most a few times CONNECT_SECONDS."""
     with ThreadPoolExecutor(max_workers=min(64, len(peers) or 1)) as pool:
         return [found for found in pool.map(_look_at, peers) if found]
 

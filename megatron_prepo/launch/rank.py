@@ -1,13 +1,13 @@
-"""One rank of the training, as a task of Slurm: `srun python -m megatron_prepo.launch.rank CONFIG`.
+"""One training rank as a task of Slurm: `srun python -m megatron_prepo.launch.rank CONFIG`.
 
 It translates Slurm's environment into torchrun's, waits for the job's SGLang servers if there are
-any, and trains.  A run that is finished already is left alone, so that jobs can be queued in
-sequence.  One that was stopped before the time limit is no failure either, whether it was saved,
-had not begun or ran out of time to save: `srun` would kill the ranks that have not left yet, and a
-script would not queue the job again.  Whether the run has ended is in its directory:
-`summary.json`.
+any, and trains.  A finished run is not modified, so that jobs can be queued in sequence.  A run
+that was stopped before the time limit is not a failure either, whether it was saved, had not
+started or ran out of time to save: otherwise `srun` would kill the ranks that have not exited yet,
+and a script would not requeue the job.  The run is finished if its directory has `summary.json`.
 
-Exit code 0: see above; 69: a machine of the job does not answer (`peers.py`); else the training's.
+Exit code 0: see above; 69: a machine of the job does not respond (`peers.py`); otherwise the exit
+code of the training.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prepo.process import stop_signals as stop
 
-# what takes long to import comes after the signals are listened to
+# slow imports come after the signal handlers are installed
 if TYPE_CHECKING:
     from megatron_prepo.config import Config
     from megatron_prepo.launch import peers
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(options.config, options.overrides)
         if run_directory.is_finished(config):
             if os.environ["SLURM_PROCID"] == "0":
-                print(f"run.dir={config.run.dir} holds a finished run: nothing to do")
+                print(f"run.dir={config.run.dir} contains a finished run: nothing to do")
             return 0
         sign_of_life = peers.listen()
         overrides, urls = [*options.overrides], []
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"weight_sync.address={os.environ['MASTER_ADDR']}",
             ]
     except UserError as error:
-        if os.environ.get("SLURM_LOCALID", "0") == "0":  # the ranks of a node find the same
+        if os.environ.get("SLURM_LOCALID", "0") == "0":  # all ranks of a node have the same error
             print(f"error: {error}", file=sys.stderr)
         return 2
     code = train(options.config, overrides)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(path: str, overrides: Sequence[str]) -> int:
-    """Return the exit code of the training, 0 if it was stopped as asked."""
+    """Train and return the exit code, which is 0 if the run was stopped by a signal."""
     from megatron_prepo.launch import start
     from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 
@@ -79,9 +79,9 @@ def train(path: str, overrides: Sequence[str]) -> int:
 
 
 def name_the_lost(known: "Sequence[peers.Peer]") -> int:
-    """Print which ranks and servers of the job are not there, and return the exit code.
+    """Print the ranks and servers of the job that are not reachable, and return the exit code.
 
-    What has failed may be the consequence of that, and does not name them.
+    The error of this rank may be a consequence of a lost peer, and does not name it.
     """
     from megatron_prepo.launch import peers
 
@@ -92,7 +92,7 @@ def name_the_lost(known: "Sequence[peers.Peer]") -> int:
 
 
 def server_urls(server_nodes: int, servers_a_node: int) -> list[str]:
-    """The servers on the last so many nodes of the job; 0: on all."""
+    """Return the servers on the last `server_nodes` nodes of the job; 0: on all nodes."""
     from megatron_prepo.process import slurm as nodes
 
     hosts = nodes.hosts(os.environ["SLURM_JOB_NODELIST"])[-server_nodes:]
@@ -109,7 +109,7 @@ def server(url: str) -> "peers.Peer":
 
 
 def wait_for(urls: Sequence[str], config: "Config") -> None:
-    """Until all servers are healthy; UserError that names those which are not by the deadline."""
+    """Wait until all servers are healthy; raises UserError naming those that miss the deadline."""
     from megatron_prepo.errors import UserError
 
     deadline = time.monotonic() + config.servers.start_seconds
@@ -124,15 +124,15 @@ def wait_for(urls: Sequence[str], config: "Config") -> None:
 
 
 def where_they_log(config: "Config") -> str:
-    """Return where to look for why a server of the job did not start."""
+    """Return a hint where to find the reason why a server of the job did not start."""
     logs = Path(config.run.dir) / "logs"
     if any(logs.glob("node_*/*")):
         return f"see {logs}/node_*"
-    return "none has been started: see the output of the job's step of servers"
+    return "no server was started: see the output of the job's server step"
 
 
 def healthy(url: str, config: "Config") -> bool:
-    """Whether the server answers that it is well."""
+    """Return whether the server reports that it is healthy."""
     import httpx
 
     try:
@@ -143,11 +143,14 @@ def healthy(url: str, config: "Config") -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options that ranks and servers of a job have in common."""
+    """Return the parser of the options that ranks and servers of a job share."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--servers-a-node", type=int, default=0, help="SGLang servers of a node")
+    parser.add_argument("--servers-a-node", type=int, default=0, help="SGLang servers per node")
     parser.add_argument(
-        "--server-nodes", type=int, default=0, help="the last so many nodes have them; 0: all"
+        "--server-nodes",
+        type=int,
+        default=0,
+        help="number of nodes with servers, the last ones of the job; 0: all",
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -155,8 +158,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def leave(code: int) -> None:
-    """End the process: one that has failed immediately, since gloo's and NCCL's threads may wait
-    for ranks that are lost until Slurm kills this one, too, and the exit code with it."""
+    """Exit the process; after a failure immediately.
+
+    Threads of gloo and NCCL may otherwise wait for lost ranks until Slurm kills this one too, and
+    its exit code is lost.
+    """
     if code == 0:
         sys.exit()
     sys.stdout.flush()

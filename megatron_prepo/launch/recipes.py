@@ -1,4 +1,4 @@
-"""Names of the configurations in `examples/`: a model, and behind a slash the method.
+"""Names of the configurations in `examples/`: a model, optionally with a slash and the method.
 
 qwen2.5-7b               examples/paper/qwen2.5-7b/prepo.yaml
 qwen2.5-7b/random        examples/paper/qwen2.5-7b/random.yaml
@@ -16,7 +16,7 @@ FOLDERS = ("paper", "cluster")
 
 
 def recipes() -> dict[str, Path]:
-    """Every recipe's configuration by its name."""
+    """Return the configuration file of every recipe by name."""
     return {
         f"{path.parent.name}/{path.stem}": path
         for folder in FOLDERS
@@ -25,9 +25,9 @@ def recipes() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """The configuration of a recipe, or the file of that name.
+    """Return the configuration file of a recipe, or the file with this path.
 
-    Raises UserError that lists the recipes for an unknown one.
+    Raises UserError that lists the recipes if neither exists.
     """
     if Path(name).is_file():
         return Path(name)
@@ -36,7 +36,7 @@ def find(name: str) -> Path:
     path = known.get(words) or known.get(f"{words}/prepo")
     if path is None:
         raise UserError(
-            f"no recipe and no file is called {name!r}{nearest(words, list(known))}; the recipes "
-            f"are {', '.join(known) or 'in examples/ of the repository, which is not here'}"
+            f"{name!r} is neither a recipe nor a file{nearest(words, list(known))}; the recipes "
+            f"are {', '.join(known) or 'in examples/ of the repository, which is not installed'}"
         )
     return path

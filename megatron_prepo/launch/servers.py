@@ -1,10 +1,10 @@
-"""The SGLang servers of one node, as a task of Slurm beside the ranks or on a node of its own.
+"""SGLang servers of one node, as a task of Slurm on a node of the ranks or on a separate node.
 
     srun --ntasks-per-node=1 python -m megatron_prepo.launch.servers --servers-a-node=4 CONFIG
 
-They have the command line that servers of a run have, listen on all the node's addresses, and get
-their weights from the trainer.  One that ends is started anew, and taken back by the run at its
-next weight sync.  The task itself ends when the job does.
+They have the same command line as servers that a run starts, listen on all addresses of the node,
+and get their weights from the trainer.  A server that exits is restarted, and the run uses it again
+after its next weight sync.  The task itself ends when the job does.
 """
 
 import os
@@ -14,17 +14,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# what takes long to import comes after the signals are listened to
+# slow imports come after the signal handlers are installed
 
 POLL_SECONDS = 1.0
 MAX_STARTS = 5
-"""Of one server; one that ends so often ends the task, and with it the job."""
+"""Maximum number of starts per server; one more exit ends the task, and with it the job."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start them and watch them; 0 when the job ends them, or the run is finished already; 1 if
-    one does not stay."""
-    # the signal before the time limit is for the ranks; the servers inherit that it is ignored
+    """Start and monitor the servers; returns the exit code.
+
+    0: the job ends them, or the run is already finished; 1: a server keeps exiting; 2: invalid
+    settings.
+    """
+    # the signal before the time limit is for the ranks; the servers inherit this handler
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))

@@ -1,9 +1,9 @@
-"""The time limit of a job of Slurm, and whether it leaves time to train before the warning.
+"""Time limit of a Slurm job, and a check that it leaves time to train before the warning signal.
 
-    start | start-up | training | warning: save within checkpoint.grace_seconds, leave | limit
+    start | start-up | training | warning: save within checkpoint.grace_seconds, exit | limit
 
-Slurm gives the warning (`--signal`) up to a minute early, and at the very start to a job that is
-shorter than that: such a job would stop before its first step, however often it is queued.
+Slurm sends the warning (`--signal`) up to a minute early, and at the start of a job that is shorter
+than that: such a job would always stop before its first step.
 """
 
 import re
@@ -11,11 +11,11 @@ import re
 from megatron_prepo.errors import UserError
 
 LEAVING_SECONDS = 60
-"""Between the end of the time that a run has for saving, and the limit of its job."""
+"""Time between the end of a run's time for saving and the limit of its job."""
 EARLY_SECONDS = 60
-"""By which Slurm's warning may come early (sbatch(1), --signal)."""
+"""Maximum time by which Slurm's warning may come early (sbatch(1), --signal)."""
 STARTING_SECONDS = 60
-"""From the start of a job to its first step, at least."""
+"""Minimum time from the start of a job to its first step."""
 
 FORMS = (
     r"(?P<minutes>\d+)(:(?P<seconds>\d+))?",
@@ -39,13 +39,13 @@ def seconds(limit: str) -> float:
             parts = match.groupdict(default="0")
             return float(sum(UNITS[name] * int(value) for name, value in parts.items()))
     raise UserError(
-        f"--time {limit} is no time limit of Slurm: write minutes, minutes:seconds, "
+        f"--time {limit} is not a time limit of Slurm: write minutes, minutes:seconds, "
         "hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds"
     )
 
 
 def warning(grace_seconds: float) -> str:
-    """Return what `--signal` has to be for a run that has this long to save."""
+    """Return the value of `--signal` for a run that has this long to save."""
     return f"USR1@{round(grace_seconds) + LEAVING_SECONDS}"
 
 
@@ -58,8 +58,8 @@ def check(limit: str, signal: str) -> None:
     least = warned + EARLY_SECONDS + STARTING_SECONDS
     if seconds(limit) <= least:
         raise UserError(
-            f"--time {limit} leaves no time to train: the job is asked to save {warned} s before "
-            f"its limit (checkpoint.grace_seconds, and {LEAVING_SECONDS} s to leave), Slurm may "
-            f"ask {EARLY_SECONDS} s early, and starting takes {STARTING_SECONDS} s; give it more "
-            f"than {least} s, or lower checkpoint.grace_seconds"
+            f"--time {limit} leaves no time to train: the job gets the signal to save {warned} s "
+            f"before its limit (checkpoint.grace_seconds, and {LEAVING_SECONDS} s to exit), Slurm "
+            f"may send it {EARLY_SECONDS} s early, and starting takes {STARTING_SECONDS} s; set "
+            f"--time above {least} s, or lower checkpoint.grace_seconds"
         )

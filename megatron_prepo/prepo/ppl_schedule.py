@@ -5,8 +5,8 @@
 sigma sorts by perplexity, ascending.  Progress rho = step / (horizon - 1) is 0 in the first step
 and 1 in the last; `rho_max` scales it, so that the window may stop before the hardest prompts.
 
-What the paper leaves for others to try: another pacing f(rho) with f(0) = 0 and f(1) = 1, and the
-way from high to low.
+Not in the paper: other pacings f(rho) with f(0) = 0 and f(1) = 1, and the direction from high to
+low.
 """
 
 import math
@@ -17,17 +17,17 @@ import torch
 
 
 def linear(rho: Fraction) -> Fraction:
-    """As published."""
+    """Return rho itself, as published."""
     return rho
 
 
 def quadratic(rho: Fraction) -> Fraction:
-    """Stays on the easy prompts longer."""
+    """Return the square of rho, which stays on the easy prompts longer."""
     return rho * rho
 
 
 def root(rho: Fraction) -> float:
-    """Leaves the easy prompts sooner."""
+    """Return the root of rho, which leaves the easy prompts sooner."""
     return math.sqrt(rho)
 
 
@@ -39,7 +39,7 @@ PACINGS: dict[str, Callable[[Fraction], Fraction | float]] = {
 
 
 def progress(step: int, horizon: int, rho_max: float = 1.0) -> Fraction:
-    """rho of a step, counted from 0; 0 in the first, `rho_max` from step ``horizon - 1`` on.
+    """Return rho of a step, counted from 0: 0 in the first, `rho_max` from step ``horizon - 1`` on.
 
     A fraction, because floor(rho (|B| - K)) of a rounded rho can be one too small.
     """
@@ -48,7 +48,7 @@ def progress(step: int, horizon: int, rho_max: float = 1.0) -> Fraction:
 
 
 def window_start(rho: Fraction | float, num_candidates: int, num_selected: int) -> int:
-    """l(rho) = floor(rho (|B| - K)), from 0 to |B| - K.
+    """Return l(rho) = floor(rho (|B| - K)), from 0 to |B| - K.
 
     >>> [window_start(Fraction(i, 4), 10, 2) for i in range(5)]
     [0, 2, 4, 6, 8]
@@ -57,9 +57,9 @@ def window_start(rho: Fraction | float, num_candidates: int, num_selected: int) 
 
 
 def select_window(ppl_P: torch.Tensor, first: int, num_selected: int) -> list[int]:
-    """Indices of the candidates at positions first, ..., first + K - 1 of the ascending order.
+    """Return the candidates at positions first, ..., first + K - 1 of the ascending order.
 
-    Ties keep their order; perplexities that are not finite come last.
+    Ties keep their order; non-finite perplexities come last.
 
     >>> select_window(torch.tensor([3.0, float("nan"), 1.0, 2.0]), 1, 2)
     [3, 0]

@@ -9,9 +9,9 @@ from megatron_prepo.errors import UserError, no_room
 
 
 def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` whose UserError becomes a line of stderr and exit code 2; of a full disk, 1.
+    """Wrap `main`: a UserError becomes one line on stderr and exit code 2, a full disk exit code 1.
 
-    An import of what a library no longer has (`internals.py`) counts as a UserError.
+    An import that fails because a library changed (`internals.py`) is treated as a UserError.
     """
 
     @functools.wraps(main)
@@ -30,8 +30,8 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
             if error.filename is None:
                 raise
             print(
-                f"error: {error.filename}: {error.strerror}; choose another place, or change what "
-                "is there",
+                f"error: {error.filename}: {error.strerror}; choose another path, or move or fix "
+                "the existing file",
                 file=sys.stderr,
             )
             return 2

@@ -1,7 +1,7 @@
-"""What Slurm tells a task about itself, as the ranks of a job need it.
+"""Environment of a Slurm task, translated for the ranks of a job.
 
-Slurm starts one task a rank, without torchrun between them: a signal before the time limit reaches
-the ranks themselves, and their exit code is the job's.
+Slurm starts one task per rank, without torchrun in between: a signal before the time limit reaches
+the ranks directly, and their exit code is the job's.
 """
 
 import re
@@ -13,13 +13,14 @@ import psutil
 from megatron_prepo.errors import UserError
 
 FIRST_PORT, PORTS = 20000, 32
-"""Each job has this many ports, by its number, so that jobs on one node do not meet.  The first is
-where its ranks meet, then come its SGLang servers', and from the end down one for each rank of a
-node (`peers.py`).  All are below those that Linux assigns automatically."""
+"""Ports per job, chosen by job number so that jobs on one node do not collide.  The first one is
+the rendezvous of the ranks, followed by those of its SGLang servers; in descending order from the
+last one there is one per rank of a node (`peers.py`).  All are below the range that Linux assigns
+automatically."""
 
 
 def hosts(node_list: str) -> list[str]:
-    """The hosts of a Slurm node list, in its order.
+    """Return the hosts of a Slurm node list, in its order.
 
     >>> hosts("gpu[08-10,12],head")
     ['gpu08', 'gpu09', 'gpu10', 'gpu12', 'head']
@@ -37,7 +38,7 @@ def hosts(node_list: str) -> list[str]:
 
 
 def _numbers(ranges: str) -> list[str]:
-    """`08-10,12` as four numbers with their zeros in front."""
+    """Expand ranges: `08-10,12` is four numbers, with leading zeros."""
     numbers = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")
@@ -47,15 +48,15 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set, for the task that Slurm describes.
+    """Return the environment variables that torchrun would set for this Slurm task.
 
-    The ranks of a step are numbered along its nodes, and meet at its first.  Raises UserError if
-    there is no Slurm.
+    The ranks of a step are numbered in the order of its nodes, and rendezvous at the first one.
+    Raises UserError outside Slurm.
     """
     if "SLURM_STEP_NODELIST" not in slurm:
         raise UserError(
-            "SLURM_STEP_NODELIST is not set: this is for the tasks of srun (docs/launch.md); use "
-            "megatron-prepo train here"
+            "SLURM_STEP_NODELIST is not set: this module is for tasks of srun (docs/launch.md); "
+            "use megatron-prepo train instead"
         )
     tasks = int(slurm["SLURM_NTASKS"])
     step_hosts = hosts(slurm["SLURM_STEP_NODELIST"])
@@ -70,19 +71,19 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def server_port(slurm: Mapping[str, str], index: int) -> int:
-    """The port of a node's SGLang server with this index."""
+    """Return the port of a node's SGLang server with this index."""
     return ports(slurm)[1 + index]
 
 
 def sign_of_life_port(slurm: Mapping[str, str], local_rank: int) -> int:
-    """Return the port at which a rank of a node shows that it lives."""
+    """Return the port on which a rank of a node shows that it is alive."""
     return ports(slurm)[-1 - local_rank]
 
 
 def interface_to(host: str, port: int = 9) -> str | None:
-    """Return the network interface that leads to a host, such as `eth0`; None if none does.
+    """Return the network interface of the route to a host, such as `eth0`; None if there is none.
 
-    Nothing is sent: for a datagram socket, connecting is choosing the route.
+    Nothing is sent: connecting a datagram socket only chooses the route.
     """
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
@@ -98,10 +99,10 @@ def interface_to(host: str, port: int = 9) -> str | None:
 
 
 def choose_interface(environment: MutableMapping[str, str]) -> None:
-    """Set gloo's interface to the one that leads to another node of the job, unless it is set.
+    """Set gloo's interface to that of the route to another node of the job, unless it is set.
 
-    Gloo's own choice is the address of this machine's name, which Debian and Ubuntu put at
-    127.0.1.1 in /etc/hosts: the ranks of other nodes would be told to connect there.
+    By default gloo uses the address of this machine's name, which Debian and Ubuntu map to
+    127.0.1.1 in /etc/hosts: the ranks of other nodes would try to connect to that address.
     """
     others = [
         host
@@ -115,6 +116,6 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
 
 
 def ports(slurm: Mapping[str, str]) -> range:
-    """Those of the job, on each of its nodes."""
+    """Return the ports of the job, on each of its nodes."""
     first = FIRST_PORT + int(slurm["SLURM_JOB_ID"]) % 300 * PORTS
     return range(first, first + PORTS)

@@ -1,7 +1,7 @@
-"""Verifiable rewards: pure functions from a completion's text and the answer to a number.
+"""Verifiable rewards: pure functions of a completion's text and the answer that return a number.
 
-They run in processes of their own (`pool`), which import them by name and nothing else of this
-project: what is in this package must not import torch.
+They run in grading processes (`pool`) that import them by name and nothing else of this project:
+modules of this package must not import torch.
 """
 
 import importlib
@@ -18,19 +18,19 @@ FUNCTIONS = {
     "final_number": "megatron_prepo.rewards.final_number:final_number",
     "math": "megatron_prepo.rewards.math:boxed_answer",
 }
-"""What `reward.function` names, as module:function."""
+"""Built-in values of `reward.function`, as module:function."""
 ARGUMENTS = ("completion", "answer")
-"""What a reward function is called with, by position."""
+"""Positional arguments of a reward function."""
 MODULE = "__reward_file__"
-"""The name of a user's file as a module; no module beside it can have it."""
+"""Module name of a user's file; no module next to the file can have this name."""
 
 
 def check_name(function: str) -> None:
-    """UserError unless `reward.function` is in FUNCTIONS or has the form `FILE.py:FUNCTION`."""
+    """Raise UserError unless a name is in FUNCTIONS or has the form `FILE.py:FUNCTION`."""
     file, _, name = function.rpartition(":")
     if function not in FUNCTIONS and not (file.endswith(".py") and name.isidentifier()):
         raise UserError(
-            f"reward.function={function} is none of {', '.join(FUNCTIONS)}, and not of the form "
+            f"reward.function={function} is neither one of {', '.join(FUNCTIONS)} nor of the form "
             "FILE.py:FUNCTION"
         )
 
@@ -44,11 +44,11 @@ def check_file(function: str) -> None:
 
 
 def load(name: str) -> Callable[[str, str], float]:
-    """The function of completion and answer that `reward.function` names.
+    """Return the function of completion and answer that `reward.function` names.
 
-    `FILE.py:FUNCTION` runs the file as a script would run: modules beside it can be imported.
-    Raises UserError for a file that fails, with the line, and a function that cannot be called so;
-    a MemoryError as it is.
+    `FILE.py:FUNCTION` runs the file like a script: modules in its directory can be imported.
+    Raises UserError for a file that fails, with the line, and for a function with another
+    signature; a MemoryError is not converted.
     """
     place, _, function = FUNCTIONS.get(name, name).rpartition(":")
     if name in FUNCTIONS:
@@ -58,18 +58,20 @@ def load(name: str) -> Callable[[str, str], float]:
         own = [
             n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_")
         ]
-        raise UserError(f"{place} has no function {function!r}, but {', '.join(own[:9]) or 'none'}")
+        raise UserError(
+            f"{place} has no function {function!r}; its functions: {', '.join(own[:9]) or 'none'}"
+        )
     check_function(getattr(module, function), name)
     return getattr(module, function)
 
 
 ANSWERS = ("answer", "ground_truth", "gt", "label", "target", "reference", "gold", "solution")
 COMPLETIONS = ("completion", "completions", "solution_str", "response", "output", "generation")
-"""How parameters are called that a user means as the one or the other."""
+"""Parameter names that show which of the two arguments a user expects."""
 
 
 def check_function(function: object, name: str) -> None:
-    """UserError unless this can be called with `ARGUMENTS` and may return a number."""
+    """Raise UserError unless a function can be called with `ARGUMENTS` and may return a number."""
     contract = f"a reward function takes ({', '.join(ARGUMENTS)}) and returns a number"
     if not callable(function):
         raise UserError(f"{name} is a {type(function).__name__}; {contract}")
@@ -84,7 +86,7 @@ def check_function(function: object, name: str) -> None:
             raise UserError(f"{name} is {kind}; {contract}")
     try:
         signature = inspect.signature(function)
-    except ValueError:  # written in C, and not described
+    except ValueError:  # written in C, without a signature
         return
     try:
         signature.bind(*ARGUMENTS)
@@ -94,28 +96,29 @@ def check_function(function: object, name: str) -> None:
     names = [p.name for p in signature.parameters.values() if p.kind in by_place]
     if (names[:1] and names[0] in ANSWERS) or (names[1:] and names[1] in COMPLETIONS):
         raise UserError(
-            f"{name}{signature} takes them the other way round: arguments go by their place; "
-            f"{contract}"
+            f"{name}{signature} has its parameters in the opposite order: arguments are passed by "
+            f"position; {contract}"
         )
 
 
 def _run_file(file: Path):
-    """The module of a user's file.  Dataclasses and pickles look for it in `sys.modules`."""
+    """Import a user's file.  Dataclasses and pickles look up the module in `sys.modules`."""
     spec = importlib.util.spec_from_file_location(MODULE, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE] = module
     sys.path.insert(0, str(file.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except MemoryError:  # there may be no memory left to describe it
+    except MemoryError:  # a message may need more memory than remains
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's file raises is for them to read
+    except (Exception, SystemExit) as error:  # any error of a user's file is reported to the user
         raise UserError(f"{_place_of(error, file)}: {type(error).__name__}: {error}") from error
     return module
 
 
 def _place_of(error: BaseException, file: Path) -> str:
-    """File and line of the error: the last one of the user's folder that ran, or does not parse."""
+    """Return file and line of an error: the innermost frame in the user's directory, or the line
+    that does not parse."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     folder = str(file.resolve().parent)

@@ -1,4 +1,4 @@
-r"""What a text says its answer is, by the convention of MATH: the last `\boxed{...}`."""
+r"""The final answer of a text by the convention of MATH: the last `\boxed{...}`."""
 
 import re
 
@@ -7,9 +7,10 @@ WORD = re.compile(r"[^\s$]+")
 
 
 def last_boxed(text: str) -> str:
-    r"""What the last `\boxed{...}` or `\fbox{...}` that is not empty holds, braces inside matched.
+    r"""Return the content of the last non-empty `\boxed{...}` or `\fbox{...}`, with matched braces.
 
-    Nothing if there is none, or if the last one is not closed: then the answer is not finished.
+    The result is empty if there is no box, or if the last one is not closed: the answer is then
+    incomplete.
 
     >>> last_boxed(r"so \boxed{1}, or \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -30,7 +31,7 @@ def last_boxed(text: str) -> str:
 def _braced(text: str, start: int) -> str | None:
     depth = 0
     for i in range(start, len(text)):
-        # \{ and \} are braces of the mathematics
+        # \{ and \} are set braces, not grouping
         if text[i] in "{}" and (text[i - 1] != "\\" or text[i - 2] == "\\"):
             depth += 1 if text[i] == "{" else -1
             if depth == 0:

@@ -1,4 +1,4 @@
-"""GSM8K's convention: the answer is what follows ``####`` at the end of the completion."""
+"""GSM8K's convention: the answer follows ``####`` at the end of the completion."""
 
 from fractions import Fraction
 
@@ -6,9 +6,9 @@ from megatron_prepo.rewards.number import number
 
 
 def final_number(completion: str, answer: str) -> float:
-    """1.0 if the completion has exactly one ``####`` and the answer behind it, else 0.0.
+    """Return 1.0 if the completion has exactly one ``####`` followed by the answer, else 0.0.
 
-    Numbers are compared as numbers, exactly; anything else as text.  White space does not count.
+    Numbers are compared as numbers, exactly; anything else as text.  White space is ignored.
 
     >>> final_number("9 + 4 = 1 3 #### 1 3", "13"), final_number("#### 13 apples", "13")
     (1.0, 0.0)
@@ -27,7 +27,7 @@ def _same(given: str, answer: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """Of a text whose digits may lie apart; but in 1 1/2 the space means something."""
+    """Parse a number with spaces between its digits; in 1 1/2 the space is significant."""
     found = number(text)
     return number(_bare(text)) if found is None else found
 

@@ -1,10 +1,10 @@
-r"""Mathematics: the last `\boxed{...}` against the answer, by math-verify (with latex2sympy2).
+r"""Mathematics: the last `\boxed{...}` compared with the answer by math-verify (and latex2sympy2).
 
-math-verify knows fractions, units, per cent, sets, intervals, tuples, matrices and equations.
-Where we differ from it, and why, is in `docs/evaluation.md`: only a box is an answer; a word such
-as `million` is no unit; an interval may be written as an inequality; a decimal per cent equals its
-number; `1e3`, `1 1/2` and digits and signs beyond ASCII are numbers; spaces between thousands, a
-full stop and other signs for the empty set are tidied up.
+math-verify handles fractions, units, percentages, sets, intervals, tuples, matrices and equations.
+`docs/evaluation.md` lists the differences and their reasons: only a box is an answer; a word such
+as `million` is not a unit; an interval may be written as an inequality; a decimal percentage equals
+its number; `1e3`, `1 1/2` and non-ASCII digits and signs are numbers; spaces between thousands, a
+trailing full stop and alternative signs for the empty set are normalised.
 """
 
 import logging
@@ -16,19 +16,20 @@ from megatron_prepo.rewards.boxed import last_boxed
 from megatron_prepo.rewards.number import number
 
 LONGEST = 2000
-"""Characters; a longer answer is wrong unless it is the same text."""
+"""Maximum characters of an answer; a longer one is wrong unless it is the same text."""
 BOXED = [LatexExtractionConfig(boxed_match_priority=0)]
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;! ]|\{,\}|~| )\d{3})+(?![\d,])")
 SIZE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
 PER_CENT = re.compile(r"\s*\\?%$")
 
 for _library in ("math_verify", "latex2sympy2_extended"):
-    # that there is no time limit of its own, and which answers did not parse: the pool has limits
+    # silences warnings about answers that do not parse and about disabled time limits: the pool
+    # enforces limits
     logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 
 def boxed_answer(completion: str, answer: str) -> float:
-    r"""1.0 if the last box of the completion holds what equals the answer, else 0.0.
+    r"""Return 1.0 if the content of the completion's last box equals the answer, else 0.0.
 
     >>> boxed_answer(r"so it is \boxed{\frac{1}{2}}", "0.5"), boxed_answer("it is 0.5", "0.5")
     (1.0, 0.0)
@@ -38,7 +39,7 @@ def boxed_answer(completion: str, answer: str) -> float:
 
 
 def same(given: str, answer: str) -> bool:
-    """Whether two answers, in LaTeX without delimiters, are the same."""
+    """Return whether two answers, in LaTeX without delimiters, are equal."""
     given, answer = tidy(given), tidy(answer)
     if given == answer:
         return bool(given)
@@ -54,7 +55,7 @@ def same(given: str, answer: str) -> bool:
 
 
 def tidy(answer: str) -> str:
-    r"""Without what does not change an answer's meaning.
+    r"""Remove notation that does not change the meaning of an answer.
 
     >>> tidy(r" $1\,234{,}567$. "), tidy("100, 200"), tidy(r"\varnothing")
     ('1234567', '100, 200', '\\emptyset')
@@ -74,5 +75,5 @@ def _parsed(answer: str) -> list:
     return parse(f"\\boxed{{{answer}}}", BOXED, parsing_timeout=None)
 
 
-# the parser fills its tables at first use: once here, and not in each process forked from this one
+# the parser fills its tables at first use: done here once, not in every process forked from here
 same(r"\frac{1}{2}", "0.5")

@@ -1,11 +1,11 @@
-"""What number a text writes: exactly, in the ways in which models and data sets write one."""
+"""Exact parsing of numbers in the notations of models and data sets."""
 
 import re
 from decimal import Decimal
 from fractions import Fraction
 
 LONGEST = 1000
-"""Characters; a longer text writes no number."""
+"""Maximum characters of a number; a longer text is not one."""
 
 ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width signs and digits
 ASCII |= dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2013\ufe63"), "-")  # minus and its look-alikes
@@ -20,10 +20,10 @@ NUMBER = re.compile(
 
 
 def number(text: str) -> Fraction | None:
-    r"""The number that a text writes; None if it writes something else, or a unit, or a list.
+    r"""Return the number that a text denotes; None for any other text, a unit or a list.
 
-    Signs of currency ($) and per cent do not count, nor do commas between thousands; minus may be
-    Unicode's, digits those of any script.
+    Currency ($) and percent signs are ignored, and so are commas between thousands; the minus may
+    be a Unicode one, and digits may be of any script.
 
     >>> [str(number(text)) for text in ("$1,234.50", "\u221218", "1e3", "1 1/2", "50\\%", "18 kg")]
     ['2469/2', '-18', '1000', '3/2', '50', 'None']

@@ -1,8 +1,9 @@
-"""Grading in processes of their own, which hostile answers may break: rank 0's, for all ranks.
+"""Grading in separate processes, which hostile answers may crash; rank 0 grades for all ranks.
 
-Each answer has a limit of processor time and memory.  One that breaks a limit, or makes the
-function raise, gets `reward.low` and says so in its `Grade`; the process it broke is replaced.
-Processes are started anew, not forked from one with threads and a GPU, and import `rewards` only.
+CPU time and memory are limited per answer.  An answer that exceeds a limit, or makes the function
+raise, gets `reward.low` and a `Grade` that records the reason; a process that crashed is replaced.
+Grading processes are started from scratch, not forked from a process with threads and a GPU, and
+import `rewards` only.
 """
 
 import json
@@ -28,38 +29,38 @@ from megatron_prepo.records import Rollout
 from megatron_prepo.rewards import FUNCTIONS
 
 START_SECONDS = 120.0
-"""Deadline for a process to have imported its function."""
+"""Timeout for a process to import its function."""
 WAITING = 10.0
-"""How much longer than its processor time an answer may take on the clock: a process may sleep, and
-a machine may be busy, which must not turn a right answer into a wrong one."""
+"""Ratio of the wall-clock limit to the CPU time limit of an answer: a process may sleep, and a busy
+machine must not turn a correct answer into a wrong one."""
 STARTS = 3
-"""How often a process is started that ends without a word: someone else may have ended it."""
+"""Starts of a process that exits without an error message: someone else may have killed it."""
 MOST_PROCESSES = 16
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Grade:
-    """A completion's reward, and how it came about."""
+    """A completion's reward and the outcome of grading it."""
 
     reward: float
     outcome: Literal["ok", "timeout", "error"] = "ok"
-    """`timeout`: over its time; `error`: the function raised, or broke its process.  The reward is
-    then `reward.low`."""
+    """`timeout`: the time limit was exceeded; `error`: the function raised, or crashed its process.
+    In both cases the reward is `reward.low`."""
     reason: str = ""
-    """What was raised, or how the process ended."""
+    """Exception that was raised, or exit status of the process."""
     seconds: float = 0.0
-    """How long its process worked on it, on the clock."""
+    """Wall-clock time spent on the answer by its process."""
 
 
 def check(settings: RewardConfig) -> None:
-    """UserError for a function of the user's that cannot be loaded, or called, as it would be."""
+    """Raise UserError if a custom function cannot be loaded or called in a grading process."""
     if settings.function not in FUNCTIONS:
         Worker(settings).when_ready().end()
 
 
 class Grader:
-    """Grades on rank 0; `share` gives the result of its future to every rank, others pass None."""
+    """Grades on rank 0; `share` broadcasts the result of rank 0's future (None on other ranks)."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Grader:
         share: Callable[[Future | None], Any] = lambda future: future.result(),
         say: Callable[[str], None] = print,
     ):
-        """Raises UserError on every rank for a function that cannot be loaded."""
+        """Start the processes; raises UserError on every rank if the function cannot be loaded."""
         self.settings, self.rank, self.share, self.say = settings, rank, share, say
         self.said_failure = False
         if rank == 0:
@@ -80,10 +81,10 @@ class Grader:
         self.share(self._on_rank_zero(self._start))
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
-        """A grade for each rollout; one that was cut at the length limit is graded as it stands.
+        """Return one grade per rollout; a rollout truncated at the length limit is graded as it is.
 
-        Collective.  Raises UserError for a reward out of `reward.low` to `reward.high`, and if more
-        than the share `reward.max_failed` of the answers failed.
+        Collective.  Raises UserError for a reward outside `reward.low` to `reward.high`, and if
+        more than the share `reward.max_failed` of the answers failed.
         """
         pairs = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
         grades = self.share(self._on_rank_zero(self._grade_all, pairs))
@@ -93,7 +94,7 @@ class Grader:
         return grades
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         if self.rank == 0:
             self.threads.shutdown(cancel_futures=True)
             while not self.idle.empty():
@@ -118,8 +119,8 @@ class Grader:
     def _grade_one(self, completion: str, answer: str) -> Grade:
         worker = self.idle.get()
         try:
-            # twice: an answer is blamed for the end of a process only if that was a fresh one; an
-            # older one may have been ended by someone else
+            # twice: an answer is blamed for the end of a process only if the process was a new one;
+            # an older one may have been killed by someone else
             for _ in range(2):
                 if worker.ended:
                     worker = Worker(self.settings).when_ready()
@@ -151,18 +152,18 @@ class Grader:
         if len(failed) > self.settings.max_failed * len(grades):
             raise UserError(f"{sentence}; more than reward.max_failed={self.settings.max_failed}")
         if not self.said_failure:
-            self.say(f"{sentence}; reward/failed_ratio counts them from here on")
+            self.say(f"{sentence}; reward/failed_ratio counts further failures")
             self.said_failure = True
 
 
 class Worker:
-    """One grading process, and our end of the socket to it."""
+    """One grading process and the trainer's end of the socket to it."""
 
     def __init__(self, settings: RewardConfig):
         self.settings = settings
         self.ended = False
-        """Whether it is of no more use."""
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        """Whether the process can no longer be used."""
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
         self.channel, theirs = socket.socketpair()
         self.replies = self.channel.makefile("r", encoding="ascii")
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
@@ -175,13 +176,16 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.log,
-                # the order of sets, and so of what sympy does, must not differ between processes
+                # the order of sets, and with it sympy's work, must not differ between processes
                 env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-                start_new_session=True,  # Ctrl-C is for the trainer, whose end ends the process
+                start_new_session=True,  # Ctrl-C goes to the trainer, whose exit ends the process
             )
 
     def when_ready(self, starts: int = STARTS) -> "Worker":
-        """This one, or another, should it end before; raises UserError for one without function."""
+        """Wait for the process and return it, or a replacement if it exits first.
+
+        Raises UserError if the function cannot be loaded.
+        """
         reply, late = {}, False
         try:
             reply = self._receive(START_SECONDS)
@@ -202,7 +206,7 @@ class Worker:
         )
 
     def grade(self, completion: str, answer: str) -> Grade:
-        """If it has no answer to give it has ended."""
+        """Return the grade of a completion; a process that does not reply has ended."""
         low, seconds = self.settings.low, self.settings.seconds * WAITING
         try:
             self.channel.settimeout(seconds)
@@ -222,7 +226,7 @@ class Worker:
                 return Grade(low, "timeout")
 
     def end(self) -> str:
-        """Let it end, or kill it and its child; returns how it ended."""
+        """Wait for the process to exit, or kill it and its child; returns its exit status."""
         self.ended = True
         self.replies.close()
         self.channel.close()
@@ -237,13 +241,13 @@ class Worker:
         return ": ".join([f"the grading process ended with status {status}", *words[-1:]])
 
     def _receive(self, seconds: float) -> dict:
-        """The next reply; ValueError if there is none."""
+        """Return the next reply; raises ValueError if there is none."""
         self.channel.settimeout(seconds)
         return json.loads(self.replies.readline())
 
 
 def absolute(function: str) -> str:
-    """`reward.function` with the whole path of its file, if it has one."""
+    """Return `reward.function` with the absolute path of its file, if it has one."""
     file, _, name = function.rpartition(":")
     return f"{Path(file).resolve()}:{name}" if function not in FUNCTIONS else function
 
@@ -251,5 +255,5 @@ def absolute(function: str) -> str:
 def _run(future: Future, function: Callable, *arguments) -> None:
     try:
         future.set_result(function(*arguments))
-    except BaseException as error:  # raised where the result is asked for
+    except BaseException as error:  # raised where the result is requested
         future.set_exception(error)

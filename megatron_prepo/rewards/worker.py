@@ -1,11 +1,12 @@
 """A grading process: `python -m megatron_prepo.rewards.worker`, started by `pool`.
 
-It imports the function once and then works through a child that it forks: no threads, nothing but
-the function in memory, and a new child in no time.  The child reads `[completion, answer]` and
-writes `{"reward": ...}` or `{"error": ...}`, a line of JSON each, on the socket whose other end
-`pool` holds.  Memory is limited, and so is the processor time of an answer: over that the kernel
-ends the child, whatever it is doing, and the parent writes `{"timeout": true}`.  A child that ends
-otherwise takes the parent with it, and `pool` starts another.
+It imports the function once and then grades in a forked child: without threads and with little more
+than the function in memory, a replacement child starts almost instantly.  On the socket whose other
+end `pool` holds, the child reads `[completion, answer]` and writes `{"reward": ...}` or
+`{"error": ...}`, one JSON text per line.  Memory is limited, and so is the CPU time per answer:
+beyond it the kernel kills the child, whatever it is doing, and the parent writes
+`{"timeout": true}`.  If a child ends in any other way, the parent exits as well, and `pool` starts
+a new one.
 """
 
 import json
@@ -24,8 +25,8 @@ FULL = 3
 
 
 def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
-    """Say that the function is there, or why not; then grade until the socket is closed."""
-    # Slurm warns all processes of a step before its end; what that means is the trainer's to decide
+    """Report that the function is loaded, or the error; then grade until the socket is closed."""
+    # Slurm warns all processes of a step before its end; the trainer decides how to react
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     limit_memory(int(memory_mb) << 20)
     with socket.socket(fileno=int(descriptor)) as channel:
@@ -34,7 +35,7 @@ def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
         except UserError as error:
             send(channel, {"error": " ".join(str(error).split())[:600]})
             return
-        except Exception as error:  # a package that is missing, or no memory
+        except Exception as error:  # a missing package, or no memory
             send(channel, {"error": sentence(error)})
             return
         send(channel, {"ready": True})
@@ -53,25 +54,28 @@ def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Address space of this process; it leaves no core file, and writes no large one."""
+    """Limit this process's address space and the size of its files; disable core files."""
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def serve(channel: socket.socket, function: Callable, seconds: float, memory: int) -> None:
-    """Grade until the socket is closed, or half the memory is in use: no later answer is to pay."""
+    """Grade until the socket is closed, or half the memory is in use.
+
+    The child then exits, so that memory used by earlier answers does not fail later ones.
+    """
     for line in channel.makefile("r", encoding="ascii"):
         completion, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             reward = function(completion, answer)
             if isinstance(reward, str | bytes | bytearray):
-                raise TypeError(f"a reward is a number, and not the text {reward!r:.80}")
+                raise TypeError(f"a reward must be a number, not the text {reward!r:.80}")
             reply = {"reward": float(reward)}
         except MemoryError:
-            os._exit(1)  # there may be no memory left to say so in
-        except Exception as error:  # whatever a function raises is this answer's grade
+            os._exit(1)  # there may be no memory left for a message
+        except Exception as error:  # any error of a function is this answer's grade
             reply = {"error": sentence(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(channel, reply)
@@ -80,18 +84,18 @@ def serve(channel: socket.socket, function: Callable, seconds: float, memory: in
 
 
 def address_space() -> int:
-    """Bytes of it in use."""
+    """Return the bytes of address space in use."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
 def send(channel: socket.socket, reply: dict) -> None:
-    """A line of ASCII, whatever is in it."""
+    """Send a reply as one line of ASCII, whatever characters it contains."""
     channel.sendall(json.dumps(reply).encode("ascii") + b"\n")
 
 
 def sentence(error: Exception) -> str:
-    """The exception in a few words."""
+    """Return the exception's type and message, truncated to 300 characters."""
     return f"{type(error).__name__}: {error}"[:300]
 
 

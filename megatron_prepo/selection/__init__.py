@@ -1,17 +1,17 @@
-"""Which prompts are rolled out: one file a method, all with the same two verbs.
+"""Selection of the prompts to roll out: one file per method, with a common interface.
 
-A selector is made from the section `selection`, the number of steps, the seed, and the reward from
-which on a completion passes.  It has
+A selector is constructed from the section `selection`, the number of steps, the seed, and the
+smallest reward at which a completion passes.  It has
 
-- `choose(candidates, step)`: before the rollouts: positions of the selected candidates.  A method
-  that `refills` is asked again within the step, after `observe`, until it answers with nothing;
-  the step then trains on the first K groups with an advantage.
-- `observe(prompts, rewards_KG)`: after them,
-- `needs_scores`, `needs_pass_rates`: what is to be found out about the candidates first,
-- `metrics()`: what to log of the step,
-- `state_dict()` and `load_state_dict(state)`: between two steps.
+- `choose(candidates, step)`, called before the rollouts: positions of the selected candidates.  A
+  method that `refills` is called again within the step, after `observe`, until it returns an empty
+  list; the step then trains on the first K groups with an advantage.
+- `observe(prompts, rewards_KG)`, called after the rollouts,
+- `needs_scores`, `needs_pass_rates`: quantities to compute for the candidates first,
+- `metrics()`: values to log per step,
+- `state_dict()` and `load_state_dict(state)`, called between two steps.
 
-All are the same on every rank: what is random follows from seed, step and observations.
+Results are identical on every rank: randomness is derived from seed, step and observations.
 """
 
 from megatron_prepo.selection.dapo import DynamicSampling

@@ -1,4 +1,4 @@
-"""What a selector may look at: the candidate prompts and what the policy thinks of them now."""
+"""Input of a selector: the candidate prompts and their scores under the current policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from megatron_prepo.records import Prompt
 
 @dataclass(frozen=True)
 class Candidates:
-    """P candidate prompts of a step; what a selector does not need is None."""
+    """P candidate prompts of a step; scores that the selector does not need are None."""
 
     prompts: Sequence[Prompt]
     ppl_P: torch.Tensor | None = None
-    """Prompt perplexity under the current policy, float64 (`selection.ppl_from` says whose)."""
+    """Prompt perplexity under the current policy, float64, from `selection.ppl_from`."""
     entropy_P: torch.Tensor | None = None
     """Mean full-vocabulary entropy over the prompt's tokens in nats, float64."""
     pass_rate_P: torch.Tensor | None = None
-    """Share of probe rollouts that pass, float64 (the oracle's only)."""
+    """Share of probe rollouts that pass, float64 (oracle only)."""
     actor_ppl_P: torch.Tensor | None = None
-    """The actor's perplexity, where `ppl_P` is the engine's and both are compared."""
+    """Perplexity under the actor, in steps where `ppl_P` is the engine's and both are compared."""

@@ -1,15 +1,16 @@
 """DAPO's dynamic sampling (arXiv 2503.14476, sec. 3.2): roll out until K groups have an advantage.
 
-    while fewer than K groups have 0 < #passes < G:  roll out further prompts, drop the others
+    while fewer than K groups have 0 < #passes < G:  roll out more prompts, drop the other groups
 
-It looks at no prompt beforehand: it pays for useless groups and drops them.
+It does not score prompts before the rollouts: groups without an advantage are generated and then
+dropped.
 
-As published (verl, recipe/dapo), each round is another whole batch of the data loader, three times
-the training batch in its scripts, and a run is aborted when a limit of rounds is set and
-reached.  Here a round is K of the step's candidates, drawn without replacement, the last what is
-left of them; when all have been rolled out, the step trains with what there is.  A group counts if
-its rewards differ at all, as in verl; for rewards of 0 and 1 that is the formula.  What is left
-over from the last round is dropped, as in verl.
+As published (verl, recipe/dapo), each round is another full batch of the data loader, three times
+the training batch in its scripts, and a run is aborted when a limit on the number of rounds is set
+and reached.  Here a round is K of the step's candidates, drawn without replacement; the last round
+has the remaining ones.  When all have been rolled out, the step trains on the groups that it has.
+A group counts if its rewards differ at all, as in verl; for rewards of 0 and 1 this is the formula.
+Surplus groups of the last round are dropped, as in verl.
 """
 
 import random
@@ -20,7 +21,7 @@ from megatron_prepo.selection.base import Candidates
 
 
 class DynamicSampling:
-    """Rounds of K in a random order; the first is what `random` would choose."""
+    """Rounds of K candidates in random order; the first is identical to the choice of `random`."""
 
     needs_scores = False
     needs_pass_rates = False
@@ -30,11 +31,11 @@ class DynamicSampling:
         self.num_selected, self.seed = config.num_selected, seed
         self.step: int | None = None
         self.waiting: list[int] = []
-        """Candidates that this step has not rolled out, in the order of their turn."""
+        """Candidates that this step has not rolled out, in the order in which they will be."""
         self.missing = self.rounds = 0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the next K candidates; none once K groups have an advantage."""
+        """Return the positions of the next K candidates; none once K groups have an advantage."""
         if step != self.step:
             self.step, self.missing, self.rounds = step, self.num_selected, 0
             self.waiting = self._order(len(candidates.prompts))
@@ -46,19 +47,19 @@ class DynamicSampling:
         return chosen
 
     def observe(self, prompts, rewards_KG) -> None:
-        """Counts the groups with an advantage."""
+        """Count the groups with an advantage."""
         self.missing -= int((~zero_variance(rewards_KG)).sum())
 
     def metrics(self) -> dict[str, float]:
-        """Rounds of the step."""
+        """Return the number of rounds of the step."""
         return {"selection/rounds": self.rounds}
 
     def state_dict(self) -> dict:
-        """Nothing: each step starts anew."""
+        """Return an empty state: steps are independent."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """The next step starts anew, whatever its number."""
+        """Start the next step from scratch, whatever its number."""
         self.step = None
 
     def _order(self, num_candidates: int) -> list[int]:

@@ -1,20 +1,20 @@
-"""Foresight, a method of our own: prediction as prior, history as evidence, one draw as choice.
+"""Foresight, our method: a prediction as prior, past rewards as evidence, one draw per choice.
 
     features    x_i = [1, z_i, z_i^2 - 1],  z_i = log perplexity, log length and mean entropy of the
                 prompt under the current policy, standardised over the step's candidates
     prediction  mu_i = sigmoid(w . x_i), logistic regression on all groups so far; a group that is
-                `MEMORY` steps old counts 1/e, and a rollout counts `SHARE`, since those of a group
-                are alike
-    prior       pass rate p_i ~ Beta(m mu_i, m (1 - mu_i)); m, how far to trust the prediction, is
-                the one under which what was observed is likeliest
-    evidence    alpha_i = m mu_i + passes, beta_i = m (1 - mu_i) + failures of the prompt so far; a
-                visit counts `KEPT` times as much after the next
+                `MEMORY` steps old has weight 1/e, and a rollout has weight `SHARE`, since the
+                rollouts of a group are correlated
+    prior       pass rate p_i ~ Beta(m mu_i, m (1 - mu_i)); m, the strength of the prior, maximises
+                the likelihood of the observations
+    evidence    alpha_i = m mu_i + passes, beta_i = m (1 - mu_i) + failures of the prompt so far;
+                each new visit multiplies the weight of earlier ones by `KEPT`
     choice      one draw from each posterior; the K nearest to `selection.target_pass_rate`
 
-It is MoPPS with a prior that knows something: at the first visit, where MoPPS draws blindly, the
-prediction speaks; where the signals say nothing, m becomes small and it is MoPPS.  A scoring pass
-over the candidates is its only cost, as PREPO's.  `docs/foresight.md` has derivation and
-measurements.
+This is MoPPS with an informed prior: at the first visit, where MoPPS draws from a uniform prior,
+the prediction is used; if the features are uninformative, m becomes small and the method reduces to
+MoPPS.  Its only cost is a scoring pass over the candidates, as in PREPO.  `docs/foresight.md` has
+derivation and measurements.
 """
 
 import numpy as np
@@ -27,13 +27,13 @@ MEMORY = 15.0
 SHARE = 0.35
 KEPT = 0.7
 ROWS = 2000
-"""Groups that the regression remembers at most; older ones weigh nothing."""
+"""Maximum number of groups in the regression; older ones have negligible weight."""
 TRUSTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""Values of m, in rollouts: the prediction is worth so many."""
+"""Candidate values of m: the number of rollouts to which the prediction is equivalent."""
 
 
 class Foresight:
-    """Thompson sampling towards a pass rate, from a prior that is learnt."""
+    """Thompson sampling for a target pass rate, with a learned prior."""
 
     needs_scores = True
     needs_pass_rates = False
@@ -46,12 +46,12 @@ class Foresight:
         self.counts: list[tuple[int, int, int]] = []
         """Step, passes and rollouts of each group; `features` are those of its prompt."""
         self.evidence: dict[str, tuple[float, float]] = {}
-        """Passes and failures by prompt id, older visits counting less."""
+        """Discounted passes and failures per prompt id."""
         self.trust = 4.0
         self.foreseen = 0.0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the K candidates, the nearest draw first; ties keep their order."""
+        """Return the positions of the K candidates, nearest draw first; ties keep their order."""
         self.step, x_PF = step, features(candidates)
         self.position = {prompt.id: i for i, prompt in enumerate(candidates.prompts)}
         self.x_PF = x_PF
@@ -64,7 +64,7 @@ class Foresight:
     def posterior(
         self, candidates: Candidates, x_PF: np.ndarray, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`alpha_P` and `beta_P` of the candidates' pass rates."""
+        """Return `alpha_P` and `beta_P` of the candidates' pass rates."""
         weight_F = np.zeros(x_PF.shape[1])
         if self.counts:
             x_RF = np.array(self.features)
@@ -79,7 +79,7 @@ class Foresight:
         return self.trust * mu_P + passes_P, self.trust * (1 - mu_P) + failures_P
 
     def observe(self, prompts, rewards_KG) -> None:
-        """Groups are rows of the regression, and evidence on their prompts."""
+        """Add groups as rows of the regression and as evidence on their prompts."""
         rollouts = rewards_KG.shape[1]
         passes_K = (rewards_KG >= self.pass_reward).sum(dim=1).tolist()
         for prompt, passes in zip(prompts, passes_K, strict=True):
@@ -93,11 +93,11 @@ class Foresight:
         self.features, self.counts = self.features[-ROWS:], self.counts[-ROWS:]
 
     def metrics(self) -> dict[str, float]:
-        """Trust in the prediction, and the pass rate that was foreseen of the chosen."""
+        """Return the prior strength and the predicted pass rate of the selected prompts."""
         return {"selection/trust": self.trust, "selection/foreseen_pass_rate": self.foreseen}
 
     def state_dict(self) -> dict:
-        """All that was observed."""
+        """Return all observations."""
         return {
             "features": [list(row) for row in self.features],
             "counts": [list(row) for row in self.counts],
@@ -106,7 +106,7 @@ class Foresight:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state with a new step."""
+        """Resume from a saved state at the start of a step."""
         self.features = [list(row) for row in state["features"]]
         self.counts = [tuple(row) for row in state["counts"]]
         self.evidence = {name: tuple(counts) for name, counts in state["evidence"].items()}
@@ -114,9 +114,9 @@ class Foresight:
 
 
 def features(candidates: Candidates) -> np.ndarray:
-    """`x_PF`: a constant, the standardised signals and their centred squares.
+    """Return `x_PF`: a constant, the standardised features and their centred squares.
 
-    A signal that does not vary, or is not finite somewhere, says nothing: zeros there.
+    A feature that does not vary is zero for all candidates; a non-finite value is replaced by zero.
     """
     lengths_P = [len(prompt.tokens) for prompt in candidates.prompts]
     raw_PF = np.stack(
@@ -130,16 +130,16 @@ def features(candidates: Candidates) -> np.ndarray:
 
 
 def predict(x_RF: np.ndarray, weight_F: np.ndarray) -> np.ndarray:
-    """Pass rates, kept away from 0 and 1 by 1/1000."""
+    """Return predicted pass rates, clipped to [1/1000, 999/1000]."""
     return np.clip(expit(x_RF @ weight_F), 1e-3, 1 - 1e-3)
 
 
 def logistic_regression(
     x_RF: np.ndarray, passes_R: np.ndarray, rollouts_R: np.ndarray, count_R: np.ndarray
 ) -> np.ndarray:
-    """`weight_F`, the mode under a standard normal prior, by Newton's method.
+    """Return `weight_F`, the posterior mode under a standard normal prior, by Newton's method.
 
-    `count_R`: how much each row's rollouts count.
+    `count_R` is the weight per rollout of each row.
     """
     weight_F = np.zeros(x_RF.shape[1])
     for _ in range(25):
@@ -161,7 +161,7 @@ def likelihood(
     rollouts_R: np.ndarray,
     count_R: np.ndarray,
 ) -> float:
-    """Log-likelihood of the groups if pass rates are Beta(m mu, m (1 - mu)), where m is `trust`."""
+    """Return the log-likelihood of the groups: pass rates ~ Beta(m mu, m (1 - mu)), m = `trust`."""
     alpha_R, beta_R = trust * mu_R, trust * (1 - mu_R)
     evidence_R = betaln(alpha_R + passes_R, beta_R + rollouts_R - passes_R)
     return float((count_R * (evidence_R - betaln(alpha_R, beta_R))).sum())

@@ -1,26 +1,27 @@
-"""GRESO (arXiv 2506.02177): skip prompts whose last visits taught nothing, then refill like DAPO.
+"""GRESO (arXiv 2506.02177): skip prompts whose last visits had zero variance; refill like DAPO.
 
-    P(roll out prompt i) = p_easy^z  or  p_hard^z,   z = its latest visits in a row that were all
+    P(roll out prompt i) = p_easy^z  or  p_hard^z,   z = its latest consecutive visits that were all
                                                          right, or all wrong (zero variance)
-    after a step:   p_easy -= 0.01 if #easy / #paid >= 25 % / 3     else p_easy += 0.01
-                    p_hard -= 0.01 if #hard / #paid >= 25 % * 2 / 3 else p_hard += 0.01
+    after a step:   p_easy -= 0.01 if #easy / #generated >= 25 % / 3     else p_easy += 0.01
+                    p_hard -= 0.01 if #hard / #generated >= 25 % * 2 / 3 else p_hard += 0.01
     first round:    1.5 K prompts (384 for 256)
-    each refill:    min(1.5 K, ceil(1.25 * missing / (1 - alpha))),   alpha = #zero variance / #paid
+    each refill:    min(1.5 K, ceil(1.25 * missing / (1 - alpha))),
+                    alpha = #zero variance / #generated
 
-Where the published code (Infini-AI-Lab/GRESO, verl/trainer/ttis) differs from its paper and from
-us:
+The published code (Infini-AI-Lab/GRESO, verl/trainer/ttis) differs from its paper and from ours:
 
-- It takes a mean reward of at least 0.98 for all right and at most 0.11 for all wrong, which fits
+- It treats a mean reward of at least 0.98 as all right and of at most 0.11 as all wrong, which fits
   rewards of 0, 0.1 and 1 and 8 rollouts: 1 right of 16 is 0.06, and would be all wrong.  We compare
-  the rewards themselves.  Its count of hard groups knows only those of reward 0.1; ours, any.
-- A prompt keeps a chance of 0.01, and the p's stay within 0.05 and 0.95.  We keep the second.
-- The p's rest in the first epoch.  Ours move from the first step on: a visit is what counts.
-- alpha is that of the last round, a refill has 64 prompts or more, and a round whose estimate falls
-  below 1.5 K is the last, filled or not.  We take alpha over the step, at least one prompt, and go
-  on until K groups have an advantage or no candidate is left.
+  the rewards themselves.  It counts only hard groups of reward 0.1; we count those of any reward.
+- A prompt keeps a probability of at least 0.01, and the p's stay between 0.05 and 0.95.  We apply
+  only the second bound.
+- The p's are constant in the first epoch.  Ours are updated from the first step.
+- It computes alpha from the last round, a refill has 64 prompts or more, and a round whose estimate
+  falls below 1.5 K is the last, filled or not.  We compute alpha over the step, use at least one
+  prompt per refill, and continue until K groups have an advantage or no candidate remains.
 
-A skipped prompt there gives way to the next of the data set.  Here the P candidates of the step are
-all there is: if fewer than K of them are accepted, skipped ones fill up.
+There, a skipped prompt is replaced by the next one of the data set.  Here, only the P candidates of
+the step are available: if fewer than K of them are accepted, skipped ones are added.
 """
 
 import copy
@@ -33,15 +34,15 @@ from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.selection.base import Candidates
 
 TARGET = {"easy": Fraction(1, 4) / 3, "hard": Fraction(1, 4) * 2 / 3}
-"""Share of the paid groups that may be all right, and all wrong: 25 % together."""
+"""Target share of generated groups that are all right, and all wrong: 25 % together."""
 P_START, P_STEP, P_MIN, P_MAX = 0.5, 0.01, 0.05, 0.95
 FIRST_ROUND = 1.5
 SPARE = Fraction(5, 4)
-"""A refill is so much larger than the estimate."""
+"""Factor by which a refill exceeds the estimate."""
 
 
 class GRESO:
-    """Skips by chance what has had zero variance, and refills in rounds of adaptive size."""
+    """Random skipping of prompts that had zero variance; refills in rounds of adaptive size."""
 
     needs_scores = False
     needs_pass_rates = False
@@ -51,16 +52,19 @@ class GRESO:
         self.num_selected, self.seed, self.pass_reward = config.num_selected, seed, pass_reward
         self.p = {kind: P_START for kind in TARGET}
         self.z: dict[str, dict[str, int]] = {kind: {} for kind in TARGET}
-        """Of each kind, by prompt id; a prompt that is not there, or in neither, has z = 0."""
+        """z of each kind by prompt id; z is 0 for a prompt without an entry."""
         self.step: int | None = None
         self.waiting: list[int] = []
-        """Candidates of this step that may still be rolled out, in the order of their turn."""
+        """Candidates of this step that may still be rolled out, in the order of the rounds."""
         self.found = {kind: 0 for kind in TARGET}
         self.paid = self.skipped = 0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the next round; none, and the step is over, if K groups have an advantage
-        or nobody is waiting."""
+        """Return the positions of the next round.
+
+        The list is empty, which ends the step, if K groups have an advantage or no candidate
+        remains.
+        """
         if step != self.step:
             self.step, self.paid, self.found = step, 0, {kind: 0 for kind in TARGET}
             self._accept_or_skip(candidates)
@@ -73,7 +77,10 @@ class GRESO:
         return chosen
 
     def observe(self, prompts, rewards_KG) -> None:
-        """A group of equal rewards lengthens its prompt's z, and ends the other kind's."""
+        """Update z: a group of equal rewards increments its kind's z and resets the other kind's.
+
+        A group with an advantage resets both.
+        """
         self.paid += len(prompts)
         useless_K = zero_variance(rewards_KG).tolist()
         passed_K = (rewards_KG[:, 0] >= self.pass_reward).tolist()
@@ -85,7 +92,7 @@ class GRESO:
                 self.found[kind] += 1
 
     def acceptance(self, prompt_id: str) -> float:
-        """P(roll out the prompt): p^z of its kind; the other kind's z is 0."""
+        """Return P(roll out the prompt): p^z of its kind; the other kind's z is 0."""
         return math.prod(p ** self.z[kind].get(prompt_id, 0) for kind, p in self.p.items())
 
     def _accept_or_skip(self, candidates: Candidates) -> None:
@@ -105,8 +112,8 @@ class GRESO:
             self.p[kind] = min(max(moved, P_MIN), P_MAX)
 
     def metrics(self) -> dict[str, float]:
-        """The base probabilities for the next step, and how many of the P candidates were skipped
-        by chance in this one."""
+        """Return the base probabilities for the next step, and the number of the P candidates
+        that were randomly skipped in this one."""
         return {
             "selection/p_easy": self.p["easy"],
             "selection/p_hard": self.p["hard"],
@@ -114,19 +121,20 @@ class GRESO:
         }
 
     def state_dict(self) -> dict:
-        """The base probabilities, and z by prompt id."""
+        """Return the base probabilities, and z by prompt id."""
         return copy.deepcopy({"p": self.p, "z": self.z})
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state with a new step."""
+        """Resume from a saved state at the start of a step."""
         self.p, self.z = copy.deepcopy((state["p"], state["z"]))
         self.step = None
 
 
 def round_size(num_selected: int, useful: int, paid: int) -> int:
-    """Prompts to roll out next, `useful` groups of the `paid` ones having an advantage.
+    """Return the number of prompts to roll out next, given `useful` groups among `paid` generated.
 
-    16 of 24 leave 16 of 32 missing, and two of three are useful: 1.25 * 16 / (2 / 3) = 30.
+    With 16 useful of 24 and K = 32, 16 are missing, and two of three are useful:
+    1.25 * 16 / (2 / 3) = 30.
 
     >>> round_size(32, 0, 0), round_size(32, 16, 24), round_size(32, 31, 48), round_size(32, 0, 48)
     (48, 30, 2, 48)

@@ -1,19 +1,20 @@
-"""MoPPS (arXiv 2507.04632): a posterior of each prompt's pass rate, and the draws nearest to 1/2.
+"""MoPPS (arXiv 2507.04632): a posterior per prompt's pass rate, and the draws nearest to 1/2.
 
     pass rate of prompt i ~ Beta(alpha_i, beta_i), at first Beta(1, 1)
     choose: draw gamma_i from each candidate's posterior; the K nearest to gamma* are rolled out
     observe s passes of G:  alpha_i <- lambda alpha_i + (1 - lambda) 1 + s
                             beta_i  <- lambda beta_i  + (1 - lambda) 1 + G - s
 
-gamma* is `selection.target_pass_rate`, lambda `selection.mopps_decay`: 1 never forgets (the
-published code's default), 0 knows the last visit only, 0.5 is what the Countdown and Geometry3k
-scripts set.  A prompt that is not rolled out keeps its posterior.
+gamma* is `selection.target_pass_rate`, lambda `selection.mopps_decay`: 1 keeps all evidence (the
+published code's default), 0 only that of the last visit, 0.5 is the value in the Countdown and
+Geometry3k scripts.  A prompt that is not rolled out keeps its posterior.
 
-The update is that of the published code (thu-rllab/MoPPS, recipe/ours/mopps.py), but for two
-things.  There s is G times the group's mean accuracy or score, here the number of rewards that
-reach `reward.high`: the same for rewards of 0 and 1.  And its lines for alpha and beta end in
-`... if n > 1 else 8`, which Python reads as a choice between the whole sum and 8: with one rollout
-a prompt every posterior would be Beta(8, 8).  We need no such case, since G is at least 2.
+The update is that of the published code (thu-rllab/MoPPS, recipe/ours/mopps.py), with two
+differences.  There, s is G times the group's mean accuracy or score; here, it is the number of
+rewards that reach `reward.high`: the same for rewards of 0 and 1.  And its lines for alpha and beta
+end in `... if n > 1 else 8`, which Python parses as a choice between the entire sum and 8: with one
+rollout per prompt every posterior would be Beta(8, 8).  No such case is needed here, since G is at
+least 2.
 """
 
 import random
@@ -22,11 +23,11 @@ from megatron_prepo.config import SelectionConfig
 from megatron_prepo.selection.base import Candidates
 
 PRIOR = 1.0
-"""alpha and beta of a prompt never seen: every pass rate is as likely."""
+"""alpha and beta of an unseen prompt: a uniform distribution of the pass rate."""
 
 
 class PosteriorSampling:
-    """Thompson sampling towards a pass rate."""
+    """Thompson sampling for a target pass rate."""
 
     needs_scores = False
     needs_pass_rates = False
@@ -40,7 +41,7 @@ class PosteriorSampling:
         self.posterior_mean = 0.0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the K candidates, the nearest draw first; ties keep their order."""
+        """Return the positions of the K candidates, nearest draw first; ties keep their order."""
         draws_P = self.draw(candidates, step)
         nearest = sorted(range(len(draws_P)), key=lambda i: abs(draws_P[i] - self.target))
         chosen = nearest[: self.num_selected]
@@ -48,12 +49,12 @@ class PosteriorSampling:
         return chosen
 
     def draw(self, candidates: Candidates, step: int) -> list[float]:
-        """A pass rate from each candidate's posterior."""
+        """Draw a pass rate from each candidate's posterior."""
         draw = random.Random(f"{self.seed}/mopps/{step}")
         return [draw.betavariate(*self.beta_of(prompt.id)) for prompt in candidates.prompts]
 
     def observe(self, prompts, rewards_KG) -> None:
-        """Older visits count lambda times as much as before, and the prior steps in for them."""
+        """Update the posteriors: earlier visits are discounted by lambda in favour of the prior."""
         passes_K = (rewards_KG >= self.pass_reward).sum(dim=1).tolist()
         for prompt, passes in zip(prompts, passes_K, strict=True):
             alpha, beta = (
@@ -62,22 +63,22 @@ class PosteriorSampling:
             self.posterior[prompt.id] = (alpha + passes, beta + rewards_KG.shape[1] - passes)
 
     def beta_of(self, prompt_id: str) -> tuple[float, float]:
-        """alpha and beta of a prompt."""
+        """Return alpha and beta of a prompt."""
         return self.posterior.get(prompt_id, (PRIOR, PRIOR))
 
     def mean(self, prompt_id: str) -> float:
-        """The expected pass rate of a prompt."""
+        """Return the expected pass rate of a prompt."""
         alpha, beta = self.beta_of(prompt_id)
         return alpha / (alpha + beta)
 
     def metrics(self) -> dict[str, float]:
-        """What was expected of the chosen prompts: the mean of their posteriors' means."""
+        """Return the expected pass rate of the selected prompts: the mean of posterior means."""
         return {"selection/posterior_mean": self.posterior_mean}
 
     def state_dict(self) -> dict:
-        """The posteriors, by prompt id."""
+        """Return the posteriors, by prompt id."""
         return {"posterior": {name: list(counts) for name, counts in self.posterior.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from saved posteriors."""
+        """Resume from saved posteriors."""
         self.posterior = {name: tuple(counts) for name, counts in state["posterior"].items()}

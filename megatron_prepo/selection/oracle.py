@@ -1,8 +1,8 @@
-"""An upper bound, not a method: rolls out every candidate to see which are neither easy nor hard.
+"""Upper bound, not a method: roll out every candidate to measure which are neither easy nor hard.
 
-Takes the K candidates whose pass rate, measured on G probe rollouts each, is nearest to
-`selection.target_pass_rate`.  The probes are paid for and in the ledger; a comparison that shows
-what knowing the pass rates would be worth leaves them out, and says so.
+Selects the K candidates whose pass rate, measured on G probe rollouts per candidate, is nearest to
+`selection.target_pass_rate`.  The probes are counted in the ledger; a comparison that shows the
+value of knowing the pass rates excludes them, and states so.
 """
 
 from megatron_prepo.config import SelectionConfig
@@ -10,7 +10,7 @@ from megatron_prepo.selection.base import Candidates
 
 
 class Oracle:
-    """Knows the pass rates."""
+    """Selection by measured pass rates."""
 
     needs_scores = True
     needs_pass_rates = True
@@ -20,20 +20,20 @@ class Oracle:
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the K candidates, nearest first; ties keep their order."""
+        """Return the positions of the K candidates, nearest first; ties keep their order."""
         distance_P = (candidates.pass_rate_P - self.target).abs()
         return distance_P.argsort(stable=True)[: self.num_selected].tolist()
 
     def observe(self, prompts, rewards_KG) -> None:
-        """The probes of the next step know better."""
+        """Ignore rewards: every step measures its candidates."""
 
     def metrics(self) -> dict[str, float]:
-        """Nothing."""
+        """Return no metrics."""
         return {}
 
     def state_dict(self) -> dict:
-        """Nothing: a choice follows from the probes."""
+        """Return an empty state: a choice depends only on the probes."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""

@@ -21,7 +21,7 @@ class PerplexityWindow:
         self.first = 0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the K selected candidates, lowest perplexity first."""
+        """Return the positions of the K selected candidates, lowest perplexity first."""
         room = len(candidates.prompts) - self.num_selected
         rho = progress(step, self.horizon, self.rho_max)
         self.first = window_start(self.pacing(rho), len(candidates.prompts), self.num_selected)
@@ -30,18 +30,18 @@ class PerplexityWindow:
         return select_window(candidates.ppl_P, self.first, self.num_selected)
 
     def observe(self, prompts, rewards_KG) -> None:
-        """The schedule learns nothing from rewards."""
+        """Ignore rewards: the schedule depends only on the step."""
 
     def metrics(self) -> dict[str, float]:
-        """The window's ends, as positions in the ascending order."""
+        """Return the ends of the window, as positions in the ascending order."""
         return {
             "selection/window_first": self.first,
             "selection/window_last": self.first + self.num_selected - 1,
         }
 
     def state_dict(self) -> dict:
-        """Nothing: the window follows from the step."""
+        """Return an empty state: the window depends only on the step."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""

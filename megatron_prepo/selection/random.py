@@ -1,4 +1,4 @@
-"""The paper's baseline: K of the candidates uniformly, without looking at them."""
+"""Baseline of the paper: K candidates drawn uniformly, without scoring."""
 
 import random
 
@@ -7,7 +7,7 @@ from megatron_prepo.selection.base import Candidates
 
 
 class RandomChoice:
-    """A uniform draw without replacement, from the seed and the step alone."""
+    """Uniform draw without replacement, a function of the seed and the step alone."""
 
     needs_scores = False
     needs_pass_rates = False
@@ -17,20 +17,20 @@ class RandomChoice:
         self.num_selected, self.seed = config.num_selected, seed
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Positions of the K selected candidates."""
+        """Return the positions of the K selected candidates."""
         draw = random.Random(f"{self.seed}/selection/{step}")
         return draw.sample(range(len(candidates.prompts)), self.num_selected)
 
     def observe(self, prompts, rewards_KG) -> None:
-        """Nothing is learnt."""
+        """Ignore rewards."""
 
     def metrics(self) -> dict[str, float]:
-        """Nothing."""
+        """Return no metrics."""
         return {}
 
     def state_dict(self) -> dict:
-        """Nothing: a draw follows from the seed and the step."""
+        """Return an empty state: a draw depends only on the seed and the step."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""

@@ -130,7 +130,10 @@ def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("docker on two machines", "--executor docker is for one machine, and the job has 8 nodes"),
+        (
+            "docker on two machines",
+            "--executor docker supports one machine, but the job",
+        ),
         ("no account", "--executor slurm needs --account"),
         ("unknown field", "SlurmExecutor has no such field (did you mean qos?)"),
     ],

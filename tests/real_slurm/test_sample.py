@@ -104,5 +104,5 @@ def test_a_job_that_slurm_refuses_is_one_line(cluster):
     done = cluster.launch(*TWO_NODES, *words, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: sbatch refuses the job: invalid partition specified: absent; ")
+    assert line.startswith("error: sbatch rejected the job: invalid partition specified: absent; ")
     assert not cluster.run("squeue", "--noheader")

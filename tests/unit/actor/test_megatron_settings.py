@@ -60,7 +60,7 @@ def test_a_value_becomes_its_fields_type(name, value, taken):
         ("attention_backend", "flush", "flash or fused or"),
         ("attention_backend", ["flash"], "flash or fused or"),
         ("activation_func", "gelu", "callable"),
-        ("autocast_dtype", "bf16", "no configuration can hold one"),
+        ("autocast_dtype", "bf16", "a configuration cannot express it"),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(name, value, message):
@@ -91,12 +91,12 @@ def test_any_value_is_taken_unchanged_or_refused_in_a_sentence(kind_and_field, v
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("rotary_interleaved", True, "config.json decides it"),
-        ("layernorm_epsilon", 1e-5, "config.json decides it"),
-        ("num_layers", 1, "config.json decides it"),
-        ("softmax_scale", 0.5, "config.json decides it"),
-        ("lr", 4e-4, r"set it through optimizer\.lr"),
-        ("weight_decay", 0.1, r"set it through optimizer\.weight_decay"),
+        ("rotary_interleaved", True, "it is set by the model's config.json"),
+        ("layernorm_epsilon", 1e-5, "it is set by the model's config.json"),
+        ("num_layers", 1, "it is set by the model's config.json"),
+        ("softmax_scale", 0.5, "it is set by the model's config.json"),
+        ("lr", 4e-4, r"set optimizer\.lr instead"),
+        ("weight_decay", 0.1, r"set optimizer\.weight_decay instead"),
     ],
 )
 def test_what_another_place_decides_is_refused(name, value, message):

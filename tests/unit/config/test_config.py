@@ -206,18 +206,21 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
         ),
         (
             {"parallel__data": 17},
-            r"parallel\.data=17 .* without one of the 16 rollouts",
+            r"parallel\.data=17 .* without any of the 16 rollouts",
         ),
         ({"parallel__data": 9, "train__mini_batches": 2}, r"parallel\.data=9 and train\.mini_batc"),
-        ({"profile__steps": [4, 5]}, r"profile\.steps=\[5\]: train\.total_steps=5 steps are count"),
+        (
+            {"profile__steps": [4, 5]},
+            r"steps=\[5\] is out of range: steps run from 0 to 4",
+        ),
         ({"optimizer__lr_warmup_steps": 6}, r"lr_warmup_steps=6 must be at most .*total_steps=5"),
         (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
         (
             OVERLAP | {"selection__method": "dapo"},
-            r"overlap=true .*selection\.method=dapo has to see",
+            r"overlap=true .*selection\.method=dapo needs rollouts of the step",
         ),
-        (OVERLAP | {"selection__method": "greso"}, r"selection\.method=greso has to see"),
-        (OVERLAP | {"selection__method": "oracle"}, r"selection\.method=oracle has to see"),
+        (OVERLAP | {"selection__method": "greso"}, r"selection\.method=greso needs rollouts"),
+        (OVERLAP | {"selection__method": "oracle"}, r"selection\.method=oracle needs rollouts"),
         (OVERLAP | {"loss__importance": "off"}, r"overlap=true .*set loss\.importance=truncated"),
     ],
 )

@@ -203,7 +203,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("train: {total_steps: " + "9" * 5000 + "}", "train.total_steps: 9999.* 5,000 digits"),
         ("run: !!python/object/apply:os.system ['touch /tmp/owned']", "line 1: a YAML tag"),
         ("run: !!str 3", "line 1: a YAML tag"),
-        ("a: 1\n---\na: 2", "several documents"),
+        ("a: 1\n---\na: 2", "multiple documents"),
         ("%YAML 1.1\n---\na: 1", "marked %YAML 1.1"),
         ("? " * 100_000, "a key must be a text"),
         ("? [a]\n: 1", "a key must be a text"),
@@ -226,7 +226,7 @@ def test_yaml_that_is_meant_to_harm_is_refused(tmp_path, text, message):
     [
         ({"servers__urls": ["http://me:s3cret@a:1"]}, r"servers\.urls: a user or password"),
         ({"servers__urls": ["https://s3cret@a:1"]}, r"servers\.urls: a user or password"),
-        ({"servers__urls": ["http://[a:1"]}, r"servers\.urls: 'http://\[a:1' is no URL"),
+        ({"servers__urls": ["http://[a:1"]}, r"servers\.urls: 'http://\[a:1' is not a URL"),
         ({"sglang": {"api_key": "s3cret"}}, r"sglang\.api_key"),
         ({"sglang": {"admin-api-key": "s3cret"}}, r"sglang\.admin-api-key"),
     ],

@@ -78,25 +78,28 @@ GOOD = {"id": "a", "prompt": "2+2", "answer": "4"}
         ('["2+2", "4"]', "line 2: must be an object"),
         ({"prompt": "2+2"}, "line 2: field `answer` is missing"),
         ({"answer": "4"}, "line 2: field `prompt` is missing"),
-        ({"prompt": None, "answer": "4"}, "line 2: field `prompt` must be a text, and is null"),
-        ({"prompt": 3, "answer": "4"}, "line 2: field `prompt` must be a text, and is a number"),
-        ({"prompt": "2+2", "answer": True}, "field `answer` .* and is true or false; write it"),
-        ({"prompt": "2+2", "answer": None}, "field `answer` .* and is null"),
-        ({"prompt": "2+2", "answer": {"a": 1}}, "field `answer` .* and is an object"),
-        ('{"prompt": "2+2", "answer": 1e400}', "field `answer`=1E.400 is no finite number"),
-        ('{"prompt": "2+2", "answer": 1e-400}', "field `answer`=1E-400 is no finite number"),
+        ({"prompt": None, "answer": "4"}, "line 2: field `prompt` must be a text, but is null"),
+        ({"prompt": 3, "answer": "4"}, "line 2: field `prompt` must be a text, but is a number"),
+        ({"prompt": "2+2", "answer": True}, "field `answer` .* but is true or false; write it"),
+        ({"prompt": "2+2", "answer": None}, "field `answer` .* but is null"),
+        ({"prompt": "2+2", "answer": {"a": 1}}, "field `answer` .* but is an object"),
+        ('{"prompt": "2+2", "answer": 1e400}', "field `answer`=1E.400 is not a finite number"),
+        ('{"prompt": "2+2", "answer": 1e-400}', "field `answer`=1E-400 is not a finite number"),
         ('{"prompt": "2+2", "answer": 1e9999999999999999999}', "not valid JSON .*out of range"),
-        ({"prompt": "2+2", "answer": float("nan")}, "line 2: not valid JSON .NaN is no JSON"),
+        (
+            {"prompt": "2+2", "answer": float("nan")},
+            "line 2: not valid JSON .NaN is not a JSON number",
+        ),
         ({"prompt": "2+2", "answer": float("inf")}, "line 2: not valid JSON .Infinity is no"),
-        ({"prompt": "2+2", "answer": "\ud800"}, "line 2: field `answer` is no Unicode text"),
-        ({"prompt": "\ud800 ", "answer": "1"}, "line 2: field `prompt` is no Unicode text"),
-        ({"id": "\udfff", "prompt": "2+2", "answer": "1"}, "field `id` is no Unicode text"),
+        ({"prompt": "2+2", "answer": "\ud800"}, "line 2: field `answer` is not valid Unicode"),
+        ({"prompt": "\ud800 ", "answer": "1"}, "line 2: field `prompt` is not valid Unicode"),
+        ({"id": "\udfff", "prompt": "2+2", "answer": "1"}, "field `id` is not valid Unicode"),
         ({"id": [1], "prompt": "2+2", "answer": "1"}, "field `id` must be a text or a number"),
         ({"id": False, "prompt": "2+2", "answer": "1"}, "field `id` must be a text or a number"),
         ({"id": " ", "prompt": "2+2", "answer": "1"}, "field `id` is empty"),
         ('{"prompt": "2+2", "answer": "4", "answer": "5"}', "key 'answer' is given twice"),
         ('{"prompt": "2+2", "answer": "4", "x": [{"b": 1, "b": 1}]}', "key 'b' is given twice"),
-        ({"prompt": "2+2", "answer": ["4"]}, "field `answer` .* and is a list"),
+        ({"prompt": "2+2", "answer": ["4"]}, "field `answer` .* but is a list"),
         ({"prompt": " \n", "answer": "4"}, "line 2: field `prompt` is empty"),
         ({"prompt": "2+2", "answer": ""}, "line 2: field `answer` is empty"),
         ({"id": "a", "prompt": "3", "answer": "3"}, "line 2: id 'a' is also that of line 1"),
@@ -130,7 +133,7 @@ def test_the_number_of_a_line_must_not_be_the_id_of_another(tmp_path):
 
 
 def test_a_file_without_prompts_and_no_file_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no prompts"):
+    with pytest.raises(UserError, match="contains no prompts"):
         read(write(tmp_path, "", "  "))
     with pytest.raises(UserError, match=r"no such file.*absent\.jsonl"):
         read(tmp_path / "absent.jsonl")

@@ -89,7 +89,7 @@ def test_a_model_without_weights_and_tokenizer(capsys, tmp_path):
     ("override", "what", "expected"),
     [
         ("parallel.tensor=3", "layout", "num_attention_heads=4"),
-        ("megatron.recompute_granularity=full", "layout", "megatron-core refuses"),
+        ("megatron.recompute_granularity=full", "layout", "megatron-core rejected"),
         ("data.max_prompt_tokens=20", "data.train", "more than data.max_prompt_tokens=20"),
         ("data.eval=absent.jsonl", "data.eval", "absent.jsonl"),
         ("model.hf=absent", "model", "config.json is missing"),

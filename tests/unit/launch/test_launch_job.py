@@ -90,7 +90,7 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
         (
             ["rollout.engine=sglang", "weight_sync.transport=distributed"],
             0,
-            "weight_sync.transport=distributed needs servers on GPUs of their own",
+            "weight_sync.transport=distributed needs servers on separate GPUs",
         ),
         ([], -1, "--server-nodes -1 must be at least 0"),
     ],
@@ -181,7 +181,7 @@ def test_servers_that_do_not_come_are_named(monkeypatch):
 
 def test_where_servers_log_is_said_only_if_they_have_logged(tmp_path):
     config = make_job("qwen2.5-7b", [f"run.dir={tmp_path}"]).config
-    assert "output of the job's step of servers" in rank.where_they_log(config)
+    assert "output of the job's server step" in rank.where_they_log(config)
     (tmp_path / "logs" / "node_1").mkdir(parents=True)
     (tmp_path / "logs" / "node_1" / "server_0.log").touch()
     assert rank.where_they_log(config) == f"see {tmp_path}/logs/node_*"
@@ -291,29 +291,38 @@ def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
         (["--executor", "slurm", "--chain", "0"], "--chain 0 must be at least 1"),
         (
             ["--executor", "slurm", "--chain", "2", "run.overwrite=true"],
-            "each job would remove what the one before it has done",
+            "each job would delete the results of the previous one",
         ),
-        (["--executor", "slurm", "--time", "4hours"], "--time 4hours is no time limit of Slurm"),
+        (["--executor", "slurm", "--time", "4hours"], "--time 4hours is not a time limit of Slurm"),
         (
             ["--executor", "slurm", "--chain", "2", "--time", "00:05:00"],
-            "--time 00:05:00 leaves no time to train: the job is asked to save 360 s before its",
+            "--time 00:05:00 leaves no time to train: the job gets the signal to save 360 s before",
         ),
-        (["--executor", "slurm", "--time", "8"], "give it more than 480 s"),
+        (["--executor", "slurm", "--time", "8"], "set --time above 480 s"),
         (
             ["--executor", "slurm", "--time", "30", "checkpoint.grace_seconds=1800"],
-            "give it more than 1980 s",
+            "set --time above 1980 s",
         ),
-        (["--executor", "slurm", "--time", "10", "--with", "signal=USR1@600"], "more than 720 s"),
-        (["--executor", "slurm", "--with", "time=08:00:00"], "--with time=...: write --time"),
+        (["--executor", "slurm", "--time", "10", "--with", "signal=USR1@600"], "above 720 s"),
+        (["--executor", "slurm", "--with", "time=08:00:00"], "--with time=...: use --time"),
         (["--executor", "slurm", "--env", "NCCL_DEBUG"], "--env 'NCCL_DEBUG' must have the form"),
         (["--executor", "slurm", "--mount", "/a:/a"], "--mount is for containers: add --image"),
-        (["--executor", "kubeflow", "--mount", "/a:/a"], "--mount means nothing to --executor kub"),
-        (["--executor", "skypilot", "--time", "08:00:00"], "--time means nothing to --executor sk"),
-        (["--executor", "docker", "--account", "a"], "--account means nothing to --executor dock"),
-        (["--executor", "local", "--image", "x"], "--image means nothing to --executor local"),
+        (
+            ["--executor", "kubeflow", "--mount", "/a:/a"],
+            "--mount has no effect with --executor",
+        ),
+        (
+            ["--executor", "skypilot", "--time", "08:00:00"],
+            "--time has no effect with --executor",
+        ),
+        (
+            ["--executor", "docker", "--account", "a"],
+            "--account has no effect with --executor",
+        ),
+        (["--executor", "local", "--image", "x"], "--image has no effect with --executor local"),
         (
             ["--executor", "local", "--server-nodes", "1", "rollout.engine=sglang"],
-            "--server-nodes means nothing to --executor local",
+            "--server-nodes has no effect with --executor local",
         ),
     ],
 )

@@ -48,8 +48,11 @@ def read(tmp_path, content, tokenizer):
         ('{"a":' * 100_000 + "1" + "}" * 100_000, r"line 2: not valid JSON \(nested too deeply\)"),
         ('{"prompt": "tom", "answer": ' + "9" * 5000 + "}", r"line 2: not valid JSON .*digits"),
         ('{"prompt": "' + "tom " * 5_000_000 + '", "answer": "1"}', "line 2: .*20,000,000 char"),
-        ('{"prompt": "tom \\u0000 tom", "answer": "1"}', "line 2: the tokenizer refuses"),
-        ('{"prompt": "tom \\ud800 tom", "answer": "1"}', "line 2: field `prompt` is no Unicode"),
+        ('{"prompt": "tom \\u0000 tom", "answer": "1"}', "line 2: the tokenizer rejects"),
+        (
+            '{"prompt": "tom \\ud800 tom", "answer": "1"}',
+            "line 2: field `prompt` is not valid Unicode",
+        ),
         ("\x00" * 1000, "line 2: not valid JSON"),
         (b"\xff\xfe\x00{", "line 2: not UTF-8"),
         ("\ufeff" + GOOD, "line 2: not valid JSON"),

@@ -45,13 +45,13 @@ def test_a_reader_that_leaves_costs_no_traceback():
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_a_rank_that_is_no_number_is_named(monkeypatch, name):
     monkeypatch.setenv(name, "one")
-    with pytest.raises(UserError, match=rf"^{name}='one' in the environment must be a whole num"):
+    with pytest.raises(UserError, match=rf"^{name}='one' in the environment must be an integer"):
         parallel.initialize(actor_config("unused").parallel, seed=0)
 
 
 def test_ranks_that_do_not_find_each_other_are_one_line_with_the_addresses(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
-    message = r"^error: the 1 ranks did not find .*absent0; the environment has {.*'absent0'"
+    message = r"^error: rendezvous of the 1 ranks failed.*absent0; the environment has {.*'absent0'"
     with pytest.raises(Stopped, match=message) as stopped:
         parallel.initialize(actor_config("unused").parallel, seed=0)
     assert "\n" not in str(stopped.value) and stopped.value.exit_code == 1

@@ -178,7 +178,7 @@ def test_a_function_that_does_not_load_is_a_sentence(tmp_path):
         ("import helper\n\nhelper.broken()\n", r"helper\.py, line 3: ZeroDivisionError"),
         ("import absent_helper\n", r"reward\.py, line 1: ModuleNotFoundError: .*absent_helper"),
         ("import sys\nsys.exit(0)\n", r"reward\.py, line 2: SystemExit: 0"),
-        ("def g(completion, answer): ...\n", r"has no function 'f', but g$"),
+        ("def g(completion, answer): ...\n", r"has no function 'f'; its functions: g$"),
         ("def f(completion): ...\n", r"reward\.py:f\(completion\) does not fit \(too many pos"),
         ("def f(a, b, c): ...\n", r"f\(a, b, c\) does not fit \(missing a required argument: 'c'"),
         ("def f(a, *, b): ...\n", r"does not fit"),

@@ -170,7 +170,7 @@ def test_a_function_of_ones_own_is_found_by_its_file():
 
 @pytest.mark.parametrize("name", ["maths", "file.py", "file:f", "file.py:f()", ":math", ""])
 def test_another_name_is_refused(name):
-    with pytest.raises(UserError, match="is none of final_number, math, and not of the form"):
+    with pytest.raises(UserError, match="is neither one of final_number, math nor of the form"):
         check_name(name)
 
 
@@ -187,7 +187,7 @@ def test_arguments_the_other_way_round_are_refused(tmp_path, parameters):
     """They go by place: each completion would be looked for in its answer."""
     file = tmp_path / "mine.py"
     file.write_text(f"def grade({parameters}):\n    return 0.0\n")
-    with pytest.raises(UserError, match="takes them the other way round"):
+    with pytest.raises(UserError, match="has its parameters in the opposite order"):
         load(f"{file}:grade")
     file.write_text("def grade(solution_str, ground_truth):\n    return 1.0\n")
     assert load(f"{file}:grade")("a", "b") == 1.0

@@ -184,7 +184,10 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
         ({"question": "?", "answer": "5"}, "line 1: ValueError"),
         ({"question": "?", "answer": None}, "line 1: AttributeError"),
         ({"question": None, "answer": "#### 5"}, "line 1: field `problem` must be a text"),
-        ({"question": "\ud800", "answer": "#### 5"}, "line 1: field `problem` is no Unicode"),
+        (
+            {"question": "\ud800", "answer": "#### 5"},
+            "line 1: field `problem` is not valid Unicode",
+        ),
         ({"problem": "?", "answer": "#### 5"}, r"KeyError 'question'.*\['answer', 'problem'\]"),
         ({"question": " ", "answer": "#### 5"}, "line 1: field `problem` is empty"),
         ({"question": "?", "answer": "#### "}, "line 1: field `answer` is empty"),
@@ -199,12 +202,12 @@ def test_a_row_that_does_not_read_is_named(row, expected, tmp_path):
 @pytest.mark.parametrize(
     ("name", "row", "expected"),
     [
-        ("aime24", {"answer": None}, "field `answer` .* and is null"),
-        ("aime24", {"answer": ["1"]}, "field `answer` .* and is a list"),
-        ("aime24", {"answer": True}, "field `answer` .* and is true or false"),
-        ("aime24", {"answer": float("nan")}, "not valid JSON .NaN is no JSON"),
-        ("aime24", {"id": "\udc00"}, "field `id` is no Unicode text"),
-        ("aime24", {"id": {"a": 1}}, "field `id` .* and is an object"),
+        ("aime24", {"answer": None}, "field `answer` .* but is null"),
+        ("aime24", {"answer": ["1"]}, "field `answer` .* but is a list"),
+        ("aime24", {"answer": True}, "field `answer` .* but is true or false"),
+        ("aime24", {"answer": float("nan")}, "not valid JSON .NaN is not a JSON number"),
+        ("aime24", {"id": "\udc00"}, "field `id` is not valid Unicode"),
+        ("aime24", {"id": {"a": 1}}, "field `id` .* but is an object"),
         ("dapo-math-17k", {"reward_model": {"ground_truth": None}}, "field `answer` .* is null"),
         ("dapo-math-17k", {"reward_model": None}, "TypeError"),
         ("dapo-math-17k", {"prompt": [{"content": None}]}, "TypeError"),
@@ -320,7 +323,7 @@ def test_parquet_that_is_cut_short_or_of_other_types_is_a_sentence(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         read_problems("aime25", str(path))
-    for row, message in zip(rows[1:], ("is null", "is no finite number"), strict=True):
+    for row, message in zip(rows[1:], ("is null", "is not a finite number"), strict=True):
         parquet.write_table(pyarrow.Table.from_pylist([rows[0] | {"id": "7"}, row]), path)
         with pytest.raises(UserError, match=rf"rows\.parquet, row 2: field `answer`.*{message}"):
             read_problems("aime25", str(path))
