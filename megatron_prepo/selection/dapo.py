@@ -16,14 +16,12 @@ import random
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.advantages import zero_variance
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 
-class DynamicSampling:
+class DynamicSampling(Selector):
     """Rounds of K in a random order; the first is what `random` would choose."""
 
-    needs_scores = False
-    needs_pass_rates = False
     refills = True
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
@@ -52,10 +50,6 @@ class DynamicSampling:
     def metrics(self) -> dict[str, float]:
         """Rounds of the step."""
         return {"selection/rounds": self.rounds}
-
-    def state_dict(self) -> dict:
-        """Nothing: each step starts anew."""
-        return {}
 
     def load_state_dict(self, state: dict) -> None:
         """The next step starts anew, whatever its number."""

@@ -30,7 +30,7 @@ from fractions import Fraction
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.advantages import zero_variance
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 TARGET = {"easy": Fraction(1, 4) / 3, "hard": Fraction(1, 4) * 2 / 3}
 """Share of the paid groups that may be all right, and all wrong: 25 % together."""
@@ -40,11 +40,9 @@ SPARE = Fraction(5, 4)
 """A refill is so much larger than the estimate."""
 
 
-class GRESO:
+class GRESO(Selector):
     """Skips by chance what has had zero variance, and refills in rounds of adaptive size."""
 
-    needs_scores = False
-    needs_pass_rates = False
     refills = True
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):

@@ -19,18 +19,14 @@ a prompt every posterior would be Beta(8, 8).  We need no such case, since G is 
 import random
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 PRIOR = 1.0
 """alpha and beta of a prompt never seen: every pass rate is as likely."""
 
 
-class PosteriorSampling:
+class PosteriorSampling(Selector):
     """Thompson sampling towards a pass rate."""
-
-    needs_scores = False
-    needs_pass_rates = False
-    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected, self.target = config.num_selected, config.target_pass_rate

@@ -16,7 +16,7 @@ from fractions import Fraction
 import torch
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 
 def linear(rho: Fraction) -> Fraction:
@@ -41,12 +41,10 @@ PACINGS: dict[str, Callable[[Fraction], Fraction | float]] = {
 }
 
 
-class PerplexityWindow:
+class PerplexityWindow(Selector):
     """A window of K candidates that slides from low to high perplexity."""
 
     needs_scores = True
-    needs_pass_rates = False
-    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected = config.num_selected
@@ -65,22 +63,12 @@ class PerplexityWindow:
             self.first = room - self.first
         return select_window(candidates.ppl_P, self.first, self.num_selected)
 
-    def observe(self, prompts, rewards_KG) -> None:
-        """The schedule learns nothing from rewards."""
-
     def metrics(self) -> dict[str, float]:
         """The window's ends, as positions in the ascending order."""
         return {
             "selection/window_first": self.first,
             "selection/window_last": self.first + self.num_selected - 1,
         }
-
-    def state_dict(self) -> dict:
-        """Nothing: the window follows from the step."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
 
 
 def progress(step: int, horizon: int, rho_max: float = 1.0) -> Fraction:
