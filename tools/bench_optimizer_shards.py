@@ -125,7 +125,7 @@ def as_megatron_does() -> Iterator[None]:
 
 def measure(actor: Actor, directory: Path) -> dict[str, float]:
     """The most of any rank."""
-    actor.copies.room = []  # each way makes its own
+    actor.host_buffers.room = []  # each way makes its own
     (saving, pause), pause_bytes = with_memory(lambda: start_saving(actor, directory))
     saving.finish(timeout_minutes=30)
     path = directory / "iter_0000001"

@@ -56,7 +56,7 @@ def main() -> int:
 
 def measure(config, prompts, actor, engine) -> dict:
     """The numbers of one step."""
-    from megatron_prepo.train import sampling
+    from megatron_prepo.trainer.stages import rollout_request
 
     candidates = prompts[: config.selection.num_candidates]
     selected = candidates[: config.selection.num_selected]
@@ -86,7 +86,8 @@ def measure(config, prompts, actor, engine) -> dict:
         return engine_perplexities(engine, candidates, config.selection.ppl_tokens)
 
     def roll_out() -> None:
-        engine.generate(selected, **sampling(config, "bench"))
+        settings, seed = config.rollout, config.train.seed
+        engine.generate(rollout_request(selected, "bench", settings, seed))
 
     roll_out()  # once for whatever the server does at first
     actor_ppl_P, engine_ppl_P = by_actor(), by_engine()

@@ -84,7 +84,7 @@ def measure(scratch: Path, options: argparse.Namespace, transports: list[str]) -
     parallel.initialize(config.parallel, seed=1)
     device = parallel.device()
     engine = SGLangEngine(
-        config, SimpleNamespace(eos_token_id=2, decode=None), device=device, say=print
+        config, SimpleNamespace(eos_token_id=2, decode=None), device=device, log=print
     )
     try:
         weights = Weights(config, device)

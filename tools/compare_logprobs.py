@@ -43,11 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     config = config_of(options)
     inputs = preflight.check(config)
-    from megatron_prepo.train import sampling
+    from megatron_prepo.trainer.stages import rollout_request
 
     with actor_and_engine(config, inputs) as (actor, engine):
         prompts = inputs.train_prompts[: options.num_prompts]
-        rollouts = engine.generate(prompts, **sampling(config, "compare_logprobs"))
+        rollouts = engine.generate(
+            rollout_request(prompts, "compare_logprobs", config.rollout, config.train.seed)
+        )
         directory = reference_directory(config, actor, options.out)
         comparison = compare(config, actor, rollouts, directory)
     if os.environ.get("RANK", "0") != "0":
@@ -69,11 +71,18 @@ def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple
     """Both, with the same weights, as at the start of a run."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
+    from megatron_prepo.rollout.build import build_engine
     from megatron_prepo.rollout.weight_sync import sync_weights
-    from megatron_prepo.trainer.setup import build_engine
+    from megatron_prepo.trainer.setup import ranks
 
     parallel.initialize(config.parallel, config.train.seed)
-    engine = build_engine(config, inputs.tokenizer, lambda line: print(line, file=sys.stderr))
+    engine = build_engine(
+        config,
+        inputs.tokenizer,
+        device=parallel.device(),
+        ranks=ranks(),
+        log=lambda line: print(line, file=sys.stderr),
+    )
     try:
         preflight.check_engine(config, engine)
         actor = Actor(config)

@@ -125,7 +125,7 @@ def rollout(given: str, answer: str) -> Rollout:
 
 def run_mixture(result: dict, answers: int, settings: RewardConfig, save: Callable) -> None:
     """Grade so many more hostile answers, some hundreds at a time with honest ones among them."""
-    with closing(Grader(settings, say=lambda sentence: None)) as grader:
+    with closing(Grader(settings, log=lambda sentence: None)) as grader:
         end = result["answers"] + answers
         while result["answers"] < end:
             first, start = result["answers"], time.monotonic()
@@ -155,7 +155,7 @@ def run_atheris(result: dict, seconds: int, settings: RewardConfig, save: Callab
     with atheris.instrument_imports(include=["math_verify", "latex2sympy2_extended"]):
         from megatron_prepo.rewards.math import boxed_answer
 
-    grader, start = Grader(settings, say=lambda sentence: None), time.monotonic()
+    grader, start = Grader(settings, log=lambda sentence: None), time.monotonic()
     gold = r"x^2 + \frac{1}{2}"
 
     def one(data: bytes) -> None:

@@ -34,7 +34,7 @@ from megatron_prepo.errors import Stopped
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.process import machine
 from megatron_prepo.process.ports import free_port
-from megatron_prepo.rollout.sglang.fleet import EngineError
+from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.train import train
 from megatron_prepo.train_async import train_overlapped
 

@@ -82,21 +82,40 @@ def ours_fixed(case: Case, orders: Orders) -> None:
     """`Actor.score` and `Actor.update`, as `train.py` calls them."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.trainer.policy_update import score_rollouts, update_policy
+    from megatron_prepo.prepo.advantages import group_advantages
+    from megatron_prepo.rewards.pool import Grade
+    from megatron_prepo.trainer.groups import Groups
+    from megatron_prepo.trainer.policy_update import (
+        TrainingBatch,
+        score_rollouts,
+        update_policy,
+        weigh_by_entropy,
+    )
 
     config = case.config
     parallel.initialize(config.parallel, config.train.seed)
     actor = Actor(config)
-    rewards_KG = torch.tensor([group.rewards for group in case.groups])
+    num_mini_batches, loss = config.train.mini_batches, config.loss
+    grades = [Grade(reward) for group in case.groups for reward in group.rewards]
     while task := orders.next():
         rollouts = case.rollouts(actor.updates)
         with orders.timed("score"):
-            old = score_rollouts(config, actor, rollouts)
+            old = score_rollouts(actor, rollouts, temperature=config.rollout.temperature, loss=loss)
         values = {"logprob": float(torch.cat([s.logprobs_T for s in old.scores]).mean())}
         if task == "update":
             orders.seconds.clear()
             with orders.timed("update"):
-                _, metrics = update_policy(config, actor, rollouts, rewards_KG, old)
+                groups = Groups().extend(range(len(case.groups)), rollouts, grades)
+                advantages_KG = group_advantages(
+                    groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
+                )
+                weight_N = weigh_by_entropy(config.weighting, groups, old, num_mini_batches)
+                metrics = update_policy(
+                    actor,
+                    TrainingBatch(groups, advantages_KG, old, weight_N),
+                    aggregation=loss.aggregation,
+                    num_mini_batches=num_mini_batches,
+                )
             values |= {"loss": metrics["loss/policy"], "grad_norm": metrics["loss/grad_norm"]}
         orders.answer(**values)
 

@@ -18,6 +18,7 @@ from megatron_prepo.data import read_prompts
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.final_number import final_number
+from megatron_prepo.rollout.engine import Request
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -120,13 +121,14 @@ def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
     base = type(engine.model).from_pretrained(config.model.hf, dtype=engine.model.dtype)
     engine.load_weights([list(base.named_parameters())], version=0)
     size = config.rollout.samples_per_prompt
-    rollouts = engine.generate(
-        prompts,
+    request = Request(
+        prompts=prompts,
         samples_per_prompt=size,
         temperature=1.0,
         max_new_tokens=config.rollout.max_new_tokens,
         seed="bench",
     )
+    rollouts = engine.generate(request)
     rewards = [final_number(rollout.text, rollout.prompt.answer) for rollout in rollouts]
     groups = [
         Group(

@@ -36,7 +36,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from megatron_prepo.actor import checkpoint, parallel
-from megatron_prepo.actor.async_save import Copies, Saving
+from megatron_prepo.actor.async_save import HostBuffers, PendingCheckpoint
 from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.context_parallel import context_group
 from megatron_prepo.actor.lm_head import (
@@ -129,8 +129,8 @@ class Actor:
         waiting = [ddp.no_sync for ddp in self.ddp]
         mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self.reference = self._copy_of_weights() if config.loss.kl_coef else None
-        self.copies = Copies()
-        """Host buffers for checkpoints in the background."""
+        self.host_buffers = HostBuffers()
+        """For checkpoints in the background."""
         self.updates = 0
         """Number of optimizer updates so far: the version of the weights."""
 
@@ -337,16 +337,16 @@ class Actor:
 
     def start_saving(
         self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
-    ) -> Saving:
+    ) -> PendingCheckpoint:
         """Start `save` and return the unfinished checkpoint; with `copy`, training may continue.
 
         The previous copy is overwritten: its checkpoint must be finished.
         """
         self._gather_weights()
-        copies = self.copies if copy else None
+        buffers = self.host_buffers if copy else None
         if not self.config.checkpoint.optimizer:
             return checkpoint.start_saving(
-                self.chunks, directory, step=step, copies=copies, hf=self.hf
+                self.chunks, directory, step=step, buffers=buffers, hf=self.hf
             )
         return checkpoint.start_saving(
             self.chunks,
@@ -356,7 +356,7 @@ class Actor:
             scheduler=self.scheduler,
             updates=self.updates,
             run_state=run_state,
-            copies=copies,
+            buffers=buffers,
             hf=self.hf,
         )
 

@@ -50,8 +50,8 @@ if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on, the default needs another package
 
 
-class Copies:
-    """Copies of a checkpoint's tensors in host memory, whose buffers the next checkpoint reuses.
+class HostBuffers:
+    """Host memory for the tensors of a checkpoint, which the next checkpoint reuses.
 
     Allocating new memory costs more than filling it.  On CUDA it is page-locked, so that copies run
     at the speed of the bus.
@@ -60,7 +60,7 @@ class Copies:
     def __init__(self):
         self.room: list[torch.Tensor] = []
 
-    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies of tensors, in order; those of the previous call are overwritten."""
         if [(t.shape, t.dtype) for t in tensors] != [(t.shape, t.dtype) for t in self.room]:
             self.room = []  # different tensors: release the old buffers first
@@ -72,7 +72,7 @@ class Copies:
         return self.room
 
 
-class Saving:
+class PendingCheckpoint:
     """A checkpoint that is being written; every rank calls the same methods, all collective."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Saving:
         aside: Path,
         *,
         metadata: dict,
-        copies: Copies | None,
+        buffers: HostBuffers | None,
         small_files: dict[str, bytes],
         publish: Callable[[], None],
     ):
@@ -99,7 +99,7 @@ class Saving:
             state, str(aside), strategy, content_metadata=metadata, **_ASYNCHRONOUS
         )
         _, buckets, self.results = self.request.async_fn_args or (None, [], None)
-        self.buckets = _on_the_host(buckets, copies)
+        self.buckets = _on_the_host(buckets, buffers)
         self.result, self.sums = None, {}
         self.error: str | None = "its thread ended early"
         self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
@@ -168,10 +168,10 @@ class Saving:
         return None
 
 
-def _on_the_host(buckets: list, copies: Copies | None) -> list:
+def _on_the_host(buckets: list, buffers: HostBuffers | None) -> list:
     """Return Megatron's descriptions of files with their tensors in host memory."""
     tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
-    here = iter(copies.of(tensors) if copies else [tensor.cpu() for tensor in tensors])
+    here = iter(buffers.copy(tensors) if buffers else [tensor.cpu() for tensor in tensors])
     return [
         (file, key, (values, [(item, next(here)) for item, _ in pairs]))
         for file, key, (values, pairs) in buckets

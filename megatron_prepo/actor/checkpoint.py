@@ -26,7 +26,7 @@ from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prepo.actor import optimizer_shards
-from megatron_prepo.actor.async_save import Copies, Saving
+from megatron_prepo.actor.async_save import HostBuffers, PendingCheckpoint
 from megatron_prepo.actor.cpu_offload import HostAdam, fill_adam_state
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
@@ -50,16 +50,16 @@ def start_saving(
     scheduler=None,
     updates: int = 0,
     run_state: str | None = None,
-    copies: Copies | None = None,
+    buffers: HostBuffers | None = None,
     hf: dict | None = None,
-) -> Saving:
+) -> PendingCheckpoint:
     """Start to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
     Collective.  Optimizer and scheduler are saved if given, together with this rank's random
     states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as the
     checkpoint's record of the model (`models/record.py`).  The checkpoint exists when
-    the `Saving` is finished; until then nothing else may be saved below `directory` and, without
-    `copies`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
+    this is finished; until then nothing else may be saved below `directory` and, without
+    `buffers`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
     checkpoints are kept.
     """
     final = path_of(directory, step)
@@ -91,11 +91,11 @@ def start_saving(
         small_files[f"random_{dist.get_rank()}.safetensors"] = as_bytes(_random_states())
     if run_state is not None and dist.get_rank() == 0:
         small_files[RUN_STATE] = run_state.encode()
-    return Saving(
+    return PendingCheckpoint(
         state,
         aside,
         metadata=optimizer_shards.SHARDING,
-        copies=copies,
+        buffers=buffers,
         small_files=small_files,
         publish=publish,
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_prepo.evaluation.pass_at_k import ci95, difference_ci95
-from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.records import Rollout
+from megatron_prepo.rollout.engine import Engine, Request
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,14 @@ class Evaluation:
 
 
 def evaluate(
-    generate: Callable[..., list[Rollout]],
-    prompts: Sequence[Prompt],
-    rewards_of: Callable[[Sequence[Rollout]], Sequence[float]],
+    engine: Engine,
+    request: Request,
+    rewards_of: Callable[[Sequence[Rollout]], torch.Tensor],
     *,
-    samples_per_prompt: int,
     pass_reward: float,
-    **sampling,
 ) -> Evaluation:
-    """avg@k of the engine whose `generate` is given; a sample passes at `pass_reward`."""
-    rollouts = generate(prompts, samples_per_prompt=samples_per_prompt, **sampling)
-    rewards_PG = torch.as_tensor(rewards_of(rollouts)).view(len(prompts), samples_per_prompt)
+    """Return the engine's avg@k on the request's prompts; a sample passes at `pass_reward`."""
+    rewards_N = rewards_of(engine.generate(request))
+    rewards_PG = rewards_N.view(len(request.prompts), request.samples_per_prompt)
     passes_P = (rewards_PG >= pass_reward).double().mean(dim=1)
-    return Evaluation(passes_P, samples_per_prompt)
+    return Evaluation(passes_P, request.samples_per_prompt)

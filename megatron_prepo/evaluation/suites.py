@@ -40,9 +40,8 @@ from megatron_prepo.models.hf_files import HFTensors, buckets, widest
 from megatron_prepo.process import machine
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade, Grader
-from megatron_prepo.rollout.sglang import launch
-from megatron_prepo.rollout.sglang.engine import SGLangEngine
-from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
+from megatron_prepo.rollout import build
+from megatron_prepo.rollout.engine import Engine, Request
 
 UNUSED = {
     "run": {"dir": "-"},
@@ -216,7 +215,7 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
         path = directory / "completions" / model.name / f"{name}.jsonl"
         works.append((name, Completions(path, prompts, config.eval.samples_per_prompt)))
     if any(completions.missing() for _, completions in works):
-        with closing(build_engine(config, tokenizer)) as engine:
+        with closing(engine_with_files(config, tokenizer)) as engine:
             for name, completions in works:
                 complete(config, engine, grader, completions, f"{model.name} on {name}")
     numbers = {name: count(completions, config.reward.high) for name, completions in works}
@@ -243,26 +242,16 @@ def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
     return prompts
 
 
-def build_engine(config: Config, tokenizer):
-    """The engine of `rollout.engine`, with the weights of `model.hf`."""
+def engine_with_files(config: Config, tokenizer) -> Engine:
+    """Return the configured engine with the weights of `model.hf`."""
+    build.check(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.rollout.engine == "sglang":
-        launch.check_given(config) if config.servers.urls else launch.check(config)
-        engine = SGLangEngine(config, tokenizer, device=device)
-    else:
-        engine = EmbeddedEngine(
-            config.model.hf,
-            tokenizer,
-            dtype=getattr(torch, config.model.dtype),
-            fp32_lm_head=config.model.fp32_lm_head,
-            device=device,
-            batch_size=config.rollout.batch_size,
-        )
+    engine = build.build_engine(config, tokenizer, device=device)
     give_files(engine, config)
     return engine
 
 
-def give_files(engine: SGLangEngine | EmbeddedEngine, config: Config) -> None:
+def give_files(engine: Engine, config: Config) -> None:
     """Send the tensors of the files, as they are, but for the type and what is no parameter."""
     dtype = getattr(torch, config.model.dtype)
     tied = read_hf_config(config.model.hf, for_megatron=False)["tie_word_embeddings"]
@@ -278,7 +267,7 @@ def give_files(engine: SGLangEngine | EmbeddedEngine, config: Config) -> None:
 
 
 def complete(
-    config: Config, engine, grader: Grader, completions: "Completions", title: str
+    config: Config, engine: Engine, grader: Grader, completions: "Completions", title: str
 ) -> None:
     """Generate and grade what is missing, some prompts at a time, each kept as it comes."""
     samples = config.eval.samples_per_prompt
@@ -292,14 +281,15 @@ def complete(
     with tqdm(desc=title, total=total, initial=done) as bar:
         for first in range(0, len(missing), step):
             prompts = missing[first : first + step]
-            rollouts = engine.generate(
-                prompts,
+            request = Request(
+                prompts=prompts,
                 samples_per_prompt=samples,
                 temperature=config.eval.temperature,
                 max_new_tokens=config.rollout.max_new_tokens,
                 seed=f"{config.train.seed}/evaluation",
                 on_progress=lambda part, _, before=done: bar.update(before + part - bar.n),
             )
+            rollouts = engine.generate(request)
             completions.append(rollouts, grader.grade(rollouts))
             done += len(rollouts)
             bar.update(done - bar.n)

@@ -34,7 +34,7 @@ from pathlib import Path
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock
 from megatron_prepo.files.atomic import flush, rename_tree, write_text
-from megatron_prepo.inputs import digests as inputs
+from megatron_prepo.files.digest import digest, is_sampled
 
 MARKER = ".megatron-prepo.json"
 MADE_BY = "megatron-prepo"
@@ -243,8 +243,8 @@ def _proof(path: Path) -> dict[str, object] | None:
     """Return what a file is known by; None for what is no regular file, such as a link."""
     if path.is_symlink() or not path.is_file():
         return None
-    proof = {"bytes": path.stat().st_size, "digest": inputs.digest(path)}
-    if inputs.is_sampled(proof["digest"]):
+    proof = {"bytes": path.stat().st_size, "digest": digest(path)}
+    if is_sampled(proof["digest"]):
         flush(path)  # a network file system settles the time of the last change then
         proof["mtime_ns"] = path.stat().st_mtime_ns
     return proof

@@ -1,17 +1,12 @@
 """What a run reads, by content: its digests are saved with the run and compared on resume.
 
 A path may change while the content is the same.  `inputs.json` holds, for each setting that names
-an input, where it was and a digest of each of its files:
-
-- prompts, the reward's file and whatever else is up to 64 MiB: SHA-256 of all of it;
-- a larger file (weights): SHA-256 of its size, its first MiB, its last MiB and 32 blocks of 64 KiB
-  spread evenly.  A change that spans a 32nd of the file is seen, one within a gap is not.
+an input, where it was and a digest of each of its files (`files/digest.py`).
 
 Of a model's folder the files count that can move a number: configuration, tokenizer, weights.  Of
 the reward's file only itself is seen, and not what it imports.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -19,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_prepo.config import Config
+from megatron_prepo.files.digest import digest
 
 MODEL_FILES = (
     "config.json",
@@ -37,9 +33,6 @@ MODEL_FILES = (
     "common.pt",
 )
 TEMPLATES = "additional_chat_templates"
-FULL_BYTES = 64 << 20
-END_BYTES = 1 << 20
-NUM_BLOCKS, BLOCK_BYTES = 32, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -115,30 +108,6 @@ def _checkpoint(path: Path) -> Path:
         return newest(path)
     except UserError:  # preflight says what is wrong with it
         return path
-
-
-def digest(file: Path) -> str:
-    """Of a file's content: `sha256:` if all of it counts, `sampled:` for a larger one."""
-    size = file.stat().st_size
-    with open(file, "rb") as content:
-        if size <= FULL_BYTES:
-            summed = hashlib.sha256()
-            while block := content.read(END_BYTES):
-                summed.update(block)
-            return f"sha256:{summed.hexdigest()}"
-        summed = hashlib.sha256(f"{size}\n".encode())
-        summed.update(content.read(END_BYTES))
-        for i in range(1, NUM_BLOCKS + 1):
-            content.seek(i * size // (NUM_BLOCKS + 1))
-            summed.update(content.read(BLOCK_BYTES))
-        content.seek(size - END_BYTES)
-        summed.update(content.read(END_BYTES))
-    return f"sampled:{summed.hexdigest()}"
-
-
-def is_sampled(digest: str) -> bool:
-    """Return whether a digest is of samples, which a change within a gap leaves as it is."""
-    return digest.startswith("sampled:")
 
 
 def differing(before: dict, now: dict) -> list[str]:

@@ -33,7 +33,7 @@ class Inputs:
 def check(config: Config) -> Inputs:
     """Read and check all inputs; raises UserError naming the culprit."""
     from megatron_prepo.actor.model import check_layout
-    from megatron_prepo.rollout.sglang import launch, open_files
+    from megatron_prepo.rollout import build
 
     check_opens(Path(config.model.hf))
     hf = read_hf_config(config.model.hf)
@@ -61,11 +61,7 @@ def check(config: Config) -> Inputs:
             f"the tokenizer of {config.model.hf} gives token {largest}, but the model's vocab_size "
             f"is {hf['vocab_size']}"
         )
-    if config.rollout.engine == "sglang":
-        open_files.make_room(config.servers)
-        launch.check_given(config) if config.servers.urls else launch.check(config)
-        if not config.servers.urls and os.environ.get("RANK", "0") == "0":
-            launch.check_host(config)
+    build.check(config)
     return Inputs(tokenizer, train_prompts, eval_prompts, digests)
 
 

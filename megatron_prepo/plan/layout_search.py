@@ -184,7 +184,7 @@ def _ranks(config: Config, question: PlanRequest, hf: dict, shape: Shape, parts:
         return ParameterCounts(dense + experts, dense + experts, shard, parts.gradient_bytes)
 
     whole = _whole_parameters(parallel, shape, parts, tied)
-    engine = plan.build_engine(config, question, shape, whole)
+    engine = plan.plan_engine(config, question, shape, whole)
     stages = sorted({0, parallel.pipeline // 2, parallel.pipeline - 1})
     ranks = tuple(
         plan.rank_memory(config, shape, engine, stage, layers, held(stage)) for stage in stages

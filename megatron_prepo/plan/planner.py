@@ -111,7 +111,7 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EnginePlan:
     """The engine on the same GPUs."""
 
     name: str
@@ -139,7 +139,7 @@ class Plan:
     divisions: tuple[str, ...]
     cautions: tuple[str, ...]
     ranks: tuple[RankMemory, ...]
-    engine: Engine
+    engine: EnginePlan
     micro_batches: int
     sequence_tokens: int
     token_budget: int
@@ -176,7 +176,7 @@ def make_plan(config: Config, question: PlanRequest) -> Plan:
         )
     )
     parameters = count_parameters(hf, stages)
-    engine = build_engine(config, question, shape, parameters)
+    engine = plan_engine(config, question, shape, parameters)
     ranks = tuple(
         rank_memory(config, shape, engine, stage.stage, stage.layers, _parameter_counts(stage))
         for stage in stages
@@ -337,7 +337,7 @@ def rollouts_a_step(config: Config) -> tuple[int, int]:
 
 
 def rank_memory(
-    config: Config, shape: Shape, engine: Engine, stage: int, layers: int, held: ParameterCounts
+    config: Config, shape: Shape, engine: EnginePlan, stage: int, layers: int, held: ParameterCounts
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
     from megatron_prepo.actor.cpu_offload import offload_fraction
@@ -413,16 +413,18 @@ def _parameter_counts(stage) -> ParameterCounts:
     )
 
 
-def build_engine(config: Config, question: PlanRequest, shape: Shape, parameters: int) -> Engine:
+def plan_engine(config: Config, question: PlanRequest, shape: Shape, parameters: int) -> EnginePlan:
     """The engine on these GPUs, before it is known how much room its key-value cache has."""
     name = question.engine or config.rollout.engine
     of_type = 2 if config.model.dtype == "bfloat16" else 4
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     if name == "embedded":
         wanted = -(-rollouts // question.gpus)
-        return Engine(name, 1, parameters * of_type, wanted, min(wanted, config.rollout.batch_size))
+        return EnginePlan(
+            name, 1, parameters * of_type, wanted, min(wanted, config.rollout.batch_size)
+        )
     if name == "elsewhere":
-        return Engine(name, 1, 0, rollouts, rollouts)
+        return EnginePlan(name, 1, 0, rollouts, rollouts)
     tensor = question.engine_tensor or _smallest_tensor(
         parameters * of_type, GPUS[question.gpu], question.gpus
     )
@@ -431,7 +433,7 @@ def build_engine(config: Config, question: PlanRequest, shape: Shape, parameters
     if shape.heads % tensor:
         raise UserError(f"--engine-tensor {tensor} does not divide the model's {shape.heads} heads")
     engines = question.gpus // tensor
-    return Engine(name, tensor, parameters * of_type // tensor, -(-rollouts // engines), 0)
+    return EnginePlan(name, tensor, parameters * of_type // tensor, -(-rollouts // engines), 0)
 
 
 def _smallest_tensor(weights: int, gpu: Gpu, gpus: int) -> int:
@@ -445,9 +447,9 @@ def with_room(
     config: Config,
     question: PlanRequest,
     shape: Shape,
-    engine: Engine,
+    engine: EnginePlan,
     ranks: tuple[RankMemory, ...],
-) -> Engine:
+) -> EnginePlan:
     """With `sequences_at_once`: SGLang's cache takes what the fullest GPU has left."""
     if engine.name != "sglang":
         return engine

@@ -68,10 +68,10 @@ class Grader:
         *,
         rank: int = 0,
         share: Callable[[Future | None], Any] = lambda future: future.result(),
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         """Start the processes; raises UserError on every rank if the function cannot be loaded."""
-        self.settings, self.rank, self.share, self.say = settings, rank, share, say
+        self.settings, self.rank, self.share, self.log = settings, rank, share, log
         self.said_failure = False
         if rank == 0:
             cores = len(os.sched_getaffinity(0))
@@ -152,7 +152,7 @@ class Grader:
         if len(failed) > self.settings.max_failed * len(grades):
             raise UserError(f"{sentence}; more than reward.max_failed={self.settings.max_failed}")
         if not self.said_failure:
-            self.say(f"{sentence}; reward/failed_ratio counts further failures")
+            self.log(f"{sentence}; reward/failed_ratio counts further failures")
             self.said_failure = True
 
 

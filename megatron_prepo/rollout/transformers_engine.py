@@ -8,7 +8,7 @@ rounding in a batch of another shape).
 
 import hashlib
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
@@ -30,6 +30,7 @@ from megatron_prepo.models.fp32_matmul import product
 from megatron_prepo.models.hf_config import read_hf_config, read_json
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rollout.engine import Bucket, Request, Shapes
 from megatron_prepo.rollout.routing_recorder import ChosenExperts
 
 GROUPED = "sdpa_grouped"
@@ -76,10 +77,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def load_weights(
-        self,
-        buckets: Iterable[list[tuple[str, torch.Tensor]]],
-        version: int,
-        shapes: dict | None = None,
+        self, buckets: Iterable[Bucket], version: int, shapes: Shapes | None = None
     ) -> None:
         """Replace all weights by those of the buckets; their `shapes` are of no use here.
 
@@ -103,53 +101,48 @@ class EmbeddedEngine:
             raise ValueError(f"weight sync: no weights came for {sorted(missing)}")
         self.weight_version = version
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples_per_prompt: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: str,
-        routing: bool = False,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        paid: Mapping[tuple[str, int], Rollout] = {},
-        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
-    ) -> list[Rollout]:
-        """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
+    def generate(self, request: Request) -> list[Rollout]:
+        """Return the rollouts of the request, in its order, on every rank.
 
-        With their routing, if it is asked for.  `on_progress` is called after each batch with about
-        how many completions all ranks have done, and how many there are.  Those that are `paid`, by
-        prompt's id and sample, are taken from there; each rank's `keep` gets its others, a batch at
-        a time.
+        `on_rollouts` of each rank gets its own share, a batch at a time.
         """
         assert self.weight_version is not None, "the engine has no weights: sync first"
-        jobs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
+        jobs, cached = request.samples(), request.cached
         # neighbours in length share a batch, so that little is padded
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].tokens))
         mine, done = order[self.rank :: self.num_ranks], []
         # what this rank has kept is whole batches, so that the rest makes the batches that it would
         # have made; in others it would round differently
-        mine = [i for i in mine if (jobs[i][0].id, jobs[i][1]) not in paid]
+        mine = [i for i in mine if (jobs[i][0].id, jobs[i][1]) not in cached]
         for first in range(0, len(mine), self.batch_size):
             batch = mine[first : first + self.batch_size]
-            seeds = [f"{seed}/{jobs[i][0].id}/{jobs[i][1]}" for i in batch]
-            experts = ChosenExperts(self.model) if routing else None
-            with experts.watched() if experts else nullcontext():
-                completions = self._complete(
-                    [jobs[i][0].tokens for i in batch], seeds, temperature, max_new_tokens, experts
-                )
+            completions = self._complete_batch([jobs[i] for i in batch], request)
             pairs = list(zip(batch, completions, strict=True))
-            keep({(jobs[i][0].id, jobs[i][1]): self._rollout(jobs[i][0], *c) for i, c in pairs})
+            request.on_rollouts(
+                {(jobs[i][0].id, jobs[i][1]): self._rollout(jobs[i][0], *c) for i, c in pairs}
+            )
             done += pairs
-            on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
+            request.on_progress(min(len(done) * self.num_ranks, len(jobs)), len(jobs))
         completion_of = {i: c for share in self.gather(done) for i, c in share}
         return [
             self._rollout(prompt, *completion_of[i])
             if i in completion_of
-            else paid[prompt.id, sample]
+            else cached[prompt.id, sample]
             for i, (prompt, sample) in enumerate(jobs)
         ]
+
+    def _complete_batch(
+        self, batch: Sequence[tuple[Prompt, int]], request: Request
+    ) -> list[tuple[list[int], list[float], bytes | None]]:
+        experts = ChosenExperts(self.model) if request.routing else None
+        with experts.watched() if experts else nullcontext():
+            return self._complete(
+                [prompt.tokens for prompt, _ in batch],
+                [f"{request.seed}/{prompt.id}/{sample}" for prompt, sample in batch],
+                request.temperature,
+                request.max_new_tokens,
+                experts,
+            )
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """The log-probabilities of each prompt's tokens but the first, on every rank."""

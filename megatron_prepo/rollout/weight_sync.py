@@ -12,7 +12,7 @@ import torch
 from megatron_prepo.config import Config
 from megatron_prepo.models.hf_files import HEAD, INDEX, SINGLE, HFTensors, buckets
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.rollout.sglang.fleet import SyncBroken
+from megatron_prepo.rollout.engine import Engine, SyncBroken
 
 MOST_TRIES = 3
 """Of a sync that loses servers."""
@@ -21,7 +21,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 0.02 in bfloat16; a tensor that is missing, or in the wrong place, is off by far more."""
 
 
-def sync_weights(actor, engine, config: Config, probe: Sequence[int]) -> None:
+def sync_weights(actor, engine: Engine, config: Config, probe: Sequence[int]) -> None:
     """Give the engine the actor's weights; afterwards its version is the actor's update count.
 
     Collective.  Verifies the weights by the tokens of `probe` if `weight_sync.verify` says so.
@@ -36,7 +36,7 @@ def sync_weights(actor, engine, config: Config, probe: Sequence[int]) -> None:
         engine.verified = True
 
 
-def load_weights(actor, engine, limit: int, shapes: dict) -> None:
+def load_weights(actor, engine: Engine, limit: int, shapes: dict) -> None:
     """All weights to the engine, in buckets of `limit` bytes; all anew if a part of it is lost.
 
     Then it has a server less, or one that was started anew.
@@ -80,7 +80,7 @@ def check_names(shapes: dict, hf_directory: str | Path) -> None:
         )
 
 
-def verify(actor, engine, probe: Sequence[int], tolerance: float) -> float:
+def verify(actor, engine: Engine, probe: Sequence[int], tolerance: float) -> float:
     """Compare the log-probabilities of the probe's tokens; collective.
 
     Returns the largest mean absolute difference of any part of the engine, in nats.  Raises

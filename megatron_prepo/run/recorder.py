@@ -121,10 +121,10 @@ class Run:
         """Return whether rollouts of this run are in its ledger, on every rank; collective."""
         return self.share(self.writes and os.fstat(self.ledger.file.fileno()).st_size > 0)
 
-    def say(self, sentence: str) -> None:
-        """A line on the terminal, once."""
+    def log(self, line: str) -> None:
+        """Print a line on the terminal, on rank 0 only."""
         if self.writes:
-            print(sentence, file=sys.stderr)
+            print(line, file=sys.stderr)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to come, with a progress bar; ends when the budget is spent."""
@@ -219,10 +219,10 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state; lines that were written after it are cut off."""
+        """Resume from a saved state; lines that were written after it are removed."""
         self.num_steps, self.rollouts = state["num_steps"], state["rollouts"]
         self.tokens = state["tokens"]
-        self.seconds.go_on_from(state["seconds"])
+        self.seconds.restore(state["seconds"])
         if (before := state["before"]) is not None:
             if isinstance(before, list):  # of an older version, under which `eval` did not change
                 samples = self.config.eval.samples_per_prompt
@@ -230,10 +230,10 @@ class Run:
             passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
             self.before = Evaluation(passes_P, before["samples_per_prompt"])
             self.temperature_before = state.get("temperature_before", self.temperature_before)
-        self.cut(state["files"])
+        self.truncate_logs(state["files"])
 
-    def cut(self, sizes: dict[str, int]) -> None:
-        """Keep so many bytes of the files of lines, of those that are not named nothing.
+    def truncate_logs(self, sizes: dict[str, int]) -> None:
+        """Truncate the files of lines to these sizes in bytes, those that are not named to nothing.
 
         UserError if one is shorter.
         """
@@ -269,7 +269,7 @@ class Run:
         """
         both = min(len(self.before.passes_P), len(after.passes_P))
         if self.temperature_before != self.config.eval.temperature:
-            self.say(
+            self.log(
                 f"no gain is computed: the evaluation before the run was sampled at temperature "
                 f"{self.temperature_before}, and this one at {self.config.eval.temperature}"
             )

@@ -41,8 +41,8 @@ class Stopwatch:
         self._before_step = dict(self.total)
         return step
 
-    def go_on_from(self, total: dict[str, float]) -> None:
-        """Add up further from seconds that were measured before."""
+    def restore(self, total: dict[str, float]) -> None:
+        """Continue from seconds that an earlier process measured."""
         self.total.update(total)
         self._before_step = dict(self.total)
 

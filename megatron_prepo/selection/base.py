@@ -1,10 +1,13 @@
-"""Input of a selector: the candidate prompts and their scores under the current policy."""
+"""The interface of a method of prompt selection, and the input of its choice."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from megatron_prepo.config import SelectionConfig
 from megatron_prepo.records import Prompt
 
 
@@ -21,3 +24,45 @@ class Candidates:
     """Share of probe rollouts that pass, float64 (oracle only)."""
     actor_ppl_P: torch.Tensor | None = None
     """Perplexity under the actor, in steps where `ppl_P` is the engine's and both are compared."""
+
+    def at(self, positions: Sequence[int]) -> list[Prompt]:
+        """Return the prompts at these positions."""
+        return [self.prompts[i] for i in positions]
+
+
+class Selector(Protocol):
+    """Chooses which candidates are rolled out; inherit it, and write what differs from the default.
+
+    All its answers are the same on every rank: what is random follows from seed, step and
+    observations.
+    """
+
+    needs_scores: bool = False
+    """Whether `ppl_P` and `entropy_P` of the candidates are to be computed."""
+    needs_pass_rates: bool = False
+    """Whether all candidates are to be rolled out for their `pass_rate_P`."""
+    refills: bool = False
+    """Whether to ask again within the step, after `observe`, until nothing is chosen; the step then
+    trains on the first K groups with an advantage."""
+
+    @abstractmethod
+    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+        """A completion passes from the reward `pass_reward` on."""
+
+    @abstractmethod
+    def choose(self, candidates: Candidates, step: int) -> list[int]:
+        """Return positions of the candidates to roll out; different ones each time in a step."""
+
+    def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
+        """Learn from the rewards of what was chosen; by default nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return what to log of the step, as `selection/NAME`; by default nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be saved between two steps, plain JSON; by default nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a saved state with a new step; by default nothing is restored."""

@@ -17,14 +17,12 @@ import random
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.advantages import zero_variance
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 
-class DynamicSampling:
+class DynamicSampling(Selector):
     """Rounds of K candidates in random order; the first is identical to the choice of `random`."""
 
-    needs_scores = False
-    needs_pass_rates = False
     refills = True
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
@@ -53,10 +51,6 @@ class DynamicSampling:
     def metrics(self) -> dict[str, float]:
         """Return the number of rounds of the step."""
         return {"selection/rounds": self.rounds}
-
-    def state_dict(self) -> dict:
-        """Return an empty state: steps are independent."""
-        return {}
 
     def load_state_dict(self, state: dict) -> None:
         """Start the next step from scratch, whatever its number."""

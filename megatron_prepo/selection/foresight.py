@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import betaln, expit
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 MEMORY = 15.0
 SHARE = 0.35
@@ -32,12 +32,10 @@ TRUSTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Candidate values of m: the number of rollouts to which the prediction is equivalent."""
 
 
-class Foresight:
+class Foresight(Selector):
     """Thompson sampling for a target pass rate, with a learned prior."""
 
     needs_scores = True
-    needs_pass_rates = False
-    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected, self.target = config.num_selected, config.target_pass_rate

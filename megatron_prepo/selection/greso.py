@@ -31,7 +31,7 @@ from fractions import Fraction
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.advantages import zero_variance
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 TARGET = {"easy": Fraction(1, 4) / 3, "hard": Fraction(1, 4) * 2 / 3}
 """Target share of generated groups that are all right, and all wrong: 25 % together."""
@@ -41,11 +41,9 @@ SPARE = Fraction(5, 4)
 """Factor by which a refill exceeds the estimate."""
 
 
-class GRESO:
+class GRESO(Selector):
     """Random skipping of prompts that had zero variance; refills in rounds of adaptive size."""
 
-    needs_scores = False
-    needs_pass_rates = False
     refills = True
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):

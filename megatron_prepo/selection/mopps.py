@@ -20,18 +20,14 @@ least 2.
 import random
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 PRIOR = 1.0
 """alpha and beta of an unseen prompt: a uniform distribution of the pass rate."""
 
 
-class PosteriorSampling:
+class PosteriorSampling(Selector):
     """Thompson sampling for a target pass rate."""
-
-    needs_scores = False
-    needs_pass_rates = False
-    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected, self.target = config.num_selected, config.target_pass_rate

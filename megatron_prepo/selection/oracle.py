@@ -6,15 +6,14 @@ value of knowing the pass rates excludes them, and states so.
 """
 
 from megatron_prepo.config import SelectionConfig
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 
-class Oracle:
+class Oracle(Selector):
     """Selection by measured pass rates."""
 
     needs_scores = True
     needs_pass_rates = True
-    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
@@ -23,17 +22,3 @@ class Oracle:
         """Return the positions of the K candidates, nearest first; ties keep their order."""
         distance_P = (candidates.pass_rate_P - self.target).abs()
         return distance_P.argsort(stable=True)[: self.num_selected].tolist()
-
-    def observe(self, prompts, rewards_KG) -> None:
-        """Ignore rewards: every step measures its candidates."""
-
-    def metrics(self) -> dict[str, float]:
-        """Return no metrics."""
-        return {}
-
-    def state_dict(self) -> dict:
-        """Return an empty state: a choice depends only on the probes."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Do nothing: there is no state."""

@@ -2,15 +2,13 @@
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.ppl_schedule import PACINGS, progress, select_window, window_start
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 
 
-class PerplexityWindow:
+class PerplexityWindow(Selector):
     """A window of K candidates that slides from low to high perplexity."""
 
     needs_scores = True
-    needs_pass_rates = False
-    refills = False
 
     def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
         self.num_selected = config.num_selected
@@ -29,19 +27,9 @@ class PerplexityWindow:
             self.first = room - self.first
         return select_window(candidates.ppl_P, self.first, self.num_selected)
 
-    def observe(self, prompts, rewards_KG) -> None:
-        """Ignore rewards: the schedule depends only on the step."""
-
     def metrics(self) -> dict[str, float]:
         """Return the ends of the window, as positions in the ascending order."""
         return {
             "selection/window_first": self.first,
             "selection/window_last": self.first + self.num_selected - 1,
         }
-
-    def state_dict(self) -> dict:
-        """Return an empty state: the window depends only on the step."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Do nothing: there is no state."""

@@ -33,12 +33,14 @@ class Groups:
         """What the grades are worth."""
         return rewards_of(self.grades).view(len(self.chosen), -1)
 
-    def and_also(self, chosen, rollouts, grades) -> "Groups":
-        """With further groups behind."""
+    def extend(
+        self, chosen: Sequence[int], rollouts: Sequence[Rollout], grades: Sequence[Grade]
+    ) -> "Groups":
+        """Return these groups followed by others."""
         return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
 
-    def trained_on(self, num_groups: int) -> "Groups":
-        """The first `num_groups` with an advantage; others fill up where there are too few.
+    def select_for_training(self, num_groups: int) -> "Groups":
+        """Return the first `num_groups` with an advantage; others fill up where there are too few.
 
         Those add nothing to the gradient, but the batch and so the loss's normaliser stay as large.
         """

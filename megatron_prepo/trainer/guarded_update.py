@@ -1,4 +1,4 @@
-"""The optimizer updates of a run, watched: dumped where asked for, skipped where not finite.
+"""Guarded optimizer updates: dumped where asked for, skipped where not finite.
 
 The loop calls `of_step(record).update(mini_batch)` in place of the actor's `update`.
 """
@@ -11,23 +11,23 @@ from megatron_prepo.debug.dump import DumpWriter, StepRecord
 from megatron_prepo.run.recorder import Run
 
 
-class Updates:
+class UpdateGuard:
     """Counts what was skipped; a run has one."""
 
     def __init__(self, config: Config, actor: Actor, run: Run):
         self.config, self.actor, self.run = config, actor, run
         self.skipped_in_a_row = self.skip_dumps = 0
 
-    def of_step(self, record: StepRecord) -> "StepUpdates":
-        """Those of a step."""
-        return StepUpdates(self, record)
+    def of_step(self, record: StepRecord) -> "GuardedStep":
+        """Return the guard of a step's updates."""
+        return GuardedStep(self, record)
 
     def state_dict(self) -> dict:
         """What was skipped so far."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "skip_dumps": self.skip_dumps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting."""
+        """Resume counting."""
         self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
 
     def skip(self, error: FloatingPointError, dump_it) -> None:
@@ -45,13 +45,13 @@ class Updates:
                 f"{error}; {self.skipped_in_a_row} in a row are more than "
                 f"train.max_skipped_updates={allowed}; {dumped}"
             ) from error
-        self.run.say(f"skipped: {error}; {dumped}")
+        self.run.log(f"skipped: {error}; {dumped}")
 
 
-class StepUpdates:
+class GuardedStep:
     """A step's mini-batches, in order."""
 
-    def __init__(self, updates: Updates, record: StepRecord):
+    def __init__(self, updates: UpdateGuard, record: StepRecord):
         self.updates, self.record = updates, record
         self.actor, self.config = updates.actor, updates.config
         self.number = 0
@@ -88,13 +88,13 @@ class StepUpdates:
         return DumpWriter(directory, self.actor, self.config, self.record, why=why)
 
 
-class NoUpdates:
+class SkipUpdates:
     """`debug.mode=rollout`: none is made."""
 
     def __init__(self, config: Config, actor: Actor, run: Run):
-        run.say("debug.mode=rollout: the weights stay as they are")
+        run.log("debug.mode=rollout: the weights stay as they are")
 
-    def of_step(self, record: StepRecord) -> "NoUpdates":
+    def of_step(self, record: StepRecord) -> "SkipUpdates":
         """The same for every step."""
         return self
 
@@ -106,4 +106,4 @@ class NoUpdates:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to go on with."""
+        """Nothing to restore."""

@@ -1,4 +1,4 @@
-"""A step's updates: old scores, advantages, relative-entropy weights, and the clipped loss's batch.
+"""A step's updates: old scores, relative-entropy weights, and the clipped loss's mini-batches.
 
 Letters: K selected prompts, G rollouts each, N = K*G rollouts.
 """
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
-from megatron_prepo.config import Config, LossConfig
+from megatron_prepo.config import LossConfig, WeightingConfig
 from megatron_prepo.debug.dump import StepRecord
-from megatron_prepo.prepo.advantages import group_advantages, zero_variance
+from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.prepo.importance import importance_weights
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.records import Rollout, scored_sequence
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.guarded_update import StepUpdates
+from megatron_prepo.trainer.guarded_update import GuardedStep
 from megatron_prepo.trainer.mismatch_metrics import importance_metrics, mismatch_metrics
 from megatron_prepo.trainer.step_metrics import rollout_metrics
 
 
 @dataclass(frozen=True)
-class OldScores:
+class RolloutScores:
     """The policy's view of the rollouts before the update."""
 
     scores: list[Scores]
@@ -34,7 +34,7 @@ class OldScores:
     entropy_N: torch.Tensor
     """Mean token entropy of each rollout."""
     lengths_N: torch.Tensor
-    importance_N: list[torch.Tensor] | None = None
+    importance_weights_N: list[torch.Tensor] | None = None
     """What each token of a rollout counts, if `loss.importance` is on."""
     staleness_N: tuple[int, ...] = ()
     """Optimizer updates between the weights that generated each rollout and these: not the same for
@@ -43,108 +43,120 @@ class OldScores:
     """Share of tokens and layers where the policy would have chosen other experts than the engine
     (`rollout.router_replay`)."""
 
-    def metrics(
-        self, settings: LossConfig, weight_N: torch.Tensor, rollouts: Sequence[Rollout]
-    ) -> dict[str, float]:
-        """Entropies, weights and the mismatch between engine and actor."""
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """The N rollouts that the policy learns from in a step, and what the loss needs of each."""
+
+    groups: Groups
+    advantages_KG: torch.Tensor
+    old_scores: RolloutScores
+    weight_N: torch.Tensor
+    """Relative-entropy weights."""
+
+    def metrics(self, settings: LossConfig) -> dict[str, float]:
+        """Return entropies, weights and the mismatch between engine and actor."""
+        old_scores, rollouts = self.old_scores, self.groups.rollouts
         finished_N = [rollout.finished for rollout in rollouts]
-        metrics = rollout_metrics(self.entropy_N, weight_N, self.lengths_N, finished_N)
-        metrics["rollout/staleness"] = max(self.staleness_N, default=0)
+        metrics = rollout_metrics(
+            old_scores.entropy_N, self.weight_N, old_scores.lengths_N, finished_N
+        )
+        metrics["rollout/staleness"] = max(old_scores.staleness_N, default=0)
         metrics |= mismatch_metrics(
-            [score.logprobs_T for score in self.scores],
+            [score.logprobs_T for score in old_scores.scores],
             [torch.tensor(rollout.engine_logprobs) for rollout in rollouts],
         )
-        if self.routed_differently is not None:
-            metrics["mismatch/routed_differently"] = self.routed_differently
-        if self.importance_N:
-            metrics |= importance_metrics(settings, torch.cat(self.importance_N))
+        if old_scores.routed_differently is not None:
+            metrics["mismatch/routed_differently"] = old_scores.routed_differently
+        if old_scores.importance_weights_N:
+            metrics |= importance_metrics(settings, torch.cat(old_scores.importance_weights_N))
         return metrics
 
 
-def score_rollouts(config: Config, actor: Actor, rollouts: Sequence[Rollout]) -> OldScores:
-    """Old log-probabilities and entropies: always a pass of its own, PREPO's weights need it."""
+def score_rollouts(
+    actor: Actor,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    loss: LossConfig,
+    max_staleness: int = 0,
+) -> RolloutScores:
+    """Return the actor's scores of the rollouts, a forward pass without gradient; collective.
+
+    `max_staleness`: how many optimizer updates a rollout may be behind the actor.
+    """
     staleness_N = tuple(actor.updates - rollout.weight_version for rollout in rollouts)
-    bound = config.train.mini_batches if config.train.overlap else 0
     for staleness in staleness_N:
-        assert 0 <= staleness <= bound, f"rollouts of {staleness} updates ago, and {bound} may be"
+        assert 0 <= staleness <= max_staleness, (
+            f"rollouts are {staleness} updates old, and at most {max_staleness} are allowed"
+        )
     sequences = [scored_sequence(rollout) for rollout in rollouts]
-    temperature = config.rollout.temperature
     scores = actor.score(sequences, temperature=temperature)
     routed_differently = actor.routed_differently()
     references = None
-    if config.loss.kl_coef:
+    if loss.kl_coef:
         references = actor.reference_score(sequences, temperature=temperature)
-    return OldScores(
+    return RolloutScores(
         scores,
         references,
         entropy_N=torch.stack([score.entropy_T.double().mean() for score in scores]),
         lengths_N=torch.tensor([len(rollout.tokens) for rollout in rollouts]),
-        importance_N=importance_of(config, scores, rollouts),
+        importance_weights_N=weigh_by_importance(loss, scores, rollouts),
         staleness_N=staleness_N,
         routed_differently=routed_differently,
     )
 
 
 def step_record(
-    config: Config, step: int, candidates: Candidates, groups: Groups, old: OldScores
+    step: int, candidates: Candidates, batch: TrainingBatch, num_mini_batches: int
 ) -> StepRecord:
-    """What a dump of the step has."""
+    """Return what a dump of the step has."""
     return StepRecord(
         step,
         candidates,
-        groups.rollouts,
-        groups.rewards_KG.flatten(),
-        old.scores,
-        mini_batches(*groups.rewards_KG.shape, config.train.mini_batches),
+        batch.groups.rollouts,
+        batch.groups.rewards_KG.flatten(),
+        batch.old_scores.scores,
+        mini_batches(*batch.groups.rewards_KG.shape, num_mini_batches),
     )
 
 
-def importance_of(
-    config: Config, scores: Sequence[Scores], rollouts: Sequence[Rollout]
+def weigh_by_importance(
+    settings: LossConfig, scores: Sequence[Scores], rollouts: Sequence[Rollout]
 ) -> list[torch.Tensor] | None:
-    """What each token of a rollout counts, as the engine was more or less likely to choose it."""
-    if config.loss.importance == "off":
+    """Return what each token counts, as the engine was more or less likely to choose it."""
+    if settings.importance == "off":
         return None
     return [
         importance_weights(
             score.logprobs_T,
             torch.tensor(rollout.engine_logprobs),
-            method=config.loss.importance,
-            level=config.loss.importance_level,
-            low=config.loss.importance_low,
-            high=config.loss.importance_high,
+            method=settings.importance,
+            level=settings.importance_level,
+            low=settings.importance_low,
+            high=settings.importance_high,
         )
         for score, rollout in zip(scores, rollouts, strict=True)
     ]
 
 
 def update_policy(
-    config: Config,
-    actor: Actor | StepUpdates,
-    rollouts: Sequence[Rollout],
-    rewards_KG: torch.Tensor,
-    old: OldScores,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The step's optimizer updates; returns `weight_N` and the updates' mean metrics."""
-    advantage_N = group_advantages(
-        rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-    ).flatten()
-    weight_N = torch.ones_like(old.entropy_N)
+    actor: Actor | GuardedStep, batch: TrainingBatch, *, aggregation: str, num_mini_batches: int
+) -> dict[str, float]:
+    """Make the step's optimizer updates; returns the mean of their metrics."""
+    groups, old_scores = batch.groups, batch.old_scores
+    advantage_N = batch.advantages_KG.flatten()
     updates = []
-    for batch in mini_batches(*rewards_KG.shape, config.train.mini_batches):
-        weight_N[batch] = rollout_weights(config, old, rewards_KG, batch)
+    for index in mini_batches(*groups.rewards_KG.shape, num_mini_batches):
         coefficient_N = rollout_coefficients(
-            weight_N[batch], old.lengths_N[batch], config.loss.aggregation
+            batch.weight_N[index], old_scores.lengths_N[index], aggregation
         )
-        updates.append(
-            actor.update(
-                [
-                    training_sequence(config, rollouts[i], old, i, advantage_N[i], coefficient)
-                    for i, coefficient in zip(batch, coefficient_N, strict=True)
-                ]
-            )
-        )
-    return weight_N, mean_metrics(updates)
+        mini_batch = [
+            training_sequence(groups.rollouts[i], old_scores, i, advantage_N[i], coefficient)
+            for i, coefficient in zip(index, coefficient_N, strict=True)
+        ]
+        updates.append(actor.update(mini_batch))
+    return mean_metrics(updates)
 
 
 def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]:
@@ -178,34 +190,41 @@ def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]
     ]
 
 
-def rollout_weights(
-    config: Config, old: OldScores, rewards_KG: torch.Tensor, batch: Sequence[int]
+def weigh_by_entropy(
+    settings: WeightingConfig, groups: Groups, old_scores: RolloutScores, num_mini_batches: int
 ) -> torch.Tensor:
-    """The weights of one optimizer batch; its mean entropy is over that batch, of all ranks."""
-    weighting = config.weighting
-    if weighting.method == "none":
-        return torch.ones(len(batch), dtype=old.entropy_N.dtype)
+    """Return `weight_N`, each rollout's entropy relative to the mean of its optimizer batch.
+
+    The mean is over the rollouts of all ranks.  Ones for `weighting.method=none`.
+    """
+    weight_N = torch.ones_like(old_scores.entropy_N)
+    if settings.method == "none":
+        return weight_N
     counts_N = None
-    if not weighting.include_zero_variance:
-        counts_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])[batch]
-    return relative_entropy_weights(
-        old.entropy_N[batch],
-        old.lengths_N[batch],
-        mean=weighting.mean,
-        clamp=weighting.clamp,
-        counts_N=counts_N,
-    )
+    if not settings.include_zero_variance:
+        rewards_KG = groups.rewards_KG
+        counts_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])
+    for index in mini_batches(*groups.rewards_KG.shape, num_mini_batches):
+        weight_N[index] = relative_entropy_weights(
+            old_scores.entropy_N[index],
+            old_scores.lengths_N[index],
+            mean=settings.mean,
+            clamp=settings.clamp,
+            counts_N=None if counts_N is None else counts_N[index],
+        )
+    return weight_N
 
 
 def training_sequence(
-    config: Config, rollout: Rollout, old: OldScores, i: int, advantage, coefficient
+    rollout: Rollout, old_scores: RolloutScores, i: int, advantage, coefficient
 ) -> TrainingSequence:
-    """Rollout i as the actor's update takes it."""
+    """Return rollout i as the actor's update takes it."""
+    importance_weights_N, references = old_scores.importance_weights_N, old_scores.references
     return TrainingSequence(
         sequence=scored_sequence(rollout),
-        old_logprobs_T=old.scores[i].logprobs_T,
+        old_logprobs_T=old_scores.scores[i].logprobs_T,
         advantage=float(advantage),
         coefficient=float(coefficient),
-        importance_T=old.importance_N[i] if old.importance_N else None,
-        reference_logprobs_T=old.references[i].logprobs_T if old.references else None,
+        importance_T=importance_weights_N[i] if importance_weights_N else None,
+        reference_logprobs_T=references[i].logprobs_T if references else None,
     )

@@ -1,4 +1,4 @@
-"""Going on where a run stopped: what a checkpoint holds beside the actor.
+"""Resuming a run: what a checkpoint holds besides the actor.
 
 Between two steps a run is its weights and optimizer (`actor/checkpoint.py`) and some parts that
 remember something, each with `state_dict()` and `load_state_dict(state)`, plain JSON: the position
@@ -15,16 +15,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_prepo.actor import checkpoint, manifest, parallel
-from megatron_prepo.actor.async_save import Saving
+from megatron_prepo.actor.async_save import PendingCheckpoint
 from megatron_prepo.config import Config
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import ownership
-from megatron_prepo.rollout.sglang.fleet import EngineError
+from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.run.rollout_journal import Journal
 
 
 @dataclass(frozen=True)
-class Border:
+class StepBoundary:
     """The parts between two steps, frozen."""
 
     step: int
@@ -48,14 +48,14 @@ class Checkpoints:
         actor,
         parts: dict[str, object],
         journal: Journal,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         """One of the parts is the `run`, which knows how many steps are behind it."""
         self.settings, self.directory = config.checkpoint, Path(config.run.dir) / "checkpoints"
-        self.actor, self.parts, self.journal, self.say = actor, parts, journal, say
+        self.actor, self.parts, self.journal, self.log = actor, parts, journal, log
         self.steps = [0]
         """Where this run could have gone on from: its beginning, and its checkpoints."""
-        self.saving: Saving | None = None
+        self.saving: PendingCheckpoint | None = None
         self.kept: set[Path] = set()
         """Checkpoints that could not be pruned."""
         self.timeout_minutes = config.parallel.timeout_minutes
@@ -71,7 +71,7 @@ class Checkpoints:
         for step in reversed(steps):
             path = checkpoint.path_of(self.directory, step)
             if problem := self._problem(path):
-                self.say(f"{path} {problem}; it is passed over")
+                self.log(f"{path} {problem}; it is passed over")
                 continue
             if self._is_of_another_run(path):
                 self.say(
@@ -85,10 +85,10 @@ class Checkpoints:
             for name, part in json.loads(state).items():
                 self.parts[name].load_state_dict(part)
             self.steps.append(step)
-            self.say(f"going on from {path}")
+            self.log(f"going on from {path}")
             num_ranks = len(list(path.glob("random_*.safetensors")))
             if num_ranks != dist.get_world_size():
-                self.say(f"{num_ranks} ranks wrote it: numbers go on up to rounding")
+                self.log(f"{num_ranks} ranks wrote it: numbers go on up to rounding")
             self.mark()
             return True
         if others and self.parts["run"].has_lines():
@@ -98,14 +98,14 @@ class Checkpoints:
                 f"remove this run's ledger: put this run's {ownership.MARKER} or checkpoints back, "
                 "or move the other run's checkpoints away to start from the beginning"
             )
-        self.parts["run"].cut({})
+        self.parts["run"].truncate_logs({})
         self.mark()
         return False
 
     def mark(self) -> None:
-        """This is the border between two steps."""
+        """Note the state of all parts: this is the boundary between two steps."""
         parts = json.dumps({name: part.state_dict() for name, part in self.parts.items()})
-        self.border = Border(self.parts["run"].num_steps, self.actor.updates, parts)
+        self.boundary = StepBoundary(self.parts["run"].num_steps, self.actor.updates, parts)
 
     def save(self) -> None:
         """Write a checkpoint of now, which is between two steps; older ones may go.
@@ -134,7 +134,7 @@ class Checkpoints:
                 keep_every=self.settings.keep_every,
             )
             for path in kept.keys() - self.kept:
-                self.say(f"{path} is kept: {kept[path][0]} is not known to be this run's")
+                self.log(f"{path} is kept: {kept[path][0]} is not known to be this run's")
             self.kept |= kept.keys()
         # what the newest covers is still of use, should that one turn out to be damaged
         self.journal.forget(before=self.steps[-2])
@@ -149,13 +149,13 @@ class Checkpoints:
             with self.parts["run"].lost_directory_named():
                 yield
         except EngineError as error:
-            assert self.actor.updates == self.border.updates, "the engine is not asked in an update"
+            assert self.actor.updates == self.boundary.updates, "an update does not ask the engine"
             self.finish()
-            if self.border.step not in self.steps:
+            if self.boundary.step not in self.steps:
                 self._write()
                 self.finish()
             raise Stopped(
-                f"the engine failed: {error}\n{self.border.step} steps are saved, and the same "
+                f"the engine failed: {error}\n{self.boundary.step} steps are saved, and the same "
                 "command goes on",
                 exit_code=1,
             ) from error
@@ -163,9 +163,9 @@ class Checkpoints:
     def _write(self) -> None:
         self.finish()  # one at a time
         self.parts["run"].check_directory()
-        self.saving_step, asynchronous = self.border.step, self.settings.asynchronous
+        self.saving_step, asynchronous = self.boundary.step, self.settings.asynchronous
         self.saving = self.actor.start_saving(
-            self.directory, step=self.saving_step, run_state=self.border.parts, copy=asynchronous
+            self.directory, step=self.saving_step, run_state=self.boundary.parts, copy=asynchronous
         )
         if not asynchronous:
             self.finish()

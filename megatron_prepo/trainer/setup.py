@@ -1,40 +1,40 @@
 """What a training loop works with on each rank, from inputs that are checked to the export."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
-from megatron_prepo.actor.model import DTYPES, describe
+from megatron_prepo.actor.model import describe
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, evaluate
 from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.process.stop_signals import StopRequests
-from megatron_prepo.records import Prompt, scored_sequence
+from megatron_prepo.records import scored_sequence
 from megatron_prepo.rewards.pool import Grader
-from megatron_prepo.rollout.sglang.engine import SGLangEngine
-from megatron_prepo.rollout.sglang.fleet import EngineError
-from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
+from megatron_prepo.rollout.build import Ranks, build_engine
+from megatron_prepo.rollout.engine import Engine, EngineError, Request
 from megatron_prepo.rollout.weight_sync import sync_weights
 from megatron_prepo.run import dashboards
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.selection import METHODS
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Selector
 from megatron_prepo.trainer.groups import Groups, rewards_of
-from megatron_prepo.trainer.guarded_update import NoUpdates, Updates
+from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.resume import Checkpoints
 from megatron_prepo.trainer.throughput import Throughput
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass
+class Trainer:
     """What a loop works with, on each rank."""
 
     config: Config
@@ -42,29 +42,53 @@ class Job:
     run: Run
     stop: StopRequests
     journal: Journal
-    engine: EmbeddedEngine | SGLangEngine
+    engine: Engine
     actor: Actor
-    updates: Updates | NoUpdates
+    updates: UpdateGuard | SkipUpdates
     grader: Grader
     batches: CandidateBatches
-    selector: object
+    selector: Selector
     throughput: Throughput
+    checkpoints: Checkpoints = field(init=False)
+    """From `resumed` on."""
+    after: Evaluation = field(init=False)
+    """The evaluation after the last step, from then on."""
 
-    def go_on(self, parts: dict[str, object]) -> Checkpoints:
-        """Set actor and parts to the last checkpoint, if there is one, and the engine to them.
+    @contextmanager
+    def resumed(self, **parts: object) -> Iterator[None]:
+        """Set actor, engine and parts to the last checkpoint, or to the beginning without one.
 
-        Raises Stopped on all ranks if the engine fails; what is saved stays.
+        `parts`: what of the loop a checkpoint holds besides run and updates.  Whatever happens to
+        the engine, the last complete step is saved.  Raises Stopped on all ranks if the engine
+        fails.
         """
+        parts = {"run": self.run, **parts, "updates": self.updates}
         with self.run.seconds("setup"):
-            checkpoints = Checkpoints(self.config, self.actor, parts, self.journal, self.run.say)
-            checkpoints.restore()
+            self.checkpoints = Checkpoints(
+                self.config, self.actor, parts, self.journal, self.run.log
+            )
+            self.checkpoints.restore()
             try:
                 self.sync()
             except EngineError as error:  # of all ranks
                 raise Stopped(
                     f"the engine failed before training began: {error}", exit_code=1
                 ) from error
-        return checkpoints
+        with self.checkpoints.saved_if_the_engine_fails():
+            yield
+            with self.run.seconds("checkpoint"):
+                self.checkpoints.finish()
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps to come; evaluates before the first, where due, and after the last."""
+        settings = self.config.eval
+        if self.run.before is None:
+            self.run.before = self.evaluate("before", settings.samples_per_prompt)
+        for step in self.run.steps():
+            if step > 0 and due(step - 1, settings.every):
+                self.evaluate("during", settings.samples_during)
+            yield step
+        self.after = self.evaluate("after", settings.samples_per_prompt)
 
     def sync(self) -> None:
         """Give the engine the actor's weights, some by way of the run's directory."""
@@ -73,36 +97,47 @@ class Job:
         sync_weights(self.actor, self.engine, self.config, probe)
 
     def evaluate(self, when: str, samples: int) -> Evaluation:
-        """avg@k on held-out prompts; written, and shown."""
+        """avg@k on held-out prompts, with the same random numbers each time; written, and shown."""
+        config = self.config
 
         def held_out(**options) -> Evaluation:
-            return evaluate_held_out(
-                self.config, self.engine, self.grader, self.inputs.eval_prompts, **options
+            request = Request(
+                prompts=self.inputs.eval_prompts,
+                temperature=config.eval.temperature,
+                max_new_tokens=config.rollout.max_new_tokens,
+                seed=f"{config.train.seed}/evaluation",
+                **options,
+            )
+            return evaluate(
+                self.engine,
+                request,
+                lambda rollouts: rewards_of(self.grader.grade(rollouts)),
+                pass_reward=config.reward.high,
             )
 
         return self.run.evaluate(held_out, when, self.run.num_steps, samples)
 
-    def save_if_due(self, checkpoints: Checkpoints, step: int) -> None:
+    def save_if_due(self, step: int) -> None:
         """Between two steps: finish what is written, and save if settings or a signal ask for it.
 
-        Raises Stopped on all ranks, behind the checkpoint, if one was asked to stop.
+        Raises Stopped on all ranks, after the checkpoint, if one was asked to stop.
         """
         self.run.check_directory()
         stopping = self.stop.anywhere()
         with self.run.seconds("checkpoint"):
-            checkpoints.finish_if_done()
+            self.checkpoints.finish_if_done()
             if due(step, self.config.checkpoint.every) or self.run.is_last(step) or stopping:
-                checkpoints.save()
+                self.checkpoints.save()
             if stopping:
-                checkpoints.finish()
+                self.checkpoints.finish()
                 raise self.stop.stopped(self.run.num_steps)
 
-    def speed(self, scored: Sequence[Candidates], groups: "Groups") -> dict[str, float]:
-        """Rates of the actor's passes in the step that is about to be recorded."""
+    def speed(self, groups: Groups) -> dict[str, float]:
+        """Return rates of the actor's passes in the step that is about to be recorded."""
         sequences = [scored_sequence(rollout) for rollout in groups.rollouts]
-        return self.throughput.of_step(self.run.seconds, scored, sequences, groups.rewards_KG)
+        return self.throughput.of_step(self.run.seconds, sequences, groups.rewards_KG)
 
-    def finish(self, after: Evaluation) -> dict:
+    def finish(self) -> dict:
         """Export the weights and end everything; returns the summary."""
         with self.run.lost_directory_named():
             self.run.check_directory()
@@ -112,10 +147,10 @@ class Job:
             self.grader.close()
             self.run.check_directory()
             self.journal.close()
-            return self.run.finish(after, ranks=dist.get_world_size())
+            return self.run.finish(self.after, ranks=dist.get_world_size())
 
 
-def set_up(config: Config) -> Job:
+def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     dashboards.check(config)
     inputs = preflight.check(config)
@@ -126,9 +161,9 @@ def set_up(config: Config) -> Job:
     run = Run(config, rank=dist.get_rank(), share=parallel.from_rank_zero)
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
-    run.say(describe(config))
+    run.log(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
-        run.say("the section sglang: is for servers that the run starts, and is ignored here")
+        run.log("the section sglang: is for servers that the run starts, and is ignored here")
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
     selector = METHODS[config.selection.method](
@@ -136,12 +171,14 @@ def set_up(config: Config) -> Job:
     )
     journal = Journal(run.directory / "journal", dist.get_rank(), share=parallel.from_rank_zero)
     with run.seconds("setup"):
-        grader = build_grader(config, run.say)
-        engine = build_engine(config, inputs.tokenizer, run.say)
+        grader = build_grader(config, run.log)
+        engine = build_engine(
+            config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
+        )
         preflight.check_engine(config, engine)
         actor = Actor(config)
-    updates = (NoUpdates if config.debug.mode == "rollout" else Updates)(config, actor, run)
-    return Job(
+    updates = (SkipUpdates if config.debug.mode == "rollout" else UpdateGuard)(config, actor, run)
+    return Trainer(
         config=config,
         inputs=inputs,
         run=run,
@@ -174,51 +211,20 @@ def begin(config: Config) -> Config:
     return settled
 
 
-def build_engine(config: Config, tokenizer, say) -> EmbeddedEngine | SGLangEngine:
-    """The engine that `rollout.engine` names, still without weights."""
-    if config.rollout.engine == "sglang":
-        return SGLangEngine(
-            config,
-            tokenizer,
-            device=parallel.device(),
-            rank=dist.get_rank(),
-            share=parallel.from_rank_zero_when_done,
-            gather=parallel.gather_to_all,
-            say=say,
-        )
-    return EmbeddedEngine(
-        config.model.hf,
-        tokenizer,
-        dtype=DTYPES[config.model.dtype],
-        fp32_lm_head=config.model.fp32_lm_head,
-        device=parallel.device(),
-        batch_size=config.rollout.batch_size,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
+def ranks() -> Ranks:
+    """Return the ranks of the job, as an engine needs to know them."""
+    return Ranks(
+        dist.get_rank(),
+        dist.get_world_size(),
         gather=parallel.gather_to_all,
+        share=parallel.from_rank_zero_when_done,
     )
 
 
-def build_grader(config: Config, say) -> Grader:
+def build_grader(config: Config, log) -> Grader:
     """Grading processes beside rank 0, which share what they find."""
     return Grader(
-        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, say=say
-    )
-
-
-def evaluate_held_out(
-    config: Config, engine, grader: Grader, prompts: Sequence[Prompt], **options
-) -> Evaluation:
-    """avg@k on held-out prompts, with the same random numbers each time."""
-    return evaluate(
-        engine.generate,
-        prompts,
-        lambda rollouts: rewards_of(grader.grade(rollouts)),
-        pass_reward=config.reward.high,
-        temperature=config.eval.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        seed=f"{config.train.seed}/evaluation",
-        **options,
+        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log
     )
 
 

@@ -38,25 +38,27 @@ class Throughput:
         on_cuda = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if on_cuda else ""
         self.peak = peak_flops(device, config.model.dtype)
+        self.scored: list[Candidates] = []
+        """Candidates scored since the last step was recorded."""
 
     def of_step(
         self,
         seconds: Stopwatch,
-        scored: Sequence[Candidates],
         sequences: Sequence[ScoredSequence],
         rewards_KG: torch.Tensor,
     ) -> dict[str, float]:
-        """Metrics of a step, from the candidates scored in it and the rollouts trained on.
+        """Return metrics of the step, from the candidates scored and the rollouts trained on.
 
         With `train.overlap` a step scores the next step's candidates, and the first also its own.
         """
         by_actor = self.config.selection.ppl_from == "actor"
         prompts = FlopCount.of(
             ScoredSequence(prompt.tokens, 1)
-            for candidates in scored
+            for candidates in self.scored
             if by_actor and candidates.ppl_P is not None
             for prompt in candidates.prompts
         )
+        self.scored.clear()
         learnt = itertools.compress(sequences, self._learnt(rewards_KG))
         scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
         rates = {}

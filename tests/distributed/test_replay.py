@@ -64,11 +64,12 @@ def config_of(hf, **sections):
 
 
 def made_up_step(actor):
-    """4 groups of 2 rollouts of random tokens, and their old scores."""
+    """Candidates, and 4 groups of 2 rollouts of random tokens to learn from."""
+    from megatron_prepo.prepo.advantages import group_advantages
     from megatron_prepo.rewards.pool import Grade
     from megatron_prepo.selection.base import Candidates
     from megatron_prepo.trainer.groups import Groups
-    from megatron_prepo.trainer.policy_update import score_rollouts
+    from megatron_prepo.trainer.policy_update import TrainingBatch, score_rollouts, weigh_by_entropy
 
     generator = torch.Generator().manual_seed(3)
 
@@ -82,8 +83,22 @@ def made_up_step(actor):
     ]
     candidates = Candidates(prompts, torch.arange(1.0, 5.0))
     groups = Groups((0, 1, 2, 3), tuple(rollouts), (Grade(0.0), Grade(1.0)) * 4)
-    old = score_rollouts(actor.config, actor, rollouts)
-    return groups, candidates, old
+    config = actor.config
+    old = score_rollouts(actor, rollouts, temperature=1.0, loss=config.loss)
+    weight_N = weigh_by_entropy(config.weighting, groups, old, config.train.mini_batches)
+    return candidates, TrainingBatch(groups, group_advantages(groups.rewards_KG), old, weight_N)
+
+
+def update_by(learner, config, batch):
+    """The step's updates by what stands in for the actor."""
+    from megatron_prepo.trainer.policy_update import update_policy
+
+    return update_policy(
+        learner,
+        batch,
+        aggregation=config.loss.aggregation,
+        num_mini_batches=config.train.mini_batches,
+    )
 
 
 def run_everything(hf, root):
@@ -101,25 +116,26 @@ def run_everything(hf, root):
 def dump_of_one_rank(hf, root):
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.trainer.guarded_update import Updates
-    from megatron_prepo.trainer.policy_update import step_record, update_policy
+    from megatron_prepo.trainer.guarded_update import UpdateGuard
+    from megatron_prepo.trainer.policy_update import step_record
 
     if not join(1):
         return None
     config = config_of(hf, debug={"dump_steps": [7]})
     parallel.initialize(config.parallel, seed=1)
     actor = Actor(config)
-    groups, candidates, old = made_up_step(actor)
-    learner = Updates(
-        config, actor, SimpleNamespace(directory=root, say=print, check_directory=lambda: None)
-    ).of_step(step_record(config, 7, candidates, groups, old))
-    _, metrics = update_policy(config, learner, groups.rollouts, groups.rewards_KG, old)
+    candidates, batch = made_up_step(actor)
+    run = SimpleNamespace(directory=root, log=print, check_directory=lambda: None)
+    learner = UpdateGuard(config, actor, run).of_step(
+        step_record(7, candidates, batch, config.train.mini_batches)
+    )
+    metrics = update_by(learner, config, batch)
     hostile = hostile_checkpoints(actor, root / "dumps" / "step_0007" / "weights_0", root)
     parallel.shut_down()
     return {
         "metrics": metrics,
-        "rollouts": groups.rollouts,
-        "old": old.scores,
+        "rollouts": batch.groups.rollouts,
+        "old": batch.old_scores.scores,
         "hostile": hostile,
     }
 
@@ -240,27 +256,22 @@ def poisoned(hf, root, sections, what):
     """A good update, a NaN on rank 1 alone, a good one, NaN after NaN; the good ones without."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.trainer.guarded_update import Updates
+    from megatron_prepo.trainer.guarded_update import UpdateGuard
     from megatron_prepo.trainer.policy_update import step_record
 
     join(2)
     config = config_of(hf, **sections, debug={"max_skip_dumps": 2})
     parallel.initialize(config.parallel, seed=1)
     actor, untouched = Actor(config), Actor(config)
-    groups, candidates, old = made_up_step(actor)
-    record, said = step_record(config, 3, candidates, groups, old), []
-    updates = Updates(
-        config,
-        actor,
-        SimpleNamespace(directory=root, say=said.append, check_directory=lambda: None),
-    )
+    candidates, step_batch = made_up_step(actor)
+    record, said = step_record(3, candidates, step_batch, config.train.mini_batches), []
+    run = SimpleNamespace(directory=root, log=said.append, check_directory=lambda: None)
+    updates = UpdateGuard(config, actor, run)
 
     def update(poison):
         batches = []
         collect = SimpleNamespace(update=lambda batch: batches.append(batch))
-        from megatron_prepo.trainer.policy_update import update_policy
-
-        update_policy(config, collect, groups.rollouts, groups.rewards_KG, old)
+        update_by(collect, config, step_batch)
         if not poison:
             return updates.of_step(record).update(batches[0]), untouched.update(batches[0])
         with poisoned_rank(actor, what):

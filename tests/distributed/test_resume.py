@@ -270,21 +270,21 @@ class ParameterCounts:
         self.here, self.go = here, threading.Event()
 
     def __enter__(self):
-        from megatron_prepo.actor.async_save import Saving
+        from megatron_prepo.actor.async_save import PendingCheckpoint
 
-        self.write = write = Saving._write
+        self.write = write = PendingCheckpoint._write
 
         def wait_and_write(saving):
             assert not self.here or self.go.wait(DEADLINE_SECONDS)
             write(saving)
 
-        Saving._write = wait_and_write
+        PendingCheckpoint._write = wait_and_write
         return self
 
     def __exit__(self, *_):
-        from megatron_prepo.actor.async_save import Saving
+        from megatron_prepo.actor.async_save import PendingCheckpoint
 
-        Saving._write = self.write
+        PendingCheckpoint._write = self.write
         self.go.set()
 
 
@@ -444,7 +444,7 @@ class Part:
     def load_state_dict(self, state):
         self.num_steps = state["num_steps"]
 
-    def cut(self, sizes):
+    def truncate_logs(self, sizes):
         self.cut_to = sizes
 
 
@@ -452,7 +452,7 @@ def run_checkpoints(hf, run_directory):
     """A run of 6 steps that keeps few checkpoints, and what is restored after damage to them."""
     from megatron_prepo.actor import checkpoint, parallel
     from megatron_prepo.config import from_tree, to_tree
-    from megatron_prepo.rollout.sglang.fleet import EngineError
+    from megatron_prepo.rollout.engine import EngineError
     from megatron_prepo.run.rollout_journal import Journal
     from megatron_prepo.trainer.resume import Checkpoints
 

@@ -5,6 +5,7 @@ import tiny_models
 from ranks import join, on_ranks
 
 from megatron_prepo.records import Prompt
+from megatron_prepo.rollout.engine import Request
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
@@ -41,7 +42,13 @@ def measure(hf: str, directory: str, python: str) -> dict:
     def of_rollouts() -> list[tuple[int, int]]:
         answers.clear()
         engine.generate(
-            PROMPTS, samples_per_prompt=2, temperature=TEMPERATURE, max_new_tokens=4, seed="1/x"
+            Request(
+                prompts=PROMPTS,
+                samples_per_prompt=2,
+                temperature=TEMPERATURE,
+                max_new_tokens=4,
+                seed="1/x",
+            )
         )
         return [(meta["prompt_tokens"], meta["cached_tokens"]) for meta in answers]
 

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from ranks import on_ranks
 
+from megatron_prepo.rollout.engine import Request
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.real_sglang.test_weights import PROMPTS, TEMPERATURE, config_of, engine_of
 
@@ -53,14 +54,15 @@ def compared(hf: str, directory: str, python: str) -> dict:
 
 
 def generate(engine, max_new_tokens: int) -> list:
-    return engine.generate(
-        PROMPTS,
+    request = Request(
+        prompts=PROMPTS,
         samples_per_prompt=4,
         temperature=TEMPERATURE,
         max_new_tokens=max_new_tokens,
         seed="1/x",
         routing=True,
     )
+    return engine.generate(request)
 
 
 def difference(actor, rollouts) -> float:

@@ -21,6 +21,7 @@ from transformers_scores import judged
 
 from megatron_prepo.config import Config
 from megatron_prepo.records import Prompt, ScoredSequence
+from megatron_prepo.rollout.engine import Request
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 
@@ -127,9 +128,14 @@ def engine_of(config: Config, rank: int = 0):
 
 
 def generate(engine):
-    return engine.generate(
-        PROMPTS, samples_per_prompt=4, temperature=TEMPERATURE, max_new_tokens=16, seed="1/x"
+    request = Request(
+        prompts=PROMPTS,
+        samples_per_prompt=4,
+        temperature=TEMPERATURE,
+        max_new_tokens=16,
+        seed="1/x",
     )
+    return engine.generate(request)
 
 
 def wait_until_healthy(server: OwnServer, seconds: float = 1200.0) -> None:
@@ -201,7 +207,7 @@ def faults(hf: str, directory: str, python: str) -> dict:
     """Messages of an engine with a server of its own that is tampered with."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.rollout.sglang.fleet import EngineError
+    from megatron_prepo.rollout.engine import EngineError
     from megatron_prepo.rollout.weight_sync import sync_weights
 
     def message(function) -> str:

@@ -14,7 +14,7 @@ import hashlib
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rollout.engine import Bucket, EngineError, PendingRollouts, Request, Shapes
 from megatron_prepo.rollout.sglang import ipc, launch
 from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.sglang.fleet import Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.perplexity import Probing
-from megatron_prepo.rollout.sglang.transport import Bucket, ByValue, Distributed, FromDisk, Shapes
+from megatron_prepo.rollout.sglang.transport import ByValue, Distributed, FromDisk
 from megatron_prepo.rollout.transformers_engine import stop_tokens
 
 
@@ -53,7 +54,7 @@ class SGLangEngine:
         rank: int = 0,
         share: Callable[[Future | None], Any] = lambda future: future.result(),
         gather: Callable[[Any], list] = lambda value: [value],
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         """Servers of our own are starting when this returns, and the first sync waits for them."""
         self.settings, self.tokenizer = config.servers, tokenizer
@@ -78,7 +79,7 @@ class SGLangEngine:
                 _servers(config, device),
                 config.servers,
                 self._architectures(),
-                say,
+                log,
                 self.fp32_lm_head,
                 routing=config.rollout.router_replay,
             )
@@ -127,88 +128,59 @@ class SGLangEngine:
         self.share(self._on_rank_zero(self._conclude, version, failure))
         self.weight_version = version
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples_per_prompt: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: str,
-        routing: bool = False,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        paid: Mapping[tuple[str, int], Rollout] = {},
-        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
-    ) -> list[Rollout]:
-        """`samples_per_prompt` rollouts of each prompt, in the prompts' order, on every rank.
+    def generate(self, request: Request) -> list[Rollout]:
+        """Return the rollouts of the request, in its order, on every rank.
 
-        With their routing, if it is asked for (servers need `enable_return_routed_experts`).  Those
-        that are `paid`, by prompt's id and sample, are taken from there; rank 0's `keep` gets each
-        of the others as it comes, in another thread, one call at a time.  Raises EngineError on
+        With their routing, if it is asked for (servers need `enable_return_routed_experts`).  Rank
+        0's `on_rollouts` gets each rollout as it comes, in another thread.  Raises EngineError on
         every rank if no server is left, or one refuses.
         """
-        return self.start_generate(
-            prompts,
-            samples_per_prompt=samples_per_prompt,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            routing=routing,
-            on_progress=on_progress,
-            paid=paid,
-            keep=keep,
-        ).result()
+        return self.start_generate(request).result()
 
-    def start_generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples_per_prompt: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: str,
-        routing: bool = False,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-        paid: Mapping[tuple[str, int], Rollout] = {},
-        keep: Callable[[dict[tuple[str, int], Rollout]], None] = lambda rollouts: None,
-    ) -> "Generating":
+    def start_generate(self, request: Request) -> PendingRollouts:
         """`generate` in the background; nothing else may be asked of the engine until its result.
 
         Every rank calls it and later `result`, and may do other things in between.
         """
         self._assert_ready()
-        pairs = [(prompt, sample) for prompt in prompts for sample in range(samples_per_prompt)]
+        pairs, cached = request.samples(), request.cached
         jobs = [
-            Job(number, prompt, f"{seed}/{prompt.id}/{sample}")
+            Job(number, prompt, f"{request.seed}/{prompt.id}/{sample}")
             for number, (prompt, sample) in enumerate(pairs)
-            if (prompt.id, sample) not in paid
+            if (prompt.id, sample) not in cached
         ]
         sampling = Sampling(
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
+            temperature=request.temperature,
+            max_new_tokens=request.max_new_tokens,
             stop_tokens=self.stop_tokens,
             weight_version=self._name_of(self.weight_version),
             vocab_size=self.hf["vocab_size"],
-            routing=RoutingFormat.of(self.hf) if routing else None,
+            routing=RoutingFormat.of(self.hf) if request.routing else None,
         )
 
         def on_completion(job: Job, completion: Completion) -> None:
             prompt, sample = pairs[job.number]
-            keep({(prompt.id, sample): self._rollout(prompt, completion)})
+            request.on_rollouts({(prompt.id, sample): self._rollout(prompt, completion)})
 
-        def rollouts_of(completions: Sequence[Completion]) -> list[Rollout]:
+        self._busy = True
+        future = self._on_rank_zero(
+            self._generate, jobs, sampling, request.on_progress, on_completion
+        )
+
+        def wait() -> tuple[list[Rollout], float]:
+            self._busy = False
+            completions, seconds = self.share(future)
             new = {
                 job.number: self._rollout(job.prompt, completion)
                 for job, completion in zip(jobs, completions, strict=True)
             }
-            return [
-                new[number] if number in new else paid[prompt.id, sample]
+            rollouts = [
+                new[number] if number in new else cached[prompt.id, sample]
                 for number, (prompt, sample) in enumerate(pairs)
             ]
+            return rollouts, seconds
 
-        self._busy = True
-        future = self._on_rank_zero(self._generate, jobs, sampling, on_progress, on_completion)
-        return Generating(self, future, rollouts_of)
+        return PendingRollouts(wait)
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """The log-probabilities of each prompt's tokens but the first, at temperature 1.
@@ -352,27 +324,6 @@ class SGLangEngine:
             weight_version=self.weight_version,
             routing=completion.routing,
         )
-
-
-class Generating:
-    """Rollouts that are on their way."""
-
-    def __init__(
-        self,
-        engine: SGLangEngine,
-        future: Future | None,
-        rollouts_of: Callable[[Sequence[Completion]], list[Rollout]],
-    ):
-        """`rollouts_of` makes all rollouts from the completions that the future has."""
-        self._engine, self._future, self._rollouts_of = engine, future, rollouts_of
-        self.seconds = 0.0
-        """How long they took, once there is a result: less of it was waited for, maybe."""
-
-    def result(self) -> list[Rollout]:
-        """What `generate` would have returned, once it is there; collective."""
-        self._engine._busy = False
-        completions, self.seconds = self._engine.share(self._future)
-        return self._rollouts_of(completions)
 
 
 def weights_directory(config: Config) -> Path:

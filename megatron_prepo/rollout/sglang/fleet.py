@@ -15,22 +15,15 @@ from typing import Any
 import httpx
 
 from megatron_prepo.config import ServersConfig
+from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang import open_files
 from megatron_prepo.rollout.sglang.launch import OwnServer
 
 POLL_SECONDS = 0.5
 
 
-class EngineError(RuntimeError):
-    """The engine cannot go on; the message names servers and what happened at each."""
-
-
 class OutOfFiles(EngineError):
     """This machine can open no further connection, which is no server's fault."""
-
-
-class SyncBroken(EngineError):
-    """Servers were lost in a weight sync that had to have all; the others can have it anew."""
 
 
 class ServerFailed(Exception):
@@ -75,7 +68,7 @@ class Fleet:
         servers: Sequence[Server],
         settings: ServersConfig,
         architectures: Sequence[str] = (),
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         fp32_lm_head: bool | None = None,
         *,
         routing: bool = False,
@@ -85,7 +78,7 @@ class Fleet:
         `routing`: whether they are going to be asked for the experts of their tokens.
         """
         open_files.make_room(settings)
-        self.servers, self.settings, self.say = list(servers), settings, say
+        self.servers, self.settings, self.log = list(servers), settings, log
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
         self.routing = routing
         self.changes = 0
@@ -124,7 +117,7 @@ class Fleet:
             reason = f"{reason}; the process {ended}"
         server.lost = reason
         self.changes += 1
-        self.say(f"SGLang: {server.url} is given up: {reason}")
+        self.log(f"SGLang: {server.url} is given up: {reason}")
 
     async def call(
         self,
@@ -234,7 +227,7 @@ class Fleet:
                 server.lost = f"{server.lost}; then {failure}"
             return
         if server.lost is not None:
-            self.say(f"SGLang: {server.url} serves again")
+            self.log(f"SGLang: {server.url} serves again")
         server.lost, server.strikes, server.asleep = None, 0, False
         self.changes += 1
 

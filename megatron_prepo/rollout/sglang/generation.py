@@ -13,8 +13,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang.completion import Job
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
+from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 
 BACKOFF_SECONDS = 0.5
 

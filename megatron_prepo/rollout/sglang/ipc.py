@@ -19,10 +19,9 @@ from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_
 from megatron_prepo import internals
 from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.engine import Bucket, EngineError, Shapes
+from megatron_prepo.rollout.sglang.fleet import Fleet, Server
 from megatron_prepo.rollout.sglang.transport import (
-    Bucket,
-    Shapes,
     described,
     flatten,
     num_bytes,

@@ -30,16 +30,8 @@ import torch.distributed as dist
 from megatron_prepo import internals
 from megatron_prepo.files import ownership
 from megatron_prepo.models.hf_files import HFWriter
-from megatron_prepo.rollout.sglang.fleet import (
-    POLL_SECONDS,
-    EngineError,
-    Fleet,
-    Server,
-    SyncBroken,
-)
-
-Bucket = list[tuple[str, torch.Tensor]]
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+from megatron_prepo.rollout.engine import Bucket, EngineError, Shapes, SyncBroken
+from megatron_prepo.rollout.sglang.fleet import POLL_SECONDS, Fleet, Server
 
 
 class ByValue:

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import digest as digests
 from megatron_prepo.files import lock, ownership
-from megatron_prepo.inputs import digests as inputs
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def replace(path, content: bytes) -> None:
 @pytest.fixture
 def large(sealed, monkeypatch):
     """A file of which the digest sees samples only, and a byte that is between them."""
-    monkeypatch.setattr(inputs, "FULL_BYTES", 1 << 12)
-    monkeypatch.setattr(inputs, "END_BYTES", 1 << 8)
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 1 << 4)
+    monkeypatch.setattr(digests, "FULL_BYTES", 1 << 12)
+    monkeypatch.setattr(digests, "END_BYTES", 1 << 8)
+    monkeypatch.setattr(digests, "BLOCK_BYTES", 1 << 4)
     path = sealed / "model.safetensors"
     path.write_bytes(bytes(1 << 14))
     ownership.seal(sealed, "model")
@@ -75,13 +75,13 @@ def test_a_file_in_the_place_of_a_sealed_one_is_not_ours(sealed, harm):
 def test_a_large_file_that_changed_is_not_ours(large, position, way):
     """At an end, or between two samples, whatever its size."""
     content, time = bytearray(large.read_bytes()), large.stat().st_mtime_ns
-    digest = inputs.digest(large)
+    digest = digests.digest(large)
     content[position] ^= 1
     if way == "replaced":
         replace(large, content)
     else:
         large.write_bytes(content)
-    seen = inputs.digest(large) != digest
+    seen = digests.digest(large) != digest
     assert seen == (position != (1 << 13) + 100)
     if way == "with its time":
         os.utime(large, ns=(time, time))

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from megatron_prepo.files import digest as digests
 from megatron_prepo.inputs import digests as inputs
 
 MIB = 1 << 20
@@ -15,7 +16,7 @@ def large(tmp_path):
     """Larger than what is read in full; sparse."""
     path = tmp_path / "weights.safetensors"
     with open(path, "wb") as file:
-        file.truncate(inputs.FULL_BYTES + 3 * MIB)
+        file.truncate(digests.FULL_BYTES + 3 * MIB)
     return path
 
 
@@ -28,14 +29,14 @@ def change(path, offset: int, size: int = 1) -> None:
 def test_a_small_file_counts_byte_for_byte(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * MIB + 5))
-    before = inputs.digest(path)
+    before = digests.digest(path)
     change(path, 2 * MIB + 12345)
-    assert before.startswith("sha256:") and inputs.digest(path) != before
+    assert before.startswith("sha256:") and digests.digest(path) != before
 
 
 @pytest.mark.parametrize("where", ["first", "last", "middle", "longer"])
 def test_of_a_large_file_ends_size_and_any_long_change_count(large, where):
-    before, size = inputs.digest(large), large.stat().st_size
+    before, size = digests.digest(large), large.stat().st_size
     assert before.startswith("sampled:")
     match where:
         case "first":
@@ -43,17 +44,17 @@ def test_of_a_large_file_ends_size_and_any_long_change_count(large, where):
         case "last":
             change(large, size - 1)
         case "middle":
-            change(large, 20 * MIB, size // inputs.NUM_BLOCKS)
+            change(large, 20 * MIB, size // digests.NUM_BLOCKS)
         case "longer":
             os.truncate(large, size + 1)
-    assert inputs.digest(large) != before
+    assert digests.digest(large) != before
 
 
 def test_of_a_large_file_a_change_within_a_gap_is_not_seen(large):
     """As the docstring says; else what it says would have to be changed."""
-    before = inputs.digest(large)
-    change(large, large.stat().st_size // (inputs.NUM_BLOCKS + 1) + inputs.BLOCK_BYTES + 1)
-    assert inputs.digest(large) == before
+    before = digests.digest(large)
+    change(large, large.stat().st_size // (digests.NUM_BLOCKS + 1) + digests.BLOCK_BYTES + 1)
+    assert digests.digest(large) == before
 
 
 def test_of_a_model_the_files_count_that_can_move_a_number(tmp_path):

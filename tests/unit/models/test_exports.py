@@ -78,7 +78,7 @@ def loaded(directory):
         ["rollout.max_new_tokens=4", "model.dtype=float32", f"model.hf={directory}"],
     )
     tokenizer = SimpleNamespace(eos_token_id=0)
-    ours = dict(suites.build_engine(settings, tokenizer).model.named_parameters())
+    ours = dict(suites.engine_with_files(settings, tokenizer).model.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert tensor.dtype is ours[name].dtype is torch.float32

@@ -220,7 +220,7 @@ def test_a_kl_penalty_keeps_weights_twice_more(configured):
 def test_the_embedded_engine_is_whole_on_every_rank(configured):
     config = configured(parallel={"tensor": 4}, rollout={"batch_size": 100})
     answer = plan.make_plan(config, plan.PlanRequest(gpus=8))
-    assert answer.engine == plan.Engine("embedded", 1, 2 * 7_615_616_512, 128, 100)
+    assert answer.engine == plan.EnginePlan("embedded", 1, 2 * 7_615_616_512, 128, 100)
     assert answer.ranks[0].kv_cache == 100 * 4096 * 56 * 1024
 
 

@@ -132,7 +132,7 @@ def test_a_reward_out_of_bounds_is_refused_by_name(grader, text, shown):
 
 def test_too_many_failures_end_the_run_and_the_first_few_are_said_once():
     said = []
-    grader = Grader(settings(max_failed=0.5), say=said.append)
+    grader = Grader(settings(max_failed=0.5), log=said.append)
     grader.grade(rollouts("fine", "raise"))
     grader.grade(rollouts("fine", "raise"))
     assert len(said) == 1 and "failed on 1 of 2 answers" in said[0]

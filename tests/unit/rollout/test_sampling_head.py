@@ -111,11 +111,13 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     monkeypatch.setattr(job, "Journal", lambda *_, **__: None)
     monkeypatch.setattr(job, "build_grader", lambda *_: None)
     run = SimpleNamespace(
-        say=print, directory=Path(), writes=False, seconds=lambda name: contextlib.nullcontext()
+        log=print, directory=Path(), writes=False, seconds=lambda name: contextlib.nullcontext()
     )
     monkeypatch.setattr(job, "Run", lambda *_, **__: run)
     monkeypatch.setattr(job, "Actor", lambda config: pytest.fail("the actor was built"))
-    monkeypatch.setattr(job, "build_engine", lambda *_: SimpleNamespace(fp32_lm_head=False))
+    monkeypatch.setattr(job, "ranks", lambda: None)
+    fake = SimpleNamespace(fp32_lm_head=False)
+    monkeypatch.setattr(job, "build_engine", lambda *_, **__: fake)
     with pytest.raises(UserError, match=r"model\.fp32_lm_head=true"):
         job.set_up(config)
 

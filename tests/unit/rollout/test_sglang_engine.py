@@ -12,9 +12,9 @@ from fake_sglang import FakeSGLang
 
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout import weight_sync
+from megatron_prepo.rollout.engine import EngineError, Request
 from megatron_prepo.rollout.sglang import ipc
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
-from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.rollout.weight_sync import check_names, sync_weights
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
@@ -88,7 +88,7 @@ def build(hf, tmp_path):
             config,
             SimpleNamespace(eos_token_id=2, decode=lambda tokens, **_: " ".join(map(str, tokens))),
             device=torch.device("cpu"),
-            say=said.append,
+            log=said.append,
         )
         engine.said = said
         engines.append(engine)
@@ -99,26 +99,35 @@ def build(hf, tmp_path):
         engine.close()
 
 
-def rollouts(engine, **options):
-    return engine.generate(
-        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x", **options
+def request(prompts=PROMPTS, **options) -> Request:
+    return Request(
+        prompts=prompts,
+        samples_per_prompt=3,
+        temperature=1.0,
+        max_new_tokens=12,
+        seed="1/x",
+        **options,
     )
+
+
+def rollouts(engine, **options):
+    return engine.generate(request(**options))
 
 
 def test_only_what_is_not_paid_is_asked_for_and_all_is_kept_as_it_comes(build, hf, fakes):
     engine, config = build(fakes[:1], verify="never")
     sync_weights(FakeActor(hf), engine, config, PROBE)
     kept = {}
-    whole = rollouts(engine, keep=kept.update)
+    whole = rollouts(engine, on_rollouts=kept.update)
     keys = [(prompt.id, sample) for prompt in PROMPTS for sample in range(3)]
     assert [kept[key] for key in keys] == whole and len(fakes[0].requests) == 12
     paid, came = {key: kept[key] for key in keys[1:6]}, []
-    assert rollouts(engine, paid=paid, keep=came.append) == whole
+    assert rollouts(engine, cached=paid, on_rollouts=came.append) == whole
     assert {key for kept in came for key in kept} == set(keys) - paid.keys()
     assert len(came) == 7 and set(fakes[0].answered.values()) == {1, 2}
     assert sorted(fakes[0].answered.values()).count(2) == 7
     asked = list(fakes[0].calls)
-    assert rollouts(engine, paid=kept) == whole
+    assert rollouts(engine, cached=kept) == whole
     assert fakes[0].calls == asked, "with all paid, nothing at all is asked of a server"
 
 
@@ -130,7 +139,7 @@ def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fak
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
-        rollouts(engine, keep=keep)
+        rollouts(engine, on_rollouts=keep)
     assert len(rollouts(engine)) == 12
 
 
@@ -142,13 +151,7 @@ def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
     assert engine.score_prompts(PROMPTS) == [[-0.06, -(7 + i) / 100] for i in range(4)]
     scored = [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
     assert all(len(prompts) == 2 for prompts in scored)
-    engine.generate(
-        [PROMPTS[i] for i in (1, 0, 3, 2)],
-        samples_per_prompt=3,
-        temperature=1.0,
-        max_new_tokens=12,
-        seed="1/x",
-    )
+    rollouts(engine, prompts=[PROMPTS[i] for i in (1, 0, 3, 2)])
     assert scored == [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
 
 
@@ -169,9 +172,7 @@ def test_generation_in_the_background_is_waited_for_and_the_engine_kept_from_all
     expected = rollouts(engine)
     for fake in fakes:
         fake.fault = lambda path, body: path == "/generate" and not open_gate.wait(60)
-    under_way = engine.start_generate(
-        PROMPTS, samples_per_prompt=3, temperature=1.0, max_new_tokens=12, seed="1/x"
-    )
+    under_way = engine.start_generate(request())
     for call in (
         lambda: sync_weights(actor, engine, config, PROBE),
         lambda: rollouts(engine),

@@ -15,9 +15,10 @@ from fake_sglang import FakeSGLang
 from megatron_prepo.config import ServersConfig
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt
+from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang import generation
 from megatron_prepo.rollout.sglang.completion import Job, Sampling
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server, ServerFailed
+from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
 
@@ -65,7 +66,7 @@ class Run:
             self.jobs = [replace(job, number=n) for n, job in enumerate(self.jobs[::GROUP])]
         settings = {"request_seconds": 6.0, "connect_seconds": 4.0} | settings
         self.fleet = Fleet(
-            [Server(fake.url) for fake in fakes], ServersConfig(**settings), say=self.said.append
+            [Server(fake.url) for fake in fakes], ServersConfig(**settings), log=self.said.append
         )
         try:
             generation = Generation(

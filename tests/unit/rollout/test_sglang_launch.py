@@ -17,9 +17,9 @@ from fake_sglang_package import alive, processes, wait_for, wait_until_gone
 
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang import launch
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
-from megatron_prepo.rollout.sglang.fleet import EngineError
 from megatron_prepo.rollout.sglang.launch import STAND_INS, OwnServer, arguments, environment
 from megatron_prepo.rollout.weight_sync import sync_weights
 from tests.unit.rollout.test_sglang_engine import PROBE, FakeActor, rollouts
@@ -261,7 +261,7 @@ def build(hf, tmp_path, transport="value", seconds=30.0, address="127.0.0.1", **
         config,
         SimpleNamespace(eos_token_id=2, decode=lambda tokens, **_: ""),
         device=torch.device("cpu"),
-        say=lambda sentence: said.append(sentence),
+        log=lambda sentence: said.append(sentence),
     )
     said = engine.said = []
     return engine, config

@@ -17,7 +17,8 @@ import json, os, resource, sys
 from megatron_prepo.config import from_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.rollout.sglang import open_files
-from megatron_prepo.rollout.sglang.fleet import EngineError, Fleet, Server
+from megatron_prepo.rollout.engine import EngineError
+from megatron_prepo.rollout.sglang.fleet import Fleet, Server
 from tests.unit.rollout.test_sglang_generation import SAMPLING, Generation, jobs
 tree, soft, hard, held = json.loads(sys.argv[1]), *map(int, sys.argv[2:])
 settings, said = from_tree(tree).servers, []
@@ -26,7 +27,7 @@ if held:  # as if others had taken the room that was made
     open_files.make_room = lambda settings: None
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(held)]
 try:
-    fleet = Fleet([Server(url) for url in settings.urls], settings, say=said.append)
+    fleet = Fleet([Server(url) for url in settings.urls], settings, log=said.append)
     generation = Generation(fleet, jobs(100), SAMPLING, lambda *state: None)
     print(len(fleet.run(generation.run()).result(timeout=100)), said)
 except (UserError, EngineError) as error:

@@ -14,6 +14,7 @@ from transformers_scores import judged
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, ScoredSequence
+from megatron_prepo.rollout.engine import Request
 from megatron_prepo.rollout.transformers_engine import (
     SHRINK_AT,
     EmbeddedEngine,
@@ -69,15 +70,19 @@ def engine_of(model, directory, **settings):
     return engine
 
 
-def generate(engine, **options):
-    rollouts = engine.generate(
-        prompts(),
+def request(**options) -> Request:
+    return Request(
+        prompts=prompts(),
         samples_per_prompt=SAMPLES,
         temperature=TEMPERATURE,
         max_new_tokens=NEW_TOKENS,
         seed=SEED,
         **options,
     )
+
+
+def generate(engine, **options):
+    rollouts = engine.generate(request(**options))
     return [(r.prompt.id, r.tokens, r.engine_logprobs) for r in rollouts]
 
 
@@ -152,7 +157,7 @@ def test_killed_in_a_batch_of_prompts_it_generates_the_rest_to_the_bit(num_ranks
         engine = engine_of(model, tmp_path, rank=rank, num_ranks=num_ranks, batch_size=4)
         engine.gather = lambda mine: [[(i, ([0], [0.0], None)) for i in range(99)], mine]
         batches = []
-        generate(engine, keep=batches.append)
+        generate(engine, on_rollouts=batches.append)
         whole |= {key: rollout for batch in batches for key, rollout in batch.items()}
         assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
         kept |= batches[rank]  # the second rank has come to another one
@@ -162,9 +167,9 @@ def test_killed_in_a_batch_of_prompts_it_generates_the_rest_to_the_bit(num_ranks
         engine.gather = lambda mine: shares.append(mine) or shares
         if rank + 1 < num_ranks:
             with pytest.raises(KeyError):  # the others' share is still missing
-                generate(engine, paid=kept, keep=again.update)
+                generate(engine, cached=kept, on_rollouts=again.update)
     assert len(whole) == len(prompts()) * SAMPLES and 0 < len(kept) < len(whole)
-    rest = generate(engine, paid=kept, keep=again.update)
+    rest = generate(engine, cached=kept, on_rollouts=again.update)
     assert again.keys() == whole.keys() - kept.keys()
     expected = [whole[prompt.id, sample] for prompt in prompts() for sample in range(SAMPLES)]
     assert rest == [(r.prompt.id, r.tokens, r.engine_logprobs) for r in expected]
@@ -206,11 +211,9 @@ def test_a_routing_is_that_of_the_whole_sequence_but_its_last_token(tmp_path):
     """Against one pass over each sequence alone; rows leave the batch, and prompts are padded."""
     model = MODELS["qwen3_moe"]()
     engine, form = engine_of(model, tmp_path), RoutingFormat(4, 2, 8)
-    settings = {"samples_per_prompt": SAMPLES, "temperature": TEMPERATURE, "seed": SEED}
-    settings["max_new_tokens"] = NEW_TOKENS
-    plain = engine.generate(prompts(), **settings)
+    plain = engine.generate(request())
     assert all(rollout.routing is None for rollout in plain)
-    routed = engine.generate(prompts(), **settings, routing=True)
+    routed = engine.generate(request(routing=True))
     assert [r.tokens for r in routed] == [r.tokens for r in plain]
     for rollout in routed:
         tokens_1S = torch.tensor([rollout.prompt.tokens + rollout.tokens[:-1]])

@@ -28,7 +28,7 @@ def test_a_step_by_hand():
     def reward(chosen):
         nonlocal paid
         rewards_KG = next(right)
-        paid = paid.and_also(
+        paid = paid.extend(
             chosen, [f"{i}/{g}" for i in chosen for g in range(4)], grades(rewards_KG)
         )
         return rewards_KG
@@ -36,7 +36,7 @@ def test_a_step_by_hand():
     first, second = run_step(chooser, pool(6), 0, reward)
     assert (len(first), len(second), len({*first, *second})) == (2, 2, 4)
     assert chooser.metrics() == {"selection/rounds": 2}
-    trained = paid.trained_on(2)
+    trained = paid.select_for_training(2)
     assert trained.chosen == (first[1], second[1])
     assert trained.rollouts == tuple(f"{i}/{g}" for i in trained.chosen for g in range(4))
     assert trained.rewards_KG.equal(passes(3, 1))
@@ -58,13 +58,13 @@ def test_a_step_without_any_advantage_ends_when_all_are_paid(right):
     def reward(chosen):
         nonlocal paid
         rewards_KG = passes(*[right] * len(chosen))
-        paid = paid.and_also(chosen, [None] * rewards_KG.numel(), grades(rewards_KG))
+        paid = paid.extend(chosen, [None] * rewards_KG.numel(), grades(rewards_KG))
         return rewards_KG
 
     rounds = run_step(chooser, pool(7), 0, reward)
     assert [len(r) for r in rounds] == [3, 3, 1]
     assert sorted(i for r in rounds for i in r) == list(range(7))
-    assert paid.trained_on(3).chosen == tuple(rounds[0])
+    assert paid.select_for_training(3).chosen == tuple(rounds[0])
 
 
 def test_a_step_with_enough_advantages_has_one_round():
@@ -75,9 +75,9 @@ def test_a_step_with_enough_advantages_has_one_round():
 
 def test_what_the_last_round_has_too_much_is_dropped():
     """1 + 2 useful groups for K = 2: the first two are trained."""
-    paid = Groups().and_also((0, 1), (None,) * 8, grades(passes(0, 1)))
-    paid = paid.and_also((2, 3), (None,) * 8, grades(passes(2, 3)))
-    assert paid.trained_on(2).chosen == (1, 2)
+    paid = Groups().extend((0, 1), (None,) * 8, grades(passes(0, 1)))
+    paid = paid.extend((2, 3), (None,) * 8, grades(passes(2, 3)))
+    assert paid.select_for_training(2).chosen == (1, 2)
 
 
 def test_each_step_starts_anew():

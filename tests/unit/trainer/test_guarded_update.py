@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 
-from megatron_prepo.trainer.guarded_update import NoUpdates, Updates
+from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 
 
 @pytest.fixture
@@ -17,11 +17,13 @@ def fresh(tmp_path):
         train={"total_steps": 8, "max_skipped_updates": 2},
         debug={"max_skip_dumps": 2},
     )
-    run = SimpleNamespace(directory=tmp_path, say=print, check_directory=lambda: None)
-    return lambda kind=Updates: kind(config, None, run)
+    run = SimpleNamespace(
+        directory=tmp_path, log=lambda sentence: None, check_directory=lambda: None
+    )
+    return lambda kind=UpdateGuard: kind(config, None, run)
 
 
-def skip(updates: Updates, dumps: list) -> None:
+def skip(updates: UpdateGuard, dumps: list) -> None:
     updates.skip(FloatingPointError("not finite"), lambda: dumps.append("dump") or "there")
 
 
@@ -36,6 +38,6 @@ def test_a_run_that_goes_on_counts_on(fresh):
 
 
 def test_without_updates_there_is_nothing_to_count(fresh):
-    updates = fresh(NoUpdates)
+    updates = fresh(SkipUpdates)
     updates.load_state_dict(updates.state_dict())
     assert updates.state_dict() == {}

@@ -13,14 +13,20 @@ from rounding import approx
 from tiny_models import actor_config
 
 from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
+from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
+from megatron_prepo.rewards.pool import Grade
+from megatron_prepo.run.stopwatch import Stopwatch
+from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.policy_update import (
-    OldScores,
-    importance_of,
+    RolloutScores,
+    TrainingBatch,
     mean_metrics,
-    score_rollouts,
     update_policy,
+    weigh_by_entropy,
+    weigh_by_importance,
 )
+from megatron_prepo.trainer.stages import score_old_policy
 
 LENGTHS = (2, 3, 1, 4)
 
@@ -36,6 +42,21 @@ class RecordingActor:
         return {"loss/policy": 0.0}
 
 
+def learn(config, actor, rollouts, rewards_KG, old_scores):
+    """What the loop does with the old scores."""
+    num_mini_batches = config.train.mini_batches
+    grades = [Grade(reward) for reward in rewards_KG.flatten().tolist()]
+    groups = Groups().extend(range(len(rewards_KG)), rollouts, grades)
+    weight_N = weigh_by_entropy(config.weighting, groups, old_scores, num_mini_batches)
+    batch = TrainingBatch(groups, group_advantages(rewards_KG), old_scores, weight_N)
+    return update_policy(
+        actor,
+        batch,
+        aggregation=config.loss.aggregation,
+        num_mini_batches=num_mini_batches,
+    )
+
+
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
     [
@@ -49,10 +70,10 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
     prompt = Prompt("p", "", "", (5, 6), (0, 2))
     rollouts = [Rollout(prompt, (7,) * n, (-1.0,) * n, "", True, 0) for n in LENGTHS]
     scores = [Scores(torch.full((n,), -1.0), torch.ones(n)) for n in LENGTHS]
-    old = OldScores(scores, None, torch.ones(4).double(), torch.tensor(LENGTHS))
+    old = RolloutScores(scores, None, torch.ones(4).double(), torch.tensor(LENGTHS))
     config = actor_config("unused", loss={"aggregation": aggregation})
     actor = RecordingActor()
-    update_policy(config, actor, rollouts, torch.tensor([[0.0, 1.0], [1.0, 1.0]]), old)
+    learn(config, actor, rollouts, torch.tensor([[0.0, 1.0], [1.0, 1.0]]), old)
     (batch,) = actor.batches
     assert [r.coefficient for r in batch] == approx(expected)
     assert [r.advantage != 0 for r in batch] == [True, True, False, False]
@@ -67,15 +88,15 @@ def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_norm
     coefficients = {}
     for method, expected in {"truncated": [1.5, 0.2], "masked": [0.0, 0.0], "off": None}.items():
         config = actor_config("unused", loss={"importance": method, "importance_high": 1.5})
-        old = OldScores(
+        old = RolloutScores(
             scores,
             None,
             torch.ones(2).double(),
             torch.tensor([2, 2]),
-            importance_of(config, scores, rollouts),
+            weigh_by_importance(config.loss, scores, rollouts),
         )
         actor = RecordingActor()
-        update_policy(config, actor, rollouts, torch.tensor([[0.0, 1.0]]), old)
+        learn(config, actor, rollouts, torch.tensor([[0.0, 1.0]]), old)
         one, other = actor.batches[0]
         coefficients[method] = one.coefficient, other.coefficient
         if expected is None:
@@ -110,11 +131,14 @@ def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
         Rollout(Prompt("p", "", "", (5, 6), (0, 2)), (7,), (-1.0,), "", True, 5 - ago)
         for ago in (age, 0)
     )
+    run = SimpleNamespace(seconds=Stopwatch())
+    trainer = SimpleNamespace(config=config, actor=actor, run=run)
+    groups = Groups((0,), (fresh, old), (Grade(0.0), Grade(1.0)))
     if accepted:
-        assert score_rollouts(config, actor, [fresh, old]).staleness_N == (0, age)
+        assert score_old_policy(trainer, groups).staleness_N == (0, age)
     else:
-        with pytest.raises(AssertionError, match=f"rollouts of {age} updates ago"):
-            score_rollouts(config, actor, [fresh, old])
+        with pytest.raises(AssertionError, match=f"rollouts are {age} updates old"):
+            score_old_policy(trainer, groups)
 
 
 def test_skipped_updates_are_counted_and_not_averaged():

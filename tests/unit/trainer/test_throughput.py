@@ -44,7 +44,8 @@ def spent(**seconds: float) -> Stopwatch:
 def measured(*, ppl_P=None, **loss) -> dict[str, float]:
     watch = spent(perplexity=0.5, old_logprobs=2.0, update=4.0)
     rates = Throughput(actor_config("unused", loss=loss), HF)
-    return rates.of_step(watch, [Candidates(PROMPTS, ppl_P)], SEQUENCES, REWARDS_KG)
+    rates.scored.append(Candidates(PROMPTS, ppl_P))
+    return rates.of_step(watch, SEQUENCES, REWARDS_KG)
 
 
 def test_tokens_a_second_by_hand():
@@ -56,11 +57,14 @@ def test_tokens_a_second_by_hand():
 
 def test_all_candidates_scored_in_a_step_count_and_rewards_at_the_mean_do_not():
     """The overlapped loop scores two steps' candidates in its first step."""
-    watch, scored = spent(perplexity=0.5, update=4.0), [Candidates(PROMPTS, torch.ones(2))] * 2
+    throughput, watch = Throughput(actor_config("unused"), HF), spent(perplexity=0.5, update=4.0)
+    throughput.scored += [Candidates(PROMPTS, torch.ones(2))] * 2
     rewards_KG = torch.tensor([[0.0, 0.5, 1.0, 0.5]])
-    rates = Throughput(actor_config("unused"), HF).of_step(watch, scored, SEQUENCES, rewards_KG)
+    rates = throughput.of_step(watch, SEQUENCES, rewards_KG)
     assert rates["speed/perplexity_tokens"] == 12 / 0.5
     assert rates["speed/update_tokens"] == (4 + 6) / 4.0
+    again = throughput.of_step(watch, SEQUENCES, rewards_KG)
+    assert "speed/perplexity_tokens" not in again, "each candidate counts in one step"
 
 
 def test_operations_a_second_by_hand():
@@ -81,7 +85,7 @@ def test_what_was_not_done_has_no_rate():
     rates = measured()
     assert not [name for name in rates if "perplexity" in name]
     nothing = Throughput(actor_config("unused"), HF).of_step(
-        spent(old_logprobs=1.0, update=1.0), [Candidates(PROMPTS)], SEQUENCES, torch.ones(2, 2)
+        spent(old_logprobs=1.0, update=1.0), SEQUENCES, torch.ones(2, 2)
     )
     assert "speed/old_logprobs_tokens" in nothing
     assert "speed/update_tokens" not in nothing

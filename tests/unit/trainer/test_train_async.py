@@ -1,4 +1,4 @@
-"""A step ahead: what of it is saved, and how it goes on."""
+"""A step ahead: what of it is saved, and how it is resumed."""
 
 import json
 from types import SimpleNamespace
@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_prepo import train_async
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rollout.engine import PendingRollouts
 from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Candidates
-from megatron_prepo.train import roll_out
-from megatron_prepo.train_async import Ahead
+from megatron_prepo.train_async import Prefetcher
+from megatron_prepo.trainer import stages
 from tests.tiny_models import actor_config
 
 PROMPTS = [Prompt(f"p{i}", "", "", tuple(range(3, 9 + i)), (0, 0)) for i in range(12)]
@@ -42,22 +42,23 @@ class Engine:
     def __init__(self, weight_version):
         self.weight_version, self.generated, self.comes_to = weight_version, [], 99
 
-    def start_generate(self, prompts, *, seed, paid, keep, **_):
-        missing = [p for p in prompts if (p.id, 0) not in paid]
-        self.generated += [(p.id, seed) for p in missing]
+    def start_generate(self, request):
+        cached = request.cached
+        missing = [p for p in request.prompts if (p.id, 0) not in cached]
+        self.generated += [(p.id, request.seed) for p in missing]
         new = {(p.id, 0): Rollout(p, (7,), (-1.0,), "", True, self.weight_version) for p in missing}
 
-        def result():
+        def wait():
             for n, (key, rollout) in enumerate(new.items()):
                 if n == self.comes_to:
                     raise ConnectionError
-                keep({key: rollout})
-            return [({**paid, **new})[p.id, 0] for p in prompts]
+                request.on_rollouts({key: rollout})
+            return [({**cached, **new})[p.id, 0] for p in request.prompts], 1.5
 
-        return SimpleNamespace(result=result, seconds=1.5)
+        return PendingRollouts(wait)
 
-    def generate(self, prompts, **settings):
-        return self.start_generate(prompts, **settings).result()
+    def generate(self, request):
+        return self.start_generate(request).result()
 
 
 @pytest.fixture
@@ -66,8 +67,8 @@ def job_of(monkeypatch, tmp_path):
 
     Perplexities follow from prompts and weights.
     """
-    monkeypatch.setattr(train_async.parallel, "assert_equal_on_all_ranks", lambda name, value: None)
-    monkeypatch.setattr(train_async, "look_at", look_at)
+    monkeypatch.setattr(stages.parallel, "assert_equal_on_all_ranks", lambda name, value: None)
+    monkeypatch.setattr(stages, "score", score)
 
     def look_for(version, method="foresight"):
         selection = {"method": method, "num_candidates": 4, "num_selected": 2}
@@ -78,6 +79,7 @@ def job_of(monkeypatch, tmp_path):
             engine=Engine(version),
             run=SimpleNamespace(seconds=Stopwatch()),
             batches=Batches(),
+            throughput=SimpleNamespace(scored=[]),
             journal=Journal(tmp_path / "journal", 0, share=lambda value: value),
             selector=METHODS[method](config.selection, total_steps=9, seed=1, pass_reward=1.0),
         )
@@ -85,8 +87,8 @@ def job_of(monkeypatch, tmp_path):
     return look_for
 
 
-def look_at(config, actor, engine, selector, prompts, step):
-    generator = torch.Generator().manual_seed(100 * actor.updates + step)
+def score(trainer, prompts, step):
+    generator = torch.Generator().manual_seed(100 * trainer.actor.updates + step)
     ppl_P, entropy_P = torch.rand(2, len(prompts), generator=generator, dtype=torch.float64) + 1
     return Candidates(prompts, ppl_P, entropy_P)
 
@@ -101,18 +103,18 @@ def learn(job, ready):
 def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
     """As chosen by the old weights, with the rollouts of the journal, and nothing learnt twice."""
     job = job_of(0, method)
-    ahead = Ahead(job)
+    ahead = Prefetcher(job)
     ahead.start(0)
-    learn(job, ahead.take())
+    learn(job, ahead.take(0))
     ahead.start(1)
     ahead.wait()
     saved = json.loads(json.dumps(ahead.state_dict()))
 
     again = job_of(1, method)  # the weights have moved on
-    went_on = Ahead(again)
+    went_on = Prefetcher(again)
     went_on.load_state_dict(saved)
     assert json.loads(json.dumps(went_on.state_dict())) == saved
-    one, other = ahead.take(), went_on.take()
+    one, other = ahead.take(1), went_on.take(1)
     assert (one.chosen, one.weight_version) == (other.chosen, other.weight_version)
     assert other.rollouts == one.rollouts and again.engine.generated == []
     for name in ("ppl_P", "entropy_P"):
@@ -126,17 +128,17 @@ def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
 def test_rollouts_that_never_came_are_generated_by_the_weights_of_the_day(job_of):
     """The engine failed while the step before was learnt from, which is done and saved."""
     job = job_of(0)
-    ahead = Ahead(job)
+    ahead = Prefetcher(job)
     ahead.start(1)
     job.engine.weight_version = 1
     saved = ahead.state_dict()
     again = job_of(2)
-    went_on = Ahead(again)
+    went_on = Prefetcher(again)
     went_on.load_state_dict(saved)
-    ready = went_on.take()
+    ready = went_on.take(1)
     assert again.engine.generated == [(p.id, "1/rollouts/1") for p in ready.selected]
     assert [rollout.weight_version for rollout in ready.rollouts] == [2, 2]
-    assert ready.chosen == ahead.coming.chosen and ready.seconds == 1.5
+    assert ready.chosen == ahead.pending.chosen and ready.seconds == 1.5
 
 
 @pytest.mark.parametrize("killed_again", [False, True])
@@ -145,7 +147,7 @@ def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_t
 ):
     """And none is paid twice, however often the run stops."""
     job = job_of(0)
-    ahead = Ahead(job)
+    ahead = Prefetcher(job)
     ahead.start(1)
     job.engine.comes_to = 1
     with pytest.raises(ConnectionError):
@@ -153,14 +155,14 @@ def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_t
     saved = ahead.state_dict()
     jobs = [job_of(2)]
     if killed_again:
-        went_on = Ahead(jobs[0])
+        went_on = Prefetcher(jobs[0])
         went_on.load_state_dict(saved)
         went_on.wait()
         assert json.loads(json.dumps(went_on.state_dict())) == json.loads(json.dumps(saved))
         jobs.append(job_of(2))
-    went_on = Ahead(jobs[-1])
+    went_on = Prefetcher(jobs[-1])
     went_on.load_state_dict(saved)
-    ready = went_on.take()
+    ready = went_on.take(1)
     first, second = (p.id for p in ready.selected)
     assert [r.weight_version for r in ready.rollouts] == [0, 2]
     assert [prompt for job in jobs for prompt, _ in job.engine.generated] == [second]
@@ -168,12 +170,14 @@ def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_t
 
 
 def test_what_is_generated_is_journalled_once(job_of):
-    ahead = Ahead(job_of(3))
+    ahead = Prefetcher(job_of(3))
     ahead.start(5)
     assert job_of(3).journal.waiting == {}
     ahead.wait()
     ahead.wait()
-    assert [path.name for path in ahead.job.journal.directory.iterdir()] == ["rollouts_5.0.jsonl"]
+    assert [path.name for path in ahead.trainer.journal.directory.iterdir()] == [
+        "rollouts_5.0.jsonl"
+    ]
     assert len(job_of(3).journal.waiting) == 2
 
 
@@ -183,10 +187,10 @@ def test_rollouts_are_on_disk_before_either_loop_has_them(job_of, monkeypatch):
         "megatron_prepo.run.rollout_journal.flush", lambda path: forced.append(path.name)
     )
     job = job_of(3)
-    roll_out(job.config, job.engine, job.journal, PROMPTS[:2], "rollouts/4")
+    stages.roll_out(job, PROMPTS[:2], "rollouts/4")
     assert forced == ["rollouts_4.0.jsonl", "journal"]
     forced.clear()
-    ahead = Ahead(job)
+    ahead = Prefetcher(job)
     ahead.start(5)
     assert forced == []
     ahead.wait()
@@ -195,9 +199,9 @@ def test_rollouts_are_on_disk_before_either_loop_has_them(job_of, monkeypatch):
 
 def test_without_a_step_ahead_the_state_is_that_of_now(job_of):
     job = job_of(0)
-    ahead = Ahead(job)
+    ahead = Prefetcher(job)
     ahead.start(0)
-    learn(job, ahead.take())
+    learn(job, ahead.take(0))
     state = ahead.state_dict()
     assert state["coming"] is None and state["batches"] == {"position": 4}
     assert state["selector"] == job.selector.state_dict()

@@ -6,7 +6,7 @@ import pytest
 
 from tools.checks import language
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 PROSE = {
     "per": ("one message per step, a per-rank buffer", "the upper stage, a permutation"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.test_run_directory import config, content, files  # noqa: F401 - a fixture
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
@@ -15,6 +14,7 @@ from megatron_prepo.files import lock, ownership
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.ledger import LedgerEntry
 from megatron_prepo.run.recorder import Run
+from tests.unit.run.test_run_directory import config, content, files  # noqa: F401 - a fixture
 
 ENTRY = LedgerEntry(
     step=0,

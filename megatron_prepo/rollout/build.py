@@ -1,0 +1,72 @@
+"""The one place that knows which engines there are."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_prepo.config import Config
+from megatron_prepo.rollout.engine import Engine
+from megatron_prepo.rollout.sglang import launch, open_files
+from megatron_prepo.rollout.sglang.engine import SGLangEngine
+from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that an engine serves, and how they share what one of them knows."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    gather: Callable[[Any], list] = lambda value: [value]
+    """Gives every rank's value to every rank."""
+    share: Callable[[Future | None], Any] = lambda future: future.result()
+    """Gives the result of rank 0's future to every rank; the others pass None."""
+
+
+ONE_RANK = Ranks()
+
+
+def check(config: Config) -> None:
+    """UserError unless what the configured engine needs is installed, free and allowed here."""
+    if config.rollout.engine != "sglang":
+        return
+    open_files.make_room(config.servers)
+    launch.check_given(config) if config.servers.urls else launch.check(config)
+    if not config.servers.urls and os.environ.get("RANK", "0") == "0":
+        launch.check_host(config)
+
+
+def build_engine(
+    config: Config,
+    tokenizer,
+    *,
+    device: torch.device,
+    ranks: Ranks = ONE_RANK,
+    log: Callable[[str], None] = print,
+) -> Engine:
+    """Return the engine that `rollout.engine` names, still without weights."""
+    if config.rollout.engine == "sglang":
+        return SGLangEngine(
+            config,
+            tokenizer,
+            device=device,
+            rank=ranks.rank,
+            share=ranks.share,
+            gather=ranks.gather,
+            log=log,
+        )
+    return EmbeddedEngine(
+        config.model.hf,
+        tokenizer,
+        dtype=getattr(torch, config.model.dtype),
+        fp32_lm_head=config.model.fp32_lm_head,
+        device=device,
+        batch_size=config.rollout.batch_size,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+        gather=ranks.gather,
+    )

@@ -1,0 +1,207 @@
+"""The stages of a step, in the order of the loop; each measures its own seconds.
+
+    score the candidate prompts -> select those in the perplexity window -> roll them out -> grade
+    -> group-relative advantages -> old log-probabilities and entropies -> relative-entropy weights
+    -> clipped policy updates -> give the engine the new weights
+
+All are collective, and their results the same on every rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from megatron_prepo.actor import parallel
+from megatron_prepo.config import RolloutConfig
+from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rewards.pool import Grade
+from megatron_prepo.rollout.engine import Request
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.policy_update import (
+    RolloutScores,
+    TrainingBatch,
+    score_rollouts,
+    step_record,
+    update_policy,
+)
+from megatron_prepo.trainer.prompt_scores import check_agreement, engine_perplexities, prompt_scores
+from megatron_prepo.trainer.setup import Trainer, due
+from megatron_prepo.trainer.step_ledger import ledger_entries
+from megatron_prepo.trainer.step_metrics import grading_metrics, selection_metrics
+
+
+def score_candidates(trainer: Trainer, step: int) -> Candidates:
+    """Return the next candidate prompts, scored by the current policy if the selector needs it."""
+    with trainer.run.seconds("perplexity"):
+        candidates = score(trainer, trainer.batches.next(), step)
+    trainer.throughput.scored.append(candidates)
+    return candidates
+
+
+def score(trainer: Trainer, prompts: Sequence[Prompt], step: int) -> Candidates:
+    """Return the prompts with the scores that the selector needs.
+
+    `selection.ppl_from=engine`: by the engine's copy of the policy, which is compared with the
+    actor in the first step and whenever an evaluation is due.
+    """
+    actor, settings = trainer.actor, trainer.config.selection
+    if not trainer.selector.needs_scores:
+        return Candidates(prompts)
+    if settings.ppl_from == "actor":
+        return Candidates(prompts, *prompt_scores(actor, prompts, settings.ppl_tokens))
+    ppl_P, actor_ppl_P = engine_perplexities(trainer.engine, prompts, settings.ppl_tokens), None
+    if step == 0 or due(step, trainer.config.eval.every):
+        actor_ppl_P, _ = prompt_scores(actor, prompts, settings.ppl_tokens)
+        check_agreement(ppl_P, actor_ppl_P, settings.ppl_agreement)
+    return Candidates(prompts, ppl_P, actor_ppl_P=actor_ppl_P)
+
+
+def probe(trainer: Trainer, candidates: Candidates, step: int) -> tuple[Candidates, Groups]:
+    """Return the candidates with their pass rates, and the rollouts that these took.
+
+    For the oracle, which is no method: any other selector gets the candidates as they are.
+    """
+    if not trainer.selector.needs_pass_rates:
+        return candidates, Groups()
+    with trainer.run.seconds("probes"):
+        rollouts = generate(trainer, candidates.prompts, f"probes/{step}")
+        grades = trainer.grader.grade(rollouts)
+    probes = Groups().extend(range(len(candidates.prompts)), rollouts, grades)
+    pass_rate_P = (probes.rewards_KG >= trainer.config.reward.high).double().mean(dim=1)
+    return replace(candidates, pass_rate_P=pass_rate_P), probes
+
+
+def select(trainer: Trainer, candidates: Candidates, step: int) -> Iterator[list[int]]:
+    """Yield positions of the candidates to roll out: once, or until a method that refills has done.
+
+    Between two rounds the caller lets the selector observe what came of the first (`grade`).
+    """
+    while chosen := trainer.selector.choose(candidates, step):
+        parallel.assert_equal_on_all_ranks("the selection", chosen)
+        yield chosen
+        if not trainer.selector.refills:
+            return
+
+
+def roll_out(trainer: Trainer, selected: Sequence[Prompt], purpose: str) -> list[Rollout]:
+    """Return G completions of each prompt by the weights of the last update."""
+    with trainer.run.seconds("rollouts"):
+        return generate(trainer, selected, purpose)
+
+
+def grade(trainer: Trainer, rollouts: Sequence[Rollout]) -> list[Grade]:
+    """Return the grade of each rollout; the selector observes the rewards of their groups."""
+    group_size = trainer.config.rollout.samples_per_prompt
+    with trainer.run.seconds("rewards"):
+        grades = trainer.grader.grade(rollouts)
+    selected = [rollout.prompt for rollout in rollouts[::group_size]]
+    trainer.selector.observe(selected, rewards_of(grades).view(-1, group_size))
+    return grades
+
+
+def score_old_policy(trainer: Trainer, groups: Groups) -> RolloutScores:
+    """Return log-probabilities and entropies of the rollouts by the policy before the update.
+
+    Always a pass of its own: the relative-entropy weights need it.
+    """
+    config = trainer.config
+    with trainer.run.seconds("old_logprobs"):
+        return score_rollouts(
+            trainer.actor,
+            groups.rollouts,
+            temperature=config.rollout.temperature,
+            loss=config.loss,
+            max_staleness=config.train.mini_batches if config.train.overlap else 0,
+        )
+
+
+def update(
+    trainer: Trainer, step: int, candidates: Candidates, batch: TrainingBatch
+) -> dict[str, float]:
+    """Make the optimizer updates of the step; returns the mean of their metrics.
+
+    One that is not finite is skipped; `debug.dump_steps` names those to dump.
+    """
+    num_mini_batches = trainer.config.train.mini_batches
+    with trainer.run.seconds("update"):
+        record = step_record(step, candidates, batch, num_mini_batches)
+        return update_policy(
+            trainer.updates.of_step(record),
+            batch,
+            aggregation=trainer.config.loss.aggregation,
+            num_mini_batches=num_mini_batches,
+        )
+
+
+@contextmanager
+def recorded(
+    trainer: Trainer,
+    step: int,
+    candidates: Candidates,
+    generated: Groups,
+    probes: Groups,
+    batch: TrainingBatch,
+    metrics: dict[str, float],
+) -> Iterator[None]:
+    """Record the step in ledger and metrics after a block that gives the engine its weights.
+
+    Even if the engine fails in that block: the step itself is done.
+    """
+    method = trainer.config.selection.method
+    try:
+        yield
+    finally:
+        entries = ledger_entries(method, step, candidates, generated, probes, batch)
+        trainer.run.record(
+            step,
+            entries,
+            selection_metrics(candidates, generated.chosen, generated.rewards_KG)
+            | grading_metrics(generated.grades)
+            | batch.metrics(trainer.config.loss)
+            | metrics
+            | trainer.speed(batch.groups),
+        )
+        trainer.checkpoints.mark()
+
+
+def sync_weights(trainer: Trainer) -> None:
+    """Give the engine the weights of the last update."""
+    with trainer.run.seconds("weight_sync"):
+        trainer.sync()
+
+
+def generate(trainer: Trainer, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
+    """Return G completions of each prompt; those in the journal are not generated again."""
+    config, engine, journal = trainer.config, trainer.engine, trainer.journal
+    rollouts = engine.generate(
+        rollout_request(
+            prompts,
+            purpose,
+            config.rollout,
+            config.train.seed,
+            cached=journal.find(purpose, engine.weight_version, prompts),
+            on_rollouts=partial(journal.add, purpose),
+        )
+    )
+    journal.force()
+    return rollouts
+
+
+def rollout_request(
+    prompts: Sequence[Prompt], purpose: str, settings: RolloutConfig, seed: int, **options
+) -> Request:
+    """Return the request for G rollouts of each prompt.
+
+    `purpose` and seed of the run name its random numbers; `options` are further fields of Request.
+    """
+    return Request(
+        prompts=prompts,
+        samples_per_prompt=settings.samples_per_prompt,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=f"{seed}/{purpose}",
+        routing=settings.router_replay,
+        **options,
+    )

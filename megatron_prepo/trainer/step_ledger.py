@@ -1,0 +1,53 @@
+"""A step's entries in the ledger, from what its stages found."""
+
+from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.run.ledger import LedgerEntry
+from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.policy_update import TrainingBatch
+
+
+def ledger_entries(
+    method: str,
+    step: int,
+    candidates: Candidates,
+    generated: Groups,
+    probes: Groups,
+    batch: TrainingBatch,
+) -> list[LedgerEntry]:
+    """Return one entry for each rollout of the step: trained on, dropped, or a probe.
+
+    `method` is the selector's name.
+    """
+    group_size = batch.groups.rewards_KG.shape[1]
+    position_of = {prompt.id: p for p, prompt in enumerate(candidates.prompts)}
+    trained = {id(rollout): i for i, rollout in enumerate(batch.groups.rollouts)}
+    rollouts = [*generated.rollouts, *probes.rollouts]
+    grades = [*generated.grades, *probes.grades]
+    zero_variance_K = zero_variance(rewards_of(grades).view(-1, group_size)).tolist()
+    entries = []
+    for n, rollout in enumerate(rollouts):
+        i = trained.get(id(rollout))
+        ppl_P, p = candidates.ppl_P, position_of[rollout.prompt.id]
+        entries.append(
+            LedgerEntry(
+                step=step,
+                prompt_id=rollout.prompt.id,
+                sample=n % group_size,
+                selector=method,
+                purpose="probe" if n >= len(generated.rollouts) else "train",
+                trained=i is not None,
+                ppl=None if ppl_P is None else float(ppl_P[p]),
+                reward=grades[n].reward,
+                graded=grades[n].outcome,
+                length=len(rollout.tokens),
+                finished=rollout.finished,
+                mean_entropy=None if i is None else float(batch.old_scores.entropy_N[i]),
+                weight=None if i is None else float(batch.weight_N[i]),
+                zero_variance=zero_variance_K[n // group_size],
+                weight_version=rollout.weight_version,
+                aborted=rollout.aborted,
+                staleness=0 if i is None else batch.old_scores.staleness_N[i],
+            )
+        )
+    return entries
