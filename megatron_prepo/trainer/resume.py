@@ -74,7 +74,7 @@ class Checkpoints:
                 self.log(f"{path} {problem}; it is passed over")
                 continue
             if self._is_of_another_run(path):
-                self.say(
+                self.log(
                     f"{path} is another run's and is skipped (a new run can start from its "
                     f"weights: model.megatron={path})"
                 )
