@@ -12,11 +12,11 @@ from megatron_prepo.process.command import in_one_line
 
 @in_one_line
 def main() -> int:
-    """Exit code 0, 1 if a verification failed, or 2 for something that the user can mend."""
+    """Return the exit code: 0, 1 if a verification failed, or 2 for an error the user can fix."""
     options = _parser().parse_args()
     try:
         return options.run(options)
-    except OSError as error:  # a full disk, a lost mount: nothing that looks whole is left behind
+    except OSError as error:  # full disk, lost mount: no output that looks complete remains
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -81,7 +81,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _prompts(path: str) -> list[str]:
-    """The prompts of a file such as `data.train`, or of a text file the lines."""
+    """Return the prompts of a file such as `data.train`, or the lines of a text file."""
     if Path(path).suffix == ".jsonl":
         return [text for _, _, text, _ in read_records(path)]
     return [line for _, line in json_lines.lines(path)]
@@ -110,29 +110,31 @@ def _parser() -> argparse.ArgumentParser:
 
     exporter = commands.add_parser("export", help="Megatron to Hugging Face")
     exporter.add_argument("--megatron", required=True, help="checkpoint, or directory of them")
-    exporter.add_argument("--hf", help="configuration and tokenizer; default: the checkpoint's own")
+    exporter.add_argument(
+        "--hf", help="configuration and tokenizer; default: those stored with the checkpoint"
+    )
     exporter.set_defaults(run=_export)
     for converter in (importer, exporter):
         converter.add_argument("--out", required=True, help="directory to write; must not exist")
         converter.add_argument(
-            "--dtype", choices=("bfloat16", "float32"), help="default: as the tensors are"
+            "--dtype", choices=("bfloat16", "float32"), help="default: keep the types of tensors"
         )
 
     verifier = commands.add_parser("verify", help="prove that nothing was lost")
     verifier.add_argument("--hf", required=True, help="Hugging Face directory")
-    verifier.add_argument("--megatron", help="checkpoint made from it")
+    verifier.add_argument("--megatron", help="checkpoint converted from it")
     verifier.add_argument(
         "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"
     )
     verifier.add_argument(
-        "--prompts", help="for the logits: .jsonl as data.train, or a prompt per line"
+        "--prompts", help="prompts for the logits: .jsonl as data.train, or one per line"
     )
     verifier.add_argument("--quick", action="store_true", help="sampled layers, no logits")
     verifier.add_argument("--no-logits", action="store_true", help="do not build the models")
     verifier.add_argument("--manifest", help="JSON file to write, with every SHA-256")
     verifier.set_defaults(run=_verify)
 
-    inspector = commands.add_parser("inspect", help="say what a directory holds")
+    inspector = commands.add_parser("inspect", help="describe the contents of a directory")
     inspector.add_argument("directory")
     inspector.set_defaults(run=_inspect)
     return parser

@@ -1,8 +1,8 @@
-"""Whole conversions, streamed: directory in, directory out, one tensor group in memory at a time.
+"""Streamed conversion of complete models: one tensor group is in memory at a time.
 
-Megatron-Core itself says what its checkpoint looks like: each rank of the wanted layout is built on
-the meta device (`actor.dry_run`), and its sharded state dict names every chunk.  The mapping table
-says which Hugging Face tensors a chunk comes from.  Nothing else knows about either format.
+The structure of a Megatron checkpoint comes from Megatron-Core: each rank of the requested layout
+is built on the meta device (`actor.dry_run`), and its sharded state dict names every chunk.  The
+mapping table lists the Hugging Face tensors of each chunk.  No other code depends on either format.
 """
 
 import os
@@ -39,26 +39,26 @@ from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWr
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKERS = min(4, os.cpu_count() or 1)
 ARENA_BYTES = 1 << 30
-"""Memory that the workers keep between tensors, together."""
+"""Total memory that the workers keep between tensors."""
 
 
 @dataclass
 class PlannedParameter:
-    """One parameter of the whole model and the chunks of it in a Megatron checkpoint."""
+    """One parameter of the complete model and its chunks in a Megatron checkpoint."""
 
     mapping: Mapping
     leading: int
-    """Dimensions that stacking put before the parameter's own: layers, experts."""
+    """Number of leading dimensions added by stacking: layers, experts."""
     chunks: list[Chunk] = field(default_factory=list)
 
     @property
     def key(self) -> str:
-        """Its name in the checkpoint."""
+        """Name in the checkpoint."""
         return self.chunks[0].key
 
     @property
     def full_shape(self) -> tuple[int, ...]:
-        """The parameter's own shape over all tensor-parallel ranks, vocabulary padding included."""
+        """Shape over all tensor-parallel ranks, including vocabulary padding, without stacking."""
         return self.chunks[0].global_shape[self.leading :]
 
 
@@ -73,11 +73,11 @@ def import_hf(
 ) -> list[str]:
     """Write a Hugging Face model as a Megatron `torch_dist` checkpoint; returns warnings.
 
-    It can be read in any layout; the sizes given here only choose how it is cut into chunks.
-    `dtype`: float32 or bfloat16; None keeps every tensor's own.
+    It can be loaded under any layout; the sizes given here only determine how it is split into
+    chunks.  `dtype`: float32 or bfloat16; None keeps the type of every tensor.
 
     Raises UserError for a missing or damaged source, and for an `out` that is not empty.  `out`
-    appears when it is whole, and not before.
+    exists only when it is complete.
     """
     out = Path(out).absolute().resolve()
     _must_be_empty(out)
@@ -95,7 +95,7 @@ def import_hf(
             sources = [tensors.read(name, arena.empty) for name in parameter.mapping.hf_names]
             for name, source in zip(parameter.mapping.hf_names, sources, strict=True):
                 if not _is_finite(source):
-                    warnings.append(f"{name} has values that are not finite")
+                    warnings.append(f"{name} has non-finite values")
             if dtype is not None:
                 sources = [source.to(DTYPES[dtype]) for source in sources]
             full = _megatron_tensor(parameter, sources, heads, settings)
@@ -129,10 +129,10 @@ def export_hf(
 ) -> None:
     """Write a Megatron checkpoint as a Hugging Face model.
 
-    `megatron`: a checkpoint, or a directory of which the newest is taken.
-    `hf`: a directory with the model's configuration and tokenizer files, of which the weights are
-    not read; None takes those that came with the checkpoint.  Raises UserError if it describes
-    another model than the checkpoint's own record.
+    `megatron`: a checkpoint, or a directory whose newest checkpoint is exported.
+    `hf`: a directory with the model's configuration and tokenizer files, whose weights are not
+    read; None uses the files stored with the checkpoint.  Raises UserError if it describes a model
+    other than the checkpoint's record.
     """
     from megatron_prepo.actor.checkpoint import newest
 
@@ -167,7 +167,7 @@ def export_hf(
 
 
 def refuse_layout(layout, settings: dict) -> None:
-    """UserError if the model cannot be cut so."""
+    """Raise UserError if a layout does not fit the model."""
     mcore = transformer_settings(settings)
     experts = mcore.get("num_moe_experts") or 1
     width = mcore.get("moe_ffn_hidden_size", layout.expert_tensor)
@@ -197,7 +197,7 @@ def refuse_layout(layout, settings: dict) -> None:
 def uneven_stages(layers: int, pipeline: int) -> dict[str, int]:
     """Return Megatron's setting for stages of unequal size; empty if the layers divide evenly.
 
-    The last stage has what remains, at least one layer.
+    The last stage has the remaining layers, at least one.
 
     >>> uneven_stages(5, 2), uneven_stages(5, 4), uneven_stages(6, 3)
     ({'num_layers_in_last_pipeline_stage': 2}, {'num_layers_in_last_pipeline_stage': 2}, {})
@@ -213,7 +213,7 @@ def uneven_stages(layers: int, pipeline: int) -> dict[str, int]:
 def plan_checkpoint(
     settings: dict, *, tensor: int = 1, pipeline: int = 1, expert: int = 1
 ) -> list[PlannedParameter]:
-    """Every parameter of the model with its chunks in a checkpoint written by this layout."""
+    """Return every parameter of the model with its chunks in a checkpoint of this layout."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
     from megatron_prepo.actor.dry_run import each_rank
@@ -222,7 +222,7 @@ def plan_checkpoint(
 
     sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
     if min(sizes.values()) < 1:
-        raise UserError(f"the sizes of a layout are at least 1, not {sizes}")
+        raise UserError(f"the sizes of a layout must be at least 1, not {sizes}")
     layout = ParallelConfig(**sizes)
     refuse_layout(layout, settings)
     model_config = ModelConfig(hf="", dtype="bfloat16")
@@ -248,17 +248,17 @@ def plan_checkpoint(
 def plan_export(
     settings: dict, reader: TorchDistReader, dtype: torch.dtype | None
 ) -> tuple[list[PlannedParameter], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """The model's parameters, and type and shape of each Hugging Face tensor.
+    """Return the model's parameters, and type and shape of each Hugging Face tensor.
 
-    Raises UserError if the checkpoint lacks a parameter or holds one that the model has not.
+    Raises UserError if the checkpoint lacks a parameter or has one that the model does not have.
     """
     plan = plan_checkpoint(settings)
     keys = {parameter.key for parameter in plan}
     known = {key for key in reader.tensors if not key.startswith(("optimizer.", "chained_"))}
     if keys != known:
         raise UserError(
-            f"{reader.directory} does not fit the model of config.json: it lacks "
-            f"{listed(sorted(keys - known)) or 'nothing'}, and has besides "
+            f"{reader.directory} does not fit the model of config.json: missing "
+            f"{listed(sorted(keys - known)) or 'nothing'}, unexpected "
             f"{listed(sorted(known - keys)) or 'nothing'}"
         )
     heads, shapes = heads_of(settings), {}
@@ -287,9 +287,9 @@ def hf_tensors(
     settings: dict,
     empty: Callable[..., torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the Hugging Face tensors that a parameter of a checkpoint holds.
+    """Yield (name, tensor) of the Hugging Face tensors in a parameter of a checkpoint.
 
-    `empty(shape, dtype)` gives the memory to read into.
+    `empty(shape, dtype)` allocates the memory to read into.
     """
     shape = parameter.full_shape
     if parameter.mapping.kind == "vocab":
@@ -302,7 +302,7 @@ def hf_tensors(
 
 
 def heads_of(settings: dict) -> Heads:
-    """The attention geometry of a Hugging Face configuration."""
+    """Return the attention geometry of a Hugging Face configuration."""
     mcore = transformer_settings(settings)
     return Heads(
         num_groups=mcore["num_query_groups"],
@@ -312,23 +312,24 @@ def heads_of(settings: dict) -> Heads:
 
 
 def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:
-    """The directory with the model's configuration and tokenizer files."""
+    """Return the directory with the model's configuration and tokenizer files."""
     candidates = [Path(hf)] if hf else [Path(megatron) / HF_FILES, Path(megatron).parent / HF_FILES]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
     raise UserError(
-        f"no config.json in {' or '.join(map(str, candidates))}; name the Hugging Face directory "
-        "that the model came from by --hf"
+        f"no config.json in {' or '.join(map(str, candidates))}; set --hf to the Hugging Face "
+        "directory of the original model"
     )
 
 
 def _megatron_tensor(
     parameter: PlannedParameter, sources: list[torch.Tensor], heads: Heads, settings: dict
 ) -> list[torch.Tensor]:
-    """Megatron's full tensor as blocks of rows, with zero rows for vocabulary padding.
+    """Return Megatron's full tensor as blocks of rows, with zero rows for vocabulary padding.
 
-    Blocks, because joining gate and up, the bulk of a model, would copy them for nothing.
+    The blocks are not joined, since concatenating gate and up, most of a model, would only copy
+    them.
     """
     mapping, shape = parameter.mapping, parameter.full_shape
     try:
@@ -339,7 +340,7 @@ def _megatron_tensor(
     rows = sum(len(block) for block in blocks)
     if mapping.kind == "vocab" and rows != settings["vocab_size"]:
         raise UserError(
-            f"{mapping.hf_names[0]} has {rows} rows, but config.json says vocab_size="
+            f"{mapping.hf_names[0]} has {rows} rows, but config.json has vocab_size="
             f"{settings['vocab_size']}"
         )
     if mapping.kind == "vocab" and rows == settings["vocab_size"] < shape[0]:
@@ -347,14 +348,14 @@ def _megatron_tensor(
     found = (sum(len(block) for block in blocks), *blocks[0].shape[1:])
     if found != shape or len({block.shape[1:] for block in blocks}) > 1:
         raise UserError(
-            f"{', '.join(mapping.hf_names)}: together {found}, but config.json makes the Megatron "
-            f"parameter {shape}"
+            f"{', '.join(mapping.hf_names)}: joined shape {found}, but by config.json the Megatron "
+            f"parameter has {shape}"
         )
     return blocks
 
 
 def _check_types(plan: Sequence[PlannedParameter], tensors: HFTensors) -> None:
-    """Megatron keeps the layers of a parameter, and what it interleaves, as one tensor."""
+    """Raise UserError for different types in one Megatron tensor (stacked layers, joined parts)."""
     first: dict[str, str] = {}
     for parameter in plan:
         for name in parameter.mapping.hf_names:
@@ -362,15 +363,15 @@ def _check_types(plan: Sequence[PlannedParameter], tensors: HFTensors) -> None:
             types = [tensors.places[n].dtype for n in (other, name)]
             if types[0] != types[1]:
                 raise UserError(
-                    f"{other} is {types[0]} and {name} {types[1]}, but Megatron keeps them in one "
-                    "tensor; choose a type by --dtype"
+                    f"{other} is {types[0]} and {name} is {types[1]}, but Megatron stores them in "
+                    "one tensor; choose a type by --dtype"
                 )
 
 
 def _region(
     blocks: list[torch.Tensor], offset: Sequence[int], shape: Sequence[int]
 ) -> torch.Tensor:
-    """The part of `shape` at `offset` of the blocks one below the other."""
+    """Return the region of `shape` at `offset` in the vertically stacked blocks."""
     pieces, first = [], 0
     for block in blocks:
         low, high = max(offset[0], first), min(offset[0] + shape[0], first + len(block))
@@ -395,9 +396,9 @@ def _in_parallel(
     sizes: Sequence[int],
     arena: Arena,
 ) -> None:
-    """Convert all parameters in threads, with a progress bar in bytes; the first error ends it.
+    """Convert all parameters in threads, with a progress bar in bytes; the first error stops it.
 
-    The bytes in flight stay below the largest group (and 256 MB), so that memory does, too.
+    The bytes in flight, and so the memory, are limited to the largest group (and 256 MB).
     """
     budget = _ByteBudget(max([256 << 20, *sizes]))
 
@@ -417,7 +418,7 @@ def _in_parallel(
 
 
 class _ByteBudget:
-    """At most so many bytes in use at a time, but always at least one use."""
+    """Limit on the number of bytes in use at a time, which always admits at least one use."""
 
     def __init__(self, limit: int):
         self._limit, self._used = limit, 0
@@ -438,7 +439,7 @@ class _ByteBudget:
 
 @contextmanager
 def _aside(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes it, on disk, if all goes well, and else goes away."""
+    """Yield a temporary directory that is renamed to `out` on success, and removed otherwise."""
     aside = ownership.begin(out)
     try:
         yield aside

@@ -1,4 +1,4 @@
-"""Say what a directory holds: a Hugging Face model or a Megatron checkpoint."""
+"""Describe the contents of a directory: a Hugging Face model or a Megatron checkpoint."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from megatron_prepo.models.torch_dist import TorchDistReader
 
 
 def describe(directory: str | Path) -> str:
-    """A few lines on the architecture, then a line a tensor: name, type, shape, bytes."""
+    """Return a line on the architecture, then one line per tensor: name, type, shape, bytes."""
     if (Path(directory) / "config.json").is_file():
         return _describe_hf(directory)
     return _describe_megatron(directory)

@@ -53,42 +53,42 @@ SAMPLING_BATCH = 256
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's `build.py` says about it."""
+    """Description of a task, given by its `build.py`."""
 
     folder: Path
     seed: int
     draw_for_corpus: Draw
-    """A problem of what the base model is trained on."""
+    """Sampler of problems for training the base model."""
     draw_for_pool: Draw
-    """A problem of what reinforcement learning and evaluation use."""
+    """Sampler of problems for reinforcement learning and evaluation."""
     words: Collection[str]
     max_new_tokens: int
     hidden_size: int
     intermediate_size: int
     num_steps: int
-    """Of supervised training."""
+    """Number of steps of supervised training."""
     measured_by: tuple[str, ...]
     """Fields of a problem by which `--measure` splits the pass rate."""
     direct_share: float = 0.3
-    """Of the training texts: answered without working."""
+    """Share of training texts that are answered without working."""
 
 
 def main(task: Task, description: str) -> None:
-    """The command line of a task's `build.py`."""
+    """Run the command line of a task's `build.py`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=task.folder)
     parser.add_argument("--seed", type=int, default=task.seed)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--measure", action="store_true", help="measure --out, build nothing")
+    what.add_argument("--measure", action="store_true", help="measure --out without building")
     what.add_argument(
         "--fresh",
         type=int,
         nargs="?",
         const=NUM_FRESH_PROMPTS,
         metavar="N",
-        help=f"only write a train.jsonl of N other prompts ({NUM_FRESH_PROMPTS}) to --out",
+        help=f"only write a train.jsonl of N new prompts (default {NUM_FRESH_PROMPTS}) to --out",
     )
     options = parser.parse_args()
     if options.fresh is not None and options.out.resolve() == task.folder.resolve():
@@ -128,13 +128,13 @@ def build(task: Task, out: Path, seed: int) -> None:
 
 
 def draw_shipped(task: Task, seed: int) -> list[Problem]:
-    """The problems of train.jsonl, then those of eval.jsonl."""
+    """Draw the problems of train.jsonl, then those of eval.jsonl."""
     rng = random.Random(f"pool {seed}")
     return draw_unique(task.draw_for_pool, rng, NUM_TRAIN_PROMPTS + NUM_EVAL_PROMPTS)
 
 
 def draw_corpus(task: Task, seed: int, held_back: Collection[str]) -> list[tuple[str, str]]:
-    """Prompt and answer of the training texts of all steps; each is seen once."""
+    """Draw prompt and answer of the training texts of all steps; each is used once."""
     rng = random.Random(f"corpus {seed}")
     return [
         draw_training_text(task.draw_for_corpus, rng, task.direct_share, held_back)
@@ -143,21 +143,21 @@ def draw_corpus(task: Task, seed: int, held_back: Collection[str]) -> list[tuple
 
 
 FILES = ("train.jsonl", "eval.jsonl", "base")
-"""What `build` writes."""
+"""Outputs of `build`."""
 
 
 def refuse_to_replace(task: Task, out: Path, names: Sequence[str]) -> None:
-    """Exit if a folder other than the task's own holds what would be written."""
+    """Exit if a folder other than the task's folder already contains an output."""
     there = [name for name in names if os.path.lexists(out / name)]
     if there and out.resolve() != task.folder.resolve():
         sys.exit(
-            f"error: --out {out} already holds {', '.join(there)}; nothing was written: choose "
-            "another folder, or move it away"
+            f"error: --out {out} already contains {', '.join(there)}; nothing was written: choose "
+            "another folder, or move the files"
         )
 
 
 def write_shipped_prompts(task: Task, out: Path, seed: int) -> list[Problem]:
-    """Write train.jsonl and eval.jsonl; returns the problems that are in them."""
+    """Write train.jsonl and eval.jsonl; returns their problems."""
     problems = draw_shipped(task, seed)
     write_prompts(out / "train.jsonl", "train", problems[:NUM_TRAIN_PROMPTS])
     write_prompts(out / "eval.jsonl", "eval", problems[NUM_TRAIN_PROMPTS:])
@@ -165,7 +165,7 @@ def write_shipped_prompts(task: Task, out: Path, seed: int) -> list[Problem]:
 
 
 def write_fresh_prompts(task: Task, out: Path, seed: int, count: int) -> list[Problem]:
-    """Write a train.jsonl of the pool's kind without any prompt of the shipped files."""
+    """Write a train.jsonl from the same distribution, without any prompt of the shipped files."""
     shipped = {problem.prompt for problem in draw_shipped(task, seed)}
     problems = draw_unique(task.draw_for_pool, random.Random(f"fresh {seed}"), count, shipped)
     write_prompts(out / "train.jsonl", "fresh", problems)
@@ -183,8 +183,10 @@ def write_prompts(path: Path, split: str, problems: Sequence[Problem]) -> None:
 
 
 def base_config(task: Task, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """Qwen3 and not Qwen2: for Qwen2, AutoTokenizer of transformers 5 ignores the tokenizer class
-    in the directory and rebuilds a byte-level tokenizer, which drops our words without a sound.
+    """Return a Qwen3 configuration.
+
+    Not Qwen2: for it, AutoTokenizer of transformers 5 ignores the tokenizer class in the directory
+    and rebuilds a byte-level tokenizer, which silently drops our words.
     """
     return Qwen3Config(
         vocab_size=len(tokenizer),
@@ -209,7 +211,7 @@ def train(
     texts: list[str],
     rng: random.Random,
 ) -> None:
-    """Language-model loss on the whole text: without the prompt its perplexity means nothing."""
+    """Train with the loss on the full text, so that the perplexity of prompts is meaningful."""
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
@@ -223,7 +225,7 @@ def train(
         for batch in progress:
             input_ids = pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
             labels = pad_sequence(batch, batch_first=True, padding_value=-100)
-            # The padding is on the right, where causal attention never looks: no mask is needed.
+            # The padding is on the right, which causal attention never sees: no mask is needed.
             loss = model(input_ids=input_ids, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,7 +237,10 @@ def train(
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Linear warm-up, constant, then linear to zero over the last DECAY_SHARE of the steps."""
+    """Return the factor of a schedule: linear warm-up, constant, then linear decay to zero.
+
+    The decay takes the last DECAY_SHARE of the steps.
+    """
     warm_up = (step + 1) / WARM_UP_STEPS
     decay = (num_steps - step) / (DECAY_SHARE * num_steps)
     return min(1.0, warm_up, decay)
@@ -244,7 +249,8 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
 def length_bucketed_batches(
     rows: list[list[int]], rng: random.Random, batches_per_bucket: int = 50
 ) -> Iterator[list[torch.Tensor]]:
-    """Batches of rows of similar length: each bucket is sorted, cut and its batches shuffled."""
+    """Yield batches of rows of similar length: each bucket is sorted, split, and its batches
+    shuffled."""
     bucket_size = batches_per_bucket * BATCH_SIZE
     for start in range(0, len(rows), bucket_size):
         bucket = sorted(rows[start : start + bucket_size], key=len)
@@ -260,7 +266,7 @@ def save_base(
     tokenizer: PreTrainedTokenizerFast,
     max_new_tokens: int,
 ) -> None:
-    """A Hugging Face directory that readers older than transformers 5 understand too."""
+    """Save a Hugging Face directory that versions before transformers 5 can read as well."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -290,9 +296,9 @@ Record = dict[str, Any]
 
 
 def measure(task: Task, out: Path, seed: int) -> None:
-    """Print what the base model solves at temperature 1, and how perplexity predicts it.
+    """Print the base model's pass rate at temperature 1, and its correlation with perplexity.
 
-    Suffixes: P prompts of a file, G samples of a prompt.
+    Suffixes: P prompts of a file, G samples per prompt.
     """
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     model = AutoModelForCausalLM.from_pretrained(out / "base").eval()
@@ -332,7 +338,7 @@ def sample_passes(
     records: list[Record],
     num_samples: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples at temperature 1: 1.0 where correct, and whether without working; both ``[P, G]``."""
+    """Sample at temperature 1; returns 1.0 where correct, and whether direct, both ``[P, G]``."""
     order = sorted(range(len(records)), key=lambda index: len(records[index]["prompt"]))
     passed_PG = torch.zeros(len(records), num_samples)
     direct_PG = torch.zeros(len(records), num_samples, dtype=torch.bool)
@@ -360,7 +366,7 @@ def sample_passes(
 def score_perplexity(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, records: list[Record]
 ) -> torch.Tensor:
-    """exp of the mean negative log-likelihood of the prompt tokens after ``<bos>``; ``[P]``."""
+    """Return exp(mean negative log-likelihood) of the prompt tokens after ``<bos>``, ``[P]``."""
     losses = []
     for record in records:
         input_ids = torch.tensor([tokenizer(record["prompt"]).input_ids])
@@ -369,7 +375,7 @@ def score_perplexity(
 
 
 def format_means(records: list[Record], key: str, passed_PG: torch.Tensor) -> str:
-    """Mean pass rate for each value of a field, such as ``1: 0.81, 2: 0.51``."""
+    """Return the mean pass rate per value of a field, such as ``1: 0.81, 2: 0.51``."""
     values = torch.tensor([record[key] for record in records])
     means = {int(value): passed_PG[values == value].mean() for value in values.unique()}
     return ", ".join(f"{value}: {mean:.2f}" for value, mean in means.items())

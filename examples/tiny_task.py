@@ -1,4 +1,4 @@
-"""What the tiny tasks of this folder share: a problem, how it is drawn, and its tokenizer."""
+"""Shared code of the tiny tasks of this folder: problems, sampling of problems, and tokenizer."""
 
 import random
 from collections.abc import Callable, Collection, Iterable
@@ -13,11 +13,11 @@ ANSWER_MARK = "####"
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem with its working; a task adds what makes a problem hard as further fields."""
+    """One problem with its working; tasks add further fields that determine difficulty."""
 
     prompt: str
     working: str
-    """What leads to the answer, without the answer mark."""
+    """Steps that lead to the answer, without the answer mark."""
     answer: int
 
     @property
@@ -35,7 +35,7 @@ Draw = Callable[[random.Random], Problem]
 def draw_unique(
     draw: Draw, rng: random.Random, count: int, held_back: Collection[str] = ()
 ) -> list[Problem]:
-    """``count`` problems, no two with the same prompt and none with a ``held_back`` one."""
+    """Draw ``count`` problems with different prompts, none of them in ``held_back``."""
     problems: dict[str, Problem] = {}
     while len(problems) < count:
         problem = draw(rng)
@@ -47,7 +47,7 @@ def draw_unique(
 def draw_training_text(
     draw: Draw, rng: random.Random, direct_share: float, held_back: Collection[str] = ()
 ) -> tuple[str, str]:
-    """A prompt, never a ``held_back`` one, and its answer: direct by ``direct_share``."""
+    """Draw a prompt that is not in ``held_back``, with its answer: direct by ``direct_share``."""
     problem = draw(rng)
     while problem.prompt in held_back:
         problem = draw(rng)
@@ -56,12 +56,12 @@ def draw_training_text(
 
 
 def zipf(count: int, exponent: float) -> tuple[float, ...]:
-    """Weights 1, 2**-a, 3**-a, ... of ``count`` items."""
+    """Return weights 1, 2**-a, 3**-a, ... of ``count`` items."""
     return tuple(rank**-exponent for rank in range(1, count + 1))
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Whether a response, decoded with its special tokens, ends in the right answer.
+    """Return whether a response, decoded with its special tokens, ends in the correct answer.
 
     There must be an ``<eos>``, exactly one answer mark before it, and after the mark nothing but
     the digits of the answer: ``is_correct("9 + 4 = 1 3 #### 1 3 <eos>", "13")`` is true.
@@ -72,11 +72,11 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Word-level tokenizer with single digits: ``"has 13 pens"`` -> ``<bos> has 1 3 pens``.
+    """Build a word-level tokenizer with single digits: ``"has 13 pens"`` -> ``<bos> has 1 3 pens``.
 
-    ``<bos>`` is added in front, ``<eos>`` is not added. There is no unknown token: a word that is
-    neither in ``words`` nor a digit raises, because a silent stand-in could turn a wrong answer
-    into a right one.
+    ``<bos>`` is added at the start, ``<eos>`` is not added. There is no unknown token: a word that
+    is neither in ``words`` nor a digit raises, because a silent replacement could turn a wrong
+    answer into a correct one.
     """
     vocabulary = [PAD, BOS, EOS, *sorted({*words, *"0123456789", ANSWER_MARK})]
     ids = {word: token_id for token_id, word in enumerate(vocabulary)}

@@ -1,17 +1,17 @@
-"""Rebuild everything that the laptop experiment ships, from one seed, on one CPU thread.
+"""Rebuild all files of the laptop experiment, from one seed, on one CPU thread.
 
     python examples/laptop/build.py                    # the prompts and the base model
     python examples/laptop/build.py --measure          # print the pass rates of the base model
-    python examples/laptop/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 other prompts
+    python examples/laptop/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 new prompts
 
 Building takes about 105 CPU-seconds, measuring about 20, fresh prompts a few. Written to ``--out``:
 
     train.jsonl   prompts for reinforcement learning
-    eval.jsonl    held-out prompts; none of them is in train.jsonl
+    eval.jsonl    held-out prompts, disjoint from train.jsonl
     base/         a Hugging Face directory: Qwen3 with 228 192 parameters after supervised training
 
-No prompt of the two files is in the text that the base model is trained on. The same seed gives
-the same files on one machine; another machine may round the weights differently.
+No prompt of the two files is in the base model's training text. The same seed gives the same files
+on one machine; another machine may round the weights differently.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Story sums: a small GSM8K-like task whose answers can be checked and whose worked line is known.
+"""Story sums: a small GSM8K-like task with verifiable answers and known working.
 
-A story opens with a number, changes it one to five times (gain, loss, doubling, halving) and asks
+A story starts with a number, changes it one to five times (gain, loss, doubling, halving) and asks
 for the final number:
 
     prompt    tom has 9 apples . tom buys 4 more . tom gives 5 away .
@@ -8,13 +8,13 @@ for the final number:
     worked    9 + 4 = 13 - 5 = 8 #### 8
     direct    #### 8
 
-Two mixtures are drawn from the same generator. ``CORPUS`` is what the base model is trained on:
-mostly short stories of a few common families, 30 % of them answered directly, as web text mixes
-styles. ``POOL`` is what reinforcement learning and evaluation use: longer stories, larger numbers,
-rarer families. So the base model solves some prompts always, some never and most sometimes, and it
-can still learn that working helps.
+Two mixtures are drawn from the same generator. The base model is trained on ``CORPUS``: mostly
+short stories of a few common families, 30 % of them answered directly, as web text mixes styles.
+Reinforcement learning and evaluation use ``POOL``: longer stories, larger numbers, rarer families.
+So the base model solves some prompts always, some never and most sometimes, and it can still learn
+that working helps.
 
-Left out on purpose: negative numbers, fractions, several quantities in one story, paraphrase by a
+Deliberately excluded: negative numbers, fractions, several quantities in one story, paraphrase by a
 language model, units, and any text that is not a template of this file.
 """
 
@@ -30,7 +30,7 @@ MAX_STEPS = 5
 
 @dataclass(frozen=True)
 class Family:
-    """The sentences of one setting; ``{name}``, ``{thing}`` and ``{k}`` are filled in per story."""
+    """Sentences of one setting; ``{name}``, ``{thing}`` and ``{k}`` are filled in per story."""
 
     key: str
     opening: str
@@ -44,7 +44,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """How large the numbers of a story may become."""
+    """Limits of the numbers in a story."""
 
     max_operand: int
     max_total: int
@@ -52,13 +52,13 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often each family, number of steps and magnitude is drawn (weights, not normalised)."""
+    """Frequencies of families, numbers of steps and magnitudes (weights, not normalised)."""
 
     family_weights: tuple[float, ...]
     step_weights: tuple[float, ...]
-    """For 1, 2, ... MAX_STEPS steps."""
+    """Weights of 1, 2, ... MAX_STEPS steps."""
     magnitude_weights: tuple[float, ...]
-    """For the magnitudes 1, 2 and 3."""
+    """Weights of the magnitudes 1, 2 and 3."""
 
 
 @dataclass(frozen=True)
@@ -227,11 +227,11 @@ POOL = Mixture(
     magnitude_weights=(0.4, 0.4, 0.2),
 )
 DISTRACTOR_SHARE = 0.1
-SCALING_SHARE = 0.12  # of the steps, where the numbers allow it: half doublings, half halvings
+SCALING_SHARE = 0.12  # share of steps, if the numbers allow it: half doublings, half halvings
 
 
 def draw_story(rng: random.Random, mixture: Mixture) -> Story:
-    """One story of the mixture."""
+    """Draw one story from a mixture."""
     family = rng.choices(FAMILIES, mixture.family_weights)[0]
     steps = rng.choices(range(1, MAX_STEPS + 1), mixture.step_weights)[0]
     magnitude = rng.choices(list(MAGNITUDES), mixture.magnitude_weights)[0]
@@ -266,7 +266,7 @@ def _draw_common(rng: random.Random, words: Sequence[str]) -> str:
 
 
 def _draw_operation(rng: random.Random, total: int, limits: Magnitude) -> tuple[str, int]:
-    """A symbol and an operand that keep the total in 1 ... ``max_total``."""
+    """Draw a symbol and an operand that keep the total in 1 ... ``max_total``."""
     draw = rng.random()
     if draw < SCALING_SHARE / 2 and 2 * total <= limits.max_total:
         return "*", 2
@@ -290,23 +290,23 @@ def _draw_sentence(rng: random.Random, family: Family, symbol: str) -> str:
 
 
 def _draw_distractor(rng: random.Random, limits: Magnitude) -> str:
-    """A sentence with a number that has nothing to do with the question."""
+    """Draw a sentence with a number that is irrelevant to the question."""
     template = rng.choices(DISTRACTORS, (3, 2, 1))[0]
     return template.format(name=rng.choice(NAMES), k=rng.randint(2, limits.max_operand))
 
 
 def draw_for_corpus(rng: random.Random) -> Story:
-    """One story of what the base model is trained on."""
+    """Draw one story for training the base model."""
     return draw_story(rng, CORPUS)
 
 
 def draw_for_pool(rng: random.Random) -> Story:
-    """One story of what reinforcement learning and evaluation use."""
+    """Draw one story for reinforcement learning and evaluation."""
     return draw_story(rng, POOL)
 
 
 def words() -> set[str]:
-    """Every word of the templates and the signs of the working."""
+    """Return every word of the templates and the signs of the working."""
     templates = [*DISTRACTORS]
     for family in FAMILIES:
         templates += [family.opening, *family.gains, *family.losses]

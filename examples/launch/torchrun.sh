@@ -1,12 +1,13 @@
 #!/bin/bash
-# A run on several machines without a scheduler: this command on each of them, HEAD being one.
+# A run on several machines without a scheduler: run this command on each of them; HEAD is one of
+# them.
 #
 #   HEAD=10.0.0.1 NODES=2 examples/launch/torchrun.sh CONFIG [key=value ...]
 #
-# run.dir, model and prompts have to be at the same path on all of them.
+# run.dir, model and prompts must be at the same path on all of them.
 set -euo pipefail
 
-# a signal that asks to save is for the ranks, which listen to it; torchrun would end them
+# the signal to save is for the ranks, which handle it; torchrun would stop them
 trap '' USR1
 
 exec torchrun --nnodes "${NODES:?how many machines}" --nproc-per-node "${GPUS:-8}" \

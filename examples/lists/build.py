@@ -1,8 +1,8 @@
-"""Rebuild everything that the lists experiment ships, from one seed, on one CPU thread.
+"""Rebuild all files of the lists experiment, from one seed, on one CPU thread.
 
 python examples/lists/build.py                    # the prompts and the base model
 python examples/lists/build.py --measure          # print the pass rates of the base model
-python examples/lists/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 other prompts
+python examples/lists/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 new prompts
 """
 
 import sys

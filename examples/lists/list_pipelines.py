@@ -1,17 +1,17 @@
-"""List pipelines: a short list of digits, changed step by step, and one question about the result.
+"""List pipelines: a short list of digits, modified step by step, and a question about the result.
 
     prompt    list 3 1 4 5 : sort rotate ends =
     worked    sort 1 3 4 5 rotate 3 4 5 1 ends 3 1 #### 3 1
     direct    #### 3 1
 
-The worked answer writes the list after every operation. A question asks for two digits of what is
-left: the first and the last one, the first two, or the last two. All digits of a list differ, and
-so do the operations of a pipeline. Most operations and all questions have two names, the second of
-which is rarer.
+The worked answer writes the list after every operation. A question asks for two digits of the
+resulting list: the first and the last one, the first two, or the last two. All digits of a list
+differ, and so do the operations of a pipeline. Most operations and all questions have two names,
+the second of which is rarer.
 
-``CORPUS`` is what the base model is trained on: short pipelines of common operations under their
-common names. ``POOL`` is what reinforcement learning and evaluation use: longer lists and
-pipelines, rarer operations and names.
+The base model is trained on ``CORPUS``: short pipelines of common operations under their common
+names. Reinforcement learning and evaluation use ``POOL``: longer lists and pipelines, rarer
+operations and names.
 """
 
 import random
@@ -25,7 +25,7 @@ Items = list[int]
 
 @dataclass(frozen=True)
 class Operation:
-    """Something done to a list, under its names, the most common one first."""
+    """An operation on a list with its names, the most common one first."""
 
     names: tuple[str, ...]
     apply: Callable[[Items], Items]
@@ -48,7 +48,7 @@ OPERATIONS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A number asked of a list, under its names, the most common one first."""
+    """A number computed from a list with its names, the most common one first."""
 
     names: tuple[str, ...]
     answer: Callable[[Items], int]
@@ -63,14 +63,14 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often each choice is drawn (weights, not normalised)."""
+    """Frequencies of the choices (weights, not normalised)."""
 
     rank_exponent: float
-    """Of the Zipf weights of operations and names."""
+    """Exponent of the Zipf weights of operations and names."""
     length_weights: tuple[float, ...]
-    """For lists of 4, 5, 6 and 7 different digits."""
+    """Weights of lists of 4, 5, 6 and 7 different digits."""
     step_weights: tuple[float, ...]
-    """For 1, 2, 3 and 4 operations."""
+    """Weights of 1, 2, 3 and 4 operations."""
 
 
 CORPUS = Mixture(
@@ -94,7 +94,7 @@ class Pipeline(Problem):
 
 
 def draw_pipeline(rng: random.Random, mixture: Mixture) -> Pipeline:
-    """One pipeline of the mixture."""
+    """Draw one pipeline from a mixture."""
     length = rng.choices(range(4, 8), mixture.length_weights)[0]
     steps = rng.choices(range(1, 5), mixture.step_weights)[0]
     items = rng.sample(range(10), length)
@@ -130,16 +130,16 @@ def _spaced(items: Items) -> str:
 
 
 def draw_for_corpus(rng: random.Random) -> Pipeline:
-    """One pipeline of what the base model is trained on."""
+    """Draw one pipeline for training the base model."""
     return draw_pipeline(rng, CORPUS)
 
 
 def draw_for_pool(rng: random.Random) -> Pipeline:
-    """One pipeline of what reinforcement learning and evaluation use."""
+    """Draw one pipeline for reinforcement learning and evaluation."""
     return draw_pipeline(rng, POOL)
 
 
 def words() -> set[str]:
-    """Every word of a pipeline and the sign between running totals."""
+    """Return every word of a pipeline and the sign between running totals."""
     names = {name for choice in (*OPERATIONS, *QUESTIONS) for name in choice.names}
     return names | {"list", ":", "=", ","}

@@ -1,8 +1,8 @@
-"""Rebuild everything that the traces experiment ships, from one seed, on one CPU thread.
+"""Rebuild all files of the traces experiment, from one seed, on one CPU thread.
 
 python examples/traces/build.py                    # the prompts and the base model
 python examples/traces/build.py --measure          # print the pass rates of the base model
-python examples/traces/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 other prompts
+python examples/traces/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 new prompts
 """
 
 import sys

@@ -4,14 +4,14 @@
     worked    2 add a 0 b 7 swap a 7 b 0 | 1 add a 7 b 0 swap a 0 b 7 | #### 7
     direct    #### 7
 
-The body, of different instructions, is repeated as often as the number after ``repeat`` says; the
-worked answer has one round per repetition: how many are left, then each instruction with the state
-after it. All results are taken modulo the number after ``mod``, so that a register is one digit.
-The answer is ``10 * a + b``: a guess has to get both registers right.
+The body, of different instructions, is repeated by the number after ``repeat``; the worked answer
+has one round per repetition: the remaining repetitions, then each instruction with the state after
+it. All results are taken modulo the number after ``mod``, so that a register is one digit. The
+answer is ``10 * a + b``: a guess must get both registers right.
 
-``CORPUS`` is what the base model is trained on: few instructions, the modulus 10 and short runs are
-common, the rest is rare. ``POOL`` is what reinforcement learning and evaluation use: longer runs
-and rarer instructions and moduli. How long a program runs does not show in the length of its text.
+The base model is trained on ``CORPUS``: few instructions, the modulus 10 and short runs are common,
+all else is rare. Reinforcement learning and evaluation use ``POOL``: longer runs and rarer
+instructions and moduli. The length of a program's text does not show how long it runs.
 """
 
 import random
@@ -44,14 +44,14 @@ MAX_ROUNDS = 9
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often each choice is drawn (weights, not normalised)."""
+    """Frequencies of the choices (weights, not normalised)."""
 
     instruction_weights: tuple[float, ...]
     modulus_weights: tuple[float, ...]
     body_weights: tuple[float, ...]
-    """For a body of 1, 2, ... MAX_BODY instructions."""
+    """Weights of a body of 1, 2, ... MAX_BODY instructions."""
     executed: tuple[int, int]
-    """Bounds of the number of instructions to execute; rounds are whole, so it is not exact."""
+    """Bounds of the number of executed instructions, approximate since rounds are complete."""
 
 
 CORPUS = Mixture(
@@ -70,7 +70,7 @@ POOL = Mixture(
 
 @dataclass(frozen=True)
 class Program(Problem):
-    """A program; its working is the trace."""
+    """A program, with the trace as its working."""
 
     modulus: int
     body: int
@@ -78,7 +78,7 @@ class Program(Problem):
 
 
 def draw_program(rng: random.Random, mixture: Mixture) -> Program:
-    """One program of the mixture."""
+    """Draw one program from a mixture."""
     modulus = rng.choices(MODULI, mixture.modulus_weights)[0]
     size = rng.choices(range(1, MAX_BODY + 1), mixture.body_weights)[0]
     body = _draw_body(rng, mixture, size)
@@ -104,7 +104,7 @@ def draw_program(rng: random.Random, mixture: Mixture) -> Program:
 
 
 def _draw_body(rng: random.Random, mixture: Mixture, size: int) -> list[str]:
-    """Different instructions: which one comes next in a trace is told by the last one."""
+    """Draw different instructions, so that the last one in a trace determines the next one."""
     body: dict[str, None] = {}
     while len(body) < size:
         body[rng.choices(list(INSTRUCTIONS), mixture.instruction_weights)[0]] = None
@@ -112,15 +112,15 @@ def _draw_body(rng: random.Random, mixture: Mixture, size: int) -> list[str]:
 
 
 def draw_for_corpus(rng: random.Random) -> Program:
-    """One program of what the base model is trained on."""
+    """Draw one program for training the base model."""
     return draw_program(rng, CORPUS)
 
 
 def draw_for_pool(rng: random.Random) -> Program:
-    """One program of what reinforcement learning and evaluation use."""
+    """Draw one program for reinforcement learning and evaluation."""
     return draw_program(rng, POOL)
 
 
 def words() -> set[str]:
-    """Every word of a program and the signs of its trace."""
+    """Return every word of a program and the signs of its trace."""
     return {*INSTRUCTIONS, "mod", "a", "b", "repeat", "print", "|"}

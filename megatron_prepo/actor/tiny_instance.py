@@ -1,7 +1,7 @@
 """A tiny random model with the settings of a `config.json`, in Megatron-Core and in `transformers`.
 
-The sizes are small and the rest of the file is as it stands, so that a setting of which the two
-make something different shows in the logits after a second, whatever the size of the model.
+Only the sizes in the file are reduced, so that a setting that the two interpret differently changes
+the logits within a second, whatever the size of the model.
 """
 
 import json
@@ -17,10 +17,10 @@ from megatron_prepo.models.hf_config import read_hf_config, read_json
 from megatron_prepo.models.hf_files import SINGLE
 
 POSITIONS = 2048
-"""Tokens lie this far apart together: a lost rope scaling shows at thousands of positions only."""
+"""Range of token positions: a missing rope scaling is visible only over thousands of positions."""
 TOKENS = 64
 FACTOR = 8
-"""The difference may be this many times that between `transformers` in float32 and in float64."""
+"""Maximum ratio of the difference to that between `transformers` in float32 and in float64."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +28,35 @@ class Difference:
     """Largest absolute differences of logits."""
 
     ours: float
-    """Of Megatron-Core's from those of `transformers`, both in float32."""
+    """Difference between Megatron-Core and `transformers`, both in float32."""
     rounding: float
-    """Of those of `transformers` in float32 from its own in float64."""
+    """Difference between `transformers` in float32 and in float64."""
     spread: float
     """Standard deviation of the logits."""
 
     @property
     def passed(self) -> bool:
-        """Whether it is what rounding does; false for NaN."""
+        """Whether the difference is explained by rounding; false for NaN."""
         return self.ours <= FACTOR * self.rounding
 
 
 def check(directory: str | Path) -> Difference:
-    """Compare the two; UserError if they differ by more than rounding.
+    """Compare the two; raises UserError if they differ by more than rounding.
 
-    Outside of a job: it forms one of its own.
+    Call it outside a job: it initialises a job of one process.
     """
     found = compare(directory)
     if not found.passed:
         raise UserError(
-            f"{directory}: with these settings Megatron-Core's logits are not those of "
-            f"transformers: a tiny random model differs by {found.ours:.2e} (rounding "
+            f"{directory}: with these settings Megatron-Core's logits differ from those of "
+            f"transformers: by {found.ours:.2e} for a tiny random model (rounding "
             f"{found.rounding:.1e}, spread {found.spread:.1e})"
         )
     return found
 
 
 def compare(directory: str | Path) -> Difference:
-    """The logits of 64 random tokens that lie apart."""
+    """Return differences of logits for 64 random tokens at distant positions."""
     with tempfile.TemporaryDirectory() as scratch:
         model = write(directory, Path(scratch))
         hf = read_hf_config(scratch)
@@ -75,16 +75,16 @@ def compare(directory: str | Path) -> Difference:
 
 
 def write(directory: str | Path, target: Path):
-    """Save a tiny random model, the file's own text but for sizes; returns that of `transformers`.
+    """Save a tiny random model in float32, with only sizes changed in `config.json`.
 
-    In float32.
+    Returns the model of `transformers`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (target / "config.json").write_text(json.dumps(tiny_config(directory)), encoding="utf-8")
     config = AutoConfig.from_pretrained(target, local_files_only=True, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.set_experts_implementation("eager")  # its grouped products know no float64
+    model.set_experts_implementation("eager")  # its grouped products do not support float64
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -97,7 +97,7 @@ def write(directory: str | Path, target: Path):
 
 
 def tiny_config(directory: str | Path) -> dict:
-    """The content of `config.json` with other sizes, but the same size of a head."""
+    """Return the content of `config.json` with smaller sizes, but the same head size."""
     raw, hf = read_json(Path(directory) / "config.json"), read_hf_config(directory)
     groups = min(2, hf["num_key_value_heads"])
     heads = groups * min(4, hf["num_attention_heads"] // hf["num_key_value_heads"])
@@ -122,7 +122,7 @@ def tiny_config(directory: str | Path) -> dict:
 
 
 def in_float64(model):
-    """The same model of `transformers`, whose products are then exact beside those in float32."""
+    """Return the same model in float64, whose products are exact compared with float32."""
     from transformers import AutoModelForCausalLM
 
     exact = AutoModelForCausalLM.from_config(model.config, dtype=torch.float64).eval()
@@ -133,8 +133,8 @@ def in_float64(model):
 
 @torch.no_grad()
 def transformers_logits(model, tokens_1S: torch.Tensor, positions_1S: torch.Tensor) -> torch.Tensor:
-    """`[tokens, vocabulary]` in float64, computed in the model's type."""
-    # without a mask, it takes gaps between positions for the beginnings of other sequences
+    """Return logits `[tokens, vocabulary]` in float64, computed in the model's type."""
+    # without a mask, gaps between positions are treated as starts of other sequences
     mask_1S = torch.ones_like(tokens_1S)
     return model(tokens_1S, position_ids=positions_1S, attention_mask=mask_1S).logits[0].double()
 
@@ -143,7 +143,7 @@ def transformers_logits(model, tokens_1S: torch.Tensor, positions_1S: torch.Tens
 def megatron_logits(
     directory: str | Path, hf: dict, tokens_1S: torch.Tensor, positions_1S: torch.Tensor
 ) -> torch.Tensor:
-    """`[tokens, vocabulary]` in float64, computed in float32 by Megatron-Core's model."""
+    """Return logits `[tokens, vocabulary]` in float64, computed in float32 by Megatron-Core."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.attention import RowLayout
     from megatron_prepo.actor.model import build_model, output_weight

@@ -1,8 +1,8 @@
-"""Memory that is used again: fresh pages cost more time than the bytes that are put on them.
+"""Reused memory: allocating new pages takes more time than filling them.
 
-A large tensor's memory comes from the system page by page and goes back as soon as it is freed; at
-several gigabytes a second that is most of a copy's time.  Each thread takes the tensors of a task
-from one buffer, which the next task uses again.
+The memory of a large tensor is allocated page by page and returned to the system when it is freed;
+at several gigabytes per second this dominates the time of a copy.  Each thread allocates the
+tensors of a task from one buffer, which the next task reuses.
 """
 
 import threading
@@ -15,7 +15,7 @@ ALIGNMENT = 64
 
 
 class Arena:
-    """Tensors that live until the task ends; one buffer a thread, of at most `keep_bytes`."""
+    """Tensors that are valid until the task ends; one buffer per thread, at most `keep_bytes`."""
 
     def __init__(self, keep_bytes: int):
         self._keep_bytes = keep_bytes
@@ -23,7 +23,7 @@ class Arena:
 
     @contextmanager
     def task(self) -> Iterator[None]:
-        """What `empty` gives inside is invalid after it."""
+        """Return a context for a task; tensors from `empty` are invalid after it."""
         local = self._local
         local.used = local.wanted = 0
         local.buffer = getattr(local, "buffer", torch.empty(0, dtype=torch.uint8))
@@ -34,7 +34,7 @@ class Arena:
                 local.buffer = torch.empty(local.wanted, dtype=torch.uint8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous tensor, from the thread's buffer if there is room in it."""
+        """Return an uninitialised contiguous tensor, from the thread's buffer if it has room."""
         local = self._local
         tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

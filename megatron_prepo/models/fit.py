@@ -1,6 +1,7 @@
-"""Whether the tensors of a Hugging Face directory are those of its `config.json`: names and shapes.
+"""Check that a Hugging Face directory has the tensors of its `config.json`, by names and shapes.
 
-Little but the headers of the files is read, so that it takes no time before a run or a conversion.
+Little more than the headers of the files is read, so the check before a run or a conversion is
+fast.
 """
 
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ from megatron_prepo.models.hf_config import listed, num_experts
 from megatron_prepo.models.hf_files import EMBEDDING, HEAD, HFTensors
 
 MOST_MISSING = 1000
-"""Names after which no more are looked for: a damaged config.json may ask for billions."""
+"""Missing names after which the search stops: a damaged config.json may describe billions."""
 
 
 def expected_shapes(hf: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor of a model, by the settings of `read_hf_config`."""
+    """Yield name and shape of each tensor of a model with the settings of `read_hf_config`."""
     hidden, head = hf["hidden_size"], hf["head_dim"]
     queries, keys = hf["num_attention_heads"] * head, hf["num_key_value_heads"] * head
     yield EMBEDDING, (hf["vocab_size"], hidden)
@@ -46,10 +47,10 @@ def expected_shapes(hf: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def check_fit(tensors: HFTensors, hf: dict) -> None:
-    """UserError unless the directory has exactly the tensors of the model, in their shapes.
+    """Raise UserError unless the directory has exactly the tensors of the model, in their shapes.
 
-    A tied model's files may repeat the embedding as the head, and old files hold rotary
-    frequencies, which are computed.
+    A tied model's files may repeat the embedding as the head, and old files have rotary
+    frequencies, which are computed instead.
     """
     missing, known = [], set()
     for name, shape in expected_shapes(hf):
@@ -60,7 +61,7 @@ def check_fit(tensors: HFTensors, hf: dict) -> None:
                 break
         elif (found := tensors.places[name].shape) != shape:
             raise UserError(
-                f"{tensors.directory}: {name} has shape {found}, and by config.json {shape}"
+                f"{tensors.directory}: {name} has shape {found}, but by config.json {shape}"
             )
         elif not tensors.places[name].dtype.is_floating_point:
             raise UserError(f"{tensors.directory}: {name} is {tensors.places[name].dtype}")
@@ -72,18 +73,18 @@ def check_fit(tensors: HFTensors, hf: dict) -> None:
         check_tied_head(tensors)
     if left:
         raise UserError(
-            f"{tensors.directory} has tensors that the model has no place for: "
+            f"{tensors.directory} has tensors that are not part of the model: "
             f"{listed(sorted(left))}"
         )
 
 
 def check_tied_head(tensors: HFTensors) -> None:
-    """UserError if a tied model's files have a head that is not the embedding.
+    """Raise UserError if a tied model's files have a head that differs from the embedding.
 
-    `transformers` then leaves the two apart, against `config.json`.
+    `transformers` then does not tie them, contrary to `config.json`.
     """
     if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         raise UserError(
-            f"{tensors.directory}: config.json ties the embeddings, but {HEAD} is another tensor; "
-            "set tie_word_embeddings to false"
+            f"{tensors.directory}: config.json ties the embeddings, but {HEAD} differs from the "
+            "embedding; set tie_word_embeddings to false"
         )

@@ -1,9 +1,10 @@
-"""What a Hugging Face `config.json` means in Megatron-Core's arguments.
+"""Translation of a Hugging Face `config.json` to Megatron-Core's arguments.
 
-There is one reader of the file: `transformers`' own configuration class, with its defaults and its
-precedence of old and new keys (`rope_scaling` before `rope_parameters`, for instance).  What it
-made of the file is then taken, or refused by name if Megatron-Core would compute something else.
-A key that neither is known here nor known to have no influence on logits is refused, too.
+The file is read only by the configuration class of `transformers`, with its defaults and its
+precedence of old and new keys (`rope_scaling` before `rope_parameters`, for instance).  The
+resulting values are then accepted, or rejected by name if Megatron-Core would compute something
+else.  A key that is neither supported here nor known to have no influence on logits is rejected as
+well.
 """
 
 import json
@@ -26,13 +27,13 @@ SIZES = (
 )
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 MUST_BE_THERE = {*SIZES} - {"num_key_value_heads", "head_dim", "max_position_embeddings"}
-"""Sizes of tensors: a file without them is damaged, whatever a class has as its default."""
+"""Sizes of tensors: a file without them is damaged, whatever the default of a class is."""
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Fixed in Megatron-Core's rope scaling."""
+"""Constants of Megatron-Core's rope scaling."""
 ONLY = {
     "hidden_act": "silu",
     "mlp_bias": False,
@@ -44,16 +45,16 @@ ONLY = {
     "chunk_size_feed_forward": 0,
     "partial_rotary_factor": 1.0,
 }
-"""What Megatron-Core is built for here, of all that the families' classes can be set to."""
+"""Supported values of settings that the families' configuration classes have."""
 ONLY_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-"""The same of mixtures of experts."""
+"""Supported values for mixtures of experts."""
 READ = {*SIZES, *EXPERT_SIZES, *ONLY, *ONLY_EXPERTS, "model_type"}
 READ |= {"rms_norm_eps", "tie_word_embeddings"}
 READ |= {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
 READ |= {"layer_types", "use_sliding_window", "num_local_experts"}
 QUANTIZATION_KEYS = {"quantization_config", "compression_config"}
 NO_INFLUENCE = {
-    # about the file, its type, and other heads than the language model's
+    # about the file, its type, and heads other than the language model's
     *("architectures", "auto_map", "transformers_version", "name_or_path", "tokenizer_class"),
     *("_name_or_path", "_commit_hash", "_attn_implementation_autoset", "dtype", "torch_dtype"),
     *("_attn_implementation_internal", "_experts_implementation_internal", "model_max_length"),
@@ -68,29 +69,30 @@ NO_INFLUENCE = {
     *("max_window_layers", "use_mrope", "use_flash_attn", "use_flash_attention_2", "seq_length"),
     "transformers.js_config",
 }
-"""Keys that change no logit of these families; besides them, those of a generation."""
+"""Keys that do not change logits of these families, in addition to generation settings."""
 NO_CHANGE = {
     "is_llama_config": (True,),
     "rope_interleaved": (False,),
     "qkv_bias": (False,),
     "shared_expert_intermediate_size": (0, None),
 }
-"""Keys that no class of `transformers` reads, and the values that say what it computes anyway."""
+"""Keys that `transformers` ignores, with the values that agree with what it computes."""
 
 
 def read_hf_config(
     directory: str | Path, *, quantized: bool = False, for_megatron: bool = True
 ) -> dict:
-    """Return all of a model's architecture, itself a `config.json` of the same logits.
+    """Return a model's complete architecture as a `config.json` that gives the same logits.
 
     Keys of SIZES, `model_type`, `architectures`, `rms_norm_eps`, `tie_word_embeddings`,
-    `rope_parameters`, and for mixtures of experts EXPERT_SIZES; each explicit, as `transformers`
+    `rope_parameters`, and for mixtures of experts EXPERT_SIZES; all are explicit, as `transformers`
     reads the file.
-    `quantized`: the weights are elsewhere, so the file may describe quantised ones.
-    `for_megatron`: Megatron-Core has to compute what `transformers` computes; an engine that only
-    generates may compute more.
+    `quantized`: the weights come from another place, so the file may describe quantised ones.
+    `for_megatron`: Megatron-Core must compute what `transformers` computes; an engine that only
+    generates may support more.
 
-    Raises UserError in one line for a missing or damaged file, and for another computation.
+    Raises UserError with one line for a missing or damaged file, and for an unsupported
+    computation.
     """
     path = Path(directory) / "config.json"
     raw = read_json(path)
@@ -101,8 +103,8 @@ def read_hf_config(
         )
     if not quantized and (keys := QUANTIZATION_KEYS & {k for k, v in raw.items() if v is not None}):
         raise UserError(
-            f"{path} has a {min(keys)}: the model is quantised, which is not supported; use the "
-            "original weights, or dequantise them and remove the key"
+            f"{path} has {min(keys)}: quantised models are not supported; use the original "
+            "weights, or dequantise them and remove the key"
         )
     moe = raw["model_type"] == "qwen3_moe"
     needed = sorted(MUST_BE_THERE) + (list(EXPERT_SIZES[1:]) if moe else [])
@@ -129,7 +131,7 @@ def read_hf_config(
 
 
 def transformer_settings(hf: dict) -> dict:
-    """Fields of Megatron-Core's TransformerConfig."""
+    """Return fields of Megatron-Core's TransformerConfig."""
     heads = hf["num_attention_heads"]
     return _experts(hf) | {
         "num_layers": hf["num_hidden_layers"],
@@ -151,7 +153,7 @@ def transformer_settings(hf: dict) -> dict:
 
 
 def gpt_settings(hf: dict) -> dict:
-    """Arguments of Megatron-Core's GPTModel beside its TransformerConfig."""
+    """Return arguments of Megatron-Core's GPTModel other than its TransformerConfig."""
     rope = hf["rope_parameters"]
     settings = {
         "max_sequence_length": hf["max_position_embeddings"],
@@ -165,7 +167,7 @@ def gpt_settings(hf: dict) -> dict:
 
 
 def num_experts(hf: dict) -> int:
-    """Experts of a layer, 0 for a dense model."""
+    """Return the number of experts per layer, 0 for a dense model."""
     return hf["num_experts"] if hf["model_type"] == "qwen3_moe" else 0
 
 
@@ -176,7 +178,7 @@ def _experts(hf: dict) -> dict:
         "num_moe_experts": num_experts(hf),
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-        # softmax over the chosen experts' logits is what norm_topk_prob does
+        # norm_topk_prob means softmax over the chosen experts' logits
         "moe_router_pre_softmax": False,
         "moe_router_score_function": "softmax",
         "moe_router_load_balancing_type": "none",
@@ -184,7 +186,7 @@ def _experts(hf: dict) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The object that a JSON file holds.  Raises UserError for any other file."""
+    """Return the object in a JSON file.  Raises UserError for any other file."""
     if not path.is_file():
         raise UserError(f"no Hugging Face model in {path.parent}: {path} is missing")
     try:
@@ -193,7 +195,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is not valid JSON: nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:  # also of bytes that are no text, and of numbers without end
+    except ValueError as error:  # also for bytes that are not text, and for huge numbers
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a JSON object")
@@ -201,7 +203,7 @@ def read_json(path: Path) -> dict:
 
 
 def _refuse_unknown(path: Path, raw: dict) -> None:
-    """UserError for a key of which nobody here knows whether `transformers` computes by it."""
+    """Raise UserError for a key that is not known to have no influence on the computation."""
     from transformers import GenerationConfig
 
     known = READ | NO_INFLUENCE | QUANTIZATION_KEYS | vars(GenerationConfig()).keys()
@@ -216,9 +218,9 @@ def _refuse_unknown(path: Path, raw: dict) -> None:
 
 
 def _as_transformers_reads(path: Path, raw: dict) -> dict:
-    """All attributes of `transformers`' object for the file, and the sizes that follow from them.
+    """Return all attributes of the `transformers` object for the file, and derived sizes.
 
-    Never runs code that is beside the file.
+    Never runs code from the model's directory.
     """
     from transformers import AutoConfig
 
@@ -226,23 +228,23 @@ def _as_transformers_reads(path: Path, raw: dict) -> dict:
         theirs = AutoConfig.from_pretrained(
             path.parent, local_files_only=True, trust_remote_code=False
         )
-        # again, as the model will: an original length outside of the rope counts only from now on
+        # again, as the model does: an original length outside the rope is only now applied
         theirs.standardize_rope_params()
-    except Exception as error:  # their validation raises all kinds for values that cannot be
+    except Exception as error:  # their validation raises various types for invalid values
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path}: transformers refuses it: {type(error).__name__}: {reason[:300]}"
+            f"{path}: transformers rejects it: {type(error).__name__}: {reason[:300]}"
         ) from error
     hf = {"model_type": raw["model_type"]} | vars(theirs)
     if raw["model_type"] == "qwen3_moe":
         hf["num_experts"] = theirs.num_experts  # stored under another name
-    if "head_dim" not in hf:  # what the attention of Qwen2 and Qwen3-MoE then takes
+    if "head_dim" not in hf:  # the default in the attention of Qwen2 and Qwen3-MoE
         hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
     return hf
 
 
 def _refuse_other_computations(path: Path, hf: dict) -> None:
-    """UserError for what `transformers` computes from the file and Megatron-Core does not."""
+    """Raise UserError for settings with which Megatron-Core would compute something else."""
     moe = hf["model_type"] == "qwen3_moe"
     for name, value in (ONLY | (ONLY_EXPERTS if moe else {})).items():
         irrelevant = name == "attention_bias" and hf["model_type"] == "qwen2"  # always has it
@@ -255,36 +257,42 @@ def _refuse_other_computations(path: Path, hf: dict) -> None:
 
 
 def _check_sizes(path: Path, hf: dict) -> None:
-    """UserError for a size or an epsilon that cannot be, of those that are there."""
+    """Raise UserError for an invalid size or epsilon among those that are set."""
     for name in (*SIZES, *EXPERT_SIZES):
-        # transformers makes a list of as many elements as there are layers
+        # transformers creates a list with one element per layer
         most = 1 << 16 if name == "num_hidden_layers" else 1 << 31
         if name in hf and (type(hf[name]) is not int or not 0 < hf[name] < most):
-            raise UserError(f"{path}: {name}={reprlib.repr(hf[name])} is no size")
+            raise UserError(f"{path}: {name}={reprlib.repr(hf[name])} is not a valid size")
     if "rms_norm_eps" in hf and (not _is_number(hf["rms_norm_eps"]) or hf["rms_norm_eps"] < 0):
-        raise UserError(f"{path}: rms_norm_eps={reprlib.repr(hf['rms_norm_eps'])} is no number")
+        raise UserError(
+            f"{path}: rms_norm_eps={reprlib.repr(hf['rms_norm_eps'])} is not a valid number"
+        )
 
 
 def _check_numbers(path: Path, hf: dict) -> None:
     _check_sizes(path, hf)
     if type(hf["tie_word_embeddings"]) is not bool:
-        raise UserError(f"{path}: tie_word_embeddings={hf['tie_word_embeddings']!r} is no bool")
+        raise UserError(
+            f"{path}: tie_word_embeddings={hf['tie_word_embeddings']!r} is not a boolean"
+        )
     heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
     if heads % groups:
         raise UserError(
             f"{path}: num_key_value_heads={groups} does not divide num_attention_heads={heads}"
         )
     if hf["head_dim"] % 2:
-        raise UserError(f"{path}: head_dim={hf['head_dim']} is odd: it has no halves to rotate")
+        raise UserError(
+            f"{path}: head_dim={hf['head_dim']} is odd; rotary embeddings need an even size"
+        )
     if hf.get("num_experts_per_tok", 0) > hf.get("num_experts", 0):
         raise UserError(
-            f"{path}: num_experts_per_tok={hf['num_experts_per_tok']} of "
+            f"{path}: num_experts_per_tok={hf['num_experts_per_tok']} is more than "
             f"num_experts={hf['num_experts']}"
         )
 
 
 def _rope_parameters(path: Path, hf: dict) -> dict:
-    """`rope_type`, `rope_theta` and what Llama 3's scaling needs besides."""
+    """Return `rope_type`, `rope_theta` and the further parameters of Llama 3's scaling."""
     rope = hf["rope_parameters"]
     kind = rope.get("rope_type")
     if kind not in ("default", "llama3"):
@@ -298,7 +306,8 @@ def _rope_parameters(path: Path, hf: dict) -> dict:
     for name in names:
         if not _is_number(rope.get(name)) or rope[name] <= 0:
             raise UserError(
-                f"{path}: {name}={reprlib.repr(rope.get(name))} of the rope is no positive number"
+                f"{path}: {name}={reprlib.repr(rope.get(name))} of the rope is not a positive "
+                "number"
             )
     if kind == "llama3" and any(rope[name] != value for name, value in LLAMA3_ROPE.items()):
         found = {name: rope[name] for name in LLAMA3_ROPE}
@@ -309,14 +318,14 @@ def _rope_parameters(path: Path, hf: dict) -> dict:
 
 
 def _is_number(value) -> bool:
-    """Whether it is an int or float that a float can hold."""
+    """Return whether a value is an int or float that a float can represent."""
     if type(value) not in (int, float):
         return False
     return abs(value) < 1 << 1000 and math.isfinite(value)
 
 
 def listed(names) -> str:
-    """The first ten names, and how many more there are, in one line."""
+    """Return the first ten names and the number of further ones, in one line."""
     names = list(names)
     first = [n if n.isprintable() and 0 < len(n) < 200 else reprlib.repr(n) for n in names[:10]]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""

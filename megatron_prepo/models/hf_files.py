@@ -1,9 +1,9 @@
-"""Hugging Face directories, tensor by tensor: a reader and a writer that hold one tensor at a time.
+"""Reader and writer of Hugging Face directories that hold one tensor in memory at a time.
 
-A safetensors file is eight bytes (the header's length), a JSON header with the type, shape and
-place of each tensor, and the tensors' bytes.  Reading by plain `pread` and not through a memory map
-keeps the resident memory at what is in use; writing to places known in advance lets threads write
-at once, and no file is ever whole in memory.
+A safetensors file consists of eight bytes (the header's length), a JSON header with the type, shape
+and offset of each tensor, and the tensors' bytes.  Reading with `pread` instead of a memory map
+limits resident memory to tensors in use; writing to offsets known in advance lets threads write
+concurrently, and no file is ever entirely in memory.
 """
 
 import functools
@@ -40,7 +40,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot")
 OTHER_WEIGHTS += (".onnx", ".onnx_data", ".tflite", ".npz", ".distcp")
-"""How the names of files end that hold weights, ours or of another format."""
+"""Suffixes of files with weights, in our format or another one."""
 OTHER_FOLDERS = ("consolidated", "original", "onnx", "openvino", "coreml", "checkpoints", "release")
 OWN_MARKS = ("config.yaml", "latest_checkpointed_iteration.txt", "metadata.json", SINGLE, INDEX)
 """Files in a folder below a model that show a run, a checkpoint or another model."""
@@ -57,7 +57,7 @@ FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor's bytes are."""
+    """Location of a tensor's bytes."""
 
     file: Path
     offset: int
@@ -67,36 +67,36 @@ class TensorPlace:
 
 
 class HFTensors:
-    """The tensors of a Hugging Face directory by name, read when asked for; safe from threads.
+    """Tensors of a Hugging Face directory by name, read on demand; thread-safe.
 
-    Files and names are resolved as `transformers` does: `model.safetensors` if it exists, else the
+    Files and names are resolved as in `transformers`: `model.safetensors` if it exists, else the
     files of the index; a missing or additional prefix `model.`; all experts of a layer in one
-    tensor, each of which has a name of its own here.  `tied`: the embedding may be stored under the
-    head's name.
+    tensor, which have separate names here.  `tied`: the embedding may be stored under the head's
+    name.
 
-    Raises UserError for a directory without weights, with quantised ones or an adapter's, a damaged
-    or truncated file, and an index that names a missing file or tensor.
+    Raises UserError for a directory without weights, with quantised ones or those of an adapter, a
+    damaged or truncated file, and an index that names a missing file or tensor.
     """
 
     def __init__(self, directory: str | Path, *, tied: bool = False):
         self.directory = Path(directory)
         if (self.directory / ADAPTER).is_file():
             raise UserError(
-                f"{directory} holds an adapter ({ADAPTER}), to be added to another model; merge it "
-                "into that model's weights first"
+                f"{directory} contains an adapter ({ADAPTER}) for another model; merge it into "
+                "that model's weights first"
             )
         self.places: dict[str, TensorPlace] = {}
         headers = {file: _read_header(file) for file in self._files()}
         for name, file in self._weight_map.items():
             if name not in headers[file]:
-                where = f"{listed([name])} is in {file.name}"
-                raise UserError(f"{self.directory / INDEX} says that {where}, but it is not")
+                where = f"{listed([name])} in {file.name}"
+                raise UserError(f"{self.directory / INDEX} lists {where}, which does not have it")
         for file, header in headers.items():
             for name, place in header.items():
                 self._add(name, file, place)
         if quantized := [name for name in self.places if QUANTIZED.search(name)]:
             raise UserError(
-                f"{directory} holds a quantised model, which is not supported; use the original "
+                f"{directory} contains a quantised model, which is not supported; use the original "
                 f"weights, or dequantise them: {listed(quantized)}"
             )
         if tied and HEAD in self.places and EMBEDDING not in self.places:
@@ -115,7 +115,7 @@ class HFTensors:
         return self.read(name, lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
     def read(self, name: str, empty: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """A tensor, read into what `empty(shape, dtype)` gives."""
+        """Return a tensor, read into the memory of `empty(shape, dtype)`."""
         if name not in self.places:
             raise UserError(f"{self.directory} has no tensor {name}")
         place = self.places[name]
@@ -124,7 +124,7 @@ class HFTensors:
         return tensor
 
     def names(self) -> set[str]:
-        """All tensor names."""
+        """Return all tensor names."""
         return set(self.places)
 
     def _add(self, stored: str, file: Path, place: TensorPlace) -> None:
@@ -136,31 +136,27 @@ class HFTensors:
             self.places[name] = part
 
     def _files(self) -> list[Path]:
-        """The files to read; sets the index's table of names, which is empty for a single file."""
+        """Return the files to read, and set the table of names (empty for a single file)."""
         index, self._weight_map = self.directory / INDEX, {}
         if (self.directory / SINGLE).is_file():
             return [self.directory / SINGLE]
         if not index.is_file():
             others = sorted(p.name for p in self.directory.glob("*") if p.suffix in OTHER_WEIGHTS)
-            besides = (
-                f"; {listed(others)} would not be read by transformers either" if others else ""
-            )
+            besides = f"; transformers would not read {listed(others)} either" if others else ""
             raise UserError(
-                f"no weights in {self.directory}: it holds neither {SINGLE} nor {INDEX}{besides}"
+                f"no weights in {self.directory}: it has neither {SINGLE} nor {INDEX}{besides}"
             )
         try:
             weight_map = json.loads(index.read_bytes())["weight_map"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{index} is damaged: {error!r}") from error
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} is damaged: weight_map is no table of tensors and files")
+            raise UserError(f"{index} is damaged: weight_map is not a table of tensors and files")
         for name, file in weight_map.items():
             if type(file) is not str or not file:
                 raise UserError(f"{index} is damaged: the file of {listed([name])} is {file!r}")
             if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise UserError(
-                    f"{index} names {listed([file])}, which is outside of its directory"
-                )
+                raise UserError(f"{index} names {listed([file])}, which is outside its directory")
             if not os.path.isfile(self.directory / file):
                 raise UserError(f"{index} names {listed([file])}, which is missing")
         self._weight_map = {name: self.directory / file for name, file in weight_map.items()}
@@ -168,7 +164,7 @@ class HFTensors:
 
 
 def _full_name(stored: str) -> str:
-    """A tensor's name in the whole model, as `transformers` adds and removes the base's prefix."""
+    """Return a tensor's name in the complete model, with the prefix as `transformers` sets it."""
     short = stored.removeprefix(PREFIX)
     if short != stored and WHOLE_NAME.match(short):
         return short
@@ -176,10 +172,10 @@ def _full_name(stored: str) -> str:
 
 
 def _experts(name: str, place: TensorPlace) -> Iterator[tuple[str, TensorPlace]]:
-    """The name and place, or those of each expert's parts.
+    """Yield name and place, or those of each expert's parts.
 
-    In memory, and in files at wish, transformers 5 has the experts of a layer in two tensors: gate
-    over up `[experts, 2 * width, hidden]` and down `[experts, hidden, width]`.
+    In memory, and optionally in files, transformers 5 stores the experts of a layer in two tensors:
+    gate over up `[experts, 2 * width, hidden]` and down `[experts, hidden, width]`.
     """
     layer, _, kind = name.rpartition(".mlp.experts.")
     parts = FUSED.get(kind, ())
@@ -198,13 +194,12 @@ def _experts(name: str, place: TensorPlace) -> Iterator[tuple[str, TensorPlace]]
 
 
 class HFWriter:
-    """Writes a Hugging Face directory aside; `finish` gives it its name.
+    """Writer of a Hugging Face directory, under a temporary name until `finish` renames it.
 
     `shapes`: name -> (dtype, shape) of all tensors, in the order in which files are filled.
-    `like`: a directory whose files that are not weights are carried over (`carry_over`); None: none
-    are.
-    `kind`: what its marker calls it (`ownership.py`), and a directory of the same kind is replaced;
-    None: it is the user's once it is finished.
+    `like`: a directory whose files other than weights are copied (`carry_over`); None: no files.
+    `kind`: kind in its marker (`ownership.py`); an existing directory of the same kind is replaced.
+    None: the directory belongs to the user when it is finished.
     """
 
     def __init__(
@@ -228,7 +223,7 @@ class HFWriter:
             raise
 
     def _start(self, shapes: dict, like: str | Path | None, shard_bytes: int) -> None:
-        """Headers, index and other files."""
+        """Write headers, index and other files."""
         shards = _shards(shapes, shard_bytes)
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -247,7 +242,7 @@ class HFWriter:
             carry_over(like, self.aside, dtype=widest(dtype for dtype, _ in shapes.values()))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in its place; from any thread, each name once."""
+        """Write a tensor to its place; callable from any thread, once per name."""
         place = self.places[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), (
             f"{name}: {tensor.dtype} {tuple(tensor.shape)}, announced {place.dtype} {place.shape}"
@@ -259,13 +254,13 @@ class HFWriter:
                 write_at(self._descriptors[place.file], data, place.offset)
 
     def finish(self) -> None:
-        """Force all to disk and rename; replaces a directory that is ours, and keeps any other."""
+        """Flush to disk and rename; replaces a directory that is ours, and no other."""
         assert not self._missing, f"never written: {sorted(self._missing)}"
         self._close()
         ownership.publish(self.aside, self.directory, self.kind)
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove everything that was written."""
         self._close()
         ownership.abandon(self.aside)
 
@@ -278,7 +273,7 @@ class HFWriter:
 def buckets(
     weights: Iterable[tuple[str, torch.Tensor]], limit: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
+    """Yield consecutive tensors of at most `limit` bytes in total; a larger one comes alone."""
     bucket, size = [], 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
@@ -292,15 +287,16 @@ def buckets(
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The type that holds every number of tensors of these types."""
+    """Return the type that represents every number of tensors of these types."""
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def carry_over(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Copy all that is not weights (`other_files`), and describe the weights by `config.json`.
+    """Copy all files other than weights (`other_files`), and adapt `config.json` to the weights.
 
-    `dtype`: what its `dtype` has to be, which `transformers` and the engines round weights to when
-    they load them; with it, the description of a quantisation goes.  None leaves it as it is.
+    `dtype`: value of `dtype` in `config.json`, to which `transformers` and the engines round
+    weights when they load them; quantisation settings are then removed.  None keeps the file
+    unchanged.
     """
     for file in other_files(source, skip=target):
         copy = Path(target) / file
@@ -314,13 +310,13 @@ def carry_over(source: str | Path, target: str | Path, *, dtype: torch.dtype | N
 
 
 def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[Path]:
-    """The files of a model that are not weights, also in folders, relative to `source`.
+    """Return the files of a model other than weights, also in folders, relative to `source`.
 
-    Links are followed: the snapshots of Hugging Face's cache are full of them.  Not listed: weights
-    in any format and their indices, hidden folders, folders of other formats, of checkpoints and of
-    runs, and those that hold `skip`.
+    Links are followed: snapshots in Hugging Face's cache consist of them.  Not included: weights in
+    any format and their indices, hidden folders, folders of other formats, of checkpoints and of
+    runs, and folders that contain `skip`.
 
-    Raises UserError for a link to nothing.
+    Raises UserError for a broken link.
     """
     source, files = Path(source), []
     seen = {source.resolve()}
@@ -345,27 +341,27 @@ def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[P
 
 
 def _is_weights(name: str) -> bool:
-    """Or an index of weights, or our marker, which is about the folder and not about the model."""
+    """Return whether a file has weights, is an index of weights, or is our marker of a folder."""
     index = ".index." in name and name.endswith(".json")
     return index or name.endswith(OTHER_WEIGHTS) or name in ownership.NOT_CONTENT
 
 
 def _is_of_its_own(folder: Path) -> bool:
-    """Whether a folder below a model is hidden, another format of it, a checkpoint or a run."""
+    """Return whether a subfolder is hidden, another format of the model, a checkpoint or a run."""
     other = folder.name in OTHER_FOLDERS or folder.name.endswith(".partial")
     other = other or folder.name.startswith((".", "checkpoint-", "iter_"))
     return other or any((folder / mark).is_file() for mark in OWN_MARKS)
 
 
 def _described(config: dict, dtype: str) -> dict:
-    """A `config.json` whose tensors are of `dtype`.
+    """Return a `config.json` for tensors of `dtype`.
 
     `transformers` 5 reads `dtype` before `torch_dtype`, older tools only the latter.
     """
     config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     for key in [key for key in DTYPE_KEYS if key in config] or DTYPE_KEYS:
         config[key] = dtype
-    for name, part in config.items():  # of a model with several parts
+    for name, part in config.items():  # models with several parts
         if (
             name.endswith("_config")
             and isinstance(part, dict)
@@ -404,20 +400,21 @@ def _read_header(file: Path) -> dict[str, TensorPlace]:
             raise UserError(f"{file}: {shown} has type {kind!r}, which is not supported{quantized}")
         dtype = DTYPES[kind]
         if begin != end:
-            raise UserError(f"{file} is damaged: {shown} begins at {begin}, not at {end}")
+            raise UserError(f"{file} is damaged: {shown} starts at {begin}, not at {end}")
         if stop - begin != _num_bytes(dtype, shape):
             raise UserError(f"{file} is damaged: {shown} has {stop - begin} bytes for {shape}")
         places[name] = TensorPlace(file, 8 + length + begin, stop - begin, dtype, shape)
         end = stop
     if 8 + length + end != size:
         raise UserError(
-            f"{file} is damaged or truncated: {size} bytes, its header asks for {8 + length + end}"
+            f"{file} is damaged or truncated: {size} bytes, but its header describes "
+            f"{8 + length + end}"
         )
     return places
 
 
 def _is_entry(begin, stop, name, kind, shape) -> bool:
-    """Whether a header's entry has the types that it must have."""
+    """Return whether a header's entry has the required types."""
     counts = (begin, stop, *shape)
     return type(kind) is str and all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
 
@@ -445,7 +442,7 @@ def _write_header(path: Path, shapes: dict) -> dict[str, TensorPlace]:
 
 
 def _shards(shapes: dict, limit: int) -> list[list[str]]:
-    """Names in order, cut into files of at most `limit` bytes; a larger tensor has its own."""
+    """Return names in order, split into files of at most `limit` bytes or a single tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in shapes.items():

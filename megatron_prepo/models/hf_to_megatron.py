@@ -1,4 +1,4 @@
-"""Fill a live Megatron model from Hugging Face safetensors; each rank reads what it holds."""
+"""Load a Megatron model from Hugging Face safetensors; each rank reads only its own tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_prepo.models.mapping import Heads, Mapping, mapping_of, shard, to_
 def stage_parameters(
     chunks: Sequence[torch.nn.Module],
 ) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
-    """(Megatron's name, mapping, parameter) of all that this rank's (unwrapped) GPTModels hold."""
+    """Return (Megatron's name, mapping, parameter) of this rank's (unwrapped) GPTModels."""
     return [parameter for chunk in chunks for parameter in _chunk_parameters(chunk)]
 
 
@@ -38,7 +38,7 @@ def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
 
 
 def heads_of(config) -> Heads:
-    """The attention geometry of a TransformerConfig."""
+    """Return the attention geometry of a TransformerConfig."""
     return Heads(
         num_groups=config.num_query_groups,
         head_dim=config.kv_channels,
@@ -47,7 +47,7 @@ def heads_of(config) -> Heads:
 
 
 def split_group(mapping: Mapping) -> dist.ProcessGroup:
-    """The ranks over which a parameter is split."""
+    """Return the group of ranks over which a parameter is split."""
     if mapping.expert is not None:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
@@ -57,8 +57,8 @@ def split_group(mapping: Mapping) -> dist.ProcessGroup:
 def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) -> None:
     """Copy a Hugging Face checkpoint into this rank's (unwrapped) GPTModels.
 
-    Collective over all ranks, which together must have used every tensor of the files.
-    Raises UserError for a missing file or tensor, a shape that does not fit, a tensor left over.
+    Collective over all ranks, which together must use every tensor of the files.
+    Raises UserError for a missing file or tensor, a shape that does not fit, or an unused tensor.
     """
     heads = heads_of(chunks[0].config)
     mine = stage_parameters(chunks)
@@ -78,10 +78,10 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
 
 
 def refuse_leftover(tensors: HFTensors, used: set[str], tied: bool) -> None:
-    """UserError if the files have a tensor that nothing took.
+    """Raise UserError if the files have a tensor that no rank used.
 
     A tied model's files may repeat the embedding as `lm_head.weight` (it must then be equal), and
-    old files hold rotary frequencies, which are computed.
+    old files have rotary frequencies, which are computed instead.
     """
     left = {name for name in tensors.names() - used if not name.endswith("rotary_emb.inv_freq")}
     if tied and HEAD in left:
@@ -89,6 +89,6 @@ def refuse_leftover(tensors: HFTensors, used: set[str], tied: bool) -> None:
         check_tied_head(tensors)
     if left:
         raise UserError(
-            f"{tensors.directory} has tensors that the model has no place for: "
+            f"{tensors.directory} has tensors that are not part of the model: "
             f"{listed(sorted(left))}"
         )

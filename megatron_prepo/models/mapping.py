@@ -1,17 +1,17 @@
-"""The one table of parameter names, and the operations that split and join what they name.
+"""The single table of parameter names, and the operations that split and join their tensors.
 
 A Megatron parameter holds one or several Hugging Face tensors, in one of five ways:
 
 | kind  | Megatron's full tensor                                    | split over tensor parallel |
 |-------|-----------------------------------------------------------|----------------------------|
-| copy  | the tensor                                                | not at all                 |
+| copy  | the tensor                                                | not split                  |
 | row   | the tensor                                                | its columns                |
 | vocab | the tensor, zero rows added to a multiple of the ranks    | its rows                   |
 | qkv   | q, k, v interleaved: each key-value group's q heads, k, v | its rows                   |
 | gated | gate over up                                              | the rows of each half      |
 
-`to_megatron` and `to_hf`, `shard` and `unshard` are exact inverses.  Adding a family means adding
-the names that it has and the table has not.
+`to_megatron` and `to_hf`, `shard` and `unshard` are exact inverses.  To add a family, add its names
+that are not in the table.
 """
 
 import re
@@ -27,7 +27,7 @@ TOP = {
     "decoder.final_layernorm.weight": ("copy", "model.norm.weight"),
     "output_layer.weight": ("vocab", "lm_head.weight"),
 }
-"""Outside the layers: Megatron's name -> kind, Hugging Face's name."""
+"""Parameters outside the layers: Megatron's name -> kind, Hugging Face's name."""
 
 INPUT_NORM = ("copy", (HF_LAYER + "input_layernorm.weight",))
 MLP_NORM = ("copy", (HF_LAYER + "post_attention_layernorm.weight",))
@@ -56,22 +56,22 @@ LAYER = {
     "mlp.experts.linear_fc1.weight{expert}": EXPERT_FC1,
     "mlp.experts.linear_fc2.weight{expert}": EXPERT_FC2,
 }
-"""Inside a layer: Megatron's name -> kind, Hugging Face's names."""
+"""Parameters of a layer: Megatron's name -> kind, Hugging Face's names."""
 
 SPLIT_DIM = {"copy": None, "row": 1, "vocab": 0, "qkv": 0, "gated": 0}
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """Where one Megatron parameter lives in a Hugging Face model."""
+    """Location of one Megatron parameter in a Hugging Face model."""
 
     kind: str
     hf_names: tuple[str, ...]
     expert: int | None = None
-    """The expert's number in its layer; such a parameter is split over the experts' ranks."""
+    """Index of the expert in its layer; such a parameter is split over expert-tensor ranks."""
 
     def of_expert(self, expert: int) -> "Mapping":
-        """The same parameter of another expert of the layer."""
+        """Return the mapping of the same parameter of another expert of the layer."""
         names = [
             n.replace(f".experts.{self.expert}.", f".experts.{expert}.") for n in self.hf_names
         ]
@@ -79,13 +79,13 @@ class Mapping:
 
     @property
     def split_dim(self) -> int | None:
-        """The dimension that tensor parallelism splits, None if every rank holds it whole."""
+        """Dimension that tensor parallelism splits, None if every rank holds the full tensor."""
         return SPLIT_DIM[self.kind]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention geometry that interleaving needs."""
+    """Attention geometry, needed for interleaving."""
 
     num_groups: int
     head_dim: int
@@ -95,16 +95,16 @@ class Heads:
 def mapping_of(
     megatron_name: str, *, first_layer: int = 0, first_expert: int = 0, tied: bool = False
 ) -> Mapping:
-    """The mapping of a parameter by its name in this pipeline stage.
+    """Return the mapping of a parameter by its name in this pipeline stage.
 
-    `first_layer`, `first_expert`: the numbers in the whole model of the stage's first layer and of
+    `first_layer`, `first_expert`: indices in the complete model of the stage's first layer and of
     the rank's first expert.
-    `tied`: embedding and output share their tensor; a stage's own copy of it is read from there.
+    `tied`: embedding and output share their tensor, from which a stage's copy of it is read.
 
     >>> mapping_of("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
     ('model.layers.5.self_attn.o_proj.weight',)
 
-    Raises KeyError for a name that the table does not know.
+    Raises KeyError for a name that is not in the table.
     """
     if megatron_name == "output_layer.weight" and tied:
         return Mapping("vocab", ("model.embed_tokens.weight",))
@@ -128,9 +128,9 @@ _LAYER_PATTERNS = [
 
 
 def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> torch.Tensor:
-    """Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`.
+    """Return Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`.
 
-    Raises ValueError if they do not fit each other: joined, they might still have the right shape.
+    Raises ValueError if their sizes do not match: joined, they might still have the right shape.
     """
     check_parts(mapping, [tensor.shape for tensor in tensors], heads)
     if mapping.kind == "qkv":
@@ -140,7 +140,7 @@ def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> 
 
 
 def check_parts(mapping: Mapping, shapes: list[torch.Size], heads: Heads) -> None:
-    """ValueError if gate and up, or query, key and value, do not have the sizes that they must."""
+    """Raise ValueError if gate and up, or query, key and value, do not have the required sizes."""
     expected = [len(shape) and shape[0] for shape in shapes]
     if mapping.kind == "qkv":
         rows = heads.num_groups * heads.head_dim
@@ -149,13 +149,13 @@ def check_parts(mapping: Mapping, shapes: list[torch.Size], heads: Heads) -> Non
         expected = [shapes[0][0]] * 2
     for name, shape, rows in zip(mapping.hf_names, shapes, expected, strict=True):
         if shape[:1] != torch.Size([rows])[: len(shape)] or shape[1:] != shapes[0][1:]:
-            raise ValueError(f"{name} has shape {tuple(shape)}, and must have {rows} rows")
+            raise ValueError(f"{name} has shape {tuple(shape)}, but must have {rows} rows")
 
 
 def to_hf(
     mapping: Mapping, full: torch.Tensor, heads: Heads, vocab_size: int
 ) -> list[torch.Tensor]:
-    """The Hugging Face tensors of Megatron's full tensor, in the order of `hf_names`."""
+    """Return the Hugging Face tensors of Megatron's full tensor, in the order of `hf_names`."""
     if mapping.kind == "qkv":
         parts = (heads.queries_per_group, 1, 1)
         grouped = full.reshape(heads.num_groups, sum(parts), heads.head_dim, *full.shape[1:])
@@ -166,7 +166,7 @@ def to_hf(
 
 
 def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, size: int):
-    """Tensor-parallel rank's part of Megatron's full tensor, which must have `shape`."""
+    """Return a tensor-parallel rank's part of Megatron's full tensor, which must have `shape`."""
     if mapping.kind == "vocab" and (padding := shape[0] * size - full.shape[0]) > 0:
         full = torch.cat([full, full.new_zeros(padding, *full.shape[1:])])
     whole = list(shape)
@@ -187,7 +187,7 @@ def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, si
 
 
 def unshard(mapping: Mapping, parts: list[torch.Tensor]) -> torch.Tensor:
-    """Megatron's full tensor (vocabulary padding included) from the parts of all ranks."""
+    """Return Megatron's full tensor (including vocabulary padding) from the parts of all ranks."""
     if mapping.split_dim is None or len(parts) == 1:
         return parts[0]
     if mapping.kind == "gated":

@@ -1,4 +1,4 @@
-"""Stream a live Megatron model out under Hugging Face names, for weight sync and for export."""
+"""Stream the weights of a Megatron model under Hugging Face names, for weight sync and export."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,20 +14,20 @@ from megatron_prepo.models.mapping import Mapping, to_hf, unshard
 
 
 class Part(NamedTuple):
-    """A parameter of some pipeline stage, as each rank of that stage holds it."""
+    """A parameter of a pipeline stage, as each rank of that stage holds it."""
 
     stage: int
     position: int
-    """Among the stage's parameters."""
+    """Index in the stage's parameters."""
     mapping: Mapping
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def hf_plan(chunks: Sequence[torch.nn.Module]) -> list[Part]:
-    """Every parameter of all stages, once, in the order of `hf_weights`; collective.
+    """Return every parameter of all stages, once, in the order of `hf_weights`; collective.
 
-    The last stage's copy of tied embeddings is left out.  It holds for as long as the model.
+    The last stage's copy of tied embeddings is excluded.  The plan is valid as long as the model.
     """
     return _plan(stage_parameters(chunks))
 
@@ -36,11 +36,11 @@ def hf_plan(chunks: Sequence[torch.nn.Module]) -> list[Part]:
 def hf_weights(
     chunks: Sequence[torch.nn.Module], vocab_size: int, parts: Sequence[Part] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, full tensor) of every Hugging Face tensor, one Megatron parameter at a time.
+    """Yield (name, full tensor) of every Hugging Face tensor, one Megatron parameter at a time.
 
     Collective: every rank must consume it to the end; all ranks get the same full tensors in the
-    same order.  Each name comes once; tied embeddings have no `lm_head`.  `parts`: its `hf_plan`,
-    where that is known.
+    same order.  Each name occurs once; tied embeddings have no `lm_head`.  `parts`: the result of
+    `hf_plan`, if it is known.
     """
     mine = stage_parameters(chunks)
     parts = _plan(mine) if parts is None else parts
@@ -51,9 +51,9 @@ def hf_weights(
 def hf_gradients(
     chunks: Sequence[torch.nn.Module], vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
+    """Yield the gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
 
-    A gradient is cut and joined like its weight, since each mapping only moves numbers.
+    A gradient is split and joined like its weight, since mappings only move numbers.
     """
     mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(chunks)]
     yield from _whole_tensors(chunks[0].config, mine, vocab_size, _plan(mine))
@@ -62,7 +62,7 @@ def hf_gradients(
 def _whole_tensors(
     config, mine: list, vocab_size: int, parts: Sequence[Part]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of each (name, mapping, this rank's part) in `mine`, under Hugging Face names."""
+    """Yield full tensors under Hugging Face names; `mine` has (name, mapping, this rank's part)."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
     heads = heads_of(config)
@@ -87,7 +87,7 @@ def _whole_tensors(
 def hf_shapes(
     chunks: Sequence[torch.nn.Module], vocab_size: int, parts: Sequence[Part] | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of what `hf_weights` yields, in its order; moves no weights.
+    """Return type and shape of what `hf_weights` yields, in its order; transfers no weights.
 
     Collective without the model's `hf_plan` in `parts`.
     """
@@ -118,10 +118,9 @@ def save_hf(
     *,
     write: bool = True,
 ) -> None:
-    """Write a live model as a Hugging Face directory; collective, one rank writes.
+    """Write a Megatron model as a Hugging Face directory; collective, one rank writes.
 
-    `like`: the directory that the model came from; its configuration and tokenizer files are
-    carried over.
+    `like`: the directory of the original model, whose configuration and tokenizer files are copied.
     """
     parts = hf_plan(chunks)
     shapes = hf_shapes(chunks, vocab_size, parts)
@@ -134,7 +133,7 @@ def save_hf(
 
 
 def _plan(mine: list) -> list[Part]:
-    """Every part of `mine`, as each rank of a stage has it, of all stages."""
+    """Return the parts of all stages; `mine` has those of this rank's stage."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     stages: list = [None] * pp_group.size()
     dist.all_gather_object(

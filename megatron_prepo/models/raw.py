@@ -1,15 +1,15 @@
-"""Tensors' bytes to and from places in files, without a copy in between; safe from threads."""
+"""Reading and writing of tensors at offsets of files, without an intermediate copy; thread-safe."""
 
 import os
 
 import torch
 
 PIECE = 1 << 20
-"""Bytes a write: those of tens of megabytes at once ran at a half to a seventh of the speed."""
+"""Bytes per write: writes of tens of megabytes had only a half to a seventh of the throughput."""
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
@@ -18,12 +18,12 @@ def read_into(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
     left = bytes_of(tensor) if tensor.numel() else b""
     while left:
         count = os.preadv(descriptor, [left], offset)
-        assert count > 0, "the file has become shorter while it was read"
+        assert count > 0, "the file was truncated while it was read"
         left, offset = left[count:], offset + count
 
 
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
-    """Put bytes into a file."""
+    """Write bytes to a file at an offset."""
     left = memoryview(data)
     while left:
         count = os.pwrite(descriptor, left[:PIECE], offset)

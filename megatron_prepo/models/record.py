@@ -1,8 +1,8 @@
-"""A Megatron checkpoint's own record of its model, and its comparison with a `config.json`.
+"""Record of the model in a Megatron checkpoint, and its comparison with a `config.json`.
 
-The record is what Megatron's trainers keep beside the tensors: `args` in `common.pt`, under their
-names.  None of it shows in the shape of a tensor, so that weights would be computed with under
-another architecture without an error.
+Megatron's trainers store this record next to the tensors: `args` in `common.pt`, under their names.
+None of it is visible in the shapes of tensors, so weights could be used with another architecture
+without an error.
 """
 
 import json
@@ -19,7 +19,7 @@ from megatron_prepo.models.hf_config import (
 from megatron_prepo.models.torch_dist import TorchDistReader
 
 HF_FILES = "hf"
-"""Where an imported checkpoint keeps the model's configuration and tokenizer files."""
+"""Folder of an imported checkpoint with the model's configuration and tokenizer files."""
 HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "ffn_hidden_size": "intermediate_size",
@@ -34,7 +34,7 @@ HF_NAMES = {
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
-"""Megatron's name -> that of `config.json`, where it is another."""
+"""Megatron's name -> the name in `config.json`, if it differs."""
 
 OTHER_FUNCTION = {
     "rotary_percent": (1.0,),
@@ -54,11 +54,11 @@ OTHER_FUNCTION = {
     "moe_router_enable_expert_bias": (False,),
     "moe_shared_expert_intermediate_size": (0,),
 }
-"""What Megatron's trainers may record besides: the values, or none at all, of our families."""
+"""Other fields that Megatron's trainers may record, with the values of our families, if any."""
 
 
 def architecture_record(settings: dict) -> dict:
-    """What Megatron's trainers look for beside tensors: the architecture under their names."""
+    """Return the entries that Megatron's trainers read besides tensors: the architecture."""
     mcore, gpt = transformer_settings(settings), gpt_settings(settings)
     args = Namespace(
         **{n: mcore[n] for n in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels")},
@@ -86,12 +86,12 @@ def architecture_record(settings: dict) -> dict:
 
 
 def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
-    """UserError, naming the fields, if the checkpoint's record is not that of `settings`.
+    """Raise UserError, naming the fields, if the checkpoint's record differs from `settings`.
 
-    `where`: the directory whose `config.json` the settings are.  Without a record in `common.pt`,
-    that of the configuration files that came with the checkpoint counts.
+    `where`: the directory of the `config.json` with these settings.  Without a record in
+    `common.pt`, the configuration files stored with the checkpoint are used.
     """
-    args, source = TorchDistReader(checkpoint).common().get("args"), "its own record"
+    args, source = TorchDistReader(checkpoint).common().get("args"), "its record"
     if args is None and (own := own_files(checkpoint)):
         args, source = architecture_record(read_hf_config(own, quantized=True))["args"], own
     if args is None:
@@ -100,24 +100,25 @@ def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
     if stored.get("num_experts") and "num_experts" not in given:
         given = given | {"num_experts": None}
     unsupported = [
-        f"{name} is {stored[name]!r} by {source}, which none of our families has"
+        f"{name} is {stored[name]!r} in {source}, which no supported family has"
         for name, values in OTHER_FUNCTION.items()
         if name in stored and stored[name] not in values
     ]
     differing = unsupported + [
-        f"{HF_NAMES.get(name, name)} is {stored[name]!r} by {source} and {given[name]!r} there"
+        f"{HF_NAMES.get(name, name)} is {stored[name]!r} in {source} and {given[name]!r} in "
+        "config.json"
         for name in stored
         if name in given and stored[name] != given[name]
     ]
     if differing:
         raise UserError(
-            f"{checkpoint} was not made from the model of {where}: {listed(differing)}; use the "
-            "configuration that the checkpoint was made from"
+            f"{checkpoint} was not created from the model of {where}: {listed(differing)}; use the "
+            "configuration from which the checkpoint was created"
         )
 
 
 def comparable(args: Namespace | dict) -> dict:
-    """What of a record decides what the model computes, under Megatron's names."""
+    """Return the fields of a record that affect the computation, under Megatron's names."""
     if not isinstance(args, Namespace | dict):
         raise UserError(f"the record `args` of a checkpoint is a {type(args).__name__}")
     known = args if isinstance(args, dict) else vars(args)
@@ -132,7 +133,7 @@ def comparable(args: Namespace | dict) -> dict:
 
 
 def own_files(checkpoint: Path) -> Path | None:
-    """The configuration and tokenizer files that came with a checkpoint, if any did."""
+    """Return the folder of configuration and tokenizer files stored with a checkpoint, if any."""
     for folder in (checkpoint / HF_FILES, checkpoint.parent / HF_FILES):
         if (folder / "config.json").is_file():
             return folder
@@ -140,9 +141,9 @@ def own_files(checkpoint: Path) -> Path | None:
 
 
 def check_tokenizer(checkpoint: Path, hf: str | Path) -> None:
-    """UserError if a token's number means another token to `hf` than to the checkpoint's own files.
+    """Raise UserError if a token id has different tokens in `hf` and the checkpoint's files.
 
-    Tokens that only one of them has are no error: many models have rows to spare.
+    Tokens that only one of them has are not an error: many models have unused rows.
     """
     own = own_files(checkpoint)
     files = [Path(folder) / "tokenizer.json" for folder in (own, hf) if folder]
@@ -164,15 +165,15 @@ def check_tokenizer(checkpoint: Path, hf: str | Path) -> None:
 
 
 def _tokens(file: Path, text: bytes) -> dict[int, str]:
-    """Each number's token."""
+    """Return the token of each id."""
     try:
         tokenizer = json.loads(text)
         vocab = tokenizer["model"]["vocab"]
         if isinstance(vocab, dict):
             tokens = {number: token for token, number in vocab.items()}
-        else:  # of a unigram model: pairs of token and score
+        else:  # unigram model: pairs of token and score
             tokens = {number: token for number, (token, _) in enumerate(vocab)}
         added = {t["id"]: t["content"] for t in tokenizer.get("added_tokens") or ()}
         return tokens | added
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is not a tokenizer's file: {error!r}") from error
+        raise UserError(f"{file} is not a tokenizer file: {error!r}") from error

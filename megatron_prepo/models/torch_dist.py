@@ -1,11 +1,11 @@
-"""Megatron's `torch_dist` checkpoints, chunk by chunk, without a process group.
+"""Reader and writer of Megatron's `torch_dist` checkpoints by chunk, without a process group.
 
-A checkpoint directory holds data files `__<rank>_<writer>.distcp`, in which tensors saved by
-`torch.save` follow each other; `.metadata`, torch's pickled table of which chunk of which tensor is
-where; `common.pt` with everything that is not a tensor (from megatron-core 0.19 on it is in a data
-file, too, in a list of one); and `metadata.json` that names the format.
-What is written here is read by `megatron.core.dist_checkpointing` in any layout, and the other way
-round.  Any number of threads may write and read; each holds one chunk in memory.
+A checkpoint directory has data files `__<rank>_<writer>.distcp`, which are sequences of tensors
+saved by `torch.save`; `.metadata`, torch's pickled table with the location of every chunk of every
+tensor; `common.pt` with everything that is not a tensor (from megatron-core 0.19 on it is also in a
+data file, in a list with one element); and `metadata.json`, which names the format.
+Checkpoints can be exchanged with `megatron.core.dist_checkpointing` in both directions, under any
+layout.  Any number of threads may write and read; each holds one chunk in memory.
 """
 
 import functools
@@ -43,10 +43,10 @@ FORMAT = {
 
 
 COMMON = "common_state/shard_0_1"
-"""Megatron's name for what is not a tensor, from 0.19 on."""
+"""Megatron's name of the state that is not tensors, from 0.19 on."""
 PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError)
 PICKLE_ERRORS += (KeyError, RuntimeError, TypeError, ValueError)
-"""What unpickling raises on bytes that are no pickle, or one of other things."""
+"""Exceptions of unpickling for bytes that are not a pickle, or not one of the expected type."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class Chunk:
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    """Its extents, of as many dimensions as the global shape; stacked layers have a leading 1."""
+    """Shape, with the same number of dimensions as the global shape; stacked layers have a leading
+    1."""
 
 
 class TorchDistWriter:
-    """Appends chunks to data files and writes the tables at the end."""
+    """Writer that appends chunks to data files and writes the tables at the end."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -73,7 +74,7 @@ class TorchDistWriter:
         self._of_thread = threading.local()
 
     def write(self, chunk: Chunk, tensor: torch.Tensor) -> None:
-        """Append a chunk; each thread has a file of its own."""
+        """Append a chunk; each thread has a separate file."""
         before, after = _envelope(chunk.shape, tensor.dtype)
         data = bytes_of(tensor.contiguous())
         descriptor, name, begin = self._file()
@@ -113,7 +114,7 @@ class TorchDistWriter:
         self._descriptors.clear()
 
     def _file(self) -> tuple[int, str, int]:
-        """This thread's file: descriptor, name, end."""
+        """Return this thread's file: descriptor, name, end."""
         mine = self._of_thread
         if not hasattr(mine, "name"):
             with self._lock:
@@ -126,9 +127,9 @@ class TorchDistWriter:
 
 
 class TorchDistReader:
-    """Any region of any tensor of a checkpoint; safe from threads.
+    """Reader of any region of any tensor of a checkpoint; thread-safe.
 
-    Raises UserError for a checkpoint that is not whole.
+    Raises UserError for an incomplete checkpoint.
     """
 
     def __init__(self, directory: str | Path):
@@ -142,7 +143,7 @@ class TorchDistReader:
             except PICKLE_ERRORS as error:
                 raise UserError(f"{table} is damaged: {error}") from error
         if not isinstance(metadata, Metadata):
-            raise UserError(f"{table} is damaged: it holds no table")
+            raise UserError(f"{table} is damaged: it does not contain a table")
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -152,11 +153,11 @@ class TorchDistReader:
         self._check_files()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The whole tensor's shape."""
+        """Return the global shape of a tensor."""
         return tuple(self._entry(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """The tensor's type."""
+        """Return the type of a tensor."""
         return self._entry(key).properties.dtype
 
     def read(
@@ -166,9 +167,9 @@ class TorchDistReader:
         shape: Sequence[int],
         empty: Callable[..., torch.Tensor] = lambda shape, dtype: torch.empty(shape, dtype=dtype),
     ) -> torch.Tensor:
-        """The region of `shape` at `offset`, from whatever chunks hold it.
+        """Return the region of `shape` at `offset`, from all chunks that overlap it.
 
-        `empty(shape, dtype)` gives the memory.
+        `empty(shape, dtype)` allocates the memory.
         """
         entry = self._entry(key)
         target, covered = empty(tuple(shape), entry.properties.dtype), 0
@@ -185,13 +186,14 @@ class TorchDistReader:
                 covered += part.numel()
         if covered != target.numel():
             raise UserError(
-                f"{self.directory}: {key} is not whole: of the region {tuple(shape)} at "
-                f"{tuple(offset)} of {tuple(entry.size)}, {target.numel() - covered} are missing"
+                f"{self.directory}: {key} is incomplete: of the region {tuple(shape)} at "
+                f"{tuple(offset)} of {tuple(entry.size)}, {target.numel() - covered} elements are "
+                "missing"
             )
         return target
 
     def common(self) -> dict:
-        """What is not a tensor."""
+        """Return the state that is not tensors."""
         from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()
@@ -213,13 +215,13 @@ class TorchDistReader:
         return self.tensors[key]
 
     def _read_part(self, index, chunk, inside: tuple[slice, ...], part: torch.Tensor) -> None:
-        """Fill `part` from the inside of a chunk."""
+        """Fill `part` from a region of a chunk."""
         place = self._places[index]
         path = self.directory / place.relative_path
         stored = torch.empty(tuple(chunk.sizes), dtype=part.dtype, device="meta")
         wanted = stored[inside]
         begin = _raw_data(path, place.offset, place.length, tuple(chunk.sizes), part.dtype)
-        if begin is None:  # not as torch.save writes a plain tensor: let torch make sense of it
+        if begin is None:  # not the format of torch.save for a plain tensor: let torch read it
             with path.open("rb") as stream:
                 stream.seek(place.offset)
                 data = io.BytesIO(stream.read(place.length))
@@ -252,9 +254,9 @@ class TorchDistReader:
 
 
 class _TableUnpickler(pickle.Unpickler):
-    """`.metadata` is a pickle: only torch's own table classes, each by its name, may be in it.
+    """Unpickler of `.metadata` that allows only torch's table classes, each by its name.
 
-    A whole module is not allowed: a dotted name leads from any of them to `os.system`.
+    Entire modules are not allowed: a dotted name leads from any of them to `os.system`.
     """
 
     ALLOWED: ClassVar = {
@@ -293,9 +295,9 @@ class _TableUnpickler(pickle.Unpickler):
 
 @functools.cache
 def _envelope(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` puts before and after the bytes of a contiguous tensor.
+    """Return the bytes that `torch.save` writes before and after those of a contiguous tensor.
 
-    torch itself writes it, around a hole; so the large part of a chunk is written without a copy.
+    They are produced by torch, around a hole; so most of a chunk is written without a copy.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "tensor"
@@ -313,7 +315,7 @@ def _envelope(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]
 
 @functools.cache
 def _description(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    """torch.save's pickle of a contiguous tensor on the CPU, its bytes apart."""
+    """Return torch.save's pickle of a contiguous CPU tensor, without its bytes."""
     stream = io.BytesIO()
     with torch.serialization.skip_data():
         torch.save(torch.empty(shape, dtype=dtype), stream)
@@ -325,16 +327,16 @@ def _description(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
 def _raw_data(
     path: Path, offset: int, length: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> int | None:
-    """Where in the file the bytes of a tensor are that `torch.save` wrote at `offset`.
+    """Return the position in the file of the bytes of a tensor that `torch.save` wrote at `offset`.
 
-    None if what is there is not one plain contiguous tensor of that shape and type.
+    The result is None unless there is one plain contiguous tensor of that shape and type.
     """
     with path.open("rb") as stream:
         try:
             archive = zipfile.ZipFile(_Window(stream, offset, length))
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if [archive.read(name) for name in pickles] != [_description(shape, dtype)]:
-                return None  # strides, say: bytes in another order than the rows
+                return None  # such as strides: the bytes are not in row order
         except zipfile.BadZipFile:
             return None
         records = [info for info in archive.infolist() if "/data/" in info.filename]
@@ -342,13 +344,13 @@ def _raw_data(
         if len(records) != 1 or records[0].file_size != num_bytes or records[0].compress_type:
             return None
         stream.seek(offset + records[0].header_offset)
-        header = stream.read(30)  # of a local file in a zip archive
+        header = stream.read(30)  # local file header of a zip archive
     name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
     return offset + records[0].header_offset + len(header) + name + extra
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """File object over a range of a file."""
 
     def __init__(self, stream, offset: int, length: int):
         self._stream, self._offset, self._length, self._at = stream, offset, length, 0

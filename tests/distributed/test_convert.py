@@ -287,7 +287,7 @@ def test_a_checkpoint_of_training_records_its_model(results, hf, scratch, tmp_pa
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 1e6
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"rope_theta is 10000.0 by its own record and 1000000.0"):
+    with pytest.raises(UserError, match=r"rope_theta is 10000.0 in its record and 1000000.0"):
         export_hf(scratch / f"{model} {layout}", tmp_path / "out", hf=other)
     saved = newest(scratch / f"{model} {layout}")
     with pytest.raises(UserError, match="rope_theta"):

@@ -114,7 +114,10 @@ def test_a_checkpoint_of_another_tokenizer(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"num_hidden_layers": 1, "layer_types": None}, ["no place for", "model.layers.1."]),
+        (
+            {"num_hidden_layers": 1, "layer_types": None},
+            ["part of the model", "model.layers.1."],
+        ),
         ({"intermediate_size": 192}, ["gate_proj.weight has shape (256, 96)", "(192, 96)"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn"]),

@@ -466,7 +466,7 @@ BAD_MODELS = {
     "fewer layers": (
         {"num_hidden_layers": 3, "layer_types": None},
         None,
-        ["no place for", "model.layers.3.", " and 1 more"],
+        ["not part of the model", "model.layers.3.", " and 1 more"],
     ),
     "layers without a type": ({"num_hidden_layers": 5}, None, ["num_hidden_layers", "layer_types"]),
     "no experts in a mixture of them": (
@@ -652,7 +652,7 @@ def test_a_checkpoint_is_exported_as_the_model_that_it_records(
         torch.save({k: v for k, v in common.items() if k != "args"}, megatron / "release/common.pt")
     other = copy_of(models[model], tmp_path / "other", config=changes)
     result = cli("export", "--megatron", megatron, "--hf", other, "--out", tmp_path / "out")
-    assert_refused(result, "was not made from the model of", *said)
+    assert_refused(result, "was not created from the model of", *said)
     assert not (tmp_path / "out").exists()
     same = cli("export", "--megatron", megatron, "--hf", models[model], "--out", tmp_path / "out")
     assert same[0] == 0

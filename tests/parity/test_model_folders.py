@@ -474,5 +474,5 @@ def test_the_tiny_instance_sees_another_reading(models, monkeypatch, settings_of
 
     assert tiny_instance.check(models["llama"]).passed
     monkeypatch.setattr(tiny_instance, "read_hf_config", wrong)
-    with pytest.raises(UserError, match="logits are not those of transformers"):
+    with pytest.raises(UserError, match="logits differ from those of transformers"):
         tiny_instance.check(models["llama"])

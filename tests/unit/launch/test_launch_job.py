@@ -349,7 +349,7 @@ def test_a_launcher_without_slurm_or_accounting_is_told_before_it_submits(tmp_pa
     with pytest.raises(UserError, match="--wait needs sacct"):
         executors._check_slurm(wait=True)
     commands(tmp_path, sacct="echo Slurm accounting storage is disabled >&2; exit 1")
-    with pytest.raises(UserError, match="which says 'Slurm accounting storage is disabled'"):
+    with pytest.raises(UserError, match="which reports 'Slurm accounting storage is disabled'"):
         executors._check_slurm(wait=True)
     commands(tmp_path, sacct="exit 0")
     executors._check_slurm(wait=True)

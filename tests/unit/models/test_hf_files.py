@@ -364,7 +364,7 @@ def test_a_tensor_that_the_index_puts_elsewhere_is_named(tmp_path, name, file):
     index = two_files(tmp_path)
     index["weight_map"][name] = file
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=rf"index.json says that {name} is in {file}"):
+    with pytest.raises(UserError, match=rf"index.json lists {name} in {file}"):
         HFTensors(tmp_path)
 
 

@@ -173,12 +173,12 @@ def test_code_beside_a_tokenizer_is_not_run(model, tmp_path, model_known):
     ("change", "message"),
     [
         ({"model_type": ["qwen3"]}, "model_type"),
-        ({"hidden_size": "64"}, "hidden_size='64' is no size"),
-        ({"vocab_size": -5}, "vocab_size=-5 is no size"),
-        ({"num_hidden_layers": 10**15}, "num_hidden_layers=1000000000000000 is no size"),
-        ({"num_attention_heads": True}, "num_attention_heads=True is no size"),
-        ({"num_key_value_heads": 1.5}, "num_key_value_heads=1.5 is no size"),
-        ({"rms_norm_eps": [1]}, r"rms_norm_eps=\[1\] is no number"),
+        ({"hidden_size": "64"}, "hidden_size='64' is not a valid size"),
+        ({"vocab_size": -5}, "vocab_size=-5 is not a valid size"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers=1000000000000000 is not a valid size"),
+        ({"num_attention_heads": True}, "num_attention_heads=True is not a valid size"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads=1.5 is not a valid size"),
+        ({"rms_norm_eps": [1]}, r"rms_norm_eps=\[1\] is not a valid number"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(model, change, message):

@@ -225,15 +225,15 @@ def test_a_missing_region_is_named(tmp_path):
     """One of 12 chunks was never written; what does not touch it can be read."""
     reader = TorchDistReader(write(tmp_path / "c", leave_out={5}))
     hole = list(chunks_of("cut"))[5]
-    with pytest.raises(UserError, match=r"cut is not whole.*\(4, 7, 6\) at \(0, 0, 0\)"):
+    with pytest.raises(UserError, match=r"cut is incomplete.*\(4, 7, 6\) at \(0, 0, 0\)"):
         reader.read("cut", (0, 0, 0), SHAPE)
-    with pytest.raises(UserError, match="cut is not whole"):
+    with pytest.raises(UserError, match="cut is incomplete"):
         reader.read("cut", hole.offset, hole.shape)
     assert torch.equal(reader.read("cut", (0, 0, 0), (1, 7, 6)), whole()[:1])
 
 
 def test_a_region_outside_of_the_tensor_is_refused(checkpoint):
-    with pytest.raises(UserError, match="cut is not whole"):
+    with pytest.raises(UserError, match="cut is incomplete"):
         TorchDistReader(checkpoint).read("cut", (3, 0, 0), (2, 7, 6))
 
 
