@@ -78,6 +78,7 @@ def test_moved_away_and_another_run_in_its_place(tmp_path, live):
     other = begin_another(tmp_path, live.directory)
     before = content(live.directory)
     write_a_step(live)
+    assert content(live.directory) == before
     with pytest.raises(UserError, match=r"run\.dir=.* while the run was using it; the run has st"):
         live.check_directory()
     live.before = Evaluation(torch.tensor([0.5], dtype=torch.float64), samples_per_prompt=1)
@@ -156,9 +157,9 @@ def test_nothing_is_written_where_the_run_is_not_known_to_be(live, harm, what):
     harm(live)
     before = content(live.directory)
     write_a_step(live)
+    assert content(live.directory) == before
     with pytest.raises(UserError, match=what):
         live.check_directory()
-    assert content(live.directory) == before
 
 
 def test_a_link_to_where_it_was_moved_is_the_place_still(tmp_path, live):

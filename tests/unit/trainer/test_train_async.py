@@ -1,6 +1,7 @@
 """A step ahead: what of it is saved, and how it is resumed."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -183,9 +184,11 @@ def test_what_is_generated_is_journalled_once(job_of):
 
 def test_rollouts_are_on_disk_before_either_loop_has_them(job_of, monkeypatch):
     forced = []
-    monkeypatch.setattr(
-        "megatron_prepo.run.rollout_journal.flush", lambda path: forced.append(path.name)
-    )
+
+    def flush(path: str, dir_fd: int) -> None:
+        forced.append(Path(path).name)
+
+    monkeypatch.setattr("megatron_prepo.run.rollout_journal.flush", flush)
     job = job_of(3)
     stages.roll_out(job, PROMPTS[:2], "rollouts/4")
     assert forced == ["rollouts_4.0.jsonl", "journal"]
