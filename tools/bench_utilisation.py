@@ -5,7 +5,7 @@
 Models are the shapes of Qwen2.5-Math-1.5B and Qwen2.5-7B, in bfloat16, as far as their layers go
 into memory with Adam's state: of a model that is too large, the first layers, as many as fit, which
 the result says.  Rollouts have log-normal lengths, all with an advantage, packed and padded.
-Operations are those of `megatron_prepo/models/flops.py`, the peak that of `megatron_prepo/plan/gpus.py`;
+Operations are those of `megatron_prepo/models/flops.py`, the peak is that of `megatron_prepo/plan/gpus.py`;
 without a GPU (a test) there is none.
 """
 

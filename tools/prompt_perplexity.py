@@ -2,7 +2,7 @@
 
     python tools/prompt_perplexity.py --hf MODEL --out perplexity.png train.jsonl math500.jsonl
 
-The perplexity that PREPO's window sorts by (`megatron_prepo/prepo/perplexity.py`), here by
+The perplexity is the one that PREPO's window sorts by (`megatron_prepo/prepo/perplexity.py`), here by
 `transformers`, one prompt at a time, on a GPU if there is one.  Beside the picture goes a `.json`.
 """
 
