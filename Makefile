@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
+.PHONY: demo test lint docs docs-site locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
 .PHONY: test-processors test-order test-newest newest newest-launch newest-sglang
 
 demo: .venv/ready
@@ -59,6 +59,12 @@ lint: .venv/ready-dev
 docs: .venv/ready
 	.venv/bin/megatron-prepo reference > docs/configuration.md
 
+# README.md and docs/ as a site (mkdocs.yml); a link or an anchor that leads nowhere is an error.
+SITE ?= build/docs-site
+
+docs-site: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --site-dir $(abspath $(SITE))
+
 # What GPU machines install (docs/install.md).  A lock keeps its versions while setup.py and the pins
 # allow them: remove it first to get the newest.
 LOCK = .venv/bin/python -m uv pip compile --quiet --no-config --universal --python-version 3.12 \
@@ -99,7 +105,7 @@ compare: .venv/ready
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:
-	rm -rf .venv .venv-launch .venv-sglang .venv-newest* build *.egg-info
+	rm -rf .venv .venv-docs .venv-launch .venv-sglang .venv-newest* build *.egg-info
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -121,6 +127,13 @@ SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .venv/ready-dev: .venv/ready
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+# The extra `docs` without the package itself: pages are built without torch.
+.venv-docs/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt \
+	  mkdocs-material
 	touch $@
 
 # NeMo-Run brings a hundred packages, and older versions of some: it sees .venv, not the reverse.

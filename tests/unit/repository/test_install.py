@@ -30,6 +30,7 @@ CONSTRAINTS = REPOSITORY / "constraints.txt"
 LOCKS = {
     name: REPOSITORY / "locks" / name for name in ("cuda-12.8.txt", "cuda-13.txt")
 }  # `make locks`
+FOR_THE_SITE = ("mkdocs", "mkdocs-material", "pymdown-extensions")
 CPU_BUILD = """\
 Metadata-Version: 2.1
 Name: torch
@@ -158,6 +159,16 @@ def test_what_sglang_needs_on_a_cpu_resolves(python):
     assert found.items() >= versions(pins).items()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_builds_the_site_resolves(python):
+    """The extra `docs`, without the package itself, as `make docs-site` installs it."""
+    extra = sorted(set(asked("docs")) - set(asked()))
+    found = resolved("linux-x86_64", python, extra, "--constraint", "constraints.txt")
+    pins = versions(CONSTRAINTS.read_text())
+    assert found.items() >= {(name, pins[name]) for name in FOR_THE_SITE}
+
+
 @pytest.mark.parametrize(
     ("lock", "cuda", "extras"), [("cuda-12.8.txt", "12.8", ()), ("cuda-13.txt", "13", ("sglang",))]
 )
@@ -173,7 +184,8 @@ def test_a_lock_is_within_our_ranges_and_for_its_cuda(lock, cuda, extras):
     if cuda == "13":
         assert pins["cuda-toolkit"].major == 13 and pins["nvidia-nccl-cu13"]
         named = versions(CONSTRAINTS.read_text())
-        assert pins.items() >= {(n, v) for n, v in named.items() if n != "megatron-core"}
+        others = {"megatron-core", *FOR_THE_SITE}
+        assert pins.items() >= {(n, v) for n, v in named.items() if n not in others}
     else:
         assert str(pins["nvidia-cuda-runtime-cu12"]).startswith(cuda)
         assert "sglang" not in pins
