@@ -94,7 +94,7 @@ def test_cutting_the_logs_is_of_the_runs_own_wherever_they_are(tmp_path, live):
     other = begin_another(tmp_path, live.directory)
     other.ledger.append([ENTRY])
     before = content(live.directory)
-    live.cut({})
+    live.truncate_logs({})
     assert content(live.directory) == before
     assert (tmp_path / "moved" / "ledger.jsonl").read_bytes() == b""
 
