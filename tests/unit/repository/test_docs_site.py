@@ -108,6 +108,7 @@ OF_OTHERS = {
     "verl/trainer/ttis/presampling_selector.py",
     "verl/trainer/ppo/ray_trainer.py",
     "recipe/ours/mopps.py",
+    "config.py",  # of litgpt
 }
 """Python files that pages name and that are not in this repository."""
 
