@@ -198,7 +198,7 @@ class Actor:
 
         Skips rollouts whose gradient is exactly zero.
         """
-        rollouts = [r for r in rollouts if self._has_gradient(r)]
+        rollouts = [r for r in rollouts if self.has_gradient(r.advantage)]
         sequences = [r.sequence for r in rollouts]
         names = ["loss", "tokens", "clipped", "ratio", "kl", "reference_kl"]
         sums = dict.fromkeys(names, torch.zeros((), device=self.device))
@@ -402,13 +402,15 @@ class Actor:
         dist.all_reduce(broken)
         return not broken
 
-    def _has_gradient(self, rollout: TrainingSequence) -> bool:
-        """Return False if the gradient is exactly zero: a factor of 0 before its only term.
+    def has_gradient(self, advantage: float) -> bool:
+        """Return whether a rollout of this advantage can move a weight.
+
+        False if its gradient is exactly zero: a factor of 0 before its only term.
 
         Experts may have additional losses, on whatever tokens they see (`megatron.moe_...`).
         """
         loss, experts = self.config.loss, self.mcore.num_moe_experts
-        return bool(rollout.advantage or loss.entropy_coef or loss.kl_coef or experts)
+        return bool(advantage or loss.entropy_coef or loss.kl_coef or experts)
 
     def _forward_backward(
         self,

@@ -22,6 +22,10 @@ class UpdateGuard:
         """Return the guard of a step's updates."""
         return GuardedStep(self, record)
 
+    def learns_from(self, advantage: float) -> bool:
+        """Return whether an update passes through a rollout of this advantage."""
+        return self.actor.has_gradient(advantage)
+
     def state_dict(self) -> dict:
         """What was skipped so far."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "skip_dumps": self.skip_dumps}
@@ -97,6 +101,10 @@ class SkipUpdates:
     def of_step(self, record: StepRecord) -> "SkipUpdates":
         """The same for every step."""
         return self
+
+    def learns_from(self, advantage: float) -> bool:
+        """No update passes through any rollout."""
+        return False
 
     def update(self, batch: Sequence[TrainingSequence]) -> None:
         """Not made, and counted as skipped."""

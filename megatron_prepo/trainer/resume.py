@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_prepo.actor import checkpoint, manifest, parallel
+from megatron_prepo.actor.actor import Actor
 from megatron_prepo.actor.async_save import PendingCheckpoint
-from megatron_prepo.config import Config
+from megatron_prepo.config import CheckpointConfig
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.rollout.engine import EngineError
@@ -44,21 +46,23 @@ class Checkpoints:
 
     def __init__(
         self,
-        config: Config,
-        actor,
-        parts: dict[str, object],
+        settings: CheckpointConfig,
+        directory: Path,
+        actor: Actor,
+        parts: dict[str, Any],
         journal: Journal,
         log: Callable[[str], None],
+        *,
+        timeout_minutes: float,
     ):
         """One of the parts is the `run`, which knows how many steps are behind it."""
-        self.settings, self.directory = config.checkpoint, Path(config.run.dir) / "checkpoints"
+        self.settings, self.directory, self.timeout_minutes = settings, directory, timeout_minutes
         self.actor, self.parts, self.journal, self.log = actor, parts, journal, log
         self.steps = [0]
         """Where this run could have gone on from: its beginning, and its checkpoints."""
         self.saving: PendingCheckpoint | None = None
         self.kept: set[Path] = set()
         """Checkpoints that could not be pruned."""
-        self.timeout_minutes = config.parallel.timeout_minutes
 
     def restore(self) -> bool:
         """Set everything to the newest whole checkpoint, or to the beginning; False for that.

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
@@ -27,8 +28,9 @@ from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Selector
-from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.groups import rewards_of
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
+from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints
 from megatron_prepo.trainer.throughput import Throughput
 
@@ -55,7 +57,7 @@ class Trainer:
     """The evaluation after the last step, from then on."""
 
     @contextmanager
-    def resumed(self, **parts: object) -> Iterator[None]:
+    def resumed(self, **parts: Any) -> Iterator[None]:
         """Set actor, engine and parts to the last checkpoint, or to the beginning without one.
 
         `parts`: what of the loop a checkpoint holds besides run and updates.  Whatever happens to
@@ -65,7 +67,13 @@ class Trainer:
         parts = {"run": self.run, **parts, "updates": self.updates}
         with self.run.seconds("setup"):
             self.checkpoints = Checkpoints(
-                self.config, self.actor, parts, self.journal, self.run.log
+                self.config.checkpoint,
+                self.run.directory / "checkpoints",
+                self.actor,
+                parts,
+                self.journal,
+                self.run.log,
+                timeout_minutes=self.config.parallel.timeout_minutes,
             )
             self.checkpoints.restore()
             try:
@@ -132,10 +140,12 @@ class Trainer:
                 self.checkpoints.finish()
                 raise self.stop.stopped(self.run.num_steps)
 
-    def speed(self, groups: Groups) -> dict[str, float]:
+    def speed(self, batch: TrainingBatch) -> dict[str, float]:
         """Return rates of the actor's passes in the step that is about to be recorded."""
-        sequences = [scored_sequence(rollout) for rollout in groups.rollouts]
-        return self.throughput.of_step(self.run.seconds, sequences, groups.rewards_KG)
+        sequences = [scored_sequence(rollout) for rollout in batch.groups.rollouts]
+        advantages = batch.advantages_KG.flatten().tolist()
+        learnt = [self.updates.learns_from(advantage) for advantage in advantages]
+        return self.throughput.of_step(self.run.seconds, sequences, learnt)
 
     def finish(self) -> dict:
         """Export the weights and end everything; returns the summary."""
@@ -190,7 +200,12 @@ def set_up(config: Config) -> Trainer:
         grader=grader,
         batches=batches,
         selector=selector,
-        throughput=Throughput(config, actor.hf),
+        throughput=Throughput(
+            actor.hf,
+            dtype=config.model.dtype,
+            by_actor=config.selection.ppl_from == "actor",
+            scorings=2 if config.loss.kl_coef else 1,  # the initial policy's scores, too
+        ),
     )
 
 

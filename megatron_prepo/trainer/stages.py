@@ -161,7 +161,7 @@ def recorded(
             | grading_metrics(generated.grades)
             | batch.metrics(trainer.config.loss)
             | metrics
-            | trainer.speed(batch.groups),
+            | trainer.speed(batch),
         )
         trainer.checkpoints.mark()
 

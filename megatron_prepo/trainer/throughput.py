@@ -18,11 +18,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_prepo.actor import parallel
-from megatron_prepo.config import Config
 from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.gpus import GIB, peak_flops
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection.base import Candidates
@@ -33,39 +31,37 @@ FORWARD, FORWARD_AND_BACKWARD = 1, 3
 class Throughput:
     """Of this run's model, layout and GPUs; every rank has one."""
 
-    def __init__(self, config: Config, hf: dict):
-        self.config, self.shape, self.ranks = config, Shape.of(hf), dist.get_world_size()
+    def __init__(self, hf: dict, *, dtype: str, by_actor: bool, scorings: int):
+        """`by_actor`: whether that scores candidates; `scorings`: passes over a step's rollouts."""
+        self.shape, self.ranks = Shape.of(hf), dist.get_world_size()
+        self.by_actor, self.scorings = by_actor, scorings
         on_cuda = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if on_cuda else ""
-        self.peak = peak_flops(device, config.model.dtype)
+        self.peak = peak_flops(device, dtype)
         self.scored: list[Candidates] = []
         """Candidates scored since the last step was recorded."""
 
     def of_step(
-        self,
-        seconds: Stopwatch,
-        sequences: Sequence[ScoredSequence],
-        rewards_KG: torch.Tensor,
+        self, seconds: Stopwatch, sequences: Sequence[ScoredSequence], learnt: Sequence[bool]
     ) -> dict[str, float]:
         """Return metrics of the step, from the candidates scored and the rollouts trained on.
 
-        With `train.overlap` a step scores the next step's candidates, and the first also its own.
+        `learnt`: which of the sequences the update passes through.  With `train.overlap` a step
+        scores the next step's candidates, and the first also its own.
         """
-        by_actor = self.config.selection.ppl_from == "actor"
         prompts = FlopCount.of(
             ScoredSequence(prompt.tokens, 1)
             for candidates in self.scored
-            if by_actor and candidates.ppl_P is not None
+            if self.by_actor and candidates.ppl_P is not None
             for prompt in candidates.prompts
         )
+        trained = FlopCount.of(itertools.compress(sequences, learnt))
         self.scored.clear()
-        learnt = itertools.compress(sequences, self._learnt(rewards_KG))
-        scorings = 2 if self.config.loss.kl_coef else 1  # the initial policy's scores, too
         rates = {}
         for stage, work, passes, forwards in (
             ("perplexity", prompts, 1, FORWARD),
-            ("old_logprobs", FlopCount.of(sequences), scorings, FORWARD),
-            ("update", FlopCount.of(learnt), 1, FORWARD_AND_BACKWARD),
+            ("old_logprobs", FlopCount.of(sequences), self.scorings, FORWARD),
+            ("update", trained, 1, FORWARD_AND_BACKWARD),
         ):
             spent = seconds.so_far(stage) * self.ranks / passes
             rates |= self.rates(stage, work, forwards, spent)
@@ -86,19 +82,6 @@ class Throughput:
         if self.peak:
             rates[f"speed/{stage}_mfu"] = flops / self.peak
         return rates
-
-    def _learnt(self, rewards_KG: torch.Tensor) -> list[bool]:
-        """Which rollouts the update passes through: the rule of `Actor.update`.
-
-        A reward equal to its group's mean has an advantage of 0, too.
-        """
-        loss, advantage = self.config.loss, self.config.advantage
-        if self.config.debug.mode == "rollout":  # no updates at all
-            return [False] * rewards_KG.numel()
-        if loss.entropy_coef or loss.kl_coef or self.shape.experts:
-            return [True] * rewards_KG.numel()
-        advantages_KG = group_advantages(rewards_KG, std=advantage.std, eps=advantage.eps)
-        return advantages_KG.flatten().bool().tolist()
 
 
 def peak_memory() -> dict[str, float]:

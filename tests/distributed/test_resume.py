@@ -469,7 +469,13 @@ def run_checkpoints(hf, run_directory):
             said, run = [], Part(identity)
             journal = Journal(Path(run_directory, "journal"), rank, parallel.from_rank_zero)
             checkpoints = Checkpoints(
-                from_tree(tree), actor, {"run": run}, journal, lambda text: said.append(text)
+                from_tree(tree).checkpoint,
+                Path(run_directory, "checkpoints"),
+                actor,
+                {"run": run},
+                journal,
+                said.append,
+                timeout_minutes=10.0,
             )
             return checkpoints, run, said
 

@@ -9,9 +9,10 @@ from fractions import Fraction
 import pytest
 import torch
 
+from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.ppl_schedule import progress, select_window, window_start
 from megatron_prepo.selection import METHODS
-from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.base import Candidates, Selector
 from tests.unit.selection.selectors import passes, prompts, run_step, selector
 
 
@@ -174,6 +175,32 @@ def test_the_oracle_takes_what_is_nearest_to_one_half():
 
 
 # All methods
+
+
+def test_a_method_writes_only_what_differs():
+    """Its constructor and `choose`; the rest is the protocol's, and nothing."""
+
+    class Last(Selector):
+        def __init__(self, config, **_):
+            self.num_selected = config.num_selected
+
+        def choose(self, candidates, step):
+            return list(range(len(candidates.prompts)))[-self.num_selected :]
+
+    last = Last(SelectionConfig(num_candidates=10, num_selected=2), total_steps=1, seed=1)
+    assert run_step(last, candidates(ppl(10)), 0, lambda chosen: passes(1, 2)) == [[8, 9]]
+    assert (last.needs_scores, last.needs_pass_rates, last.refills) == (False, False, False)
+    last.load_state_dict(last.state_dict())
+    assert last.metrics() == last.state_dict() == {}
+
+
+def test_a_method_that_chooses_nothing_cannot_be_made():
+    class Undecided(Selector):
+        def __init__(self):
+            pass
+
+    with pytest.raises(TypeError, match="choose"):
+        Undecided()
 
 
 def look_at(step: int, num: int = 10) -> Candidates:

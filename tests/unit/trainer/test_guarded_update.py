@@ -41,3 +41,4 @@ def test_without_updates_there_is_nothing_to_count(fresh):
     updates = fresh(SkipUpdates)
     updates.load_state_dict(updates.state_dict())
     assert updates.state_dict() == {}
+    assert not updates.learns_from(1.0)

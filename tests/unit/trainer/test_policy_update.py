@@ -12,12 +12,13 @@ import torch
 from rounding import approx
 from tiny_models import actor_config
 
-from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
+from megatron_prepo.actor.actor import Actor, Scores
 from megatron_prepo.prepo.advantages import group_advantages
-from megatron_prepo.records import Prompt, Rollout, ScoredSequence
+from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.trainer.groups import Groups
+from megatron_prepo.trainer.guarded_update import UpdateGuard
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
     TrainingBatch,
@@ -170,5 +171,7 @@ def test_a_mini_batch_without_a_token_to_learn_from_is_not_a_ratio_of_0():
 def test_which_rollouts_cost_a_pass(advantage, loss, experts, computed):
     mcore = SimpleNamespace(num_moe_experts=experts)
     actor = SimpleNamespace(config=actor_config("unused", loss=loss), mcore=mcore)
-    rollout = TrainingSequence(ScoredSequence((5, 7), 1), torch.zeros(1), advantage, 0.25)
-    assert Actor._has_gradient(actor, rollout) == computed
+    assert Actor.has_gradient(actor, advantage) == computed
+    guard = UpdateGuard(actor.config, actor, None)
+    actor.has_gradient = lambda advantage: Actor.has_gradient(actor, advantage)
+    assert guard.learns_from(advantage) == computed

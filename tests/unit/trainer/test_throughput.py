@@ -22,7 +22,7 @@ from megatron_prepo.trainer.throughput import Throughput
 HF = SHAPE | {"model_type": "qwen2"}
 PROMPTS = [Prompt(name, "", "", (5, 6, 7), (0, 3)) for name in "ab"]
 SEQUENCES = [ScoredSequence((5, 6, 7, *range(n)), 3) for n in (1, 2, 3, 4)]
-REWARDS_KG = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+LEARNT = [True, True, False, False]
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +41,15 @@ def spent(**seconds: float) -> Stopwatch:
     return watch
 
 
-def measured(*, ppl_P=None, **loss) -> dict[str, float]:
+def throughput_of(**settings) -> Throughput:
+    return Throughput(HF, **{"dtype": "float32", "by_actor": True, "scorings": 1} | settings)
+
+
+def measured(*, ppl_P=None, learnt=LEARNT, **settings) -> dict[str, float]:
     watch = spent(perplexity=0.5, old_logprobs=2.0, update=4.0)
-    rates = Throughput(actor_config("unused", loss=loss), HF)
+    rates = throughput_of(**settings)
     rates.scored.append(Candidates(PROMPTS, ppl_P))
-    return rates.of_step(watch, SEQUENCES, REWARDS_KG)
+    return rates.of_step(watch, SEQUENCES, learnt)
 
 
 def test_tokens_a_second_by_hand():
@@ -55,38 +59,38 @@ def test_tokens_a_second_by_hand():
     assert rates["speed/update_tokens"] == (4 + 5) / 4.0  # the second group has no advantage
 
 
-def test_all_candidates_scored_in_a_step_count_and_rewards_at_the_mean_do_not():
+def test_all_candidates_scored_in_a_step_count_once():
     """The overlapped loop scores two steps' candidates in its first step."""
-    throughput, watch = Throughput(actor_config("unused"), HF), spent(perplexity=0.5, update=4.0)
-    throughput.scored += [Candidates(PROMPTS, torch.ones(2))] * 2
-    rewards_KG = torch.tensor([[0.0, 0.5, 1.0, 0.5]])
-    rates = throughput.of_step(watch, SEQUENCES, rewards_KG)
+    rates_of, watch = throughput_of(), spent(perplexity=0.5, update=4.0)
+    rates_of.scored += [Candidates(PROMPTS, torch.ones(2))] * 2
+    rates = rates_of.of_step(watch, SEQUENCES, [True, False, True, False])
     assert rates["speed/perplexity_tokens"] == 12 / 0.5
     assert rates["speed/update_tokens"] == (4 + 6) / 4.0
-    again = throughput.of_step(watch, SEQUENCES, rewards_KG)
+    again = rates_of.of_step(watch, SEQUENCES, LEARNT)
     assert "speed/perplexity_tokens" not in again, "each candidate counts in one step"
 
 
 def test_operations_a_second_by_hand():
-    rates = Throughput(actor_config("unused"), HF)
+    rates = throughput_of()
     old, update = FlopCount(22, 10, 10 + 15 + 21 + 28), FlopCount(9, 3, 10 + 15)
     assert measured()["speed/old_logprobs_tflops"] == old.flops(rates.shape) / 2e12
     assert measured()["speed/update_tflops"] == 3 * update.flops(rates.shape) / 4e12
 
 
-@pytest.mark.parametrize("loss", [{"kl_coef": 0.1}, {"entropy_coef": 0.1}])
-def test_a_further_term_of_the_loss_has_every_rollout_learnt_from(loss):
-    rates = measured(**loss)
+def test_the_initial_policys_scores_are_a_second_pass():
+    rates = measured(scorings=2, learnt=[True] * 4)
     assert rates["speed/update_tokens"] == 22 / 4.0
-    assert rates["speed/old_logprobs_tokens"] == (44 if "kl_coef" in loss else 22) / 2.0
+    assert rates["speed/old_logprobs_tokens"] == 44 / 2.0
+
+
+def test_candidates_that_the_engine_scores_are_no_pass_of_the_actor():
+    assert "speed/perplexity_tokens" not in measured(ppl_P=torch.ones(2), by_actor=False)
 
 
 def test_what_was_not_done_has_no_rate():
     rates = measured()
     assert not [name for name in rates if "perplexity" in name]
-    nothing = Throughput(actor_config("unused"), HF).of_step(
-        spent(old_logprobs=1.0, update=1.0), SEQUENCES, torch.ones(2, 2)
-    )
+    nothing = measured(learnt=[False] * 4)
     assert "speed/old_logprobs_tokens" in nothing
     assert "speed/update_tokens" not in nothing
 
