@@ -55,6 +55,8 @@ test-slurm: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/r
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 docs: .venv/ready
 	.venv/bin/megatron-prepo reference > docs/configuration.md

@@ -1,0 +1,40 @@
+"""What `make lint` checks, and the sizes of the house."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PACKAGES = ("megatron_prepo", "checkpoints_convert")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"]],
+)
+def test_the_code_passes(command):
+    script = Path(sys.executable).with_name(command[0])
+    done = subprocess.run([script, *command[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_functions_are_short():
+    """Lines from `def` to the end, docstring included."""
+    lengths = {
+        f"{path}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for package in PACKAGES
+        for path in sorted((REPOSITORY / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert statistics.median(lengths.values()) <= 8
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 25
+    assert {name: lines for name, lines in lengths.items() if lines > 80} == {}
+
+
+def test_few_modules_lie_at_the_packages_root():
+    assert len(list((REPOSITORY / "megatron_prepo").glob("*.py"))) <= 12
