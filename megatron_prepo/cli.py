@@ -37,7 +37,8 @@ from megatron_prepo.process.command import in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 for a failed run, a plan that does not fit or a doctor who finds something
     missing; 2 for something that the user can mend; 75 for a run that stopped when it was asked to,
-    and can go on."""
+    and can go on.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_streams()
     parser = _parser()

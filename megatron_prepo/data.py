@@ -127,7 +127,7 @@ class CandidateBatches:
     epoch.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], num_candidates: int, seed: int):
+    def __init__(self, prompts: Sequence[Prompt], num_candidates: int, seed: int) -> None:
         if len(prompts) < num_candidates:
             raise UserError(
                 f"selection.num_candidates={num_candidates} is more than the {len(prompts)} "

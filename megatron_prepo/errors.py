@@ -16,7 +16,7 @@ class UserError(ValueError):
 class Stopped(RuntimeError):
     """The run stopped between two steps and can be resumed; the message has the reason and step."""
 
-    def __init__(self, message: str, *, exit_code: int):
+    def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 

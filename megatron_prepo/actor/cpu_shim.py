@@ -136,7 +136,8 @@ def _split_as_on_a_gpu() -> None:
 
 def _as_on_the_host(tensor, as_numpy: bool = False, *_, **__):
     """Return sizes as numpy: Megatron's version returns a CPU tensor unchanged, but all-to-all
-    needs numbers."""
+    needs numbers.
+    """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

@@ -126,7 +126,8 @@ def _whole_tensors(model: GPTModel) -> dict[str, tuple[int, ...]]:
 
 def _buffers_on_meta():
     """Put Megatron's buffers on the meta device; it takes the current CUDA device, whatever the
-    device of the parameters."""
+    device of the parameters.
+    """
     return mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta"))
 
 

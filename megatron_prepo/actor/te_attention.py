@@ -12,7 +12,8 @@ from megatron_prepo.actor.context_parallel import heads_of_a_rank
 
 class PackedTEAttention(TEDotProductAttention):
     """Attention on rows with the interface of `CausalAttention`, by the `thd` kernels of
-    TransformerEngine."""
+    TransformerEngine.
+    """
 
     def __init__(self, config, *arguments, **options):
         super().__init__(_of_this_ranks_heads(config), *arguments, **options)

@@ -56,7 +56,7 @@ class DumpWriter:
 
     def __init__(
         self, directory: Path, actor: Actor, config: Config, record: StepRecord, *, why: str
-    ):
+    ) -> None:
         self.directory, self.actor, self.config, self.record = directory, actor, config, record
         self.aside = directory.with_name(directory.name + ".partial")
         self.writes = dist.get_rank() == 0

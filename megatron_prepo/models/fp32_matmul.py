@@ -9,7 +9,7 @@ import torch
 
 
 def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a @ b in float32, or float64 for float64 inputs; into `out` if given.
+    """A @ b in float32, or float64 for float64 inputs; into `out` if given.
 
     The inputs are multiplied as they are: 16-bit tensor cores on CUDA.  A CPU has no such product
     and multiplies float32 copies, with the same result but for the order of addition.
@@ -22,7 +22,7 @@ def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, where `total` is float32 (or float64) whatever the inputs are."""
+    """Total += a @ b, where `total` is float32 (or float64) whatever the inputs are."""
     if a.dtype in (torch.float32, torch.float64):
         total.addmm_(a, b)
     elif a.is_cuda:

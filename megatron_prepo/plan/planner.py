@@ -489,7 +489,8 @@ def _gpu_hours(
     config: Config, gpus: int, seconds: dict[str, tuple[float, float]], least: int, most: int
 ) -> tuple[float, float]:
     """Fastest and slowest.  `seconds` are of a step of `least` rollouts; a method that refills may
-    pay for `most`, and then reaches a budget in fewer steps."""
+    pay for `most`, and then reaches a budget in fewer steps.
+    """
 
     def hours(speed: int, a_step: int) -> float:
         steps = -(-_until_budget(config, a_step) // a_step)

@@ -32,7 +32,7 @@ def truncated(ratio_T: torch.Tensor, high: float) -> torch.Tensor:
 
 
 def masked(ratio_T: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """r where low <= r <= high, and 0 elsewhere: what the engine got wrong is not learnt from.
+    """R where low <= r <= high, and 0 elsewhere: what the engine got wrong is not learnt from.
 
     >>> masked(torch.tensor([0.25, 1.0, 3.0]), 0.5, 2.0).tolist()
     [0.0, 1.0, 0.0]

@@ -39,7 +39,7 @@ MEETING_FILE = "MEGATRON_PREPO_MEETING_FILE"
 class RanksFailed(RuntimeError):
     """A rank ended with an error; the message is that error."""
 
-    def __init__(self, message: str, *, exit_code: int):
+    def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 

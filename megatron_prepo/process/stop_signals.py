@@ -23,7 +23,7 @@ SKEW_SECONDS = 10.0
 class _Listener:
     """The signals, heard by a thread: a handler waits until the main thread returns from C."""
 
-    def __init__(self, exit_code: int):
+    def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
         self.grace_seconds = 0.0
         """Until training takes over there is nothing to save."""
@@ -71,7 +71,7 @@ def overdue() -> bool:
 class StopRequests:
     """Listens from now on; `gather` gives every rank's value to every rank.  Collective."""
 
-    def __init__(self, grace_seconds: float, gather: Callable[[bool], list[bool]]):
+    def __init__(self, grace_seconds: float, gather: Callable[[bool], list[bool]]) -> None:
         self.gather = gather
         if not _listener:
             leave_when_asked(STOPPED_EXIT_CODE)
@@ -92,7 +92,8 @@ class StopRequests:
 
     def _all_listen(self) -> None:
         """Wait for the other ranks: one that was asked before it could save is missing here, and
-        not in the middle of a step."""
+        not in the middle of a step.
+        """
         try:
             self.gather(False)
         except RuntimeError as error:

@@ -118,7 +118,8 @@ def _run_file(file: Path):
 
 def _place_of(error: BaseException, file: Path) -> str:
     """Return file and line of an error: the innermost frame in the user's directory, or the line
-    that does not parse."""
+    that does not parse.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     folder = str(file.resolve().parent)

@@ -60,7 +60,7 @@ class TensorBoard:
     Their names end with the run's identity, by which they are known from those of others.
     """
 
-    def __init__(self, directory: Path, identity: str):
+    def __init__(self, directory: Path, identity: str) -> None:
         self._directory, self._suffix, self._writer = directory / "tensorboard", identity, None
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
@@ -86,7 +86,7 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, in `wandb/`; `WANDB_MODE=offline` keeps it there."""
 
-    def __init__(self, directory: Path, config: Config):
+    def __init__(self, directory: Path, config: Config) -> None:
         import wandb
 
         self._run = wandb.init(

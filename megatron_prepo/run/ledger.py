@@ -51,7 +51,7 @@ class LedgerEntry:
 class Ledger:
     """Appends to a file; a step's entries are on disk when `append` returns."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:

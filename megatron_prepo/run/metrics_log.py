@@ -15,7 +15,7 @@ from megatron_prepo.run.dashboards import TensorBoard, WandB
 class MetricsLog:
     """Appends to `metrics.jsonl`, and shows the same on dashboards."""
 
-    def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()):
+    def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()) -> None:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
         self._dashboards = dashboards
 

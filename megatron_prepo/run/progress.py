@@ -27,7 +27,7 @@ class Lines:
         initial: int = 0,
         disable: bool = False,
         leave: bool = True,
-    ):
+    ) -> None:
         """`leave` is for bars: lines stay."""
         self.iterable, self.desc, self.disable = iterable, desc, disable
         self.total = len(iterable) if total is None else total

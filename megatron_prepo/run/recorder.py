@@ -70,7 +70,7 @@ class Run:
 
     def __init__(
         self, config: Config, *, rank: int, share: Callable[[Any], Any] = lambda value: value
-    ):
+    ) -> None:
         self.config, self.rank, self.writes, self.share = config, rank, rank == 0, share
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()

@@ -46,7 +46,7 @@ class Journal:
     `add` may be called from another thread, one call at a time.
     """
 
-    def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]):
+    def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]) -> None:
         self.directory, self.rank = directory, rank
         self._place = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY)
         self.identity = ownership.run_of(directory)

@@ -15,7 +15,7 @@ class Stopwatch:
     On CUDA a stage ends when the device is done with it: else its seconds would be the next one's.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.total: dict[str, float] = defaultdict(float)
         self._before_step: dict[str, float] = {}
 

@@ -111,7 +111,8 @@ class GRESO(Selector):
 
     def metrics(self) -> dict[str, float]:
         """Return the base probabilities for the next step, and the number of the P candidates
-        that were randomly skipped in this one."""
+        that were randomly skipped in this one.
+        """
         return {
             "selection/p_easy": self.p["easy"],
             "selection/p_hard": self.p["hard"],

@@ -14,7 +14,7 @@ from megatron_prepo.run.recorder import Run
 class UpdateGuard:
     """Counts what was skipped; a run has one."""
 
-    def __init__(self, config: Config, actor: Actor, run: Run):
+    def __init__(self, config: Config, actor: Actor, run: Run) -> None:
         self.config, self.actor, self.run = config, actor, run
         self.skipped_in_a_row = self.skip_dumps = 0
 
@@ -55,7 +55,7 @@ class UpdateGuard:
 class GuardedStep:
     """A step's mini-batches, in order."""
 
-    def __init__(self, updates: UpdateGuard, record: StepRecord):
+    def __init__(self, updates: UpdateGuard, record: StepRecord) -> None:
         self.updates, self.record = updates, record
         self.actor, self.config = updates.actor, updates.config
         self.number = 0
@@ -95,7 +95,7 @@ class GuardedStep:
 class SkipUpdates:
     """`debug.mode=rollout`: none is made."""
 
-    def __init__(self, config: Config, actor: Actor, run: Run):
+    def __init__(self, config: Config, actor: Actor, run: Run) -> None:
         run.log("debug.mode=rollout: the weights stay as they are")
 
     def of_step(self, record: StepRecord) -> "SkipUpdates":

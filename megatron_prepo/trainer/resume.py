@@ -54,7 +54,7 @@ class Checkpoints:
         log: Callable[[str], None],
         *,
         timeout_minutes: float,
-    ):
+    ) -> None:
         """One of the parts is the `run`, which knows how many steps are behind it."""
         self.settings, self.directory, self.timeout_minutes = settings, directory, timeout_minutes
         self.actor, self.parts, self.journal, self.log = actor, parts, journal, log

@@ -31,7 +31,7 @@ FORWARD, FORWARD_AND_BACKWARD = 1, 3
 class Throughput:
     """Of this run's model, layout and GPUs; every rank has one."""
 
-    def __init__(self, hf: dict, *, dtype: str, by_actor: bool, scorings: int):
+    def __init__(self, hf: dict, *, dtype: str, by_actor: bool, scorings: int) -> None:
         """`by_actor`: whether that scores candidates; `scorings`: passes over a step's rollouts."""
         self.shape, self.ranks = Shape.of(hf), dist.get_world_size()
         self.by_actor, self.scorings = by_actor, scorings

@@ -15,7 +15,8 @@ TRAINER = str(Path(__file__).parents[4])
 def declare_torchvision_operators() -> None:
     """The package index's torchvision is linked to CUDA, and its operators do not load next to a
     CPU torch; its module then fails at asking for the schema of these two.  Next to a torch for
-    CUDA, or of a build for a CPU, they have loaded by now, and a second definition is fatal."""
+    CUDA, or of a build for a CPU, they have loaded by now, and a second definition is fatal.
+    """
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
