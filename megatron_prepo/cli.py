@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import runner as compare
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     options.arguments, options.command = arguments, compare.command_line(arguments)
     try:
-        code = options.run(options)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -134,15 +135,17 @@ def _replay(options: argparse.Namespace) -> int:
 
     directory, overrides = options.dump, options.overrides
     if "RANK" in os.environ:
-        return local_ranks.run_rank(
-            lambda: replay.run(
+
+        def rank() -> None:
+            replay.run(
                 directory,
                 overrides,
                 tolerance=options.tolerance,
                 num_tensors=None if options.all else 5,
                 write=options.write_gradients,
             )
-        )
+
+        return local_ranks.run_rank(rank)
     dump = read(directory, overrides)
     check_layout(dump.config, read_hf_config(dump.config.model.hf))
     this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
@@ -263,6 +266,9 @@ def _reference(options: argparse.Namespace) -> int:
     return 0
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-prepo",
@@ -285,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: "argparse._SubParsersAction") -> None:
+def _add_train(commands: "Commands") -> None:
     parser = commands.add_parser("train", help="train as a configuration file says")
     parser.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
     _add_overrides(parser)
@@ -293,7 +299,7 @@ def _add_train(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_train)
 
 
-def _add_resume(commands: "argparse._SubParsersAction") -> None:
+def _add_resume(commands: "Commands") -> None:
     parser = commands.add_parser("resume", help="go on with an interrupted run")
     parser.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
     parser.add_argument(
@@ -318,7 +324,7 @@ def _add_resume(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_resume)
 
 
-def _add_replay(commands: "argparse._SubParsersAction") -> None:
+def _add_replay(commands: "Commands") -> None:
     parser = commands.add_parser(
         "replay", help="the updates of a dumped step again, in any layout (docs/debugging.md)"
     )
@@ -334,14 +340,14 @@ def _add_replay(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_replay)
 
 
-def _add_demo(commands: "argparse._SubParsersAction") -> None:
+def _add_demo(commands: "Commands") -> None:
     parser = commands.add_parser("demo", help="the laptop experiment from end to end")
     parser.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
     _add_overrides(parser)
     parser.set_defaults(run=_demo)
 
 
-def _add_compare(commands: "argparse._SubParsersAction") -> None:
+def _add_compare(commands: "Commands") -> None:
     parser = commands.add_parser(
         "compare", help="train by several methods and seeds on equal terms (docs/compare.md)"
     )
@@ -376,7 +382,7 @@ def _add_compare(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_compare)
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction") -> None:
+def _add_evaluate(commands: "Commands") -> None:
     parser = commands.add_parser(
         "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
     )
@@ -401,7 +407,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_evaluate)
 
 
-def _add_report(commands: "argparse._SubParsersAction") -> None:
+def _add_report(commands: "Commands") -> None:
     parser = commands.add_parser("report", help="one page of runs and comparisons")
     parser.add_argument(
         "sources",
@@ -413,7 +419,7 @@ def _add_report(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_report)
 
 
-def _add_plan(commands: "argparse._SubParsersAction") -> None:
+def _add_plan(commands: "Commands") -> None:
     parser = commands.add_parser(
         "plan", help="memory, seconds and layouts on a cluster, without a GPU (docs/plan.md)"
     )
@@ -436,14 +442,14 @@ def _add_plan(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_plan)
 
 
-def _add_doctor(commands: "argparse._SubParsersAction") -> None:
+def _add_doctor(commands: "Commands") -> None:
     parser = commands.add_parser("doctor", help="versions, GPU, disk, ports, and a run's inputs")
     parser.add_argument("config", nargs="?", help="YAML file whose needs are looked at too")
     _add_overrides(parser)
     parser.set_defaults(run=_doctor)
 
 
-def _add_reference(commands: "argparse._SubParsersAction") -> None:
+def _add_reference(commands: "Commands") -> None:
     parser = commands.add_parser("reference", help="print the configuration reference")
     parser.set_defaults(run=_reference)
 

@@ -4,6 +4,7 @@ import datetime
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
@@ -147,10 +148,10 @@ class CandidateBatches:
         self.position += 1
         return [self.prompts[i] for i in order[first : first + self.num_candidates]]
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position, for a checkpoint."""
         return {"position": self.position}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved position."""
         self.position = state["position"]

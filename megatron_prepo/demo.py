@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ IMPORTED = "imported base model"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def demo(directory: Path, overrides: Sequence[str] = ()) -> dict:
+def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the demo into `directory`, replacing an earlier one; returns the summary.
 
     Raises UserError, before anything is written, if the directory holds anything else.

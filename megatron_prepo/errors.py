@@ -34,7 +34,7 @@ def full_disk(error: BaseException) -> str | None:
     The text is searched, since not every library that writes (safetensors, torch) raises an
     OSError.
     """
-    one = error
+    one: BaseException | None = error
     while one is not None:
         words = " ".join(str(one).split())
         if any(mark in words for mark in NO_ROOM):

@@ -45,7 +45,7 @@ def require(owner: Any, *names: str) -> None:
             _refuse(owner, f"{_path(owner)} has no {name}")
 
 
-def require_form(owner: Any, name: str, replacement: Callable) -> None:
+def require_form(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Raise UserError unless `replacement` can be called in the place of `owner.name`.
 
     It takes every call (`*args, **kwargs`), and the parameters that it names have the same place in

@@ -44,7 +44,7 @@ class Rollout:
     """The experts of all tokens of prompt and completion but the last (`routing.RoutingFormat`), if
     they were asked for (`rollout.router_replay`)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.tokens, f"prompt {self.prompt.id}: an engine returned an empty completion"
         assert len(self.tokens) == len(self.engine_logprobs), (
             f"prompt {self.prompt.id}: {len(self.tokens)} tokens, "
@@ -61,7 +61,7 @@ class ScoredSequence:
     routing: bytes | None = None
     """The experts of all tokens but the last, equally many bytes each; None: the actor chooses."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert 1 <= self.start < len(self.tokens), (
             f"start={self.start} must leave a predecessor and a token of {len(self.tokens)}"
         )

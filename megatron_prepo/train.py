@@ -3,6 +3,8 @@
 Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts.
 """
 
+from typing import Any
+
 from megatron_prepo.config import Config
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.trainer.groups import Groups
@@ -21,7 +23,7 @@ from megatron_prepo.trainer.stages import (
 )
 
 
-def train(config: Config) -> dict:
+def train(config: Config) -> dict[str, Any]:
     """Run the configuration to its end; returns the summary, which is also in the run's directory.
 
     Collective: every rank of the job calls it.  Raises UserError for a wrong input before any

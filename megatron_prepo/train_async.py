@@ -13,7 +13,7 @@ stage and key by key; rewards are observed before the next prompts are chosen, h
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -37,7 +37,7 @@ from megatron_prepo.trainer.stages import (
 )
 
 
-def train_overlapped(config: Config) -> dict:
+def train_overlapped(config: Config) -> dict[str, Any]:
     """`train` for `train.overlap=true`; collective, and the same summary."""
     trainer = set_up(config)
     config, prefetcher = trainer.config, Prefetcher(trainer)
@@ -136,7 +136,7 @@ class Prefetcher:
                 self.pending.seconds = generation.seconds
                 self.trainer.journal.force()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         if self.pending is None:
             return self._position() | {"coming": None}
@@ -149,7 +149,7 @@ class Prefetcher:
         coming = {"step": self.pending.step, "weight_version": self.pending.weight_version}
         return self._before | {"coming": coming | {"scores": scores}}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Choose the pending step again, as it was chosen; `wait` looks for its rollouts."""
         self.trainer.batches.load_state_dict(state["batches"])
         self.trainer.selector.load_state_dict(state["selector"])
@@ -185,6 +185,6 @@ class Prefetcher:
             )
         )
 
-    def _position(self) -> dict:
+    def _position(self) -> dict[str, Any]:
         batches, selector = self.trainer.batches, self.trainer.selector
         return deepcopy({"batches": batches.state_dict(), "selector": selector.state_dict()})

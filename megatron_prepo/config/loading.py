@@ -28,7 +28,7 @@ MAX_FILE_BYTES = 1 << 20
 _TEXTS = {str, FilePath}
 VARIABLE = re.compile(r"\$(\$|\w+|\{[^}]*\})", re.ASCII)
 
-_SECTIONS = {section.name: section.type for section in dataclasses.fields(Config)}
+_SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -53,7 +53,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return overridden(_nested(tree, str(path)), overrides)
 
 
-def overridden(tree: dict, overrides: Sequence[str]) -> Config:
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Return a validated `Config` from nested dictionaries (not modified) and overrides."""
     tree = copy.deepcopy(tree)
     for override in overrides:
@@ -61,7 +61,7 @@ def overridden(tree: dict, overrides: Sequence[str]) -> Config:
     return from_tree({name: _with_paths_expanded(name, value) for name, value in tree.items()})
 
 
-def from_tree(tree: dict) -> Config:
+def from_tree(tree: dict[str, Any]) -> Config:
     """Return a validated `Config` from nested dictionaries of values, without expanding paths."""
     tree = {name: _section(name, value) for name, value in tree.items()}
     if problems := list(_unfit(tree, "")):
@@ -71,10 +71,10 @@ def from_tree(tree: dict) -> Config:
         # neither true nor "1" as 1
         return TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(_sentence(e) for e in error.errors())) from None
+        raise UserError("\n".join(_sentence(dict(e)) for e in error.errors())) from None
 
 
-def to_tree(config: Config) -> dict:
+def to_tree(config: Config) -> dict[str, Any]:
     """Return the resolved configuration as nested dictionaries, as it is saved with the run."""
     return dataclasses.asdict(config)
 
@@ -105,7 +105,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def apply(tree: dict, override: str) -> None:
+def apply(tree: dict[str, Any], override: str) -> None:
     """Apply an override such as ``optimizer.lr=1e-6`` to nested dictionaries, in place."""
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
@@ -144,9 +144,9 @@ def _empty_if_null(value: Any) -> Any:
     return {} if isinstance(value, Plain) and value in NULL else value
 
 
-def _nested(tree: dict, what: str) -> dict:
+def _nested(tree: dict[str, Any], what: str) -> dict[str, Any]:
     """Expand dotted keys such as `optimizer.lr: 1e-6` into sections."""
-    result: dict = {}
+    result: dict[str, Any] = {}
     for key, value in tree.items():
         section, *inner = key.split(".")
         for name in reversed(inner):
@@ -155,7 +155,7 @@ def _nested(tree: dict, what: str) -> dict:
     return result
 
 
-def _merge(into: dict, other: dict, what: str, keys: tuple[str, ...]) -> None:
+def _merge(into: dict[str, Any], other: dict[str, Any], what: str, keys: tuple[str, ...]) -> None:
     """Merge one dictionary of settings into another; raise UserError for a setting in both."""
     for name, value in other.items():
         before, path = into.setdefault(name, value), (*keys, name)
@@ -218,7 +218,7 @@ def _typed(value: Any, kind: Any) -> Any:
     return str(value) if _parts(kind) & _TEXTS else yaml_text.resolved(value)
 
 
-def _parts(kind: Any) -> set:
+def _parts(kind: Any) -> set[Any]:
     """Return the types in a union, or the one type; for a Literal, the types of its choices.
 
     >>> _parts(int | None) == {int, NoneType}, _parts(Literal["off", "on"])
@@ -232,7 +232,7 @@ def _parts(kind: Any) -> set:
 def _expanded(path: str) -> str:
     """Expand `~` and `$NAME` in a path; raise UserError for an unknown variable or user."""
 
-    def value_of(variable: re.Match) -> str:
+    def value_of(variable: re.Match[str]) -> str:
         known = variable[1].strip("{}")
         if known == "$":
             return "$"
@@ -284,7 +284,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _sentence(error: dict) -> str:
+def _sentence(error: dict[str, Any]) -> str:
     key = one_line(".".join(str(part) for part in error["loc"]))
     match error["type"]:
         case "unexpected_keyword_argument":

@@ -22,17 +22,21 @@ def markdown() -> str:
         kind = section.type
         lines.append(f"\n## `{section.name}`\n")
         if not dataclasses.is_dataclass(kind):
-            lines.append(" ".join(Config.__pydantic_fields__[section.name].description.split()))
+            lines.append(_description(Config, section.name))
             continue
-        lines += [kind.__doc__, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [str(kind.__doc__), "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(kind):
             default = "(required)" if field.default is dataclasses.MISSING else _yaml(field.default)
-            text = " ".join(kind.__pydantic_fields__[field.name].description.split())
+            text = _description(kind, field.name)
             lines.append(
                 f"| `{section.name}.{field.name}` | {_type_name(field.type)} | {default} | "
                 f"{text.replace('|', chr(92) + '|')} |"
             )
     return "\n".join(lines).strip() + "\n"
+
+
+def _description(section: Any, setting: str) -> str:
+    return " ".join(section.__pydantic_fields__[setting].description.split())
 
 
 def _yaml(value: Any) -> str:

@@ -95,7 +95,7 @@ class ParallelConfig:
     timeout_minutes: float = 10.0
     """Timeout of every collective; a rank that waits longer fails instead of hanging."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
         _deadline("parallel.timeout_minutes", self.timeout_minutes)
@@ -158,7 +158,7 @@ class DataConfig:
     """Maximum prompt length; a longer prompt is an error that names it (prompts are never
     truncated)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
         if self.chat_template_date is not None:
             _day("data.chat_template_date", self.chat_template_date)
@@ -201,7 +201,7 @@ class SelectionConfig:
     and in steps that evaluate, both compute the perplexities, and a lower correlation stops the
     run."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("selection.num_selected", self.num_selected, 1)
         if self.num_selected > self.num_candidates:
             raise ValueError(
@@ -239,7 +239,7 @@ class WeightingConfig:
     include_zero_variance: bool = True
     """Include rollouts of groups without an advantage in the batch mean (paper: yes)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.clamp is not None and not self.clamp > 1:
             raise ValueError(f"weighting.clamp={self.clamp} must be above 1, or empty")
 
@@ -265,7 +265,7 @@ class RolloutConfig:
     the engine's forward pass chose, so that both compute the same function
     (`docs/off_policy.md`)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("rollout.samples_per_prompt", self.samples_per_prompt, 2)
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         _at_least("rollout.batch_size", self.batch_size, 1)
@@ -306,7 +306,7 @@ class ServersConfig:
     """Time after which a completion is truncated: the tokens so far are kept and recorded as
     `aborted`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("count", "tensor", "concurrency", "attempts"):
             _at_least(f"servers.{name}", getattr(self, name), 1)
         _at_least("servers.first_device", self.first_device, 0)
@@ -346,7 +346,7 @@ class WeightSyncConfig:
     """Maximum mean absolute difference accepted by the comparison, in nats; empty: 1e-4 for
     float32, 0.1 for bfloat16."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("weight_sync.bucket_mb", self.bucket_mb, 1)
         _host("weight_sync.address", self.address)
         _deadline("weight_sync.request_seconds", self.request_seconds)
@@ -378,7 +378,7 @@ class RewardConfig:
     """Maximum share of the answers in a batch that may exceed a limit or raise an error; above it
     the run stops."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive("reward.seconds", self.seconds)
         _at_least("reward.memory_mb", self.memory_mb, 128)
         _at_least("reward.processes", self.processes, 1)
@@ -398,7 +398,7 @@ class AdvantageConfig:
     eps: float = 1e-6
     """Added to the standard deviation."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive("advantage.eps", self.eps)
 
 
@@ -436,7 +436,7 @@ class LossConfig:
     """Memory for the logits that exist at a time in the output head, and their gradient, in MiB;
     empty: 900 on a GPU (1,024 tokens of a vocabulary of 152,064), 16 on a CPU."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1:
             raise ValueError(f"loss.clip_low={self.clip_low} must lie between 0 and 1")
         _positive("loss.clip_high", self.clip_high)
@@ -480,7 +480,7 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = False
     """Shard the optimizer state over the data-parallel ranks."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("optimizer.lr", self.lr, 0)
         _at_least("optimizer.weight_decay", self.weight_decay, 0)
         _positive("optimizer.clip_grad", self.clip_grad)
@@ -524,7 +524,7 @@ class TrainConfig:
     """Maximum number of consecutive updates with a non-finite loss or gradient: these are skipped
     and dumped, and one more stops the run. 0: the first one stops the run."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("train.max_skipped_updates", self.max_skipped_updates, 0)
         for name in ("total_steps", "rollout_budget", "mini_batches", "micro_batch_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
@@ -550,7 +550,7 @@ class EvalConfig:
     temperature: float = 1.0
     """Sampling temperature of the evaluation."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("eval.every", self.every, 0)
         _at_least("eval.samples_per_prompt", self.samples_per_prompt, 1)
         _at_least("eval.samples_during", self.samples_during, 1)
@@ -579,7 +579,7 @@ class CheckpointConfig:
     """Time for a checkpoint after SIGTERM or SIGUSR1: the run saves at the end of its step, and
     exits without saving if that takes longer than this."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 0)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
         _at_least("checkpoint.keep_every", self.keep_every, 1)
@@ -604,7 +604,7 @@ class DebugConfig:
     max_skip_dumps: int = 3
     """Maximum number of skipped updates to dump; later ones are only counted."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least("debug.max_skip_dumps", self.max_skip_dumps, 0)
         for step in self.dump_steps:
             _at_least("debug.dump_steps", step, 0)
@@ -621,7 +621,7 @@ class ProfileConfig:
     stacks: bool = False
     """Record Python call stacks as well."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "ranks"):
             for value in getattr(self, name):
                 _at_least(f"profile.{name}", value, 0)
@@ -659,7 +659,7 @@ class Config:
     value removes one of our defaults.  SGLang's own parser checks them before launch.  The embedded
     engine and existing servers ignore them, and the run logs a warning."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in self.sglang:
             if key.replace("-", "_").endswith("api_key"):
                 raise ValueError(
@@ -702,7 +702,7 @@ class Config:
                 f"{self.train.total_steps - 1} (train.total_steps={self.train.total_steps})"
             )
 
-    def _check_decay(self):
+    def _check_decay(self) -> None:
         optimizer, total_steps = self.optimizer, self.train.total_steps
         if optimizer.lr_decay_steps is None:
             return
@@ -719,7 +719,7 @@ class Config:
                 f"nothing; set optimizer.lr_decay_steps={total_steps}, or optimizer.min_lr above 0"
             )
 
-    def _check_overlap(self):
+    def _check_overlap(self) -> None:
         if self.rollout.engine == "embedded":
             raise ValueError(
                 "train.overlap=true needs servers that generate while the actor trains, but "
@@ -769,7 +769,7 @@ def _host(name: str, value: str) -> None:
     try:
         usable = "%" not in str(ipaddress.ip_address(value))  # a URL cannot contain a scope
     except ValueError:
-        usable = re.fullmatch(r"[\w.-]+", value)
+        usable = re.fullmatch(r"[\w.-]+", value) is not None
     if not usable:
         raise ValueError(
             f"{name}={value!r} must be a host name or an IP address, without port and brackets"

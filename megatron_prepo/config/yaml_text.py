@@ -89,12 +89,13 @@ def _value(event: Event, events: Iterator[Event], what: str, keys: tuple[str, ..
     if len(keys) >= MAX_DEPTH:
         raise UserError(f"{what}, line {line}: nested more than {MAX_DEPTH} deep")
     if isinstance(event, SequenceStartEvent):
-        items = []
+        items: list[Any] = []
         while not isinstance(item := next(events), SequenceEndEvent):
             items.append(_value(item, events, what, (*keys, str(len(items)))))
         return items
     assert isinstance(event, MappingStartEvent), f"{event} does not start a value"
-    found, lines = {}, {}
+    found: dict[str, Any] = {}
+    lines: dict[str, int] = {}
     while not isinstance(key := next(events), MappingEndEvent):
         line = key.start_mark.line + 1
         if not isinstance(key, ScalarEvent | AliasEvent):
@@ -131,7 +132,7 @@ def resolved(text: str) -> str | int | float | bool | None:
     return str(text)
 
 
-def write(tree: dict) -> str:
+def write(tree: dict[str, Any]) -> str:
     """Format nested dictionaries as YAML that `read` and YAML 1.1 readers read identically.
 
     Texts are quoted unless every reader reads them as text.

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,8 +62,8 @@ class DumpWriter:
         self.aside = directory.with_name(directory.name + ".partial")
         self.writes = dist.get_rank() == 0
         self.about = {"format": FORMAT, "step": record.step, "why": why}
-        self.results: list[dict] = []
-        self.lines: list[dict] = []
+        self.results: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
         self.batch: list[TrainingSequence] = []
         self.index: list[int] = []
         if self.writes:
@@ -107,7 +108,7 @@ class DumpWriter:
             ownership.publish(self.aside, self.directory, KIND)
         dist.barrier()
 
-    def _line(self, i: int, update: int) -> dict:
+    def _line(self, i: int, update: int) -> dict[str, Any]:
         rollout, tensors = self.record.rollouts[i], ("tokens", "engine_logprobs", "routing")
         line = {k: v for k, v in dataclasses.asdict(rollout).items() if k not in tensors}
         return line | {"reward": float(self.record.rewards_N[i]), "update": update}
@@ -119,7 +120,7 @@ class Dump:
 
     directory: Path
     config: Config
-    about: dict
+    about: dict[str, Any]
     """`step.json`."""
     rollouts: list[Rollout]
     rewards_N: torch.Tensor
@@ -127,7 +128,7 @@ class Dump:
     """Of all updates, one behind the other."""
     tensors: dict[str, torch.Tensor]
 
-    def updates(self) -> Iterable[tuple[dict, list[TrainingSequence]]]:
+    def updates(self) -> Iterable[tuple[dict[str, Any], list[TrainingSequence]]]:
         """(result, mini-batch) of each update."""
         first = 0
         for result in self.about["results"]:
@@ -248,7 +249,9 @@ def _other_fields() -> list[str]:
     return [f.name for f in dataclasses.fields(TrainingSequence) if f.name != "sequence"]
 
 
-def _rollout(line: dict, batch: TrainingSequence, engine_logprobs_T: torch.Tensor) -> Rollout:
+def _rollout(
+    line: dict[str, Any], batch: TrainingSequence, engine_logprobs_T: torch.Tensor
+) -> Rollout:
     line = {k: v for k, v in line.items() if k not in ("reward", "update")}
     prompt = line.pop("prompt")
     prompt = Prompt(**prompt | {k: tuple(prompt[k]) for k in ("tokens", "content")})

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
@@ -80,19 +81,19 @@ def compare(whole: Path, other: Path) -> list[Check]:
         names = sorted(name for name in files if Path(name).match(pattern))
         return [(name, files[name]["sha256"]) for name in names]
 
-    def tensors(run: Path) -> list[tuple]:
+    def tensors(run: Path) -> list[tuple[Any, ...]]:
         # not the files: newer megatron-core pickles what is no tensor into one of them
         reader = TorchDistReader(newest(run))
         return [(name, *_content(reader, name)) for name in sorted(reader.tensors)]
 
-    def schedule(run: Path) -> list[tuple]:
+    def schedule(run: Path) -> list[tuple[Any, ...]]:
         common = TorchDistReader(newest(run)).common()
         return [("updates", common["updates"]), *common["opt_param_scheduler"].items()]
 
     def lines(name: str):
         return lambda run: (run / name).read_bytes().splitlines()
 
-    def choices(run: Path) -> list[tuple]:
+    def choices(run: Path) -> list[tuple[Any, ...]]:
         ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
         return [(entry["step"], entry["prompt_id"], entry["sample"]) for entry in ledger]
 
@@ -114,7 +115,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
     return [_check(what, read(whole), read(other)) for what, read in reads.items()]
 
 
-def _content(reader: TorchDistReader, name: str) -> tuple:
+def _content(reader: TorchDistReader, name: str) -> tuple[Any, ...]:
     """Return type, shape and digest of a tensor; -0.0 and 0.0 are two values, NaN is one."""
     shape = reader.shape(name)
     tensor = reader.read(name, (0,) * len(shape), shape)
@@ -133,7 +134,7 @@ CLOCKED = ("seconds", "speed/")
 """Metrics that differ from run to run."""
 
 
-def without_seconds(path: Path) -> list[dict]:
+def without_seconds(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics or evaluations without what a clock has measured."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
@@ -144,7 +145,7 @@ def num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _check(what: str, whole: Sequence, other: Sequence) -> Check:
+def _check(what: str, whole: Sequence[Any], other: Sequence[Any]) -> Check:
     if whole == other:
         return Check(what, True, f"{len(whole):,} entries")
     if len(whole) != len(other):
@@ -162,7 +163,7 @@ def _clear(config: Path, settings: Sequence[str], run: Path) -> None:
     run_directory.clear(replaced, lambda line: print(line, file=sys.stderr))
 
 
-def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen:
+def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megatron_prepo", "train", str(config), *settings]
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen(
@@ -174,7 +175,7 @@ def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen
         )
 
 
-def _finish(process: subprocess.Popen) -> None:
+def _finish(process: subprocess.Popen[bytes]) -> None:
     try:
         if process.wait():
             run = next(word for word in process.args if word.startswith("run.dir="))

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock
@@ -42,7 +42,7 @@ def rename_tree(aside: str | Path, final: str | Path) -> None:
     flush(Path(final).parent)
 
 
-def read_lines(path: str | Path) -> Iterator[dict]:
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file; a last line that has no end yet is left out.
 
     Raises UserError that names a line which is damaged.

@@ -27,7 +27,7 @@ MAX_EXPONENT = 300
 """Largest absolute power of ten of an answer; a number outside this range is an error."""
 
 
-def read(path: str | Path) -> Iterator[tuple[int, dict]]:
+def read(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each non-blank line.
 
     Fractions are `Decimal`, with all their digits.  Raises UserError naming file and line.
@@ -67,7 +67,7 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def text_of(record: dict, field: str, where: str) -> str:
+def text_of(record: dict[str, Any], field: str, where: str) -> str:
     """Return a field that must be a non-empty text."""
     value = _given(record, field, where)
     if not isinstance(value, str):
@@ -78,7 +78,7 @@ def text_of(record: dict, field: str, where: str) -> str:
     return _checked(value, field, where)
 
 
-def answer_of(record: dict, field: str, where: str) -> str:
+def answer_of(record: dict[str, Any], field: str, where: str) -> str:
     """Return an answer or id, a text or a finite number: 18.0 is 18, all digits are kept."""
     value = _given(record, field, where)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
@@ -116,7 +116,7 @@ def digits(number: int | float | Decimal) -> str | None:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _given(record: dict, field: str, where: str) -> Any:
+def _given(record: dict[str, Any], field: str, where: str) -> Any:
     if field not in record:
         raise UserError(f"{where}: field `{field}` is missing; the line has {_names(record)}")
     return record[field]
@@ -138,11 +138,11 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _names(record: dict) -> str:
+def _names(record: dict[str, Any]) -> str:
     return one_line(", ".join(sorted(map(str, record))))[:200] or "none"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]

@@ -44,8 +44,8 @@ def take(file: str | Path, what: str) -> None:
     """
     file = _canonical(file)
     if _is_mine(file):
-        process, descriptor, count = _held[file]
-        _held[file] = process, descriptor, count + 1
+        process, held, count = _held[file]
+        _held[file] = process, held, count + 1
         return
     deadline = time.monotonic() + PATIENCE_SECONDS
     while (descriptor := _try(file, what)) is None:
@@ -156,7 +156,9 @@ def _open(file: Path, flags: int) -> int:
 
 def _is_mine(file: Path) -> bool:
     """Whether this process holds the lock; one whose file is gone, or another's, is forgotten."""
-    process, descriptor, _ = _held.get(file, (None, None, 0))
+    if file not in _held:
+        return False
+    process, descriptor, _ = _held[file]
     if process != os.getpid():
         return False
     with contextlib.suppress(FileNotFoundError):

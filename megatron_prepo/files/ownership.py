@@ -30,6 +30,7 @@ import secrets
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock
@@ -110,7 +111,7 @@ def new_identity() -> str:
     return secrets.token_hex(16)
 
 
-def marker(directory: str | Path) -> dict | None:
+def marker(directory: str | Path) -> dict[str, Any] | None:
     """The content of a folder's marker; None without one in our form."""
     path = Path(directory) / MARKER
     try:
@@ -132,7 +133,7 @@ def run_of(path: str | Path) -> str | None:
     for parent in Path(os.path.abspath(path)).parents:
         content = marker(parent)
         if content is not None and content["kind"] == RUN:
-            return content["identity"]
+            return str(content["identity"])
     return None
 
 
@@ -166,6 +167,7 @@ def strangers(directory: str | Path, kind: str | None, run: str | None = None) -
     if kind == UNFINISHED:
         return []
     content = marker(directory)
+    assert content is not None, f"{directory} is marked"
     proofs = content.get("files")
     # never complete, of a version that listed names only, or sealed outside of any run
     if not isinstance(proofs, dict) or (run is not None and content.get("run") != run):
@@ -243,8 +245,9 @@ def _proof(path: Path) -> dict[str, object] | None:
     """Return what a file is known by; None for what is no regular file, such as a link."""
     if path.is_symlink() or not path.is_file():
         return None
-    proof = {"bytes": path.stat().st_size, "digest": digest(path)}
-    if is_sampled(proof["digest"]):
+    content = digest(path)
+    proof: dict[str, object] = {"bytes": path.stat().st_size, "digest": content}
+    if is_sampled(content):
         flush(path)  # a network file system settles the time of the last change then
         proof["mtime_ns"] = path.stat().st_mtime_ns
     return proof

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.config import Config
 from megatron_prepo.files.digest import digest
@@ -66,7 +67,7 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def digests(config: Config) -> dict[str, dict]:
+def digests(config: Config) -> dict[str, dict[str, Any]]:
     """Of each compared input, `path` and `files`: digest by name; none for what is not there."""
     return {
         read.setting: {"path": str(read.path), "files": files_of(read.setting, read.path)}
@@ -110,7 +111,7 @@ def _checkpoint(path: Path) -> Path:
         return path
 
 
-def differing(before: dict, now: dict) -> list[str]:
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Names of files of an input that are not the same."""
     names = sorted(before["files"].keys() | now["files"].keys())
     return [name for name in names if before["files"].get(name) != now["files"].get(name)]

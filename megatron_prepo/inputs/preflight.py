@@ -5,7 +5,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
@@ -65,7 +65,7 @@ def check(config: Config) -> Inputs:
     return Inputs(tokenizer, train_prompts, eval_prompts, digests)
 
 
-def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
+def check_room(config: Config, hf: dict[str, Any], prompts: list[Prompt]) -> None:
     """UserError unless the longest prompt and its completion fit the model's positions."""
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     if len(longest.tokens) > hf["max_position_embeddings"] - config.rollout.max_new_tokens:
@@ -76,7 +76,7 @@ def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:
         )
 
 
-def check_stop_tokens(config: Config, hf: dict, tokenizer) -> frozenset[int]:
+def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer) -> frozenset[int]:
     """The tokens that end a completion; UserError if none does, or the model has none of them."""
     from megatron_prepo.rollout.transformers_engine import stop_tokens
 
@@ -136,7 +136,7 @@ def check_opens(directory: Path) -> None:
             raise UserError(f"{path}{link} cannot be read: {error.strerror}") from error
 
 
-def check_weights(config: Config, hf: dict) -> None:
+def check_weights(config: Config, hf: dict[str, Any]) -> None:
     """UserError unless the checkpoint or the Hugging Face files to start from are those of `hf`.
 
     `hf`: the settings of `model.hf`, whose other files go into the exported model.

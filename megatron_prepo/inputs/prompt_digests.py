@@ -98,7 +98,7 @@ def check_unchanged(config: Config, now: PromptDigests) -> None:
         )
 
 
-def check_ranks(now: PromptDigests, gather: Callable[[Any], list]) -> None:
+def check_ranks(now: PromptDigests, gather: Callable[[Any], list[Any]]) -> None:
     """UserError naming the ranks whose prompts are not rank 0's; collective, by `gather`."""
     if len(set(gather(now.summed))) == 1:
         return
@@ -121,7 +121,7 @@ def save(directory: Path, now: PromptDigests) -> None:
         write_text(directory / FILE, json.dumps({"date": now.date, "files": now.files}) + "\n")
 
 
-def read(directory: Path) -> dict | None:
+def read(directory: Path) -> dict[str, Any] | None:
     """What was kept; None if nothing was."""
     path = directory / FILE
     if not path.is_file():
@@ -135,7 +135,7 @@ def read(directory: Path) -> dict | None:
         ) from error
 
 
-def _recorded(config: Config) -> dict | None:
+def _recorded(config: Config) -> dict[str, Any] | None:
     """Return that of the run in `run.dir`, if there is one and these settings do not replace it."""
     return None if config.run.overwrite else read(Path(config.run.dir))
 

@@ -374,7 +374,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     return findings
 
 
-def _examine_model(findings: _Findings, config: Config, hf: dict) -> None:
+def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.actor import tiny_instance
     from megatron_prepo.actor.model import check_layout, transformer_config
     from megatron_prepo.inputs import preflight
@@ -416,7 +416,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict) -> None:
     )
 
 
-def _examine_tokenizer(findings: _Findings, config: Config, hf: dict | None) -> Any:
+def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] | None) -> Any:
     from megatron_prepo.inputs import preflight
 
     tokenizer = findings.look(

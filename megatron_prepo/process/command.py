@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from megatron_prepo import internals
 from megatron_prepo.errors import UserError, no_room
@@ -15,7 +16,7 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
     """
 
     @functools.wraps(main)
-    def run(*args, **kwargs) -> int:
+    def run(*args: Any, **kwargs: Any) -> int:
         try:
             return main(*args, **kwargs)
         except UserError as error:

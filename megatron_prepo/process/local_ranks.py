@@ -78,7 +78,8 @@ def _run(
     log_directory.mkdir(parents=True, exist_ok=True)
     # errors go where it goes, if the run's directory is moved, and not to what takes its place
     place = os.open(log_directory, os.O_RDONLY | os.O_DIRECTORY)
-    processes, logs, codes, pipes, errors = [], [], {}, [], {}
+    processes: list[subprocess.Popen[bytes]] = []
+    logs, codes, pipes, errors = [], {}, [], {}
     meeting_file = Path(tempfile.mkdtemp(prefix="megatron-prepo-")) / "ranks"
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
     shared = {
@@ -174,7 +175,7 @@ def _leaving(codes: dict[int, int], asked: set[int]) -> bool:
     return any(code == STOPPED_EXIT_CODE or -code in asked for code in codes.values())
 
 
-def _wait(processes: Sequence[subprocess.Popen], asked: set[int]) -> dict[int, int]:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: set[int]) -> dict[int, int]:
     """Until all have ended well, or some badly: exit codes of those, by rank.
 
     Ranks that leave as asked wait for one another.
@@ -192,7 +193,7 @@ def _wait(processes: Sequence[subprocess.Popen], asked: set[int]) -> dict[int, i
         time.sleep(0.05)
 
 
-def _end(processes: Sequence[subprocess.Popen]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Kill those that still run: what they hold is not worth waiting for."""
     for process in processes:
         if process.poll() is None:
@@ -201,11 +202,11 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
 
 
 @contextmanager
-def _stop_signals_go_to(processes: Sequence[subprocess.Popen]) -> Iterator[set[int]]:
+def _stop_signals_go_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[set[int]]:
     """Pass signals that ask for a stop on to the ranks; gives the set of those that came."""
-    asked = set()
+    asked: set[int] = set()
 
-    def pass_on(number: int, frame) -> None:
+    def pass_on(number: int, frame: object) -> None:
         asked.add(number)
         for process in processes:
             if process.poll() is None:
@@ -233,7 +234,9 @@ def _read(pipe: int) -> Error | None:
     os.set_blocking(pipe, False)
     with suppress(BlockingIOError), open(pipe, "rb", buffering=0) as reader:
         at, end, message = (reader.read(1 << 16) or b"").partition(b"\n")
-        return Error(int(at), message.decode(errors="replace")) if end else None
+        if end:
+            return Error(int(at), message.decode(errors="replace"))
+    return None
 
 
 def _in_order(errors: dict[int, Error], ranks: Iterable[int]) -> list[str]:

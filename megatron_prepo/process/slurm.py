@@ -92,6 +92,7 @@ def interface_to(host: str, port: int = 9) -> str | None:
             mine = probe.getsockname()[0]
     except OSError:
         return None
+    name: str
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == mine for address in addresses):
             return name

@@ -106,5 +106,5 @@ class StopRequests:
             ) from error
 
 
-def _keep_running(number, frame) -> None:
+def _keep_running(number: int, frame: object) -> None:
     """Replace the default, which is to die."""

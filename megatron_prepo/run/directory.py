@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config, to_tree, to_yaml, yaml_text
@@ -535,7 +535,7 @@ def saved_config(directory: Path) -> Config:
         ) from error
 
 
-def saved_inputs(directory: Path) -> dict[str, dict] | None:
+def saved_inputs(directory: Path) -> dict[str, dict[str, Any]] | None:
     """What `inputs.digests` gave when the run began; None for a run of an older version."""
     path = directory / "inputs.json"
     if not path.is_file():
@@ -567,7 +567,7 @@ def resumed(before: Config, now: Config) -> Config:
     return configuration.from_tree(tree)
 
 
-def changes(before: Config, now: Config, read_before: dict[str, dict] | None) -> Changes:
+def changes(before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None) -> Changes:
     """How a run differs from the one that was begun; `read_before`: see `saved_inputs`.
 
     UserError for an input that cannot be read.
@@ -595,7 +595,7 @@ def changes(before: Config, now: Config, read_before: dict[str, dict] | None) ->
 
 
 def _compare_inputs(
-    before: Config, now: Config, read_before: dict[str, dict] | None, found: Changes
+    before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None, found: Changes
 ) -> None:
     old_paths, new_paths = ({n: _value(config, n) for n in INPUTS} for config in (before, now))
     try:
@@ -740,7 +740,7 @@ def _num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def _settings(config: Config, section: str) -> dict:
+def _settings(config: Config, section: str) -> dict[str, Any]:
     value = getattr(config, section)
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 

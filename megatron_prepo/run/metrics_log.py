@@ -31,6 +31,6 @@ class MetricsLog:
         self.file.close()
 
 
-def _finite_or_none(value):
+def _finite_or_none(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

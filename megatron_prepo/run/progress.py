@@ -5,12 +5,13 @@ train 12/80 [0:31<2:55, 2.6 s each] reward=0.52, entropy=0.31, rollouts=3072
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
 
-def bar(*arguments, **options) -> "tqdm | Lines":
+def bar(*arguments: Any, **options: Any) -> "tqdm | Lines":
     """A tqdm bar if there is a terminal to draw it on; else `Lines`, which takes the same."""
     return (tqdm if sys.stderr.isatty() else Lines)(*arguments, **options)
 
@@ -20,7 +21,7 @@ class Lines:
 
     def __init__(
         self,
-        iterable: Iterable = (),
+        iterable: Collection[Any] = (),
         desc: str = "",
         *,
         total: int | None = None,
@@ -34,7 +35,7 @@ class Lines:
         self.n = self.initial = initial
         self._start = time.monotonic()
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         for item in self.iterable:
             self.n += 1  # the one that is under way, and done when its line is written
             yield item
@@ -42,14 +43,14 @@ class Lines:
     def __enter__(self) -> "Lines":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, count: int) -> None:
         """So many more are done."""
         self.n += count
 
-    def set_postfix(self, **values) -> None:
+    def set_postfix(self, **values: object) -> None:
         """Write the line: how far, how long, how long yet, and the values."""
         if self.disable:
             return

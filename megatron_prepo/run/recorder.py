@@ -147,7 +147,7 @@ class Run:
         spent = budget is not None and self.rollouts + to_be_recorded >= budget
         return spent or step + 1 == self.config.train.total_steps
 
-    def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict) -> None:
+    def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict[str, Any]) -> None:
         """A step's ledger entries and metrics."""
         self.num_steps += 1
         self.rollouts += len(entries)
@@ -201,7 +201,7 @@ class Run:
         for dashboard in self.dashboards:
             dashboard.write(step, {f"eval/{name}": value for name, value in shown.items()})
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Between two steps: whose state it is, totals, first evaluation, lengths of the files."""
         return {
             "identity": self.identity,
@@ -218,7 +218,7 @@ class Run:
             else None,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state; lines that were written after it are removed."""
         self.num_steps, self.rollouts = state["num_steps"], state["rollouts"]
         self.tokens = state["tokens"]
@@ -277,7 +277,7 @@ class Run:
         first, last = self.before.first(both), after.first(both)
         return last.pass_rate - first.pass_rate, list(last.gain_ci95(first)), both
 
-    def finish(self, after: Evaluation, *, ranks: int) -> dict:
+    def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
         """The summary; written with the plot, and the files closed."""
         gain, gain_ci95, num_prompts = self._gain(after)
         before, after = self.before.first(num_prompts), after.first(num_prompts)

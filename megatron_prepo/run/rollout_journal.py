@@ -147,7 +147,7 @@ def _ours(directory: Path) -> list[Path]:
     return sorted(p for p in paths if NAME.fullmatch(p.name) and p.is_file() and not p.is_symlink())
 
 
-def _read(directory: Path, run: str | None) -> list[dict]:
+def _read(directory: Path, run: str | None) -> list[dict[str, Any]]:
     """Lines of this run, or of an older version's, which have no identity.
 
     One that was being written when the run stopped is cut off.
@@ -167,14 +167,14 @@ def _read(directory: Path, run: str | None) -> list[dict]:
     return own
 
 
-def _fields(rollout: Rollout) -> list:
+def _fields(rollout: Rollout) -> list[Any]:
     fields = [getattr(rollout, name) for name in FIELDS]
     if rollout.routing is None:
         return fields
     return [*fields, base64.b64encode(rollout.routing).decode()]
 
 
-def _rollout(fields: list, prompt: Prompt, weight_version: int) -> Rollout:
+def _rollout(fields: list[Any], prompt: Prompt, weight_version: int) -> Rollout:
     fields, routing = fields[: len(FIELDS)], fields[len(FIELDS) :]
     values = dict(zip(FIELDS, fields, strict=True))
     values |= {name: tuple(values[name]) for name in ("tokens", "engine_logprobs")}

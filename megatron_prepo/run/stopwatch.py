@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.profiler import record_function
@@ -47,5 +47,8 @@ class Stopwatch:
         self._before_step = dict(self.total)
 
 
-def _nvtx_range(name: str):
-    return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
+def _nvtx_range(name: str) -> AbstractContextManager[None]:
+    if not torch.cuda.is_available():
+        return nullcontext()
+    named: AbstractContextManager[None] = torch.cuda.nvtx.range(name)
+    return named

@@ -1,11 +1,12 @@
 """A finished run as a picture and as a few lines of text."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.files.atomic import naming, read_lines
 
 
-def plot(directory: str | Path, summary: dict) -> Path:
+def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     """`pass_rate.png`: held-out pass rate and the window's mean perplexity by rollouts paid."""
     import matplotlib
 
@@ -48,7 +49,7 @@ def plot(directory: str | Path, summary: dict) -> Path:
     return path
 
 
-def text(summary: dict) -> str:
+def text(summary: dict[str, Any]) -> str:
     """The result in a few lines."""
 
     def rate(when: str) -> str:

@@ -4,6 +4,7 @@ The loop calls `of_step(record).update(mini_batch)` in place of the actor's `upd
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_prepo.actor.actor import Actor, Gradient, TrainingSequence
 from megatron_prepo.config import Config
@@ -26,11 +27,11 @@ class UpdateGuard:
         """Return whether an update passes through a rollout of this advantage."""
         return self.actor.has_gradient(advantage)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What was skipped so far."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "skip_dumps": self.skip_dumps}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume counting."""
         self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
 
@@ -109,9 +110,9 @@ class SkipUpdates:
     def update(self, batch: Sequence[TrainingSequence]) -> None:
         """Not made, and counted as skipped."""
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Nothing is counted."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""

@@ -147,7 +147,7 @@ class Trainer:
         learnt = [self.updates.learns_from(advantage) for advantage in advantages]
         return self.throughput.of_step(self.run.seconds, sequences, learnt)
 
-    def finish(self) -> dict:
+    def finish(self) -> dict[str, Any]:
         """Export the weights and end everything; returns the summary."""
         with self.run.lost_directory_named():
             self.run.check_directory()

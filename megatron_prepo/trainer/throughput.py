@@ -13,6 +13,7 @@ that is not arithmetic.  A rank's share is the job's over the number of ranks, w
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ FORWARD, FORWARD_AND_BACKWARD = 1, 3
 class Throughput:
     """Of this run's model, layout and GPUs; every rank has one."""
 
-    def __init__(self, hf: dict, *, dtype: str, by_actor: bool, scorings: int) -> None:
+    def __init__(self, hf: dict[str, Any], *, dtype: str, by_actor: bool, scorings: int) -> None:
         """`by_actor`: whether that scores candidates; `scorings`: passes over a step's rollouts."""
         self.shape, self.ranks = Shape.of(hf), dist.get_world_size()
         self.by_actor, self.scorings = by_actor, scorings
