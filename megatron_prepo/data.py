@@ -16,7 +16,7 @@ MAX_CHARACTERS_A_TOKEN = 1000
 
 def read_prompts(
     path: str | Path,
-    tokenizer,
+    tokenizer: Any,
     *,
     max_tokens: int,
     chat_template: bool = False,
@@ -77,7 +77,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
 
 
 def tokenize(
-    text: str, tokenizer, *, chat_template: bool, date: datetime.date | None = None
+    text: str, tokenizer: Any, *, chat_template: bool, date: datetime.date | None = None
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Return the token ids of a prompt, and the span of tokens that hold its text.
 
@@ -96,7 +96,7 @@ def tokenize(
     return tokens, (inside[0], inside[-1] + 1) if begin >= 0 and inside else (0, len(tokens))
 
 
-def _as_user_turn(text: str, tokenizer, date: datetime.date | None) -> tuple[str, int]:
+def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tuple[str, int]:
     """Return the rendered chat and the offset of the text's first word; -1 if it was rewritten."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -109,9 +109,10 @@ def _as_user_turn(text: str, tokenizer, date: datetime.date | None) -> tuple[str
 
     def render(content: str) -> str:
         turns = [{"role": "user", "content": content}]
-        return tokenizer.apply_chat_template(
+        chat: str = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, **clock
         )
+        return chat
 
     # the words of a text may also occur in the template: a character that does not marks the place
     rendered, begin = render(text), render("\ufffc").find("\ufffc")

@@ -15,6 +15,7 @@ from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import check_file, pool
+from megatron_prepo.rollout.engine import Engine
 
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 
@@ -76,7 +77,7 @@ def check_room(config: Config, hf: dict[str, Any], prompts: list[Prompt]) -> Non
         )
 
 
-def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer) -> frozenset[int]:
+def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer: Any) -> frozenset[int]:
     """The tokens that end a completion; UserError if none does, or the model has none of them."""
     from megatron_prepo.rollout.transformers_engine import stop_tokens
 
@@ -89,7 +90,7 @@ def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer) -> frozense
     return tokens
 
 
-def check_engine(config: Config, engine) -> None:
+def check_engine(config: Config, engine: Engine) -> None:
     """UserError unless the engine rounds logits as the actor does.
 
     One side alone in float32 is worse than neither: the other's rounding is then all difference.
@@ -106,7 +107,7 @@ def check_engine(config: Config, engine) -> None:
         )
 
 
-def prompts_of(config: Config, tokenizer, name: Literal["train", "eval"]) -> list[Prompt]:
+def prompts_of(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -> list[Prompt]:
     """All prompts of `data.train` or `data.eval`, tokenized."""
     return read_prompts(
         getattr(config.data, name),
@@ -173,7 +174,7 @@ def _check_form(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint / 'metadata.json'} is damaged: it is no JSON object")
 
 
-def read_tokenizer(directory: str):
+def read_tokenizer(directory: str) -> Any:
     """The fast tokenizer of a Hugging Face directory; UserError if it has none that will do."""
     from transformers import AutoTokenizer
 

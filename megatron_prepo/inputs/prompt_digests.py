@@ -6,12 +6,12 @@ start: the date, which a resumed run takes again, and a digest of each prompt's 
 answer, which have to be the same whenever it starts, and on all ranks.
 """
 
+import datetime
 import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class PromptDigests:
 
     @classmethod
     def of(
-        cls, config: Config, day: date | None, prompts: dict[str, Sequence[Prompt]]
+        cls, config: Config, day: datetime.date | None, prompts: dict[str, Sequence[Prompt]]
     ) -> "PromptDigests":
         """Of all prompts of `train` and `eval`."""
         tree = vars(config.data)
@@ -72,20 +72,20 @@ class PromptDigests:
         return None
 
 
-def template_date(config: Config) -> date | None:
+def template_date(config: Config) -> datetime.date | None:
     """What the chat template is told of today: as set, as at the run's first start, or today."""
     if not config.data.chat_template:
         return None
     if config.data.chat_template_date is not None:
-        return date.fromisoformat(config.data.chat_template_date)
+        return datetime.date.fromisoformat(config.data.chat_template_date)
     recorded = _recorded(config)
-    return recorded_date(Path(config.run.dir)) if recorded else date.today()
+    return recorded_date(Path(config.run.dir)) if recorded else datetime.date.today()
 
 
-def recorded_date(directory: Path) -> date | None:
+def recorded_date(directory: Path) -> datetime.date | None:
     """The date that a run or an evaluation began with, if it has one."""
     record = read(directory)
-    return date.fromisoformat(record["date"]) if record and record["date"] else None
+    return datetime.date.fromisoformat(record["date"]) if record and record["date"] else None
 
 
 def check_unchanged(config: Config, now: PromptDigests) -> None:

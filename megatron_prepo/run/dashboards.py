@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.config import Config, to_tree
 from megatron_prepo.errors import UserError
@@ -46,9 +47,12 @@ def _check_login(project: str) -> None:
 
 def dashboards(config: Config) -> "list[TensorBoard | WandB]":
     """Those that the section `run` names."""
-    directory, found = Path(config.run.dir), []
+    directory = Path(config.run.dir)
+    found: list[TensorBoard | WandB] = []
     if config.run.tensorboard:
-        found.append(TensorBoard(directory, run_directory.identity(directory)))
+        identity = run_directory.identity(directory)
+        assert identity is not None, f"{directory} is marked before anything is written there"
+        found.append(TensorBoard(directory, identity))
     if config.run.wandb_project:
         found.append(WandB(directory, config))
     return found
@@ -61,7 +65,8 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
-        self._directory, self._suffix, self._writer = directory / "tensorboard", identity, None
+        self._directory, self._suffix = directory / "tensorboard", identity
+        self._writer: Any = None
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
         """The numbers of a step; on disk when the method returns."""

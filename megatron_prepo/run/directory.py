@@ -276,7 +276,10 @@ def ours(directory: Path) -> bool:
 
 def identity(directory: Path) -> str | None:
     """Return the identity of the run that has marked the directory; None without one."""
-    return ownership.marker(directory)["identity"] if ours(directory) else None
+    content = ownership.marker(directory)
+    if content is None or content["kind"] != ownership.RUN:
+        return None
+    return str(content["identity"])
 
 
 def lost(directory: Path, of: str) -> str | None:
@@ -541,7 +544,7 @@ def saved_inputs(directory: Path) -> dict[str, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         assert all({"path", "files"} <= entry.keys() for entry in saved.values())
         return saved
     except (OSError, ValueError, AttributeError, TypeError, AssertionError) as error:
@@ -651,8 +654,9 @@ def with_absolute_paths(config: Config) -> Config:
     file, colon, function = config.reward.function.rpartition(":")
     if colon:
         tree["reward"]["function"] = f"{inputs.absolute(file)}:{function}"
-    if "/" in (config.servers.python or ""):
-        tree["servers"]["python"] = str(inputs.absolute(config.servers.python))
+    python = config.servers.python or ""
+    if "/" in python:
+        tree["servers"]["python"] = str(inputs.absolute(python))
     return configuration.from_tree(tree)
 
 
@@ -741,10 +745,11 @@ def _num_lines(path: Path) -> int:
 
 
 def _settings(config: Config, section: str) -> dict[str, Any]:
-    value = getattr(config, section)
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    values: dict[str, Any] = configuration.to_tree(config)[section]
+    return values
 
 
 def _value(config: Config, name: str) -> str | None:
     section, key = name.split(".")
-    return getattr(getattr(config, section), key)
+    value: str | None = getattr(getattr(config, section), key)
+    return value

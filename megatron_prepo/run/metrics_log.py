@@ -5,7 +5,7 @@ Keys are `group/name`, seconds are under `seconds/`.  A value that is not finite
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_prepo.files.atomic import append
@@ -19,7 +19,7 @@ class MetricsLog:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
         self._dashboards = dashboards
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, object]) -> None:
         """One object; on disk when the method returns."""
         record = {name: _finite_or_none(value) for name, value in metrics.items()}
         append(self.file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
@@ -31,6 +31,6 @@ class MetricsLog:
         self.file.close()
 
 
-def _finite_or_none(value: float | None) -> float | None:
+def _finite_or_none(value: object) -> object:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -91,6 +91,7 @@ class Run:
     def lost(self) -> str | None:
         """Return an error message if the directory is not this run's any more; rank 0 asks."""
         assert self.writes, "rank 0 holds the directory's lock"
+        assert self.identity is not None, "a run marks its directory"
         return run_directory.lost(self.directory, self.identity)
 
     def check_directory(self) -> None:
@@ -98,7 +99,7 @@ class Run:
 
         OSError, on all ranks, too, if that cannot be found out.
         """
-        found = None
+        found: UserError | OSError | None = None
         if self.writes:
             try:
                 found = UserError(problem) if (problem := self.lost()) else None
@@ -119,7 +120,7 @@ class Run:
 
     def has_lines(self) -> bool:
         """Return whether rollouts of this run are in its ledger, on every rank; collective."""
-        return self.share(self.writes and os.fstat(self.ledger.file.fileno()).st_size > 0)
+        return bool(self.share(self.writes and os.fstat(self.ledger.file.fileno()).st_size > 0))
 
     def log(self, line: str) -> None:
         """Print a line on the terminal, on rank 0 only."""
@@ -267,6 +268,7 @@ class Run:
         `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's are
         among the longer one's.  None at different temperatures, whose pass rates do not compare.
         """
+        assert self.before is not None, "every run evaluates before its first step"
         both = min(len(self.before.passes_P), len(after.passes_P))
         if self.temperature_before != self.config.eval.temperature:
             self.log(
@@ -279,6 +281,7 @@ class Run:
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
         """The summary; written with the plot, and the files closed."""
+        assert self.before is not None, "every run evaluates before its first step"
         gain, gain_ci95, num_prompts = self._gain(after)
         before, after = self.before.first(num_prompts), after.first(num_prompts)
         summary = {

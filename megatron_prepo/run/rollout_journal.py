@@ -113,7 +113,8 @@ class Journal:
         """Drop the rollouts of steps before this one: checkpoints cover them."""
         if self.rank == 0:
             for path in _ours(self.directory):
-                if int(NAME.fullmatch(path.name)["step"]) < before:
+                name = NAME.fullmatch(path.name)
+                if name and int(name["step"]) < before:
                     path.unlink()
 
     def close(self) -> None:
@@ -152,7 +153,7 @@ def _read(directory: Path, run: str | None) -> list[dict[str, Any]]:
 
     One that was being written when the run stopped is cut off.
     """
-    lines = []
+    lines: list[dict[str, Any]] = []
     for path in _ours(directory):
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -175,9 +176,9 @@ def _fields(rollout: Rollout) -> list[Any]:
 
 
 def _rollout(fields: list[Any], prompt: Prompt, weight_version: int) -> Rollout:
-    fields, routing = fields[: len(FIELDS)], fields[len(FIELDS) :]
-    values = dict(zip(FIELDS, fields, strict=True))
+    values = dict(zip(FIELDS, fields[: len(FIELDS)], strict=True))
     values |= {name: tuple(values[name]) for name in ("tokens", "engine_logprobs")}
-    if routing:
-        values["routing"] = base64.b64decode(*routing, validate=True)
+    if len(fields) > len(FIELDS):
+        (routing,) = fields[len(FIELDS) :]
+        values["routing"] = base64.b64decode(routing, validate=True)
     return Rollout(prompt=prompt, weight_version=weight_version, **values)
