@@ -11,7 +11,7 @@ stage and key by key; rewards are observed before the next prompts are chosen, h
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -72,11 +72,12 @@ class PendingStep:
     step: int
     candidates: Candidates
     chosen: list[int]
-    weight_version: int
+    weight_version: int | None
     """Of the weights that chose and, as far as the engine did not fail, generate."""
     generation: PendingRollouts | None = None
     """Until it is waited for."""
-    rollouts: list[Rollout] | None = None
+    rollouts: list[Rollout] = field(default_factory=list)
+    """Empty until then."""
     seconds: float = 0.0
     """How long they took; the seconds of the stage `rollouts` are those waited."""
 
@@ -109,6 +110,7 @@ class Prefetcher:
             self.start(step)  # with nothing to learn from meanwhile
         self.wait()
         ready, self.pending = self.pending, None
+        assert ready is not None, "it was started above, or by the step before"
         return ready
 
     def start_after(self, step: int, num_rollouts: int) -> None:
@@ -128,7 +130,7 @@ class Prefetcher:
         if self.pending is None:
             return
         with self.trainer.run.seconds("rollouts"):
-            if self.pending.rollouts is None and self.pending.generation is None:
+            if not self.pending.rollouts and self.pending.generation is None:
                 self._generate()  # the run was interrupted
             generation, self.pending.generation = self.pending.generation, None
             if generation is not None:
@@ -163,14 +165,15 @@ class Prefetcher:
         candidates = Candidates(self.trainer.batches.next(), **scores)
         self._choose(coming["step"], candidates, coming["weight_version"])
 
-    def _choose(self, step: int, candidates: Candidates, weight_version: int) -> None:
+    def _choose(self, step: int, candidates: Candidates, weight_version: int | None) -> None:
         [chosen] = select(self.trainer, candidates, step)
         self.pending = PendingStep(step, candidates, chosen, weight_version)
 
     def _generate(self) -> None:
         pending, trainer, journal = self.pending, self.trainer, self.trainer.journal
+        assert pending is not None, "a step is chosen before it is generated"
         engine = cast(BackgroundEngine, trainer.engine)  # the configuration allows no other
-        cached = {}
+        cached: dict[tuple[str, int], Rollout] = {}
         # after a failure the current weights have generated the rest
         for version in (engine.weight_version, pending.weight_version):
             cached |= journal.find(pending.purpose, version, pending.selected)

@@ -60,7 +60,7 @@ class Journal:
         self._forced_at = time.monotonic()
 
     def find(
-        self, purpose: str, weight_version: int, prompts: Sequence[Prompt]
+        self, purpose: str, weight_version: int | None, prompts: Sequence[Prompt]
     ) -> dict[tuple[str, int], Rollout]:
         """What of these prompts was paid for before the run stopped, by prompt's id and sample.
 

@@ -52,3 +52,22 @@ class Groups:
             tuple(self.rollouts[i] for i in members),
             tuple(self.grades[i] for i in members),
         )
+
+    def mini_batches(self, count: int) -> list[list[int]]:
+        """Return the rollouts of each optimizer update, as positions in `rollouts`."""
+        num_groups, group_size = self.rewards_KG.shape
+        return mini_batches(num_groups, group_size, count)
+
+
+def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:
+    """Rollouts of each optimizer update; groups stay whole and are dealt out in turn.
+
+    In turn, because selected prompts come sorted by perplexity: every update sees the whole window.
+
+    >>> mini_batches(3, 2, 2)
+    [[0, 1, 4, 5], [2, 3]]
+    """
+    return [
+        [k * group_size + g for k in range(first, num_groups, count) for g in range(group_size)]
+        for first in range(count)
+    ]

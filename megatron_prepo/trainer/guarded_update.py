@@ -3,13 +3,20 @@
 The loop calls `of_step(record).update(mini_batch)` in place of the actor's `update`.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from megatron_prepo.actor.actor import Actor, Gradient, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.debug.dump import DumpWriter, StepRecord
 from megatron_prepo.run.recorder import Run
+
+
+class Learner(Protocol):
+    """Makes an optimizer update from a mini-batch: the actor, or a guard of its updates."""
+
+    def update(self, batch: Sequence[TrainingSequence]) -> dict[str, float] | None:
+        """Return the update's metrics; None if it was skipped, on all ranks."""
 
 
 class UpdateGuard:
@@ -35,7 +42,7 @@ class UpdateGuard:
         """Resume counting."""
         self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
 
-    def skip(self, error: FloatingPointError, dump_it) -> None:
+    def skip(self, error: FloatingPointError, dump_it: Callable[[], str]) -> None:
         """Count a skipped update; raises the error if there were too many in a row.
 
         `dump_it()` writes the update's dump and returns its directory.
@@ -81,7 +88,9 @@ class GuardedStep:
         self.updates.skipped_in_a_row = 0
         return metrics
 
-    def _dump_skipped(self, number: int, batch, gradient: Gradient) -> str:
+    def _dump_skipped(
+        self, number: int, batch: Sequence[TrainingSequence], gradient: Gradient
+    ) -> str:
         dump = self._dump(f"_update_{number}_skipped", "not finite")
         dump.add(number, batch, gradient)
         dump.finish()

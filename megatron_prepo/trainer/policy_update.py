@@ -19,7 +19,7 @@ from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.records import Rollout, scored_sequence
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.guarded_update import GuardedStep
+from megatron_prepo.trainer.guarded_update import Learner
 from megatron_prepo.trainer.mismatch_metrics import importance_metrics, mismatch_metrics
 from megatron_prepo.trainer.step_metrics import rollout_metrics
 
@@ -117,7 +117,7 @@ def step_record(
         batch.groups.rollouts,
         batch.groups.rewards_KG.flatten(),
         batch.old_scores.scores,
-        mini_batches(*batch.groups.rewards_KG.shape, num_mini_batches),
+        batch.groups.mini_batches(num_mini_batches),
     )
 
 
@@ -141,13 +141,13 @@ def weigh_by_importance(
 
 
 def update_policy(
-    actor: Actor | GuardedStep, batch: TrainingBatch, *, aggregation: str, num_mini_batches: int
+    actor: Learner, batch: TrainingBatch, *, aggregation: str, num_mini_batches: int
 ) -> dict[str, float]:
     """Make the step's optimizer updates; returns the mean of their metrics."""
     groups, old_scores = batch.groups, batch.old_scores
     advantage_N = batch.advantages_KG.flatten()
     updates = []
-    for index in mini_batches(*groups.rewards_KG.shape, num_mini_batches):
+    for index in groups.mini_batches(num_mini_batches):
         coefficient_N = rollout_coefficients(
             batch.weight_N[index], old_scores.lengths_N[index], aggregation
         )
@@ -176,20 +176,6 @@ def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]
     return means | {"loss/skipped_updates": len(updates) - len(made)}
 
 
-def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:
-    """Rollouts of each optimizer update; groups stay whole and are dealt out in turn.
-
-    In turn, because selected prompts come sorted by perplexity: every update sees the whole window.
-
-    >>> mini_batches(3, 2, 2)
-    [[0, 1, 4, 5], [2, 3]]
-    """
-    return [
-        [k * group_size + g for k in range(first, num_groups, count) for g in range(group_size)]
-        for first in range(count)
-    ]
-
-
 def weigh_by_entropy(
     settings: WeightingConfig, groups: Groups, old_scores: RolloutScores, num_mini_batches: int
 ) -> torch.Tensor:
@@ -204,7 +190,7 @@ def weigh_by_entropy(
     if not settings.include_zero_variance:
         rewards_KG = groups.rewards_KG
         counts_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])
-    for index in mini_batches(*groups.rewards_KG.shape, num_mini_batches):
+    for index in groups.mini_batches(num_mini_batches):
         weight_N[index] = relative_entropy_weights(
             old_scores.entropy_N[index],
             old_scores.lengths_N[index],
@@ -216,7 +202,11 @@ def weigh_by_entropy(
 
 
 def training_sequence(
-    rollout: Rollout, old_scores: RolloutScores, i: int, advantage, coefficient
+    rollout: Rollout,
+    old_scores: RolloutScores,
+    i: int,
+    advantage: torch.Tensor,
+    coefficient: torch.Tensor,
 ) -> TrainingSequence:
     """Return rollout i as the actor's update takes it."""
     importance_weights_N, references = old_scores.importance_weights_N, old_scores.references

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_prepo.actor.actor import Actor
 from megatron_prepo.prepo.perplexity import perplexity, scored_span
 from megatron_prepo.records import Prompt, ScoredSequence
+from megatron_prepo.rollout.engine import Engine
 from megatron_prepo.trainer.step_metrics import spearman
 
 
 def prompt_scores(
-    actor, prompts: Sequence[Prompt], tokens: str = "all"
+    actor: Actor, prompts: Sequence[Prompt], tokens: str = "all"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
 
@@ -24,7 +26,9 @@ def prompt_scores(
     return torch.stack(ppl), torch.stack(entropy)
 
 
-def engine_perplexities(engine, prompts: Sequence[Prompt], tokens: str = "all") -> torch.Tensor:
+def engine_perplexities(
+    engine: Engine, prompts: Sequence[Prompt], tokens: str = "all"
+) -> torch.Tensor:
     """`ppl_P` by the engine's log-probabilities; float64, identical on every rank."""
     scored = zip(engine.score_prompts(prompts), prompts, strict=True)
     return torch.stack(

@@ -1,7 +1,7 @@
 """What a training loop works with on each rank, from inputs that are checked to the export."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +108,7 @@ class Trainer:
         """avg@k on held-out prompts, with the same random numbers each time; written, and shown."""
         config = self.config
 
-        def held_out(**options) -> Evaluation:
+        def held_out(**options: Any) -> Evaluation:
             request = Request(
                 prompts=self.inputs.eval_prompts,
                 temperature=config.eval.temperature,
@@ -214,7 +214,7 @@ def begin(config: Config) -> Config:
 
     Raises UserError, on all ranks, if it is in use or holds anything else than this run.
     """
-    settled = None
+    settled: Config | UserError | None = None
     if dist.get_rank() == 0:
         try:
             settled = run_directory.begin(config, lambda line: print(line, file=sys.stderr))
@@ -223,6 +223,7 @@ def begin(config: Config) -> Config:
     settled = parallel.from_rank_zero(settled)
     if isinstance(settled, UserError):
         raise settled
+    assert settled is not None, "rank 0 has shared its settings"
     return settled
 
 
@@ -236,7 +237,7 @@ def ranks() -> Ranks:
     )
 
 
-def build_grader(config: Config, log) -> Grader:
+def build_grader(config: Config, log: Callable[[str], None]) -> Grader:
     """Grading processes beside rank 0, which share what they find."""
     return Grader(
         config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import RolloutConfig
@@ -190,7 +191,7 @@ def generate(trainer: Trainer, prompts: Sequence[Prompt], purpose: str) -> list[
 
 
 def rollout_request(
-    prompts: Sequence[Prompt], purpose: str, settings: RolloutConfig, seed: int, **options
+    prompts: Sequence[Prompt], purpose: str, settings: RolloutConfig, seed: int, **options: Any
 ) -> Request:
     """Return the request for G rollouts of each prompt.
 

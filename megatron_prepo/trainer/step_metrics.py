@@ -17,12 +17,15 @@ from megatron_prepo.prepo.statistics import quantiles
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.base import Candidates
 
+Metrics = dict[str, float | None]
+"""Values by name; None where one cannot be computed from what there was."""
+
 
 def selection_metrics(
     candidates: Candidates, chosen: Sequence[int], rewards_KG: torch.Tensor
-) -> dict[str, float]:
-    """Of all groups paid for: rewards, perplexities, and how well these foretell."""
-    metrics = {
+) -> Metrics:
+    """Return rewards and perplexities of all generated groups, and how well these predict those."""
+    metrics: Metrics = {
         "reward/mean": float(rewards_KG.mean()),
         "reward/zero_variance_ratio": float(zero_variance(rewards_KG).double().mean()),
         "selection/groups_paid": len(chosen),
@@ -49,8 +52,9 @@ def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
     }
 
 
-def candidate_metrics(candidates: Candidates) -> dict[str, float]:
-    """Of all candidates, where their pass rates are known: what perplexity says about them."""
+def candidate_metrics(candidates: Candidates) -> Metrics:
+    """Return how perplexity relates to the candidates' pass rates, where these are known."""
+    assert candidates.ppl_P is not None and candidates.pass_rate_P is not None
     by_perplexity = candidates.pass_rate_P[candidates.ppl_P.argsort(stable=True)]
     lengths_P = torch.tensor([float(len(prompt.tokens)) for prompt in candidates.prompts])
     return {

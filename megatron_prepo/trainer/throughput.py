@@ -58,7 +58,7 @@ class Throughput:
         )
         trained = FlopCount.of(itertools.compress(sequences, learnt))
         self.scored.clear()
-        rates = {}
+        rates: dict[str, float] = {}
         for stage, work, passes, forwards in (
             ("perplexity", prompts, 1, FORWARD),
             ("old_logprobs", FlopCount.of(sequences), self.scorings, FORWARD),
