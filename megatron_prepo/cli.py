@@ -36,9 +36,10 @@ from megatron_prepo.process.command import in_one_line
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 for a failed run, a plan that does not fit or a doctor who finds something
-    missing; 2 for something that the user can mend; 75 for a run that stopped when it was asked to,
-    and can go on.
+    """Run a command and return its exit code.
+
+    0: done; 1: a failed run, a plan that does not fit, or something that `doctor` finds missing;
+    2: an error that the user can fix; 75: a run that stopped when asked to, and can be resumed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_streams()

@@ -1,7 +1,7 @@
-"""The overlapped loop: the next step's rollouts are generated while this step's are learnt from.
+r"""The overlapped loop: the next step's rollouts are generated while this step's are learnt from.
 
     choose and start step n + 1  ->  learn from step n  ->  wait for step n + 1  ->  weight sync
-                \\_____________ the servers generate _____________/
+                \_____________ the servers generate _____________/
 
 Prompts are chosen, and rollouts generated, by the weights before step n has been learnt from.  The
 first two steps' are the initial weights', so from the second on rollouts are one step old when

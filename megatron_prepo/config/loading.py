@@ -265,6 +265,12 @@ def _unfit(value: Any, key: str) -> Iterator[str]:
         case list() | tuple():
             for inner in value:
                 yield from _unfit(inner, key)
+        case _:
+            yield from _unfit_scalar(value, what)
+
+
+def _unfit_scalar(value: Any, what: str) -> Iterator[str]:
+    match value:
         case None | bool():
             pass
         case int():

@@ -75,7 +75,7 @@ class DumpWriter:
         weights = self.aside / f"weights_{len(self.results)}"
         self.actor.save(weights, step=self.record.step)
         name = f"gradients_{len(self.results)}"
-        result = {"update": update, "rollouts": len(index), "gradients": None}
+        result: dict[str, Any] = {"update": update, "rollouts": len(index), "gradients": None}
         result |= {"loss": gradient.totals["loss"], "grad_norm": gradient.norm}
         if self.config.debug.dump_gradients:
             result["gradients"] = name
@@ -184,7 +184,7 @@ def to_tensors(batch: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
         "start_N": torch.tensor([s.start for s in sequences]),
     }
     if any(s.routing is not None for s in sequences):
-        routing = bytearray(b"".join(s.routing for s in sequences))
+        routing = bytearray(b"".join(s.routing or b"" for s in sequences))
         tensors["routing"] = torch.frombuffer(routing, dtype=torch.uint8)
     for name in _other_fields():
         values = [getattr(s, name) for s in batch]

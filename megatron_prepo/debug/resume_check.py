@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,14 @@ def _prove(
     whole, killed = directory / "whole", directory / "killed"
     for run in (whole, killed):
         _clear(config, settings, run)
-    _finish(_start(config, settings, whole))
+    _finish(_start(config, settings, whole), whole)
     process = _start(config, settings, killed)
     while process.poll() is None and num_lines(killed / "metrics.jsonl") < before:
         time.sleep(POLL_SECONDS)
     os.killpg(process.pid, signal.SIGKILL)
     if process.wait() != -signal.SIGKILL:
         raise UserError(f"the run failed before it could be killed; see {killed}.log")
-    _finish(_start(config, settings, killed))
+    _finish(_start(config, settings, killed), killed)
     return compare(whole, killed)
 
 
@@ -90,7 +90,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
         common = TorchDistReader(newest(run)).common()
         return [("updates", common["updates"]), *common["opt_param_scheduler"].items()]
 
-    def lines(name: str):
+    def lines(name: str) -> Callable[[Path], list[bytes]]:
         return lambda run: (run / name).read_bytes().splitlines()
 
     def choices(run: Path) -> list[tuple[Any, ...]]:
@@ -102,7 +102,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
         files = sorted(p for p in (run / "hf").rglob("*") if p.name not in ownership.NOT_CONTENT)
         return [(path.name, path.read_bytes()) for path in files if path.is_file()]
 
-    reads = {
+    reads: dict[str, Callable[[Path], Sequence[Any]]] = {
         "exported weights": exported,
         "weights and optimizer": tensors,
         "schedule": schedule,
@@ -175,11 +175,10 @@ def _start(config: Path, settings: Sequence[str], run: Path) -> subprocess.Popen
         )
 
 
-def _finish(process: subprocess.Popen[bytes]) -> None:
+def _finish(process: subprocess.Popen[bytes], run: Path) -> None:
     try:
         if process.wait():
-            run = next(word for word in process.args if word.startswith("run.dir="))
-            raise UserError(f"a run failed; see {run.removeprefix('run.dir=')}.log")
+            raise UserError(f"a run failed; see {run}.log")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

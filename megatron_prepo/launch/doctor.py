@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -291,7 +292,9 @@ def _weight_sync(config: Config) -> Finding:
     hosts = {urlsplit(url).hostname for url in config.servers.urls}
     remedy = "weight_sync.address: this machine's, as the servers see it"
     if _is_here(address) and not all(map(_is_here, hosts)):
-        found = f"servers at {', '.join(sorted(hosts))} would look for rank 0 on themselves: "
+        found = (
+            f"servers at {', '.join(sorted(map(str, hosts)))} would look for rank 0 on themselves: "
+        )
         found += f"weight_sync.address={address}"
         return Finding("weight sync", "missing", found, remedy)
     both = socket.has_dualstack_ipv6()  # as torch's store listens
@@ -361,10 +364,15 @@ def examine_inputs(config: Config) -> list[Finding]:
         _examine_model(findings, config, hf)
     tokenizer = _examine_tokenizer(findings, config, hf)
     _examine_prompts(findings, config, tokenizer)
+
+    def load_reward() -> None:
+        check_file(config.reward.function)
+        pool.check(config.reward)
+
     if config.reward.function not in FUNCTIONS:
         findings.look(
             "reward",
-            lambda: (check_file(config.reward.function), pool.check(config.reward)),
+            load_reward,
             lambda _: config.reward.function,
         )
     if config.rollout.engine == "sglang" and _servers_are_apart(config):
@@ -382,12 +390,14 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
     parallel = config.parallel
     # whether TransformerEngine is there has a line of its own
     torch_native = dataclasses.replace(config.model, layers="torch")
+
+    def split() -> None:
+        check_layout(config, hf)
+        transformer_config(hf, torch_native, parallel, config.megatron)
+
     findings.look(
         "layout",
-        lambda: (
-            check_layout(config, hf),
-            transformer_config(hf, torch_native, parallel, config.megatron),
-        ),
+        split,
         lambda _: (
             f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
             + (f" x context {parallel.context}" if parallel.context > 1 else "")
@@ -446,14 +456,18 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
 def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> None:
     from megatron_prepo.inputs import preflight
 
-    for name, file in (("train", config.data.train), ("eval", config.data.eval)):
+    files: dict[Literal["train", "eval"], str] = {
+        "train": config.data.train,
+        "eval": config.data.eval,
+    }
+    for name, file in files.items():
         if not Path(file).is_file():
             remedy = f"data.{name}=FILE; tools/prepare_data.py makes such files (docs/data.md)"
             findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
         elif tokenizer:
             findings.look(
                 f"data.{name}",
-                lambda name=name: preflight.prompts_of(config, tokenizer, name),
+                partial(preflight.prompts_of, config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
 

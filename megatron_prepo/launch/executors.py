@@ -25,11 +25,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from megatron_prepo import internals
 from megatron_prepo.config import nearest, value_for, yaml_text
@@ -130,7 +130,7 @@ def _signal(job: Job) -> str:
     return slurm_time.warning(job.config.checkpoint.grace_seconds)
 
 
-def _nemo_run():
+def _nemo_run() -> Any:
     # read once, at import
     os.environ.setdefault("NEMORUN_HOME", str(Path("runs/launch").resolve()))
     try:
@@ -142,7 +142,7 @@ def _nemo_run():
     return nemo_run
 
 
-def _local(run, experiment, job: Job, place: Place) -> None:
+def _local(run: Any, experiment: Any, job: Job, place: Place) -> None:
     # NeMo-Run looks for torchrun on PATH, which has it only if the environment is activated
     scripts = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
@@ -156,7 +156,7 @@ def _local(run, experiment, job: Job, place: Place) -> None:
     experiment.add(_script(run, local(job).train_words()), executor=executor, name="train")
 
 
-def _slurm(run, experiment, job: Job, place: Place) -> None:
+def _slurm(run: Any, experiment: Any, job: Job, place: Place) -> None:
     if not place.account:
         raise UserError("--executor slurm needs --account")
     steps = [(job.rank_words(), job.nodes, job.gpus_per_node, 0)]
@@ -184,7 +184,9 @@ trap '[ $? -ne {peers.UNREACHABLE_EXIT_CODE} ] || scontrol requeue "$SLURM_JOB_I
 """
 
 
-def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, first: int):
+def _slurm_executor(
+    run: Any, job: Job, place: Place, nodes: int, tasks_a_node: int, first: int
+) -> Any:
     """Build the executor of a step with `tasks_a_node` tasks on each of `nodes` nodes."""
     here = os.getcwd()
     where = f"--container-workdir={here}" if place.image else f"--chdir={here}"
@@ -221,7 +223,7 @@ def _slurm_executor(run, job: Job, place: Place, nodes: int, tasks_a_node: int, 
     )
 
 
-def _docker(run, experiment, job: Job, place: Place) -> None:
+def _docker(run: Any, experiment: Any, job: Job, place: Place) -> None:
     if not place.image:
         raise UserError("--executor docker needs --image")
     if job.nodes + job.server_nodes > 1:
@@ -245,7 +247,7 @@ def _docker(run, experiment, job: Job, place: Place) -> None:
     experiment.add(_script(run, words), executor=executor, name="train")
 
 
-def _skypilot(run, experiment, job: Job, place: Place) -> None:
+def _skypilot(run: Any, experiment: Any, job: Job, place: Place) -> None:
     _refuse_servers(job, place)
     if not {"gpus", "instance_type"} & set(place.fields):
         raise UserError(
@@ -264,7 +266,7 @@ def _skypilot(run, experiment, job: Job, place: Place) -> None:
     experiment.add(_script(run, job.train_words()), executor=executor, name="train")
 
 
-def _kubeflow(run, experiment, job: Job, place: Place) -> None:
+def _kubeflow(run: Any, experiment: Any, job: Job, place: Place) -> None:
     _refuse_servers(job, place)
     if not place.image:
         raise UserError("--executor kubeflow needs --image")
@@ -301,12 +303,12 @@ def _refuse_servers(job: Job, place: Place) -> None:
         )
 
 
-def _script(run, words, python: str = "python"):
+def _script(run: Any, words: Iterable[str], python: str = "python") -> Any:
     module, *arguments = words
     return run.Script(path=module, m=True, entrypoint=python, args=arguments)
 
 
-def _build(kind, place: Place, **settings):
+def _build(kind: Any, place: Place, **settings: Any) -> Any:
     """Build an executor, overridden by the user's fields; raises UserError for an unknown field."""
     known, types, own = [known.name for known in fields(kind)], get_type_hints(kind), {}
     for name, text in place.fields.items():
@@ -315,10 +317,11 @@ def _build(kind, place: Place, **settings):
                 f"--with {name}=...: {kind.__name__} has no such field{nearest(name, known)}"
             )
         own[name] = value_for(text, types[name], f"--with {name}: the value")
+    # NeMo-Run raises the first two if an extra is missing
+    refusals: tuple[type[Exception], ...] = (AssertionError, ImportError, *_no_kubeconfig())
     try:
         return kind(**settings | own)
-    except (AssertionError, ImportError, *_no_kubeconfig()) as error:
-        # NeMo-Run raises the first two if an extra is missing
+    except refusals as error:
         raise UserError(f"--executor {place.executor}: {error}") from error
 
 
@@ -328,20 +331,21 @@ def _no_kubeconfig() -> tuple[type[Exception], ...]:
         return ()
     from kubernetes.config import ConfigException
 
-    return (ConfigException,)
+    kind: type[Exception] = ConfigException
+    return (kind,)
 
 
-def _sbatch_script(job) -> str:
+def _sbatch_script(job: Any) -> str:
     path = Path(job.executor.experiment_dir) / f"{job.executor.job_name}_sbatch.sh"
     return f"# {path}\n{path.read_text()}"
 
 
-def _sky_task(job) -> str:
+def _sky_task(job: Any) -> str:
     internals.require(job, "_dryrun_info")
     return yaml_text.write(job._dryrun_info.request.task.to_yaml_config())
 
 
-def _train_job(job) -> str:
+def _train_job(job: Any) -> str:
     internals.require(job, "_dryrun_info")
     request = job._dryrun_info.request
     body = request.executor.get_job_body(request.name, request.cmd)
@@ -378,7 +382,7 @@ def _check_slurm(wait: bool) -> None:
 
 
 @contextmanager
-def _refusals(experiment) -> Iterator[None]:
+def _refusals(experiment: Any) -> Iterator[None]:
     """Raise UserError with sbatch's message if it rejects a job, naming jobs submitted before."""
     from invoke.exceptions import UnexpectedExit
 
@@ -395,7 +399,7 @@ def _refusals(experiment) -> Iterator[None]:
         experiment.console.quiet = False
 
 
-def _submitted(experiment) -> str:
+def _submitted(experiment: Any) -> str:
     """Return the submitted jobs, with the cluster's job ids."""
     return ", ".join(
         f"{added.id} as {added.handle.rpartition('/')[2]}"
@@ -415,7 +419,7 @@ def _raise_if_unfinished(job: Job) -> None:
         )
 
 
-def _raise_if_failed(experiment) -> None:
+def _raise_if_failed(experiment: Any) -> None:
     """Raise LaunchFailed unless the last job, which finishes the run, succeeded."""
     last = experiment.jobs[-1]
     if last.state.name != "SUCCEEDED":

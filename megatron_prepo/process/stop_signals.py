@@ -91,8 +91,9 @@ class StopRequests:
         )
 
     def _all_listen(self) -> None:
-        """Wait for the other ranks: one that was asked before it could save is missing here, and
-        not in the middle of a step.
+        """Wait for the other ranks.
+
+        One that was asked before it could save is missing here, and not in the middle of a step.
         """
         try:
             self.gather(False)

@@ -66,6 +66,8 @@ class Journal:
 
         Once: it is not found again.
         """
+        if weight_version is None:  # the engine has failed, and generates nothing
+            return {}
         prompt_of = {prompt.id: prompt for prompt in prompts}
         keys = [
             key
