@@ -1,15 +1,15 @@
-"""How long a run waits for a checkpoint: written while it waits, and in the background.
+"""Measure how long a run waits for a checkpoint: saved synchronously, and in the background.
 
     python tools/bench_checkpoint.py --out benchmarks/results/checkpoint_cpu_2core.json
 
-A random model with its Adam state, one process, on CUDA where there is one.  `at once` is all of a
-save; `background` is its pause, which ends when the state is copied, `written` until all threads
-have ended with nothing else to do, and `finish`, the second pause.  `plain copy` writes as many
-bytes to the same disk, and forces them there: what the disk allows.  Each is the fastest of
+A random model with its Adam state, one process, on CUDA if available.  `at once` is the time of a
+synchronous save; `background` is the pause until the state is copied, `written` the time until all
+threads have ended, without other work, and `finish` the second pause.  `plain copy` writes and
+flushes the same number of bytes to the same disk: the limit of the disk.  Each is the fastest of
 `--rounds`.
 
-`--model FOLDER`, with a config.json, is the shape of another model, in bfloat16 on CUDA, under the
-distributed optimizer; `--background` leaves the other two saves out.
+`--model FOLDER`, with a config.json, selects the shape of another model, in bfloat16 on CUDA, with
+the distributed optimizer; `--background` skips the other two saves.
 """
 
 import argparse
@@ -56,13 +56,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--directory", help="on the disk to be measured (default: a temporary one)")
+    parser.add_argument("--directory", help="directory on the disk to measure (default: temporary)")
     parser.add_argument("--model", type=Path, help="folder with a config.json")
-    parser.add_argument("--background", action="store_true", help="this save only")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no round after")
+    parser.add_argument("--background", action="store_true", help="only this save")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no round after this")
     options = parser.parse_args()
     if options.model:
-        read_hf_config(options.model)  # before there is a job
+        read_hf_config(options.model)  # before the job is initialised
     start = time.monotonic()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
@@ -91,14 +91,14 @@ def main() -> int:
 
 
 def make_model(directory: str) -> Path:
-    """A folder with the shape of this tool's own model."""
+    """Write a folder with the shape of this tool's model."""
     folder = Path(directory, "hf")
     Qwen3Config(**MODEL, architectures=["Qwen3ForCausalLM"]).save_pretrained(folder)
     return folder
 
 
 def make_actor(folder: Path, **sections: dict) -> Actor:
-    """With weights that Megatron draws, which are as good to write; in bfloat16 on CUDA."""
+    """Build an actor with random weights from Megatron, without loading; in bfloat16 on CUDA."""
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     config = from_tree(
         sections
@@ -117,7 +117,7 @@ def make_actor(folder: Path, **sections: dict) -> Actor:
 
 
 def measure(actor: Actor, directory: Path, background: bool) -> tuple[dict[str, float], int]:
-    """Seconds by what is waited for, and a checkpoint's bytes."""
+    """Return seconds per phase, and the bytes of a checkpoint."""
     seconds, timeout = {}, actor.config.parallel.timeout_minutes
     if not background:
         begin = time.perf_counter()
@@ -146,7 +146,7 @@ def measure(actor: Actor, directory: Path, background: bool) -> tuple[dict[str, 
 
 
 def write_plainly(path: Path, num_bytes: int) -> None:
-    """So many bytes, on the disk when this returns."""
+    """Write a number of bytes and flush them to the disk."""
     block = torch.randint(256, (BLOCK,), dtype=torch.uint8).numpy().tobytes()
     with open(path, "wb") as file:
         for begin in range(0, num_bytes, BLOCK):

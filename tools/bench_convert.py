@@ -1,12 +1,12 @@
-"""How fast and how large a conversion is, beside a plain copy of the same bytes.
+"""Measure time and memory of a conversion, compared with a plain copy of the same bytes.
 
     python tools/bench_convert.py --out benchmarks/results/convert_NAME.json [--model qwen2.5-1.5b]
 
-Makes a random-weight model of a real shape, then, each in a fresh process and `--rounds` times in
-turn, in random order: copy its files, import, export, verify (checkpoint and layouts, no
-logits), load into a live Megatron model and, where mbridge is installed, the same by that peer.
-Reports median seconds, the ratio to the copy of the same round, and peak resident memory.  All that
-is written is forced to disk, also by the copy.
+Creates a random-weight model of a real shape.  Then, in `--rounds` rounds in random order, each in
+a new process: copy its files, import, export, verify (checkpoint and layouts, no logits), load into
+a Megatron model and, if mbridge is installed, the same with mbridge.  Reports median seconds, the
+ratio to the copy of the same round, and peak resident memory.  All output is flushed to disk,
+including that of the copy.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTLE_SECONDS = 3
-"""Before each task: disks that take a burst of writes faster than they can go on need a rest."""
+"""Pause before each task, for disks whose burst write speed exceeds their sustained speed."""
 SHAPES = {
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
-"""hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied embeddings"""
+"""Shapes: hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied embeddings."""
 
 
 def main() -> int:
@@ -55,11 +55,11 @@ def main() -> int:
 
 
 def measure(scratch: Path, model: str, rounds: int, tasks: list[str]) -> dict:
-    """Seconds and memory of each task, interleaved."""
+    """Return seconds and memory of each task, measured in interleaved order."""
     sys.path.insert(0, str(REPOSITORY))
     from megatron_prepo.process import machine
 
-    # in a process of its own: a child's peak memory starts at that of its parent
+    # in a separate process: a child's peak memory starts at that of its parent
     maker = [sys.executable, __file__, "--task", f"make {model}", str(scratch)]
     subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
     num_bytes = sum(f.stat().st_size for f in (scratch / "hf").glob("*.safetensors"))
@@ -67,7 +67,7 @@ def measure(scratch: Path, model: str, rounds: int, tasks: list[str]) -> dict:
     if "mbridge load" in tasks and not importlib.util.find_spec("mbridge"):
         tasks = [task for task in tasks if task != "mbridge load"]
     runs: dict[str, list[dict]] = {task: [] for task in tasks}
-    _run("import", scratch)  # what export and verify read
+    _run("import", scratch)  # input of export and verify
     (scratch / "out").rename(scratch / "megatron")
     order = random.Random(1)
     for _ in range(rounds):
@@ -110,7 +110,7 @@ def _run(task: str, scratch: Path) -> dict:
 
 
 def make_model(directory: Path, hidden, ffn, layers, heads, groups, vocab, tied) -> None:
-    """A Qwen2 of that shape with random bfloat16 weights."""
+    """Write a Qwen2 of a shape with random bfloat16 weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -157,7 +157,7 @@ def make_model(directory: Path, hidden, ffn, layers, heads, groups, vocab, tied)
     total, weight_map = 0, {}
     for number, names in enumerate(files):
         tensors = {
-            # norms near 1 and small weights, so that the logits mean something
+            # norms near 1 and small weights, so that the logits are realistic
             name: (
                 (1 + torch.randn(shape) / 10) if "norm" in name else torch.randn(shape) / 50
             ).bfloat16()
@@ -172,7 +172,7 @@ def make_model(directory: Path, hidden, ffn, layers, heads, groups, vocab, tied)
 
 
 def table(result: dict) -> str:
-    """The result in Markdown."""
+    """Return the result in Markdown."""
     lines = [
         f"{result['model']}, {result['gigabytes']:.2f} GB, largest tensor group "
         f"{result['largest_tensor_group_gigabytes']:.2f} GB; {result['machine']['cores']} cores of "
@@ -191,7 +191,7 @@ def table(result: dict) -> str:
 
 
 def _task(task: str, scratch: str) -> int:
-    """One task in this process; prints its seconds and memory as JSON."""
+    """Run one task in this process; prints its seconds and memory as JSON."""
     sys.path.insert(0, str(REPOSITORY))
     if task.startswith("make "):
         make_model(Path(scratch) / "hf", *SHAPES[task.removeprefix("make ")])
@@ -243,7 +243,7 @@ def _verify(scratch: Path):
 
 
 def _load(scratch: Path):
-    """Fill a live Megatron model, as a run without `model.megatron` does."""
+    """Load a Megatron model from Hugging Face files, like a run without `model.megatron`."""
     from megatron_prepo.models.hf_to_megatron import load_hf_weights
 
     model = _live_model(scratch)
@@ -251,9 +251,9 @@ def _load(scratch: Path):
 
 
 def _mbridge(scratch: Path):
-    """The peer's way to fill the same Megatron model from the same files.
+    """Load the same Megatron model from the same files with mbridge.
 
-    It knows TransformerEngine's parameter names only, so it is shown ours under those.
+    It supports only TransformerEngine's parameter names, so our parameters are renamed for it.
     """
     from mbridge import AutoBridge
 

@@ -1,14 +1,14 @@
-"""Time, memory and error of the output head, beside its matrix products and the other ways.
+"""Measure time, memory and error of the output head, compared with matrix products and peers.
 
     python tools/bench_head.py --out benchmarks/results/head_NAME.json [--verl FOLDER] [--quick]
     python tools/bench_head.py --cpu --out benchmarks/results/head_cpu_NAME.json
 
-Writes JSON after every case, and the tables in Markdown beside it (docs/head_benchmark.md says what
-they mean).  On a GPU: one process; of tensor parallelism, one rank's part.  With --cpu: two gloo
-ranks, started here, ours against the naive way.
+Writes JSON after every case, and tables in Markdown next to it (explained in
+docs/head_benchmark.md).  On a GPU: one process, with one rank's part of tensor parallelism.  With
+--cpu: two gloo ranks, started by this script, ours compared with the naive implementation.
 
-Tasks of all providers take turns, in random order each round, so that the machine's clock and
-temperature are the same for all.  `--seconds` ends the last case early and says so.
+Tasks of all providers alternate, in random order per round, so that clock and temperature of the
+machine are the same for all.  `--seconds` stops the last case early, which the result states.
 """
 
 import argparse
@@ -43,19 +43,19 @@ MODELS = {
     "Llama-3.1-8B": (4096, 128256),
     "Qwen2.5-72B": (8192, 152064),
 }
-"""hidden, vocabulary"""
+"""Shapes: hidden, vocabulary."""
 TENSOR, TOKENS = (1, 2, 4, 8), (2048, 8192, 32768)
 QUICK = (("Qwen2.5-7B", 1, 8192), ("Qwen2.5-7B", 1, 32768), ("Qwen2.5-1.5B", 1, 8192))
-"""Model, tensor, tokens; first what the goals are about."""
+"""Cases (model, tensor, tokens); those of the goals first."""
 WARM_UPS, SAMPLES = 8, 30
 CPU_HIDDEN, CPU_VOCAB, CPU_TOKENS = (256, 1024), 32768, 4096
 CPU_WARM_UPS, CPU_SAMPLES = 1, 5
 OWN = ("bare", "ours")
-"""Whose failure is ours, and ends the run."""
+"""Providers whose failure is an error of ours and stops the run."""
 
 
 def main() -> int:
-    """Measure what the command line asks for."""
+    """Run the measurements selected on the command line."""
     options = _options()
     if options.cpu and "RANK" not in os.environ:
         with tempfile.TemporaryDirectory() as logs:
@@ -65,15 +65,15 @@ def main() -> int:
     if options.cpu:
         return local_ranks.run_rank(lambda: measure_all(options))
     if not torch.cuda.is_available():
-        print("error: no CUDA device; --cpu measures what needs none", file=sys.stderr)
+        print("error: no CUDA device; use --cpu for measurements without one", file=sys.stderr)
         return 2
     measure_all(options)
     return 0
 
 
 def measure_all(options: argparse.Namespace) -> dict:
-    """Every case in turn; rank 0 writes the result after each."""
-    # here, because the process that starts the CPU's ranks needs no Megatron
+    """Measure all cases; rank 0 writes the result after each."""
+    # imported here, because the process that starts the CPU ranks does not need Megatron
     from megatron_prepo.actor import parallel
     from megatron_prepo.config import ParallelConfig
 
@@ -127,7 +127,7 @@ def measure(
     samples: int,
     deadline: float | None = None,
 ) -> dict:
-    """Errors, then peak memory, then times of all providers' tasks, in passes of their own."""
+    """Measure errors, then peak memory, then times of all providers' tasks, in separate passes."""
     runs, absent = {}, {}
     for provider, tasks in providers.items():
         for task, run in tasks.items():
@@ -159,13 +159,13 @@ def measure(
 
 
 def first_run(case: Case, task: Task) -> dict:
-    """Errors of the first call and, after it, peak memory: by then, workspaces are there."""
+    """Return errors of the first call and then peak memory, when workspaces are allocated."""
     errors = errors_of(case, task(case))
     return {"errors": errors, "peak_extra_bytes": peak_extra_bytes(case, task)}
 
 
 def errors_of(case: Case, outcome: Outcome) -> dict:
-    """Absolute errors against float64; of what a provider does not compute, none."""
+    """Return absolute errors compared with float64, for all values that a provider computes."""
     exact = case.exact
     pairs = {
         "logprob": (outcome.logprobs_T, exact.logprobs_R),
@@ -179,13 +179,13 @@ def errors_of(case: Case, outcome: Outcome) -> dict:
 
 
 def peak_extra_bytes(case: Case, task: Task) -> int:
-    """Most memory in use at once, less what was there before and less the gradients made.
+    """Return peak memory in use, minus the memory in use before and minus the gradients.
 
-    Gradients are what is asked for, whoever computes them; they are there at the end, so that this
-    is never below 0.  On a GPU: the allocator's own peak.  On a CPU: the running sum of all that
-    torch's allocator gave and took back, as its profiler records it, temporaries inside an operator
-    included; not the process, whose size says more of malloc than of the task.  The larger of all
-    ranks.
+    Gradients are the requested output, for any provider; they exist at the end, so the result is
+    never below 0.  On a GPU: the peak of the allocator.  On a CPU: the running sum of allocations
+    and frees of torch's allocator, as its profiler records them, including temporaries inside an
+    operator; not the size of the process, which depends more on malloc than on the task.  The
+    maximum over ranks.
     """
     peak, outcome = (_cuda_peak if _on_cuda(case) else _cpu_peak)(case, task)
     made = [g for g in outcome.gradients if g is not case.weight_VH.main_grad]
@@ -199,7 +199,7 @@ def take_turns(
     samples: int,
     deadline: float | None,
 ) -> dict[tuple, list[float]]:
-    """Milliseconds of every sample, warm-ups left out; fewer where the deadline comes first."""
+    """Return milliseconds of every sample without warm-ups; fewer if the time limit is reached."""
     order, names = random.Random(1), list(tasks)
     times: dict[tuple, list[float]] = {name: [] for name in names}
     for number in range(warm_ups + samples):
@@ -213,7 +213,7 @@ def take_turns(
 
 
 def summary(milliseconds: list[float]) -> dict:
-    """Median and the tenth at either end, with the samples."""
+    """Return median and the 10th and 90th percentile, with the samples."""
     p10, median, p90 = np.percentile(milliseconds, [10, 50, 90]) if milliseconds else [None] * 3
     return {
         "median": median,
@@ -224,14 +224,14 @@ def summary(milliseconds: list[float]) -> dict:
 
 
 def write(result: dict, out: Path) -> None:
-    """The result so far, as JSON and as Markdown."""
+    """Write the result so far, as JSON and as Markdown."""
     out.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     durable.write_text(out.with_suffix(".md"), markdown(result) + "\n")
 
 
 def markdown(result: dict) -> str:
-    """Goals, then a table a case, then what is absent."""
+    """Return the goals, then one table per case, then the absent providers."""
     about = result["machine"]
     where = (
         about["gpu"] if result["device"] == "cuda" else f"{about['processor']}, {_ranks(result)}"
@@ -334,7 +334,7 @@ def _cpu_peak(case: Case, task: Task) -> tuple[int, Outcome]:
 
 
 def _require_memory(case: Case, num_bytes: int) -> None:
-    """Absent, where the GPU has less free: an attempt would only empty its cache for the others."""
+    """Raise Absent if the GPU has less free memory: an attempt would empty the cache of all."""
     if not _on_cuda(case):
         return
     torch.cuda.empty_cache()
@@ -344,7 +344,7 @@ def _require_memory(case: Case, num_bytes: int) -> None:
 
 
 def _peer_failures() -> tuple[type[Exception], ...]:
-    """How a peer says that it cannot do a case on this machine; out of memory is the first."""
+    """Exceptions with which a peer rejects a case on this machine; the first is out of memory."""
     failures = (RuntimeError, ImportError, AssertionError, TypeError, ValueError)
     try:
         from triton.errors import TritonError
@@ -354,13 +354,13 @@ def _peer_failures() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: Exception) -> str:
-    """An assertion often has no text; then the line that failed tells more."""
+    """Return the error message, or the failing line for an assertion without message."""
     line = traceback.extract_tb(error.__traceback__)[-1].line
     return f"{type(error).__name__}: {str(error).strip()[:300] or line}"
 
 
 def _slowest_rank(milliseconds: list[float], case: Case) -> list[float]:
-    """A step is over when the last rank is."""
+    """Return the maximum over ranks: a step ends when the last rank does."""
     slowest = torch.tensor(milliseconds, dtype=torch.float64)
     if case.group.size() > 1:
         dist.all_reduce(slowest, dist.ReduceOp.MAX, case.group)
@@ -392,7 +392,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _command() -> str:
-    """As given, without the folders of this machine."""
+    """Return the command line without local folders."""
     names = (Path(word).name if os.sep in word else word for word in sys.argv[1:])
     return shlex.join(["python", "tools/bench_head.py", *names])
 
@@ -401,15 +401,15 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--cpu", action="store_true", help="two gloo ranks, no GPU")
-    parser.add_argument("--quick", action="store_true", help="the cases that the goals need")
+    parser.add_argument("--quick", action="store_true", help="only the cases needed for the goals")
     parser.add_argument("--verl", type=Path, help="folder verl/utils/kernel of a verl checkout")
     parser.add_argument(
         "--gradients",
         choices=("logprobs", "both"),
         default="logprobs",
-        help="what the loss depends on: log-probabilities (as PREPO's), or entropies as well",
+        help="inputs of the loss: log-probabilities (as in PREPO), or entropies as well",
     )
-    parser.add_argument("--seconds", type=float, help="measure no longer than about this")
+    parser.add_argument("--seconds", type=float, help="approximate time limit")
     parser.add_argument("--models", help=f"on a GPU, default: {','.join(MODELS)}")
     parser.add_argument("--tensor", help=f"on a GPU, default: {_list(TENSOR)}")
     parser.add_argument("--tokens", help=f"default: {_list(TOKENS)}; with --cpu {CPU_TOKENS}")
@@ -421,11 +421,9 @@ def _options() -> argparse.Namespace:
     foreign = ("models", "tensor", "verl", "seconds") if options.cpu else ("hidden", "vocab")
     for name in foreign:
         if getattr(options, name) is not None:
-            parser.error(
-                f"--{name} has no part in a run {'with' if options.cpu else 'without'} --cpu"
-            )
+            parser.error(f"--{name} has no effect {'with' if options.cpu else 'without'} --cpu")
     if options.quick and (options.cpu or options.models or options.tensor or options.tokens):
-        parser.error("--quick names its cases itself, and is for a GPU")
+        parser.error("--quick selects its cases itself, and is for a GPU")
     if options.warm_ups is None:
         options.warm_ups = CPU_WARM_UPS if options.cpu else WARM_UPS
     if options.samples is None:
@@ -435,7 +433,7 @@ def _options() -> argparse.Namespace:
 
 
 def _shapes(options: argparse.Namespace) -> list[Shape]:
-    """The cases, small ones first, so that an early end leaves as many as can be."""
+    """Return the cases, small ones first, so that an early stop completes as many as possible."""
     if options.quick:
         return [Shape(m, *MODELS[m], tensor, tokens) for m, tensor, tokens in QUICK]
     tokens = _numbers(options.tokens, (CPU_TOKENS,) if options.cpu else TOKENS)

@@ -1,11 +1,11 @@
-"""A checkpoint of the distributed optimizer: each rank its own part, or as Megatron gathers it.
+"""Compare checkpoints of the distributed optimizer: one part per rank, or gathered by Megatron.
 
     python tools/bench_optimizer_shards.py --out benchmarks/results/optimizer_shards_cpu_2core.json
 
-Data-parallel ranks on this machine, a random model in float32 with its Adam state.  The most of any
-rank: seconds until the first save in the background lets the run go on, host memory above what it
-had before, the same for loading, and bytes that it reads from files.  Both ways in turn in the same
-processes; the least of `--rounds`, after one that is not counted.
+Data-parallel ranks on this machine, a random model in float32 with its Adam state.  Reports the
+maximum over ranks of: seconds until the run continues after the start of a background save, the
+increase of host memory, both also for loading, and bytes read from files.  Both variants alternate
+in the same processes; the minimum of `--rounds`, after a warm-up round.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DEADLINE_SECONDS = 1800
 
 
 def main() -> int:
-    """Start the ranks, write the result, print it; or be one of them."""
+    """Start the ranks, write and print the result; or run as one of the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def measure_on_a_rank(scratch: Path, options: argparse.Namespace) -> None:
-    """Rank 0 writes and prints what all have measured."""
+    """Measure on all ranks; rank 0 writes and prints the result."""
     torch.set_num_threads(1)
     actor = make_actor(
         scratch / "hf",
@@ -106,7 +106,7 @@ def measure_on_a_rank(scratch: Path, options: argparse.Namespace) -> None:
 
 @contextmanager
 def as_megatron_does() -> Iterator[None]:
-    """Checkpoints of `fully_reshardable`, without our hand in it."""
+    """Use Megatron's implementation of `fully_reshardable` checkpoints."""
     ours = optimizer_shards.write_own_parts, optimizer_shards.load_state
 
     def not_ours(optimizer) -> None:
@@ -124,8 +124,8 @@ def as_megatron_does() -> Iterator[None]:
 
 
 def measure(actor: Actor, directory: Path) -> dict[str, float]:
-    """The most of any rank."""
-    actor.host_buffers.room = []  # each way makes its own
+    """Return the maximum over ranks."""
+    actor.host_buffers.room = []  # each variant allocates its own
     (saving, pause), pause_bytes = with_memory(lambda: start_saving(actor, directory))
     saving.finish(timeout_minutes=30)
     path = directory / "iter_0000001"
@@ -148,7 +148,7 @@ def measure(actor: Actor, directory: Path) -> dict[str, float]:
 
 
 def start_saving(actor: Actor, directory: Path):
-    """The save, and the seconds that the run waits."""
+    """Return the started save, and the seconds that the run waits."""
     dist.barrier()
     begin = time.perf_counter()
     saving = actor.start_saving(directory, step=1)
@@ -156,21 +156,21 @@ def start_saving(actor: Actor, directory: Path):
 
 
 def with_memory(call: Callable):
-    """What it returns, and the most resident memory meanwhile, in bytes above that before."""
-    ctypes.CDLL(None).malloc_trim(0)  # or it would take what an earlier call has left over
-    Path("/proc/self/clear_refs").write_text("5")  # the mark is at what there is now
+    """Return a function's result, and its peak resident memory in bytes above the initial value."""
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed by an earlier call is reused
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     before = status("VmRSS")
     return call(), status("VmHWM") - before
 
 
 def status(name: str) -> int:
-    """Bytes, out of what Linux says of this process."""
+    """Return a number of bytes from Linux's statistics of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
 
 
 def bytes_read() -> int:
-    """By this process, from files."""
+    """Return the bytes that this process has read from files."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

@@ -1,19 +1,19 @@
-"""Processor seconds of scoring and of an update by how sequences are laid into micro-batches.
+"""Measure CPU seconds of scoring and of an update for different layouts of micro-batches.
 
     python tools/bench_packing.py --out benchmarks/results/packing_NAME.json
 
 The same log-normal mix of rollouts, the same small random model and the same token budget, so that
-all ways have the same memory:
+all layouts have the same memory:
 
-    in order    side by side as they come, each micro-batch padded to its longest (no setting of
-                ours: what a trainer does that neither sorts nor packs)
+    in order    in the given order, each micro-batch padded to its longest sequence (not one of our
+                settings: a trainer that neither sorts nor packs)
     padded      train.packing=false: the same, sorted by length
     packed      the default
     shared      train.share_prefixes=true
 
-Losses and gradient norms are compared first.  Ways take turns, and the fastest of `--rounds`
-counts.  Seconds are the processor's, of one thread: other work on the machine moves them little.
-Beside it, without a model: balance and padding of the plans for 1,024 rollouts on 8 ranks.
+Losses and gradient norms are compared first.  Layouts alternate, and the fastest of `--rounds` is
+reported.  Seconds are CPU time of one thread, which depends little on other work on the machine.
+In addition, without a model: balance and padding of the plans for 1,024 rollouts on 8 ranks.
 """
 
 import argparse
@@ -78,9 +78,10 @@ def main() -> int:
 
 
 def rollouts(*, groups: int, group_size: int, longest: int, seed: int) -> list[ScoredSequence]:
-    """Groups of completions; lengths are log-normal about what is typical of their prompt.
+    """Return groups of completions; lengths are log-normal around the typical length per prompt.
 
-    Typical is log-normal too, an eighth of the longest in the middle; the longest cuts.
+    The typical length is also log-normal, with a median of an eighth of the maximum; lengths are
+    truncated at the maximum.
     """
     draw, sequences = random.Random(seed), []
     for _ in range(groups):
@@ -94,7 +95,7 @@ def rollouts(*, groups: int, group_size: int, longest: int, seed: int) -> list[S
 
 
 def in_order(sequences: list[ScoredSequence], budget: int, shape: Shape) -> Plan:
-    """As they come: a micro-batch ends where the next sequence would not fit."""
+    """Plan micro-batches in the given order; one ends where the next sequence would not fit."""
     rows: list[list] = [[]]
     for piece in pieces_of(sequences):
         width = max(other.tokens for other in (*rows[-1], piece))
@@ -110,7 +111,7 @@ def _padded(pieces: list) -> Row:
 
 
 def measure(sequences: list[ScoredSequence], budget: int, rounds: int) -> dict:
-    """By way: seconds of both passes, what they computed, and how the plan looks."""
+    """Return, per layout, seconds of both passes, their results, and statistics of the plan."""
     with tempfile.TemporaryDirectory() as directory:
         hf = save_random_model(directory)
         actors = {way: make_actor(hf, budget, settings) for way, settings in WAYS.items()}
@@ -141,7 +142,7 @@ def measure(sequences: list[ScoredSequence], budget: int, rounds: int) -> dict:
 
 
 def summary(seconds: dict, plan: Plan, update: dict) -> dict:
-    """Of one way."""
+    """Measure one layout."""
     load = plan.load
     return {
         "score_cpu_seconds": min(seconds["score"]),
@@ -157,7 +158,7 @@ def summary(seconds: dict, plan: Plan, update: dict) -> dict:
 
 
 def check_equal(updates: dict) -> None:
-    """All ways compute the same, or their seconds are worth nothing."""
+    """Check that all layouts compute the same values; otherwise their times are meaningless."""
     expected = updates["in order"]
     for way, update in updates.items():
         for name in ("loss/policy", "loss/grad_norm"):
@@ -166,7 +167,7 @@ def check_equal(updates: dict) -> None:
 
 
 def plans(num_ranks: int, *, budget: int, longest: int) -> dict:
-    """Of 128 groups of 8 for a 7B model: how equal ranks are, how full rows, how soon planned."""
+    """Plan 128 groups of 8 for a 7B model; returns balance of ranks, padding, and planning time."""
     shape = Shape(28, 3584, 28, 4, 128, 18944, 152064, 0, 0, False)
     sequences = rollouts(groups=128, group_size=8, longest=longest, seed=2)
     answers = {}
@@ -184,7 +185,7 @@ def plans(num_ranks: int, *, budget: int, longest: int) -> dict:
 
 
 def save_random_model(directory: str) -> str:
-    """A random Qwen2 as Hugging Face files."""
+    """Write a random Qwen2 as Hugging Face files."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
@@ -193,7 +194,7 @@ def save_random_model(directory: str) -> str:
 
 
 def make_actor(hf: str, budget: int, settings: dict) -> Actor:
-    """One rank in float32."""
+    """Return an actor on one rank in float32."""
     config = from_tree(
         {
             "run": {"dir": "unused"},
@@ -213,8 +214,10 @@ def make_actor(hf: str, budget: int, settings: dict) -> Actor:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--groups", type=int, default=8, help="of 8 rollouts each")
-    parser.add_argument("--budget", type=int, default=4096, help="tokens of a micro-batch")
+    parser.add_argument(
+        "--groups", type=int, default=8, help="number of groups, of 8 rollouts each"
+    )
+    parser.add_argument("--budget", type=int, default=4096, help="tokens per micro-batch")
     parser.add_argument("--rounds", type=int, default=2)
     return parser.parse_args()
 

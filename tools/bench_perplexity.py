@@ -1,10 +1,10 @@
-"""What the candidates' perplexity costs: the actor's pass, or the engine's probes.
+"""Measure the cost of the candidates' perplexity: the actor's pass, or the engine's probes.
 
     python tools/bench_perplexity.py CONFIG [key=value ...] --out result.json
 
-Of one step, with the settings of a run and a server of its own: how well both agree, and medians of
-seconds, processor seconds (of this process and the server's) and prompt tokens, of each way and of
-the rollouts of the first K prompts, alone and behind the probes.
+For one step, with the settings of a run and a server started for it: the agreement of both, and
+medians of seconds, CPU seconds (of this process and the server's) and prompt tokens, for both and
+for the rollouts of the first K prompts, alone and after the probes.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> int:
     inputs = preflight.check(config)
     with actor_and_engine(config, inputs) as (actor, engine):
         result = measure(config, inputs.train_prompts, actor, engine)
-    elsewhere = ("run.", "servers.python")  # where something lies moves no number
+    elsewhere = ("run.", "servers.python")  # paths do not affect the numbers
     settings = [override for override in overrides if not override.startswith(elsewhere)]
     result |= {"machine": machine.describe(), "config": options.config, "overrides": settings}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def measure(config, prompts, actor, engine) -> dict:
-    """The numbers of one step."""
+    """Return the measurements of one step."""
     from megatron_prepo.trainer.stages import rollout_request
 
     candidates = prompts[: config.selection.num_candidates]
@@ -64,7 +64,7 @@ def measure(config, prompts, actor, engine) -> dict:
     processes = [psutil.Process(server.own.process.pid) for server in engine.fleet.servers]
 
     def cost(function, *, flushed: bool) -> dict:
-        """Seconds, of clock and processors, and tokens."""
+        """Return wall-clock seconds, CPU seconds, and tokens."""
         if flushed:
             engine.fleet.run(
                 engine.fleet.call_all("/flush_cache", lambda _: {}, seconds=60)
@@ -89,7 +89,7 @@ def measure(config, prompts, actor, engine) -> dict:
         settings, seed = config.rollout, config.train.seed
         engine.generate(rollout_request(selected, "bench", settings, seed))
 
-    roll_out()  # once for whatever the server does at first
+    roll_out()  # warm-up of the server
     actor_ppl_P, engine_ppl_P = by_actor(), by_engine()
     runs: dict[str, list[dict]] = {name: [] for name in PARTS}
     for _ in range(REPEATS):
@@ -112,13 +112,13 @@ def measure(config, prompts, actor, engine) -> dict:
 
 
 def cpu_seconds(roots: list[psutil.Process]) -> float:
-    """Of this process and those of the servers, so far: less a matter of what else runs here."""
+    """Return CPU seconds of this process and the servers so far, unaffected by other processes."""
     everyone = [psutil.Process(), *(p for root in roots for p in root.children(recursive=True))]
     return sum(sum(process.cpu_times()[:2]) for process in everyone)
 
 
 def watch(engine) -> list[dict]:
-    """From now on, all answers of `/generate`."""
+    """Record all responses of `/generate` from now on."""
     answers, call = [], engine.fleet.call
 
     async def watched(server, path, *arguments, **options):

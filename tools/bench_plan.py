@@ -1,17 +1,17 @@
-"""What `megatron-prepo plan` says, held against this machine: peak memory, and rates.
+"""Compare the results of `megatron-prepo plan` with this machine: peak memory, and rates.
 
     python tools/bench_plan.py --out benchmarks/results/NAME.json [--model DIR ...]
 
-Memory: an actor of the shape, with random weights at tensor parallel 1, learns from sequences that
-fill its micro-batches; the most bytes that tensors held (`torch.cuda.max_memory_allocated`) against
-the plan's for that rank, with no engine beside it.  A shape that is too large gives its first
-layers, as many as fit, which the result says.  What the process took besides is what a plan sets
-aside for.
+Memory: an actor of a shape, with random weights at tensor parallel 1, trains on sequences that fill
+its micro-batches; the peak of bytes in tensors (`torch.cuda.max_memory_allocated`) is compared with
+the plan's for that rank, without an engine.  Of a shape that is too large, the first layers that
+fit are used, which the result states.  Further memory of the process corresponds to the reserve of
+a plan.
 
 Rates: the products of a layer and of the head, forward, at the micro-batch's tokens; copies within
-memory, and to and from pinned memory of the host; each beside the vendor's peak.
+memory, and to and from pinned host memory; each compared with the vendor's peak.
 
-Without a GPU (a test) torch's profiler counts what is allocated, and there are no peaks.
+Without a GPU (a test), torch's profiler counts allocations, and there are no peaks.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from tools.bench_utilisation import MODELS, layers_that_fit
 
 GIB = 2**30
 WITHIN = 0.1
-"""Planned bytes over measured ones, less 1, at most."""
+"""Maximum of planned bytes divided by measured bytes, minus 1."""
 SAMPLES = 5
 
 
@@ -61,13 +61,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--model", type=Path, action="append", help="folder with a config.json")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--sequences", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences per micro-batch")
     parser.add_argument("--copy-mib", type=int, default=1024)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
     options = parser.parse_args()
     models = options.model or MODELS
-    for model in models:  # all of them, before the first is measured
+    for model in models:  # check all before measuring the first
         read_hf_config(model)
     start = time.monotonic()
     result = {"command": " ".join(["python", *sys.argv]), "machine": machine.describe()}
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def memory(model: Path, megatron: dict, length: int, num_sequences: int) -> dict:
-    """Planned and measured bytes of one rank that does two updates of two micro-batches."""
+    """Return planned and measured bytes of a rank for two updates of two micro-batches."""
     hf = read_hf_config(model)
     layers = layers_that_fit(Shape.of(hf))
     with tempfile.TemporaryDirectory() as folder:
@@ -122,14 +122,14 @@ def memory(model: Path, megatron: dict, length: int, num_sequences: int) -> dict
 
 
 def _learn(config: Config, length: int, num_sequences: int, vocabulary: int) -> dict:
-    """The most bytes of the whole life of an actor."""
+    """Return the peak bytes over the lifetime of an actor."""
     generator = torch.Generator().manual_seed(0)
     with most_bytes() as most:
         parallel.initialize(config.parallel, seed=0)
-        # nothing to load: the weights that Megatron draws take as much room
+        # no loading: random weights from Megatron take the same memory
         with mock.patch.object(policy, "load_hf_weights", lambda *_: None):
             actor = Actor(config)
-        for _ in range(2):  # Adam's moments are there from the second update on
+        for _ in range(2):  # Adam's moments exist from the second update on
             tokens_NS = torch.randint(vocabulary, (num_sequences, length), generator=generator)
             rollouts = [
                 TrainingSequence(
@@ -152,7 +152,7 @@ def _learn(config: Config, length: int, num_sequences: int, vocabulary: int) -> 
 
 @contextmanager
 def most_bytes():
-    """Yields what will have, as `bytes`, the most that tensors made in the meantime took."""
+    """Yield an object whose `bytes` will be the peak of tensors created in the context."""
     most = SimpleNamespace(bytes=0)
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -168,7 +168,7 @@ def most_bytes():
 
 
 def _outside() -> dict:
-    """Bytes that the allocator keeps beyond tensors, and the process beyond the allocator."""
+    """Return bytes of the allocator beyond tensors, and of the process beyond the allocator."""
     if not torch.cuda.is_available():
         return {"fragments": None, "context": None}
     free, total = torch.cuda.mem_get_info()
@@ -180,7 +180,7 @@ def _outside() -> dict:
 
 
 def products(model: Path, tokens: int) -> list[dict]:
-    """The matrix products of a layer and of the head, in bfloat16."""
+    """Measure the matrix products of a layer and of the head, in bfloat16."""
     shape, device = Shape.of(read_hf_config(model)), parallel.device()
     sizes = {
         "queries, keys, values": (shape.hidden, shape.queries + 2 * shape.keys),
@@ -209,7 +209,7 @@ def products(model: Path, tokens: int) -> list[dict]:
 
 
 def copies(num_bytes: int) -> dict:
-    """Bytes a second; a copy within memory reads and writes each."""
+    """Bytes per second; a copy within memory reads and writes each."""
     device, gpu = parallel.device(), this_gpu()
     here, there = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     within = 2 * num_bytes / seconds(lambda: there.copy_(here))
@@ -247,9 +247,9 @@ def goal(cases: list[dict]) -> dict:
 
 
 def configuration(folder: str, megatron: dict, length: int, num_sequences: int) -> Config:
-    """An actor that learns from `num_sequences` a micro-batch, and nothing else that a run has."""
+    """Return an actor for `num_sequences` per micro-batch, without any other part of a run."""
     prompt = length // 2
-    # said, since a plan counts what may be either as what keeps more
+    # set explicitly, since a plan assumes the choice that needs more memory
     layers = "torch" if importlib.util.find_spec("transformer_engine") is None else "te"
     tree = {
         "run": {"dir": "unused"},
@@ -265,7 +265,7 @@ def configuration(folder: str, megatron: dict, length: int, num_sequences: int) 
 
 
 def markdown(result: dict) -> str:
-    """The tables that a person reads."""
+    """Return tables in Markdown."""
     lines = ["| model | layers | recomputed | tokens | planned GiB | measured GiB | ratio |"]
     lines.append("|" + "---|" * 7)
     for case in result["memory"]:
@@ -292,7 +292,7 @@ def _name(model: Path) -> str:
 
 
 def _now() -> float:
-    """Seconds, when the device is done."""
+    """Return the time in seconds, after the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

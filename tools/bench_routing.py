@@ -1,9 +1,9 @@
-"""How far an actor is from SGLang in a mixture of experts, routed by itself and as the server was.
+"""Measure the mismatch of actor and SGLang in a mixture of experts, with and without replay.
 
     python tools/bench_routing.py --out benchmarks/results/routing_cpu_2core.json
 
-A tiny Qwen3-MoE with random weights, in float32 and in bfloat16; what is measured, and how, is in
-`tests/real_sglang/test_routing.py`.  Mean differences of a token's log-probability, in nats.
+A tiny Qwen3-MoE with random weights, in float32 and in bfloat16; the measurements are defined in
+`tests/real_sglang/test_routing.py`.  Mean differences of log-probability per token, in nats.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     default = REPOSITORY / ".venv-sglang" / "bin" / "python"
-    parser.add_argument("--python", default=str(default), help="has SGLang (%(default)s)")
+    parser.add_argument("--python", default=str(default), help="with SGLang (%(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         hf = tiny_models.save(tiny_models.qwen3_moe(), Path(directory, "hf"))

@@ -1,20 +1,20 @@
-"""Seconds of a weight sync to an SGLang server by stage, for each transport, beside a plain copy.
+"""Measure seconds per stage of a weight sync to an SGLang server, per transport, and of a copy.
 
     python tools/bench_sync.py --out benchmarks/results/sync_NAME.json [--servers-python PYTHON]
         [--shape 0.5gb] [--bucket-mb 64] [--transports value,ipc,distributed,disk] [--rounds 5]
 
 A model of random weights, one trainer process and one server on the same machine.  In each round
-every transport syncs once, and the same bytes are copied from one place in memory to another.
-Before each sync all weights change their sign; what the server then computes has to be the same,
-whichever way the weights took, and other than before.
+every transport syncs once, and the same bytes are copied within memory.  Before each sync the sign
+of all weights is flipped; the server's results must then be the same for all transports, and
+different from before.
 
-| stage | from, to |
+| stage | content |
 |---|---|
-| `pause` | the start, until the server is in a session |
-| `gather` | tensors under Hugging Face names out of Megatron's |
-| `send` | into the transport: flattened, and the wait for the bucket before (its `load`) |
-| `resume` | the session's end, the cache's flush, the version, generation continues |
-| `load` | the server's answers to buckets (part of `send`, beside the next bucket's `gather`) |
+| `pause` | from the start until the server is in a session |
+| `gather` | conversion of Megatron's tensors to Hugging Face names |
+| `send` | transport: flattening, and the wait for the previous bucket (its `load`) |
+| `resume` | end of the session, cache flush, version; generation continues |
+| `load` | the server's response per bucket (part of `send`, overlaps the next bucket's `gather`) |
 
 `loop` is gather and send; `total` is pause to resume.
 """
@@ -49,7 +49,7 @@ SHAPES = {
     "qwen3-4b": (2560, 9728, 36, 32, 8, 151936, "bfloat16"),
     "7b": (4096, 12288, 32, 32, 8, 151936, "bfloat16"),
 }
-"""hidden, feed-forward, layers, heads, key-value heads, vocabulary, type"""
+"""Shapes: hidden, feed-forward, layers, heads, key-value heads, vocabulary, type."""
 PROBE = tuple(range(5, 37))
 LOADS = ("/update_weights_from_tensor", "/update_weights_from_distributed")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
@@ -62,11 +62,11 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="0.5gb")
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--transports", help="default: all, on a GPU without distributed")
-    parser.add_argument("--servers-python", help="interpreter that has SGLang")
+    parser.add_argument("--transports", help="default: all; on a GPU, all except distributed")
+    parser.add_argument("--servers-python", help="interpreter with SGLang")
     parser.add_argument("--sglang", default="{}", help="JSON: arguments of the server")
     options = parser.parse_args()
-    # NCCL refuses two ranks on one device
+    # NCCL does not support two ranks on one device
     default = "value,ipc,disk" if torch.cuda.is_available() else "value,ipc,distributed,disk"
     transports = (options.transports or default).split(",")
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def measure(scratch: Path, options: argparse.Namespace, transports: list[str]) -> dict:
-    """All rounds of all transports, and what they come to."""
+    """Run all rounds of all transports and return the statistics."""
     configs = {name: config_of(scratch, options, name) for name in transports}
     config = configs[transports[0]]
     parallel.initialize(config.parallel, seed=1)
@@ -114,14 +114,14 @@ def measure(scratch: Path, options: argparse.Namespace, transports: list[str]) -
         "machine": machine.describe(),
         "copy": {"seconds": copy, "gigabytes_a_second": size / 1e9 / copy},
         "transports": {
-            name: summary(of_one[1:], size, copy)  # the first allocates, and founds groups
+            name: summary(of_one[1:], size, copy)  # the first allocates and creates groups
             for name, of_one in runs.items()
         },
     }
 
 
 def summary(runs: list[dict], size: int, copy: float) -> dict:
-    """Medians; the loop's speed against that of the copy."""
+    """Return medians, and the throughput of the loop relative to the copy."""
     seconds = {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
     return {
         "seconds": seconds,
@@ -132,7 +132,7 @@ def summary(runs: list[dict], size: int, copy: float) -> dict:
 
 
 def sync(engine: SGLangEngine, weights: "Weights", bucket_mb: int) -> dict[str, float]:
-    """One weight sync, and its seconds by stage."""
+    """Run one weight sync and return seconds per stage."""
     seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
@@ -178,7 +178,7 @@ def sync(engine: SGLangEngine, weights: "Weights", bucket_mb: int) -> dict[str, 
 
 
 def awaited(timed, stage: str, coroutine):
-    """The coroutine function, timed."""
+    """Wrap a coroutine function to measure its time."""
 
     async def run(*args):
         with timed(stage):
@@ -188,7 +188,7 @@ def awaited(timed, stage: str, coroutine):
 
 
 class Weights:
-    """A Megatron model of random weights, without an optimizer."""
+    """Megatron model with random weights, without an optimizer."""
 
     def __init__(self, config: Config, device: torch.device):
         from megatron_prepo.models.hf_config import read_hf_config
@@ -201,19 +201,19 @@ class Weights:
         self.shapes = hf_shapes([self.model], self.vocab_size, self.plan)
 
     def stream(self):
-        """As the actor has it."""
+        """Return weights like the actor's method."""
         return hf_weights([self.model], self.vocab_size, self.plan)
 
     @torch.no_grad()
     def negate(self) -> None:
-        """Other weights, and after twice exactly the old ones."""
+        """Flip the sign of all weights; applied twice, it restores them exactly."""
         for parameter in self.model.parameters():
             parameter.neg_()
         self.version += 1
 
 
 def seconds_of_a_copy(weights: Weights) -> float:
-    """Of all parameters, to memory that has been written to before."""
+    """Copy all parameters to memory that was written before, and return the seconds."""
     sources = [parameter.detach() for parameter in weights.model.parameters()]
     targets = [source.clone() for source in sources]
     wait = torch.cuda.synchronize if sources[0].is_cuda else lambda: None
@@ -226,17 +226,17 @@ def seconds_of_a_copy(weights: Weights) -> float:
 
 
 def check(seen: dict[int, list[torch.Tensor]], tolerance: float) -> None:
-    """AssertionError unless the server's answers depend on the weights alone."""
+    """Raise AssertionError unless the server's results depend only on the weights."""
     for answers in seen.values():
         for answer in answers:
             worst = float((answer - answers[0]).abs().mean())
             assert worst <= tolerance, f"weights that differ by transport: {worst:.2g} nats"
     moved = float((seen[0][0] - seen[1][0]).abs().mean())
-    assert moved > 10 * tolerance, f"other weights made a difference of {moved:.2g} nats only"
+    assert moved > 10 * tolerance, f"flipped weights changed the result by only {moved:.2g} nats"
 
 
 def config_of(scratch: Path, options: argparse.Namespace, transport: str) -> Config:
-    """A run with one server, of a model that is a config.json only."""
+    """Return a run with one server, for a model given by a config.json."""
     hf = scratch / "hf"
     hidden, ffn, layers, heads, groups, vocab, dtype = SHAPES[options.shape]
     if not hf.exists():
@@ -272,7 +272,7 @@ def config_of(scratch: Path, options: argparse.Namespace, transport: str) -> Con
 
 
 def table(result: dict) -> str:
-    """For people."""
+    """Return a table in Markdown."""
     copy = result["copy"]
     stages = ("pause", "gather", "send", "load", "resume", "loop", "total")
     lines = [

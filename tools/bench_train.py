@@ -1,13 +1,13 @@
-"""A training step beside TRL's GRPOTrainer and a plain PyTorch loop, on one core each.
+"""Compare a training step with TRL's GRPOTrainer and a plain PyTorch loop, each on one core.
 
     python tools/bench_train.py --case laptop --trl PYTHON --out benchmarks/results/NAME.json
     python tools/bench_train.py --case log-normal --trl PYTHON --out benchmarks/results/NAME.json
 
-PYTHON is an interpreter that has TRL, too (extra `bench`).  All trainers get the same model,
+PYTHON is an interpreter that also has TRL (extra `bench`).  All trainers get the same model,
 rollouts, rewards, micro-batch size, clip, normaliser and optimizer; a loss or gradient norm that
-is not the others' ends the benchmark.  Each is a process of its own, with one thread; they take
-turns, in random order each round.  A case that the file already has is replaced, others are kept.
-docs/train_benchmark.md says what the numbers mean.
+differs between them stops the benchmark.  Each trainer is a separate process with one thread; they
+alternate, in random order per round.  A case that the file already has is replaced, other cases are
+kept.  docs/train_benchmark.md explains the numbers.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from tools.train_case import Case
 
 ARMS = Path(__file__).resolve().parent / "train_arms.py"
 AGREEMENT = 1e-4
-"""Largest relative difference of losses and gradient norms, of sums in float32 in another order."""
+"""Maximum relative difference of losses and gradient norms, from float32 sums in another order."""
 UPDATE_GOAL, STEP_GOAL = 2.0, 1.5
-"""Tokens a second, over TRL's."""
+"""Goals for tokens per second, relative to TRL."""
 PREPO = (
     "selection.method=prepo",
     "weighting.method=relative_entropy",
@@ -56,12 +56,12 @@ STAGES = {
     "generate": "generate",
     "update": "update",
 }
-"""A trainer's name of a stage, and ours in the table; the rest of a step is `other`."""
+"""Names of stages in the trainers, and ours in the table; all other time is `other`."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A trainer under a name, with settings of ours that are its own."""
+    """A named trainer with its specific settings of ours."""
 
     name: str
     trainer: str
@@ -72,10 +72,10 @@ def main() -> int:
     """Measure a case; write JSON and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", choices=("laptop", "log-normal"), required=True)
-    parser.add_argument("--trl", type=Path, help="interpreter with TRL; left out: without TRL")
+    parser.add_argument("--trl", type=Path, help="interpreter with TRL; default: without TRL")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompts", type=int, help="of the case; 32 (laptop), 4 (log-normal)")
+    parser.add_argument("--prompts", type=int, help="default: 32 (laptop), 4 (log-normal)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict:
-    """One case: agreement, the actor's passes, and whole steps where the model can write."""
+    """Measure one case: agreement, the actor's passes, and complete steps if it can generate."""
     can_write = options.case == "laptop"
     if can_write:
         case = train_case.laptop(folder, options.prompts or 32)
@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def available(trl: Path | None) -> list[Arm]:
-    """The trainers that can run here; ours in the ways that are settings of it, too."""
+    """Return the trainers that can run here, including variants of ours by settings."""
     unshared = "train.share_prefixes=false"
     arms = [
         Arm("ours", "ours"),
@@ -135,7 +135,7 @@ def available(trl: Path | None) -> list[Arm]:
 def take_turns(
     arms: list[Arm], mode: str, tasks: tuple[str, ...], folder: Path, options
 ) -> dict[str, dict[str, list[dict]]]:
-    """Answers of each arm to each task, the first of which is a warm-up; all processes ended."""
+    """Return each arm's results of each task, the first one a warm-up; stops all processes."""
     order, answers = random.Random(0), {arm.name: {task: [] for task in tasks} for arm in arms}
     with ExitStack() as running:
         processes = {}
@@ -181,7 +181,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def check_agreement(answers: dict[str, dict[str, list[dict]]]) -> None:
-    """Ends the benchmark unless all trainers found the same numbers, in every round."""
+    """Stop the benchmark unless all trainers computed the same numbers, in every round."""
     ours = answers["ours"]
     for name, theirs in answers.items():
         for task, values in (("score", ["logprob"]), ("update", ["loss", "grad_norm"])):
@@ -189,13 +189,13 @@ def check_agreement(answers: dict[str, dict[str, list[dict]]]) -> None:
                 for value in values:
                     if not math.isclose(mine[value], other[value], rel_tol=AGREEMENT):
                         raise SystemExit(
-                            f"error: {name} found {value} {other[value]}, ours {mine[value]}: they "
-                            "do not compute the same, and their times say nothing"
+                            f"error: {name} has {value} {other[value]}, ours {mine[value]}: they "
+                            "differ, so their times are not comparable"
                         )
 
 
 def passes(case: Case, answers: dict[str, list[dict]]) -> dict:
-    """Median seconds, and tokens a second, of the actor's passes; memory of the process."""
+    """Return median seconds and tokens per second of the actor's passes, and process memory."""
     result = {}
     for task, rounds in answers.items():
         seconds = [answer["seconds"][task] for answer in rounds[1:]]
@@ -214,9 +214,9 @@ def passes(case: Case, answers: dict[str, list[dict]]) -> dict:
 
 
 def steps(case: Case, rounds: list[dict]) -> dict:
-    """Seconds by stage of whole steps, and tokens a second: prompts and what was generated.
+    """Return seconds per stage of complete steps, and tokens per second, prompts and completions.
 
-    A trainer that chooses its prompts says how long they were; the others have the case's.
+    A trainer that selects its prompts reports their length; for all others it is that of the case.
     """
     rounds, prompts = rounds[1:], sum(len(g.prompt) * len(g.completions) for g in case.groups)
     result = {"generate": [], "score": [], "update": [], "other": [], "step": []}
@@ -243,9 +243,9 @@ def steps(case: Case, rounds: list[dict]) -> dict:
 
 
 def products(case: Case, answers: dict[str, list[dict]]) -> dict:
-    """Our passes' operations a second over those of bare matrix products on this core.
+    """Return operations per second of our passes relative to plain matrix products on this core.
 
-    Operations are those of the rollouts that a pass goes through (`flops.py`).
+    Operations are those of the rollouts that a pass processes (`flops.py`).
     """
     shape = Shape.of(read_hf_config(case.config.model.hf))
     a, seconds = torch.randn(1024, 1024), []
@@ -271,16 +271,16 @@ def perplexity_share(
     candidates: float = 5.0,
     samples: int = 8,
 ) -> dict:
-    """The perplexity pass's part of a step at the paper's proportions, by rates measured here.
+    """Return the share of the perplexity pass in a step of the paper's proportions.
 
-    For each prompt that is selected, p tokens long, c candidates are scored; its G rollouts of r
-    tokens are generated, scored and learnt from.  With g, s and u the measured rates, in generated
-    tokens a second and in tokens of prompt and completion a second,
+    Per selected prompt, p tokens long, c candidates are scored; its G rollouts of r tokens are
+    generated, scored and trained on.  With the measured rates g, in generated tokens per second,
+    and s and u, in tokens of prompt and completion per second,
 
         share = (c p / s) / (c p / s + G r / g + G (p + r) / s + G (p + r) / u)
 
-    c is the paper's 20 % kept; p, r and G are ours.  What is not in it: that attention's part grows
-    with length, weight sync, grading.
+    c follows from the paper's 20 % of selected candidates; p, r and G are ours.  Not included: the
+    growth of attention's share with length, weight sync, grading.
     """
     seconds = {stage: median(values) for stage, values in step["seconds"].items()}
     generated, prompts = median(step["completion_tokens"]), median(step["prompt_tokens"])
@@ -299,7 +299,7 @@ def perplexity_share(
 
 
 def goals(result: dict) -> list[dict]:
-    """What was to be reached, against TRL in the same run."""
+    """Return the goals, compared with TRL in the same run."""
     rows = []
     for part, task, goal in (("passes", "update", UPDATE_GOAL), ("steps", "step", STEP_GOAL)):
         arms = result.get(part, {})
@@ -315,7 +315,7 @@ def goals(result: dict) -> list[dict]:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """How to do it again, elsewhere."""
+    """Return the command to reproduce the result."""
     words = ["python tools/bench_train.py --case", options.case, "--rounds", options.rounds]
     words += ["--prompts", options.prompts] if options.prompts else []
     return " ".join(map(str, [*words, *(["--trl TRL/bin/python"] if options.trl else [])]))
@@ -331,7 +331,7 @@ def _trl_version(python: Path | None) -> str | None:
 
 
 def markdown(name: str, measured: dict) -> str:
-    """The tables of a case."""
+    """Return the tables of a case."""
     ours = measured["passes"]["ours"]
     lines = [
         f"## {name}: {measured['rollouts']} rollouts, {measured['tokens']:,} tokens, "

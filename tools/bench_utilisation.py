@@ -1,11 +1,11 @@
-"""How much of one GPU's peak the actor's passes reach, with random weights at tensor parallel 1.
+"""Measure the share of one GPU's peak that the actor's passes reach, at tensor parallel 1.
 
     python tools/bench_utilisation.py --out benchmarks/results/NAME.json [--model DIR ...]
 
-Models are the shapes of Qwen2.5-Math-1.5B and Qwen2.5-7B, in bfloat16, as far as their layers go
-into memory with Adam's state: of a model that is too large, the first layers, as many as fit, which
-the result says.  Rollouts have log-normal lengths, all with an advantage, packed and padded.
-Operations are those of `models/flops.py`, the peak that of `plan/gpus.py`;
+Models have the shapes of Qwen2.5-Math-1.5B and Qwen2.5-7B, in bfloat16 with random weights.  If a
+model with Adam's state does not fit into memory, the first layers that fit are used, which the
+result states.  Rollouts have log-normal lengths, all with an advantage, packed and padded.
+Operations are counted by `models/flops.py`, the peak is that of `plan/gpus.py`;
 without a GPU (a test) there is none.
 """
 
@@ -46,11 +46,11 @@ MODELS = tuple(
     for name in ("qwen2.5-math-1.5b", "qwen2.5-7b")
 )
 GOAL_MODEL, GOAL = "qwen2.5-7b", 0.45
-"""Model FLOPs utilisation of an update, at least."""
+"""Minimum model FLOPs utilisation of an update."""
 BYTES_A_PARAMETER = 18
-"""Weights 2, gradients 4, Adam's moments and the float32 weights 12."""
+"""Bytes per parameter: weights 2, gradients 4, Adam's moments and float32 weights 12."""
 SHARE_FOR_THE_MODEL = 0.7
-"""Of the GPU's memory; the rest is for activations and the head."""
+"""Share of the GPU's memory for these; the remainder is for activations and the head."""
 SAMPLES = 3
 
 
@@ -62,10 +62,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, action="append", help="folder with a config.json")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=700, help="median; at most 6 times")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
     options = parser.parse_args()
     models = options.model or MODELS
-    for model in models:  # all of them, before the first is measured
+    for model in models:  # check all before measuring the first
         read_hf_config(model)
     start = time.monotonic()
     result = {"command": " ".join(["python", *sys.argv]), "machine": machine.describe()}
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
-    """One model: the passes of an actor that is built once, over the same rollouts."""
+    """Measure one model: the passes of an actor that is built once, over the same rollouts."""
     hf = read_hf_config(model)
     layers = layers_that_fit(Shape.of(hf))
     sequences = rollouts(num_sequences, response_tokens, hf["vocab_size"])
@@ -92,7 +92,7 @@ def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
         Path(folder, "config.json").write_text(json.dumps(hf | {"num_hidden_layers": layers}))
         config = _config(folder, longest)
         parallel.initialize(config.parallel, seed=0)
-        # nothing to load: the weights that Megatron draws are as good to multiply by
+        # no loading: random weights from Megatron take the same time
         with mock.patch.object(policy, "load_hf_weights", lambda *_: None):
             actor = Actor(config)
         arms = {}
@@ -121,7 +121,7 @@ def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
 
 
 def layers_that_fit(shape: Shape) -> int:
-    """Layers whose weights, gradients and optimizer state a GPU holds beside the embeddings."""
+    """Return the layers that fit with gradients and optimizer state next to the embeddings."""
     if not torch.cuda.is_available():
         return shape.layers
     memory = torch.cuda.get_device_properties(0).total_memory * SHARE_FOR_THE_MODEL
@@ -131,7 +131,7 @@ def layers_that_fit(shape: Shape) -> int:
 
 
 def rollouts(num_sequences: int, response_tokens: int, vocabulary: int) -> list[ScoredSequence]:
-    """Prompts of about 200 tokens; completions with a log-normal length, sigma 0.8."""
+    """Return prompts of about 200 tokens with completions of log-normal length, sigma 0.8."""
     draw, sequences = random.Random(0), []
     for _ in range(num_sequences):
         prompt = max(2, round(200 * draw.lognormvariate(0, 0.3)))
@@ -142,13 +142,13 @@ def rollouts(num_sequences: int, response_tokens: int, vocabulary: int) -> list[
 
 
 def ways(config: Config) -> dict[str, Config]:
-    """The settings that are compared."""
+    """Return the settings to compare."""
     padded = replace(config, train=replace(config.train, packing=False))
     return {"packed": config, "padded": padded}
 
 
 def passes(actor: Actor, sequences: list[ScoredSequence]) -> dict:
-    """Seconds of scoring and of updates, after one of each to warm up; peak memory."""
+    """Return seconds of scoring and of updates, after a warm-up of each, and peak memory."""
     seconds = {"score": [], "update": []}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -168,7 +168,7 @@ def passes(actor: Actor, sequences: list[ScoredSequence]) -> dict:
 
 
 def rates(shape: Shape, work: FlopCount, measured: dict, dtype: str) -> dict:
-    """With tokens and operations a second, and the share of the peak where one is published."""
+    """Add tokens and operations per second, and the share of the peak if it is published."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak, result = peak_flops(device, dtype), dict(measured)
     for task, forwards in (("score", 1), ("update", 3)):
@@ -183,7 +183,7 @@ def rates(shape: Shape, work: FlopCount, measured: dict, dtype: str) -> dict:
 
 
 def goals(cases: list[dict]) -> list[dict]:
-    """What an update is meant to reach, by its best way."""
+    """Return the goal of an update, judged by its best variant."""
     reached = [
         arm["update"]["mfu"]
         for case in cases
@@ -195,7 +195,7 @@ def goals(cases: list[dict]) -> list[dict]:
 
 
 def markdown(result: dict) -> str:
-    """A line a way and pass."""
+    """Return one line per variant and pass."""
     lines = ["| model | way | pass | tokens/s | TFLOP/s | MFU | peak GiB |", "|" + "---|" * 7]
     for case in result["cases"]:
         layers = f"{case['layers']} of {case['of_layers']} layers"
@@ -211,7 +211,7 @@ def markdown(result: dict) -> str:
 
 
 def _config(folder: str, longest: int) -> Config:
-    """An actor, and nothing else that a run has."""
+    """Return an actor, without any other part of a run."""
     tree = {
         "run": {"dir": "unused"},
         "model": {"hf": folder, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
@@ -224,7 +224,7 @@ def _config(folder: str, longest: int) -> Config:
 
 
 def _now() -> float:
-    """Seconds, when the device is done."""
+    """Return the time in seconds, after the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

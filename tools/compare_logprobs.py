@@ -1,12 +1,12 @@
-"""Engine, actor and `transformers` on the same completions: whose log-probabilities differ, where.
+"""Compare log-probabilities of engine, actor and `transformers` on the same completions.
 
     python tools/compare_logprobs.py CONFIG [key=value ...] --out runs/compare_logprobs
     python tools/compare_logprobs.py --hf DIR --url URL --prompts FILE.jsonl --out ...
 
-The run's engine gets the actor's weights (a server that is given by URL, too: not one of a run that
-is going on), completes a few training prompts, and all three score what it said.  Prints how far
-each two are apart and the worst tokens with their context, and draws a histogram.  Exit code 1 if
-engine and actor differ by more than `--tolerance` nats a token on average.
+The engine gets the actor's weights (also a server given by URL: do not use one of an active run)
+and completes a few training prompts, and all three score its completions.  Prints the differences
+of each pair and the worst tokens with their context, and draws a histogram.  Exit code 1 if engine
+and actor differ by more than `--tolerance` nats per token on average.
 
 One process; under torchrun, the ranks of the configuration's layout.
 """
@@ -34,12 +34,12 @@ from megatron_prepo.trainer.mismatch_metrics import mismatch_metrics
 
 WORST = 10
 CONTEXT = 12
-"""Tokens before a worst one that are shown."""
+"""Number of context tokens shown before each of the worst tokens."""
 
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, print and draw; the exit code says whether engine and actor agree."""
+    """Compare, print and draw; returns 0 if engine and actor agree, 1 if they differ."""
     options = parse(arguments)
     config = config_of(options)
     inputs = preflight.check(config)
@@ -60,15 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tolerance = options.tolerance or TOLERANCE[config.model.dtype]
     agree = difference <= tolerance
     verdict = "agree" if agree else "DIFFER"
-    print(
-        f"{picture}\nengine and actor {verdict}: {difference:.2g} nats a token, {tolerance:g} pass"
-    )
+    print(f"{picture}\nengine and actor {verdict}: {difference:.2g} nats/token, {tolerance:g} pass")
     return int(not agree)
 
 
 @contextmanager
 def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple]:
-    """Both, with the same weights, as at the start of a run."""
+    """Build actor and engine with the same weights, as at the start of a run."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.rollout.build import build_engine
@@ -95,18 +93,18 @@ def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same completions, scored by each; names to one tensor of log-probabilities a rollout."""
+    """Score the same completions with each; returns a tensor of log-probabilities per rollout."""
 
     rollouts: list[Rollout]
     logprobs_N: dict[str, list[torch.Tensor]]
 
     def difference_T(self, one: str, other: str) -> torch.Tensor:
-        """Of all tokens, one rollout behind the other."""
+        """Concatenate the values of all rollouts' tokens, in order."""
         return torch.cat(self.logprobs_N[one]) - torch.cat(self.logprobs_N[other])
 
 
 def compare(config: Config, actor, rollouts: list[Rollout], directory: str) -> Comparison:
-    """Collective.  `transformers` reads the weights of `directory`, in float32."""
+    """Score with `transformers`, which reads the weights of `directory` in float32; collective."""
     from megatron_prepo.records import scored_sequence
 
     temperature = config.rollout.temperature
@@ -122,7 +120,7 @@ def compare(config: Config, actor, rollouts: list[Rollout], directory: str) -> C
 
 
 def reference_directory(config: Config, actor, out: Path) -> str:
-    """Hugging Face files with the actor's weights: those that it has read, or an export."""
+    """Return Hugging Face files of the actor's weights: those it was loaded from, or an export."""
     if not config.model.megatron:
         return config.model.hf
     actor.export(out / "hf", write=os.environ.get("RANK", "0") == "0")
@@ -133,7 +131,7 @@ def reference_directory(config: Config, actor, out: Path) -> str:
 def transformers_logprobs(
     directory: str, rollouts: Sequence[Rollout], temperature: float
 ) -> list[torch.Tensor]:
-    """Of each completion's tokens, by the plainest of all implementations."""
+    """Return log-probabilities of each completion's tokens, by the simplest implementation."""
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,8 +147,8 @@ def transformers_logprobs(
 
 
 def text(comparison: Comparison, tokenizer) -> str:
-    """Each two in a row, then the tokens on which engine and actor differ most."""
-    lines = [f"{'nats a token':26}{'mean':>10}{'99 %':>10}{'largest':>10}{'KL':>10}"]
+    """Return one row per pair, then the tokens with the largest differences of engine and actor."""
+    lines = [f"{'nats per token':26}{'mean':>10}{'99 %':>10}{'largest':>10}{'KL':>10}"]
     for one, other in combinations(comparison.logprobs_N, 2):
         found = mismatch_metrics(comparison.logprobs_N[other], comparison.logprobs_N[one])
         values = [found[f"mismatch/logprob_abs_{name}"] for name in ("mean", "q99", "max")]
@@ -174,12 +172,12 @@ def text(comparison: Comparison, tokenizer) -> str:
 
 
 def range_of(rollout: Rollout) -> range:
-    """Positions of the completion's tokens."""
+    """Return the positions of the completion's tokens."""
     return range(len(rollout.tokens))
 
 
 def draw(comparison: Comparison, path: Path) -> Path:
-    """Histograms of the differences' sizes, each two on one axis."""
+    """Draw histograms of the absolute differences, one axis per pair."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,7 +202,7 @@ def draw(comparison: Comparison, path: Path) -> Path:
 
 
 def config_of(options: argparse.Namespace) -> Config:
-    """The given configuration, or the least that a model and a server need, in this layout."""
+    """Return the given configuration, or a minimal one for a model and a server, in this layout."""
     layout = [] if "RANK" in os.environ else one_rank()
     overrides = [*options.overrides, f"run.dir={options.out}", *layout]
     if options.config:
@@ -223,22 +221,22 @@ def config_of(options: argparse.Namespace) -> Config:
 
 
 def one_rank() -> list[str]:
-    """Settings of a layout of one rank."""
+    """Return settings for a layout of one rank."""
     names = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "data")
     return [*(f"parallel.{name}=1" for name in names), "parallel.sequence=false"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config", nargs="?", help="a run's configuration")
+    parser.add_argument("config", nargs="?", help="configuration of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--hf", help="without a configuration: the model's directory,")
-    parser.add_argument("--url", help="a server that has this model,")
-    parser.add_argument("--prompts", help="and prompts (docs/data.md)")
-    parser.add_argument("--num-prompts", type=int, default=8, help="to complete (%(default)s)")
-    parser.add_argument("--tolerance", type=float, help="nats (default: 1e-4; 0.1 for bfloat16)")
-    parser.add_argument("--out", type=Path, required=True, help="directory for logs and picture")
+    parser.add_argument("--hf", help="without a configuration: directory of the model")
+    parser.add_argument("--url", help="without a configuration: server with this model")
+    parser.add_argument("--prompts", help="without a configuration: prompts (docs/data.md)")
+    parser.add_argument("--num-prompts", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--tolerance", type=float, help="in nats (default: 1e-4; 0.1 for bfloat16)")
+    parser.add_argument("--out", type=Path, required=True, help="directory for logs and figure")
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -1,13 +1,13 @@
-"""Run the numeric tests as other processors would, and report which of them fail where.
+"""Run the numeric tests with the kernels of other processors, and report failures per processor.
 
     python tools/emulate_processors.py --out processors.json      # `make test-processors`
     python tools/emulate_processors.py --only AVX2 --threads 1 -- -k routed
 
-torch, oneDNN and MKL choose among kernels by what the processor has; here they are told that it has
-less.  What a kernel adds in another order, or a fused multiply-add rounds once, moves float32
-results, and no test may notice.  A processor cannot be told that it has more, and MKL takes its
-AVX-512 kernels on Intel's processors only: see `product`, a digest of one matrix product, for
-settings that compute the same.  Exit code 1 if a test fails in any setting.
+torch, oneDNN and MKL choose kernels by the processor's instruction sets; here they are limited to
+fewer.  Another order of additions, or the single rounding of a fused multiply-add, changes float32
+results, and no test may fail because of it.  Instruction sets cannot be added, and MKL uses its
+AVX-512 kernels only on Intel processors: settings that compute the same have the same `product`, a
+digest of one matrix product.  Exit code 1 if a test fails in any setting.
 """
 
 import argparse
@@ -50,7 +50,7 @@ NUMERIC = (
 """Tests whose result depends on how floating point numbers are rounded."""
 
 PROCESSORS = {
-    # name: what torch's own kernels, oneDNN's and MKL's are told
+    # name: settings of the kernels of torch, oneDNN and MKL
     "native": {},
     "AVX2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -64,7 +64,7 @@ PROCESSORS = {
     },
 }
 CAPABILITIES = {"AVX2": "AVX2", "SSE4": "DEFAULT"}
-"""What torch has to say then."""
+"""Capability that torch must report in each setting."""
 
 PROBE = """
 import hashlib, torch
@@ -78,16 +78,16 @@ print("product", hashlib.sha256(product.numpy().tobytes()).hexdigest()[:8])
 
 
 def environment(processor: str, threads: int) -> dict[str, str]:
-    """Return the variables under which a Python process has this processor and these threads."""
+    """Return the environment variables of a Python process for a processor and threads."""
     kept = {name: value for name, value in os.environ.items() if name not in PROCESSORS["AVX2"]}
     count = str(threads)
     return kept | PROCESSORS[processor] | {"TEST_THREADS": count, "OMP_NUM_THREADS": count}
 
 
 def probed(processor: str, threads: int) -> dict[str, str]:
-    """Return what the libraries report under a setting.
+    """Return the capabilities that the libraries report under a setting.
 
-    Raises UserError where torch does not take it, as on a processor that has less itself.
+    Raises UserError if torch does not apply it, as on a processor with fewer instruction sets.
     """
     command = [sys.executable, "-c", PROBE]
     told = environment(processor, threads) | {"ONEDNN_VERBOSE": "1"}
@@ -135,8 +135,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PROCESSORS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, action="append", help="default: 1 and 2")
-    parser.add_argument("--out", type=Path, help="a JSON file with the result")
-    parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("pytest", nargs="*", help="additional arguments of pytest, after --")
     return parser.parse_args(argv)
 
 

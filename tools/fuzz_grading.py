@@ -1,12 +1,12 @@
-r"""Hostile answers against the grading processes, and how long the longest took.
+r"""Test the grading processes with hostile answers, and measure the longest grading time.
 
     python tools/fuzz_grading.py --answers 10000 --out result.json     # a seeded mixture of bombs
     python tools/fuzz_grading.py --atheris 3600 --out result.json      # guided by coverage, seconds
 
 The mixture has bombs of nesting, digits, powers, factorials, sums, roots, polynomials, matrices and
-sets, odd characters, megabytes, and splices and pieces of them.  What is in the result already is
-gone on with.  With atheris (`pip install atheris`) each input goes through a grading process, and
-the harmless ones then through math-verify in this process, whose coverage leads to the next.
+sets, odd characters, megabytes, and splices and pieces of them.  An existing result is resumed.
+With atheris (`pip install atheris`) each input goes through a grading process, and harmless ones
+then through math-verify in this process, whose coverage guides the next input.
 """
 
 import argparse
@@ -97,12 +97,12 @@ EMPTY = {
 }
 BATCH = 250
 KILLING = 10.0
-"""Seconds that it may take to kill a process on a busy machine."""
+"""Seconds allowed to kill a process on a busy machine."""
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def hostile(seed: int) -> tuple[str, str]:
-    """(kind, answer) number `seed`."""
+    """Return (kind, answer) number `seed`."""
     r = random.Random(seed)
     kind = r.choice(sorted(BOMBS))
     answer = BOMBS[kind](r.choice(SIZES), r)
@@ -118,13 +118,13 @@ def hostile(seed: int) -> tuple[str, str]:
 
 
 def rollout(given: str, answer: str) -> Rollout:
-    """A completion to be graded."""
+    """Return a completion to grade."""
     prompt = Prompt("p", "", answer, (1, 2), (0, 2))
     return Rollout(prompt, (3,), (-0.5,), f"so \\boxed{{{given}}}", True, 0)
 
 
 def run_mixture(result: dict, answers: int, settings: RewardConfig, save: Callable) -> None:
-    """Grade so many more hostile answers, some hundreds at a time with honest ones among them."""
+    """Grade more hostile answers, in batches of hundreds that include honest ones."""
     with closing(Grader(settings, log=lambda sentence: None)) as grader:
         end = result["answers"] + answers
         while result["answers"] < end:
@@ -149,7 +149,7 @@ def run_mixture(result: dict, answers: int, settings: RewardConfig, save: Callab
 
 
 def run_atheris(result: dict, seconds: int, settings: RewardConfig, save: Callable) -> None:
-    """Inputs that coverage leads to, for so long; ends the process."""
+    """Grade coverage-guided inputs for a number of seconds; exits the process."""
     import atheris
 
     with atheris.instrument_imports(include=["math_verify", "latex2sympy2_extended"]):
@@ -179,7 +179,7 @@ def run_atheris(result: dict, seconds: int, settings: RewardConfig, save: Callab
 
 
 def dictionary() -> str:
-    """A file with words of LaTeX for libFuzzer."""
+    """Write a dictionary of LaTeX words for libFuzzer."""
     words = sorted({word for answer in HONEST for word in re.findall(r"\\\w+|\S", answer)})
     quoted = (word.replace("\\", r"\\").replace('"', r"\"") for word in words)
     with tempfile.NamedTemporaryFile("w", suffix=".dict", delete=False) as file:
@@ -188,12 +188,12 @@ def dictionary() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if an answer went over its limit, or an honest one was graded wrong."""
+    """Return exit code 1 if an answer exceeded its limit, or an honest one was graded wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--answers", type=int, default=10_000, help="so many more (%(default)s)")
-    parser.add_argument("--atheris", type=int, metavar="SECONDS", help="instead: atheris")
+    parser.add_argument("--answers", type=int, default=10_000, help="additional ones (%(default)s)")
+    parser.add_argument("--atheris", type=int, metavar="SECONDS", help="use atheris instead")
     parser.add_argument("--limit", type=float, default=1.0, help="reward.seconds (%(default)s)")
-    parser.add_argument("--out", required=True, help="JSON file")
+    parser.add_argument("--out", required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
     settings = RewardConfig(function="math", seconds=options.limit, max_failed=1.0)
     path, fresh = (

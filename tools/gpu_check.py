@@ -1,16 +1,16 @@
-"""Everything that needs a GPU, in one command of under 15 minutes.
+"""Run all checks that need a GPU, in one command of under 15 minutes.
 
     python tools/gpu_check.py --out benchmarks/results/NAME.json [--verl FOLDER] [--sglang FOLDER]
 
-Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a little at tensor
-parallel 1, and measures how much of the GPU's peak training reaches (tools/bench_utilisation.py),
-how far a plan's memory is from what is really taken (tools/bench_plan.py), and how long a run waits
-for a checkpoint of 1.5B parameters (tools/bench_checkpoint.py).
-With the archives of tools/pack_sglang.py, and up to 10 minutes more, it also trains with an SGLang
-server on the same GPU, to which the weights go by CUDA IPC, and times that sync at the shape of a
-7B model.  Writes one JSON object with the machine, the versions and the numbers, after every part.
-Each part is a process with a deadline: one that is slow is ended and reported, and costs the others
-nothing.  The exit code is 0 only if every part passed.
+Runs the tests marked `gpu` and the quick cases of tools/bench_head.py, trains a few steps at tensor
+parallel 1, and measures the share of the GPU's peak in training (tools/bench_utilisation.py), the
+error of a plan's memory (tools/bench_plan.py), and how long a run waits for a checkpoint of 1.5B
+parameters (tools/bench_checkpoint.py).
+With the archives of tools/pack_sglang.py, and up to 10 more minutes, it also trains with an SGLang
+server on the same GPU, with weight sync by CUDA IPC, and measures that sync at the shape of a 7B
+model.  Writes one JSON object with the machine, the versions and the numbers, after every part.
+Each part is a process with a timeout: one that is too slow is stopped and reported, without
+affecting other parts.  Exit code 0 means that every part passed.
 """
 
 import argparse
@@ -34,23 +34,23 @@ from megatron_prepo.process import machine
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 180.0
 SGLANG_SECONDS = 300.0
-"""Kernels are compiled at first use."""
+"""Timeout of an SGLang part, which includes compiling kernels at first use."""
 SGLANG = {
-    "attention_backend": "triton",  # the packed kernels have no other
+    "attention_backend": "triton",  # the only one in the packed kernels
     "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
-    "mem_fraction_static": 0.3,  # the actor is on the same GPU
+    "mem_fraction_static": 0.3,  # the actor uses the same GPU
 }
 HEAD_SECONDS = 150.0
-"""After which the benchmark starts nothing new; the rest is for what it is at, and its start."""
+"""Time after which the benchmark starts nothing new; the remainder is for its current part."""
 
 
 def main() -> int:
     """Run all parts; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--verl", type=Path, help="as for tools/bench_head.py")
-    parser.add_argument("--sglang", type=Path, help="folder with the archives of pack_sglang.py")
+    parser.add_argument("--verl", type=Path, help="as in tools/bench_head.py")
+    parser.add_argument("--sglang", type=Path, help="folder with archives of pack_sglang.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device; this check is for a machine that has one", file=sys.stderr)
@@ -79,7 +79,7 @@ def check(parts: dict, out: Path) -> int:
 
 
 def run_tests() -> dict:
-    """The tests marked `gpu`; on this machine a skipped one has failed."""
+    """Run the tests marked `gpu`; a skipped test counts as failed."""
     words = ["-m", "gpu", "--only-allowed-skips", "tests/gpu"]
     done = run_within(PART_SECONDS, [sys.executable, "-m", "pytest", *words])
     print(done["output"][-6000:])
@@ -87,7 +87,7 @@ def run_tests() -> dict:
 
 
 def run_head(verl: Path | None) -> dict:
-    """The quick cases of the head's benchmark, and how it stands with the goals."""
+    """Run the quick cases of the head's benchmark, and report its goals."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "head.json")
         command = [sys.executable, "tools/bench_head.py", "--quick", "--out", str(out)]
@@ -99,7 +99,7 @@ def run_head(verl: Path | None) -> dict:
 
 
 def run_training() -> dict:
-    """20 steps of the laptop experiment on the GPU: it learns, and how long a step takes."""
+    """Train 20 steps of the laptop experiment on the GPU: check learning, measure time per step."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "megatron_prepo", "demo", "--dir", directory]
         command += ["parallel.tensor=1", "train.total_steps=20"]
@@ -115,17 +115,17 @@ def run_training() -> dict:
 
 
 def run_utilisation() -> dict:
-    """How much of the peak the actor's passes reach, packed and padded."""
+    """Measure the share of the peak of the actor's passes, packed and padded."""
     return _run_benchmark("bench_utilisation")
 
 
 def run_plan() -> dict:
-    """What a plan says of memory against what is taken; rates of products and copies."""
+    """Compare planned with used memory; measure rates of products and copies."""
     return _run_benchmark("bench_plan")
 
 
 def run_checkpoint() -> dict:
-    """The pause of a save in the background; on 8 ranks each has an eighth of it to copy."""
+    """Measure the pause of a background save; with 8 ranks, each copies an eighth of it."""
     model = REPOSITORY / "examples" / "paper" / "qwen2.5-math-1.5b" / "model"
     return _run_benchmark("bench_checkpoint", "--background", "--model", str(model))
 
@@ -141,7 +141,7 @@ def _run_benchmark(name: str, *arguments: str) -> dict:
 
 
 def run_sglang(folder: Path | None) -> dict:
-    """A server on the actor's GPU: a few steps, each sync verified; then the sync alone, large."""
+    """Train with a server on the actor's GPU, verifying each sync; then measure a large sync."""
     if folder is None:
         return {"passed": True, "skipped": "no --sglang FOLDER, which tools/pack_sglang.py makes"}
     result: dict = {}
@@ -174,7 +174,7 @@ def run_sglang(folder: Path | None) -> dict:
 
 
 def unpack(folder: Path, scratch: Path) -> Path:
-    """An interpreter that has, beside what this one has, the packages of the folder's archives."""
+    """Create an interpreter with this one's packages and those of the folder's archives."""
     packages, python = scratch / "packages", scratch / "python"
     for archive in sorted(folder.glob("sglang_*.zip")):
         with zipfile.ZipFile(archive) as files:
@@ -188,7 +188,7 @@ def unpack(folder: Path, scratch: Path) -> Path:
 
 
 def run_within(seconds: float, command: list[str]) -> dict:
-    """Run a command in the repository; one still at it after `seconds` is ended, children too."""
+    """Run a command in the repository; it is stopped with its children after `seconds`."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe waits for grandchildren
         process = subprocess.Popen(
@@ -196,7 +196,7 @@ def run_within(seconds: float, command: list[str]) -> dict:
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its own children can be ended with it
+            start_new_session=True,  # so that its children can be stopped with it
         )
         ended = False
         try:

@@ -1,16 +1,16 @@
-"""One head to measure: its shape, inputs as peaked as a language model's, and the exact answer.
+"""One head to measure: its shape, inputs as peaked as those of a language model, and exact results.
 
-Random hidden states give flat logits, on which rounding does not show.  Here a token's hidden state
-is the combination of its CANDIDATES' rows of the weight that gives the first of them the logit TOP
-and each next one a step less, which is drawn from STEP for each token; the rest of the vocabulary
-lies around 0, with the noise of random rows.  The target is drawn from the candidates' softmax.
-What came of it (mean entropy, largest logit) is reported with every result.
+Random hidden states give flat logits, which hide rounding errors.  Here a token's hidden state is
+the combination of its CANDIDATES' rows of the weight that gives the first of them the logit TOP and
+each next one a decrement less, which is drawn from STEP per token; logits of the remaining
+vocabulary are around 0, with the noise of random rows.  The target is drawn from the candidates'
+softmax.  The resulting mean entropy and largest logit are reported with every result.
 
-On a GPU, tensor parallel n is one rank's share of the work: V/n rows that stand for the whole
+On a GPU, tensor parallel n is one rank's share of the work: V/n rows in place of the full
 vocabulary, without communication.  On the CPU the ranks are real.
 
-Letters: T tokens, V this rank's vocabulary rows, H hidden, J candidates, R tokens with an exact
-answer.
+Letters: T tokens, V vocabulary rows of this rank, H hidden, J candidates, R tokens with exact
+results.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ import torch.distributed as dist
 CANDIDATES = 8
 TOP, STEP = 20.0, (0.3, 0.9)
 BLOCK = 1024
-"""Of tokens, whose candidates' rows are gathered at a time."""
+"""Number of tokens whose candidates' rows are gathered at a time."""
 EXACT_ROWS = 256
 EXACT_COLUMNS = 8192
-"""Of the weight, at a time in float64."""
+"""Number of rows of the weight that are in float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's output head, one of `tensor` parts of it, and how many tokens go through."""
+    """A model's output head, one of `tensor` parts of it, and a number of tokens."""
 
     model: str
     hidden: int
@@ -40,17 +40,17 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Vocabulary rows of one rank."""
+        """Vocabulary rows per rank."""
         return self.vocab // self.tensor
 
     def matmul_flops(self, products: int) -> int:
-        """Floating-point operations of so many [T, H] x [H, V] products of one rank."""
+        """Return the floating-point operations of a number of [T, H] x [H, V] products per rank."""
         return products * 2 * self.tokens * self.hidden * self.columns
 
 
 @dataclass(frozen=True)
 class Exact:
-    """float64 answers for the tokens `rows_R`, and what the inputs are like there."""
+    """Results in float64 for the tokens `rows_R`, and statistics of the inputs."""
 
     rows_R: torch.Tensor
     logprobs_R: torch.Tensor
@@ -62,7 +62,7 @@ class Exact:
 class Case:
     """Inputs of one head on one rank, and the gradients that its outputs receive.
 
-    The weight has Megatron's `main_grad`, in float32, for those who know of it.
+    The weight has Megatron's `main_grad`, in float32, for providers that support it.
     """
 
     shape: Shape
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """What gradients are taken of."""
+        """Return the tensors whose gradients are computed."""
         return [self.hidden_TH, self.weight_VH]
 
 
@@ -89,13 +89,13 @@ def make_case(
     entropy_gradient: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Case:
-    """The same inputs on every rank of `group`, of which each keeps its rows of the weight.
+    """Create the same inputs on every rank of `group`; each keeps its rows of the weight.
 
     `entropy_gradient`: the loss also depends on the entropy, as with an entropy bonus.  PREPO's
     weights are detached, so that only the log-probability has a gradient.
     """
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-    assert ranks in (1, shape.tensor), "either one rank stands for all, or all are there"
+    assert ranks in (1, shape.tensor), "one rank stands for all, or all are present"
     vocab_size = shape.columns * ranks
     random = torch.Generator(device).manual_seed(1)
     weight_VH = _randn(random, vocab_size, shape.hidden).mul_(shape.hidden**-0.5).to(dtype)
@@ -120,7 +120,7 @@ def make_case(
 def exact_answer(
     hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor
 ) -> Exact:
-    """Log-probability and entropy in float64 of EXACT_ROWS tokens, evenly spread."""
+    """Compute log-probability and entropy in float64 of EXACT_ROWS evenly spaced tokens."""
     last = len(hidden_TH) - 1
     rows_R = torch.linspace(0, last, min(EXACT_ROWS, last + 1)).round().long().to(hidden_TH.device)
     hidden_RH = hidden_TH[rows_R].double()
@@ -138,7 +138,7 @@ def exact_answer(
 
 
 def describe(case: Case) -> dict:
-    """The case in numbers, for the result."""
+    """Return the parameters of the case, for the result."""
     return dataclasses.asdict(case.shape) | {
         "columns": case.shape.columns,
         "dtype": str(case.hidden_TH.dtype).removeprefix("torch."),
@@ -149,7 +149,7 @@ def describe(case: Case) -> dict:
 
 
 def _peaked(random: torch.Generator, weight_VH, num_tokens):
-    """Hidden states whose softmax has its mass on a few candidates, and targets among these."""
+    """Return hidden states whose softmax has its mass on a few candidates, and targets of these."""
     vocab_size, device = len(weight_VH), weight_VH.device
     numbers_J = torch.arange(CANDIDATES, device=device)
     first_T = torch.randint(vocab_size, (num_tokens,), device=device, generator=random)

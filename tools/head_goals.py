@@ -1,7 +1,7 @@
-"""What the head is meant to reach, and what a measurement says of it: met, missed, not measured.
+"""Goals of the head, and the verdict of a measurement on each: met, missed, not measured.
 
-Speed is a ratio to another provider of the same run, never a time.  A goal is judged at REFERENCE
-and nowhere else; a case that was cut short judges no speed.
+Speed is a ratio to another provider of the same run, never a time.  A goal is judged only at
+REFERENCE; speed is not judged by a case that was stopped early.
 """
 
 import math
@@ -22,23 +22,23 @@ SPEED = (
     (FORWARD_BACKWARD, "naive", FORWARD_BACKWARD, 1.6),
     (KNOWN_GRADIENT, "verl", FORWARD_BACKWARD, 1.8),
 )
-"""Our task, against which provider's task, and how many times its speed at least."""
+"""Our task, the provider's task to compare with, and the minimum ratio of speeds."""
 PEAK_BYTES = 1e9
 PEAK_GROWTH = 1.05
-"""Of the peak, from the fewer to the more of REFERENCE_TOKENS: independent of them, but for a few
-numbers a token."""
+"""Maximum growth of the peak from the fewer to the more of REFERENCE_TOKENS: it must not depend on
+tokens, except for a few numbers per token."""
 LOGPROB_ERROR = 1e-5
 CPU_TASKS = (
     (FORWARD, FORWARD),
     (FORWARD_BACKWARD, FORWARD_BACKWARD),
     (KNOWN_GRADIENT, FORWARD_BACKWARD),
 )
-"""Ours, against the naive way's."""
+"""Our task, and the task of the naive implementation to compare with."""
 CPU_SPEED, CPU_MEMORY = 1.0, 20.0
 
 
 def judge(device: str, cases: list[dict]) -> list[dict]:
-    """One row a goal: what, the bound, what was measured, and the verdict."""
+    """Return one row per goal: name, bound, measured value, and verdict."""
     return _on_the_cpu(cases) if device == "cpu" else _on_a_gpu(cases)
 
 
@@ -73,18 +73,18 @@ def _on_the_cpu(cases: list[dict]) -> list[dict]:
 
 
 def at_least(goal: str, bound: float, measured: float | None) -> dict:
-    """Met when measured >= bound."""
+    """Return a goal that is met if measured >= bound."""
     return _row(goal, f"≥ {bound:g}", measured, measured is not None and measured >= bound)
 
 
 def at_most(goal: str, bound: float, measured: float | None) -> dict:
-    """Met when measured <= bound."""
+    """Return a goal that is met if measured <= bound."""
     return _row(goal, f"≤ {bound:g}", measured, measured is not None and measured <= bound)
 
 
 def _row(goal: str, bound: str, measured: float | None, met: bool) -> dict:
     verdict = "not measured" if measured is None else "met" if met else "missed"
-    # JSON has no infinity: a value that is none is a goal missed with no number
+    # JSON has no infinity: an infinite value is a missed goal without a number
     finite = measured is not None and math.isfinite(measured)
     return {
         "goal": goal,
@@ -117,7 +117,7 @@ def _peak(case: dict | None, provider: str, task: str) -> int | None:
 
 
 def _logprob_error(case: dict | None) -> float | None:
-    """Infinite where a single number is not finite."""
+    """Return the error, which is infinite if a single number is not finite."""
     run = _run(case, "ours", FORWARD)
     if run is None:
         return None

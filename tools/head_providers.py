@@ -1,14 +1,14 @@
-"""The ways from hidden states to log-probabilities and entropies that are compared.
+"""Implementations of log-probabilities and entropies from hidden states, for comparison.
 
-A provider has up to three tasks, and each is a function of a case:
+A provider has up to three tasks, each a function of a case:
 
     forward            values without a graph: one matrix product
-    forward+backward   values and the gradients of hidden states and weight: four products where
-                       the logits are computed again, three where they were kept
-    known gradient     values and gradients in one pass, dloss/dlogprob being known before: three
+    forward+backward   values and the gradients of hidden states and weight: four products if the
+                       logits are recomputed, three if they are kept
+    known gradient     values and gradients in one pass, with dloss/dlogprob known in advance: three
 
-`bare` does these products and nothing else.  Peers are used where they can be had on this machine;
-each that cannot is reported with the reason, by `Absent`.  To add a task, add its function to the
+`bare` computes only these products.  Peers are used if they are available on this machine; each
+absent one is reported with the reason, by `Absent`.  To add a task, add its function to the
 provider's dict here.
 """
 
@@ -33,7 +33,7 @@ from tools.head_case import Case
 
 FORWARD, FORWARD_BACKWARD, KNOWN_GRADIENT = "forward", "forward+backward", "known gradient"
 PRODUCTS = {FORWARD: 1, FORWARD_BACKWARD: 4, KNOWN_GRADIENT: 3}
-"""Matrix products of a task that keeps no logits."""
+"""Number of matrix products of a task that does not keep logits."""
 
 
 NOT_ON_THE_CPU = {
@@ -44,7 +44,7 @@ NOT_ON_THE_CPU = {
 
 
 class Outcome(NamedTuple):
-    """What a task returns; a provider may have no entropy, and `bare` has neither."""
+    """Results of a task; a provider may have no entropy, and `bare` has neither value."""
 
     logprobs_T: torch.Tensor | None
     entropy_T: torch.Tensor | None
@@ -56,11 +56,11 @@ Head = Callable[[Case], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Absent(Exception):
-    """A peer cannot be measured here; the message says why."""
+    """A peer that cannot be measured here; the message is the reason."""
 
 
 def available(device: str, verl: Path | None) -> tuple[dict[str, dict[str, Task]], dict[str, str]]:
-    """Tasks by provider, and the reason of each provider that is absent."""
+    """Return tasks by provider, and the reason for each absent provider."""
     providers = {"bare": BARE, "ours": OURS, "naive": tasks_of(naive)}
     if device == "cpu":
         return providers, dict(NOT_ON_THE_CPU)
@@ -75,7 +75,7 @@ def available(device: str, verl: Path | None) -> tuple[dict[str, dict[str, Task]
 
 
 def tasks_of(head: Head) -> dict[str, Task]:
-    """Forward, and forward+backward by autograd, of a differentiable head."""
+    """Return forward, and forward+backward by autograd, of a differentiable head."""
 
     def forward(case: Case) -> Outcome:
         with torch.no_grad():
@@ -86,7 +86,7 @@ def tasks_of(head: Head) -> dict[str, Task]:
         outputs, grads = [logprobs_T], [case.grad_logprobs_T]
         if case.grad_entropy_T is not None:
             if entropy_T is None:
-                raise Absent("it has no entropy, whose gradient is asked for")
+                raise Absent("it has no entropy, but the gradient needs one")
             outputs.append(entropy_T)
             grads.append(case.grad_entropy_T)
         return Outcome(logprobs_T, entropy_T, torch.autograd.grad(outputs, case.leaves, grads))
@@ -95,14 +95,14 @@ def tasks_of(head: Head) -> dict[str, Task]:
 
 
 def ours(case: Case):
-    """The trainer's head, as the actor calls it."""
+    """Call the trainer's head like the actor."""
     return vocab_parallel_logprobs_and_entropy(
         case.hidden_TH, case.weight_VH, case.targets_T, **_as_the_actor_does(case)
     )
 
 
 def _ours_forward_backward(case: Case) -> Outcome:
-    """The weight's gradient goes where Megatron has it, on top of what is there."""
+    """Add the weight's gradient to Megatron's `main_grad`; returns all gradients."""
     outputs, grads = ours(case), [case.grad_logprobs_T, case.grad_entropy_T]
     with_gradient = 1 if case.grad_entropy_T is None else 2
     (grad_hidden_TH,) = torch.autograd.grad(
@@ -112,7 +112,7 @@ def _ours_forward_backward(case: Case) -> Outcome:
 
 
 def _ours_known_gradient(case: Case) -> Outcome:
-    """The same gradients, of a loss that is known beforehand: their product with the values."""
+    """Compute the same gradients with a known loss: the product of gradients and values."""
     chunks = []
 
     def loss_of(logprobs_C, entropy_C, scored: slice):
@@ -139,12 +139,12 @@ def _as_the_actor_does(case: Case) -> dict:
 
 
 def naive(case: Case):
-    """Megatron-Core's way: all logits, in float32, then entropy and cross entropy over them.
+    """Megatron-Core's approach: all logits, in float32, then entropy and cross entropy over them.
 
-    The output layer's product is in the weight's type and is raised to float32 after it, as
-    Megatron does.  Cross entropy overwrites the logits: a copy is taken only where the entropy's
-    backward still needs them, else the entropy comes first, without a graph.  Temperature is 1, and
-    the division by it is left out.
+    The output layer's product is in the weight's type and is converted to float32 afterwards, as in
+    Megatron.  Cross entropy overwrites the logits: they are copied only if the entropy's backward
+    still needs them, otherwise the entropy is computed first, without a graph.  Temperature is 1,
+    and the division by it is skipped.
     """
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -157,17 +157,17 @@ def naive(case: Case):
 
 
 def naive_bytes(case: Case) -> int:
-    """About the free memory that `naive` needs to be timed, in float32 logits.
+    """Return the approximate free memory in bytes that `naive` needs, counted in float32 logits.
 
-    Three are in use at once, four with a gradient of the entropy; one more, because taking turns
-    with others leaves gaps.
+    Three copies are in use at a time, four with a gradient of the entropy; one more, because
+    alternation with other providers fragments the memory.
     """
     times = 4 if case.grad_entropy_T is None else 5
     return times * 4 * case.shape.tokens * case.shape.columns
 
 
 class _VocabParallelEntropy(torch.autograd.Function):
-    """H = max + ln S - sum_v p_v z_v over the ranks' columns, by three all-reduces."""
+    """Entropy H = max + ln S - sum_v p_v z_v over the ranks' columns, by three all-reduces."""
 
     @staticmethod
     def forward(ctx, logits_TV, group):
@@ -202,7 +202,7 @@ def _bare_forward(case: Case) -> Outcome:
 def _bare_gradients(case: Case, times_logits: int) -> Outcome:
     for _ in range(times_logits):
         logits_TV = functional.linear(case.hidden_TH, case.weight_VH)
-    # the logits' gradient has their shape and type; which numbers are in it costs nothing
+    # the logits have the shape and type of their gradient; the values do not affect the time
     return Outcome(None, None, (logits_TV @ case.weight_VH, logits_TV.t() @ case.hidden_TH))
 
 
@@ -222,9 +222,9 @@ OURS: dict[str, Task] = tasks_of(ours) | {
 def load_verl(folder: Path | None) -> Head:
     """verl's Triton kernel, from a checkout's `verl/utils/kernel` (as of its PR #5349, or later).
 
-    Before that change a vocabulary that 1024 does not divide gives wrong numbers, which the errors
-    in the result show.  Its files are run alone, with a stand-in for the one module that they need
-    of verl: the package itself wants Ray and more.
+    Before that change, results for a vocabulary that is not a multiple of 1024 are wrong, as the
+    errors in the result show.  Its files run without the package, which needs Ray and more; the one
+    module of verl that they import is replaced.
     """
     if folder is None:
         raise Absent("no --verl FOLDER given")
@@ -257,7 +257,7 @@ def load_verl(folder: Path | None) -> Head:
 def load_liger() -> Head:
     """Liger's per-token cross entropy with entropy: its CuTe kernel on Hopper.
 
-    On Hopper it needs `liger-kernel[cutedsl]`, elsewhere it is chunks in plain PyTorch.
+    On Hopper it needs `liger-kernel[cutedsl]`; on other GPUs it is chunked plain PyTorch.
     """
     try:
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function

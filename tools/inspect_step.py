@@ -1,10 +1,10 @@
-"""What happened in a step: prompts, perplexities, completions, rewards, weights, as a table.
+"""Print a step as a table: prompts, perplexities, completions, rewards, weights.
 
     python tools/inspect_step.py runs/demo 3                       # from ledger and metrics
     python tools/inspect_step.py runs/demo/dumps/step_0003         # with the completions
 
 A run without a dump of the step (`debug.dump_steps`) has no completions and no order of candidates:
-perplexities are then ranked among the prompts that were paid for.
+perplexities are then ranked among the prompts that were rolled out.
 """
 
 import argparse
@@ -48,13 +48,13 @@ class Group:
     prompt_id: str
     ppl: float | None
     rank: int | None
-    """Of its perplexity, from 1, the lowest."""
+    """Rank of its perplexity, starting with 1 for the lowest."""
     prompt: str | None
     rollouts: list[Line]
 
 
 def groups_of_dump(of: dump.Dump) -> list[Group]:
-    """From a dump, which has everything but the groups that were not learnt from."""
+    """Read groups from a dump, which has all except those that were not trained on."""
     ppl = {c["id"]: c["ppl"] for c in of.about["candidates"] if c["ppl"] is not None}
     rank = {prompt_id: r for r, prompt_id in enumerate(sorted(ppl, key=ppl.get), 1)}
     weight_N, entropies = weights(of), of.per_rollout("entropy_T")
@@ -76,7 +76,7 @@ def groups_of_dump(of: dump.Dump) -> list[Group]:
 
 
 def weights(of: dump.Dump) -> torch.Tensor:
-    """`weight_N`: each coefficient without its normaliser, which is that of its own update."""
+    """Return `weight_N`: each coefficient without the normaliser of its update."""
     parts = []
     for _, batch in of.updates():
         lengths_N = torch.tensor([s.sequence.num_scored for s in batch])
@@ -88,7 +88,7 @@ def weights(of: dump.Dump) -> torch.Tensor:
 
 
 def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
-    """From the ledger; advantages are computed again from the rewards."""
+    """Read groups from the ledger; advantages are recomputed from the rewards."""
     entries = [e for e in ledger.read(run / "ledger.jsonl") if e.step == step]
     if not entries:
         raise UserError(f"{run / 'ledger.jsonl'} has no rollouts of step {step}")
@@ -123,7 +123,7 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
 
 
 def prompt_texts(config: Config) -> dict[str, str]:
-    """The training prompts by id, if their file is still there."""
+    """Return the training prompts by id, if their file still exists."""
     path = Path(config.data.train)
     if not path.is_file():
         return {}
@@ -131,7 +131,7 @@ def prompt_texts(config: Config) -> dict[str, str]:
 
 
 def table(groups: Sequence[Group], *, width: int) -> str:
-    """The groups by perplexity, each a line for the prompt and a line a rollout."""
+    """Format the groups by perplexity: one line for the prompt, and one line per rollout."""
     lines = []
     for group in sorted(groups, key=lambda g: (g.ppl is None, g.ppl or 0.0)):
         ppl = "" if group.ppl is None else f"  ppl {group.ppl:.4g}, rank {group.rank}"
@@ -153,18 +153,18 @@ def table(groups: Sequence[Group], *, width: int) -> str:
 
 
 def number(value: float | None, width: int) -> str:
-    """Three decimals, or a dash."""
+    """Format a number with three decimals, or as a dash."""
     return f"{'-':>{width}}" if value is None else f"{value:{width}.3f}"
 
 
 def cut(text: str, width: int) -> str:
-    """On one line, and not longer than that."""
+    """Return a text in one line, truncated to a width."""
     line = "".join(c if c.isprintable() else " " for c in text)
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def numbers_of(metrics: dict) -> str:
-    """The metrics of a step but seconds, two columns."""
+    """Format the metrics of a step, except for times, in two columns."""
     shown = [
         f"{name:32} {value:12.5g}"
         for name, value in metrics.items()
@@ -176,7 +176,7 @@ def numbers_of(metrics: dict) -> str:
 
 
 def inspect_dump(directory: Path, *, width: int) -> str:
-    """A dump as text."""
+    """Return a dump as text."""
     of = dump.read(directory)
     parts = [f"step {of.about['step']}, dumped because of {of.about['why']}; {directory}"]
     for result in of.about["results"]:
@@ -190,9 +190,9 @@ def inspect_dump(directory: Path, *, width: int) -> str:
 
 
 def inspect_run(run: Path, step: int, *, width: int) -> str:
-    """A step of a run as text: its dump if there is one, and its metrics."""
+    """Return a step of a run as text: its dump if it exists, and its metrics."""
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run: it has no config.yaml")
+        raise UserError(f"{run} is not a run: it has no config.yaml")
     metrics = [m for m in read_lines(run / "metrics.jsonl") if m["step"] == step]
     parts = [numbers_of(metrics[-1])] if metrics else []
     dumped = run / "dumps" / f"step_{step:04d}"
@@ -206,11 +206,11 @@ def inspect_run(run: Path, step: int, *, width: int) -> str:
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", help="a run's directory, or a dump")
-    parser.add_argument("step", nargs="?", type=int, help="of a run; counted from 0")
-    parser.add_argument("--width", type=int, default=120, help="of a line (%(default)s)")
+    parser.add_argument("path", help="directory of a run, or a dump")
+    parser.add_argument("step", nargs="?", type=int, help="step of a run, counted from 0")
+    parser.add_argument("--width", type=int, default=120, help="width of a line (%(default)s)")
     options = parser.parse_args(arguments)
     path = Path(options.path)
     if options.step is None:

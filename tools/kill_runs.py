@@ -1,14 +1,14 @@
-"""Kill processes of short runs at random moments, and compare with runs that were left alone.
+"""Kill processes of short runs at random times, and compare with uninterrupted runs.
 
     python tools/kill_runs.py --kills 100 --out benchmarks/results/kill_runs.json
 
-Victims (SIGKILL each): all ranks at once; one rank, after which the others are killed, as a
-launcher does; a grading process; a process of a rollout server, which is the fake one of `tests`,
-started by the run.  After the death of a grading process the run has to go on by itself, after that
-of a server it may end instead.  A run that has ended early is gone on with, until it comes to its
-end; then ledger, weights, optimizer and metrics have to be those of the undisturbed run of the same
-settings, bit for bit.  Ranks are forked from this process, which has imported everything: a kill
-then costs a second and not the seconds of an import.  Needs no GPU, and uses none.
+Victims (each by SIGKILL): all ranks simultaneously; one rank, after which all further ranks are
+killed, as by a launcher; a grading process; a process of a rollout server, which is the fake one of
+`tests`, started by the run.  After the death of a grading process the run must continue; after that
+of a server it may also stop.  A run that stopped early is resumed until it is finished; then
+ledger, weights, optimizer and metrics must be those of the uninterrupted run with the same
+settings, bit for bit.  Ranks are forked from this process, which has imported all modules: a kill
+then takes a second and not the time of an import.  Neither needs nor uses a GPU.
 """
 
 import argparse
@@ -93,12 +93,12 @@ CASES = {
 }
 KINDS = ("all", "rank", "grader", "engine")
 SECONDS_OF_A_COMPLETION = 0.1
-"""At a fake server, so that kills fall among rollouts, too."""
+"""Delay in a fake server, so that kills also occur during rollouts."""
 ENGINE_FAILED = 3
-"""Exit code of a rank, in the place of 1."""
+"""Exit code of a rank whose engine failed, in place of 1."""
 DEADLINE_SECONDS = 300.0
 MOST_KILLS = 6
-"""Of one run, which is then left alone: one long run must not have all of them."""
+"""Maximum number of kills per run, so that they are not all in one long run."""
 
 
 @dataclass(frozen=True)
@@ -108,30 +108,30 @@ class Kill:
     case: str
     victim: str
     seconds: float
-    """After the start of the ranks."""
+    """Time after the start of the ranks."""
     step: int
-    """Steps in the metrics by then, counted from the beginning of the run."""
+    """Number of steps in the metrics at that time, counted from the start of the run."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run, and what was killed of it until it came to its end."""
+    """A run, and its kills until it was finished."""
 
     case: str
     kills: list[Kill]
     differs: list[str]
-    """What was not that of the undisturbed run."""
+    """Outputs that differ from those of the uninterrupted run."""
 
 
 @dataclass
 class Victims:
-    """Kinds of victims in random order, each as often as the others; one is kept until killed."""
+    """Kinds of victims in random order, each equally often; a kind is kept until it is killed."""
 
     draw: random.Random
     left: list[str] = field(default_factory=list)
 
     def next(self, case: str) -> str:
-        """The next kind that the case has."""
+        """Return the next kind that exists in the case."""
         has = {"all": True, "rank": num_ranks(case) > 1, "grader": True, "engine": _servers(case)}
         while not any(has[kind] for kind in self.left):
             self.left += self.draw.sample(KINDS, len(KINDS))
@@ -139,7 +139,7 @@ class Victims:
 
 
 class Ranks:
-    """The ranks of a run, from where it is, and what is killed of them."""
+    """The ranks of a run, started from its current state, and their processes to kill."""
 
     def __init__(self, case: str, directory: Path):
         self.case, self.directory = case, directory
@@ -154,11 +154,11 @@ class Ranks:
 
     @property
     def seconds(self) -> float:
-        """Since they were started."""
+        """Time since they were started."""
         return time.monotonic() - self.begin
 
     def wait_until(self, seconds: float) -> bool:
-        """Until so long after the start; False if they have come to an end before."""
+        """Wait until a time after the start; returns False if all ranks ended before."""
         while self.running and self.seconds < seconds:
             assert self.seconds < DEADLINE_SECONDS, f"{self.directory} is still running"
             for pid in list(self.running):
@@ -170,7 +170,7 @@ class Ranks:
         return bool(self.running)
 
     def kill(self, kind: str, draw: random.Random) -> bool:
-        """One of this kind; False if there is none now."""
+        """Kill processes of a kind; returns False if there are none."""
         who, rank = kind, draw.randrange(len(self.pids))
         if kind == "all":
             victims = list(self.running)
@@ -185,14 +185,14 @@ class Ranks:
         try:
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has just ended by itself (a rank is there until waited for)
+        except ProcessLookupError:  # it has just exited (a rank exists until it is waited for)
             return False
         step = prove.num_lines(self.directory / "metrics.jsonl")
         self.kills.append(Kill(self.case, who, round(self.seconds, 3), step))
         return True
 
     def end(self) -> None:
-        """Kill what is left."""
+        """Kill all remaining processes."""
         for pid in self.running:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -207,18 +207,18 @@ class Ranks:
 
 
 def config_of(case: str, directory: Path) -> configuration.Config:
-    """Of the run of this case in this directory."""
+    """Return the configuration of a case's run in a directory."""
     overrides = [*SHORT, *CASES[case], f"run.dir={directory}"]
     return configuration.load(LAPTOP / "prepo.yaml", overrides)
 
 
 def num_ranks(case: str) -> int:
-    """Of a run of this case."""
+    """Return the number of ranks of a case's run."""
     return config_of(case, Path("none")).parallel.num_ranks
 
 
 def undisturbed_run(case: str, directory: Path) -> float:
-    """Seconds that it took."""
+    """Run to the end and return the seconds that it took."""
     ranks = Ranks(case, directory)
     try:
         ranks.wait_until(DEADLINE_SECONDS)
@@ -230,10 +230,10 @@ def undisturbed_run(case: str, directory: Path) -> float:
 def disturbed_ranks(
     case: str, directory: Path, seconds: float, victims: Victims, most: int
 ) -> tuple[bool, list[Kill]]:
-    """Start the ranks of a run and kill; whether the run came to its end, and what was killed.
+    """Start the ranks of a run and kill; returns whether the run finished, and the kills.
 
-    Of its servers one only: were the second lost before the first is back, the overlapped loop
-    would take other weights' rollouts.
+    Only one of its servers is killed: if the second were lost before the first has rejoined, the
+    overlapped loop would use rollouts of other weights.
     """
     draw, ranks = victims.draw, Ranks(case, directory)
     try:
@@ -245,7 +245,7 @@ def disturbed_ranks(
                     DEADLINE_SECONDS
                 ) and not ranks.engine_failed, ranks.kills
             if not ranks.kill(kind, draw):
-                moment = ranks.seconds + 0.02  # as soon as there is one
+                moment = ranks.seconds + 0.02  # as soon as a process of this kind exists
                 continue
             victims.left.remove(kind)
             if kind in ("all", "rank"):
@@ -259,18 +259,18 @@ def disturbed_ranks(
 def killed_until_done(
     case: str, directory: Path, undisturbed: Path, seconds: float, victims: Victims
 ) -> Trial:
-    """One trial; `seconds` is how long the undisturbed run took."""
+    """Run one trial; `seconds` is the duration of the uninterrupted run."""
     kills, done = [], False
     while not done:
         done, new = disturbed_ranks(case, directory, seconds, victims, MOST_KILLS - len(kills))
         kills += new
-        done = done or (directory / "summary.json").exists()  # killed when all was done
+        done = done or (directory / "summary.json").exists()  # killed after it was finished
     checks = prove.compare(undisturbed, directory)
     return Trial(case, kills, [f"{c.what}: {c.detail}" for c in checks if not c.equal])
 
 
 def trials(cases: Sequence[str], num_kills: int, directory: Path, seed: int) -> Iterator[Trial]:
-    """Trials of the cases in turn, until there are so many kills, some of each kind."""
+    """Run trials of the cases in turn, until there are enough kills, and some of each kind."""
     victims, number, undisturbed = Victims(random.Random(seed)), 0, {}
     kinds = Counter()
     while kinds.total() < num_kills or len(kinds) < len(KINDS):
@@ -288,17 +288,17 @@ def trials(cases: Sequence[str], num_kills: int, directory: Path, seed: int) -> 
 
 
 def kind_of(kill: Kill) -> str:
-    """One of `KINDS`."""
+    """Kind of the victim, one of `KINDS`."""
     return kill.victim.partition(" ")[0]
 
 
 def main() -> int:
-    """Exit code 1 if anything differed."""
+    """Run the trials; returns exit code 1 if anything differed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="written anew after every run")
-    parser.add_argument("--case", action="append", choices=CASES, help="of these settings only")
+    parser.add_argument("--out", type=Path, help="JSON file, rewritten after every run")
+    parser.add_argument("--case", action="append", choices=CASES, help="only these settings")
     options = parser.parse_args()
     kills, differ, num_runs = [], [], 0
     with tempfile.TemporaryDirectory() as directory:
@@ -325,12 +325,12 @@ def main() -> int:
                     "each": [dataclasses.asdict(kill) for kill in kills],
                 }
                 write_text(options.out, json.dumps(result, indent=1) + "\n")
-    print(f"{len(kills)} kills of {num_runs} runs; {len(differ)} differ from an undisturbed run")
+    print(f"{len(kills)} kills of {num_runs} runs; {len(differ)} differ from an uninterrupted run")
     return 1 if differ else 0
 
 
 def _fake_servers(package: Path) -> dict[str, str]:
-    """The environment in which `python -m sglang.launch_server` is the fake one."""
+    """Return an environment in which `python -m sglang.launch_server` is the fake server."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import fake_sglang_package
 
@@ -343,17 +343,17 @@ def _servers(case: str) -> bool:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Processes below this one, as far as they are there."""
+    """Return the existing descendants of a process."""
     try:
         tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
         children = [int(word) for task in tasks for word in task.read_text().split()]
     except FileNotFoundError:
-        return []  # it has just ended
+        return []  # it has just exited
     return [found for child in children for found in (child, *_descendants(child))]
 
 
 def _command(pid: int) -> str:
-    """Its command line; nothing if it has ended."""
+    """Return a process's command line; empty if it has exited."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except FileNotFoundError:

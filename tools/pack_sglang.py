@@ -3,9 +3,10 @@
     python tools/pack_sglang.py FOLDER          # downloads some 0.6 GB; needs the network
     python tools/gpu_check.py --out RESULT.json --sglang FOLDER     # on that machine
 
-For Python 3.12 and torch 2.11 (CUDA 13), which has to be there, as torchvision and triton.  Of the
-kernel package, 383 MB, only what sm90 (H100, H200) imports is taken: attention and sampling then
-are Triton's and torch's.  Archives are unpacked onto the servers' path, not installed.
+For Python 3.12 and torch 2.11 (CUDA 13), which must be installed, as well as torchvision and
+triton.  Of the kernel package, 383 MB, only the files that sm90 (H100, H200) imports are included:
+attention and sampling then use Triton and torch.  Archives are unpacked onto the servers' path, not
+installed.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 def pack(names: list[str], archive: Path) -> int:
-    """The wheels' files in one archive; returns its bytes."""
+    """Write the wheels' files to one archive; returns its bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", scratch]
         constraints = ["--constraint", str(REPOSITORY / "sglang_cpu.txt")]
@@ -79,7 +80,7 @@ def pack(names: list[str], archive: Path) -> int:
 
 
 def copy(wheel: Path, out: zipfile.ZipFile) -> None:
-    """What is needed of a wheel."""
+    """Copy the files of a wheel that are needed to an archive."""
     with zipfile.ZipFile(wheel) as files:
         for name in files.namelist():
             if not any(part in name for part in LEFT_OUT):

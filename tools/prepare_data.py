@@ -1,4 +1,4 @@
-"""Mathematics data sets as this project's prompts: read, deduplicated, decontaminated, counted.
+"""Convert mathematics data sets to prompts: read, deduplicate, decontaminate, count.
 
     python tools/prepare_data.py --out data \
         --train dapo-math-17k=hub --suite aime24=hub --suite math500=math500.jsonl --together paper
@@ -8,10 +8,11 @@ writes `data/dapo-math-17k/train.jsonl`, `data/suites/aime24.jsonl`, ..., all su
 file, a folder of them, or `hub`, which reads the data set below through the `datasets` package.
 Parquet needs `pyarrow`; `pip install -e ".[data]"` brings both.
 
-Two problems are the same if their texts are, case and spaces apart.  Of the same ones the first
-stays; if their answers differ, none does.  A training problem goes that shares a run of `--ngram`
-words (13, as in GPT-3, arXiv 2005.14165, appendix C; signs are no words) with a problem of any
-suite; one of fewer words goes if it is the same.  The suites themselves are left as they are.
+Two problems are equal if their texts are, ignoring case and spaces.  Of equal problems the first
+one is kept; if their answers differ, none is.  A training problem is removed if it shares a
+sequence of `--ngram` words (13, as in GPT-3, arXiv 2005.14165, appendix C; signs are not words)
+with a problem of any suite; a problem with fewer words is removed if it is equal.  The suites are
+not modified.
 """
 
 import argparse
@@ -39,7 +40,7 @@ DAPO_AFTER = re.compile(r'\n\nRemember to put your answer on its own line after 
 WORD = re.compile(r"\w+")
 DOLLAR = re.compile(r"(?<!\\)\$")
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""What Qwen2.5-Math's model card asks for, and `reward.function=math` looks for."""
+"""Instruction of Qwen2.5-Math's model card, for the format that `reward.function=math` expects."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What makes it the same as another; signs count, 3 + 4 is not 3 - 4."""
+        """Text by which problems are compared; signs are significant, 3 + 4 is not 3 - 4."""
         return " ".join(self.text.lower().split())
 
     @property
@@ -61,7 +62,7 @@ class Problem:
         return WORD.findall(self.text.lower())
 
     def runs(self, length: int) -> set[tuple[str, ...]]:
-        """All runs of so many words; of a shorter problem, its whole text."""
+        """Return all sequences of `length` words; for a shorter problem, its complete text."""
         words = self.words
         if len(words) < length:
             return {(self.key,)}
@@ -70,45 +71,45 @@ class Problem:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set on the hub, and how a row of it reads."""
+    """A data set on the hub, and the format of its rows."""
 
     hub: tuple[str, str | None, str]
     """Repository, configuration and split."""
     read: Callable[[dict], tuple[object, object]]
-    """Problem and answer as a row has them; KeyError names a column that is not there."""
+    """Function from a row to problem and answer; KeyError names a missing column."""
     id_column: str | None = None
 
 
 def dapo(row: dict) -> tuple[str, object]:
-    """A chat whose only turn wraps the problem in instructions, which are taken off."""
+    """Read a chat with a single turn that wraps the problem in instructions, which are removed."""
     (turn,) = row["prompt"]
     text = DAPO_AFTER.sub("", DAPO_BEFORE.sub("", turn["content"]))
     return text, row["reward_model"]["ground_truth"]
 
 
 def gsm8k(row: dict) -> tuple[str, str]:
-    """The answer ends with `####` and the number."""
+    """Read an answer that ends with `####` and the number."""
     _, result = row["answer"].split("####")
     return row["question"], result.replace(",", "")
 
 
 def boxed_solution(row: dict) -> tuple[str, str]:
-    """MATH: the answer is in the last \\boxed{...} of the solution."""
+    """Read MATH: the answer is in the last \\boxed{...} of the solution."""
     return row["problem"], last_boxed(row["solution"])
 
 
 def problem_and_answer(row: dict) -> tuple[object, object]:
-    """MATH-500 and AIME."""
+    """Read MATH-500 and AIME."""
     return row["problem"], row["answer"]
 
 
 def olympiad(row: dict) -> tuple[str, str]:
-    """A list of answers in dollar signs, of which there may be several; or one answer."""
+    """Read a list of one or several answers in dollar signs; or a single answer."""
     answers = row["final_answer"]
     if isinstance(answers, str):
         answers = [answers]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"`final_answer` must be a list of texts, and is {one_line(answers)}")
+        raise ValueError(f"`final_answer` must be a list of texts, but is {one_line(answers)}")
     return row["question"], ", ".join(DOLLAR.sub("", answer).strip() for answer in answers)
 
 
@@ -133,11 +134,11 @@ HENDRYCKS = (
     "prealgebra",
     "precalculus",
 )
-"""The configurations that make up MATH on the hub."""
+"""Configurations of MATH on the hub."""
 
 
 def read_problems(name: str, place: str) -> list[Problem]:
-    """All problems of a data set.  Raises UserError naming the row that cannot be read."""
+    """Return all problems of a data set; raises UserError naming a row that cannot be read."""
     if name not in SOURCES:
         raise UserError(f"unknown data set {name!r}; known are {', '.join(SOURCES)}")
     source, problems, seen = SOURCES[name], [], {}
@@ -148,7 +149,7 @@ def read_problems(name: str, place: str) -> list[Problem]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{where}: {type(error).__name__} {one_line(error)}; its columns are "
-                f"{one_line(sorted(map(str, row)))}, which should be those of {source.hub[0]}"
+                f"{one_line(sorted(map(str, row)))}, but should be those of {source.hub[0]}"
             ) from error
         read = {"problem": problem, "answer": answer, "id": row.get(source.id_column)}
         own = str(index) if read["id"] is None else answer_of(read, "id", where)
@@ -159,18 +160,18 @@ def read_problems(name: str, place: str) -> list[Problem]:
         answer = answer_of(read, "answer", where).strip()
         problems.append(Problem(f"{name}/{own}", text, answer))
     if not problems:
-        raise UserError(f"{name}: {place} holds no rows")
+        raise UserError(f"{name}: {place} contains no rows")
     return problems
 
 
 def _local_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(`FILE, line N` or `FILE, row N`, row) of a file, or of the files of a folder."""
+    """Yield (`FILE, line N` or `FILE, row N`, row) of a file, or of the files of a folder."""
     if path.is_dir():
         files = sorted([*path.glob("*.jsonl"), *path.glob("*.parquet")])
         for file in files:
             yield from _local_rows(file)
     elif not path.is_file():
-        raise UserError(f"no such file or folder: {path}; `hub` reads it through `datasets`")
+        raise UserError(f"no such file or folder: {path}; use `hub` to read it with `datasets`")
     elif path.suffix == ".jsonl":
         for line, row in json_lines.read(path):
             yield f"{path}, line {line}", row
@@ -189,7 +190,7 @@ def _parquet_rows(path: Path) -> list[dict]:
         raise UserError(f'{path}: parquet needs pyarrow: pip install -e ".[data]"') from error
     try:
         return parquet.read_table(path).to_pylist()
-    # how pyarrow says that a file is damaged, or that Python cannot hold what it holds
+    # raised by pyarrow for damaged files, and for values that Python cannot represent
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be read as Parquet: {one_line(error)}; copy it again"
@@ -208,15 +209,15 @@ def _hub_rows(hub: tuple[str, str | None, str]) -> Iterator[tuple[str, dict]]:
             rows = load_dataset(repository, part, split=split)
         except (OSError, ValueError) as error:  # no network or data set; no such part or split
             raise UserError(
-                f"{repository} ({where}) cannot be read from the hub: {error}; name a copy of it, "
-                "NAME=FILE in place of NAME=hub"
+                f"{repository} ({where}) cannot be read from the hub: {error}; use a local copy, "
+                "NAME=FILE instead of NAME=hub"
             ) from error
         for index, row in enumerate(rows, 1):
             yield f"{repository} ({where}), row {index}", row
 
 
 def unique(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:
-    """Each problem once; how many repeats went, and how many with contradicting answers."""
+    """Return unique problems, and the numbers of removed repeats and contradicting answers."""
     answers: dict[str, set[Fraction | str]] = {}
     for problem in problems:
         value = number(problem.answer)
@@ -234,9 +235,9 @@ def unique(problems: Sequence[Problem]) -> tuple[list[Problem], int, int]:
 def decontaminate(
     problems: Sequence[Problem], suites: dict[str, Sequence[Problem]], length: int
 ) -> tuple[list[Problem], dict[str, int]]:
-    """Problems that share no run of words with a suite, and how many each suite cost.
+    """Return problems that share no word sequence with a suite, and the number removed per suite.
 
-    One that several suites know counts for the first.
+    A problem that matches several suites is counted for the first.
     """
     of_suite = {
         name: set().union(*(problem.runs(length) for problem in suite))
@@ -254,12 +255,12 @@ def decontaminate(
 
 
 def split(problems: Sequence[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """(training, held out): those whose texts have the smallest hashes are held out.
+    """Return (training, held out): problems whose texts have the smallest hashes are held out.
 
-    So a problem stays on its side when others come or go.
+    So a problem stays in its split when other problems are added or removed.
     """
     if held_out >= len(problems):
-        raise UserError(f"--held-out {held_out} leaves nothing of {len(problems)} problems")
+        raise UserError(f"--held-out {held_out} leaves none of the {len(problems)} problems")
     by_hash = sorted(problems, key=lambda problem: hashlib.sha256(problem.key.encode()).digest())
     chosen = {problem.id for problem in by_hash[:held_out]}
     return (
@@ -269,7 +270,7 @@ def split(problems: Sequence[Problem], held_out: int) -> tuple[list[Problem], li
 
 
 def describe(problems: Sequence[Problem]) -> dict:
-    """Counts of a written file; lengths are words."""
+    """Return statistics of a written file; lengths are in words."""
     lengths = sorted(len(problem.words) for problem in problems)
     whole = sum(re.fullmatch(r"-?\d+", problem.answer) is not None for problem in problems)
     return {
@@ -297,7 +298,7 @@ def write(path: Path, problems: Sequence[Problem], instruction: str) -> dict:
 
 
 def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
-    """UserError if a file would be replaced that no earlier run of this tool wrote."""
+    """Raise UserError if an output would replace a file that this tool did not write."""
     try:
         statistics = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
         if {"train", "suites"} <= statistics.keys():
@@ -312,17 +313,17 @@ def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
         if os.path.lexists(file):
             raise UserError(
                 f"{file} exists, and {out} has no statistics.json of this tool; nothing was "
-                "written: choose another --out, or move it away"
+                "written: choose another --out, or move the file"
             )
 
 
 def prepare(options: argparse.Namespace) -> dict:
-    """All files; returns the statistics, which are also written."""
+    """Write all files; returns the statistics, which are also written."""
     for kind in ("train", "suite"):
         names = [name for name, _ in getattr(options, kind)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(
-                f"--{kind} {twice[0]} is given twice; put its files into one folder and name that"
+                f"--{kind} {twice[0]} is given twice; put its files into one folder and use that"
             )
     if options.held_out < 0 or options.ngram < 1:
         raise UserError(
@@ -345,8 +346,8 @@ def prepare(options: argparse.Namespace) -> dict:
         kept, contaminated = decontaminate(kept, suites, options.ngram)
         if not kept:
             raise UserError(
-                f"--train {name}: nothing is left of its {len(read)} problems: {repeated} are "
-                f"repeated, {contradicting} contradict another, {contaminated} are in a suite"
+                f"--train {name}: none of its {len(read)} problems remains: {repeated} are "
+                f"repeated, {contradicting} contradict each other, {contaminated} are in a suite"
             )
         training, held_out = split(kept, options.held_out)
         entry = {
@@ -375,7 +376,7 @@ def prepare(options: argparse.Namespace) -> dict:
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for something that the user can mend."""
+    """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for kind in ("train", "suite"):
         parser.add_argument(
@@ -387,20 +388,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=f"one of {', '.join(SOURCES)}; FILE may be `hub`; may come several times",
         )
     parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--together", metavar="NAME", help="also write all suites as one file")
-    parser.add_argument("--held-out", type=int, default=0, metavar="N", help="of each --train")
-    parser.add_argument("--ngram", type=int, default=13, metavar="N", help="words (%(default)s)")
+    parser.add_argument("--together", metavar="NAME", help="also write all suites to one file")
+    parser.add_argument("--held-out", type=int, default=0, metavar="N", help="number per --train")
+    parser.add_argument("--ngram", type=int, default=13, metavar="N", help="in words (%(default)s)")
     instruction = parser.add_mutually_exclusive_group()
-    instruction.add_argument("--instruction", default="", help="text behind every problem")
+    instruction.add_argument("--instruction", default="", help="text after every problem")
     instruction.add_argument(
         "--boxed",
         action="store_const",
         dest="instruction",
         const=BOXED,
-        help="the text that asks for the answer in a box, as reward.function=math needs it",
+        help="add the text that asks for a boxed answer, as reward.function=math needs",
     )
     parser.add_argument(
-        "--perplexity", metavar="HF", help="also draw the prompts' perplexities under this model"
+        "--perplexity", metavar="HF", help="draw the prompts' perplexities under this model"
     )
     print(json.dumps(prepare(parser.parse_args(arguments)), indent=2))
     return 0

@@ -1,9 +1,10 @@
-"""Perplexities of prompt files under a model: a histogram, and their quantiles.
+"""Compute perplexities of prompt files under a model: a histogram, and quantiles.
 
     python tools/prompt_perplexity.py --hf MODEL --out perplexity.png train.jsonl math500.jsonl
 
-The perplexity that PREPO's window sorts by (`megatron_prepo/prepo/perplexity.py`), here by
-`transformers`, one prompt at a time, on a GPU if there is one.  Beside the picture goes a `.json`.
+The perplexity is the one by which PREPO's window is sorted (`prepo/perplexity.py`), computed by
+`transformers`, one prompt at a time, on a GPU if available.  A `.json` with the quantiles is
+written next to the figure.
 """
 
 import argparse
@@ -37,7 +38,7 @@ INK, BARS = "#1f2328", "#0e7490"
 def perplexities(
     hf: str, files: Sequence[str | Path], *, chat_template: bool = False, tokens: str = "all"
 ) -> dict[str, np.ndarray]:
-    """`ppl_P` of each file's prompts; `tokens` is `selection.ppl_tokens`."""
+    """Return `ppl_P` of each file's prompts; `tokens` is `selection.ppl_tokens`."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,14 +64,14 @@ def perplexities(
 
 
 def quantiles(ppl_P: np.ndarray) -> dict[str, float]:
-    """How many prompts, and where their perplexities lie."""
+    """Return the number of prompts and the quantiles of their perplexities."""
     points = np.quantile(ppl_P, QUANTILES)
     named = {f"q{round(100 * q)}": round(float(v), 4) for q, v in zip(QUANTILES, points)}
     return {"prompts": len(ppl_P), **named}
 
 
 def draw(ppl_of: dict[str, np.ndarray], path: str | Path, title: str) -> None:
-    """A histogram a file, one below the other on the same logarithmic axis, medians marked."""
+    """Draw one histogram per file on a common logarithmic axis, with medians marked."""
     everything = np.concatenate(list(ppl_of.values()))
     low, high = everything.min(), everything.max()
     edges = np.geomspace(low, max(high, 1.01 * low), 41)
@@ -99,11 +100,11 @@ def draw(ppl_of: dict[str, np.ndarray], path: str | Path, title: str) -> None:
 def describe(
     hf: str, files: dict[str, str | Path], out: str | Path, **options
 ) -> dict[str, dict[str, float]]:
-    """Measure the named files, draw, write; returns the quantiles of each."""
+    """Measure the files, draw and write; returns the quantiles of each."""
     numbers = Path(out).with_suffix(".json")
     if numbers.exists() and not Path(out).exists():
         raise UserError(
-            f"{numbers}, where the numbers of {out} go, is not this tool's; choose another --out"
+            f"{numbers}, the output next to {out}, is not this tool's; choose another --out"
         )
     measured = perplexities(hf, list(files.values()), **options)
     ppl_of = {name: measured[str(file)] for name, file in files.items()}
@@ -115,7 +116,7 @@ def describe(
 
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 for something that the user can mend."""
+    """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="prompts, JSON Lines")
     parser.add_argument("--hf", required=True, help="Hugging Face directory of the model")

@@ -1,20 +1,19 @@
-"""One trainer in a process of its own, which does what it is told and says how long it took.
+"""Run one trainer in a separate process, which executes tasks and reports their times.
 
     python tools/train_arms.py ARM MODE CASE [setting=value ...]
 
-A line on stdin names a task, a line of JSON on stdout answers it.  MODE `fixed`: every trainer gets
-the case's rollouts; tasks `score` (log-probabilities and entropies, no gradient) and `update` (one
-optimizer update).  MODE `loop`: the trainer's own loop; task `step` is one step of it.
+Each line on stdin names a task; the response is one line of JSON on stdout.  MODE `fixed`: every
+trainer gets the case's rollouts; tasks `score` (log-probabilities and entropies, no gradient) and
+`update` (one optimizer update).  MODE `loop`: the trainer's loop; task `step` is one step of it.
 
-| ARM | what |
+| ARM | trainer |
 |---|---|
-| `ours` | this repository's actor; in `loop`, its training loop itself, stopped between steps |
-| `trl` | TRL's GRPOTrainer, its own loop; rollouts are handed to it by `rollout_func` |
-| `plain` | a loop in plain PyTorch around the `transformers` model, as one would write it |
+| `ours` | this repository's actor; in `loop`, its training loop, paused between steps |
+| `trl` | TRL's GRPOTrainer and its loop; rollouts are passed by `rollout_func` |
+| `plain` | a straightforward loop in plain PyTorch around the `transformers` model |
 
-Each has one thread, and seconds are this process's on a processor, which other processes of a
-shared machine lengthen little.  TRL's methods that are timed have no public name: they are those
-of trl 1.16.
+Each has one thread, and seconds are CPU time of this process, which other processes of a shared
+machine affect little.  The measured methods of TRL are not public: they are those of trl 1.16.
 """
 
 import json
@@ -37,7 +36,7 @@ from tools.train_case import Case, Group, read
 
 
 class Orders:
-    """Tasks from stdin, answers to stdout; what else is printed goes to stderr."""
+    """Tasks from stdin and results to stdout; all other output goes to stderr."""
 
     def __init__(self):
         self._answers = os.fdopen(os.dup(1), "w")
@@ -46,24 +45,24 @@ class Orders:
         self.started_with, self._wall = None, 0.0
 
     def next(self) -> str:
-        """The next task; the process ends when there is none."""
+        """Return the next task; exits the process at the end of stdin."""
         self.started_with = self.started_with or _memory("VmRSS")
         line = sys.stdin.readline()
         if not line:
-            os._exit(0)  # wherever in a trainer's loop this is
+            os._exit(0)  # from any place in a trainer's loop
         self.seconds.clear()
         self._wall = time.perf_counter()
         return line.strip()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Seconds of a part of the task; several visits add up."""
+        """Measure seconds of a part of the task; repeated parts add up."""
         start = time.process_time()
         yield
         self.seconds[stage] += time.process_time() - start
 
     def answer(self, **values) -> None:
-        """The task is done."""
+        """Write the result of the task, with seconds and memory."""
         values["wall"] = time.perf_counter() - self._wall
         memory = {"resident_before": self.started_with, "resident_peak": _memory("VmHWM")}
         self._answers.write(json.dumps({"seconds": self.seconds, **memory, **values}) + "\n")
@@ -71,7 +70,7 @@ class Orders:
 
 
 def _memory(name: str) -> int:
-    """Bytes of this process, as Linux counts them."""
+    """Return a number of bytes from Linux's statistics of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -79,7 +78,7 @@ def _memory(name: str) -> int:
 
 
 def ours_fixed(case: Case, orders: Orders) -> None:
-    """`Actor.score` and `Actor.update`, as `train.py` calls them."""
+    """Run `Actor.score` and `Actor.update` like `train.py`."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.prepo.advantages import group_advantages
@@ -121,7 +120,7 @@ def ours_fixed(case: Case, orders: Orders) -> None:
 
 
 def ours_loop(case: Case, orders: Orders) -> None:
-    """`train`, told when to go on."""
+    """Run `train`, which continues with each task."""
     from megatron_prepo.run.recorder import Run
     from megatron_prepo.train import train
     from megatron_prepo.trainer import step_metrics as metrics
@@ -147,7 +146,7 @@ def ours_loop(case: Case, orders: Orders) -> None:
 
 
 def trl(case: Case, orders: Orders, *, fixed: bool) -> None:
-    """GRPOTrainer with the settings that make its loss ours; `fixed` gives it the rollouts."""
+    """Run GRPOTrainer with settings that make its loss ours; `fixed` passes the rollouts."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -179,7 +178,7 @@ def trl(case: Case, orders: Orders, *, fixed: bool) -> None:
             seconds["update"] = seconds["step"] - seconds["before_update"]
 
         def on_log(self, args, state, control, logs, **_):
-            if "grad_norm" in logs:  # the last one, of the whole run, has none
+            if "grad_norm" in logs:  # the last one, for the entire run, has none
                 orders.answer(
                     loss=logs["loss"],
                     grad_norm=logs["grad_norm"],
@@ -265,7 +264,7 @@ def trl(case: Case, orders: Orders, *, fixed: bool) -> None:
 
 
 def plain_fixed(case: Case, orders: Orders) -> None:
-    """Micro-batches of neighbours in length, padded on the right; the head on completions only."""
+    """Run micro-batches of similar lengths, padded on the right; the head only on completions."""
     model, optimizer = _plain_model(case)
     while task := orders.next():
         batches = list(_plain_batches(case))
@@ -281,7 +280,7 @@ def plain_fixed(case: Case, orders: Orders) -> None:
 
 
 def plain_loop(case: Case, orders: Orders) -> None:
-    """`generate` of `transformers`, our reward function, one update."""
+    """Run `generate` of `transformers`, our reward function, and one update."""
     from transformers import AutoTokenizer
 
     model, optimizer = _plain_model(case)
@@ -339,7 +338,7 @@ def _plain_model(case: Case):
 
 
 def _plain_batches(case: Case) -> Iterator[tuple]:
-    """(ids_BS, mask_BS, scored_BS, advantage_B) with rows sorted by length."""
+    """Return (ids_BS, mask_BS, scored_BS, advantage_B) with rows sorted by length."""
     micro = case.rows
     rewards_KG = torch.tensor([group.rewards for group in case.groups])
     std_K1 = rewards_KG.std(1, keepdim=True) + case.config.advantage.eps
@@ -361,7 +360,7 @@ def _plain_batches(case: Case) -> Iterator[tuple]:
 
 
 def _plain_scores(model, batch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies of the scored tokens, row by row."""
+    """Return log-probabilities and entropies of the scored tokens, row by row."""
     ids_BS, mask_BS, scored_BS, _ = batch
     hidden_BSH = model.model(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
     logits_TV = model.lm_head(hidden_BSH[:, :-1][scored_BS[:, 1:]])
@@ -372,7 +371,7 @@ def _plain_scores(model, batch: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _plain_update(case: Case, model, optimizer, batches: list[tuple]) -> dict[str, float]:
-    """On-policy: the ratio is 1 and carries the gradient, as in TRL."""
+    """Make one on-policy update: the ratio is 1 and carries the gradient, as in TRL."""
     loss_of, clip = case.config.loss, case.config.optimizer.clip_grad
     num_scored = sum(int(batch[2].sum()) for batch in batches)
     optimizer.zero_grad()
@@ -392,7 +391,7 @@ def _plain_update(case: Case, model, optimizer, batches: list[tuple]) -> dict[st
 
 
 def _left_and_right(case: Case, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As TRL pads: prompts on the left, completions on the right, all to the longest."""
+    """Pad like TRL: prompts on the left, completions on the right, all to the longest."""
     rows = [(group.prompt, c) for group in case.groups for c in group.completions]
     before, after = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
     ids_NS = torch.full((len(rows), before + after), pad)
@@ -419,7 +418,7 @@ ARMS = {
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Execute tasks until stdin ends."""
     arm, mode, directory, *overrides = sys.argv[1:]
     orders = Orders()
     torch.set_num_threads(1)

@@ -290,7 +290,7 @@ def _draw_sentence(rng: random.Random, family: Family, symbol: str) -> str:
 
 
 def _draw_distractor(rng: random.Random, limits: Magnitude) -> str:
-    """Draw a sentence with a number that is irrelevant to the question."""
+    """Draw a line of the story with a number that is irrelevant to the question."""
     template = rng.choices(DISTRACTORS, (3, 2, 1))[0]
     return template.format(name=rng.choice(NAMES), k=rng.randint(2, limits.max_operand))
 

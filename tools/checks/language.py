@@ -65,8 +65,8 @@ VERBS = set(
     lists wants adds asks passes marks follows outlives generates expects finds skips fills goes
     forbids sets picks compares changes moves orders pays applies meets measures hides feeds sorts
     drops wraps represents describes reports processes rejects extends process express tests
-    registers resumes selects logs this its thus us plus less unless always across versus besides
-    towards perhaps whereas
+    registers resumes selects logs shares initialises trains this its thus us plus less unless
+    always across versus besides towards perhaps whereas
     """.split()  # noqa: SIM905
 )
 """Words in -s that are followed by a thing without meaning a rate."""
@@ -104,7 +104,7 @@ class Row:
     idiom: str
     pattern: str
     published: tuple[float, float, float, float] | None
-    """Per 1,000 words, in the order of OTHERS; None where LANGUAGE.md has no number."""
+    """Rates per 1,000 words, in the order of OTHERS; None if LANGUAGE.md has no number."""
     measured: tuple[float, float, float, float]
     """The same as this script counts it."""
     also: str
@@ -371,7 +371,7 @@ def _without_code(docstring: str, indent: int) -> str:
 
 
 def _comments(source: str) -> Iterator[tuple[int, str, str]]:
-    """Yield comments; those on lines of their own that follow each other are one."""
+    """Yield comments; consecutive full-line comments are joined."""
     block: list[str] = []
     start = last = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -446,7 +446,7 @@ def row_named(name: str) -> Row:
 
 
 def table(passages: list[Passage]) -> str:
-    """Return this tree's rates next to the others' ranges; `<--` marks a row out of range."""
+    """Return this tree's rates next to the ranges of OTHERS; `<--` marks a row out of range."""
     ours = rates(passages, (*ROWS, *WORDS))
     lines = [f"{'row':<11} {'here':>6}  {'published':>12}  {'measured':>12}  per 1,000 words"]
     for row in (*ROWS, *WORDS):

@@ -164,7 +164,7 @@ def test_rates_are_per_1000_words_and_docstrings_in_per_cent():
 
 
 def test_the_range_is_that_of_the_four_others():
-    """An idiom to avoid may be rarer than with the others, the field's own term may not."""
+    """Idioms to avoid may be rarer than in all four, the field's term may not."""
     per, says = language.row_named("per"), language.row_named("says")
     assert [language.in_range(per, rate) for rate in (1.96, 1.97, 5.09, 5.1)] == [
         False,
