@@ -6,12 +6,12 @@ start: the date, which a resumed run takes again, and a digest of each prompt's 
 answer, which have to be the same whenever it starts, and on all ranks.
 """
 
-import datetime
 import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ FILE = "prompts.json"
 DIGITS = 8
 """Hexadecimal, of each prompt."""
 CAUSES = "the file, the tokenizer of model.hf, or the version of transformers"
+Day = date
+"""The type, where a field is called `date`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PromptDigests:
 
     @classmethod
     def of(
-        cls, config: Config, day: datetime.date | None, prompts: dict[str, Sequence[Prompt]]
+        cls, config: Config, day: Day | None, prompts: dict[str, Sequence[Prompt]]
     ) -> "PromptDigests":
         """Of all prompts of `train` and `eval`."""
         tree = vars(config.data)
@@ -72,20 +74,20 @@ class PromptDigests:
         return None
 
 
-def template_date(config: Config) -> datetime.date | None:
+def template_date(config: Config) -> date | None:
     """What the chat template is told of today: as set, as at the run's first start, or today."""
     if not config.data.chat_template:
         return None
     if config.data.chat_template_date is not None:
-        return datetime.date.fromisoformat(config.data.chat_template_date)
+        return date.fromisoformat(config.data.chat_template_date)
     recorded = _recorded(config)
-    return recorded_date(Path(config.run.dir)) if recorded else datetime.date.today()
+    return recorded_date(Path(config.run.dir)) if recorded else date.today()
 
 
-def recorded_date(directory: Path) -> datetime.date | None:
+def recorded_date(directory: Path) -> date | None:
     """The date that a run or an evaluation began with, if it has one."""
     record = read(directory)
-    return datetime.date.fromisoformat(record["date"]) if record and record["date"] else None
+    return date.fromisoformat(record["date"]) if record and record["date"] else None
 
 
 def check_unchanged(config: Config, now: PromptDigests) -> None:
