@@ -3,9 +3,11 @@
 import datetime
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_prepo import internals
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
 from megatron_prepo.records import Prompt
@@ -104,14 +106,12 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
             "set data.chat_template=false"
         )
 
-    # templates obtain the date only through this function; an argument overrides the built-in one
-    clock = {} if date is None else {"strftime_now": date.strftime}
-
     def render(content: str) -> str:
         turns = [{"role": "user", "content": content}]
-        chat: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **clock
-        )
+        with _calendar(tokenizer, date):
+            chat: str = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
         return chat
 
     # the words of a text may also occur in the template: a character that does not marks the place
@@ -120,6 +120,42 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
         return rendered, begin + len(text) - len(text.lstrip())
     trimmed = begin >= 0 and rendered.startswith(text.strip(), begin)
     return rendered, begin if trimmed else -1
+
+
+@contextmanager
+def _calendar(tokenizer: Any, date: datetime.date | None) -> Iterator[None]:
+    """Let chat templates read this date as today's; None: today.
+
+    `transformers` gives templates the date by a function of its own, `strftime_now`; from 5.23 on
+    an argument of that name reaches a template as text.  Raises UserError if the function does not
+    return the date, as it may in a later version.
+    """
+    from transformers.utils import chat_template_utils
+
+    if date is None:
+        yield
+        return
+    year, month, day = date.year, date.month, date.day
+
+    class Calendar(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Calendar":
+            return cls(year, month, day, tzinfo=tz)
+
+    actual = internals.replace(chat_template_utils, "datetime", Calendar)
+    try:
+        probe = "{{ strftime_now('%Y-%m-%d') }}"
+        turns = [{"role": "user", "content": ""}]
+        shown = tokenizer.apply_chat_template(turns, chat_template=probe, tokenize=False)
+        if shown != date.isoformat():
+            raise UserError(
+                f"the installed transformers gives chat templates the date {shown} where "
+                f"{date.isoformat()} is set, so a resumed run would have other prompts; install a "
+                "version that setup.py allows, or set data.chat_template=false"
+            )
+        yield
+    finally:
+        chat_template_utils.datetime = actual
 
 
 class CandidateBatches:
