@@ -222,7 +222,7 @@ REFUSED = {
     "an unknown key": ("qwen3", {"residual_scale": 2.0}, (), ["residual_scale"]),
     "a billion layers": ("qwen3", {"num_hidden_layers": 10**9}, (), ["num_hidden_layers"]),
     "a billion experts": ("moe", {"num_local_experts": 10**9}, (), ["mlp.gate"]),
-    "an odd size of heads": ("qwen3", {"head_dim": 11}, (), ["head_dim=11"]),
+    "an odd size of heads": ("qwen3", {"head_dim": 11}, (), ["head_dim", "=11"]),
     "a quantisation": (
         "qwen3",
         {"quantization_config": {"quant_method": "fp8"}},

@@ -261,7 +261,7 @@ class Cluster:
     def logs(self, number: str) -> str:
         """Return what a job has printed."""
         return "\n".join(
-            f"--- {path.name}\n{path.read_text(errors='replace')[-6000:]}"
+            f"--- {path.name}\n{path.read_text(errors='replace')[-60_000:]}"
             for path in self.log_files(number)
         )
 
