@@ -103,6 +103,7 @@ def test_a_job_that_slurm_refuses_is_one_line(cluster):
     words = ["--partition", "absent", f"run.dir={cluster.runs / 'none'}"]
     done = cluster.launch(*TWO_NODES, *words, check=False)
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert line.startswith("error: sbatch rejected the job: invalid partition specified: absent; ")
     assert not cluster.run("squeue", "--noheader")
