@@ -1,6 +1,6 @@
 """What moves between the stages: typed, immutable, and small enough to read.
 
-Letters: P candidate prompts, K selected prompts, G rollouts a prompt, N = K*G rollouts.
+Letters: P candidate prompts, K selected prompts, G rollouts per prompt, N = K*G rollouts.
 Rollouts are always in their prompts' order: rollout ``k*G + g`` is sample g of prompt k.
 """
 
@@ -14,7 +14,7 @@ class Prompt:
     id: str
     """Unique within the run."""
     text: str
-    """As the user wrote it."""
+    """The user's text."""
     answer: str
     """What the reward function compares with."""
     tokens: tuple[int, ...]
@@ -35,9 +35,9 @@ class Rollout:
     text: str
     """The completion without special tokens."""
     finished: bool
-    """Whether it ended by itself; False: cut at the limit of new tokens, or `aborted`."""
+    """Whether it ended with a stop token; False: cut at the limit of new tokens, or `aborted`."""
     weight_version: int
-    """Optimizer updates behind the weights that generated it."""
+    """Number of optimizer updates of the weights that generated it."""
     aborted: bool = False
     """Whether it was cut because it took too long (`servers.straggler_seconds`)."""
     routing: bytes | None = None
@@ -75,7 +75,7 @@ class ScoredSequence:
         return len(self.tokens) - self.start
 
     def routing_of_first(self, count: int) -> bytes | None:
-        """The experts of the first so many tokens."""
+        """Return the experts of the first `count` tokens."""
         if self.routing is None:
             return None
         return self.routing[: count * (len(self.routing) // (len(self.tokens) - 1))]

@@ -73,13 +73,13 @@ class PendingStep:
     candidates: Candidates
     chosen: list[int]
     weight_version: int | None
-    """Of the weights that chose and, as far as the engine did not fail, generate."""
+    """Version of the weights that chose and, unless the engine failed, generate."""
     generation: PendingRollouts | None = None
-    """Until it is waited for."""
+    """Set until its result is taken."""
     rollouts: list[Rollout] = field(default_factory=list)
     """Empty until then."""
     seconds: float = 0.0
-    """How long they took; the seconds of the stage `rollouts` are those waited."""
+    """Duration of the generation; the seconds of the stage `rollouts` are those waited."""
 
     @property
     def selected(self) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""What a step has paid for: prompts, their rollouts, and what these are worth.
+"""Groups of rollouts that a step has generated, with their rewards.
 
 Letters: K selected prompts, G rollouts each, N = K*G rollouts.
 """
@@ -14,23 +14,23 @@ from megatron_prepo.rewards.pool import Grade
 
 
 def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
-    """`rewards_N`."""
+    """Return `rewards_N`."""
     return torch.tensor([grade.reward for grade in grades])
 
 
 @dataclass(frozen=True)
 class Groups:
-    """K groups of G rollouts, in the order in which they were paid for."""
+    """K groups of G rollouts, in the order in which they were generated."""
 
     chosen: tuple[int, ...] = ()
     """Each group's prompt, as a position among the candidates."""
     rollouts: tuple[Rollout, ...] = ()
     grades: tuple[Grade, ...] = ()
-    """One a rollout."""
+    """One per rollout."""
 
     @property
     def rewards_KG(self) -> torch.Tensor:
-        """What the grades are worth."""
+        """Rewards of the groups."""
         return rewards_of(self.grades).view(len(self.chosen), -1)
 
     def extend(
@@ -60,9 +60,9 @@ class Groups:
 
 
 def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:
-    """Rollouts of each optimizer update; groups stay whole and are dealt out in turn.
+    """Return the rollouts of each optimizer update; groups are not split and are assigned in turn.
 
-    In turn, because selected prompts come sorted by perplexity: every update sees the whole window.
+    In turn, since selected prompts are sorted by perplexity: every update sees all of the window.
 
     >>> mini_batches(3, 2, 2)
     [[0, 1, 4, 5], [2, 3]]

@@ -117,7 +117,7 @@ class SkipUpdates:
         return False
 
     def update(self, batch: Sequence[TrainingSequence]) -> None:
-        """Not made, and counted as skipped."""
+        """Make no update; it is counted as skipped."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is counted."""

@@ -1,4 +1,4 @@
-"""How far the engine's probabilities are from the actor's, and what its correction changed."""
+"""Differences between the probabilities of engine and actor, and the effect of their correction."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ OFF_BY = (0.01, 0.1, 1.0)
 def mismatch_metrics(
     old_logprobs_N: Sequence[torch.Tensor], engine_logprobs_N: Sequence[torch.Tensor]
 ) -> dict[str, float]:
-    """Of N rollouts: differences of tokens, log ratios of rollouts, and what correcting would cost.
+    """Return differences of tokens, log ratios of rollouts, and the cost of correcting for them.
 
-    The effective sample size is a share: 1 where all ratios are equal, 1 / N where one is all.
+    The effective sample size is a share: 1 if all ratios are equal, 1 / N if one dominates.
     """
     difference_T = (torch.cat([*engine_logprobs_N]) - torch.cat([*old_logprobs_N])).double()
     lengths = [len(old_T) for old_T in old_logprobs_N]
@@ -40,7 +40,7 @@ def mismatch_metrics(
 
 
 def importance_metrics(settings: LossConfig, importance_T: torch.Tensor) -> dict[str, float]:
-    """Of all tokens of a step: the mean, and how many were truncated or left out."""
+    """Return the mean weight of a step's tokens, and the share that was truncated or masked."""
     changed_T = importance_T == 0
     if settings.importance == "truncated":
         changed_T = importance_T >= settings.importance_high

@@ -83,7 +83,7 @@ def score_rollouts(
 ) -> RolloutScores:
     """Return the actor's scores of the rollouts, a forward pass without gradient; collective.
 
-    `max_staleness`: how many optimizer updates a rollout may be behind the actor.
+    `max_staleness`: maximum number of optimizer updates since a rollout was generated.
     """
     staleness_N = tuple(actor.updates - rollout.weight_version for rollout in rollouts)
     for staleness in staleness_N:

@@ -1,9 +1,8 @@
 """Resuming a run: what a checkpoint holds besides the actor.
 
-Between two steps a run is its weights and optimizer (`actor/checkpoint.py`) and some parts that
-remember something, each with `state_dict()` and `load_state_dict(state)`, plain JSON: the position
-in the prompts, the selector, the totals and files of the run.  They are in the checkpoint's
-`run.json`.
+The state of a run between two steps consists of weights and optimizer (`actor/checkpoint.py`) and
+of parts with `state_dict()` and `load_state_dict(state)` in plain JSON: the position in the
+prompts, the selector, the totals and files of the run.  They are in the checkpoint's `run.json`.
 """
 
 import json
@@ -30,9 +29,9 @@ class StepBoundary:
     """The parts between two steps, frozen."""
 
     step: int
-    """Steps behind the run."""
+    """Number of steps that the run has made."""
     updates: int
-    """Optimizer updates behind the actor."""
+    """Number of optimizer updates that the actor has made."""
     parts: str
     """JSON."""
 
@@ -55,7 +54,7 @@ class Checkpoints:
         *,
         timeout_minutes: float,
     ) -> None:
-        """One of the parts is the `run`, which knows how many steps are behind it."""
+        """One of the parts is the `run`, which counts its steps."""
         self.settings, self.directory, self.timeout_minutes = settings, directory, timeout_minutes
         self.actor, self.parts, self.journal, self.log = actor, parts, journal, log
         self.steps = [0]
@@ -65,7 +64,7 @@ class Checkpoints:
         """Checkpoints that could not be pruned."""
 
     def restore(self) -> bool:
-        """Set everything to the newest whole checkpoint, or to the beginning; False for that.
+        """Restore the newest complete checkpoint; return False, at the beginning, if there is none.
 
         Those that are damaged, hold weights only, or are another run's, are skipped and logged.
         Raises UserError on all ranks if all are another run's and this one has made steps.
@@ -75,7 +74,7 @@ class Checkpoints:
         for step in reversed(steps):
             path = checkpoint.path_of(self.directory, step)
             if problem := self._problem(path):
-                self.log(f"{path} {problem}; it is passed over")
+                self.log(f"{path} {problem}; skipped")
                 continue
             if self._is_of_another_run(path):
                 self.log(
@@ -89,10 +88,10 @@ class Checkpoints:
             for name, part in json.loads(state).items():
                 self.parts[name].load_state_dict(part)
             self.steps.append(step)
-            self.log(f"going on from {path}")
+            self.log(f"resuming from {path}")
             num_ranks = len(list(path.glob("random_*.safetensors")))
             if num_ranks != dist.get_world_size():
-                self.log(f"{num_ranks} ranks wrote it: numbers go on up to rounding")
+                self.log(f"{num_ranks} ranks wrote it: numbers are equal up to rounding")
             self.mark()
             return True
         if others and self.parts["run"].has_lines():
@@ -114,7 +113,7 @@ class Checkpoints:
     def save(self) -> None:
         """Write a checkpoint of now, which is between two steps; older ones may go.
 
-        With `checkpoint.asynchronous` it is whole only after `finish`.
+        With `checkpoint.asynchronous` it is complete only after `finish`.
         """
         self.mark()
         self._write()
@@ -145,9 +144,9 @@ class Checkpoints:
 
     @contextmanager
     def saved_if_the_engine_fails(self) -> Iterator[None]:
-        """Whatever the engine was doing, no step is lost; raises Stopped in its error's place.
+        """Save the last step if the engine fails, and raise Stopped in place of its error.
 
-        An engine's error comes to all ranks, so that all take part.
+        All ranks take part, since an engine's error is raised on each of them.
         """
         try:
             with self.parts["run"].lost_directory_named():
@@ -160,7 +159,7 @@ class Checkpoints:
                 self.finish()
             raise Stopped(
                 f"the engine failed: {error}\n{self.boundary.step} steps are saved, and the same "
-                "command goes on",
+                "command resumes the run",
                 exit_code=1,
             ) from error
 
@@ -175,7 +174,7 @@ class Checkpoints:
             self.finish()
 
     def _is_of_another_run(self, path: Path) -> bool:
-        """Of a whole checkpoint; an older version noted no identity."""
+        """Return whether a complete checkpoint names another run; older versions named none."""
         run = json.loads(parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text()))["run"]
         own = parallel.from_rank_zero(self.parts["run"].identity)
         return run.get("identity") not in (None, own)

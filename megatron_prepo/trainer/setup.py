@@ -52,7 +52,7 @@ class Trainer:
     selector: Selector
     throughput: Throughput
     checkpoints: Checkpoints = field(init=False)
-    """From `resumed` on."""
+    """Set by `resumed`."""
     after: Evaluation = field(init=False)
     """The evaluation after the last step, from then on."""
 
@@ -126,9 +126,9 @@ class Trainer:
         return self.run.evaluate(held_out, when, self.run.num_steps, samples)
 
     def save_if_due(self, step: int) -> None:
-        """Between two steps: finish what is written, and save if settings or a signal ask for it.
+        """Finish a pending checkpoint, and save one if settings or a signal ask for it.
 
-        Raises Stopped on all ranks, after the checkpoint, if one was asked to stop.
+        Called between two steps.  Raises Stopped on all ranks if one was asked to stop.
         """
         self.run.check_directory()
         stopping = self.stop.anywhere()
@@ -238,7 +238,7 @@ def ranks() -> Ranks:
 
 
 def build_grader(config: Config, log: Callable[[str], None]) -> Grader:
-    """Grading processes beside rank 0, which share what they find."""
+    """Start the grading processes next to rank 0; all ranks get their results."""
     return Grader(
         config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log
     )

@@ -105,7 +105,7 @@ def grade(trainer: Trainer, rollouts: Sequence[Rollout]) -> list[Grade]:
 def score_old_policy(trainer: Trainer, groups: Groups) -> RolloutScores:
     """Return log-probabilities and entropies of the rollouts by the policy before the update.
 
-    Always a pass of its own: the relative-entropy weights need it.
+    Always a separate pass: the relative-entropy weights need it.
     """
     config = trainer.config
     with trainer.run.seconds("old_logprobs"):

@@ -45,7 +45,7 @@ def selection_metrics(
 
 
 def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
-    """How many answers broke a limit or made the reward function raise."""
+    """Return the share of answers that exceeded a limit or made the reward function raise."""
     return {
         "reward/failed_ratio": sum(grade.outcome != "ok" for grade in grades) / len(grades),
         "seconds/slowest_answer": max(grade.seconds for grade in grades),

@@ -1,14 +1,15 @@
-"""How fast the actor's passes of a step were: tokens and operations a second of each rank.
+"""Speed of the actor's passes in a step: tokens and operations per second and rank.
 
-| metric | what |
+| metric | meaning |
 |---|---|
-| `speed/STAGE_tokens` | tokens a second of a rank, of the sequences that the stage passes through |
-| `speed/STAGE_tflops` | 10^12 operations a second of a rank, counted as in `flops.py` |
-| `speed/STAGE_mfu` | those over the GPU's published peak (`gpus.py`), where there is one |
-| `memory/peak_gib` | the most that torch's allocator held on a rank in the step; CUDA only |
+| `speed/STAGE_tokens` | tokens per second and rank, of the sequences in the stage |
+| `speed/STAGE_tflops` | 10^12 operations per second and rank, counted as in `models/flops.py` |
+| `speed/STAGE_mfu` | these over the GPU's published peak (`plan/gpus.py`), if one is known |
+| `memory/peak_gib` | the maximum that torch's allocator held on a rank during the step; CUDA only |
 
-for the stages `perplexity`, `old_logprobs` and `update`.  Seconds are the whole stage's, with all
-that is not arithmetic.  A rank's share is the job's over the number of ranks, whatever the layout.
+for the stages `perplexity`, `old_logprobs` and `update`.  Seconds are those of the complete
+stage, with all that is not arithmetic.  A rank's share is the job's over the number of ranks,
+whatever the layout.
 """
 
 import itertools
@@ -30,7 +31,7 @@ FORWARD, FORWARD_AND_BACKWARD = 1, 3
 
 
 class Throughput:
-    """Of this run's model, layout and GPUs; every rank has one."""
+    """Rates for the model, layout and GPUs of the run; one per rank."""
 
     def __init__(self, hf: dict[str, Any], *, dtype: str, by_actor: bool, scorings: int) -> None:
         """`by_actor`: whether that scores candidates; `scorings`: passes over a step's rollouts."""
@@ -69,9 +70,9 @@ class Throughput:
         return rates | peak_memory()
 
     def rates(self, stage: str, work: FlopCount, forwards: int, seconds: float) -> dict[str, float]:
-        """Of one pass, which costs so many forward passes, in seconds of all ranks together.
+        """Return the rates of one pass that costs `forwards` forward passes.
 
-        Nothing where nothing was done.
+        `seconds` are summed over all ranks.  Empty if nothing was computed.
         """
         if not (work.tokens and seconds):
             return {}
@@ -86,7 +87,7 @@ class Throughput:
 
 
 def peak_memory() -> dict[str, float]:
-    """The fullest rank's; collective on CUDA, and the next step's peak starts anew."""
+    """Return the peak of the rank with the highest, and reset it; collective on CUDA."""
     if not torch.cuda.is_available():
         return {}
     peak = max(parallel.gather_to_all(torch.cuda.max_memory_allocated()))

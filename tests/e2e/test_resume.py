@@ -77,7 +77,7 @@ def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, un
     config = directory / "config.yaml"
     config.write_text(config.read_text().replace("overwrite: false", "overwrite: true"))
     assert main(["resume", str(directory)]) == 0
-    assert "going on from" in capfd.readouterr().err
+    assert "resuming from" in capfd.readouterr().err
     assert_equal(undisturbed, directory)
 
 
