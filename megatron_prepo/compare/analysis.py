@@ -98,7 +98,7 @@ class ArmResult:
     """By axis and quota; empty without a baseline that gains."""
 
 
-def arms_of(records: Sequence[dict]) -> dict[str, Arm]:
+def group_by_arm(records: Sequence[dict]) -> dict[str, Arm]:
     """The arms of one comparison, in the order of the records."""
     names = dict.fromkeys(record["arm"] for record in records)
     return {
@@ -112,12 +112,12 @@ def arms_of(records: Sequence[dict]) -> dict[str, Arm]:
 
 def analyse(records: Sequence[dict]) -> list[ArmResult]:
     """All numbers of one comparison, an arm each."""
-    arms = arms_of(records)
+    arms = group_by_arm(records)
     baseline = arms.get(BASELINE)
     ends = [x_M[-1] for a in [baseline] if a for x_M, _ in a.curves("rollouts")]
     ends = ends or [x_M[-1] for a in arms.values() for x_M, _ in a.curves("rollouts")]
     budget = min(ends)
-    base = base_of(records)
+    base = base_pass_rate(records)
     results = []
     for arm in arms.values():
         other = baseline if baseline and arm is not baseline else None
@@ -142,7 +142,7 @@ def analyse(records: Sequence[dict]) -> list[ArmResult]:
     return results
 
 
-def base_of(records: Sequence[dict]) -> float:
+def base_pass_rate(records: Sequence[dict]) -> float:
     """Pass rate before training: all runs start from the same weights, so over all of them."""
     return float(np.mean([record["evaluations"][0]["pass_rate"] for record in records]))
 

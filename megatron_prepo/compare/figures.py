@@ -202,7 +202,7 @@ def draw_targets(axes, all_arms: Sequence[Arm], axis: str, palette: "Palette") -
     baseline = next((arm for arm in all_arms if arm.name == BASELINE), None)
     if baseline is None or len(all_arms) < 2:
         return
-    base = comparison.base_of([record for arm in all_arms for record in arm.records])
+    base = comparison.base_pass_rate([record for arm in all_arms for record in arm.records])
     if baseline.finals_S.mean() <= base:
         return
     means = [comparison.mean_and_band(arm.curves(axis))[:2] for arm in all_arms]

@@ -29,7 +29,7 @@ class PlannedRun:
         """Whether it is there; UserError if what is there is something else."""
         if not run_record.is_finished(self.directory):
             return False
-        self.must_equal(run_record.config_of(self.directory), f"{self.directory} holds")
+        self.must_equal(run_record.read_config(self.directory), f"{self.directory} holds")
         return True
 
     def replacing(self) -> Config:

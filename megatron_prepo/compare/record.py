@@ -53,13 +53,13 @@ def is_finished(directory: Path) -> bool:
     return all((directory / name).is_file() for name in ("config.yaml", "summary.json"))
 
 
-def is_there(directory: Path) -> bool:
+def holds_run(directory: Path) -> bool:
     """Whether there is a run in this directory, finished or not."""
     names = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "ledger.jsonl")
     return all((directory / name).is_file() for name in names)
 
 
-def config_of(directory: Path) -> Config:
+def read_config(directory: Path) -> Config:
     """The configuration of the run in this directory, with today's defaults for newer settings."""
     return configuration.load(directory / "config.yaml")
 
@@ -109,7 +109,7 @@ def record(directory: str | Path) -> dict:
     Raises UserError if it has not been evaluated yet.
     """
     directory = Path(directory)
-    config = config_of(directory)
+    config = read_config(directory)
     steps = list(read_lines(directory / "metrics.jsonl"))
     evaluations = list(read_lines(directory / "evaluations.jsonl"))
     if not evaluations:
@@ -243,16 +243,16 @@ def _rounded(value: object) -> object:
 
 
 def _content(path: str | None) -> str | None:
-    return path and _hash_of(Path(path).resolve())
+    return path and _content_hash(Path(path).resolve())
 
 
 @lru_cache
-def _hash_of(path: Path) -> str:
+def _content_hash(path: Path) -> str:
     """A file's hash, or a directory's: of its files' names and contents."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path)}\n{_hash_of(file)}\n".encode())
+            digest.update(f"{file.relative_to(path)}\n{_content_hash(file)}\n".encode())
     elif path.is_file():
         with open(path, "rb") as content:
             while block := content.read(1 << 20):

@@ -25,7 +25,7 @@ def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
     out = Path(out)
     files = {out: lambda: write_text(out, page(sections))}
     for name, records in sections.items():
-        arms = list(comparison.arms_of(records).values())
+        arms = list(comparison.group_by_arm(records).values())
         names = [arm.name for arm in arms]
         for figure in figures.figures(arms):
             path = out.parent / f"{figures.slug(name)[1:]}_{figure.key}.png"
@@ -66,8 +66,8 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
     sections: dict[str, list[dict]] = {}
     for source in map(Path, sources):
         results = source / "results.jsonl" if source.is_dir() else source
-        if source.is_dir() and run_record.is_there(source):
-            config = run_record.config_of(source)
+        if source.is_dir() and run_record.holds_run(source):
+            config = run_record.read_config(source)
             arm = {"arm": config.selection.method, "seed": config.train.seed}
             name = str(source)
             sections[name] = [{"comparison": None, **arm, **run_record.record(source)}]
@@ -113,7 +113,7 @@ def page(sections: dict[str, list[dict]]) -> str:
 
 
 def _section(name: str, records: Sequence[dict], number: int) -> str:
-    arms = comparison.arms_of(records)
+    arms = comparison.group_by_arm(records)
     names = list(arms)
     palettes = figures.Palette(names, placeholders=True)
     scope = f"s{number}"
@@ -140,7 +140,7 @@ def _what(records: Sequence[dict]) -> str:
         f"<p>{len(records)} run{'s' * (len(records) > 1)}: {len(arms)} arm{'s' * (len(arms) > 1)}, "
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Pass rates are avg@"
         f"{summary['samples_per_prompt']} on {prompts}held-out prompts; "
-        f"before training {comparison.base_of(records):.3f}.</p>"
+        f"before training {comparison.base_pass_rate(records):.3f}.</p>"
     )
 
 
@@ -316,7 +316,7 @@ def _foot(records: Sequence[dict]) -> str:
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in records
     )
-    by_arm = comparison.arms_of(records)
+    by_arm = comparison.group_by_arm(records)
     seeds = "; ".join(f"{a.name}: {', '.join(map(str, a.seeds))}" for a in by_arm.values())
     shared = dict(records[0]["settings"])
     for record in records:

@@ -108,7 +108,7 @@ def compare(
             keep(run)
         else:
             waiting.append(run)
-    say(equal_terms(planned, config_path, len(waiting)))
+    log(equal_terms(planned, config_path, len(waiting)))
     for config in distinct_inputs([run.config for run in waiting]):
         check(config)
     for run in waiting:
@@ -404,7 +404,7 @@ def failures(failed: Sequence[tuple[PlannedRun, int]], total: int) -> str:
     return "\n".join(parts)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line on the terminal."""
     print(text, file=sys.stderr)
 

@@ -44,7 +44,7 @@ from megatron_prepo.rollout.sglang import launch
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
-UNUSED = {
+PLACEHOLDERS = {
     "run": {"dir": "-"},
     "model": {"hf": "-"},
     "data": {"train": "-", "eval": "-"},
@@ -52,7 +52,7 @@ UNUSED = {
     "train": {"total_steps": 1, "micro_batch_tokens": 1 << 40},
 }
 """Settings that a configuration must have and an evaluation does not look at."""
-DECISIVE = (
+FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
     ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
     ("rollout", ("engine", "max_new_tokens")),
@@ -93,7 +93,7 @@ def load_settings(
         return dated(configuration.load(path, overrides), day)
     given = any(override.startswith("model.dtype=") for override in overrides)
     own = [] if given else [f"model.dtype={own_dtype(Path(place) for _, place in models)}"]
-    return overridden(UNUSED, [*own, *overrides])
+    return overridden(PLACEHOLDERS, [*own, *overrides])
 
 
 def own_dtype(places: Iterable[Path]) -> str:
@@ -137,13 +137,13 @@ def evaluate_models(
     refuse_other_files(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with lock.held(directory / lock.FILE, f"--out {directory}"):
-        config = dated(config, _date_of_the_first_start(directory) or date.today())
+        config = dated(config, _first_start_date(directory) or date.today())
         agree(directory, config, dict(models), dict(suites))
         return _evaluate_models(config, models, suites, directory)
 
 
 def _evaluate_models(config: Config, models, suites, directory: Path) -> dict:
-    results = {"settings": decisive(config), "models": {}, "machine": machine.describe()}
+    results = {"settings": fixed_settings(config), "models": {}, "machine": machine.describe()}
     with closing(Grader(config.reward)) as grader:
         for name, place in models:
             model = find_model(name, Path(place), directory, config)
@@ -212,11 +212,11 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
     tokenizer = preflight.read_tokenizer(config.model.hf)
     works = []
     for name, file in suites:
-        prompts = prompts_of(config, tokenizer, file)
+        prompts = suite_prompts(config, tokenizer, file)
         path = directory / "completions" / model.name / f"{name}.jsonl"
         works.append((name, Completions(path, prompts, config.eval.samples_per_prompt)))
     if any(completions.missing() for _, completions in works):
-        with closing(build_engine(config, tokenizer)) as engine:
+        with closing(engine_with_files(config, tokenizer)) as engine:
             for name, completions in works:
                 complete(config, engine, grader, completions, f"{model.name} on {name}")
     numbers = {name: count(completions, config.reward.high) for name, completions in works}
@@ -229,7 +229,7 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
     }
 
 
-def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
+def suite_prompts(config: Config, tokenizer, file: str) -> list[Prompt]:
     """A suite's prompts, with room for their completions."""
     prompts = read_prompts(
         file,
@@ -243,7 +243,7 @@ def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
     return prompts
 
 
-def build_engine(config: Config, tokenizer):
+def engine_with_files(config: Config, tokenizer):
     """The engine of `rollout.engine`, with the weights of `model.hf`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.rollout.engine == "sglang":
@@ -400,10 +400,10 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def decisive(config: Config) -> dict:
+def fixed_settings(config: Config) -> dict:
     """The settings that decide what comes out."""
     tree = configuration.to_tree(config)
-    return {f"{s}.{name}": tree[s][name] for s, names in DECISIVE for name in names}
+    return {f"{s}.{name}": tree[s][name] for s, names in FIXED_SETTINGS for name in names}
 
 
 def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[str, str]) -> None:
@@ -411,12 +411,12 @@ def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[
     odd = [name for name in [*models, *suites] if not name or "/" in name]
     if odd:
         raise UserError(f"{odd[0]!r} is no name for a model or a suite: it names files")
-    places = {name: _digest_of_model(Path(place)) for name, place in models.items()}
-    files = {name: _digest_of_file(Path(file)) for name, file in suites.items()}
-    note = {"settings": decisive(config), "models": places, "suites": files}
+    places = {name: _model_digest(Path(place)) for name, place in models.items()}
+    files = {name: _file_digest(Path(file)) for name, file in suites.items()}
+    note = {"settings": fixed_settings(config), "models": places, "suites": files}
     file, colon, function = config.reward.function.rpartition(":")
     if colon:
-        note["settings"]["reward.function"] = f"{_digest_of_file(Path(file))}:{function}"
+        note["settings"]["reward.function"] = f"{_file_digest(Path(file))}:{function}"
     path = directory / "evaluation.json"
     if path.is_file():
         before = _note(path)
@@ -442,7 +442,7 @@ def _note(path: Path) -> dict:
     raise UserError(f"{path} is not what an evaluation has noted; choose another --out")
 
 
-def _date_of_the_first_start(directory: Path) -> date | None:
+def _first_start_date(directory: Path) -> date | None:
     path = directory / "evaluation.json"
     if not path.is_file():
         return None
@@ -450,13 +450,13 @@ def _date_of_the_first_start(directory: Path) -> date | None:
     return None if day is None else date.fromisoformat(day)
 
 
-def _digest_of_file(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"no such prompt file: {path}")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _digest_of_model(place: Path) -> str:
+def _model_digest(place: Path) -> str:
     """Of the content that decides numbers (`inputs/digests.py`), wherever it lies."""
     if not (place / "config.json").is_file() and (place / "config.yaml").is_file():  # of a run
         exported = (place / "hf" / "config.json").is_file()

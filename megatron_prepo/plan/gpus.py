@@ -41,7 +41,7 @@ DEVICE_NAMES = {
 }
 """What the driver calls them.  Cards of the same family that are slower (PCIe, NVL) have other
 names, and no peak here."""
-GPUS_A_MACHINE = 8
+GPUS_PER_MACHINE = 8
 NETWORK = 50e9
 """Bytes a second between machines for each GPU: a 400 Gb/s adapter each (DGX H100, H200, B200)."""
 
@@ -237,16 +237,16 @@ def communication_seconds(
     ranks layouts and is no part of the predicted seconds, since the published runs communicated
     too.
     """
-    inside = math.prod((tensor, data)) <= GPUS_A_MACHINE
+    inside = math.prod((tensor, data)) <= GPUS_PER_MACHINE
     over = gpu.nvlink if inside else NETWORK
     # stages are the outermost: neighbours of a pipeline are on one machine only if all ranks are
-    to_next = gpu.nvlink if math.prod((tensor, data, pipeline)) <= GPUS_A_MACHINE else NETWORK
+    to_next = gpu.nvlink if math.prod((tensor, data, pipeline)) <= GPUS_PER_MACHINE else NETWORK
     messages = 2 * chunks * tokens * hidden * 2 / tensor if pipeline > 1 else 0
 
     def ring(ranks: int, num_bytes: float, rate: float) -> float:
         return 2 * (ranks - 1) / ranks * num_bytes / rate
 
     reduced = ring(tensor, 4 * layers * tokens * hidden * 2, gpu.nvlink)
-    near = math.prod((tensor, context)) <= GPUS_A_MACHINE  # behind tensor ranks the innermost
+    near = math.prod((tensor, context)) <= GPUS_PER_MACHINE  # behind tensor ranks the innermost
     exchanges = 2 * layers * tokens * exchanged * 2 / (gpu.nvlink if near else NETWORK)
     return reduced + exchanges + ring(data, gradient_bytes, over) + messages / to_next

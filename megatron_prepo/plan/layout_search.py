@@ -60,18 +60,18 @@ class _Parts:
     gradient_bytes: int
 
 
-def suggest(config: Config, question: PlanRequest, *, most: int = 5) -> list[Layout]:
+def suggest(config: Config, request: PlanRequest, *, most: int = 5) -> list[Layout]:
     """The best layouts that fit, each tensor, pipeline and expert size in its best variant."""
     hf = read_hf_config(config.model.hf)
     shape = Shape.of(hf)
     best: dict[tuple[int, int, int], Layout] = {}
     parts: dict[tuple[int, int], _Parts] = {}
-    for variant in _variants(config, hf, question):
+    for variant in _variants(config, hf, request):
         parallel = variant.parallel
         sizes = (parallel.tensor, parallel.expert)
         if sizes not in parts:
             parts[sizes] = _parts(variant, hf)
-        layout = _evaluate(variant, config, question, hf, shape, parts[sizes])
+        layout = _evaluate(variant, config, request, hf, shape, parts[sizes])
         key = (parallel.tensor, parallel.pipeline, parallel.expert)
         worth = WORTH if parallel.virtual_pipeline > 1 else 1.0
         if layout and (key not in best or layout.seconds < worth * best[key].seconds):
@@ -79,7 +79,7 @@ def suggest(config: Config, question: PlanRequest, *, most: int = 5) -> list[Lay
     return sorted(best.values(), key=lambda layout: (layout.seconds, layout.total))[:most]
 
 
-def _variants(config: Config, hf: dict, question: PlanRequest) -> Iterator[Config]:
+def _variants(config: Config, hf: dict, request: PlanRequest) -> Iterator[Config]:
     from megatron_prepo.actor.model import check_layout
 
     tree = to_tree(config)
@@ -87,13 +87,13 @@ def _variants(config: Config, hf: dict, question: PlanRequest) -> Iterator[Confi
     megatron = {name: value for name, value in config.megatron.items() if name not in uneven}
     micro_batches = dict.fromkeys((config.train.micro_batch_tokens, longest(config)))
     context = config.parallel.context
-    sizes = _sizes(question.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
+    sizes = _sizes(request.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
     for tensor, pipeline, expert in sizes:
         parallel = {
             "tensor": tensor,
             "pipeline": pipeline,
             "expert": expert,
-            "data": question.gpus // (tensor * pipeline * context),
+            "data": request.gpus // (tensor * pipeline * context),
             "sequence": tensor > 1,
         }
         # of equals the first wins
@@ -151,22 +151,22 @@ def _parts(config: Config, hf: dict) -> _Parts:
 
 
 def _evaluate(
-    config: Config, original: Config, question: PlanRequest, hf: dict, shape: Shape, parts: _Parts
+    config: Config, original: Config, request: PlanRequest, hf: dict, shape: Shape, parts: _Parts
 ) -> Layout | None:
     """The layout if it fits."""
-    ranks, engine = _ranks(config, question, hf, shape, parts)
+    ranks, engine = _ranks(config, request, hf, shape, parts)
     fullest = max(rank.total for rank in ranks)
-    gpu = GPUS[question.gpu]
-    if fullest + question.reserve > gpu.memory or not engine.sequences_at_once:
+    gpu = GPUS[request.gpu]
+    if fullest + request.reserve > gpu.memory or not engine.sequences_at_once:
         return None
     return Layout(
         _overrides(original, config),
         fullest,
-        _seconds(config, question, shape, parts, ranks),
+        _seconds(config, request, shape, parts, ranks),
     )
 
 
-def _ranks(config: Config, question: PlanRequest, hf: dict, shape: Shape, parts: _Parts):
+def _ranks(config: Config, request: PlanRequest, hf: dict, shape: Shape, parts: _Parts):
     parallel = config.parallel
     replicas = parallel.data * parallel.context  # of a weight that is not an expert's
     expert_ranks = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor)
@@ -184,12 +184,12 @@ def _ranks(config: Config, question: PlanRequest, hf: dict, shape: Shape, parts:
         return ParameterCounts(dense + experts, dense + experts, shard, parts.gradient_bytes)
 
     whole = _whole_parameters(parallel, shape, parts, tied)
-    engine = plan.build_engine(config, question, shape, whole)
+    engine = plan.plan_engine(config, request, shape, whole)
     stages = sorted({0, parallel.pipeline // 2, parallel.pipeline - 1})
     ranks = tuple(
         plan.rank_memory(config, shape, engine, stage, layers, held(stage)) for stage in stages
     )
-    return ranks, plan.with_room(config, question, shape, engine, ranks)
+    return ranks, plan.with_room(config, request, shape, engine, ranks)
 
 
 def _whole_parameters(parallel, shape: Shape, parts: _Parts, tied: bool) -> int:
@@ -199,9 +199,9 @@ def _whole_parameters(parallel, shape: Shape, parts: _Parts, tied: bool) -> int:
     return parallel.tensor * dense + spread * shape.layers * parts.experts
 
 
-def _seconds(config: Config, question: PlanRequest, shape: Shape, parts: _Parts, ranks) -> float:
-    parallel, gpu = config.parallel, GPUS[question.gpu]
-    runs = plan.runs_behind(question, shape)
+def _seconds(config: Config, request: PlanRequest, shape: Shape, parts: _Parts, ranks) -> float:
+    parallel, gpu = config.parallel, GPUS[request.gpu]
+    runs = plan.reference_runs(request, shape)
     whole = _whole_parameters(parallel, shape, parts, tied=False)
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     tokens = rollouts * longest(config)
@@ -209,7 +209,7 @@ def _seconds(config: Config, question: PlanRequest, shape: Shape, parts: _Parts,
     slow = max(
         1 / run.rate("old_logprobs") + (4 / 3 if full else 1) / run.rate("update") for run in runs
     )
-    busy = (whole - shape.idle_parameters) * tokens * slow / question.gpus
+    busy = (whole - shape.idle_parameters) * tokens * slow / request.gpus
     chunks = parallel.virtual_pipeline
     busy *= gpu_rates.bubble(parallel.pipeline, num_micro_batches(config), chunks)
     return busy + gpu_rates.communication_seconds(

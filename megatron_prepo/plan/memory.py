@@ -128,7 +128,7 @@ def head_workspace(
     return logits + tokens * (2 * shape.hidden * 2 + 100)
 
 
-def kv_bytes_a_token(shape: Shape, *, tensor: int = 1) -> int:
+def kv_bytes_per_token(shape: Shape, *, tensor: int = 1) -> int:
     """Bytes of keys and values that a GPU of the engine holds of a token; a head is never split."""
     groups = max(1, shape.groups // tensor)
     return 2 * shape.layers * groups * shape.head_size * 2

@@ -25,7 +25,7 @@ from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import gpus as gpu_rates
 from megatron_prepo.plan.gpus import GIB, GPUS, Gpu, MeasuredRates
-from megatron_prepo.plan.memory import Layers, head_workspace, kv_bytes_a_token, stage_activations
+from megatron_prepo.plan.memory import Layers, head_workspace, kv_bytes_per_token, stage_activations
 
 ENGINES = ("embedded", "sglang", "elsewhere")
 RESERVE = 6 * GIB
@@ -111,7 +111,7 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EnginePlan:
     """The engine on the same GPUs."""
 
     name: str
@@ -139,7 +139,7 @@ class Plan:
     divisions: tuple[str, ...]
     cautions: tuple[str, ...]
     ranks: tuple[RankMemory, ...]
-    engine: Engine
+    engine: EnginePlan
     micro_batches: int
     sequence_tokens: int
     token_budget: int
@@ -156,7 +156,7 @@ class Plan:
         return most + self.reserve <= self.memory and self.engine.sequences_at_once > 0
 
 
-def make_plan(config: Config, question: PlanRequest) -> Plan:
+def make_plan(config: Config, request: PlanRequest) -> Plan:
     """Build, check and predict.  Raises UserError for a layout that cannot be."""
     from megatron_prepo.actor.dry_run import count_parameters, each_stage
     from megatron_prepo.actor.optimizer import ddp_config
@@ -164,7 +164,7 @@ def make_plan(config: Config, question: PlanRequest) -> Plan:
     hf = read_hf_config(config.model.hf)
     shape = Shape.of(hf)
     divisions = check(config, hf)
-    config = with_data(config, question.gpus)
+    config = with_data(config, request.gpus)
     stages = list(
         each_stage(
             hf,
@@ -172,33 +172,33 @@ def make_plan(config: Config, question: PlanRequest) -> Plan:
             config.parallel,
             ddp_config(config),
             config.megatron,
-            world_size=question.gpus,
+            world_size=request.gpus,
         )
     )
     parameters = count_parameters(hf, stages)
-    engine = build_engine(config, question, shape, parameters)
+    engine = plan_engine(config, request, shape, parameters)
     ranks = tuple(
         rank_memory(config, shape, engine, stage.stage, stage.layers, _parameter_counts(stage))
         for stage in stages
     )
-    engine = with_room(config, question, shape, engine, ranks)
+    engine = with_room(config, request, shape, engine, ranks)
     active = parameters - shape.idle_parameters
-    work = _work(config, question, parameters, active)
+    work = _work(config, request, parameters, active)
     seconds = gpu_rates.predict_seconds(
-        work, gpu=GPUS[question.gpu], gpus=question.gpus, runs=runs_behind(question, shape)
+        work, gpu=GPUS[request.gpu], gpus=request.gpus, runs=reference_runs(request, shape)
     )
-    least, most = rollouts_a_step(config)
-    gpu_hours = _gpu_hours(config, question.gpus, seconds, least, most)
+    least, most = rollouts_per_step(config)
+    gpu_hours = _gpu_hours(config, request.gpus, seconds, least, most)
     seconds["rollouts"] = (seconds["rollouts"][0], seconds["rollouts"][1] * most / least)
     return Plan(
         model=config.model.hf,
         parameters=parameters,
         active_parameters=active,
-        gpus=question.gpus,
-        gpu=question.gpu,
-        memory=GPUS[question.gpu].memory,
-        reserve=question.reserve,
-        layout=layout_of(config),
+        gpus=request.gpus,
+        gpu=request.gpu,
+        memory=GPUS[request.gpu].memory,
+        reserve=request.reserve,
+        layout=layout_sizes(config),
         divisions=divisions,
         cautions=_cautions(config, hf),
         ranks=ranks,
@@ -207,16 +207,16 @@ def make_plan(config: Config, question: PlanRequest) -> Plan:
         sequence_tokens=longest(config),
         token_budget=config.train.micro_batch_tokens,
         seconds=seconds,
-        rates=tuple(run.source for run in runs_behind(question, shape)),
+        rates=tuple(run.source for run in reference_runs(request, shape)),
         steps=config.train.total_steps,
         rollouts=(_until_budget(config, least), _until_budget(config, most)),
         gpu_hours=gpu_hours,
     )
 
 
-def runs_behind(question: PlanRequest, shape: Shape) -> tuple:
+def reference_runs(request: PlanRequest, shape: Shape) -> tuple:
     """The runs whose rates predict: one's own, or the published ones of that kind of model."""
-    return (question.rates,) if question.rates else gpu_rates.published(bool(shape.experts))
+    return (request.rates,) if request.rates else gpu_rates.published(bool(shape.experts))
 
 
 def with_data(config: Config, gpus: int) -> Config:
@@ -259,15 +259,15 @@ def check(config: Config, hf: dict) -> tuple[str, ...]:
 def _cautions(config: Config, hf: dict) -> tuple[str, ...]:
     parallel, cautions = config.parallel, []
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
-    if parallel.tensor > gpu_rates.GPUS_A_MACHINE:
+    if parallel.tensor > gpu_rates.GPUS_PER_MACHINE:
         cautions.append(
             f"parallel.tensor={parallel.tensor} reaches over machines of "
-            f"{gpu_rates.GPUS_A_MACHINE} GPUs, where its all-reduces are slow"
+            f"{gpu_rates.GPUS_PER_MACHINE} GPUs, where its all-reduces are slow"
         )
-    elif parallel.context > 1 and parallel.tensor * parallel.context > gpu_rates.GPUS_A_MACHINE:
+    elif parallel.context > 1 and parallel.tensor * parallel.context > gpu_rates.GPUS_PER_MACHINE:
         cautions.append(
             f"parallel.tensor={parallel.tensor} x parallel.context={parallel.context} reach over "
-            f"machines of {gpu_rates.GPUS_A_MACHINE} GPUs, where exchanging heads in every layer "
+            f"machines of {gpu_rates.GPUS_PER_MACHINE} GPUs, where exchanging heads in every layer "
             "is slow"
         )
     if rollouts % (parallel.data * config.train.mini_batches):
@@ -288,7 +288,7 @@ def _cautions(config: Config, hf: dict) -> tuple[str, ...]:
     return tuple(cautions)
 
 
-def layout_of(config: Config) -> dict[str, int | bool]:
+def layout_sizes(config: Config) -> dict[str, int | bool]:
     """The layout's sizes, by the names of the section `parallel`."""
     parallel = config.parallel
     names = ("tensor", "pipeline", "context", "data", "expert", "sequence")
@@ -322,7 +322,7 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
     return min(2 * behind + (chunks - 1) * parallel.pipeline + 1, micro_batches * chunks)
 
 
-def rollouts_a_step(config: Config) -> tuple[int, int]:
+def rollouts_per_step(config: Config) -> tuple[int, int]:
     """Least and most: a method that refills stops somewhere between K and P groups."""
     from megatron_prepo.selection import METHODS
 
@@ -337,7 +337,7 @@ def rollouts_a_step(config: Config) -> tuple[int, int]:
 
 
 def rank_memory(
-    config: Config, shape: Shape, engine: Engine, stage: int, layers: int, held: ParameterCounts
+    config: Config, shape: Shape, engine: EnginePlan, stage: int, layers: int, held: ParameterCounts
 ) -> RankMemory:
     """All bytes of a rank of a pipeline stage."""
     from megatron_prepo.actor.cpu_offload import offload_fraction
@@ -366,7 +366,7 @@ def rank_memory(
             stage_activations(
                 shape,
                 parallel,
-                layers_of(config),
+                layer_kind(config),
                 config.megatron,
                 num_layers=layers // parallel.virtual_pipeline,
                 in_flight=in_flight(parallel, stage, num_micro_batches(config)),
@@ -375,12 +375,12 @@ def rank_memory(
         ),
         head=head_bytes(config, shape) if last else 0,
         engine_weights=engine.weights,
-        kv_cache=at_once * longest(config) * kv_bytes_a_token(shape, tensor=engine.tensor),
+        kv_cache=at_once * longest(config) * kv_bytes_per_token(shape, tensor=engine.tensor),
         distributed=split,
     )
 
 
-def layers_of(config: Config) -> Layers:
+def layer_kind(config: Config) -> Layers:
     """Whose activations are counted: `auto` counts as torch-native, which keep more."""
     return "te" if config.model.layers == "te" else "torch"
 
@@ -413,25 +413,27 @@ def _parameter_counts(stage) -> ParameterCounts:
     )
 
 
-def build_engine(config: Config, question: PlanRequest, shape: Shape, parameters: int) -> Engine:
+def plan_engine(config: Config, request: PlanRequest, shape: Shape, parameters: int) -> EnginePlan:
     """The engine on these GPUs, before it is known how much room its key-value cache has."""
-    name = question.engine or config.rollout.engine
+    name = request.engine or config.rollout.engine
     of_type = 2 if config.model.dtype == "bfloat16" else 4
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     if name == "embedded":
-        wanted = -(-rollouts // question.gpus)
-        return Engine(name, 1, parameters * of_type, wanted, min(wanted, config.rollout.batch_size))
+        wanted = -(-rollouts // request.gpus)
+        return EnginePlan(
+            name, 1, parameters * of_type, wanted, min(wanted, config.rollout.batch_size)
+        )
     if name == "elsewhere":
-        return Engine(name, 1, 0, rollouts, rollouts)
-    tensor = question.engine_tensor or _smallest_tensor(
-        parameters * of_type, GPUS[question.gpu], question.gpus
+        return EnginePlan(name, 1, 0, rollouts, rollouts)
+    tensor = request.engine_tensor or _smallest_tensor(
+        parameters * of_type, GPUS[request.gpu], request.gpus
     )
-    if question.gpus % tensor:
-        raise UserError(f"--engine-tensor {tensor} does not divide --gpus {question.gpus}")
+    if request.gpus % tensor:
+        raise UserError(f"--engine-tensor {tensor} does not divide --gpus {request.gpus}")
     if shape.heads % tensor:
         raise UserError(f"--engine-tensor {tensor} does not divide the model's {shape.heads} heads")
-    engines = question.gpus // tensor
-    return Engine(name, tensor, parameters * of_type // tensor, -(-rollouts // engines), 0)
+    engines = request.gpus // tensor
+    return EnginePlan(name, tensor, parameters * of_type // tensor, -(-rollouts // engines), 0)
 
 
 def _smallest_tensor(weights: int, gpu: Gpu, gpus: int) -> int:
@@ -443,37 +445,35 @@ def _smallest_tensor(weights: int, gpu: Gpu, gpus: int) -> int:
 
 def with_room(
     config: Config,
-    question: PlanRequest,
+    request: PlanRequest,
     shape: Shape,
-    engine: Engine,
+    engine: EnginePlan,
     ranks: tuple[RankMemory, ...],
-) -> Engine:
+) -> EnginePlan:
     """With `sequences_at_once`: SGLang's cache takes what the fullest GPU has left."""
     if engine.name != "sglang":
         return engine
     busiest = max(rank.actor for rank in ranks)
-    room = GPUS[question.gpu].memory - question.reserve - busiest - engine.weights
-    sequence = longest(config) * kv_bytes_a_token(shape, tensor=engine.tensor)
+    room = GPUS[request.gpu].memory - request.reserve - busiest - engine.weights
+    sequence = longest(config) * kv_bytes_per_token(shape, tensor=engine.tensor)
     at_once = min(engine.sequences_wanted, max(0, room // sequence))
     return dataclasses.replace(engine, sequences_at_once=at_once)
 
 
-def _work(
-    config: Config, question: PlanRequest, parameters: int, active: int
-) -> gpu_rates.StepWork:
+def _work(config: Config, request: PlanRequest, parameters: int, active: int) -> gpu_rates.StepWork:
     from megatron_prepo.selection import METHODS
 
     selection, group = config.selection, config.rollout.samples_per_prompt
-    prompt = question.prompt_tokens or config.data.max_prompt_tokens
-    response = question.response_tokens or config.rollout.max_new_tokens
+    prompt = request.prompt_tokens or config.data.max_prompt_tokens
+    response = request.response_tokens or config.rollout.max_new_tokens
     scored = selection.num_candidates if METHODS[selection.method].needs_scores else 0
-    least, _ = rollouts_a_step(config)
+    least, _ = rollouts_per_step(config)
     learnt = selection.num_selected * group * (prompt + response)
     return gpu_rates.StepWork(
         parameters=parameters,
         active_parameters=active,
         prompt_tokens=scored * prompt,
-        generated_tokens=0 if question.engine == "elsewhere" else least * response,
+        generated_tokens=0 if request.engine == "elsewhere" else least * response,
         # the initial policy scores, too, where there is a penalty for leaving it
         scored_tokens=learnt * (2 if config.loss.kl_coef else 1),
         learnt_tokens=learnt,

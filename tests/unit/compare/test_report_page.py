@@ -131,19 +131,19 @@ def test_commands_machine_and_seeds_at_the_foot(whole):
 
 
 def test_arms_without_perplexity_have_no_such_figure():
-    arms = list(comparison.arms_of([lifelike("random", 1), lifelike("mopps", 1)]).values())
+    arms = list(comparison.group_by_arm([lifelike("random", 1), lifelike("mopps", 1)]).values())
     keys = {figure.key for figure in figures.figures(arms)}
     assert "zero_variance" in keys and not keys & {"window", "spearman", "deciles"}
 
 
 def test_bare_records_are_enough_for_curves():
-    arms = list(comparison.arms_of([line("random", 1), line("prepo", 1)]).values())
+    arms = list(comparison.group_by_arm([line("random", 1), line("prepo", 1)]).values())
     keys = [figure.key for figure in figures.figures(arms)]
     assert keys == ["pass_rate", "pass_rate_tokens", "pass_rate_seconds"]
 
 
 def test_figures_are_cut_where_there_are_many_arms():
-    made = figures.figures(list(comparison.arms_of(ALL).values()))
+    made = figures.figures(list(comparison.group_by_arm(ALL).values()))
     by_key = {figure.key: [arm.name for arm in figure.arms] for figure in made}
     assert set(by_key["pass_rate"]) == set(figures.MAIN)
     assert set(by_key["pass_rate_ablations"]) == {"random", *figures.ABLATIONS}

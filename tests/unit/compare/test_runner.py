@@ -162,7 +162,7 @@ def test_another_configuration_is_refused(run_compare, tmp_path, keep_runs):
 
 def test_other_data_under_the_same_name_is_refused(run_compare, tmp_path):
     run_compare("random", "1")
-    comparing.run_record._hash_of.cache_clear()
+    comparing.run_record._content_hash.cache_clear()
     (tmp_path / "train.jsonl").write_text("changed")
     with pytest.raises(UserError, match=r"data\.train: sha256"):
         run_compare("random", "1")

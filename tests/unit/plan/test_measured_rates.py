@@ -52,8 +52,8 @@ def write(run, steps: list[dict], device: str = H100) -> None:
 
 def seconds(run, gpu: str, count: int) -> dict:
     config = configuration.load(run / "config.yaml")
-    question = plan.PlanRequest(gpus=count, gpu=gpu, rates=measured.read_rates(run))
-    return plan.make_plan(config, question).seconds
+    request = plan.PlanRequest(gpus=count, gpu=gpu, rates=measured.read_rates(run))
+    return plan.make_plan(config, request).seconds
 
 
 def test_what_was_measured_is_predicted_for_the_same_step(run):

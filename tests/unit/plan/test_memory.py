@@ -20,7 +20,7 @@ from megatron_prepo.config import ModelConfig, ParallelConfig
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.memory import (
     head_workspace,
-    kv_bytes_a_token,
+    kv_bytes_per_token,
     layer_activations,
     stage_activations,
 )
@@ -223,5 +223,5 @@ def test_key_value_cache_by_hand():
             "num_key_value_heads": 4,
         }
     )
-    assert kv_bytes_a_token(shape) == 56 * 1024
-    assert kv_bytes_a_token(shape, tensor=4) == kv_bytes_a_token(shape, tensor=7) == 14 * 1024
+    assert kv_bytes_per_token(shape) == 56 * 1024
+    assert kv_bytes_per_token(shape, tensor=4) == kv_bytes_per_token(shape, tensor=7) == 14 * 1024

@@ -177,9 +177,9 @@ def test_an_offloaded_optimizer_takes_host_memory(configured, megatron, fraction
     """12 bytes a parameter leave the GPU; 16, with the gradient, arrive."""
     sections = {"optimizer": {"use_distributed_optimizer": True}}
     offload = {"megatron": {"optimizer_cpu_offload": True, **megatron}}
-    question = plan.PlanRequest(gpus=8)
-    answer = plan.make_plan(configured(**sections, **offload), question)
-    rank, plain = answer.ranks[0], plan.make_plan(configured(**sections), question).ranks[0]
+    request = plan.PlanRequest(gpus=8)
+    answer = plan.make_plan(configured(**sections, **offload), request)
+    rank, plain = answer.ranks[0], plan.make_plan(configured(**sections), request).ranks[0]
     assert plain.optimizer_host == 0
     assert rank.optimizer_split == pytest.approx((1 - fraction) * plain.optimizer_split, abs=1)
     assert rank.optimizer_host == pytest.approx(fraction * plain.optimizer_split * 16 / 12, abs=1)
@@ -206,12 +206,12 @@ def test_pipeline_stages_hold_activations_of_as_many_micro_batches_as_are_under_
 
 
 def test_a_kl_penalty_keeps_weights_twice_more(configured):
-    question = plan.PlanRequest(gpus=8, engine="sglang")
+    request = plan.PlanRequest(gpus=8, engine="sglang")
     config = configured(parallel={"pipeline": 4}, loss={"kl_coef": 0.01})
-    answer = plan.make_plan(config, question)
+    answer = plan.make_plan(config, request)
     for rank in answer.ranks:
         assert rank.reference == 2 * rank.weights
-    without = plan.make_plan(configured(parallel={"pipeline": 4}), question)
+    without = plan.make_plan(configured(parallel={"pipeline": 4}), request)
     assert answer.seconds["update"] == without.seconds["update"]
     twice = [2 * seconds for seconds in without.seconds["old_logprobs"]]
     assert answer.seconds["old_logprobs"] == approx(twice)
@@ -220,7 +220,7 @@ def test_a_kl_penalty_keeps_weights_twice_more(configured):
 def test_the_embedded_engine_is_whole_on_every_rank(configured):
     config = configured(parallel={"tensor": 4}, rollout={"batch_size": 100})
     answer = plan.make_plan(config, plan.PlanRequest(gpus=8))
-    assert answer.engine == plan.Engine("embedded", 1, 2 * 7_615_616_512, 128, 100)
+    assert answer.engine == plan.EnginePlan("embedded", 1, 2 * 7_615_616_512, 128, 100)
     assert answer.ranks[0].kv_cache == 100 * 4096 * 56 * 1024
 
 
@@ -421,10 +421,10 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
         ),
         world_size,
     )
-    question = plan.PlanRequest(gpus=world_size, engine="sglang", engine_tensor=1)
-    real = plan.make_plan(config, question)
+    request = plan.PlanRequest(gpus=world_size, engine="sglang", engine_tensor=1)
+    real = plan.make_plan(config, request)
     parts = layouts._parts(config, hf)
-    composed, engine = layouts._ranks(config, question, hf, Shape.of(hf), parts)
+    composed, engine = layouts._ranks(config, request, hf, Shape.of(hf), parts)
     for rank in composed:
         assert rank.parameters == real.ranks[rank.stage].parameters
         assert rank.total == pytest.approx(real.ranks[rank.stage].total, rel=0.02)
@@ -433,8 +433,8 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
 
 def test_suggestions_fit_and_come_in_order(configured):
     config = configured()
-    question = plan.PlanRequest(gpus=8, engine="sglang")
-    found = layouts.suggest(config, question)
+    request = plan.PlanRequest(gpus=8, engine="sglang")
+    found = layouts.suggest(config, request)
     assert len(found) == 5
     assert [layout.seconds for layout in found] == sorted(layout.seconds for layout in found)
     memory = gpus.GPUS["h100"].memory
@@ -444,10 +444,10 @@ def test_suggestions_fit_and_come_in_order(configured):
             name, _, value = setting.partition("=")
             section, _, key = name.partition(".")
             sections.setdefault(section, {})[key] = yaml.safe_load(value)
-        answer = plan.make_plan(configured(**sections), question)
+        answer = plan.make_plan(configured(**sections), request)
         assert answer.fits
         assert max(rank.total for rank in answer.ranks) == pytest.approx(layout.total, rel=1e-3)
-        assert layout.total + question.reserve <= memory
+        assert layout.total + request.reserve <= memory
 
 
 def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
@@ -504,8 +504,8 @@ def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configure
 
 def test_recomputation_is_suggested_only_where_it_is_needed(configured):
     """On GPUs with room for everything, it would cost a fourth more arithmetic for nothing."""
-    question = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
-    best = layouts.suggest(configured(), question)[0]
+    request = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
+    best = layouts.suggest(configured(), request)[0]
     assert not any("recompute" in setting for setting in best.settings)
 
 
