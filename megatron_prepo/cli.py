@@ -207,12 +207,12 @@ def _slurm(options: argparse.Namespace) -> array.Slurm | None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_prepo.evaluation import suites
+    from megatron_prepo.evaluation import suites, table
 
     config = suites.load_settings(options.config, options.model, options.overrides)
     chosen = options.suite or suites.held_out(config)
     results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
-    print(suites.table(results), end="")
+    print(table.markdown(results), end="")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Held-out pass rate: avg@k, the mean over prompts of the share of k samples that pass."""
+"""Held-out pass rate: avg@k, the mean over prompts of the fraction of k samples that pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,16 +15,16 @@ class Evaluation:
     """Pass rates of the held-out prompts."""
 
     passes_P: torch.Tensor
-    """Share of each prompt's samples that pass."""
+    """Fraction of each prompt's samples that pass."""
     samples_per_prompt: int
 
     def first(self, count: int) -> "Evaluation":
-        """Return the same of the first prompts only."""
+        """Return the evaluation of the first `count` prompts."""
         return replace(self, passes_P=self.passes_P[:count])
 
     @property
     def pass_rate(self) -> float:
-        """avg@k."""
+        """Mean of `passes_P`, avg@k."""
         return float(self.passes_P.mean())
 
     @property
@@ -44,9 +45,9 @@ def evaluate(
     *,
     samples_per_prompt: int,
     pass_reward: float,
-    **sampling,
+    **sampling: Any,
 ) -> Evaluation:
-    """avg@k of the engine whose `generate` is given; a sample passes at `pass_reward`."""
+    """Return avg@k of the engine behind `generate`; a sample passes from `pass_reward` on."""
     rollouts = generate(prompts, samples_per_prompt=samples_per_prompt, **sampling)
     rewards_PG = torch.as_tensor(rewards_of(rollouts)).view(len(prompts), samples_per_prompt)
     passes_P = (rewards_PG >= pass_reward).double().mean(dim=1)
