@@ -24,6 +24,7 @@ from pathlib import Path
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import runner as compare
 from megatron_prepo.compare import slurm_array as array
+from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.config import literal
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock
@@ -348,7 +349,7 @@ def _add_compare(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"comma-separated: {', '.join(compare.ARMS)}; or your own, as "
+        help=f"comma-separated: {', '.join(ARMS)}; or your own, as "
         "'mine:selection.method=prepo;weighting.clamp=2'",
     )
     parser.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")

@@ -147,7 +147,7 @@ def test_what_is_queued_is_not_submitted_again(slurm, compare, tmp_path, monkeyp
         patch.setattr(array, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             compare()
-    assert "scancel 41 ends them" in capsys.readouterr().err
+    assert "scancel 41 cancels them" in capsys.readouterr().err
     assert started(tmp_path) == ["random/1"]
 
     def run_it(seconds):
@@ -179,7 +179,7 @@ def test_a_controller_that_does_not_answer_has_not_ended_the_jobs(slurm, compare
         compare()  # the queued one has ended without having run
     assert len(asked) == 4
     (slurm / "down").touch()
-    with pytest.raises(UserError, match="squeue does not answer, and there may be jobs queued"):
+    with pytest.raises(UserError, match="squeue does not answer, and jobs may be queued"):
         compare()
 
 
