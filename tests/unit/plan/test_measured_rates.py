@@ -101,7 +101,7 @@ def test_the_output_says_whose_rates_they_are(run, capsys):
     ("change", "expected"),
     [
         (lambda run: write(run, [STEP, STEP], "none"), "it ran on GPU 'none'"),
-        (lambda run: write(run, [STEP]), "no step behind the first"),
+        (lambda run: write(run, [STEP]), "no step after the first"),
         (lambda run: (run / "summary.json").unlink(), "no summary.json; give the directory of a"),
         (
             lambda run: (run / "config.yaml").write_text(
