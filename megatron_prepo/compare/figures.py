@@ -28,14 +28,14 @@ from megatron_prepo.compare.record import Record
 from megatron_prepo.compare.style import BOLD, CEILING, PAPER, STAGES, STYLE, Palette
 
 MANY = 7
-"""With more arms than this, methods and other arms go to separate figures."""
+"""Number of arms beyond which methods and other arms go to separate figures."""
 BAND_SEEDS = 3
 """Seeds from which a mean is drawn with its interval; with fewer, the seeds are drawn."""
 
 WRITTEN_BY = "megatron-prepo report"
 """Marks pictures and pages, so that a later report recognises what it may replace."""
 UNITS = {
-    "rollouts": "rollouts paid",
+    "rollouts": "rollouts generated",
     "tokens": "tokens generated",
     "seconds": "seconds of training, without evaluation",
 }

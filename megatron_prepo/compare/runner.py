@@ -117,7 +117,7 @@ def _collect(
     total: int,
     done: int,
 ) -> list[tuple[PlannedRun, int]]:
-    """Keep the record of each run that ends well; return the others with their exit codes."""
+    """Keep the record of each run that succeeds; return the others with their exit codes."""
     failed = []
     bar = tqdm(total=total, initial=done, desc="runs", unit="run")
     with bar, closing(runs) as ended:
@@ -207,16 +207,16 @@ def rollout_budget(config: Config) -> int:
     if budget is None:
         budget = config.train.total_steps * selection.num_selected * group_size
     if selection.method == "oracle":
-        paid = selection.num_selected
-        budget = -(-budget * (selection.num_candidates + paid) // paid)
+        trained = selection.num_selected
+        budget = -(-budget * (selection.num_candidates + trained) // trained)
     return budget
 
 
 def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_waiting: int) -> str:
     """Describe the runs and what is equal for all arms."""
     arms, seeds = ([*dict.fromkeys(getattr(r, key) for r in planned)] for key in ("arm", "seed"))
-    paid = [r for r in planned if r.config.selection.method != "oracle"] or planned
-    config = paid[0].config
+    without_probes = [r for r in planned if r.config.selection.method != "oracle"] or planned
+    config = without_probes[0].config
     each = config.selection.num_selected * config.rollout.samples_per_prompt
     return (
         f"{len(arms)} arms ({', '.join(arms)}) x seeds {', '.join(map(str, seeds))}: "

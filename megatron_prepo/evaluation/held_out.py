@@ -47,7 +47,7 @@ def evaluate(
     pass_reward: float,
     **sampling: Any,
 ) -> Evaluation:
-    """Return avg@k of the engine behind `generate`; a sample passes from `pass_reward` on."""
+    """Return avg@k of the engine that `generate` uses; a sample passes from `pass_reward` on."""
     rollouts = generate(prompts, samples_per_prompt=samples_per_prompt, **sampling)
     rewards_PG = torch.as_tensor(rewards_of(rollouts)).view(len(prompts), samples_per_prompt)
     passes_P = (rewards_PG >= pass_reward).double().mean(dim=1)

@@ -182,11 +182,11 @@ def find_model(name: str, place: Path, directory: Path, config: Config) -> Model
     if (place / "config.yaml").is_file():
         run = configuration.load(place / "config.yaml")
         summary = place / "summary.json"
-        paid = json.loads(summary.read_text())["rollouts"] if summary.is_file() else None
+        rollouts = json.loads(summary.read_text())["rollouts"] if summary.is_file() else None
         if (place / "hf" / "config.json").is_file():
-            return Model(name, place, place / "hf", paid)
+            return Model(name, place, place / "hf", rollouts)
         exported = export(name, place / "checkpoints", directory, run.model.hf)
-        return Model(name, place, exported, paid)
+        return Model(name, place, exported, rollouts)
     if any((place / mark).is_file() for mark in MEGATRON_MARKS):
         hf = None if config.model.hf == "-" else config.model.hf
         return Model(name, place, export(name, place, directory, hf))

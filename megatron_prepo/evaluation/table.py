@@ -32,15 +32,15 @@ def markdown(results: dict[str, Any]) -> str:
     """Return a row per model and a column per suite: avg@k in per cent with its interval."""
     models = results["models"]
     names = list(dict.fromkeys(s for model in models.values() for s in model["suites"]))
-    paid = any(model["rollouts"] is not None for model in models.values())
+    has_rollouts = any(model["rollouts"] is not None for model in models.values())
     samples = next(iter(next(iter(models.values()))["suites"].values()))["samples"]
-    head = ["model", *names, "mean", *(["rollouts"] if paid else [])]
+    head = ["model", *names, "mean", *(["rollouts"] if has_rollouts else [])]
     lines = [f"avg@{samples} in per cent (95 % interval)\n", _row(head)]
     lines.append(_row(["---"] + ["--:"] * (len(head) - 1)))
     for name, model in models.items():
         cells = [_cell(model["suites"][suite]["avg"]) for suite in names] + [_cell(model["mean"])]
         rollouts = "" if model["rollouts"] is None else f"{model['rollouts']:,}"
-        lines.append(_row([name, *cells, *([rollouts] if paid else [])]))
+        lines.append(_row([name, *cells, *([rollouts] if has_rollouts else [])]))
     return "\n".join(lines) + "\n"
 
 

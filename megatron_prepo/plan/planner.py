@@ -20,7 +20,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_prepo.config import Config, ParallelConfig, from_tree, to_tree
+from megatron_prepo.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    from_tree,
+    to_tree,
+)
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
@@ -72,7 +79,7 @@ class ParameterCounts:
 
     parameters: int
     padded: int
-    """With the padding of the distributed optimizer."""
+    """Parameters with the padding of the distributed optimizer."""
     shard: float
     """Parameters whose optimizer state a rank keeps under the distributed optimizer."""
     gradient_bytes: int
@@ -193,7 +200,7 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
         work, gpu=GPUS[request.gpu], gpus=request.gpus, runs=reference_runs(request, shape)
     )
     least, most = rollouts_per_step(config)
-    gpu_hours = _gpu_hours(config, request.gpus, seconds, least, most)
+    gpu_hours = _gpu_hours(config.train, request.gpus, seconds, least, most)
     seconds["rollouts"] = (seconds["rollouts"][0], seconds["rollouts"][1] * most / least)
     return Plan(
         model=config.model.hf,
@@ -203,7 +210,7 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
         gpu=request.gpu,
         memory=GPUS[request.gpu].memory,
         reserve=request.reserve,
-        layout=layout_sizes(config),
+        layout=layout_sizes(config.parallel),
         divisions=divisions,
         cautions=_cautions(config, hf),
         ranks=ranks,
@@ -214,7 +221,7 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
         seconds=seconds,
         rates=tuple(run.source for run in reference_runs(request, shape)),
         steps=config.train.total_steps,
-        rollouts=(_until_budget(config, least), _until_budget(config, most)),
+        rollouts=(_until_budget(config.train, least), _until_budget(config.train, most)),
         gpu_hours=gpu_hours,
     )
 
@@ -293,9 +300,8 @@ def _cautions(config: Config, hf: dict[str, Any]) -> tuple[str, ...]:
     return tuple(cautions)
 
 
-def layout_sizes(config: Config) -> dict[str, int | bool]:
+def layout_sizes(parallel: ParallelConfig) -> dict[str, int | bool]:
     """Return the layout's sizes by the names of the section `parallel`."""
-    parallel = config.parallel
     names = ("tensor", "pipeline", "context", "data", "expert", "sequence")
     return {name: getattr(parallel, name) for name in names}
 
@@ -377,7 +383,7 @@ def rank_memory(
             stage_activations(
                 shape,
                 parallel,
-                layer_kind(config),
+                layer_kind(config.model),
                 config.megatron,
                 num_layers=layers // parallel.virtual_pipeline,
                 in_flight=in_flight(parallel, stage, num_micro_batches(config)),
@@ -391,9 +397,9 @@ def rank_memory(
     )
 
 
-def layer_kind(config: Config) -> Layers:
+def layer_kind(model: ModelConfig) -> Layers:
     """Return the layers whose activations are counted: torch-native for `auto`, which keep more."""
-    return "te" if config.model.layers == "te" else "torch"
+    return "te" if model.layers == "te" else "torch"
 
 
 def head_bytes(config: Config, shape: Shape) -> int:
@@ -479,15 +485,15 @@ def _work(config: Config, request: PlanRequest, parameters: int, active: int) ->
     response = request.response_tokens or config.rollout.max_new_tokens
     scored = selection.num_candidates if METHODS[selection.method].needs_scores else 0
     least, _ = rollouts_per_step(config)
-    learnt = selection.num_selected * group * (prompt + response)
+    trained = selection.num_selected * group * (prompt + response)
     return step_time.StepWork(
         parameters=parameters,
         active_parameters=active,
         prompt_tokens=scored * prompt,
         generated_tokens=0 if request.engine == "elsewhere" else least * response,
         # with a KL penalty the initial policy scores, too
-        scored_tokens=learnt * (2 if config.loss.kl_coef else 1),
-        learnt_tokens=learnt,
+        scored_tokens=trained * (2 if config.loss.kl_coef else 1),
+        trained_tokens=trained,
         bubble=step_time.bubble(
             config.parallel.pipeline, num_micro_batches(config), config.parallel.virtual_pipeline
         ),
@@ -495,7 +501,7 @@ def _work(config: Config, request: PlanRequest, parameters: int, active: int) ->
 
 
 def _gpu_hours(
-    config: Config, gpus: int, seconds: dict[str, tuple[float, float]], least: int, most: int
+    train: TrainConfig, gpus: int, seconds: dict[str, tuple[float, float]], least: int, most: int
 ) -> tuple[float, float]:
     """Return the GPU hours of the run, fastest and slowest.
 
@@ -504,7 +510,7 @@ def _gpu_hours(
     """
 
     def hours(speed: int, per_step: int) -> float:
-        steps = -(-_until_budget(config, per_step) // per_step)
+        steps = -(-_until_budget(train, per_step) // per_step)
         refills = seconds["rollouts"][speed] * (per_step / least - 1)
         return steps * (sum(both[speed] for both in seconds.values()) + refills) * gpus / 3600
 
@@ -512,8 +518,8 @@ def _gpu_hours(
     return min(hours(0, pace) for pace in paces), max(hours(1, pace) for pace in paces)
 
 
-def _until_budget(config: Config, per_step: int) -> int:
+def _until_budget(train: TrainConfig, per_step: int) -> int:
     """Return the rollouts of the run; a budget ends it after the step that reaches it."""
-    unlimited = config.train.total_steps * per_step
-    budget = config.train.rollout_budget
+    unlimited = train.total_steps * per_step
+    budget = train.rollout_budget
     return unlimited if budget is None else min(unlimited, -(-budget // per_step) * per_step)

@@ -65,7 +65,7 @@ def _shares(total: float) -> dict[str, float]:
 
 _NEMO_959 = "github.com/NVIDIA-NeMo/RL issue 959, batch from its examples/configs"
 _NEMO_V04 = (
-    "github.com/NVIDIA-NeMo/RL docs/about/performance-summary.md (v0.4): the whole step; its parts "
+    "github.com/NVIDIA-NeMo/RL docs/about/performance-summary.md (v0.4): the step; its parts "
     "by the shares in github.com/marin-community/marin issue 8653"
 )
 DENSE = (
@@ -125,7 +125,7 @@ class StepWork:
     generated_tokens: float
     scored_tokens: float
     """Prompts and completions whose old log-probabilities are computed."""
-    learnt_tokens: float
+    trained_tokens: float
     """Prompts and completions that the actor trains on."""
     bubble: float
     """Factor by which idle time of the pipeline lengthens scoring and the update."""
@@ -157,7 +157,7 @@ def predict_seconds(
         "perplexity": seconds("old_logprobs", work.prompt_tokens, "flops", work.bubble),
         "rollouts": seconds("rollouts", work.generated_tokens, "bandwidth"),
         "old_logprobs": seconds("old_logprobs", work.scored_tokens, "flops", work.bubble),
-        "update": seconds("update", work.learnt_tokens, "flops", work.bubble),
+        "update": seconds("update", work.trained_tokens, "flops", work.bubble),
         "weight_sync": (syncs[0], syncs[-1]),
     }
 

@@ -1,4 +1,4 @@
-"""`megatron-prepo evaluate` on the laptop's models: as in training, gone on with, and refused."""
+"""`megatron-prepo evaluate` on the laptop's models: as in training, resumed, and refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The report's page: whole in itself, and its numbers those of `compare/analysis.py`."""
+"""The report's page is self-contained, and its numbers are those of `compare/analysis.py`."""
 
 import json
 import re

@@ -201,7 +201,7 @@ def test_not_more_than_jobs_at_once(run_compare, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_all_runs(config_path, tmp_path, number):
-    """The fake starts a child of its own, as a run starts its ranks: that must go, too."""
+    """The fake starts a child, as a run starts its ranks; the child must be stopped too."""
     code = (
         "import sys; from megatron_prepo import cli; from megatron_prepo.compare import runner; "
         f"fakes = dict(train={FAKE!r}, check=print); "

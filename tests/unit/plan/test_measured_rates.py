@@ -1,4 +1,4 @@
-"""Rates of one's own run: what it measured is what is predicted for it, stage by stage."""
+"""Rates of a run: a prediction for the run itself equals its measurement, stage by stage."""
 
 import json
 

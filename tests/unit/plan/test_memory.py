@@ -82,7 +82,7 @@ SPLITS = [(1, False, 1), (2, False, 1), (2, True, 1), (1, False, 2), (1, False, 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "sequence", "context"),
-    # Megatron's experts need sequence parallelism beside tensor parallelism
+    # Megatron's experts need sequence parallelism with tensor parallelism
     [
         (n, *split)
         for n in MODELS
@@ -146,7 +146,7 @@ def test_transformer_engines_layers_by_hand():
 
 
 def test_experts_spread_over_ranks_get_their_share_of_the_tokens():
-    """Expert parallelism: a token's experts see it on one rank, and are whole there."""
+    """Expert parallelism: a token's experts are complete on one rank."""
     shape = Shape.of(EXPERTS)
     count = {"tokens": 1}
     both = ParallelConfig(tensor=2, sequence=True)

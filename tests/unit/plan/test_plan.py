@@ -273,7 +273,7 @@ def test_what_cannot_be_is_refused(configured, sections, gpu_count, expected):
 
 
 def test_experts_under_tensor_parallelism_need_sequence_parallelism(configured):
-    """Megatron says so itself, but only in the first forward pass of training."""
+    """Megatron checks this too, but only in the first forward pass of training."""
     config = configured(EXPERTS | {"max_position_embeddings": 8192}, parallel={"tensor": 2})
     with pytest.raises(UserError, match=r"set parallel\.sequence=true"):
         plan.make_plan(config, plan.PlanRequest(gpus=2))
@@ -506,7 +506,7 @@ def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configure
 
 
 def test_recomputation_is_suggested_only_where_it_is_needed(configured):
-    """On GPUs with room for everything, it would cost a fourth more arithmetic for nothing."""
+    """On GPUs with memory for everything, it costs a fourth more arithmetic and gains nothing."""
     request = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
     best = layouts.suggest(configured(), request)[0]
     assert not any("recompute" in setting for setting in best.settings)
