@@ -25,6 +25,7 @@ from typing import TypeAlias
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import runner as compare
 from megatron_prepo.compare import slurm_array as array
+from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.config import literal
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock
@@ -212,12 +213,12 @@ def _slurm(options: argparse.Namespace) -> array.Slurm | None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_prepo.evaluation import suites
+    from megatron_prepo.evaluation import suites, table
 
     config = suites.load_settings(options.config, options.model, options.overrides)
     chosen = options.suite or suites.held_out(config)
     results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
-    print(suites.table(results), end="")
+    print(table.markdown(results), end="")
     return 0
 
 
@@ -356,7 +357,7 @@ def _add_compare(commands: "Commands") -> None:
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"comma-separated: {', '.join(compare.ARMS)}; or your own, as "
+        help=f"comma-separated: {', '.join(ARMS)}; or your own, as "
         "'mine:selection.method=prepo;weighting.clamp=2'",
     )
     parser.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")

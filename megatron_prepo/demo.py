@@ -1,8 +1,8 @@
-"""The laptop experiment from end to end: convert, train, export, and judge the export.
+"""The laptop experiment from end to end: convert, train, export, and evaluate the export.
 
-The base model goes from Hugging Face format to a Megatron checkpoint, PREPO trains it at tensor
-parallel 2, the result comes back in Hugging Face format, and plain `transformers`, which knows
-nothing of this project, measures the same pass rate again.
+The base model is converted from Hugging Face format to a Megatron checkpoint, PREPO trains it at
+tensor parallel 2, the result is exported to Hugging Face format, and plain `transformers`, which
+shares no code with this project, measures the pass rate again.
 """
 
 import json
@@ -25,26 +25,27 @@ from megatron_prepo.rewards import load
 from megatron_prepo.run import directory as run_directory
 
 IMPORTED = "imported base model"
-"""What the marker of `base_megatron/` calls it (`ownership.py`)."""
+"""The kind of `base_megatron/` in its marker (`ownership.py`)."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the demo into `directory`, replacing an earlier one; returns the summary.
+    """Run the demo in `directory`, replacing an earlier one; return the summary.
 
-    Raises UserError, before anything is written, if the directory holds anything else.
+    Raises UserError, before anything is written, if the directory has other contents.
     """
     laptop = REPOSITORY / "examples" / "laptop"
     if not (laptop / "prepo.yaml").is_file():
         raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
     decided = ("run.dir=", "run.overwrite=", "model.megatron=")
     if given := [override for override in overrides if override.startswith(decided)]:
-        raise UserError(f"{given[0]}: the demo decides that; name its place by --dir")
+        raise UserError(f"{given[0]}: the demo sets this; choose its directory by --dir")
+    base_megatron = directory / "base_megatron"
     settings = [
         f"run.dir={literal(directory)}",
         "run.overwrite=true",
         f"model.hf={literal(laptop / 'base')}",
-        f"model.megatron={literal(directory / 'base_megatron')}",
+        f"model.megatron={literal(base_megatron)}",
         f"data.train={literal(laptop / 'train.jsonl')}",
         f"data.eval={literal(laptop / 'eval.jsonl')}",
         *overrides,
@@ -53,20 +54,20 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     run_directory.check(config)
 
     _headline("1/3  Hugging Face checkpoint -> Megatron checkpoint")
-    ownership.make_room(directory / "base_megatron", IMPORTED)
+    ownership.make_room(base_megatron, IMPORTED)
     converter = [sys.executable, "-m", "checkpoints_convert", "import"]
     subprocess.run(
-        [*converter, "--hf", config.model.hf, "--out", config.model.megatron],
+        [*converter, "--hf", config.model.hf, "--out", str(base_megatron)],
         check=True,
         cwd=REPOSITORY,
     )
-    ownership.seal(directory / "base_megatron", IMPORTED)
+    ownership.seal(base_megatron, IMPORTED)
 
     _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")
     start.train(laptop / "prepo.yaml", settings)
 
     _headline("3/3  the exported model in plain transformers")
-    summary = json.loads((directory / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
     summary["pass_rate_transformers"] = plain_transformers_pass_rate(
         directory / "hf", config, samples_per_prompt=config.eval.samples_per_prompt
     )
@@ -75,7 +76,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         f"\nheld-out pass rate: {summary['pass_rate_before']:.3f} before, "
         f"{summary['pass_rate_after']:.3f} after, "
         f"{summary['pass_rate_transformers']:.3f} by transformers alone\n"
-        f"everything is in {directory}; the picture is {directory / 'pass_rate.png'}"
+        f"results are in {directory}; the picture is {directory / 'pass_rate.png'}"
     )
     return summary
 
@@ -83,7 +84,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def plain_transformers_pass_rate(
     hf_directory: Path, config: configuration.Config, samples_per_prompt: int
 ) -> float:
-    """avg@k of a Hugging Face directory by `transformers.generate` and its own sampling."""
+    """Return avg@k of a Hugging Face directory, generated and sampled by `transformers` alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

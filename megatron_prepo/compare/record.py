@@ -1,7 +1,7 @@
-"""A run as one line of JSON: what a comparison and a report need of its directory.
+"""A run as one line of JSON, with what a comparison and a report need from its directory.
 
-Small enough to be committed (a run of 80 steps is about 8 KB, its directory megabytes), and without
-a path of the machine it ran on: files are named by what is in them.
+It is small enough to commit (about 8 KB for a run of 80 steps, whose directory has megabytes) and
+has no paths of the machine it ran on: files are identified by hashes of their content.
 """
 
 import dataclasses
@@ -11,12 +11,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.run import ledger
+
+Record = dict[str, Any]
+Settings = dict[str, Any]
+"""The settings of a run that are not defaults, by `section.name`."""
 
 SERIES = (
     "reward/mean",
@@ -33,44 +38,44 @@ SERIES = (
     "rollout/length",
     "loss/grad_norm",
 )
-"""Metrics of a step that are kept, where a run has them."""
+"""Metrics per step that a record keeps if the run has them."""
 
 TOTALS = ("rollout/paid", "rollout/tokens_paid")
-"""Kept too; they count up."""
+"""Cumulative metrics, which a record keeps too."""
 
 MAX_POINTS = 40
-"""A longer series is kept as means over consecutive steps."""
+"""A longer series is reduced to means over consecutive steps."""
 
 NOT_COMPARED = ("run", "servers.python", "weight_sync.directory")
-"""Section and settings of the configuration that say where something is, not what a run does."""
+"""A section and settings that are places, and do not affect what a run computes."""
 
 FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
-"""Settings that are paths, and count by the content found there."""
+"""Settings that are paths; they are compared by the content found there."""
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run in this directory came to its end: the summary is written last."""
+    """Return whether the run in this directory is complete: its summary is written last."""
     return all((directory / name).is_file() for name in ("config.yaml", "summary.json"))
 
 
-def is_there(directory: Path) -> bool:
-    """Whether there is a run in this directory, finished or not."""
+def holds_run(directory: Path) -> bool:
+    """Return whether this directory holds a run, finished or not."""
     names = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "ledger.jsonl")
     return all((directory / name).is_file() for name in names)
 
 
-def config_of(directory: Path) -> Config:
-    """The configuration of the run in this directory, with today's defaults for newer settings."""
+def read_config(directory: Path) -> Config:
+    """Return a run's configuration, with the current defaults for settings it predates."""
     return configuration.load(directory / "config.yaml")
 
 
-def settings(config: Config) -> dict[str, object]:
-    """What the run does: the settings that are not defaults, files by their hash.
+def settings(config: Config) -> Settings:
+    """Return what the run does: the settings that are not defaults, files by their hash.
 
-    Defaults are left out so that a setting which the program learns later does not make all earlier
-    records look different.
+    Defaults are omitted so that a setting added in a later version does not make all earlier
+    records differ.
     """
-    changed = {}
+    changed: Settings = {}
     for section in dataclasses.fields(Config):
         value = getattr(config, section.name)
         if section.name in NOT_COMPARED:
@@ -88,14 +93,14 @@ def settings(config: Config) -> dict[str, object]:
     return {key: _content(v) if key in FILES else v for key, v in changed.items()}
 
 
-def config_hash(of: dict[str, object]) -> str:
-    """A name for `settings`."""
+def config_hash(of: Settings) -> str:
+    """Return a short hash that identifies `settings`."""
     text = json.dumps(of, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(before: dict[str, object], now: dict[str, object]) -> list[str]:
-    """`key: before -> now` for each setting that differs; `(default)` where one has none."""
+def differences(before: Settings, now: Settings) -> list[str]:
+    """Return `key: before -> now` for each setting that differs; `(default)` if absent."""
     return [
         f"{key}: {before.get(key, '(default)')} -> {now.get(key, '(default)')}"
         for key in sorted({*before, *now})
@@ -103,13 +108,13 @@ def differences(before: dict[str, object], now: dict[str, object]) -> list[str]:
     ]
 
 
-def record(directory: str | Path) -> dict:
-    """The record of a run, finished or as far as it has come.
+def record(directory: str | Path) -> Record:
+    """Return the record of a run, finished or in progress.
 
     Raises UserError if it has not been evaluated yet.
     """
     directory = Path(directory)
-    config = config_of(directory)
+    config = read_config(directory)
     steps = list(read_lines(directory / "metrics.jsonl"))
     evaluations = list(read_lines(directory / "evaluations.jsonl"))
     if not evaluations:
@@ -120,7 +125,7 @@ def record(directory: str | Path) -> dict:
     entries = list(ledger.read(directory / "ledger.jsonl"))
     seconds, machine = summary.pop("seconds"), summary.pop("machine")
     of_settings = settings(config)
-    return _rounded(
+    made: Record = _rounded(
         {
             "config_hash": config_hash(of_settings),
             "settings": of_settings,
@@ -130,19 +135,22 @@ def record(directory: str | Path) -> dict:
             "probes": sum(entry.purpose == "probe" for entry in entries),
             "steps": _series(steps),
             "ppl_deciles": _pass_rate_by_decile(entries, config.reward.high),
-            "candidates_ppl_deciles": _mean_of_candidates_deciles(steps),
+            "candidates_ppl_deciles": _mean_candidate_deciles(steps),
             "seconds": seconds,
         }
     )
+    return made
 
 
-def _summary_so_far(config: Config, steps: Sequence[dict], evaluations: Sequence[dict]) -> dict:
-    """What `Run.finish` would say, of a run that has not come to its end; `of_steps` marks it.
+def _summary_so_far(
+    config: Config, steps: Sequence[Record], evaluations: Sequence[Record]
+) -> Record:
+    """Return the summary of a run in progress, in the form of `Run.finish`; `of_steps` marks it.
 
-    The gain has no interval, since results of single prompts are not kept.
+    The gain has no interval, since the results of individual prompts are not saved.
     """
     first, last = evaluations[0], evaluations[-1]
-    # `eval` may have changed when the run was resumed; older versions did not note these
+    # `eval` may have changed when the run was resumed; older versions did not record these
     comparable = all(first.get(key) == last.get(key) for key in ("prompts", "temperature"))
     totals = steps[-1] if steps else {name: 0 for name in TOTALS}
     stages = {name for step in steps for name in step if name.startswith("seconds/")}
@@ -168,9 +176,9 @@ def _summary_so_far(config: Config, steps: Sequence[dict], evaluations: Sequence
 
 
 def _evaluations(
-    evaluations: Sequence[dict], entries: Sequence[ledger.LedgerEntry], steps: Sequence[dict]
-) -> list[dict]:
-    """Pass rate and what had been paid by then; of that, what went to probes, if there are any."""
+    evaluations: Sequence[Record], entries: Sequence[ledger.LedgerEntry], steps: Sequence[Record]
+) -> list[Record]:
+    """Return pass rates and the costs up to each evaluation, with the part that went to probes."""
     keys = ("step", "rollouts", "tokens", "seconds", "pass_rate", "samples_per_prompt")
     probes = [entry for entry in entries if entry.purpose == "probe"]
     kept = []
@@ -186,8 +194,8 @@ def _evaluations(
     return kept
 
 
-def _series(steps: Sequence[dict]) -> dict[str, object]:
-    """Columns of at most MAX_POINTS values, each of `step/every` steps."""
+def _series(steps: Sequence[Record]) -> dict[str, object]:
+    """Return columns of at most MAX_POINTS values, each for `step/every` steps."""
     every = max(1, math.ceil(len(steps) / MAX_POINTS))
     chunks = [steps[first : first + every] for first in range(0, len(steps), every)]
 
@@ -204,8 +212,8 @@ def _series(steps: Sequence[dict]) -> dict[str, object]:
 def _pass_rate_by_decile(
     entries: Iterable[ledger.LedgerEntry], pass_reward: float
 ) -> list[float | None] | None:
-    """Pass rate of the prompts paid for to train, by decile of perplexity within their step."""
-    groups: dict[int, dict[str, list]] = {}
+    """Return the pass rate of the training prompts by decile of perplexity within their step."""
+    groups: dict[int, dict[str, list[tuple[float, bool]]]] = {}
     for entry in entries:
         if entry.purpose == "train" and entry.ppl is not None:
             passed = entry.reward >= pass_reward
@@ -222,20 +230,20 @@ def _pass_rate_by_decile(
     return [sum(rates) / len(rates) if rates else None for rates in deciles]
 
 
-def _mean_of_candidates_deciles(steps: Sequence[dict]) -> list[float] | None:
-    """The same of all candidates, over the run: known where every candidate is rolled out."""
+def _mean_candidate_deciles(steps: Sequence[Record]) -> list[float] | None:
+    """Return the mean of all candidates' deciles, if the run rolls out every candidate."""
     name = "candidates/pass_rate_ppl_decile_"
     rows = [[s.get(f"{name}{i}") for i in range(10)] for s in steps if f"{name}0" in s]
-    whole = [row for row in rows if None not in row]
-    return [sum(column) / len(whole) for column in zip(*whole, strict=True)] if whole else None
+    full = [row for row in rows if None not in row]
+    return [sum(column) / len(full) for column in zip(*full, strict=True)] if full else None
 
 
-def _rounded(value: object) -> object:
-    """Fractions to 4 significant digits; whole numbers as they are."""
+def _rounded(value: Any) -> Any:
+    """Round floats to 4 significant digits, None if not finite; keep integers and settings."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        # a setting is compared again later, so it stays exact
+        # settings are compared with those of later runs, so they stay exact
         return {k: v if k == "settings" else _rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
@@ -243,20 +251,20 @@ def _rounded(value: object) -> object:
 
 
 def _content(path: str | None) -> str | None:
-    return path and _hash_of(Path(path).resolve())
+    return path and _content_hash(Path(path).resolve())
 
 
 @lru_cache
-def _hash_of(path: Path) -> str:
-    """A file's hash, or a directory's: of its files' names and contents."""
+def _content_hash(path: Path) -> str:
+    """Return the hash of a file, or of the names and contents of a directory's files."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path)}\n{_hash_of(file)}\n".encode())
+            digest.update(f"{file.relative_to(path)}\n{_content_hash(file)}\n".encode())
     elif path.is_file():
         with open(path, "rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)
     else:
-        return "absent"  # a report of an old run does not need what it was trained on
+        return "absent"  # a report does not need the files that a run was trained on
     return f"sha256:{digest.hexdigest()[:16]}"

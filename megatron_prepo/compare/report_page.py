@@ -1,13 +1,13 @@
 """Runs and comparisons as one page: `megatron-prepo report RUN_OR_RESULTS... [--out report.html]`.
 
-The page needs no other file and no network: figures are inside it, and beside it as PNG for slides.
-Its numbers are those of `compare/analysis.py`; `docs/compare.md` says what they mean.
+The page is self-contained and needs no network: figures are embedded, and also written next to it
+as PNG for slides.  Its numbers come from `compare/analysis.py`; `docs/compare.md` defines them.
 """
 
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +15,19 @@ from megatron_prepo.compare import analysis as comparison
 from megatron_prepo.compare import figures
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare.analysis import Arm, ArmResult, Estimate, Savings
+from megatron_prepo.compare.record import Record
+from megatron_prepo.compare.style import BOLD, CEILING, Palette
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 
 
 def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Write the page, its pictures and headline tables; returns all paths, the page first."""
+    """Write the page, its pictures and headline tables; return all paths, the page first."""
     sections = read(sources)
     out = Path(out)
-    files = {out: lambda: write_text(out, page(sections))}
+    files: dict[Path, Callable[[], None]] = {out: lambda: write_text(out, page(sections))}
     for name, records in sections.items():
-        arms = list(comparison.arms_of(records).values())
+        arms = list(comparison.group_by_arm(records).values())
         names = [arm.name for arm in arms]
         for figure in figures.figures(arms):
             path = out.parent / f"{figures.slug(name)[1:]}_{figure.key}.png"
@@ -41,12 +43,12 @@ def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
     return list(files)
 
 
-def _write_markdown(path: Path, records: Sequence[dict]) -> None:
+def _write_markdown(path: Path, records: Sequence[Record]) -> None:
     write_text(path, markdown(records))
 
 
 def _refuse_another_file(path: Path) -> None:
-    """UserError for a file that is there, unless an earlier report wrote it."""
+    """Raise UserError for an existing file that no earlier report wrote."""
     if not os.path.lexists(path):
         return
     signs = {".md": b"| arm | seeds |"}
@@ -56,18 +58,18 @@ def _refuse_another_file(path: Path) -> None:
             if sign in file.read(1024):
                 return
     raise UserError(
-        f"{path} exists, and no report wrote it; nothing was written: choose another --out, or "
+        f"{path} exists and no report wrote it; nothing was written: choose another --out, or "
         "move it away"
     )
 
 
-def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
-    """Records by section: one for each comparison, and for each single run."""
-    sections: dict[str, list[dict]] = {}
+def read(sources: Sequence[str | Path]) -> dict[str, list[Record]]:
+    """Return records by section: one section per comparison, and one per single run."""
+    sections: dict[str, list[Record]] = {}
     for source in map(Path, sources):
         results = source / "results.jsonl" if source.is_dir() else source
-        if source.is_dir() and run_record.is_there(source):
-            config = run_record.config_of(source)
+        if source.is_dir() and run_record.holds_run(source):
+            config = run_record.read_config(source)
             arm = {"arm": config.selection.method, "seed": config.train.seed}
             name = str(source)
             sections[name] = [{"comparison": None, **arm, **run_record.record(source)}]
@@ -86,7 +88,7 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
     return sections
 
 
-def _records(path: Path) -> list[dict]:
+def _records(path: Path) -> list[Record]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines if line.strip()]
@@ -96,8 +98,8 @@ def _records(path: Path) -> list[dict]:
     return records
 
 
-def page(sections: dict[str, list[dict]]) -> str:
-    """The whole page."""
+def page(sections: dict[str, list[Record]]) -> str:
+    """Return the page as HTML."""
     title = " and ".join(sections)
     body = "\n".join(
         _section(name, records, i) for i, (name, records) in enumerate(sections.items())
@@ -112,14 +114,14 @@ def page(sections: dict[str, list[dict]]) -> str:
     )
 
 
-def _section(name: str, records: Sequence[dict], number: int) -> str:
-    arms = comparison.arms_of(records)
+def _section(name: str, records: Sequence[Record], number: int) -> str:
+    arms = comparison.group_by_arm(records)
     names = list(arms)
-    palettes = figures.Palette(names, placeholders=True)
+    palette = Palette(names, placeholders=True)
     scope = f"s{number}"
     style = (
-        f"<style>#{scope} {{{palettes.css(dark=False)}}} @media (prefers-color-scheme: dark) "
-        f"{{#{scope} {{{palettes.css(dark=True)}}}}}</style>"
+        f"<style>#{scope} {{{palette.css(dark=False)}}} @media (prefers-color-scheme: dark) "
+        f"{{#{scope} {{{palette.css(dark=True)}}}}}</style>"
     )
     single = records[0]["comparison"] is None
     pictures = "\n".join(_figure(f, names) for f in figures.figures(list(arms.values())))
@@ -130,32 +132,27 @@ def _section(name: str, records: Sequence[dict], number: int) -> str:
     )
 
 
-def _what(records: Sequence[dict]) -> str:
-    """One sentence on what was run."""
+def _what(records: Sequence[Record]) -> str:
+    """Return a paragraph on runs, arms, seeds and prompts."""
     summary = records[0]["summary"]
     arms, seeds = ({record[key] for record in records} for key in ("arm", "seed"))
-    # a run that goes on has no summary that counts them
+    # a run in progress has no summary that counts them
     prompts = f"{summary['held_out_prompts']} " if "held_out_prompts" in summary else ""
     return (
         f"<p>{len(records)} run{'s' * (len(records) > 1)}: {len(arms)} arm{'s' * (len(arms) > 1)}, "
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Pass rates are avg@"
         f"{summary['samples_per_prompt']} on {prompts}held-out prompts; "
-        f"before training {comparison.base_of(records):.3f}.</p>"
+        f"before training {comparison.base_pass_rate(records):.3f}.</p>"
     )
 
 
 def _tables(results: Sequence[ArmResult]) -> str:
-    """The headline, and the same savings in tokens and seconds."""
+    """Return the headline table, and one of savings in tokens and seconds."""
     quotas = [f"{quota * 100:g} %" for quota in comparison.QUOTAS]
     has_savings = any(result.savings for result in results)
     head = ["arm", *(f"saving at {q}" for q in quotas if has_savings)]
     head += ["final pass rate", "against random", "mean pass rate", "against random"]
-    rows = []
-    for result in results:
-        cells = [_saving(result, "rollouts", quota) for quota in comparison.QUOTAS if has_savings]
-        cells += [_final(result.final), _difference(result.final_difference)]
-        cells += [_final(result.mean_pass), _difference(result.mean_pass_difference)]
-        rows.append(cells)
+    rows = [_headline_cells(result, has_savings) for result in results]
     arms = [result.arm for result in results]
     parts = [_table(head, arms, rows)]
     if not has_savings:
@@ -171,10 +168,11 @@ def _tables(results: Sequence[ArmResult]) -> str:
     return "\n".join(parts)
 
 
-SAVING_WORDS = """<p class=note>Saving: rollouts that random pays until its mean pass rate has
-made 50, 75 or 100 % of its gain, over what the arm pays until it is as high; above 1, the arm is
-cheaper.
-Small: its 95 % interval (bootstrap over seeds), and how many seeds reach the target on their own.
+SAVING_WORDS = """<p class=note>Saving: rollouts that random generates until its mean pass rate has
+made 50, 75 or 100 % of its gain, divided by those of the arm until it is as high; above 1, the arm
+is cheaper.
+Small: the 95 % interval (bootstrap over seeds), and the number of seeds that reach the target
+individually.
 “&lt;”: the target was not reached within the arm’s budget, so the ratio is only bounded.
 Other intervals are Student’s t over seeds; differences are paired by seed. Mean pass rate: over the
 run, the area under the curve. With few seeds all intervals are rough.</p>"""
@@ -186,9 +184,9 @@ def _table(head: Sequence[str], arms: Sequence[Arm], rows: Sequence[Sequence[str
     for number, (arm, cells) in enumerate(zip(arms, rows, strict=True)):
         count = len(arm.records)
         small = f"{count} seed{'s' * (count > 1)}"
-        small += ", a ceiling" if arm.name == figures.CEILING else ""
+        small += ", a ceiling" if arm.name == CEILING else ""
         label = f"{html.escape(arm.name)}<small>{small}</small>"
-        bold = " class=ours" if arm.name in figures.BOLD else ""
+        bold = " class=ours" if arm.name in BOLD else ""
         dot = f'<i style="background: var(--arm-{number})"></i>'
         inside = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f"<tr{bold}><th scope=row>{dot}{label}</th>{inside}</tr>")
@@ -197,24 +195,27 @@ def _table(head: Sequence[str], arms: Sequence[Arm], rows: Sequence[Sequence[str
     return f"<div class=scroll>{table}</div>"
 
 
-def markdown(records: Sequence[dict]) -> str:
-    """The headline table of one comparison in Markdown, for documents and issues."""
+def markdown(records: Sequence[Record]) -> str:
+    """Return the headline table of one comparison in Markdown."""
     results = [r for r in comparison.analyse(records) if r.savings]
     quotas = [f"saving at {quota * 100:g} %" for quota in comparison.QUOTAS]
     head = ["arm", "seeds", *quotas, "end", "against random", "mean pass rate", "against random"]
     lines = [head, ["---"] * len(head)]
     for result in results:
-        numbers = [result.final, result.final_difference]
-        numbers += [result.mean_pass, result.mean_pass_difference]
-        cells = [_saving(result, "rollouts", quota) for quota in comparison.QUOTAS]
-        cells += [(_difference if i % 2 else _final)(value) for i, value in enumerate(numbers)]
+        cells = _headline_cells(result, has_savings=True)
         plain = [_without_tags(cell) for cell in cells]
         lines.append([f"`{result.arm.name}`", str(len(result.arm.records)), *plain])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _headline_cells(result: ArmResult, has_savings: bool) -> list[str]:
+    cells = [_saving(result, "rollouts", quota) for quota in comparison.QUOTAS if has_savings]
+    cells += [_final(result.final), _difference(result.final_difference)]
+    return [*cells, _final(result.mean_pass), _difference(result.mean_pass_difference)]
+
+
 def _without_tags(cell: str) -> str:
-    """A cell's number and its interval, on one line.
+    """Return a cell's number and its interval on one line.
 
     >>> _without_tags("1.2<small>1.1 to 1.3</small><small>5/5 seeds</small>")
     '1.2 (1.1 to 1.3)'
@@ -228,21 +229,21 @@ def _without_tags(cell: str) -> str:
 
 
 def _final(value: Estimate) -> str:
-    if value.low is None:
-        return f"{value.value:.3f}"
-    return f"{value.value:.3f}<small>± {value.high - value.value:.3f}</small>"
+    return f"{value.value:.3f}{_half_width(value)}"
 
 
 def _difference(value: Estimate | None) -> str:
     if value is None:
         return "–"
-    if value.low is None:
-        return signed(value.value)
-    return f"{signed(value.value)}<small>± {value.high - value.value:.3f}</small>"
+    return f"{signed(value.value)}{_half_width(value)}"
+
+
+def _half_width(value: Estimate) -> str:
+    return "" if value.high is None else f"<small>± {value.high - value.value:.3f}</small>"
 
 
 def signed(value: float) -> str:
-    """With a typographic minus."""
+    """Return a difference with its sign, and a typographic minus."""
     return f"{value:+.3f}".replace("-", "−")
 
 
@@ -257,27 +258,27 @@ def _saving(result: ArmResult, axis: str, quota: float) -> str:
 
 
 def ratio_words(ratio: float) -> str:
-    """Two decimals; a target that was reached before anything was paid has no ratio."""
+    """Return a ratio with two decimals, or “> 100” if the target was reached at almost no cost."""
     return f"{ratio:.2f}" if ratio < 100 else "&gt; 100"
 
 
 def interval_words(saving: Savings) -> str:
-    """`1.10 to 1.60`; with “<” before a limit that is only bounded."""
-    if saving.low is None:
+    """Return an interval as `1.10 to 1.60`, with “<” before a limit that is only bounded."""
+    if saving.low is None or saving.high is None:
         return ""
     if not saving.reached_draws:
         return "no draw reaches it"
     return f"{'&lt; ' * saving.low_missed}{ratio_words(saving.low)} to {ratio_words(saving.high)}"
 
 
-def _single_run(record: dict) -> str:
-    """A run's own result, or how far it has come."""
+def _single_run(record: Record) -> str:
+    """Return the result of a run, finished or in progress."""
     summary = record["summary"]
     unfinished = "of_steps" in summary
 
     def rate(key: str) -> str:
         if summary[key] is None:
-            return "not known: eval.temperature was changed in the run"
+            return "unknown: eval.temperature was changed during the run"
         if f"{key}_ci95" not in summary:
             return f"{summary[key]:.3f}"
         low, high = summary[f"{key}_ci95"]
@@ -310,13 +311,13 @@ def _figure(figure: figures.Figure, names: Sequence[str]) -> str:
     )
 
 
-def _foot(records: Sequence[dict]) -> str:
-    """Commands, machines and settings: what it takes to do it again."""
+def _foot(records: Sequence[Record]) -> str:
+    """Return commands, machines and settings: what reproducing the runs requires."""
     commands = dict.fromkeys(r["command"] for r in records if r.get("command"))
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in records
     )
-    by_arm = comparison.arms_of(records)
+    by_arm = comparison.group_by_arm(records)
     seeds = "; ".join(f"{a.name}: {', '.join(map(str, a.seeds))}" for a in by_arm.values())
     shared = dict(records[0]["settings"])
     for record in records:
@@ -326,7 +327,7 @@ def _foot(records: Sequence[dict]) -> str:
     parts += [f"<p>{html.escape(machine)}</p>" for machine in machines]
     parts.append(f"<p>Seeds: {html.escape(seeds)}</p>")
     parts.append(
-        "<details><summary>Settings that all runs share, where they are not defaults</summary>"
+        "<details><summary>Settings that all runs share, except defaults</summary>"
         f"<pre>{html.escape(settings)}</pre></details>"
     )
     return f"<footer><h2>How it was run</h2>{''.join(parts)}</footer>"

@@ -1,63 +1,49 @@
-"""Several methods on equal terms: the same configuration, seeds, prompts and rollout budget.
+"""Compare methods on equal terms: the same configuration, seeds, prompts and rollout budget.
 
     megatron-prepo compare CONFIG --methods random,prepo,dapo --seeds 1-5 --dir runs/compare/NAME
 
-Every run is a process of its own, in `DIR/ARM/SEED`, and leaves one record in `DIR/results.jsonl`
-(`compare/record.py`).  What is finished is not run again, so the same command goes on after an
-interruption.  `docs/compare.md` says what is equal and what the numbers mean.
+Each run is a separate process or Slurm job in `DIR/ARM/SEED` and adds one record to
+`DIR/results.jsonl` (`compare/record.py`).  Finished runs are not repeated, so the same command
+resumes an interrupted comparison.  `docs/compare.md` defines what is equal for all arms and what
+the numbers mean.
 """
 
 import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from megatron_prepo import config as configuration
+from megatron_prepo.compare import local_runs
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare import slurm_array as array
+from megatron_prepo.compare.arms import ARMS, parse_arms
 from megatron_prepo.compare.planned_run import PlannedRun, refuse_other_settings
+from megatron_prepo.compare.record import Record
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.run import directory as run_directory
 
-PREPO = ["selection.method=prepo", "weighting.method=relative_entropy"]
-ENTROPY = ["selection.method=random", "weighting.method=relative_entropy"]
-
-ARMS = {
-    "random": ["selection.method=random", "weighting.method=none"],
-    "prepo": PREPO,
-    "ppl_only": ["selection.method=prepo", "weighting.method=none"],
-    "entropy_only": ENTROPY,
-    "reverse": [*PREPO, "selection.direction=high-to-low"],
-    "rho_max": [*PREPO, "selection.rho_max=0.5"],
-    "clamp": [*PREPO, "weighting.clamp=1.5"],
-    "entropy_clamp": [*ENTROPY, "weighting.clamp=1.5"],
-    "dapo": ["selection.method=dapo", "weighting.method=none"],
-    "greso": ["selection.method=greso", "weighting.method=none"],
-    "mopps": ["selection.method=mopps", "weighting.method=none"],
-    "foresight": ["selection.method=foresight", "weighting.method=none"],
-    "oracle": ["selection.method=oracle", "weighting.method=none"],
-}
-"""What can be compared, and the settings that make it."""
-
 TRAIN = (sys.executable, "-m", "megatron_prepo", "train")
-GRACE_SECONDS = 10.0
+"""The command that starts one run."""
 LOG_LINES = 15
+"""Lines of a failed run's log in the error message."""
+
+Records = dict[tuple[str, str, int], Record]
+"""Records by comparison, arm and seed."""
 
 
 class RunsFailed(RuntimeError):
-    """Some runs ended with an error; the message names them and shows how their logs end."""
+    """Some runs failed; the message names them and quotes the last lines of their logs."""
 
 
 def compare(
@@ -74,12 +60,12 @@ def compare(
     train: Sequence[str] = TRAIN,
     check: Callable[[Config], object] | None = None,
     slurm: array.Slurm | None = None,
-) -> list[dict]:
-    """Run what is not there yet, and return the records of this comparison's runs.
+) -> list[Record]:
+    """Run the missing runs, and return the records of all runs of this comparison.
 
-    `train` and `check` are how a run is started and what looks at its inputs before (`preflight`);
-    with `slurm` each run is a job there.
-    Raises UserError before anything is started, RunsFailed after all that can be run has been.
+    `train` is the command that starts a run, and `check` checks its inputs before any is started
+    (default: `check_inputs`).  With `slurm`, each run is a job there.
+    Raises UserError before anything is started, and RunsFailed after every run has been tried.
     """
     check = check or check_inputs
     directory = Path(directory)
@@ -93,8 +79,8 @@ def compare(
             now = run_record.settings(run.config)
             refuse_other_settings(known["settings"], now, run.name, f"{results} holds")
 
-    def keep(run: PlannedRun) -> dict:
-        made = {"comparison": name, "arm": run.arm, "seed": run.seed, "command": command}
+    def keep(run: PlannedRun) -> Record:
+        made: Record = {"comparison": name, "arm": run.arm, "seed": run.seed, "command": command}
         made |= {"overrides": run.overrides, **run_record.record(run.directory)}
         records[name, run.arm, run.seed] = made
         write_results(results, records)
@@ -108,18 +94,32 @@ def compare(
             keep(run)
         else:
             waiting.append(run)
-    say(equal_terms(planned, config_path, len(waiting)))
+    log(equal_terms(planned, config_path, len(waiting)))
     for config in distinct_inputs([run.config for run in waiting]):
         check(config)
     for run in waiting:
         run_directory.check(run.replacing())
-    failed = []
-    bar = tqdm(total=len(planned), initial=len(planned) - len(waiting), desc="runs", unit="run")
     runs = (
         array.run_all(waiting, config_path, directory, slurm, jobs)
         if slurm
-        else run_all(waiting, config_path, train, jobs)
+        else local_runs.run_all(waiting, config_path, train, jobs)
     )
+    failed = _collect(runs, keep, total=len(planned), done=len(planned) - len(waiting))
+    if failed:
+        raise RunsFailed(failures(failed, len(planned)))
+    return [records[name, run.arm, run.seed] for run in planned]
+
+
+def _collect(
+    runs: Generator[tuple[PlannedRun, int], None, None],
+    keep: Callable[[PlannedRun], Record],
+    *,
+    total: int,
+    done: int,
+) -> list[tuple[PlannedRun, int]]:
+    """Keep the record of each run that succeeds; return the others with their exit codes."""
+    failed = []
+    bar = tqdm(total=total, initial=done, desc="runs", unit="run")
     with bar, closing(runs) as ended:
         for run, exit_code in ended:
             if exit_code == 0:
@@ -128,58 +128,30 @@ def compare(
             else:
                 failed.append((run, exit_code))
                 bar.set_postfix_str(f"{run.name} failed")
-    if failed:
-        raise RunsFailed(failures(failed, len(planned)))
-    return [records[name, run.arm, run.seed] for run in planned]
+    return failed
 
 
 def check_inputs(config: Config) -> None:
-    """`preflight.check`, and UserError if arms that start on other days had other prompts."""
+    """Run `preflight.check`; raise UserError if prompts depend on the day an arm starts."""
     from megatron_prepo.inputs import preflight
 
-    tokenizer = preflight.check(config).tokenizer
+    tokenizer: Any = preflight.check(config).tokenizer
     pinned = not config.data.chat_template or config.data.chat_template_date is not None
     if not pinned and "strftime_now" in str(tokenizer.chat_template):
         raise UserError(
-            f"the chat template of {config.model.hf} writes the date into prompts, which must be "
-            "the same for all arms; set data.chat_template_date, such as "
+            f"the chat template of {config.model.hf} writes the current date into prompts, which "
+            "must be the same for all arms; set data.chat_template_date, such as "
             f"data.chat_template_date={date.today().isoformat()}"
         )
 
 
-def parse_arms(methods: str) -> dict[str, list[str]]:
-    """The arms named, and their overrides.
-
-    >>> parse_arms("random, mine:selection.method=prepo;weighting.clamp=2")["mine"]
-    ['selection.method=prepo', 'weighting.clamp=2']
-    """
-    arms = {}
-    for part in filter(None, (part.strip() for part in methods.split(","))):
-        name, colon, inline = part.partition(":")
-        if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", name):
-            raise UserError(f"the arm {name!r} must be named by letters, digits, _, - and dots")
-        if name in arms:
-            raise UserError(f"the arm {name} is there twice")
-        if colon and name in ARMS:
-            raise UserError(f"the arm {name} is a known one; give yours another name")
-        if not colon and name not in ARMS:
-            raise UserError(
-                f"unknown method {name}{configuration.nearest(name, list(ARMS))}; known: "
-                f"{', '.join(ARMS)}; or define one: '{name}:selection.method=prepo;...'"
-            )
-        arms[name] = [o.strip() for o in inline.split(";") if o.strip()] if colon else ARMS[name]
-    if not arms:
-        raise UserError("--methods names none, such as random,prepo")
-    return arms
-
-
 def parse_seeds(seeds: str) -> list[int]:
-    """The seeds, each once.
+    """Return the seeds that `--seeds` names, each once.
 
     >>> parse_seeds("1-3,7")
     [1, 2, 3, 7]
     """
-    found = []
+    found: list[int] = []
     for part in seeds.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match:
@@ -198,9 +170,9 @@ def plan(
     directory: Path,
     overrides: Sequence[str],
 ) -> list[PlannedRun]:
-    """All runs, seeds outermost: an interruption leaves whole seeds behind.
+    """Return all runs, seeds outermost, so that an interruption leaves complete seeds.
 
-    What an arm sets wins over the command line's overrides, which hold for all arms.
+    An arm's settings take precedence over the command line's overrides, which apply to all arms.
     """
     runs = []
     for seed in seeds:
@@ -216,7 +188,7 @@ def plan(
 
 
 def distinct_inputs(configs: Sequence[Config]) -> list[Config]:
-    """One configuration for each set of inputs: arms and seeds mostly read the same."""
+    """Return one configuration per set of inputs, since most arms and seeds share theirs."""
     by_inputs = {
         (c.model, c.data, c.parallel, c.rollout, c.eval, c.selection.num_candidates): c
         for c in configs
@@ -225,37 +197,38 @@ def distinct_inputs(configs: Sequence[Config]) -> list[Config]:
 
 
 def rollout_budget(config: Config) -> int:
-    """Rollouts of a run: as set, or those of all steps at K groups of G each.
+    """Return the rollouts of a run: as set, or those of all steps at K groups of G each.
 
-    The oracle's probes are no part of a method's cost, and a run counts them: it gets them on top.
+    A run's budget includes the oracle's probes, which are not a cost of the method; the oracle's
+    budget is raised by them.
     """
     selection, group_size = config.selection, config.rollout.samples_per_prompt
     budget = config.train.rollout_budget
     if budget is None:
         budget = config.train.total_steps * selection.num_selected * group_size
     if selection.method == "oracle":
-        paid = selection.num_selected
-        budget = -(-budget * (selection.num_candidates + paid) // paid)
+        trained = selection.num_selected
+        budget = -(-budget * (selection.num_candidates + trained) // trained)
     return budget
 
 
 def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_waiting: int) -> str:
-    """What is the same for all arms, in words."""
+    """Describe the runs and what is equal for all arms."""
     arms, seeds = ([*dict.fromkeys(getattr(r, key) for r in planned)] for key in ("arm", "seed"))
-    paid = [r for r in planned if r.config.selection.method != "oracle"] or planned
-    config = paid[0].config
+    without_probes = [r for r in planned if r.config.selection.method != "oracle"] or planned
+    config = without_probes[0].config
     each = config.selection.num_selected * config.rollout.samples_per_prompt
     return (
         f"{len(arms)} arms ({', '.join(arms)}) x seeds {', '.join(map(str, seeds))}: "
         f"{len(planned)} runs, {len(planned) - num_waiting} of them done\n"
         f"equal for all arms: {config_path}, per seed the order of candidate prompts, the held-out "
         f"prompts and their random numbers, and {config.train.rollout_budget:,} rollouts "
-        f"(a step needs {each:,}; a method that refills pays more a step and takes fewer steps)"
+        f"({each:,} per step; a method that refills generates more per step and takes fewer steps)"
     )
 
 
-def read_results(path: Path) -> dict[tuple[str, str, int], dict]:
-    """The records of a results file by (comparison, arm, seed); empty if there is none."""
+def read_results(path: Path) -> Records:
+    """Return the records of a results file; none if it does not exist."""
     if os.path.lexists(path) and not path.is_file():
         raise UserError(f"--results {path} is no file; name one")
     if not path.is_file():
@@ -268,12 +241,12 @@ def read_results(path: Path) -> dict[tuple[str, str, int], dict]:
         raise UserError(f"{path} is no results file of `compare`: {error!r}") from None
 
 
-def write_results(path: Path, records: dict[tuple[str, str, int], dict]) -> None:
-    """All records, a line each: comparisons as they came, arms in the order of ARMS, then seeds."""
+def write_results(path: Path, records: Records) -> None:
+    """Write a line per record: comparisons as first seen, then arms as in ARMS, then seeds."""
     comparisons = list(dict.fromkeys(comparison for comparison, _, _ in records))
     order = {arm: number for number, arm in enumerate(ARMS)}
 
-    def place(key: tuple[str, str, int]) -> tuple:
+    def place(key: tuple[str, str, int]) -> tuple[int, int, str, int]:
         comparison, arm, seed = key
         return comparisons.index(comparison), order.get(arm, len(order)), arm, seed
 
@@ -282,109 +255,8 @@ def write_results(path: Path, records: dict[tuple[str, str, int], dict]) -> None
     write_text(path, "\n".join(lines) + "\n")
 
 
-def run_all(
-    waiting: Sequence[PlannedRun], config_path: str | Path, train: Sequence[str], jobs: int | None
-) -> Iterator[tuple[PlannedRun, int]]:
-    """Run them, some at once; gives each and its exit code as it ends.
-
-    However the iteration is left, no process stays behind.
-    """
-    if not waiting:
-        return
-    num_ranks = waiting[0].config.parallel.num_ranks
-    devices = visible_devices()
-    jobs = jobs or max(1, (len(devices) or os.cpu_count() or 1) // num_ranks)
-    queue, running = list(waiting), {}
-    with terminated_like_interrupted():
-        try:
-            while queue or running:
-                while queue and len(running) < jobs:
-                    slot = min(set(range(jobs)) - set(running))
-                    running[slot] = (
-                        queue[0],
-                        start(queue.pop(0), config_path, train, devices, slot),
-                    )
-                ended = [s for s, (_, process) in running.items() if process.poll() is not None]
-                for slot in ended:
-                    run, process = running.pop(slot)
-                    end([process])  # what a run that died may have left in its group
-                    yield run, process.returncode
-                if not ended:
-                    time.sleep(0.1)
-        finally:
-            end([process for _, process in running.values()])
-
-
-def start(
-    run: PlannedRun, config_path: str | Path, train: Sequence[str], devices: list[str], slot: int
-) -> subprocess.Popen:
-    """The run as a process group of its own, with its share of the devices."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    if devices:
-        num_ranks = run.config.parallel.num_ranks
-        mine = [devices[(slot * num_ranks + i) % len(devices)] for i in range(num_ranks)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
-    where = [f"run.dir={configuration.literal(run.directory)}", "run.overwrite=true"]
-    with open(run.directory / "train.log", "a") as log:
-        return subprocess.Popen(
-            [*train, str(config_path), *run.overrides, *where],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def visible_devices() -> list[str]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return named.split(",")[:count] if named else [str(i) for i in range(count)]
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask all in the processes' groups to stop, then kill what is left: a second Ctrl-C at once."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    try:
-        for process in processes:
-            signal_group(process, signal.SIGTERM)
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-    finally:
-        for process in processes:
-            signal_group(process, signal.SIGKILL)
-            process.wait()
-
-
-def signal_group(process: subprocess.Popen, number: int) -> None:
-    """To the process and all that it started; those that are gone need none."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the comparison as Ctrl-C does, so that its runs are ended, too."""
-
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def one_line(record: dict) -> str:
-    """A finished run on the progress bar."""
+def one_line(record: Record) -> str:
+    """Return arm, seed and pass rates of a finished run, for the terminal."""
     summary = record["summary"]
     return (
         f"{record['arm']}/{record['seed']} {summary['pass_rate_before']:.3f} -> "
@@ -393,22 +265,22 @@ def one_line(record: dict) -> str:
 
 
 def failures(failed: Sequence[tuple[PlannedRun, int]], total: int) -> str:
-    """Which runs failed, and how their logs end."""
-    parts = [f"{len(failed)} of {total} runs failed; the same command goes on with what is missing"]
+    """Return a message with the failed runs and the last lines of their logs."""
+    parts = [f"{len(failed)} of {total} runs failed; the same command runs only what is missing"]
     for run, exit_code in failed:
         log = run.directory / "train.log"
-        text = log.read_text(errors="replace") if log.is_file() else "nothing: it did not start"
+        text = log.read_text(errors="replace") if log.is_file() else "no log: it did not start"
         lines = text.splitlines()[-LOG_LINES:]
         tail = "\n".join(f"    {line}" for line in lines)
         parts.append(f"{run.name}: exit code {exit_code}, {log}\n{tail}")
     return "\n".join(parts)
 
 
-def say(text: str) -> None:
-    """A line on the terminal."""
+def log(text: str) -> None:
+    """Print a line to the terminal."""
     print(text, file=sys.stderr)
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as it can be typed again."""
+    """Return the command line, quoted for a shell."""
     return shlex.join(["megatron-prepo", *arguments])

@@ -1,21 +1,21 @@
-"""Runs of a comparison as one Slurm job array, one job per run: `compare --executor slurm`.
+"""The runs of a comparison as tasks of a Slurm job array: `compare --executor slurm`.
 
-    DIR/array/N.sbatch      script submitted as array N
+    DIR/array/N.sbatch      the script submitted as array N
     DIR/array/N.runs        its runs, in the order of its tasks
-    DIR/array/N_TASK.out    output of a task's script, N_TASK.code its exit code
+    DIR/array/N_TASK.out    output of a task's script; N_TASK.code has its exit code
     DIR/ARM/SEED/train.log  output of the ranks
 
 Requires sbatch and squeue on this machine, and a file system that all nodes share.  Interrupting
-the command does not affect the array: the same command waits for it again, and submits only runs
-that are neither finished nor queued.  A job that is stopped before its time limit requeues itself
-and resumes.
+the command does not cancel the array: the same command waits for it again, and submits only runs
+that are neither finished nor queued.  A job that is stopped before its time limit is requeued and
+resumes.
 """
 
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
@@ -28,10 +28,9 @@ from megatron_prepo.launch.peers import UNREACHABLE_EXIT_CODE
 
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 120.0
-"""Timeout of sbatch and squeue."""
+"""Deadline for an answer of sbatch and squeue."""
 SHOW_AFTER = 60
-"""Consecutive polls without a response of squeue after which the command exits; the array is not
-affected."""
+"""Polls without an answer of squeue after which the command gives up; the array keeps running."""
 
 SCRIPT = """#!/bin/bash
 {flags}
@@ -45,7 +44,7 @@ code=0
 srun --wait=60 --kill-on-bad-exit=1 --open-mode=append --output="$run_dir/train.log" \\
     {python} -m megatron_prepo.launch.rank "${{words[@]}}" || code=$?
 
-# {unreachable}: a machine does not answer; 138: the signal to save came before Python could listen
+# {unreachable}: unreachable machine; 138: the signal to save came before Python could handle it
 unfinished=
 ((code != {unreachable} && code != 138)) || unfinished=yes
 ((code != 0)) || [ -f "$run_dir/summary.json" ] || unfinished=yes
@@ -60,14 +59,14 @@ exit "$code"
 
 @dataclass(frozen=True)
 class Slurm:
-    """Slurm options of the jobs of an array."""
+    """Options of the array's jobs."""
 
     account: str | None = None
     partition: str | None = None
     time: str = "04:00:00"
     gpus_per_node: int = 8
     options: tuple[str, ...] = ()
-    """Additional options of sbatch, such as `--mem=64G`."""
+    """Further options of sbatch, such as `--mem=64G`."""
 
 
 def run_all(
@@ -76,12 +75,12 @@ def run_all(
     directory: Path,
     slurm: Slurm,
     jobs: int | None = None,
-) -> Iterator[tuple[PlannedRun, int]]:
-    """Submit runs that are not queued and wait for all; yields each run and its exit code.
+) -> Generator[tuple[PlannedRun, int], None, None]:
+    """Submit runs that are not queued, wait for all, and yield each and its exit code when it ends.
 
-    At most `jobs` of them run at a time.
+    Up to `jobs` of them run at a time.
 
-    Raises UserError for runs that cannot be submitted, or that Slurm rejects.
+    Raises UserError for runs that cannot be jobs, and for jobs that Slurm refuses.
     """
     if not waiting:
         return
@@ -97,8 +96,8 @@ def run_all(
     except KeyboardInterrupt:
         numbers = " ".join(sorted({task.partition("_")[0] for task in queued.values()}))
         print(
-            f"the jobs continue: the same command waits for them again, scancel {numbers} cancels "
-            "them",
+            f"the jobs keep running: the same command collects their results, scancel {numbers} "
+            "cancels them",
             file=sys.stderr,
         )
         raise
@@ -111,21 +110,21 @@ def script(
     slurm: Slurm,
     jobs: int | None = None,
 ) -> str:
-    """Return the array's script; raises UserError for runs that cannot be submitted."""
+    """Return the array's script; raise UserError for runs that cannot be jobs."""
     config = runs[0].config
     ranks = config.parallel.num_ranks
     if any(run.config.parallel.num_ranks != ranks for run in runs):
         raise UserError(
             "--executor slurm: all runs of a comparison must have the same number of ranks"
         )
-    a_node = min(ranks, slurm.gpus_per_node)
-    if ranks % a_node:
-        raise UserError(f"--gpus-per-node {a_node} does not divide the {ranks} ranks of a run")
-    nodes = ranks // a_node
+    per_node = min(ranks, slurm.gpus_per_node)
+    if ranks % per_node:
+        raise UserError(f"--gpus-per-node {per_node} does not divide the {ranks} ranks of a run")
+    nodes = ranks // per_node
     if nodes > 1 and config.rollout.engine == "sglang" and not config.servers.urls:
         raise UserError(
-            f"a run of {nodes} nodes starts no SGLang servers: list existing ones in servers.urls, "
-            "or use python -m megatron_prepo.launch for each run"
+            f"a run on {nodes} nodes starts no SGLang servers: list them in servers.urls, or use "
+            "python -m megatron_prepo.launch for each run"
         )
     signal = slurm_time.warning(config.checkpoint.grace_seconds)
     slurm_time.check(slurm.time, signal)
@@ -133,9 +132,9 @@ def script(
         "--job-name=megatron-prepo-compare",
         f"--array=0-{len(runs) - 1}" + (f"%{jobs}" if jobs else ""),
         f"--nodes={nodes}",
-        f"--ntasks-per-node={a_node}",
-        f"--gpus-per-node={a_node}",
-        *(["--exclusive", "--mem=0"] if a_node == slurm.gpus_per_node else []),
+        f"--ntasks-per-node={per_node}",
+        f"--gpus-per-node={per_node}",
+        *(["--exclusive", "--mem=0"] if per_node == slurm.gpus_per_node else []),
         f"--time={slurm.time}",
         f"--signal={signal}",
         "--requeue",
@@ -160,7 +159,7 @@ def script(
 
 
 def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
-    """Submit a script and return the number of the array."""
+    """Submit the array and return its number."""
     for run in runs:
         run.directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -174,8 +173,8 @@ def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"--executor slurm needs sbatch: {error}") from error
     if done.returncode:
-        said = "; ".join(done.stderr.replace("sbatch: error: ", "").splitlines())
-        raise UserError(f"sbatch rejected the jobs: {said}")
+        reason = "; ".join(done.stderr.replace("sbatch: error: ", "").splitlines())
+        raise UserError(f"sbatch refuses the jobs: {reason}")
     number = done.stdout.strip().partition(";")[0]
     (place / f"{number}.sbatch").write_text(text)
     (place / f"{number}.runs").write_text(json.dumps([run.name for run in runs]))
@@ -191,7 +190,7 @@ def _queued(place: Path, waiting: Sequence[PlannedRun]) -> dict[str, str]:
         number = path.stem
         alive = _alive(number)
         if alive is None:
-            raise UserError("squeue does not respond, and jobs may be queued: try again later")
+            raise UserError("squeue does not answer, and jobs may be queued: try again later")
         for task, name in enumerate(json.loads(path.read_text())):
             if name in names and f"{number}_{task}" in alive:
                 queued[name] = f"{number}_{task}"
@@ -199,7 +198,7 @@ def _queued(place: Path, waiting: Sequence[PlannedRun]) -> dict[str, str]:
 
 
 def _alive(number: str) -> set[str] | None:
-    """Return the tasks of an array that have not ended; None if squeue does not respond."""
+    """Return the tasks of an array that have not ended; None if squeue does not answer."""
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%F_%K"],
@@ -226,10 +225,8 @@ def _ends(
             tasks = _alive(number)
             silent = silent + 1 if tasks is None else 0
             if silent > SHOW_AFTER:
-                raise UserError(
-                    "squeue does not respond; the same command collects the results later"
-                )
-            # without a response, the jobs are assumed to run
+                raise UserError("squeue does not answer; the same command collects the runs later")
+            # without an answer, assume that no job has ended
             alive |= {queued[run.name] for run in left} if tasks is None else tasks
         for run in [run for run in left if queued[run.name] not in alive]:
             left.remove(run)
@@ -239,7 +236,7 @@ def _ends(
 
 
 def _exit_code(run: PlannedRun, written: Path) -> int:
-    """Return the exit code of a task that has ended; 1 if it was cancelled, or its node lost."""
+    """Return the exit code of an ended task; 1 if it was cancelled or its node failed."""
     if (run.directory / "summary.json").is_file():
         return 0
     return int(written.read_text()) if written.is_file() else 1

@@ -1,1 +1,1 @@
-"""Held-out pass rates during training, and suites of benchmarks."""
+"""Held-out pass rates during training, and evaluation on benchmark suites."""

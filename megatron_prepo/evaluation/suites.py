@@ -1,14 +1,14 @@
-"""`megatron-prepo evaluate`: models on suites of problems, by either engine, resumable.
+"""`megatron-prepo evaluate`: evaluate models on suites of problems with either engine; resumable.
 
-| in the directory | what |
+| in the directory | contents |
 |---|---|
-| `evaluation.json` | settings, models and suites, with which a second start has to agree |
-| `completions/MODEL/SUITE.jsonl` | one object a completion, appended as they come |
+| `evaluation.json` | settings, models and suites; a later start must agree with them |
+| `completions/MODEL/SUITE.jsonl` | one object per completion, appended as they are graded |
 | `exported/MODEL/` | a Megatron checkpoint in Hugging Face format |
 | `results.json`, `table.md` | avg@k and pass@k with intervals; the table in the paper's form |
 
-Nothing of Megatron is loaded, unless a checkpoint of its has to be exported first.  A completion is
-that of an evaluation during training with the same seed, weights and engine.
+Megatron is loaded only to export a checkpoint of its format.  A completion equals that of an
+evaluation during training with the same seed, weights and engine.
 """
 
 import dataclasses
@@ -17,41 +17,44 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, overridden
+from megatron_prepo.config import Config, ModelConfig, overridden
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError
-from megatron_prepo.evaluation.pass_at_k import mean_with_ci95, pass_at_k, powers_of_two
+from megatron_prepo.evaluation import table
+from megatron_prepo.evaluation.completions import Completions
+from megatron_prepo.evaluation.pass_at_k import mean_with_ci95
 from megatron_prepo.files import lock
-from megatron_prepo.files.atomic import flush, naming, write_text
+from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import digests as inputs
 from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_files import HFTensors, buckets, widest
 from megatron_prepo.process import machine
-from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rewards.pool import Grade, Grader
+from megatron_prepo.records import Prompt
+from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout import build
 from megatron_prepo.rollout.engine import Engine, Request
 
-UNUSED = {
+PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "run": {"dir": "-"},
     "model": {"hf": "-"},
     "data": {"train": "-", "eval": "-"},
     "selection": {"num_candidates": 1, "num_selected": 1},
     "train": {"total_steps": 1, "micro_batch_tokens": 1 << 40},
 }
-"""Settings that a configuration must have and an evaluation does not look at."""
-DECISIVE = (
+"""Settings that a configuration requires and an evaluation does not read."""
+FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
     ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
     ("rollout", ("engine", "max_new_tokens")),
@@ -59,44 +62,46 @@ DECISIVE = (
     ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
     ("train", ("seed",)),
 )
-"""Settings that must not change between the starts of an evaluation."""
-
+"""Settings that must not change when an evaluation is resumed."""
 
 MEGATRON_MARKS = ("latest_checkpointed_iteration.txt", "metadata.json")
+"""Files by which a Megatron checkpoint is recognised; one of them is enough."""
+
+Named = Sequence[tuple[str, str]]
+"""Names and paths of models or of suites."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be evaluated."""
+    """A model to evaluate."""
 
     name: str
     place: Path
-    """As the user named it: a Hugging Face directory, a Megatron checkpoint, or a run."""
+    """The path that the user gave: a Hugging Face directory, a Megatron checkpoint, or a run."""
     hf: Path
     """The Hugging Face directory to load."""
     rollouts: int | None = None
-    """What a run paid for it."""
+    """Rollouts that the run generated for it; None if it is not from a finished run."""
 
 
-def load_settings(
-    path: str | None, models: Sequence[tuple[str, str]], overrides: Sequence[str]
-) -> Config:
-    """From a configuration, or that of the first run among the models; else all by overrides.
+def load_settings(path: str | None, models: Named, overrides: Sequence[str]) -> Config:
+    """Return the settings of a configuration file with overrides applied.
 
-    Without `model.dtype` there, models are evaluated in the type of their own weights.
+    Without a file, those of the first run among the models are used; without a run, the overrides
+    alone, and models are evaluated in the type of their weights unless `model.dtype` is given.
     """
     runs = (Path(place) / "config.yaml" for _, place in models)
-    path = path or next((file for file in runs if file.is_file()), None)
-    if path:
-        day = prompt_digests.recorded_date(Path(path).parent)
-        return dated(configuration.load(path, overrides), day)
+    source = path or next((file for file in runs if file.is_file()), None)
+    if source:
+        day = prompt_digests.recorded_date(Path(source).parent)
+        return dated(configuration.load(source, overrides), day)
     given = any(override.startswith("model.dtype=") for override in overrides)
     own = [] if given else [f"model.dtype={own_dtype(Path(place) for _, place in models)}"]
-    return overridden(UNUSED, [*own, *overrides])
+    return overridden(PLACEHOLDERS, [*own, *overrides])
 
 
 def own_dtype(places: Iterable[Path]) -> str:
-    """bfloat16 if that holds all weights of the models in Hugging Face format, else float32."""
+    """Return bfloat16 if it represents all weights of the Hugging Face models, else float32."""
     for place in places:
         if (place / "config.json").is_file():
             with HFTensors(place) as tensors:
@@ -106,7 +111,7 @@ def own_dtype(places: Iterable[Path]) -> str:
 
 
 def dated(config: Config, day: date | None) -> Config:
-    """The configuration with this date for its chat template, unless it has one."""
+    """Return the configuration with this date for its chat template, unless one is set."""
     data = config.data
     if day is None or not data.chat_template or data.chat_template_date is not None:
         return config
@@ -116,44 +121,47 @@ def dated(config: Config, day: date | None) -> Config:
 
 
 def held_out(config: Config) -> list[tuple[str, str]]:
-    """The run's own held-out prompts, for want of suites."""
-    if config.data.eval == "-":
-        raise UserError("no prompts: name them by --suite NAME=FILE, or give a run as a model")
+    """Return the run's held-out prompts as the only suite."""
+    if config.data.eval == PLACEHOLDERS["data"]["eval"]:
+        raise UserError("no prompts: give --suite NAME=FILE, or a run as a model")
     return [("held out", config.data.eval)]
 
 
 def evaluate_models(
-    config: Config,
-    models: Sequence[tuple[str, str]],
-    suites: Sequence[tuple[str, str]],
-    directory: Path,
-) -> dict:
-    """Complete, grade and count; returns what `results.json` holds.
+    config: Config, models: Named, suites: Named, directory: Path
+) -> dict[str, Any]:
+    """Generate and grade the missing completions; return the contents of `results.json`.
 
     Raises UserError for a model or suite that cannot be read, and if the directory holds an
-    evaluation of something else.
+    evaluation with other settings, models or suites.
     """
     refuse_other_files(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with lock.held(directory / lock.FILE, f"--out {directory}"):
-        config = dated(config, _date_of_the_first_start(directory) or date.today())
+        config = dated(config, _first_start_date(directory) or date.today())
         agree(directory, config, dict(models), dict(suites))
         return _evaluate_models(config, models, suites, directory)
 
 
-def _evaluate_models(config: Config, models, suites, directory: Path) -> dict:
-    results = {"settings": decisive(config), "models": {}, "machine": machine.describe()}
+def _evaluate_models(
+    config: Config, models: Named, suites: Named, directory: Path
+) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "settings": fixed_settings(config),
+        "models": {},
+        "machine": machine.describe(),
+    }
     with closing(Grader(config.reward)) as grader:
         for name, place in models:
             model = find_model(name, Path(place), directory, config)
             results["models"][name] = evaluate_model(config, model, suites, directory, grader)
             write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
-            write_text(directory / "table.md", table(results))
+            write_text(directory / "table.md", table.markdown(results))
     return results
 
 
 def refuse_other_files(directory: Path) -> None:
-    """UserError if a directory without an evaluation has anything by a name that one writes to."""
+    """Raise UserError if a directory without an evaluation has files that one would overwrite."""
     if (directory / "evaluation.json").is_file():
         _note(directory / "evaluation.json")
         return
@@ -161,23 +169,23 @@ def refuse_other_files(directory: Path) -> None:
     found = [name for name in names if os.path.lexists(directory / name)]
     if found:
         raise UserError(
-            f"--out {directory} has no evaluation.json, so {', '.join(found)} in it is not an "
-            "evaluation's; nothing was touched: choose another --out, or move it away"
+            f"--out {directory} has no evaluation.json, so no evaluation wrote its "
+            f"{', '.join(found)}; nothing was changed: choose another --out, or move them away"
         )
 
 
 def find_model(name: str, place: Path, directory: Path, config: Config) -> Model:
-    """What kind of model it is; a Megatron checkpoint is exported, once."""
+    """Return the model in Hugging Face format; a Megatron checkpoint is exported once."""
     if (place / "config.json").is_file():
         return Model(name, place, place)
     if (place / "config.yaml").is_file():
         run = configuration.load(place / "config.yaml")
         summary = place / "summary.json"
-        paid = json.loads(summary.read_text())["rollouts"] if summary.is_file() else None
+        rollouts = json.loads(summary.read_text())["rollouts"] if summary.is_file() else None
         if (place / "hf" / "config.json").is_file():
-            return Model(name, place, place / "hf", paid)
+            return Model(name, place, place / "hf", rollouts)
         exported = export(name, place / "checkpoints", directory, run.model.hf)
-        return Model(name, place, exported, paid)
+        return Model(name, place, exported, rollouts)
     if any((place / mark).is_file() for mark in MEGATRON_MARKS):
         hf = None if config.model.hf == "-" else config.model.hf
         return Model(name, place, export(name, place, directory, hf))
@@ -188,7 +196,7 @@ def find_model(name: str, place: Path, directory: Path, config: Config) -> Model
 
 
 def export(name: str, megatron: Path, directory: Path, hf: str | None) -> Path:
-    """The checkpoint in Hugging Face format; `hf` has its configuration, if it has not itself."""
+    """Export a checkpoint; `hf` provides the configuration if the checkpoint does not hold it."""
     out = directory / "exported" / name
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +208,10 @@ def export(name: str, megatron: Path, directory: Path, hf: str | None) -> Path:
     return out
 
 
-def evaluate_model(config: Config, model: Model, suites, directory: Path, grader: Grader) -> dict:
-    """One model's suites and their mean."""
+def evaluate_model(
+    config: Config, model: Model, suites: Named, directory: Path, grader: Grader
+) -> dict[str, Any]:
+    """Return the numbers of one model: each suite, and the mean over suites."""
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, hf=str(model.hf), megatron=None),
@@ -209,17 +219,18 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
     )
     preflight.check_opens(model.hf)
     tokenizer = preflight.read_tokenizer(config.model.hf)
-    works = []
+    by_suite: dict[str, Completions] = {}
     for name, file in suites:
-        prompts = prompts_of(config, tokenizer, file)
+        prompts = suite_prompts(config, tokenizer, file)
         path = directory / "completions" / model.name / f"{name}.jsonl"
-        works.append((name, Completions(path, prompts, config.eval.samples_per_prompt)))
-    if any(completions.missing() for _, completions in works):
+        by_suite[name] = Completions(path, prompts, config.eval.samples_per_prompt)
+    if any(completions.missing() for completions in by_suite.values()):
         with closing(engine_with_files(config, tokenizer)) as engine:
-            for name, completions in works:
+            for name, completions in by_suite.items():
                 complete(config, engine, grader, completions, f"{model.name} on {name}")
-    numbers = {name: count(completions, config.reward.high) for name, completions in works}
-    passed = [completions.avg_P(config.reward.high) for _, completions in works]
+    high = config.reward.high
+    numbers = {name: table.suite_numbers(found, high) for name, found in by_suite.items()}
+    passed = [completions.avg_P(high) for completions in by_suite.values()]
     return {
         "place": str(model.place),
         "rollouts": model.rollouts,
@@ -228,8 +239,8 @@ def evaluate_model(config: Config, model: Model, suites, directory: Path, grader
     }
 
 
-def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
-    """A suite's prompts, with room for their completions."""
+def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
+    """Read a suite's prompts; UserError if their completions exceed the model's positions."""
     prompts = read_prompts(
         file,
         tokenizer,
@@ -242,20 +253,20 @@ def prompts_of(config: Config, tokenizer, file: str) -> list[Prompt]:
     return prompts
 
 
-def engine_with_files(config: Config, tokenizer) -> Engine:
+def engine_with_files(config: Config, tokenizer: Any) -> Engine:
     """Return the configured engine with the weights of `model.hf`."""
     build.check(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = build.build_engine(config, tokenizer, device=device)
-    give_files(engine, config)
+    give_files(engine, config.model, bucket_bytes=config.weight_sync.bucket_mb << 20)
     return engine
 
 
-def give_files(engine: Engine, config: Config) -> None:
-    """Send the tensors of the files, as they are, but for the type and what is no parameter."""
-    dtype = getattr(torch, config.model.dtype)
-    tied = read_hf_config(config.model.hf, for_megatron=False)["tie_word_embeddings"]
-    with HFTensors(config.model.hf, tied=tied) as tensors:
+def give_files(engine: Engine, model: ModelConfig, *, bucket_bytes: int) -> None:
+    """Send the parameters in the files of `model.hf` to the engine, as `model.dtype`."""
+    dtype = getattr(torch, model.dtype)
+    tied = read_hf_config(model.hf, for_megatron=False)["tie_word_embeddings"]
+    with HFTensors(model.hf, tied=tied) as tensors:
         names = [
             name
             for name in tensors.places
@@ -263,13 +274,13 @@ def give_files(engine: Engine, config: Config) -> None:
         ]
         shapes = {name: (dtype, tensors.places[name].shape) for name in names}
         weights = ((name, tensors[name].to(dtype)) for name in names)
-        engine.load_weights(buckets(weights, config.weight_sync.bucket_mb << 20), 0, shapes)
+        engine.load_weights(buckets(weights, bucket_bytes), 0, shapes)
 
 
 def complete(
-    config: Config, engine: Engine, grader: Grader, completions: "Completions", title: str
+    config: Config, engine: Engine, grader: Grader, completions: Completions, title: str
 ) -> None:
-    """Generate and grade what is missing, some prompts at a time, each kept as it comes."""
+    """Generate and grade the missing completions in batches, each saved when it is graded."""
     samples = config.eval.samples_per_prompt
     at_once = config.rollout.batch_size
     if config.rollout.engine == "sglang":
@@ -281,13 +292,17 @@ def complete(
     with tqdm(desc=title, total=total, initial=done) as bar:
         for first in range(0, len(missing), step):
             prompts = missing[first : first + step]
+
+            def show(part: int, _: int, before: int = done) -> None:
+                bar.update(before + part - bar.n)
+
             request = Request(
                 prompts=prompts,
                 samples_per_prompt=samples,
                 temperature=config.eval.temperature,
                 max_new_tokens=config.rollout.max_new_tokens,
                 seed=f"{config.train.seed}/evaluation",
-                on_progress=lambda part, _, before=done: bar.update(before + part - bar.n),
+                on_progress=show,
             )
             rollouts = engine.generate(request)
             completions.append(rollouts, grader.grade(rollouts))
@@ -295,118 +310,23 @@ def complete(
             bar.update(done - bar.n)
 
 
-class Completions:
-    """A suite's completions in a file: of a prompt all or none, so that it can be gone on with."""
-
-    def __init__(self, path: Path, prompts: Sequence[Prompt], samples: int):
-        self.path, self.prompts, self.samples = path, prompts, samples
-        self.of_prompt: dict[str, list[dict]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for record in _whole_lines(path):
-            self.of_prompt.setdefault(record["prompt"], []).append(record)
-        known = {prompt.id for prompt in prompts}
-        whole = {
-            prompt: records
-            for prompt, records in self.of_prompt.items()
-            if prompt in known and len(records) == samples
-        }
-        if path.exists():
-            # what was cut off in the middle is made again
-            lines = (_line(record) for records in whole.values() for record in records)
-            write_text(path, "".join(lines))
-        self.of_prompt = whole
-
-    def missing(self) -> list[Prompt]:
-        """Prompts without completions."""
-        return [prompt for prompt in self.prompts if prompt.id not in self.of_prompt]
-
-    def append(self, rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> None:
-        """All samples of some prompts; on disk when it returns."""
-        records = [
-            {
-                "prompt": rollout.prompt.id,
-                "sample": i % self.samples,
-                "reward": grade.reward,
-                "graded": grade.outcome,
-                "tokens": len(rollout.tokens),
-                "finished": rollout.finished,
-                "text": rollout.text,
-            }
-            for i, (rollout, grade) in enumerate(zip(rollouts, grades, strict=True))
-        ]
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(map(_line, records))
-        flush(self.path)
-        for record in records:
-            self.of_prompt.setdefault(record["prompt"], []).append(record)
-
-    def records(self) -> list[list[dict]]:
-        """Of each prompt, its samples."""
-        return [self.of_prompt[prompt.id] for prompt in self.prompts]
-
-    def passed_P(self, pass_reward: float) -> list[int]:
-        """How many samples of each prompt pass."""
-        return [sum(r["reward"] >= pass_reward for r in samples) for samples in self.records()]
-
-    def avg_P(self, pass_reward: float) -> list[float]:
-        """avg@k of each prompt."""
-        return [passed / self.samples for passed in self.passed_P(pass_reward)]
-
-
-def count(completions: Completions, pass_reward: float) -> dict:
-    """A suite's numbers."""
-    samples, passed_P = completions.samples, completions.passed_P(pass_reward)
-    records = [record for of_prompt in completions.records() for record in of_prompt]
-    return {
-        "prompts": len(passed_P),
-        "samples": samples,
-        "avg": mean_with_ci95([completions.avg_P(pass_reward)], samples),
-        "pass_at": {
-            # n samples are n / k independent draws of k
-            str(k): mean_with_ci95(
-                [[pass_at_k(samples, passed, k) for passed in passed_P]], samples // k
-            )
-            for k in powers_of_two(samples)
-        },
-        "tokens": sum(record["tokens"] for record in records) / len(records),
-        "finished": sum(record["finished"] for record in records) / len(records),
-        "failed": sum(record["graded"] != "ok" for record in records),
-    }
-
-
-def table(results: dict) -> str:
-    """Rows are models, columns suites: avg@k in per cent with its interval, as in the paper."""
-    models = results["models"]
-    names = list(dict.fromkeys(s for model in models.values() for s in model["suites"]))
-    paid = any(model["rollouts"] is not None for model in models.values())
-    samples = next(iter(next(iter(models.values()))["suites"].values()))["samples"]
-    head = ["model", *names, "mean", *(["rollouts"] if paid else [])]
-    lines = [f"avg@{samples} in per cent (95 % interval)\n", _row(head)]
-    lines.append(_row(["---"] + ["--:"] * (len(head) - 1)))
-    for name, model in models.items():
-        cells = [_cell(model["suites"][suite]["avg"]) for suite in names] + [_cell(model["mean"])]
-        rollouts = "" if model["rollouts"] is None else f"{model['rollouts']:,}"
-        lines.append(_row([name, *cells, *([rollouts] if paid else [])]))
-    return "\n".join(lines) + "\n"
-
-
-def decisive(config: Config) -> dict:
-    """The settings that decide what comes out."""
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine the completions and their grades."""
     tree = configuration.to_tree(config)
-    return {f"{s}.{name}": tree[s][name] for s, names in DECISIVE for name in names}
+    return {f"{s}.{name}": tree[s][name] for s, names in FIXED_SETTINGS for name in names}
 
 
 def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[str, str]) -> None:
-    """Note what is evaluated; UserError if the directory has something else by the same name."""
+    """Record what is evaluated; UserError if the record has other contents under a same name."""
     odd = [name for name in [*models, *suites] if not name or "/" in name]
     if odd:
-        raise UserError(f"{odd[0]!r} is no name for a model or a suite: it names files")
-    places = {name: _digest_of_model(Path(place)) for name, place in models.items()}
-    files = {name: _digest_of_file(Path(file)) for name, file in suites.items()}
-    note = {"settings": decisive(config), "models": places, "suites": files}
+        raise UserError(f"{odd[0]!r} cannot name a model or a suite: it is used as a file name")
+    places = {name: _model_digest(Path(place)) for name, place in models.items()}
+    files = {name: _file_digest(Path(file)) for name, file in suites.items()}
+    note = {"settings": fixed_settings(config), "models": places, "suites": files}
     file, colon, function = config.reward.function.rpartition(":")
     if colon:
-        note["settings"]["reward.function"] = f"{_digest_of_file(Path(file))}:{function}"
+        note["settings"]["reward.function"] = f"{_file_digest(Path(file))}:{function}"
     path = directory / "evaluation.json"
     if path.is_file():
         before = _note(path)
@@ -415,24 +335,24 @@ def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[
                 if before[kind].get(name, value) != value:
                     raise UserError(
                         f"{directory} holds an evaluation with another {kind[:-1]} {name}: "
-                        f"{before[kind][name]} there, {value} now; choose another --out"
+                        f"{before[kind][name]} recorded, {value} given; choose another --out"
                     )
             note[kind] = before[kind] | values
     directory.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(note, indent=2) + "\n")
 
 
-def _note(path: Path) -> dict:
+def _note(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        note = json.loads(path.read_text())
+        note: dict[str, dict[str, Any]] = json.loads(path.read_text())
         if all(isinstance(note[kind], dict) for kind in ("settings", "models", "suites")):
             return note
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is not what an evaluation has noted; choose another --out")
+    raise UserError(f"{path} is not the record of an evaluation; choose another --out")
 
 
-def _date_of_the_first_start(directory: Path) -> date | None:
+def _first_start_date(directory: Path) -> date | None:
     path = directory / "evaluation.json"
     if not path.is_file():
         return None
@@ -440,42 +360,17 @@ def _date_of_the_first_start(directory: Path) -> date | None:
     return None if day is None else date.fromisoformat(day)
 
 
-def _digest_of_file(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"no such prompt file: {path}")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _digest_of_model(place: Path) -> str:
-    """Of the content that decides numbers (`inputs/digests.py`), wherever it lies."""
-    if not (place / "config.json").is_file() and (place / "config.yaml").is_file():  # of a run
+def _model_digest(place: Path) -> str:
+    """Return a digest of the model's content (`inputs/digests.py`), wherever it lies."""
+    if not (place / "config.json").is_file() and (place / "config.yaml").is_file():  # a run
         exported = (place / "hf" / "config.json").is_file()
         place = place / ("hf" if exported else "checkpoints")
     setting = "model.hf" if (place / "config.json").is_file() else "model.megatron"
     facts = sorted(inputs.files_of(setting, place).items())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _whole_lines(path: Path) -> Iterator[dict]:
-    """The records of a file up to the first that is torn."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
-
-
-def _line(record: dict) -> str:
-    # not as UTF-8: a completion may hold half a surrogate pair
-    return json.dumps(record, ensure_ascii=True) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: dict) -> str:
-    low, high = value["ci95"]
-    return f"{100 * value['mean']:.2f} ({100 * low:.1f} to {100 * high:.1f})"

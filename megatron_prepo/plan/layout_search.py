@@ -1,28 +1,37 @@
-"""Layouts that a model and a number of GPUs allow, the best first.
+"""Layouts that a model and a number of GPUs allow, best first.
 
-Every division of the GPUs into tensor (inside a machine), pipeline, expert and data parallelism is
-tried, with the configuration's context parallelism, with its micro-batch or one as small as can be,
-as configured or with full recomputation, a pipeline also in chunks if they save a hundredth or
-more; always with the distributed optimizer, and with sequence parallelism where there is tensor
-parallelism.  Of those that fit, the least seconds of scoring and learning come first: published
-rates, idle pipeline, a fourth more arithmetic for recomputation, least communication (`gpus`).  It
-is an order, not a measurement.
+Every division of the GPUs into tensor (within a machine), pipeline, expert and data parallelism is
+tried with the configuration's context parallelism, with its micro-batch size and with the smallest
+one, as configured and with full recomputation; a pipeline also in chunks, if they save 1 % or more.
+The distributed optimizer is always used, and sequence parallelism whenever there is tensor
+parallelism.  Layouts that fit are ordered by seconds of scoring and the update: published rates,
+idle time of the pipeline, a third more arithmetic of the update for recomputation, and least
+communication (`step_time`).  This is a ranking, not a measurement.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_prepo.config import Config, from_tree, to_tree
+from megatron_prepo.config import Config, ParallelConfig, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
-from megatron_prepo.plan import gpus as gpu_rates
 from megatron_prepo.plan import planner as plan
+from megatron_prepo.plan import step_time
 from megatron_prepo.plan.gpus import GPUS
 from megatron_prepo.plan.memory import exchanged_numbers
-from megatron_prepo.plan.planner import ParameterCounts, PlanRequest, longest, num_micro_batches
+from megatron_prepo.plan.planner import (
+    EnginePlan,
+    ParameterCounts,
+    PlanRequest,
+    RankMemory,
+    data_ranks,
+    longest,
+    num_micro_batches,
+)
 
 RECOMPUTE = {
     "recompute_granularity": "full",
@@ -31,10 +40,10 @@ RECOMPUTE = {
 }
 
 CHUNKS = (1, 2, 4)
-"""Of a pipeline's rank.  More save little of what is idle, and cost what is not counted here:
-smaller kernels and more messages."""
+"""Model chunks per pipeline rank that are tried.  More chunks save little idle time and have costs
+that are not counted here: smaller kernels and more messages."""
 WORTH = 0.99
-"""Of the seconds without more chunks; below it they are worth their messages."""
+"""More chunks must lower the seconds below this fraction, to outweigh their messages."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +51,36 @@ class Layout:
     """A layout that fits."""
 
     settings: tuple[str, ...]
-    """As overrides of the configuration."""
+    """Overrides of the configuration."""
     total: int
-    """Bytes of the fullest rank."""
+    """Peak bytes of the fullest rank."""
     seconds: float
-    """Of scoring and learning, a step: what the order is by."""
+    """Seconds per step of scoring and the update, by which layouts are ordered."""
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Parameters of a rank: of the embedding, of a layer outside and inside its experts."""
+    """Parameters per rank: of the embedding, and of a layer without and within its experts."""
 
     embedding: int
     layer: int
     experts: int
-    """0 where expert=1: those are split like any MLP."""
+    """0 if expert=1: experts are then divided like any MLP, and counted in `layer`."""
     gradient_bytes: int
 
 
-def suggest(config: Config, question: PlanRequest, *, most: int = 5) -> list[Layout]:
-    """The best layouts that fit, each tensor, pipeline and expert size in its best variant."""
+def suggest(config: Config, request: PlanRequest, *, most: int = 5) -> list[Layout]:
+    """Return the best layouts that fit, with the best variant per tensor, pipeline, expert size."""
     hf = read_hf_config(config.model.hf)
     shape = Shape.of(hf)
     best: dict[tuple[int, int, int], Layout] = {}
     parts: dict[tuple[int, int], _Parts] = {}
-    for variant in _variants(config, hf, question):
+    for variant in _variants(config, hf, request):
         parallel = variant.parallel
         sizes = (parallel.tensor, parallel.expert)
         if sizes not in parts:
             parts[sizes] = _parts(variant, hf)
-        layout = _evaluate(variant, config, question, hf, shape, parts[sizes])
+        layout = _evaluate(variant, config, request, hf, shape, parts[sizes])
         key = (parallel.tensor, parallel.pipeline, parallel.expert)
         worth = WORTH if parallel.virtual_pipeline > 1 else 1.0
         if layout and (key not in best or layout.seconds < worth * best[key].seconds):
@@ -79,7 +88,7 @@ def suggest(config: Config, question: PlanRequest, *, most: int = 5) -> list[Lay
     return sorted(best.values(), key=lambda layout: (layout.seconds, layout.total))[:most]
 
 
-def _variants(config: Config, hf: dict, question: PlanRequest) -> Iterator[Config]:
+def _variants(config: Config, hf: dict[str, Any], request: PlanRequest) -> Iterator[Config]:
     from megatron_prepo.actor.model import check_layout
 
     tree = to_tree(config)
@@ -87,16 +96,16 @@ def _variants(config: Config, hf: dict, question: PlanRequest) -> Iterator[Confi
     megatron = {name: value for name, value in config.megatron.items() if name not in uneven}
     micro_batches = dict.fromkeys((config.train.micro_batch_tokens, longest(config)))
     context = config.parallel.context
-    sizes = _sizes(question.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
+    sizes = _sizes(request.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
     for tensor, pipeline, expert in sizes:
         parallel = {
             "tensor": tensor,
             "pipeline": pipeline,
             "expert": expert,
-            "data": question.gpus // (tensor * pipeline * context),
+            "data": request.gpus // (tensor * pipeline * context),
             "sequence": tensor > 1,
         }
-        # of equals the first wins
+        # the first of equal variants wins
         for size, recompute, chunks in itertools.product(
             micro_batches, (megatron, megatron | RECOMPUTE), CHUNKS if pipeline > 1 else (1,)
         ):
@@ -109,7 +118,7 @@ def _variants(config: Config, hf: dict, question: PlanRequest) -> Iterator[Confi
             try:
                 variant = from_tree(tree | changed)
                 check_layout(variant, hf)
-            except UserError:  # this division is not one: the next
+            except UserError:  # not a valid layout
                 continue
             yield variant
 
@@ -125,8 +134,8 @@ def _sizes(gpus: int, context: int, layers: int, shape: Shape) -> Iterator[tuple
                 expert *= 2
 
 
-def _parts(config: Config, hf: dict) -> _Parts:
-    """From Megatron's own model of one layer: all others are like it."""
+def _parts(config: Config, hf: dict[str, Any]) -> _Parts:
+    """Count the parts in Megatron's model of one layer; all layers are alike."""
     from megatron_prepo.actor.dry_run import each_stage
     from megatron_prepo.actor.optimizer import ddp_config
 
@@ -151,24 +160,32 @@ def _parts(config: Config, hf: dict) -> _Parts:
 
 
 def _evaluate(
-    config: Config, original: Config, question: PlanRequest, hf: dict, shape: Shape, parts: _Parts
+    config: Config,
+    original: Config,
+    request: PlanRequest,
+    hf: dict[str, Any],
+    shape: Shape,
+    parts: _Parts,
 ) -> Layout | None:
-    """The layout if it fits."""
-    ranks, engine = _ranks(config, question, hf, shape, parts)
+    """Return the layout if it fits."""
+    ranks, engine = _ranks(config, request, hf, shape, parts)
     fullest = max(rank.total for rank in ranks)
-    gpu = GPUS[question.gpu]
-    if fullest + question.reserve > gpu.memory or not engine.sequences_at_once:
+    gpu = GPUS[request.gpu]
+    if fullest + request.reserve > gpu.memory or not engine.sequences_at_once:
         return None
     return Layout(
         _overrides(original, config),
         fullest,
-        _seconds(config, question, shape, parts, ranks),
+        _seconds(config, request, shape, parts, ranks),
     )
 
 
-def _ranks(config: Config, question: PlanRequest, hf: dict, shape: Shape, parts: _Parts):
+def _ranks(
+    config: Config, request: PlanRequest, hf: dict[str, Any], shape: Shape, parts: _Parts
+) -> tuple[tuple[RankMemory, ...], EnginePlan]:
+    """Return first, middle and last stage, composed of the parts, and the engine."""
     parallel = config.parallel
-    replicas = parallel.data * parallel.context  # of a weight that is not an expert's
+    replicas = data_ranks(parallel) * parallel.context  # of a weight outside the experts
     expert_ranks = replicas * parallel.tensor // (parallel.expert * parallel.expert_tensor)
     layers = shape.layers // parallel.pipeline
     tied = bool(hf.get("tie_word_embeddings"))
@@ -183,52 +200,59 @@ def _ranks(config: Config, question: PlanRequest, hf: dict, shape: Shape, parts:
         shard = dense / replicas + experts / expert_ranks
         return ParameterCounts(dense + experts, dense + experts, shard, parts.gradient_bytes)
 
-    whole = _whole_parameters(parallel, shape, parts, tied)
-    engine = plan.plan_engine(config, question, shape, whole)
+    parameters = _num_parameters(parallel, shape, parts, tied)
+    engine = plan.plan_engine(config, request, shape, parameters)
     stages = sorted({0, parallel.pipeline // 2, parallel.pipeline - 1})
     ranks = tuple(
         plan.rank_memory(config, shape, engine, stage, layers, held(stage)) for stage in stages
     )
-    return ranks, plan.with_room(config, question, shape, engine, ranks)
+    return ranks, plan.with_room(config, request, shape, engine, ranks)
 
 
-def _whole_parameters(parallel, shape: Shape, parts: _Parts, tied: bool) -> int:
-    """About: what is not split over tensor ranks, norms, is counted with the rest."""
+def _num_parameters(parallel: ParallelConfig, shape: Shape, parts: _Parts, tied: bool) -> int:
+    """Return about all parameters: norms count as if they were divided over tensor ranks."""
     dense = shape.layers * parts.layer + (1 if tied else 2) * parts.embedding
     spread = parallel.expert * parallel.expert_tensor
     return parallel.tensor * dense + spread * shape.layers * parts.experts
 
 
-def _seconds(config: Config, question: PlanRequest, shape: Shape, parts: _Parts, ranks) -> float:
-    parallel, gpu = config.parallel, GPUS[question.gpu]
-    runs = plan.runs_behind(question, shape)
-    whole = _whole_parameters(parallel, shape, parts, tied=False)
+def _seconds(
+    config: Config,
+    request: PlanRequest,
+    shape: Shape,
+    parts: _Parts,
+    ranks: Sequence[RankMemory],
+) -> float:
+    parallel, gpu = config.parallel, GPUS[request.gpu]
+    data = data_ranks(parallel) * parallel.context
+    runs = plan.reference_runs(request, shape)
+    parameters = _num_parameters(parallel, shape, parts, tied=False)
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     tokens = rollouts * longest(config)
     full = config.megatron.get("recompute_granularity") == "full"
     slow = max(
         1 / run.rate("old_logprobs") + (4 / 3 if full else 1) / run.rate("update") for run in runs
     )
-    busy = (whole - shape.idle_parameters) * tokens * slow / question.gpus
+    busy = (parameters - shape.idle_parameters) * tokens * slow / request.gpus
     chunks = parallel.virtual_pipeline
-    busy *= gpu_rates.bubble(parallel.pipeline, num_micro_batches(config), chunks)
-    return busy + gpu_rates.communication_seconds(
+    busy *= step_time.bubble(parallel.pipeline, num_micro_batches(config), chunks)
+    return busy + step_time.communication_seconds(
         gpu=gpu,
         tensor=parallel.tensor,
-        data=parallel.data * parallel.context,
+        data=data,
         pipeline=parallel.pipeline,
         chunks=chunks,
         context=parallel.context,
         layers=shape.layers // parallel.pipeline,
         hidden=shape.hidden,
-        tokens=tokens // (parallel.data * parallel.context),
+        tokens=tokens // data,
         exchanged=exchanged_numbers(shape, parallel),
         gradient_bytes=config.train.mini_batches * max(rank.gradients for rank in ranks),
     )
 
 
 def _overrides(original: Config, config: Config) -> tuple[str, ...]:
-    """The settings that differ, as one would type them; `parallel.data` follows from the GPUs."""
+    """Return the settings that differ as overrides; `parallel.data` follows from the GPUs."""
     before, after = to_tree(original), to_tree(config)
     words = [
         f"{section}.{name}={str(value).lower()}"

@@ -1,23 +1,26 @@
-"""Rates of a finished run of one's own: `megatron-prepo plan CONFIG --rates RUN`.
+"""Rates of a finished run: `megatron-prepo plan CONFIG --rates RUN`.
 
-They take the place of the published ones (`gpus`), from the medians of `metrics.jsonl` without the
-first step, which warms up.  A rate is active parameters times tokens, a second and GPU, as there.
+They replace the published ones (`step_time`) and are medians over the steps in `metrics.jsonl`,
+without the first, which warms up.  A rate is active parameters times tokens, per second and GPU.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
-from megatron_prepo.plan.gpus import DEVICE_NAMES, MeasuredRates, bubble
+from megatron_prepo.plan.gpus import DEVICE_NAMES
+from megatron_prepo.plan.step_time import MeasuredRates, bubble
 
 
 def read_rates(directory: str | Path) -> MeasuredRates:
-    """The rates of a run.
+    """Return the rates of a run.
 
-    Raises UserError for one that has not ended, has one step only, had its engine on GPUs that are
-    not counted, or ran on a device whose peaks are not known, from which nothing could be scaled.
+    Raises UserError for a run that is not finished, has only one step, had its engine on GPUs that
+    it does not count, or ran on a device without known peaks, whose rates could not be scaled.
     """
     from megatron_prepo.plan import planner as plan
 
@@ -29,25 +32,25 @@ def read_rates(directory: str | Path) -> MeasuredRates:
     device, ranks = summary["machine"]["gpu"], summary["ranks"]
     if device not in DEVICE_NAMES:
         raise UserError(
-            f"--rates {directory}: it ran on GPU {device!r}, and rates are scaled from one of "
-            f"{', '.join(DEVICE_NAMES)} only"
+            f"--rates {directory}: it ran on GPU {device!r}, and rates can only be scaled from one "
+            f"of {', '.join(DEVICE_NAMES)}"
         )
     config = configuration.load(directory / "config.yaml")
     if config.servers.urls:
         raise UserError(
             f"--rates {directory}: servers.urls were on GPUs that the run did not count; give a "
-            "run whose engine was on its own"
+            "run whose engine used the run's GPUs"
         )
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     counted = plan.make_plan(config, plan.PlanRequest(gpus=ranks, gpu=DEVICE_NAMES[device]))
     parallel, active = config.parallel, counted.active_parameters
-    # a prediction adds what its own pipeline idles, so the run's is taken out
+    # a prediction adds the idle time of its pipeline, so that of the run is removed
     idle = bubble(parallel.pipeline, counted.micro_batches, parallel.virtual_pipeline)
 
-    def middle(value) -> float:
+    def middle(value: Callable[[dict[str, Any]], float]) -> float:
         values = [value(step) for step in steps[1:] if "speed/update_tokens" in step]
         if not values:
-            raise UserError(f"--rates {directory}: no step behind the first has learnt anything")
+            raise UserError(f"--rates {directory}: no step after the first has trained on anything")
         return median(values)
 
     return MeasuredRates(

@@ -1,9 +1,9 @@
-"""Bytes that a rank holds besides what Megatron-Core's own buffers say: formulas, with sources.
+"""Bytes per rank in addition to Megatron-Core's own buffers: formulas, with sources.
 
-Activations are counted tensor by tensor, as in Korthikanti et al. (arXiv 2205.05198, section 4),
-but for what these models have: RMSNorm, grouped queries, a gated MLP, attention that keeps no
-scores, no dropout.  bfloat16, 2 bytes a number unless said otherwise.  A token of one layer keeps,
-with TransformerEngine's layers,
+Activations are counted tensor by tensor as in Korthikanti et al. (arXiv 2205.05198, section 4),
+adapted to these models: RMSNorm, grouped queries, a gated MLP, attention that stores no scores, no
+dropout.  Numbers are bfloat16, 2 bytes each, unless stated otherwise.  Per token and layer, with
+TransformerEngine's layers, a rank keeps
 
     8 h / s                              inputs and outputs of the two norms
     (4 q + 4 g + 4 a) / t                queries, keys, values; attention's output and its sums
@@ -12,12 +12,12 @@ with TransformerEngine's layers,
 and with the torch-native layers, exactly as autograd keeps them (tests run them and count),
 
     (24 h + 8) / s                       each norm keeps its input twice in float32, and two results
-    (6 q + 6 g + 4 a) / t                the joint q, k, v stays alive beside q and k
+    (6 q + 6 g + 4 a) / t                the joint q, k, v stays alive together with q and k
     10 f / t                             two more intermediates of the activation function
 
-Under context parallelism a rank has its share of the tokens; keys and values are kept once more, as
-the exchange between ranks gives them, and the joint q, k, v no longer for the keys' sake: 4 r g in
-place of 4 g and of 6 g, each head being repeated r times so that every rank gets one.
+Under context parallelism a rank has its part of the tokens; keys and values are kept once more, as
+received from the exchange between ranks, and the joint q, k, v is no longer kept for the keys:
+4 r g in place of 4 g and of 6 g, where each head is repeated r times so that every rank gets one.
 
 h hidden size, q query width (heads times head size), g key width, a heads, f MLP width, t tensor
 parallel size, s = t under sequence parallelism, else 1.  A mixture of experts keeps, in place of
@@ -25,12 +25,13 @@ the last line, k (2 h + 6 f / t) or k (2 h + 12 f / t) for the k experts of a to
 evenly loaded.
 Recomputation keeps a layer's input, 2 h / s, and works on one group of layers at a time.
 
-What is left out: temporaries of the backward pass, communication buffers, fragmentation; a plan
-sets an allowance aside for them.
+Not counted: temporaries of the backward pass, communication buffers, fragmentation; a plan reserves
+an allowance for them.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from megatron_prepo.config import ParallelConfig
 from megatron_prepo.models.shape import Shape
@@ -41,7 +42,7 @@ Layers = Literal["torch", "te"]
 def layer_activations(
     shape: Shape, parallel: ParallelConfig, layers: Layers, *, tokens: int
 ) -> float:
-    """Bytes that one layer keeps of a micro-batch of so many tokens for its backward pass."""
+    """Return the bytes that one layer keeps for its backward pass, for `tokens` tokens."""
     tensor = parallel.tensor
     replicated = tensor if parallel.sequence else 1
     hidden, queries, keys = shape.hidden, shape.queries, shape.keys
@@ -60,27 +61,28 @@ def layer_activations(
 
 
 def exchanged_numbers(shape: Shape, parallel: ParallelConfig) -> float:
-    """Numbers of a token and a layer that go to other ranks around attention: context parallelism.
+    """Return the numbers per token and layer that context parallelism sends to other ranks.
 
-    Queries, keys and values before it, its output behind it; a rank keeps its own part of each.
+    These are queries, keys and values before attention and its output after; a rank keeps its own
+    part of each.
     """
     numbers = 2 * shape.queries + 2 * shape.keys * _repeats(shape, parallel)
     return numbers / parallel.tensor * (1 - 1 / parallel.context)
 
 
 def _repeats(shape: Shape, parallel: ParallelConfig) -> int:
-    """How often attention has each key-value head of a tensor rank, over its context ranks."""
+    """Return how often the context ranks hold each key-value head of a tensor rank."""
     heads = max(1, shape.groups // parallel.tensor)
     return math.lcm(heads, parallel.context) // heads
 
 
 def _mlp_activations(shape: Shape, parallel: ParallelConfig, layers: Layers) -> float:
-    """Bytes a token, between the second norm's output and the residual."""
+    """Return bytes per token between the second norm's output and the residual."""
     if not shape.experts:
         return (6 if layers == "te" else 10) * shape.mlp / parallel.tensor
     inputs = 2 * shape.hidden / (1 if parallel.expert == 1 else parallel.tensor)
     inside = (6 if layers == "te" else 12) * shape.mlp / parallel.tensor
-    # indices, probabilities and the map of tokens to experts: megatron-core sorts it from 0.17 on,
+    # indices, probabilities and the map of tokens to experts: megatron-core sorts it since 0.17,
     # and 0.16 keeps 3 bytes in place of 8
     routing = (20 * shape.experts_a_token + 8 * shape.experts + 4) / parallel.tensor
     return shape.experts_a_token * (inputs + inside) + routing
@@ -90,17 +92,17 @@ def stage_activations(
     shape: Shape,
     parallel: ParallelConfig,
     layers: Layers,
-    megatron: dict,
+    megatron: Mapping[str, Any],
     *,
     num_layers: int,
     in_flight: int,
     tokens: int,
 ) -> float:
-    """Bytes of a pipeline stage at its fullest, `in_flight` micro-batches being under way.
+    """Return the peak bytes of a pipeline stage with `in_flight` micro-batches.
 
-    `megatron` is the section of that name: `recompute_granularity: full` is counted, by
-    `recompute_method` and `recompute_num_layers`.  `selective` counts as nothing: what it drops by
-    default, attention scores, these attentions never keep.
+    `megatron` is the section of that name: `recompute_granularity: full` is counted according to
+    `recompute_method` and `recompute_num_layers`.  `selective` has no effect: by default it drops
+    attention scores, which these attentions never keep.
     """
     one = layer_activations(shape, parallel, layers, tokens=tokens)
     if megatron.get("recompute_granularity") != "full":
@@ -116,11 +118,11 @@ def stage_activations(
 def head_workspace(
     shape: Shape, parallel: ParallelConfig, *, chunk_tokens: int, tokens: int
 ) -> float:
-    """Bytes that the output head adds on the last stage, in backward.
+    """Return the bytes that the output head adds on the last stage, in backward.
 
-    A chunk's logits in float32 and their gradient in bfloat16, two copies of the hidden states
-    (gathered, and their gradient), and some 100 bytes a token.  The weight's gradient goes into
-    Megatron's buffer.
+    These are a chunk's logits in float32 and their gradient in bfloat16, two copies of the hidden
+    states (gathered, and their gradient), and about 100 bytes per token.  The weight's gradient
+    goes into Megatron's buffer.
     """
     tokens = -(-tokens // parallel.context)
     rows = -(-shape.vocabulary // parallel.tensor)
@@ -128,7 +130,7 @@ def head_workspace(
     return logits + tokens * (2 * shape.hidden * 2 + 100)
 
 
-def kv_bytes_a_token(shape: Shape, *, tensor: int = 1) -> int:
-    """Bytes of keys and values that a GPU of the engine holds of a token; a head is never split."""
+def kv_bytes_per_token(shape: Shape, *, tensor: int = 1) -> int:
+    """Return bytes of keys and values per token on a GPU of the engine; a head is never split."""
     groups = max(1, shape.groups // tensor)
     return 2 * shape.layers * groups * shape.head_size * 2

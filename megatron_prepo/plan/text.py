@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def text(plan: Plan, layouts: Sequence[Layout]) -> str:
-    """What a person reads."""
+    """Return the plan as tables."""
     parts = [_title(plan), _memory(plan), _engine(plan), _step(plan), _run(plan)]
     if plan.cautions:
         parts.append("\n".join(_wrapped("caution: " + caution) for caution in plan.cautions))
@@ -33,7 +33,7 @@ def text(plan: Plan, layouts: Sequence[Layout]) -> str:
 
 
 def as_json(plan: Plan, layouts: Sequence[Layout]) -> str:
-    """What a machine reads: bytes, seconds and counts, unrounded."""
+    """Return the plan as JSON: bytes, seconds and counts, unrounded."""
     tree = dataclasses.asdict(plan) | {"fits": plan.fits}
     for rank, row in zip(plan.ranks, tree["ranks"], strict=True):
         row |= {"actor": rank.actor, "total": rank.total}
@@ -51,18 +51,18 @@ def _title(plan: Plan) -> str:
     active = plan.parameters != plan.active_parameters
     lines = [
         f"{plan.model}: {plan.parameters:,} parameters"
-        + (f", {plan.active_parameters:,} active a token" if active else ""),
+        + (f", {plan.active_parameters:,} active per token" if active else ""),
         f"{plan.gpus} {plan.gpu} of {plan.memory / GIB:.1f} GiB: {sizes}",
-        *(f"divides: {sentence}" for sentence in plan.divisions),
+        *(f"divides: {division}" for division in plan.divisions),
     ]
     return "\n".join(lines)
 
 
 def _memory(plan: Plan) -> str:
-    """One line for stages that are alike."""
+    """Return the memory table, with one line for equal stages."""
     split = plan.ranks[0].distributed
     lines = [
-        f"GiB a rank, micro-batches of {plan.token_budget:,} tokens; optimizer "
+        f"GiB per rank, micro-batches of {plan.token_budget:,} tokens; optimizer "
         + ("distributed" if split else "not distributed"),
         f"{'stage':>7}{'layers':>7}{'parameters':>16}"
         + "".join(f"{title:>{_width(title)}}" for title, _ in COLUMNS),
@@ -78,11 +78,11 @@ def _memory(plan: Plan) -> str:
             )
         )
     if host := max(rank.optimizer_host for rank in plan.ranks):
-        lines.append(f"in host memory, of the offloaded optimizer: {host / GIB:.1f} GiB a rank")
+        lines.append(f"in host memory, of the offloaded optimizer: {host / GIB:.1f} GiB per rank")
     most = max(rank.total for rank in plan.ranks)
     lines.append(
         f"{'fits' if plan.fits else 'DOES NOT FIT'}: {most / GIB:.1f} GiB at most, and "
-        f"{plan.reserve / GIB:.1f} GiB set aside (our guess), of {plan.memory / GIB:.1f} GiB"
+        f"{plan.reserve / GIB:.1f} GiB reserved (our guess), of {plan.memory / GIB:.1f} GiB"
     )
     return "\n".join(lines)
 
@@ -90,18 +90,18 @@ def _memory(plan: Plan) -> str:
 def _engine(plan: Plan) -> str:
     engine = plan.engine
     if engine.name == "elsewhere":
-        return "engine: elsewhere, on GPUs that are not counted here, in the seconds neither"
-    shared = "each GPU a whole one" if engine.tensor == 1 else f"one over {engine.tensor} GPUs"
+        return "engine: elsewhere, on GPUs that are not counted here, nor in the seconds"
+    shared = "one per GPU" if engine.tensor == 1 else f"one over {engine.tensor} GPUs"
     return (
-        f"engine: {engine.name} on the same GPUs, {shared}; its cache has room for "
+        f"engine: {engine.name} on the same GPUs, {shared}; its cache holds "
         f"{engine.sequences_at_once:,} of the\n"
-        f"{engine.sequences_wanted:,} sequences of {plan.sequence_tokens:,} tokens that a step "
-        "asks of it"
+        f"{engine.sequences_wanted:,} sequences of {plan.sequence_tokens:,} tokens that it "
+        "generates per step"
     )
 
 
 def _step(plan: Plan) -> str:
-    lines = ["seconds a step, predicted"]
+    lines = ["predicted seconds per step"]
     for stage, (fast, slow) in plan.seconds.items():
         lines.append(f"  {stage:<14}{fast:>9.1f} to {slow:.1f}")
     fast, slow = (sum(both[i] for both in plan.seconds.values()) for i in (0, 1))
@@ -111,7 +111,7 @@ def _step(plan: Plan) -> str:
 
 
 def _run(plan: Plan) -> str:
-    def both(values, form: str) -> str:
+    def both(values: tuple[float, float], form: str) -> str:
         least, most = (format(value, form) for value in values)
         return least if least == most else f"{least} to {most}"
 
@@ -124,10 +124,10 @@ def _run(plan: Plan) -> str:
 def _layouts(layouts: Sequence[Layout]) -> str:
     if not layouts:
         return (
-            "no layout fits these GPUs: take more of them, larger ones, a smaller "
-            "rollout.max_new_tokens,\nor --engine sglang, whose weights are split"
+            "no layout fits these GPUs: use more or larger ones, a smaller "
+            "rollout.max_new_tokens,\nor --engine sglang, whose weights are divided"
         )
-    lines = ["layouts that fit, best first: GiB, predicted seconds of scoring and learning"]
+    lines = ["layouts that fit, best first: GiB, predicted seconds of scoring and update"]
     for layout in layouts:
         settings = " ".join(layout.settings) or "as configured"
         lines.append(
@@ -137,7 +137,7 @@ def _layouts(layouts: Sequence[Layout]) -> str:
 
 
 def _alike(ranks: Sequence[RankMemory]) -> list[list[RankMemory]]:
-    """Neighbouring stages of the same parameters and head; activations fall from stage to stage."""
+    """Group adjacent stages of equal parameters and head; their activations decrease by stage."""
     groups: list[list[RankMemory]] = []
     for rank in ranks:
         same = groups and all(

@@ -1,4 +1,4 @@
-"""`megatron-prepo evaluate` on the laptop's models: as in training, gone on with, and refused."""
+"""`megatron-prepo evaluate` on the laptop's models: as in training, resumed, and refused."""
 
 import json
 import shutil
@@ -106,7 +106,7 @@ def test_numbers_follow_from_the_completions(whole):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["train.seed=2"], "another setting train.seed: 1 there, 2 now; choose another --out"),
+        (["train.seed=2"], "another setting train.seed: 1 recorded, 2 given; choose another --out"),
         (["rollout.max_new_tokens=8"], "another setting rollout.max_new_tokens"),
         (["--suite", f"held_out={LAPTOP / 'train.jsonl'}"], "another suite held_out"),
         (["--model", f"base={LAPTOP.parent / 'traces' / 'base'}"], "another model base"),
@@ -126,7 +126,7 @@ def test_what_is_there_is_not_mixed_with_something_else(whole, capsys, change, w
     [
         (["--model", "m=absent", "--suite", SUITE, *SETTINGS], "absent is neither a Hugging Face"),
         (["--model", "absent", "--suite", "x=absent.jsonl", *SETTINGS], "no such prompt file"),
-        (["--model", f"m={LAPTOP / 'base'}", *SETTINGS], "name them by --suite"),
+        (["--model", f"m={LAPTOP / 'base'}", *SETTINGS], "give --suite NAME=FILE"),
         (
             ["--model", f"m={LAPTOP / 'base'}", "--suite", SUITE],
             "rollout.max_new_tokens is required",
@@ -135,7 +135,7 @@ def test_what_is_there_is_not_mixed_with_something_else(whole, capsys, change, w
             ["--model", str(LAPTOP / "base"), "--suite", SUITE, "rollout.max_new_tokens=9999"],
             "does not fit the model's",
         ),
-        (["--model", f"a/b={LAPTOP / 'base'}", "--suite", SUITE, *SETTINGS], "is no name for"),
+        (["--model", f"a/b={LAPTOP / 'base'}", "--suite", SUITE, *SETTINGS], "cannot name a model"),
     ],
 )
 def test_a_mistake_is_a_sentence(tmp_path, capsys, words, sentence):

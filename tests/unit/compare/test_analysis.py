@@ -160,7 +160,7 @@ def test_the_interval_covers_the_truth():
             records = [
                 line(arm, s, speed=speed * (1 + random.normal(0, 0.1)), final=0.8) for s in range(8)
             ]
-            (arms[arm],) = comparison.arms_of(records).values()
+            (arms[arm],) = comparison.group_by_arm(records).values()
         saving = comparison.saving(arms["prepo"], arms["random"], "rollouts", 0.5, 0.4, draws=400)
         covered += saving.low <= 1.5 <= saving.high
     assert 0.85 <= covered / trials <= 0.99

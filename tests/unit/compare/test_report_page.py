@@ -1,4 +1,4 @@
-"""The report's page: whole in itself, and its numbers those of `compare/analysis.py`."""
+"""The report's page is self-contained, and its numbers are those of `compare/analysis.py`."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from megatron_prepo.cli import main
 from megatron_prepo.compare import analysis as comparison
 from megatron_prepo.compare import figures
 from megatron_prepo.compare import report_page as page
+from megatron_prepo.compare.arms import ABLATIONS, METHODS
 from megatron_prepo.errors import UserError
 from tests.made_records import LIFELIKE, lifelike, line
 
@@ -90,7 +91,7 @@ def test_figures_are_sound_and_take_their_colours_from_the_page(whole):
 
 def test_each_line_is_named(whole):
     drawing = re.search(r"<svg .*?</svg>", whole[0].read_text(), re.S)[0]
-    for name in set(figures.MAIN) - {"oracle"}:
+    for name in set(METHODS) - {"oracle"}:
         assert f">{name}<" in drawing
     assert ">oracle (ceiling)<" in drawing and ">reverse<" not in drawing
 
@@ -131,22 +132,22 @@ def test_commands_machine_and_seeds_at_the_foot(whole):
 
 
 def test_arms_without_perplexity_have_no_such_figure():
-    arms = list(comparison.arms_of([lifelike("random", 1), lifelike("mopps", 1)]).values())
+    arms = list(comparison.group_by_arm([lifelike("random", 1), lifelike("mopps", 1)]).values())
     keys = {figure.key for figure in figures.figures(arms)}
     assert "zero_variance" in keys and not keys & {"window", "spearman", "deciles"}
 
 
 def test_bare_records_are_enough_for_curves():
-    arms = list(comparison.arms_of([line("random", 1), line("prepo", 1)]).values())
+    arms = list(comparison.group_by_arm([line("random", 1), line("prepo", 1)]).values())
     keys = [figure.key for figure in figures.figures(arms)]
     assert keys == ["pass_rate", "pass_rate_tokens", "pass_rate_seconds"]
 
 
 def test_figures_are_cut_where_there_are_many_arms():
-    made = figures.figures(list(comparison.arms_of(ALL).values()))
+    made = figures.figures(list(comparison.group_by_arm(ALL).values()))
     by_key = {figure.key: [arm.name for arm in figure.arms] for figure in made}
-    assert set(by_key["pass_rate"]) == set(figures.MAIN)
-    assert set(by_key["pass_rate_ablations"]) == {"random", *figures.ABLATIONS}
+    assert set(by_key["pass_rate"]) == set(METHODS)
+    assert set(by_key["pass_rate_ablations"]) == {"random", "prepo", *ABLATIONS}
 
 
 def test_one_comparison_of_two_files(tmp_path):

@@ -15,6 +15,7 @@ from rounding import approx
 from megatron_prepo import config as configuration
 from megatron_prepo.cli import main
 from megatron_prepo.compare import runner as comparing
+from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -89,7 +90,7 @@ def test_each_known_arm_is_a_configuration(config_path, tmp_path):
     known = set(configuration.SelectionConfig.__dataclass_fields__["method"].type.__args__)
     arms = {
         name: overrides
-        for name, overrides in comparing.ARMS.items()
+        for name, overrides in ARMS.items()
         if overrides[0].removeprefix("selection.method=") in known
     }
     runs = comparing.plan(config_path, arms, [1], tmp_path, [])
@@ -101,10 +102,10 @@ def test_each_known_arm_is_a_configuration(config_path, tmp_path):
 
 def test_the_oracles_probes_come_on_top(config_path, tmp_path):
     """3 steps of 4 groups of 2, and of 20 probed candidates."""
-    (run,) = comparing.plan(config_path, {"oracle": comparing.ARMS["oracle"]}, [1], tmp_path, [])
+    (run,) = comparing.plan(config_path, {"oracle": ARMS["oracle"]}, [1], tmp_path, [])
     assert run.config.train.rollout_budget == 3 * (4 + 20) * 2
     given = ["train.rollout_budget=16"]
-    (run,) = comparing.plan(config_path, {"oracle": comparing.ARMS["oracle"]}, [1], tmp_path, given)
+    (run,) = comparing.plan(config_path, {"oracle": ARMS["oracle"]}, [1], tmp_path, given)
     assert run.config.train.rollout_budget == 16 / 8 * 48
 
 
@@ -162,7 +163,7 @@ def test_another_configuration_is_refused(run_compare, tmp_path, keep_runs):
 
 def test_other_data_under_the_same_name_is_refused(run_compare, tmp_path):
     run_compare("random", "1")
-    comparing.run_record._hash_of.cache_clear()
+    comparing.run_record._content_hash.cache_clear()
     (tmp_path / "train.jsonl").write_text("changed")
     with pytest.raises(UserError, match=r"data\.train: sha256"):
         run_compare("random", "1")
@@ -200,7 +201,7 @@ def test_not_more_than_jobs_at_once(run_compare, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_all_runs(config_path, tmp_path, number):
-    """The fake starts a child of its own, as a run starts its ranks: that must go, too."""
+    """The fake starts a child, as a run starts its ranks; the child must be stopped too."""
     code = (
         "import sys; from megatron_prepo import cli; from megatron_prepo.compare import runner; "
         f"fakes = dict(train={FAKE!r}, check=print); "
@@ -240,10 +241,10 @@ def alive(pid: int) -> bool:
     ("methods", "seeds", "expected"),
     [
         ("randm", "1", r"unknown method randm \(did you mean random\?\); known: random, prepo"),
-        ("random,random", "1", "random is there twice"),
-        ("prepo:weighting.clamp=2", "1", "prepo is a known one"),
-        ("../x:weighting.clamp=2", "1", "must be named by letters"),
-        ("", "1", "names none"),
+        ("random,random", "1", "names the arm random twice"),
+        ("prepo:weighting.clamp=2", "1", "prepo is a known arm"),
+        ("../x:weighting.clamp=2", "1", "must consist of letters"),
+        ("", "1", "names no arm"),
         ("random", "3-1", "runs backwards"),
         ("random", "one", "must be like 1,2,3 or 1-5"),
         ("mine:selection.methd=prepo", "1", "selection.methd"),

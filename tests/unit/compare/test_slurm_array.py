@@ -17,7 +17,7 @@ from megatron_prepo.errors import UserError
 from tests.e2e.laptop import REPOSITORY
 
 COMMANDS = {
-    # runs the tasks of the array one after the other, as far as they are to end
+    # runs the tasks of the array in sequence, those that are to end
     "sbatch": """#!/bin/bash
 [ -z "$REFUSES" ] || { echo "sbatch: error: Invalid account" >&2; exit 1; }
 cat > "$SLURM/script"
@@ -179,7 +179,7 @@ def test_a_controller_that_does_not_answer_has_not_ended_the_jobs(slurm, compare
         compare()  # the queued one has ended without having run
     assert len(asked) == 4
     (slurm / "down").touch()
-    with pytest.raises(UserError, match="squeue does not respond, and jobs may be queued"):
+    with pytest.raises(UserError, match="squeue does not answer, and jobs may be queued"):
         compare()
 
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused_before_a_job(slurm, compare, monkeypatch):
     with pytest.raises(UserError, match="starts no SGLang servers"):
         compare("parallel.data=2", "rollout.engine=sglang", gpus_per_node=1)
     monkeypatch.setenv("REFUSES", "yes")
-    with pytest.raises(UserError, match="sbatch rejected the jobs: Invalid account"):
+    with pytest.raises(UserError, match="sbatch refuses the jobs: Invalid account"):
         compare()
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="--executor slurm needs sbatch"):
@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused_before_a_job(slurm, compare, monkeypatch):
 def test_the_script_is_sound(slurm, compare):
     compare()
     assert subprocess.run(["bash", "-n", slurm / "script"]).returncode == 0
-    # beside this Python, where the extra `dev` has it, which need not be on the path
+    # next to this Python, where the extra `dev` installs it; that may not be on the path
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=path)
     if shellcheck is None:

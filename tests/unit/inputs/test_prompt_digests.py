@@ -187,7 +187,7 @@ def test_an_evaluation_has_the_date_of_its_run_or_of_its_first_start(laptop, tmp
     first = suites.dated(laptop(), Calendar.today())
     suites.agree(out, first, {}, {})
     day("2026-02-02")
-    assert suites._date_of_the_first_start(out) == datetime.date(2026, 2, 1)
+    assert suites._first_start_date(out) == datetime.date(2026, 2, 1)
 
 
 @pytest.mark.parametrize("value", ["'2026-02-30'", "today", "31.01.2026", "'20260131'", "''"])

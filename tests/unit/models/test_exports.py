@@ -71,10 +71,10 @@ def loaded(directory):
     theirs = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
     settings = suites.load_settings(None, [("model", str(directory))], ["rollout.max_new_tokens=4"])
     assert settings.model.dtype == "float32"
-    tree = configuration.overridden(suites.UNUSED, ["rollout.max_new_tokens=4"])
+    tree = configuration.overridden(suites.PLACEHOLDERS, ["rollout.max_new_tokens=4"])
     assert tree.model.dtype == "bfloat16", "the default, which would round"
     settings = configuration.overridden(
-        suites.UNUSED,
+        suites.PLACEHOLDERS,
         ["rollout.max_new_tokens=4", "model.dtype=float32", f"model.hf={directory}"],
     )
     tokenizer = SimpleNamespace(eos_token_id=0)

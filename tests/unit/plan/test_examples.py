@@ -1,4 +1,4 @@
-"""Every example is whole: laptop-size ones pass all checks, cluster-size ones can be planned."""
+"""Laptop-size examples pass all checks, and cluster-size examples can be planned."""
 
 import functools
 
@@ -25,7 +25,7 @@ CLUSTER = examples("examples/cluster/*/*.yaml")
 
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
-    """Where the READMEs say that commands are typed."""
+    """Run in the directory in which the READMEs run commands."""
     monkeypatch.chdir(REPOSITORY)
 
 
@@ -45,7 +45,7 @@ def parameters_in_transformers(hf: str) -> int:
 
 @pytest.mark.parametrize("path", PAPER + CLUSTER, ids=str)
 def test_a_cluster_sized_example_fits_and_counts_parameters_as_transformers_does(path):
-    """On the H100s that its layout asks for, beside SGLang."""
+    """On the number of H100s of its layout, shared with SGLang."""
     config = configuration.load(path)
     parallel = config.parallel
     gpus = parallel.tensor * parallel.pipeline * parallel.data

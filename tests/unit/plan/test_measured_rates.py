@@ -1,4 +1,4 @@
-"""Rates of one's own run: what it measured is what is predicted for it, stage by stage."""
+"""Rates of a run: a prediction for the run itself equals its measurement, stage by stage."""
 
 import json
 
@@ -52,8 +52,8 @@ def write(run, steps: list[dict], device: str = H100) -> None:
 
 def seconds(run, gpu: str, count: int) -> dict:
     config = configuration.load(run / "config.yaml")
-    question = plan.PlanRequest(gpus=count, gpu=gpu, rates=measured.read_rates(run))
-    return plan.make_plan(config, question).seconds
+    request = plan.PlanRequest(gpus=count, gpu=gpu, rates=measured.read_rates(run))
+    return plan.make_plan(config, request).seconds
 
 
 def test_what_was_measured_is_predicted_for_the_same_step(run):
@@ -101,7 +101,7 @@ def test_the_output_says_whose_rates_they_are(run, capsys):
     ("change", "expected"),
     [
         (lambda run: write(run, [STEP, STEP], "none"), "it ran on GPU 'none'"),
-        (lambda run: write(run, [STEP]), "no step behind the first"),
+        (lambda run: write(run, [STEP]), "no step after the first"),
         (lambda run: (run / "summary.json").unlink(), "no summary.json; give the directory of a"),
         (
             lambda run: (run / "config.yaml").write_text(

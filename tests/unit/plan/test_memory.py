@@ -20,7 +20,7 @@ from megatron_prepo.config import ModelConfig, ParallelConfig
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.memory import (
     head_workspace,
-    kv_bytes_a_token,
+    kv_bytes_per_token,
     layer_activations,
     stage_activations,
 )
@@ -82,7 +82,7 @@ SPLITS = [(1, False, 1), (2, False, 1), (2, True, 1), (1, False, 2), (1, False, 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "sequence", "context"),
-    # Megatron's experts need sequence parallelism beside tensor parallelism
+    # Megatron's experts need sequence parallelism with tensor parallelism
     [
         (n, *split)
         for n in MODELS
@@ -146,7 +146,7 @@ def test_transformer_engines_layers_by_hand():
 
 
 def test_experts_spread_over_ranks_get_their_share_of_the_tokens():
-    """Expert parallelism: a token's experts see it on one rank, and are whole there."""
+    """Expert parallelism: a token's experts are complete on one rank."""
     shape = Shape.of(EXPERTS)
     count = {"tokens": 1}
     both = ParallelConfig(tensor=2, sequence=True)
@@ -223,5 +223,5 @@ def test_key_value_cache_by_hand():
             "num_key_value_heads": 4,
         }
     )
-    assert kv_bytes_a_token(shape) == 56 * 1024
-    assert kv_bytes_a_token(shape, tensor=4) == kv_bytes_a_token(shape, tensor=7) == 14 * 1024
+    assert kv_bytes_per_token(shape) == 56 * 1024
+    assert kv_bytes_per_token(shape, tensor=4) == kv_bytes_per_token(shape, tensor=7) == 14 * 1024

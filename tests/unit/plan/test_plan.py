@@ -16,7 +16,7 @@ from megatron_prepo.cli import main
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, from_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.shape import Shape
-from megatron_prepo.plan import gpus, memory
+from megatron_prepo.plan import gpus, memory, step_time
 from megatron_prepo.plan import layout_search as layouts
 from megatron_prepo.plan import planner as plan
 from megatron_prepo.plan import text as plan_text
@@ -177,14 +177,14 @@ def test_an_offloaded_optimizer_takes_host_memory(configured, megatron, fraction
     """12 bytes a parameter leave the GPU; 16, with the gradient, arrive."""
     sections = {"optimizer": {"use_distributed_optimizer": True}}
     offload = {"megatron": {"optimizer_cpu_offload": True, **megatron}}
-    question = plan.PlanRequest(gpus=8)
-    answer = plan.make_plan(configured(**sections, **offload), question)
-    rank, plain = answer.ranks[0], plan.make_plan(configured(**sections), question).ranks[0]
+    request = plan.PlanRequest(gpus=8)
+    answer = plan.make_plan(configured(**sections, **offload), request)
+    rank, plain = answer.ranks[0], plan.make_plan(configured(**sections), request).ranks[0]
     assert plain.optimizer_host == 0
     assert rank.optimizer_split == pytest.approx((1 - fraction) * plain.optimizer_split, abs=1)
     assert rank.optimizer_host == pytest.approx(fraction * plain.optimizer_split * 16 / 12, abs=1)
     assert plain.total - rank.total == pytest.approx(fraction * plain.optimizer_split, abs=1)
-    host = f"offloaded optimizer: {rank.optimizer_host / GIB:.1f} GiB a rank"
+    host = f"offloaded optimizer: {rank.optimizer_host / GIB:.1f} GiB per rank"
     assert host in plan_text.text(answer, [])
 
 
@@ -206,12 +206,12 @@ def test_pipeline_stages_hold_activations_of_as_many_micro_batches_as_are_under_
 
 
 def test_a_kl_penalty_keeps_weights_twice_more(configured):
-    question = plan.PlanRequest(gpus=8, engine="sglang")
+    request = plan.PlanRequest(gpus=8, engine="sglang")
     config = configured(parallel={"pipeline": 4}, loss={"kl_coef": 0.01})
-    answer = plan.make_plan(config, question)
+    answer = plan.make_plan(config, request)
     for rank in answer.ranks:
         assert rank.reference == 2 * rank.weights
-    without = plan.make_plan(configured(parallel={"pipeline": 4}), question)
+    without = plan.make_plan(configured(parallel={"pipeline": 4}), request)
     assert answer.seconds["update"] == without.seconds["update"]
     twice = [2 * seconds for seconds in without.seconds["old_logprobs"]]
     assert answer.seconds["old_logprobs"] == approx(twice)
@@ -273,7 +273,7 @@ def test_what_cannot_be_is_refused(configured, sections, gpu_count, expected):
 
 
 def test_experts_under_tensor_parallelism_need_sequence_parallelism(configured):
-    """Megatron says so itself, but only in the first forward pass of training."""
+    """Megatron checks this too, but only in the first forward pass of training."""
     config = configured(EXPERTS | {"max_position_embeddings": 8192}, parallel={"tensor": 2})
     with pytest.raises(UserError, match=r"set parallel\.sequence=true"):
         plan.make_plan(config, plan.PlanRequest(gpus=2))
@@ -329,11 +329,14 @@ def test_a_budget_makes_a_run_of_refills_shorter(configured):
 
 def test_seconds_are_the_published_runs_themselves():
     """Asked for the very step that was published, the prediction contains it, stage by stage."""
-    for run in gpus.DENSE + gpus.EXPERTS:
+    for run in step_time.DENSE + step_time.EXPERTS:
         tokens = run.rollouts * run.tokens
-        work = gpus.StepWork(run.parameters, run.active, 0, tokens, tokens, tokens, bubble=1.0)
-        seconds = gpus.predict_seconds(
-            work, gpu=gpus.GPUS["h100"], gpus=run.gpus, runs=gpus.published(run in gpus.EXPERTS)
+        work = step_time.StepWork(run.parameters, run.active, 0, tokens, tokens, tokens, bubble=1.0)
+        seconds = step_time.predict_seconds(
+            work,
+            gpu=gpus.GPUS["h100"],
+            gpus=run.gpus,
+            runs=step_time.published(run in step_time.EXPERTS),
         )
         assert seconds["perplexity"] == (0, 0)
         for stage in ("rollouts", "old_logprobs", "update", "weight_sync"):
@@ -341,11 +344,11 @@ def test_seconds_are_the_published_runs_themselves():
 
 
 def test_seconds_scale_with_work_gpus_and_bandwidth():
-    work = gpus.StepWork(7e9, 7e9, 1e5, 2e6, 3e6, 3e6, bubble=1.5)
+    work = step_time.StepWork(7e9, 7e9, 1e5, 2e6, 3e6, 3e6, bubble=1.5)
 
     def seconds(gpu: str, count: int) -> dict:
-        return gpus.predict_seconds(
-            work, gpu=gpus.GPUS[gpu], gpus=count, runs=gpus.published(False)
+        return step_time.predict_seconds(
+            work, gpu=gpus.GPUS[gpu], gpus=count, runs=step_time.published(False)
         )
 
     one, twice, other = seconds("h100", 8), seconds("h100", 16), seconds("h200", 8)
@@ -362,20 +365,20 @@ def test_least_communication_by_hand():
     """4 all-reduces of 2 layers x 10 tokens x 8 numbers x 2 bytes over 2 ranks; then gradients."""
     gpu = gpus.GPUS["h100"]
     asked = {"gpu": gpu, "layers": 2, "hidden": 8, "tokens": 10}
-    alone = gpus.communication_seconds(**asked, tensor=2, data=1, gradient_bytes=1e9)
+    alone = step_time.communication_seconds(**asked, tensor=2, data=1, gradient_bytes=1e9)
     assert alone == approx(4 * 2 * 10 * 8 * 2 / 450e9)
-    near = gpus.communication_seconds(**asked, tensor=1, data=4, gradient_bytes=1e9)
+    near = step_time.communication_seconds(**asked, tensor=1, data=4, gradient_bytes=1e9)
     assert near == approx(1.5e9 / 450e9)
-    far = gpus.communication_seconds(**asked, tensor=1, data=16, gradient_bytes=1e9)
+    far = step_time.communication_seconds(**asked, tensor=1, data=16, gradient_bytes=1e9)
     assert far == approx(2 * 15 / 16 * 1e9 / 50e9)
 
 
 def test_messages_of_a_pipeline_by_hand():
     """10 tokens x 8 numbers x 2 bytes, there and back, for each chunk; tensor ranks send a part."""
     asked = {"gpu": gpus.GPUS["h100"], "layers": 0, "hidden": 8, "tokens": 10, "gradient_bytes": 0}
-    inside = gpus.communication_seconds(**asked, tensor=1, data=2, pipeline=4)
+    inside = step_time.communication_seconds(**asked, tensor=1, data=2, pipeline=4)
     assert inside == approx(2 * 10 * 8 * 2 / 450e9)
-    between = gpus.communication_seconds(**asked, tensor=2, data=2, pipeline=4, chunks=3)
+    between = step_time.communication_seconds(**asked, tensor=2, data=2, pipeline=4, chunks=3)
     assert between == approx(3 * 2 * 10 * 8 * 2 / 2 / 50e9)
 
 
@@ -387,9 +390,9 @@ def test_exchanges_of_context_parallelism_by_hand():
     for context, exchanged in ((1, 0), (2, (32 + 2 * 2 * 8 + 32) / 2)):
         assert memory.exchanged_numbers(shape, ParallelConfig(context=context)) == exchanged
     asked = {"gpu": gpus.GPUS["h100"], "layers": 2, "hidden": 8, "tokens": 10, "gradient_bytes": 0}
-    near = gpus.communication_seconds(**asked, tensor=1, data=32, context=2, exchanged=48)
+    near = step_time.communication_seconds(**asked, tensor=1, data=32, context=2, exchanged=48)
     assert near == approx(2 * 2 * 10 * 48 * 2 / 450e9)
-    far = gpus.communication_seconds(**asked, tensor=1, data=32, context=16, exchanged=48)
+    far = step_time.communication_seconds(**asked, tensor=1, data=32, context=16, exchanged=48)
     assert far == approx(2 * 2 * 10 * 48 * 2 / 50e9)
 
 
@@ -421,10 +424,10 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
         ),
         world_size,
     )
-    question = plan.PlanRequest(gpus=world_size, engine="sglang", engine_tensor=1)
-    real = plan.make_plan(config, question)
+    request = plan.PlanRequest(gpus=world_size, engine="sglang", engine_tensor=1)
+    real = plan.make_plan(config, request)
     parts = layouts._parts(config, hf)
-    composed, engine = layouts._ranks(config, question, hf, Shape.of(hf), parts)
+    composed, engine = layouts._ranks(config, request, hf, Shape.of(hf), parts)
     for rank in composed:
         assert rank.parameters == real.ranks[rank.stage].parameters
         assert rank.total == pytest.approx(real.ranks[rank.stage].total, rel=0.02)
@@ -433,8 +436,8 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
 
 def test_suggestions_fit_and_come_in_order(configured):
     config = configured()
-    question = plan.PlanRequest(gpus=8, engine="sglang")
-    found = layouts.suggest(config, question)
+    request = plan.PlanRequest(gpus=8, engine="sglang")
+    found = layouts.suggest(config, request)
     assert len(found) == 5
     assert [layout.seconds for layout in found] == sorted(layout.seconds for layout in found)
     memory = gpus.GPUS["h100"].memory
@@ -444,10 +447,10 @@ def test_suggestions_fit_and_come_in_order(configured):
             name, _, value = setting.partition("=")
             section, _, key = name.partition(".")
             sections.setdefault(section, {})[key] = yaml.safe_load(value)
-        answer = plan.make_plan(configured(**sections), question)
+        answer = plan.make_plan(configured(**sections), request)
         assert answer.fits
         assert max(rank.total for rank in answer.ranks) == pytest.approx(layout.total, rel=1e-3)
-        assert layout.total + question.reserve <= memory
+        assert layout.total + request.reserve <= memory
 
 
 def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
@@ -491,7 +494,7 @@ def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configure
     assert suggested(many)[()].seconds > 0
     monkeypatch.setattr(layouts, "CHUNKS", (1,))
     plain = suggested(few)[()]
-    messages = gpus.communication_seconds(
+    messages = step_time.communication_seconds(
         gpu=gpus.GPUS["h100"],
         **{"tensor": 4, "data": 2, "pipeline": 2, "layers": 0, "gradient_bytes": 0},
         **{"hidden": 3584, "tokens": 8 * 4096},
@@ -503,9 +506,9 @@ def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configure
 
 
 def test_recomputation_is_suggested_only_where_it_is_needed(configured):
-    """On GPUs with room for everything, it would cost a fourth more arithmetic for nothing."""
-    question = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
-    best = layouts.suggest(configured(), question)[0]
+    """On GPUs with memory for everything, it costs a fourth more arithmetic and gains nothing."""
+    request = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
+    best = layouts.suggest(configured(), request)[0]
     assert not any("recompute" in setting for setting in best.settings)
 
 
