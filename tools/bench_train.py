@@ -189,7 +189,7 @@ def check_agreement(answers: dict[str, dict[str, list[dict]]]) -> None:
                 for value in values:
                     if not math.isclose(mine[value], other[value], rel_tol=AGREEMENT):
                         raise SystemExit(
-                            f"error: {name} has {value} {other[value]}, ours {mine[value]}: they "
+                            f"error: {name} found {value} {other[value]}, ours {mine[value]}: they "
                             "differ, so their times are not comparable"
                         )
 
