@@ -109,11 +109,16 @@ class Run:
             raise found
 
     @contextmanager
-    def lost_directory_named(self) -> Iterator[None]:
-        """Raise UserError in place of an OSError that comes from a directory that is gone."""
+    def lost_directory_named(
+        self, errors: tuple[type[Exception], ...] = (OSError,)
+    ) -> Iterator[None]:
+        """Raise UserError in place of an error that comes from a directory that is gone.
+
+        On rank 0; what a single rank raises ends the others through the launcher.
+        """
         try:
             yield
-        except OSError as error:
+        except errors as error:
             if self.writes and (problem := self.lost()):
                 raise UserError(problem) from error
             raise

@@ -23,6 +23,9 @@ from megatron_prepo.files import ownership
 from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.run.rollout_journal import Journal
 
+WRITE_ERRORS = (OSError, RuntimeError)
+"""What Megatron raises where a folder is gone; the latter is torch's."""
+
 
 @dataclass(frozen=True)
 class StepBoundary:
@@ -128,7 +131,8 @@ class Checkpoints:
         if self.saving is None:
             return
         saving, self.saving = self.saving, None
-        saving.finish(self.timeout_minutes, self.parts["run"].check_directory)
+        with self.parts["run"].lost_directory_named(WRITE_ERRORS):
+            saving.finish(self.timeout_minutes, self.parts["run"].check_directory)
         self.steps.append(self.saving_step)
         if dist.get_rank() == 0:
             kept = checkpoint.prune(
@@ -167,9 +171,13 @@ class Checkpoints:
         self.finish()  # one at a time
         self.parts["run"].check_directory()
         self.saving_step, asynchronous = self.boundary.step, self.settings.asynchronous
-        self.saving = self.actor.start_saving(
-            self.directory, step=self.saving_step, run_state=self.boundary.parts, copy=asynchronous
-        )
+        with self.parts["run"].lost_directory_named(WRITE_ERRORS):
+            self.saving = self.actor.start_saving(
+                self.directory,
+                step=self.saving_step,
+                run_state=self.boundary.parts,
+                copy=asynchronous,
+            )
         if not asynchronous:
             self.finish()
 

@@ -215,14 +215,15 @@ def test_a_live_run_whose_directory_is_taken_leaves_the_next_one_alone(tmp_path,
     """Moved away from two ranks, and a finished run put in its place, which stays as it is."""
     directory, moved = tmp_path / "run", tmp_path / "moved"
     command = [sys.executable, "-m", "megatron_prepo", "train", CONFIG, f"run.dir={directory}"]
-    settings = [*FILES, *RUN, "parallel.tensor=2", "train.total_steps=1000", "checkpoint.every=1"]
+    shutil.copytree(short / "run", tmp_path / "next")
+    settings = [*FILES, *RUN, "parallel.tensor=2", "train.total_steps=1000", "checkpoint.every=2"]
     live = subprocess.Popen(
         [*command, *settings], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for_lines(1, directory / "metrics.jsonl", live)
         directory.rename(moved)
-        shutil.copytree(short / "run", directory)
+        (tmp_path / "next").rename(directory)
         before = content(directory)
         _, said = live.communicate(timeout=DEADLINE_SECONDS)
     finally:

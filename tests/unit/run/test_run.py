@@ -197,3 +197,5 @@ def test_an_error_of_the_disk_is_one_of_the_directory_if_that_is_gone(live):
     remove(live)
     with pytest.raises(UserError, match="was moved or removed"), live.lost_directory_named():
         os.stat(live.directory / "absent")
+    with pytest.raises(UserError), live.lost_directory_named((OSError, RuntimeError)):
+        torch.save({}, live.directory / "absent")
