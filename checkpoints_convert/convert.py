@@ -89,7 +89,7 @@ def import_hf(
         if dtype is None:
             _check_types(plan, tensors)
         writer = TorchDistWriter(aside / "release")
-        heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
+        heads, arena = hf_attention_heads(settings), Arena(ARENA_BYTES // WORKERS)
 
         def convert(parameter: PlannedParameter) -> int:
             sources = [tensors.read(name, arena.empty) for name in parameter.mapping.hf_names]
@@ -138,14 +138,14 @@ def export_hf(
 
     out = Path(out).absolute().resolve()
     _must_be_empty(out)
-    checkpoint, hf = newest(megatron), hf_files_of(megatron, hf)
+    checkpoint, hf = newest(megatron), find_hf_files(megatron, hf)
     settings = read_hf_config(hf, quantized=True)
     check_record(checkpoint, settings, hf)
     check_tokenizer(checkpoint, hf)
     reader = TorchDistReader(checkpoint)
     plan, shapes = plan_export(settings, reader, DTYPES.get(dtype or ""))
     writer = HFWriter(out, shapes, like=hf, shard_bytes=shard_bytes)
-    heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
+    heads, arena = hf_attention_heads(settings), Arena(ARENA_BYTES // WORKERS)
 
     def convert(parameter: PlannedParameter) -> int:
         done = 0
@@ -261,7 +261,7 @@ def plan_export(
             f"{listed(sorted(keys - known)) or 'nothing'}, unexpected "
             f"{listed(sorted(known - keys)) or 'nothing'}"
         )
-    heads, shapes = heads_of(settings), {}
+    heads, shapes = hf_attention_heads(settings), {}
     for parameter in plan:
         stored = reader.shape(parameter.key)
         padded = parameter.mapping.kind == "vocab"
@@ -301,7 +301,7 @@ def hf_tensors(
     yield from zip(parameter.mapping.hf_names, tensors, strict=True)
 
 
-def heads_of(settings: dict) -> Heads:
+def hf_attention_heads(settings: dict) -> Heads:
     """Return the attention geometry of a Hugging Face configuration."""
     mcore = transformer_settings(settings)
     return Heads(
@@ -311,7 +311,7 @@ def heads_of(settings: dict) -> Heads:
     )
 
 
-def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:
+def find_hf_files(megatron: str | Path, hf: str | Path | None) -> Path:
     """Return the directory with the model's configuration and tokenizer files."""
     candidates = [Path(hf)] if hf else [Path(megatron) / HF_FILES, Path(megatron).parent / HF_FILES]
     for candidate in candidates:

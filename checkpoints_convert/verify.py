@@ -22,7 +22,7 @@ from tqdm import tqdm
 from checkpoints_convert.convert import (
     ARENA_BYTES,
     PlannedParameter,
-    heads_of,
+    hf_attention_heads,
     hf_tensors,
     plan_export,
     refuse_layout,
@@ -162,7 +162,7 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
 
 def _check_layouts(report, settings, tensors: HFTensors, layouts, *, quick: bool) -> None:
     """Cut every tensor for every layout and put it together again; note its SHA-256."""
-    heads, grids = heads_of(settings), {}
+    heads, grids = hf_attention_heads(settings), {}
     for layout in layouts:
         name = "tp{} pp{} ep{}".format(*layout)
         try:
@@ -223,7 +223,7 @@ def _check_checkpoint(report, settings, tensors: HFTensors, megatron, *, quick: 
 
     reader = TorchDistReader(newest(megatron))
     plan, _ = plan_export(settings, reader, None)
-    heads = heads_of(settings)
+    heads = hf_attention_heads(settings)
     arena = Arena(ARENA_BYTES)
     chosen: list[PlannedParameter] = [
         p for p in plan if not quick or _sampled(p.mapping.hf_names, settings)

@@ -41,7 +41,7 @@ from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.context_parallel import context_group
 from megatron_prepo.actor.lm_head import (
     IGNORE,
-    LossOf,
+    TokenLoss,
     chunk_tokens_within,
     vocab_parallel_logprobs_and_entropy,
     vocab_parallel_loss,
@@ -49,7 +49,7 @@ from megatron_prepo.actor.lm_head import (
 from megatron_prepo.actor.micro_batch import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
-from megatron_prepo.actor.packing import Plan, plan_rows
+from megatron_prepo.actor.packing import PackingPlan, plan_rows
 from megatron_prepo.actor.router_replay import RouterReplay
 from megatron_prepo.config import Config
 from megatron_prepo.models.hf_config import read_hf_config
@@ -88,7 +88,7 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True)
-class Gradient:
+class BackwardResult:
     """Result of a backward pass; the gradient itself is in Megatron's buffers, not clipped."""
 
     totals: dict[str, float]
@@ -96,7 +96,7 @@ class Gradient:
     norm: float
     finite: bool
     """Whether loss, norm and every element of the gradient are finite on all ranks."""
-    plan: Plan
+    plan: PackingPlan
     """Rows of the mini-batch."""
 
 
@@ -193,7 +193,7 @@ class Actor:
         """
         return self.step(self.backward(rollouts))
 
-    def backward(self, rollouts: Sequence[TrainingSequence]) -> Gradient:
+    def backward(self, rollouts: Sequence[TrainingSequence]) -> BackwardResult:
         """Compute the gradient of one mini-batch's loss, without changing weights.
 
         Skips rollouts whose gradient is exactly zero.
@@ -207,7 +207,7 @@ class Actor:
         def loss_func(batch: MicroBatch, hidden: torch.Tensor):
             terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
 
-            def loss_of(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice):
+            def token_loss(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice):
                 return policy_loss(
                     logprobs_T,
                     entropy_T,
@@ -218,7 +218,7 @@ class Actor:
                     kl_coef=settings.kl_coef,
                 )
 
-            loss, parts = self._loss(hidden, batch, temperature, loss_of, loss_scale)
+            loss, parts = self._loss(hidden, batch, temperature, token_loss, loss_scale)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums[name] + value
             return loss * num_micro_batches * dp_size, {}
@@ -238,9 +238,9 @@ class Actor:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         finite = self._finite_on_all_ranks(sums["loss"], totals, norm)
-        return Gradient(totals, norm, finite, plan)
+        return BackwardResult(totals, norm, finite, plan)
 
-    def step(self, gradient: Gradient) -> dict[str, float]:
+    def step(self, gradient: BackwardResult) -> dict[str, float]:
         """Update the weights with the gradient of the last `backward`; returns metrics.
 
         Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
@@ -276,7 +276,7 @@ class Actor:
                 metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
         return metrics
 
-    def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:
+    def plan(self, sequences: Sequence[ScoredSequence]) -> PackingPlan:
         """Return the micro-batches of all data-parallel ranks, the same on every rank.
 
         No communication.  `plan(...).load` counts tokens and attention pairs,
@@ -333,7 +333,7 @@ class Actor:
         """
         saving = self.start_saving(directory, step=step, run_state=run_state, copy=False)
         saving.finish(self.config.parallel.timeout_minutes)
-        return checkpoint.path_of(directory, step)
+        return checkpoint.checkpoint_path(directory, step)
 
     def start_saving(
         self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
@@ -413,7 +413,7 @@ class Actor:
     def _forward_backward(
         self,
         sequences: Sequence[ScoredSequence],
-        plan: Plan,
+        plan: PackingPlan,
         last_stage: Callable,
         *,
         forward_only: bool,
@@ -472,20 +472,20 @@ class Actor:
         hidden: torch.Tensor,
         batch: MicroBatch,
         temperature: float,
-        loss_of: LossOf,
+        token_loss: TokenLoss,
         loss_scale: float,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the result of `loss_of` on the scored tokens of a micro-batch; last stage only.
+        """Return the result of `token_loss` on the scored tokens of a micro-batch; last stage only.
 
         `loss_scale` is the gradient that will arrive at the loss.
         """
         if self.config.loss.head == "recompute":
-            return loss_of(*self._scores(hidden, batch, temperature), slice(None))
+            return token_loss(*self._scores(hidden, batch, temperature), slice(None))
         return vocab_parallel_loss(
             self._hidden_TH(hidden),
             output_weight(self.chunks[-1]),
             batch.targets_T,
-            loss_of,
+            token_loss,
             temperature=temperature,
             loss_scale=loss_scale,
             **self._head_settings(),

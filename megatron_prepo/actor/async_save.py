@@ -164,7 +164,7 @@ class PendingCheckpoint:
             with naming(files[-1]):
                 files[-1].write_bytes(content)
             flush(files[-1])
-        self.sums = {file.name: manifest.sum_of(file) for file in files}
+        self.sums = {file.name: manifest.file_entry(file) for file in files}
         return None
 
 

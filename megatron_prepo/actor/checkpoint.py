@@ -62,7 +62,7 @@ def start_saving(
     `buffers`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
     checkpoints are kept.
     """
-    final = path_of(directory, step)
+    final = checkpoint_path(directory, step)
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
         for left_behind in final.parent.glob("iter_*.partial"):
@@ -176,7 +176,7 @@ def newest(directory: str | Path) -> Path:
         raise UserError(
             f"{tracker} is damaged: it contains {name[:20]!r}, neither a step nor release"
         )
-    path = directory / name if name == "release" else path_of(directory, int(name))
+    path = directory / name if name == "release" else checkpoint_path(directory, int(name))
     if not (path / "metadata.json").is_file():
         raise UserError(
             f"{tracker} names {path.name}, which is not a complete checkpoint: it has no "
@@ -185,16 +185,16 @@ def newest(directory: str | Path) -> Path:
     return path
 
 
-def path_of(directory: str | Path, step: int) -> Path:
+def checkpoint_path(directory: str | Path, step: int) -> Path:
     """Return the path of a step's checkpoint."""
     return Path(directory) / f"iter_{step:07d}"
 
 
-def all_of(directory: str | Path) -> dict[int, Path]:
+def by_step(directory: str | Path) -> dict[int, Path]:
     """Return the checkpoints below `directory` by step, oldest first, complete or not."""
     names = [path.name.removeprefix("iter_") for path in Path(directory).glob("iter_*")]
     steps = sorted(int(name) for name in names if name.isdecimal())
-    return {step: path_of(directory, step) for step in steps}
+    return {step: checkpoint_path(directory, step) for step in steps}
 
 
 def prune(
@@ -208,7 +208,7 @@ def prune(
     """
     if not keep_last:
         return {}
-    run, found = ownership.run_of(directory), all_of(directory)
+    run, found = ownership.run_of(directory), by_step(directory)
     ours = {step: path for step, path in found.items() if ownership.is_marked(path, KIND, run)}
     kept = {path: [path] for step, path in found.items() if step not in ours}
     for step, path in list(ours.items())[:-keep_last]:

@@ -85,8 +85,10 @@ def vocab_parallel_logprobs_and_entropy(
     )
 
 
-LossOf = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""Type of `loss_of(logprobs_C, entropy_C, scored)`: the loss of some tokens, and sums over them.
+TokenLoss = Callable[
+    [torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
+"""Type of `token_loss(logprobs_C, entropy_C, scored)`: the loss of some tokens, and sums over them.
 
 `scored` is the range of these among the scored tokens.  Losses and sums of disjoint ranges add up.
 """
@@ -96,7 +98,7 @@ def vocab_parallel_loss(
     hidden_TH: torch.Tensor,
     weight_VH: torch.Tensor,
     targets_T: torch.Tensor,
-    loss_of: LossOf,
+    token_loss: TokenLoss,
     *,
     vocab_size: int,
     temperature: float | torch.Tensor = 1.0,
@@ -106,12 +108,12 @@ def vocab_parallel_loss(
     into_main_grad: bool = True,
     loss_scale: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of `loss_of` on the scored tokens, and the sums that it returns.
+    """Return the loss of `token_loss` on the scored tokens, and the sums that it returns.
 
-    Values and gradients are those of `loss_of` on the results of
+    Values and gradients are those of `token_loss` on the results of
     `vocab_parallel_logprobs_and_entropy` for the targets that are not `IGNORE`, in their order;
-    `loss_of` gets one chunk of them at a time, bit-identical on every rank of `group`.  All other
-    arguments are the same.
+    `token_loss` gets one chunk of them at a time, bit-identical on every rank of `group`.  All
+    other arguments are the same.
 
     The gradients are computed in forward, while the logits still exist.
 
@@ -122,7 +124,7 @@ def vocab_parallel_loss(
     """
     head = _Head.of(weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens)
     head = replace(head, fp32_logits=fp32_logits, into_main_grad=into_main_grad)
-    return _Loss.apply(hidden_TH, weight_VH, head, loss_of, loss_scale, torch.is_grad_enabled())
+    return _Loss.apply(hidden_TH, weight_VH, head, token_loss, loss_scale, torch.is_grad_enabled())
 
 
 def chunk_tokens_within(memory_mib: float | None, weight_VH: torch.Tensor) -> int:
@@ -261,7 +263,7 @@ class _Loss(torch.autograd.Function):
     """Loss whose gradient is known in forward, so that the logits are computed once."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, head, loss_of, loss_scale, with_gradient):
+    def forward(ctx, hidden_TH, weight_VH, head, token_loss, loss_scale, with_gradient):
         rows = row_operations(hidden_TH.device)
         gradients = _Gradients(hidden_TH, weight_VH, head) if with_gradient else None
         losses, sums = [], []
@@ -270,7 +272,7 @@ class _Loss(torch.autograd.Function):
             lse_C, entropy_C, logprobs_C = _merge(_gather(stats_4C, head.group))
             with torch.set_grad_enabled(with_gradient):
                 values = [v.detach().requires_grad_(with_gradient) for v in (logprobs_C, entropy_C)]
-                loss, chunk_sums = loss_of(*values, chunk.scored)
+                loss, chunk_sums = token_loss(*values, chunk.scored)
             losses.append(loss.detach())
             sums.append({name: value.detach() for name, value in chunk_sums.items()})
             if with_gradient:

@@ -66,7 +66,9 @@ def sharded_state(
         ):
             values = {name: value.cpu() for name, value in values.items()}  # copies, in float32
         state[index] = {
-            name: list(rectangles_of(places[parameter], parameter, start, stop, name, value, part))
+            name: list(
+                split_into_rectangles(places[parameter], parameter, start, stop, name, value, part)
+            )
             for name, value in values.items()
         }
         if is_loading:
@@ -97,7 +99,7 @@ def ranges(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int
                     yield parameter, places["param"].start, places["param"].end
 
 
-def rectangles_of(
+def split_into_rectangles(
     place: ShardedTensor | ShardedTensorFactory,
     parameter: torch.nn.Parameter,
     start: int,

@@ -25,7 +25,7 @@ class RouterReplay:
     """All routers of this rank; from its construction on, they replay routings."""
 
     def __init__(self, chunks: Sequence[GPTModel], device: torch.device):
-        self.chunks = [_Chunk(chunk, device) for chunk in chunks]
+        self.chunks = [_ChunkRouters(chunk, device) for chunk in chunks]
 
     @contextmanager
     def of_micro_batch(self, chunk: int, routing_TLk: torch.Tensor | None) -> Iterator[None]:
@@ -61,7 +61,7 @@ class RouterReplay:
         return different / max(1, all_of_them)
 
 
-class _Chunk:
+class _ChunkRouters:
     """Routers of a model chunk."""
 
     def __init__(self, chunk: GPTModel, device: torch.device):
@@ -92,7 +92,7 @@ class _Chunk:
 class _Router:
     """Substitute for Megatron's RouterReplay in one router."""
 
-    def __init__(self, chunk: _Chunk, number: int):
+    def __init__(self, chunk: _ChunkRouters, number: int):
         self.chunk, self.number = chunk, number
         self.kept: deque[torch.Tensor | None] = deque()
         """Routings of the micro-batches whose forward pass will be recomputed, in order."""

@@ -15,7 +15,7 @@ class PackedTEAttention(TEDotProductAttention):
     TransformerEngine."""
 
     def __init__(self, config, *arguments, **options):
-        super().__init__(_of_this_ranks_heads(config), *arguments, **options)
+        super().__init__(_with_local_heads(config), *arguments, **options)
 
     def forward(
         self,
@@ -46,7 +46,7 @@ class PackedTEAttention(TEDotProductAttention):
         return layout.row(out.flatten(1))[:, None]
 
 
-def _of_this_ranks_heads(config):
+def _with_local_heads(config):
     """Return a configuration with this rank's number of heads, which TransformerEngine checks."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks <= 1:

@@ -21,7 +21,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import naming
 from megatron_prepo.models.hf_config import QUANTIZATION_KEYS, listed
-from megatron_prepo.models.raw import bytes_of, read_into, write_at
+from megatron_prepo.models.raw import read_into, tensor_bytes, write_at
 
 DTYPES = {
     "F64": torch.float64,
@@ -249,7 +249,7 @@ class HFWriter:
         )
         self._missing.remove(name)
         if place.num_bytes:
-            data = bytes_of(tensor.contiguous().cpu())
+            data = tensor_bytes(tensor.contiguous().cpu())
             with naming(place.file):
                 write_at(self._descriptors[place.file], data, place.offset)
 

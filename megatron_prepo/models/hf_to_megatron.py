@@ -11,7 +11,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.fit import check_tied_head
 from megatron_prepo.models.hf_config import listed
 from megatron_prepo.models.hf_files import HEAD, HFTensors
-from megatron_prepo.models.mapping import Heads, Mapping, mapping_of, shard, to_megatron
+from megatron_prepo.models.mapping import Heads, Mapping, find_mapping, shard, to_megatron
 
 
 def stage_parameters(
@@ -30,14 +30,14 @@ def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
     return [
         (
             name,
-            mapping_of(name, first_layer=first_layer, first_expert=first_expert, tied=tied),
+            find_mapping(name, first_layer=first_layer, first_expert=first_expert, tied=tied),
             parameter,
         )
         for name, parameter in model.named_parameters()
     ]
 
 
-def heads_of(config) -> Heads:
+def attention_heads(config) -> Heads:
     """Return the attention geometry of a TransformerConfig."""
     return Heads(
         num_groups=config.num_query_groups,
@@ -60,7 +60,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
     Collective over all ranks, which together must use every tensor of the files.
     Raises UserError for a missing file or tensor, a shape that does not fit, or an unused tensor.
     """
-    heads = heads_of(chunks[0].config)
+    heads = attention_heads(chunks[0].config)
     mine = stage_parameters(chunks)
     tied = chunks[0].share_embeddings_and_output_weights
     with HFTensors(directory, tied=tied) as tensors:

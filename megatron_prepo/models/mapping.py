@@ -92,7 +92,7 @@ class Heads:
     queries_per_group: int
 
 
-def mapping_of(
+def find_mapping(
     megatron_name: str, *, first_layer: int = 0, first_expert: int = 0, tied: bool = False
 ) -> Mapping:
     """Return the mapping of a parameter by its name in this pipeline stage.
@@ -101,7 +101,7 @@ def mapping_of(
     the rank's first expert.
     `tied`: embedding and output share their tensor, from which a stage's copy of it is read.
 
-    >>> mapping_of("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
+    >>> find_mapping("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
     ('model.layers.5.self_attn.o_proj.weight',)
 
     Raises KeyError for a name that is not in the table.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_prepo.models.hf_files import HFWriter
-from megatron_prepo.models.hf_to_megatron import heads_of, split_group, stage_parameters
+from megatron_prepo.models.hf_to_megatron import attention_heads, split_group, stage_parameters
 from megatron_prepo.models.mapping import Mapping, to_hf, unshard
 
 
@@ -65,7 +65,7 @@ def _whole_tensors(
     """Yield full tensors under Hugging Face names; `mine` has (name, mapping, this rank's part)."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
-    heads = heads_of(config)
+    heads = attention_heads(config)
     for stage, position, mapping, shape, dtype in parts:
         if stage == pp_group.rank():
             part = mine[position][2].detach().contiguous()
@@ -93,7 +93,7 @@ def hf_shapes(
     """
     ep_size = parallel_state.get_expert_model_parallel_group().size()
     config, shapes = chunks[0].config, {}
-    heads = heads_of(config)
+    heads = attention_heads(config)
     for _, _, mapping, shape, dtype in hf_plan(chunks) if parts is None else parts:
         part = torch.empty(shape, dtype=dtype, device="meta")
         full = unshard(mapping, [part] * split_group(mapping).size())

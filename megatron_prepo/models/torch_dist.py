@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_prepo.errors import UserError
-from megatron_prepo.models.raw import bytes_of, read_into, write_at
+from megatron_prepo.models.raw import read_into, tensor_bytes, write_at
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -76,7 +76,7 @@ class TorchDistWriter:
     def write(self, chunk: Chunk, tensor: torch.Tensor) -> None:
         """Append a chunk; each thread has a separate file."""
         before, after = _envelope(chunk.shape, tensor.dtype)
-        data = bytes_of(tensor.contiguous())
+        data = tensor_bytes(tensor.contiguous())
         descriptor, name, begin = self._file()
         end = begin
         for part in (before, data, after):

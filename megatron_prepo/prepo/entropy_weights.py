@@ -13,21 +13,21 @@ def relative_entropy_weights(
     *,
     mean: str = "sequence",
     clamp: float | None = None,
-    counts_N: torch.Tensor | None = None,
+    include_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`weight_N`, float64 and detached, from each rollout's mean token entropy and its length.
 
     `mean`: what Hbar averages; `sequence`, the rollouts' means, so that the weights average to 1
     exactly; `token`, all tokens, so that the lengths times the weights add up to the lengths.
     `clamp`: c keeps the weights within [1/c, c].
-    `counts_N`: which rollouts enter Hbar (None: all); every rollout gets a weight.
+    `include_N`: which rollouts enter Hbar (None: all); every rollout gets a weight.
 
     Entropies that are all zero (a deterministic policy) give ones: there is nothing to compare.
     """
     entropy_N = entropy_N.detach().double()
     share_N = lengths_N.double() if mean == "token" else torch.ones_like(entropy_N)
-    if counts_N is not None:
-        share_N = share_N * counts_N
+    if include_N is not None:
+        share_N = share_N * include_N
     total = share_N.sum()
     batch_entropy = (share_N * entropy_N).sum() / total if total > 0 else total
     if batch_entropy <= torch.finfo(torch.float32).tiny:

@@ -5,7 +5,7 @@ The loop calls `of_step(record).update(mini_batch)` in place of the actor's `upd
 
 from collections.abc import Sequence
 
-from megatron_prepo.actor.actor import Actor, Gradient, TrainingSequence
+from megatron_prepo.actor.actor import Actor, BackwardResult, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.debug.dump import DumpWriter, StepRecord
 from megatron_prepo.run.recorder import Run
@@ -76,7 +76,7 @@ class GuardedStep:
         self.updates.skipped_in_a_row = 0
         return metrics
 
-    def _dump_skipped(self, number: int, batch, gradient: Gradient) -> str:
+    def _dump_skipped(self, number: int, batch, gradient: BackwardResult) -> str:
         dump = self._dump(f"_update_{number}_skipped", "not finite")
         dump.add(number, batch, gradient)
         dump.finish()

@@ -1152,7 +1152,7 @@ def test_other_choices_are_counted_as_sets_once_a_token_and_layer(run, layout):
 
 
 def test_some_prompts_of_a_group_were_routed_alike_and_some_were_not(batches):
-    from megatron_prepo.actor.packing import pieces_of
+    from megatron_prepo.actor.packing import make_pieces
 
-    sizes = [len(piece.index) for piece in pieces_of(batches["routed"].sequences, most=40)]
+    sizes = [len(piece.index) for piece in make_pieces(batches["routed"].sequences, most=40)]
     assert sorted(sizes) == [1, 1, 1, 1, 2, 2]

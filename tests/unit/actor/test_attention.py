@@ -26,7 +26,7 @@ C = ScoredSequence((9, 10, 11), 1)
 WAYS = [{}, {"share_prefixes": True}, {"packing": False}]
 
 
-def row_of(way):
+def packed_row(way):
     plan = plan_rows([A, C, B], num_ranks=1, budget=16, shape=SHAPE, multiple=4, **way)
     return micro_batch([A, C, B], plan.ranks[0][0]).layout
 
@@ -50,7 +50,7 @@ def written_out(query, key, value, lengths):
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
 
-def expected_of(qkv, layout):
+def expected_output(qkv, layout):
     whole = (layout.whole(x[:, 0]) for x in qkv)
     return layout.row(written_out(*whole, layout.lengths))[:, None]
 
@@ -64,7 +64,7 @@ def assert_is_attention(ours, qkv, layout):
 
     def expected(*qkv):
         qkv = [x.requires_grad_() for x in qkv]
-        return with_gradients(expected_of(qkv, layout), qkv)
+        return with_gradients(expected_output(qkv, layout), qkv)
 
     Reference(expected, *qkv).assert_equals(with_gradients(ours, qkv))
 
@@ -75,7 +75,7 @@ def causal_attention():
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_each_sequence_attends_to_itself(way):
-    layout = row_of(way)
+    layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     ours = causal_attention()(*qkv, packed_seq_params=layout)
     assert_is_attention(ours, qkv, layout)
@@ -105,7 +105,7 @@ class Kernel:
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", Kernel())
-    layout = row_of(way)
+    layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     whole = [layout.whole(x[:, 0]) for x in qkv]
     ours = layout.row(attention._attend_in_one_kernel(*whole, layout))[:, None]
@@ -149,7 +149,7 @@ def te_config(tensor, heads, groups):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
-    layout = row_of(way)
+    layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS))
     ours = module(*qkv, None, attn_mask_type="causal", packed_seq_params=layout)
@@ -191,7 +191,7 @@ def test_angles_are_those_of_the_positions(way):
     rotary = RotaryEmbedding(SIZE, 1.0, use_cpu_initialization=True)
     plain = rotary(32).clone()
     rotate_by_position(rotary)
-    layout = row_of(way)
+    layout = packed_row(way)
     length = rotary.get_rotary_seq_len(None, None, None, None, layout)
     assert torch.equal(rotary(length, packed_seq=False, cp_group=None), plain[layout.positions_T])
     assert torch.equal(rotary(32), plain)

@@ -591,41 +591,41 @@ def test_tokens_without_a_gradient_are_left_out_of_backward():
 
 
 def some_loss(tokens=11, entropy=True):
-    """A `loss_of` with other terms for each scored token, and two sums besides."""
+    """A `token_loss` with other terms for each scored token, and two sums besides."""
     a_R, b_R = torch.randn(2, tokens, generator=torch.Generator().manual_seed(3))
 
-    def loss_of(logprobs_C, entropy_C, scored):
+    def token_loss(logprobs_C, entropy_C, scored):
         loss = (a_R[scored].to(logprobs_C) * (0.1 * logprobs_C).exp()).sum()
         if entropy:
             loss = loss + (b_R[scored].to(entropy_C) * entropy_C.square()).sum()
         return loss, {"entropy": entropy_C.sum(), "tokens": torch.tensor(float(len(logprobs_C)))}
 
-    return loss_of
+    return token_loss
 
 
-def loss_by_definition(hidden_TH, weight_VH, targets_T, loss_of, **settings):
+def loss_by_definition(hidden_TH, weight_VH, targets_T, token_loss, **settings):
     """The loss, the sum of entropies, and the gradients."""
     inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
     scored_T = targets_T != IGNORE
     values = (value_T[scored_T] for value_T in full_softmax(*inputs, targets_T, **settings))
-    loss, sums = loss_of(*values, slice(None))
+    loss, sums = token_loss(*values, slice(None))
     return loss.detach(), sums["entropy"].detach(), *torch.autograd.grad(loss, inputs)
 
 
-def both_ways(hidden_TH, weight_VH, targets_T, loss_of, factor=1.0, **settings):
+def both_ways(hidden_TH, weight_VH, targets_T, token_loss, factor=1.0, **settings):
     """[(loss, sums, gradients)] by `vocab_parallel_loss` and by recomputation."""
     scored = (targets_T != IGNORE).nonzero().squeeze(1)
 
     def recompute(*args, loss_scale, **settings):
         values = vocab_parallel_logprobs_and_entropy(*args, **settings)
-        return loss_of(*(value_T[scored] for value_T in values), slice(None))
+        return token_loss(*(value_T[scored] for value_T in values), slice(None))
 
     results = []
     for function in (vocab_parallel_loss, recompute):
         inputs = [t.detach().clone().requires_grad_() for t in (hidden_TH, weight_VH)]
         args = (*inputs, targets_T)
         if function is vocab_parallel_loss:
-            args = (*args, loss_of)
+            args = (*args, token_loss)
         loss, sums = function(*args, loss_scale=factor, **settings)
         grads = torch.autograd.grad(factor * loss, inputs)
         assert not any(value.requires_grad for value in sums.values()) or function is recompute
@@ -640,19 +640,19 @@ def test_known_gradient_equals_recomputation_bit_for_bit(dtype, entropy, chunk_t
     """Gradients exactly, for chunks are the same; loss and sums but for rounding."""
     hidden_TH, weight_VH, targets_T = problem(scale=3, dtype=dtype)
     targets_T[[0, 6]] = IGNORE
-    loss_of = some_loss(9, entropy)
+    token_loss = some_loss(9, entropy)
     settings = {"vocab_size": 37, "temperature": torch.linspace(0.5, 1.5, 11)}
     known, recomputed = both_ways(
         hidden_TH,
         weight_VH,
         targets_T,
-        loss_of,
+        token_loss,
         factor=4.0,
         chunk_tokens=chunk_tokens,
         **settings,
     )
     assert known[1]["tokens"] == 9
-    args = (hidden_TH, weight_VH, targets_T.clamp(max=36), loss_of)
+    args = (hidden_TH, weight_VH, targets_T.clamp(max=36), token_loss)
     reference = Reference(loss_by_definition, *args, **settings)
     for loss, sums, _ in (known, recomputed):
         reference.assert_equals((loss, sums["entropy"]))
@@ -672,7 +672,7 @@ def test_known_gradient_against_float64_autograd():
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_loss_of_no_token(tokens):
-    """`loss_of` is asked all the same, so that its sums are there, and gradients are zero."""
+    """`token_loss` is asked all the same, so that its sums are there, and gradients are zero."""
     hidden_TH, weight_VH, _ = problem(tokens=tokens)
     inputs = ((math.nan * hidden_TH).requires_grad_(), weight_VH.requires_grad_())
     loss, sums = vocab_parallel_loss(
@@ -713,17 +713,19 @@ def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
     """
     hidden_TH, weight_VH, targets_T = problem(tokens=22, scale=3, dtype=dtype)
     weight_VH = parameter(weight_VH)
-    loss_of = some_loss()
+    token_loss = some_loss()
     settings = {"vocab_size": 37, "chunk_tokens": 4}
     targets_T %= 37
     for half in (slice(0, 11), slice(11, 22)):
         part_TH = hidden_TH[half].detach().requires_grad_()
         if known_gradient:
-            args = (part_TH, weight_VH, targets_T[half], loss_of)
+            args = (part_TH, weight_VH, targets_T[half], token_loss)
             loss, _ = vocab_parallel_loss(*args, loss_scale=2.0, **settings)
         else:
             args = (part_TH, weight_VH, targets_T[half])
-            loss, _ = loss_of(*vocab_parallel_logprobs_and_entropy(*args, **settings), slice(None))
+            loss, _ = token_loss(
+                *vocab_parallel_logprobs_and_entropy(*args, **settings), slice(None)
+            )
         (2 * loss).backward()
         assert part_TH.grad.norm() > 0
     assert weight_VH.grad is None and weight_VH.grad_added_to_main_grad
@@ -731,7 +733,8 @@ def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
     def gradient(hidden_TH, weight_VH):
         halves = zip(hidden_TH.split(11), targets_T.split(11), strict=True)
         parts = [
-            loss_by_definition(h_TH, weight_VH, t_T, loss_of, vocab_size=37) for h_TH, t_T in halves
+            loss_by_definition(h_TH, weight_VH, t_T, token_loss, vocab_size=37)
+            for h_TH, t_T in halves
         ]
         return [0.5 + 2 * sum(part[3] for part in parts)]
 
@@ -754,8 +757,8 @@ def test_where_main_grad_is_not_used(main_dtype, into_main_grad, known_gradient)
     weight_VH = parameter(weight_VH, main_dtype)
     settings = {"vocab_size": 40, "into_main_grad": into_main_grad}
     if known_gradient:
-        loss_of = some_loss()
-        loss, _ = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, loss_of, **settings)
+        token_loss = some_loss()
+        loss, _ = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, token_loss, **settings)
     else:
         loss = vocab_parallel_logprobs_and_entropy(hidden_TH, weight_VH, targets_T, **settings)[0]
     loss.sum().backward()
@@ -766,8 +769,8 @@ def test_where_main_grad_is_not_used(main_dtype, into_main_grad, known_gradient)
 @pytest.mark.parametrize("arriving", [1.0, 2.0002, -2.0, 0.0, math.nan])
 def test_another_gradient_than_announced_is_refused_once_main_grad_has_it(arriving):
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
-    loss_of = some_loss()
-    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, loss_of)
+    token_loss = some_loss()
+    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, token_loss)
     loss, _ = vocab_parallel_loss(*args, vocab_size=40, loss_scale=2.0)
     with pytest.raises(RuntimeError, match="another gradient arrived"):
         (arriving * loss).backward()
@@ -791,8 +794,8 @@ def test_the_rounding_of_megatrons_schedule_is_no_other_gradient():
 
 def test_a_second_backward_is_refused_once_main_grad_has_the_first():
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
-    loss_of = some_loss()
-    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, loss_of)
+    token_loss = some_loss()
+    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, token_loss)
     loss, _ = vocab_parallel_loss(*args, vocab_size=40)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="in main_grad already"):
@@ -802,11 +805,11 @@ def test_a_second_backward_is_refused_once_main_grad_has_the_first():
 def test_a_loss_without_grad_mode_touches_no_gradient():
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
     weight_VH = parameter(weight_VH)
-    loss_of = some_loss()
+    token_loss = some_loss()
     with torch.no_grad():
-        loss, sums = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, loss_of, vocab_size=40)
+        loss, sums = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, token_loss, vocab_size=40)
     expected, _ = vocab_parallel_loss(
-        hidden_TH, weight_VH, targets_T, loss_of, vocab_size=40, into_main_grad=False
+        hidden_TH, weight_VH, targets_T, token_loss, vocab_size=40, into_main_grad=False
     )
     assert torch.equal(loss, expected) and sums["tokens"] == 11
     assert weight_VH.main_grad.eq(0.5).all() and not weight_VH.grad_added_to_main_grad

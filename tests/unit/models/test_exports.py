@@ -169,14 +169,14 @@ def fill(directory):
     return directory
 
 
-def files_of(directory):
+def read_files(directory):
     return {str(p.relative_to(directory)) for p in Path(directory).rglob("*") if p.is_file()}
 
 
 def test_all_files_and_folders_of_the_source_are_carried_but_weights_of_any_format(tmp_path):
     source = fill(tmp_path / "source")
     carry_over(source, tmp_path / "target")
-    assert files_of(tmp_path / "target") == set(KEPT)
+    assert read_files(tmp_path / "target") == set(KEPT)
 
 
 def test_links_of_a_cache_are_carried_as_what_they_lead_to(tmp_path):
@@ -186,7 +186,7 @@ def test_links_of_a_cache_are_carried_as_what_they_lead_to(tmp_path):
     for path in blobs.iterdir():
         os.symlink(os.path.relpath(path, snapshot), snapshot / path.name)
     carry_over(snapshot, tmp_path / "target")
-    assert files_of(tmp_path / "target") == set(KEPT)
+    assert read_files(tmp_path / "target") == set(KEPT)
     assert not any(path.is_symlink() for path in (tmp_path / "target").rglob("*"))
 
 
@@ -209,4 +209,4 @@ def test_an_export_below_its_source_does_not_carry_itself(tmp_path, below):
     out = source / below
     for _ in range(2):
         export({"lm_head.weight": torch.zeros(2, 2)}, source, out)
-        assert files_of(out) == {*KEPT, "model.safetensors"}
+        assert read_files(out) == {*KEPT, "model.safetensors"}

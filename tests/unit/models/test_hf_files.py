@@ -57,7 +57,7 @@ def config(tmp_path):
     return directory
 
 
-def shapes_of(tensors):
+def tensor_shapes(tensors):
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -96,7 +96,7 @@ def test_reads_several_files(tmp_path, tensors):
 def test_safetensors_reads_what_was_written(tmp_path, tensors, config, shard_bytes):
     """In one file or in several, whatever the order of writing; so does our own reader."""
     out = tmp_path / "out"
-    writer = HFWriter(out, shapes_of(tensors), like=config, shard_bytes=shard_bytes)
+    writer = HFWriter(out, tensor_shapes(tensors), like=config, shard_bytes=shard_bytes)
     for name in reversed(tensors):
         writer.write(name, tensors[name])
     writer.finish()
@@ -139,7 +139,7 @@ def test_no_file_is_larger_than_asked_for_unless_one_tensor_is(tmp_path, config)
 def test_a_view_is_written_as_what_it_shows(tmp_path, config):
     matrix = torch.arange(12.0).reshape(3, 4)
     views = {"transposed": matrix.t(), "columns": matrix[:, 1:3], "offset": matrix[1:]}
-    writer = HFWriter(tmp_path / "out", shapes_of(views), like=config)
+    writer = HFWriter(tmp_path / "out", tensor_shapes(views), like=config)
     for name, view in views.items():
         writer.write(name, view)
     writer.finish()
@@ -149,7 +149,7 @@ def test_a_view_is_written_as_what_it_shows(tmp_path, config):
 
 def test_threads_read_and_write_at_once(tmp_path, config):
     tensors = {f"t{i}": random_tensor((97 + i, 31), torch.bfloat16, i) for i in range(24)}
-    writer = HFWriter(tmp_path / "out", shapes_of(tensors), like=config, shard_bytes=40_000)
+    writer = HFWriter(tmp_path / "out", tensor_shapes(tensors), like=config, shard_bytes=40_000)
     in_threads([lambda n=n: writer.write(n, tensors[n]) for n in tensors])
     writer.finish()
     wrong = []
@@ -179,7 +179,7 @@ def test_short_reads_and_writes_of_the_system_are_continued(tmp_path, config, mo
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real_read(fd, [buffers[0][:7]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, data[:5], at))
     tensors = {"a": random_tensor((5, 9), torch.float32), "b": random_tensor((3,), torch.bfloat16)}
-    writer = HFWriter(tmp_path / "out", shapes_of(tensors), like=config)
+    writer = HFWriter(tmp_path / "out", tensor_shapes(tensors), like=config)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.finish()

@@ -23,7 +23,7 @@ def whole():
     return torch.arange(4 * 7 * 6, dtype=torch.float32).reshape(SHAPE)
 
 
-def chunks_of(key, shape=SHAPE, cuts=CUTS):
+def cut_chunks(key, shape=SHAPE, cuts=CUTS):
     for ranges in itertools.product(*(itertools.pairwise(cut) for cut in cuts)):
         yield Chunk(key, tuple(shape), tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
 
@@ -35,7 +35,7 @@ def region(tensor, offset, shape):
 def write(directory, *, leave_out=()):
     """A tensor in 12 chunks, one in one, a scalar, and bfloat16."""
     writer = TorchDistWriter(directory)
-    for number, chunk in enumerate(chunks_of("cut")):
+    for number, chunk in enumerate(cut_chunks("cut")):
         if number not in leave_out:
             writer.write(chunk, region(whole(), chunk.offset, chunk.shape))
     writer.write(Chunk("one", (5, 3), (0, 0), (5, 3)), torch.arange(15.0).reshape(5, 3))
@@ -224,7 +224,7 @@ def test_megatron_reads_what_was_written_and_the_other_way_round(checkpoint, tmp
 def test_a_missing_region_is_named(tmp_path):
     """One of 12 chunks was never written; what does not touch it can be read."""
     reader = TorchDistReader(write(tmp_path / "c", leave_out={5}))
-    hole = list(chunks_of("cut"))[5]
+    hole = list(cut_chunks("cut"))[5]
     with pytest.raises(UserError, match=r"cut is incomplete.*\(4, 7, 6\) at \(0, 0, 0\)"):
         reader.read("cut", (0, 0, 0), SHAPE)
     with pytest.raises(UserError, match="cut is incomplete"):
@@ -310,7 +310,7 @@ def reduce(callable_by_name, argument):
     return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
 
 
-def call_the_result_of(callable_by_name, argument, command):
+def call_what_it_returns(callable_by_name, argument, command):
     """... and calls what that call gave with another string."""
     return reduce(callable_by_name, argument)[:-1] + text(command) + b"\x85R."
 
@@ -340,7 +340,7 @@ def text(string):
         ),
         (
             "torch's importer by name",
-            lambda command: call_the_result_of(
+            lambda command: call_what_it_returns(
                 ("torch._utils", "_import_dotted_name"), "os.system", command
             ),
         ),
@@ -368,7 +368,7 @@ def test_the_malicious_tables_would_work(tmp_path):
     for number, table in enumerate(
         (
             reduce(("torch.distributed.checkpoint.filesystem", "os.system"), f"touch {tmp_path}/0"),
-            call_the_result_of(
+            call_what_it_returns(
                 ("torch._utils", "_import_dotted_name"), "os.system", f"touch {tmp_path}/1"
             ),
         )

@@ -126,14 +126,14 @@ def test_clamp_keeps_weights_within_its_bounds():
 
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_rollouts_left_out_of_the_mean_still_get_a_weight(mean):
-    counts_N = torch.tensor([True, False, True, False, True])
-    weight_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N, mean=mean, counts_N=counts_N)
-    counted_N = relative_entropy_weights(ENTROPY_N[counts_N], LENGTHS_N[counts_N], mean=mean)
-    assert_close(weight_N[counts_N], counted_N)
-    batch = ENTROPY_N[counts_N][0] / counted_N[0]
-    assert_close(weight_N[~counts_N], ENTROPY_N[~counts_N] / batch)
+    include_N = torch.tensor([True, False, True, False, True])
+    weight_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N, mean=mean, include_N=include_N)
+    counted_N = relative_entropy_weights(ENTROPY_N[include_N], LENGTHS_N[include_N], mean=mean)
+    assert_close(weight_N[include_N], counted_N)
+    batch = ENTROPY_N[include_N][0] / counted_N[0]
+    assert_close(weight_N[~include_N], ENTROPY_N[~include_N] / batch)
 
 
 def test_no_rollout_in_the_mean_gives_ones():
     nobody_N = torch.zeros(5, dtype=torch.bool)
-    assert relative_entropy_weights(ENTROPY_N, LENGTHS_N, counts_N=nobody_N).tolist() == [1.0] * 5
+    assert relative_entropy_weights(ENTROPY_N, LENGTHS_N, include_N=nobody_N).tolist() == [1.0] * 5
