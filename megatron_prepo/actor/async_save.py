@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,10 +78,10 @@ class PendingCheckpoint:
 
     def __init__(
         self,
-        state: dict,
+        state: dict[str, Any],
         aside: Path,
         *,
-        metadata: dict,
+        metadata: dict[str, Any],
         buffers: HostBuffers | None,
         small_files: dict[str, bytes],
         publish: Callable[[], None],

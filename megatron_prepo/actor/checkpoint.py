@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def start_saving(
     updates: int = 0,
     run_state: str | None = None,
     buffers: HostBuffers | None = None,
-    hf: dict | None = None,
+    hf: dict[str, Any] | None = None,
 ) -> PendingCheckpoint:
     """Start to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
@@ -101,7 +102,9 @@ def start_saving(
     )
 
 
-def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf: dict) -> int:
+def load(
+    path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf: dict[str, Any]
+) -> int:
     """Load a checkpoint with optimizer state, under any layout, and return `updates`; collective.
 
     With the same number of ranks as at saving, random states are restored as well.  Raises
@@ -125,7 +128,9 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf
     return state["updates"]
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: dict) -> None:
+def load_weights(
+    chunks: Sequence[torch.nn.Module], directory: str | Path, hf: dict[str, Any]
+) -> None:
     """Load the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
     Raises UserError if there is none, or if it is not one of the model with settings `hf`.
@@ -140,7 +145,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: d
     _load_chunks(chunks, state)
 
 
-def load_without_running(path: Path, sharded: dict) -> dict:
+def load_without_running(path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
     """Call Megatron's `load` on an untrusted checkpoint without executing anything in it.
 
     Megatron unpickles the table of tensors whatever it contains, so the table is checked first, and
@@ -220,7 +225,7 @@ def prune(
     return kept
 
 
-def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:
+def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict[str, Any]]:
     """Return sharded weights without TransformerEngine's `_extra_state`.
 
     That entry is empty in bf16, and other layers do not have it.  The sections of chunks are local
@@ -236,7 +241,7 @@ def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:
     }
 
 
-def _load_chunks(chunks: Sequence[torch.nn.Module], state: dict) -> None:
+def _load_chunks(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
     for section, chunk in _sections(chunks).items():
         chunk.load_state_dict(state[section], strict=False)
 
@@ -257,7 +262,7 @@ def _fill_adam_state(optimizer) -> None:
             fill_adam_state(part.optimizer)
 
 
-def _load_optimizer(optimizer, state: dict) -> None:
+def _load_optimizer(optimizer, state: dict[str, Any]) -> None:
     """Call `optimizer.load_state_dict` with corrections for torch's Adam (megatron-core 0.16.1).
 
     A `step` of 0 is not saved.  The distributed optimizer looks for `step` among the tensors of a

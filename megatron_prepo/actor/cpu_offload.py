@@ -20,6 +20,8 @@ have the format of the distributed optimizer without offloading, and can be exch
 | after loading, TransformerEngine's Adam on the GPU | all its updates have the same step count |
 """
 
+from typing import Any
+
 import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
@@ -84,7 +86,7 @@ def check_offload(config: Config) -> None:
             )
 
 
-def offload_fraction(megatron: dict) -> float:
+def offload_fraction(megatron: dict[str, Any]) -> float:
     """Return the fraction of parameters whose optimizer state is on the host.
 
     On each rank, Megatron offloads one parameter after another until the fraction is reached.
@@ -94,7 +96,7 @@ def offload_fraction(megatron: dict) -> float:
     return megatron.get("optimizer_offload_fraction", ALL)
 
 
-def offloaded(settings: dict) -> OptimizerConfig:
+def offloaded(settings: dict[str, Any]) -> OptimizerConfig:
     """Return Megatron's OptimizerConfig for float32 weights on the host.
 
     Megatron-LM requires `use_precision_aware_optimizer` for this; without it, a second copy of the
@@ -125,7 +127,7 @@ class HostAdam(HybridDeviceOptimizer):
             fill_adam_state(optimizer)
         self._sync_sub_optimizers_state_to_hdo()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state, with only those group options that exist without offloading."""
         state = super().state_dict()
         groups = [
@@ -134,7 +136,7 @@ class HostAdam(HybridDeviceOptimizer):
         ]
         return state | {"param_groups": groups}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load options and the number of updates.
 
         Tensors are loaded by `load_parameter_state_from_...` of the distributed optimizer.

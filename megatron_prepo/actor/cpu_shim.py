@@ -7,6 +7,7 @@ those calls to the CPU; numbers do not change.  It is called only if CUDA is abs
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
@@ -52,7 +53,7 @@ def install() -> None:
     _split_as_on_a_gpu()
 
 
-def model_settings() -> dict:
+def model_settings() -> dict[str, Any]:
     """Return TransformerConfig fields without which Megatron-Core would call CUDA kernels."""
     return {
         "use_cpu_initialization": True,

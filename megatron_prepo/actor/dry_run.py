@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -58,11 +59,11 @@ class Stage:
 
 
 def each_stage(
-    hf: dict,
+    hf: dict[str, Any],
     model: ModelConfig,
     parallel: ParallelConfig,
     ddp: DistributedDataParallelConfig,
-    megatron: dict | None = None,
+    megatron: dict[str, Any] | None = None,
     *,
     world_size: int,
 ) -> Iterator[Stage]:
@@ -93,7 +94,7 @@ def each_stage(
             )
 
 
-def count_parameters(hf: dict, stages: list[Stage]) -> int:
+def count_parameters(hf: dict[str, Any], stages: list[Stage]) -> int:
     """Return the parameters of the complete model, without vocabulary padding, tied ones once."""
     tensors = {name: shape for stage in stages for name, shape in stage.tensors.items()}
     total = sum(math.prod(shape) for shape in tensors.values())
@@ -131,7 +132,10 @@ def _buffers_on_meta():
 
 
 def each_rank(
-    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
+    hf: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    megatron: dict[str, Any] | None = None,
 ) -> Iterator[tuple[int, list[GPTModel]]]:
     """Yield (rank, its part of the model on the meta device) per rank of a data-parallel replica.
 

@@ -77,7 +77,7 @@ REFUSED = {
 """Megatron's names that would break our assumptions, and the reason or remedy."""
 
 
-def check_layout(config: Config, hf: dict) -> None:
+def check_layout(config: Config, hf: dict[str, Any]) -> None:
     """Raise UserError if `parallel` does not fit the model, or `megatron:` has an invalid name."""
     _check_tensor(config.parallel, hf)
     _check_pipeline(config, hf)
@@ -88,7 +88,7 @@ def check_layout(config: Config, hf: dict) -> None:
     check_offload(config)
 
 
-def _check_tensor(parallel: ParallelConfig, hf: dict) -> None:
+def _check_tensor(parallel: ParallelConfig, hf: dict[str, Any]) -> None:
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
     for name, count in (
@@ -113,7 +113,7 @@ def _check_tensor(parallel: ParallelConfig, hf: dict) -> None:
         )
 
 
-def _check_pipeline(config: Config, hf: dict) -> None:
+def _check_pipeline(config: Config, hf: dict[str, Any]) -> None:
     parallel = config.parallel
     uneven = any(name.startswith("num_layers_in_") for name in config.megatron)
     if hf["num_hidden_layers"] % parallel.pipeline and not uneven:
@@ -132,7 +132,7 @@ def _check_pipeline(config: Config, hf: dict) -> None:
         )
 
 
-def _check_experts(parallel: ParallelConfig, hf: dict) -> None:
+def _check_experts(parallel: ParallelConfig, hf: dict[str, Any]) -> None:
     if (experts := num_experts(hf)) % parallel.expert or (parallel.expert > 1 and not experts):
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide the model's {experts} experts"
@@ -150,7 +150,7 @@ def _check_experts(parallel: ParallelConfig, hf: dict) -> None:
         )
 
 
-def _check_megatron_settings(config: Config, hf: dict) -> None:
+def _check_megatron_settings(config: Config, hf: dict[str, Any]) -> None:
     decided = OTHER_FUNCTION | transformer_settings(hf).keys()
     for name in config.megatron:
         if name in OWN_SETTINGS:
@@ -197,7 +197,7 @@ def _check_router_replay(config: Config, experts: int) -> None:
             )
 
 
-def megatron_overrides(megatron: dict, kind: type) -> dict:
+def megatron_overrides(megatron: dict[str, Any], kind: type) -> dict[str, Any]:
     """Return the settings in the `megatron:` section that are fields of a Megatron dataclass.
 
     Raises UserError for a value that does not have its field's type.
@@ -238,7 +238,7 @@ def _of_type(name: str, value: object, kind: Any) -> Any:
 
 
 def transformer_config(
-    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, megatron: dict[str, Any]
 ) -> TransformerConfig:
     """Return Megatron's TransformerConfig for a model, a layout and the `megatron:` section."""
     dtype = DTYPES[model.dtype]
@@ -282,7 +282,10 @@ def transformer_config(
 
 
 def build_model(
-    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
+    hf: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    megatron: dict[str, Any] | None = None,
 ) -> list[GPTModel]:
     """Build this rank's part of the model, without loading weights.
 
@@ -296,7 +299,7 @@ def build_model(
 
 
 def _build_chunk(
-    hf: dict,
+    hf: dict[str, Any],
     model: ModelConfig,
     parallel: ParallelConfig,
     mcore: TransformerConfig,

@@ -8,6 +8,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -96,7 +97,7 @@ def write(directory: str | Path, target: Path):
     return model
 
 
-def tiny_config(directory: str | Path) -> dict:
+def tiny_config(directory: str | Path) -> dict[str, Any]:
     """Return the content of `config.json` with smaller sizes, but the same head size."""
     raw, hf = read_json(Path(directory) / "config.json"), read_hf_config(directory)
     groups = min(2, hf["num_key_value_heads"])
@@ -141,7 +142,7 @@ def transformers_logits(model, tokens_1S: torch.Tensor, positions_1S: torch.Tens
 
 @torch.no_grad()
 def megatron_logits(
-    directory: str | Path, hf: dict, tokens_1S: torch.Tensor, positions_1S: torch.Tensor
+    directory: str | Path, hf: dict[str, Any], tokens_1S: torch.Tensor, positions_1S: torch.Tensor
 ) -> torch.Tensor:
     """Return logits `[tokens, vocabulary]` in float64, computed in float32 by Megatron-Core."""
     from megatron_prepo.actor import parallel

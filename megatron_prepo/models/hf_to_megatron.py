@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.fit import check_tied_head
@@ -21,7 +23,7 @@ def stage_parameters(
     return [parameter for chunk in chunks for parameter in _chunk_parameters(chunk)]
 
 
-def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
+def _chunk_parameters(model: torch.nn.Module) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     experts_here = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
@@ -37,7 +39,7 @@ def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
     ]
 
 
-def attention_heads(config) -> Heads:
+def attention_heads(config: TransformerConfig) -> Heads:
     """Return the attention geometry of a TransformerConfig."""
     return Heads(
         num_groups=config.num_query_groups,
@@ -72,7 +74,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
             except ValueError as error:
                 raise UserError(f"{directory} does not fit its config.json: {error}") from error
             parameter.copy_(part)
-        used: list = [None] * dist.get_world_size()
+        used: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(used, [n for _, mapping, _ in mine for n in mapping.hf_names])
         refuse_leftover(tensors, set().union(*used), tied)
 

@@ -112,10 +112,11 @@ def find_mapping(
         kind, hf_name = TOP[megatron_name]
         return Mapping(kind, (hf_name,))
     in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
-    for pattern, (kind, hf_names) in _LAYER_PATTERNS if in_layer else ():
-        if match := pattern.fullmatch(in_layer[2]):
-            layer, expert = int(in_layer[1]) + first_layer, match.groupdict().get("expert")
-            expert = None if expert is None else int(expert) + first_expert
+    number, name_in_layer = in_layer.groups() if in_layer else ("", "")
+    for pattern, (kind, hf_names) in _LAYER_PATTERNS:
+        if match := pattern.fullmatch(name_in_layer):
+            layer, found = int(number) + first_layer, match.groupdict().get("expert")
+            expert = None if found is None else int(found) + first_expert
             names = tuple(name.format(layer=layer, expert=expert) for name in hf_names)
             return Mapping(kind, names, expert)
     raise KeyError(f"no Hugging Face name is known for the Megatron parameter {megatron_name}")
@@ -165,7 +166,9 @@ def to_hf(
     return [full[:vocab_size] if mapping.kind == "vocab" else full]
 
 
-def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, size: int):
+def shard(
+    mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, size: int
+) -> torch.Tensor:
     """Return a tensor-parallel rank's part of Megatron's full tensor, which must have `shape`."""
     if mapping.kind == "vocab" and (padding := shape[0] * size - full.shape[0]) > 0:
         full = torch.cat([full, full.new_zeros(padding, *full.shape[1:])])

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 
 from megatron_prepo.models.hf_files import HFWriter
 from megatron_prepo.models.hf_to_megatron import attention_heads, split_group, stage_parameters
@@ -60,7 +61,10 @@ def hf_gradients(
 
 
 def _whole_tensors(
-    config, mine: list, vocab_size: int, parts: Sequence[Part]
+    config: TransformerConfig,
+    mine: Sequence[tuple[str, Mapping, torch.Tensor]],
+    vocab_size: int,
+    parts: Sequence[Part],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield full tensors under Hugging Face names; `mine` has (name, mapping, this rank's part)."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -132,10 +136,10 @@ def save_hf(
         writer.finish()
 
 
-def _plan(mine: list) -> list[Part]:
+def _plan(mine: Sequence[tuple[str, Mapping, torch.Tensor]]) -> list[Part]:
     """Return the parts of all stages; `mine` has those of this rank's stage."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list = [None] * pp_group.size()
+    stages: list[Any] = [None] * pp_group.size()
     dist.all_gather_object(
         stages, [(mapping, tuple(p.shape), p.dtype) for _, mapping, p in mine], group=pp_group
     )

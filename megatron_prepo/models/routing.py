@@ -7,6 +7,7 @@ pickled and cut at a token.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class RoutingFormat:
     experts: int
 
     @staticmethod
-    def of(hf: dict) -> "RoutingFormat":
+    def of(hf: dict[str, Any]) -> "RoutingFormat":
         """That of a Hugging Face configuration with experts."""
         assert num_experts(hf), "a model without experts routes nothing"
         return RoutingFormat(hf["num_hidden_layers"], hf["num_experts_per_tok"], num_experts(hf))
@@ -52,7 +53,8 @@ class RoutingFormat:
     def unpack(self, routing: bytes) -> np.ndarray:
         """`experts_TLk`, int16."""
         shape = (-1, self.layers, self.experts_a_token)
-        return np.frombuffer(routing, self._dtype).reshape(shape).astype(np.int16)
+        experts_TLk: np.ndarray = np.frombuffer(routing, self._dtype).reshape(shape)
+        return experts_TLk.astype(np.int16)
 
     @property
     def _dtype(self) -> np.dtype:

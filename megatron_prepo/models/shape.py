@@ -1,6 +1,7 @@
 """The numbers of a `config.json` that memory and operations depend on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prepo.models.hf_config import num_experts
 
@@ -23,7 +24,7 @@ class Shape:
     """Whether queries and keys are normalised (Qwen3)."""
 
     @classmethod
-    def of(cls, hf: dict) -> "Shape":
+    def of(cls, hf: dict[str, Any]) -> "Shape":
         """From a Hugging Face configuration that `read_hf_config` has accepted."""
         experts, heads = num_experts(hf), hf["num_attention_heads"]
         return cls(
