@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", choices=("bfloat16", "float32"), help="default: keep the types of tensors"
         )
 
-    verifier = commands.add_parser("verify", help="prove that nothing was lost")
+    verifier = commands.add_parser("verify", help="check that a conversion lost nothing")
     verifier.add_argument("--hf", required=True, help="Hugging Face directory")
     verifier.add_argument("--megatron", help="checkpoint converted from it")
     verifier.add_argument(

@@ -423,7 +423,7 @@ def _in_parallel(
 class _ByteBudget:
     """Limit on the number of bytes in use at a time, which always admits at least one use."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
         self._change = threading.Condition()
 

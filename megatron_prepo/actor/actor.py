@@ -103,7 +103,7 @@ class BackwardResult:
 class Actor:
     """This rank's part of the trained model.  Call `parallel.initialize` first."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.hf = read_hf_config(config.model.hf)
         self.shape = Shape.of(self.hf)

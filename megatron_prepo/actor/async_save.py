@@ -58,7 +58,7 @@ class HostBuffers:
     at the speed of the bus.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.room: list[torch.Tensor] = []
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -85,7 +85,7 @@ class PendingCheckpoint:
         buffers: HostBuffers | None,
         small_files: dict[str, bytes],
         publish: Callable[[], None],
-    ):
+    ) -> None:
         """Start to write `state`, or copies of its tensors, to the empty directory `aside`.
 
         `small_files` are written by this rank; rank 0 calls `publish` when all ranks have written.

@@ -25,7 +25,7 @@ from megatron_prepo.actor.context_parallel import heads_to_tokens, tokens_to_hea
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm in float32; its gradient is summed under sequence parallelism."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -81,7 +81,7 @@ class CausalAttention(MegatronModule):
     lengths are nearly equal (docs/packing.md).
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, **_) -> None:
         super().__init__(config=config)
         assert config.context_parallel_size == 1, "context parallelism is set by RowLayout.context"
         assert config.attention_dropout == 0.0, "torch-native attention has no dropout"

@@ -114,7 +114,7 @@ def offloaded(settings: dict[str, Any]) -> OptimizerConfig:
 class HostAdam(HybridDeviceOptimizer):
     """`HybridDeviceOptimizer` with the corrections listed above."""
 
-    def __init__(self, params, **settings):
+    def __init__(self, params, **settings) -> None:
         for group in params:
             for parameter in group["params"]:
                 if not parameter.is_leaf:

@@ -71,7 +71,7 @@ def model_settings() -> dict[str, Any]:
 class _Stream:
     """Substitute for a CUDA stream: work on a CPU is already in order."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_, **__) -> None:
         pass
 
     def wait_stream(self, other) -> None:
@@ -111,7 +111,7 @@ class _HostIsElsewhere(TorchFunctionMode):
     All other tensors report that they are on the device.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.on_host: dict[int, torch.Tensor] = {}
 

@@ -308,7 +308,7 @@ class _Loss(torch.autograd.Function):
 class _Gradients:
     """Gradients of hidden states and weight, accumulated from gradients of chunks of logits."""
 
-    def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head):
+    def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head) -> None:
         self.hidden_TH = torch.zeros_like(hidden_TH)
         self.weight_VH, self.head = weight_VH, head
         dtype = _float(weight_VH)

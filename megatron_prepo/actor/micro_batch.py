@@ -93,7 +93,7 @@ def _routing(
     if not any(routed):
         return None
     assert all(routed), "sequences with and without a routing in one row"
-    shape = (size, routing.layers, routing.experts_a_token)
+    shape = (size, routing.layers, routing.experts_per_token)
     routing_TLk = torch.full(shape, -1, dtype=torch.int16)
     place = 0
     for piece, lengths in row.whole():

@@ -24,7 +24,7 @@ from megatron_prepo import internals
 class RouterReplay:
     """All routers of this rank; from its construction on, they replay routings."""
 
-    def __init__(self, chunks: Sequence[GPTModel], device: torch.device):
+    def __init__(self, chunks: Sequence[GPTModel], device: torch.device) -> None:
         self.chunks = [_ChunkRouters(chunk, device) for chunk in chunks]
 
     @contextmanager
@@ -64,7 +64,7 @@ class RouterReplay:
 class _ChunkRouters:
     """Routers of a model chunk."""
 
-    def __init__(self, chunk: GPTModel, device: torch.device):
+    def __init__(self, chunk: GPTModel, device: torch.device) -> None:
         self.model, self.device = chunk, device
         self.in_forward = False
         self.counts_2 = torch.zeros(2, dtype=torch.long, device=device)
@@ -92,7 +92,7 @@ class _ChunkRouters:
 class _Router:
     """Substitute for Megatron's RouterReplay in one router."""
 
-    def __init__(self, chunk: _ChunkRouters, number: int):
+    def __init__(self, chunk: _ChunkRouters, number: int) -> None:
         self.chunk, self.number = chunk, number
         self.kept: deque[torch.Tensor | None] = deque()
         """Routings of the micro-batches whose forward pass will be recomputed, in order."""

@@ -14,7 +14,7 @@ class PackedTEAttention(TEDotProductAttention):
     """Attention on rows with the interface of `CausalAttention`, by the `thd` kernels of
     TransformerEngine."""
 
-    def __init__(self, config, *arguments, **options):
+    def __init__(self, config, *arguments, **options) -> None:
         super().__init__(_with_local_heads(config), *arguments, **options)
 
     def forward(

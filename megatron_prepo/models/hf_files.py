@@ -86,7 +86,7 @@ class HFTensors:
     damaged or truncated file, and an index that names a missing file or tensor.
     """
 
-    def __init__(self, directory: str | Path, *, tied: bool = False):
+    def __init__(self, directory: str | Path, *, tied: bool = False) -> None:
         self.directory = Path(directory)
         if (self.directory / ADAPTER).is_file():
             raise UserError(
@@ -218,7 +218,7 @@ class HFWriter:
         like: str | Path | None,
         shard_bytes: int = 5 << 30,
         kind: str | None = None,
-    ):
+    ) -> None:
         self.directory, self.kind = Path(directory), kind
         self.aside = ownership.begin(self.directory)
         self.places: dict[str, TensorPlace] = {}

@@ -82,9 +82,9 @@ def _whole_tensors(
         if mapping.expert is None:
             yield from zip(mapping.hf_names, to_hf(mapping, full, heads, vocab_size), strict=True)
             continue
-        experts_a_rank = config.num_moe_experts // ep_group.size()
+        experts_per_rank = config.num_moe_experts // ep_group.size()
         for rank, other in enumerate(_gather(full, ep_group)):
-            theirs = mapping.of_expert(mapping.expert % experts_a_rank + rank * experts_a_rank)
+            theirs = mapping.of_expert(mapping.expert % experts_per_rank + rank * experts_per_rank)
             yield from zip(theirs.hf_names, to_hf(theirs, other, heads, vocab_size), strict=True)
 
 
@@ -103,9 +103,9 @@ def hf_shapes(
         full = unshard(mapping, [part] * split_group(mapping).size())
         experts = [mapping]
         if mapping.expert is not None:
-            experts_a_rank = config.num_moe_experts // ep_size
-            local = mapping.expert % experts_a_rank
-            experts = [mapping.of_expert(local + r * experts_a_rank) for r in range(ep_size)]
+            experts_per_rank = config.num_moe_experts // ep_size
+            local = mapping.expert % experts_per_rank
+            experts = [mapping.of_expert(local + r * experts_per_rank) for r in range(ep_size)]
         for each in experts:
             for name, tensor in zip(
                 each.hf_names, to_hf(each, full, heads, vocab_size), strict=True

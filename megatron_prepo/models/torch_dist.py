@@ -66,7 +66,7 @@ class Chunk:
 class TorchDistWriter:
     """Writer that appends chunks to data files and writes the tables at the end."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class TorchDistReader:
     Raises UserError for an incomplete checkpoint.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         table = self.directory / ".metadata"
         if not table.is_file():

@@ -295,7 +295,7 @@ BFLOAT16_LAYOUTS = (
     *("tp1 offloaded", "pp2 dp2 offloaded"),
 )
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
-ROUTING = RoutingFormat(layers=4, experts_a_token=2, experts=8)
+ROUTING = RoutingFormat(layers=4, experts_per_token=2, experts=8)
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
     "qwen3": lambda: tiny_models.qwen3(tied=False),
@@ -348,7 +348,9 @@ def make_batch(name, model):
 
 def draw_routing(generator, num_tokens):
     shape = (num_tokens, ROUTING.layers, ROUTING.experts)
-    experts_TLk = torch.rand(shape, generator=generator).argsort(-1)[..., : ROUTING.experts_a_token]
+    experts_TLk = torch.rand(shape, generator=generator).argsort(-1)[
+        ..., : ROUTING.experts_per_token
+    ]
     return ROUTING.pack(experts_TLk.numpy())
 
 
@@ -1074,7 +1076,7 @@ def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
         for other in others:
             from_clip_T = (log_ratio_T[:, None] - clips).abs()
             assert_far(from_clip_T, (log_ratios(other) - log_ratio_T).abs())
-            *_, last_T, next_T = logits_TE.topk(ROUTING.experts_a_token + 1).values.T
+            *_, last_T, next_T = logits_TE.topk(ROUTING.experts_per_token + 1).values.T
             assert_far(last_T - next_T, (router_logits(other) - logits_TE).abs())
 
 

@@ -14,7 +14,7 @@ from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
-ROUTING = RoutingFormat(layers=2, experts_a_token=2, experts=4)
+ROUTING = RoutingFormat(layers=2, experts_per_token=2, experts=4)
 SHAPE = Shape(
     layers=2,
     hidden=8,
@@ -24,7 +24,7 @@ SHAPE = Shape(
     mlp=16,
     vocabulary=32,
     experts=0,
-    experts_a_token=0,
+    experts_per_token=0,
     head_norms=False,
 )
 BUDGET = 40

@@ -30,7 +30,7 @@ def test_packed_and_unpacked_it_is_the_same(experts, bytes_each):
 @pytest.mark.parametrize(
     ("experts_TLk", "message"),
     [
-        ([[[0, 1]]], r"shape \(1, 1, 2\), not \[tokens, 2 layers, 2 a token\]"),
+        ([[[0, 1]]], r"shape \(1, 1, 2\), not \[tokens, 2 layers, 2 per token\]"),
         ([[[0, 1], [2, 8]]], "experts 0 to 8 of 8"),
         ([[[0, 1], [-1, 2]]], "experts -1 to 2 of 8"),
         ([[[0, 1], [3, 3]]], "one expert twice"),
@@ -48,7 +48,7 @@ def test_bytes_that_are_not_shared_out_over_the_tokens_are_refused():
 
 @pytest.mark.parametrize("routed", [True, False])
 def test_a_dump_gives_every_sequence_its_routing_back(routed):
-    """Sequences of other lengths, six bytes a token."""
+    """Sequences have different lengths, and six bytes per token."""
     batch = [
         TrainingSequence(
             ScoredSequence(tokens, 2, bytes(range(n, n + 6 * len(tokens) - 6)) if routed else None),

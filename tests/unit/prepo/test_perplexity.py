@@ -30,7 +30,7 @@ SHAPE = Shape(
     mlp=1,
     vocabulary=V,
     experts=0,
-    experts_a_token=0,
+    experts_per_token=0,
     head_norms=False,
 )
 
