@@ -46,7 +46,7 @@ internals.replace(
     SimpleNamespace(**vars(filesystem_async.mp) | {"get_context": lambda *_, **__: _THREADS}),
 )
 
-_ASYNCHRONOUS = {"async_sharded_save": True}
+_ASYNCHRONOUS: dict[str, bool | str] = {"async_sharded_save": True}
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on, the default needs another package
 
@@ -99,9 +99,11 @@ class PendingCheckpoint:
         self.request = dist_checkpointing.save(
             state, str(aside), strategy, content_metadata=metadata, **_ASYNCHRONOUS
         )
+        self.results: queue.Queue[Any] | None
         _, buckets, self.results = self.request.async_fn_args or (None, [], None)
         self.buckets = _on_the_host(buckets, buffers)
-        self.result, self.sums = None, {}
+        self.result: Any = None
+        self.sums: dict[str, manifest.Entry] = {}
         self.error: str | None = "its thread ended early"
         self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self.thread.start()
@@ -169,7 +171,7 @@ class PendingCheckpoint:
         return None
 
 
-def _on_the_host(buckets: list, buffers: HostBuffers | None) -> list:
+def _on_the_host(buckets: list[Any], buffers: HostBuffers | None) -> list[Any]:
     """Return Megatron's descriptions of files with their tensors in host memory."""
     tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
     here = iter(buffers.copy(tensors) if buffers else [tensor.cpu() for tensor in tensors])

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
@@ -47,8 +49,8 @@ def start_saving(
     directory: str | Path,
     *,
     step: int,
-    optimizer=None,
-    scheduler=None,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
     updates: int = 0,
     run_state: str | None = None,
     buffers: HostBuffers | None = None,
@@ -56,12 +58,12 @@ def start_saving(
 ) -> PendingCheckpoint:
     """Start to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
-    Collective.  Optimizer and scheduler are saved if given, together with this rank's random
-    states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as the
-    checkpoint's record of the model (`models/record.py`).  The checkpoint exists when
-    this is finished; until then nothing else may be saved below `directory` and, without
-    `buffers`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
-    checkpoints are kept.
+    Collective.  Optimizer and scheduler are saved if both are given, together with this rank's
+    random states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as
+    the checkpoint's record of the model (`models/record.py`).  The checkpoint exists when this is
+    finished; until then nothing else may be saved below `directory` and, without `buffers`, model
+    and optimizer must not change.  Raises OSError if a rank cannot write: older checkpoints are
+    kept.
     """
     final = checkpoint_path(directory, step)
     aside = final.with_name(final.name + ".partial")
@@ -74,6 +76,7 @@ def start_saving(
     state = {**weights, **(architecture_record(hf) if hf else {})}
     state |= {"iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
+        assert scheduler is not None, "an optimizer is saved with its scheduler"
         _fill_adam_state(optimizer)
         optimizer_shards.write_own_parts(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -103,7 +106,11 @@ def start_saving(
 
 
 def load(
-    path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf: dict[str, Any]
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    hf: dict[str, Any],
 ) -> int:
     """Load a checkpoint with optimizer state, under any layout, and return `updates`; collective.
 
@@ -125,7 +132,8 @@ def load(
     scheduler.load_state_dict(state["opt_param_scheduler"])
     if len(list(path.glob("random_*.safetensors"))) == dist.get_world_size():
         _restore_random_states(load_file(path / f"random_{dist.get_rank()}.safetensors"))
-    return state["updates"]
+    updates: int = state["updates"]
+    return updates
 
 
 def load_weights(
@@ -157,7 +165,8 @@ def load_without_running(path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
     before = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"
     try:
-        return dist_checkpointing.load(sharded, str(path))
+        state: dict[str, Any] = dist_checkpointing.load(sharded, str(path))
+        return state
     except CheckpointException as error:  # not an Exception; it holds the errors of the ranks
         first = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise UserError(f"{path} cannot be read: {first[-400:]}") from error
@@ -253,7 +262,7 @@ def _sections(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     return {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
-def _fill_adam_state(optimizer) -> None:
+def _fill_adam_state(optimizer: MegatronOptimizer) -> None:
     """Create Adam's state, which Megatron's distributed optimizer needs to be saved or loaded."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HostAdam):
@@ -262,7 +271,7 @@ def _fill_adam_state(optimizer) -> None:
             fill_adam_state(part.optimizer)
 
 
-def _load_optimizer(optimizer, state: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Call `optimizer.load_state_dict` with corrections for torch's Adam (megatron-core 0.16.1).
 
     A `step` of 0 is not saved.  The distributed optimizer looks for `step` among the tensors of a
@@ -285,7 +294,7 @@ def _load_optimizer(optimizer, state: dict[str, Any]) -> None:
             parameter_state["step"] = step.clone()
 
 
-def _check_form(path: Path, optimizer) -> None:
+def _check_form(path: Path, optimizer: MegatronOptimizer) -> None:
     """Raise UserError where Megatron would list hundreds of missing tensors.
 
     Experts that are distributed over ranks have a separate optimizer there, and only the

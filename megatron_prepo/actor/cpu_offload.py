@@ -28,7 +28,6 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_prepo import internals
-from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 
 SETTINGS = (
@@ -53,9 +52,8 @@ NO_STATE = {
 """Entries of a parameter group that describe its placement."""
 
 
-def check_offload(config: Config) -> None:
+def check_offload(megatron: dict[str, Any], *, use_distributed_optimizer: bool) -> None:
     """Raise UserError for incompatible settings of the offloaded optimizer."""
-    megatron = config.megatron
     if "pin_cpu_params" in megatron:
         raise UserError(
             "megatron.pin_cpu_params is not supported: megatron-core ignores it, and always pins "
@@ -68,7 +66,7 @@ def check_offload(config: Config) -> None:
                     f"megatron.{name} has no effect without megatron.optimizer_cpu_offload=true"
                 )
         return
-    if not config.optimizer.use_distributed_optimizer:
+    if not use_distributed_optimizer:
         raise UserError(
             "megatron.optimizer_cpu_offload=true needs optimizer.use_distributed_optimizer=true"
         )
@@ -93,7 +91,8 @@ def offload_fraction(megatron: dict[str, Any]) -> float:
     """
     if not megatron.get("optimizer_cpu_offload"):
         return 0.0
-    return megatron.get("optimizer_offload_fraction", ALL)
+    fraction: float = megatron.get("optimizer_offload_fraction", ALL)
+    return fraction
 
 
 def offloaded(settings: dict[str, Any]) -> OptimizerConfig:
@@ -114,7 +113,7 @@ def offloaded(settings: dict[str, Any]) -> OptimizerConfig:
 class HostAdam(HybridDeviceOptimizer):
     """`HybridDeviceOptimizer` with the corrections listed above."""
 
-    def __init__(self, params, **settings) -> None:
+    def __init__(self, params: list[dict[str, Any]], **settings: Any) -> None:
         for group in params:
             for parameter in group["params"]:
                 if not parameter.is_leaf:
@@ -129,7 +128,7 @@ class HostAdam(HybridDeviceOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with only those group options that exist without offloading."""
-        state = super().state_dict()
+        state: dict[str, Any] = super().state_dict()
         groups = [
             {name: value for name, value in group.items() if name not in NO_STATE}
             for group in state["param_groups"]

@@ -240,7 +240,7 @@ def _padded(
     longest_first = sorted(pieces, key=lambda piece: (-piece.tokens, piece.index))
     ranks = []
     for rank in range(num_ranks):
-        rows = []
+        rows: list[list[Piece]] = []
         for piece in longest_first[rank::num_ranks]:
             if not rows or (len(rows[-1]) + 1) * rows[-1][0].tokens > budget:
                 rows.append([])

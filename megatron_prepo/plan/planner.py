@@ -170,7 +170,7 @@ def make_plan(config: Config, question: PlanRequest) -> Plan:
             hf,
             config.model,
             config.parallel,
-            ddp_config(config),
+            ddp_config(config.optimizer, config.megatron),
             config.megatron,
             world_size=question.gpus,
         )
