@@ -40,7 +40,7 @@ def random_qkv(tokens, dtype=torch.float64):
 
 
 def written_out(query, key, value, lengths):
-    """Softmax over a block-diagonal causal mask of whole sequences: [W, heads, d] and so on."""
+    """Attend with a block-diagonal causal mask over complete sequences: [W, heads, d] and so on."""
     sequence_W = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     total = len(sequence_W)
     seen_WW = (sequence_W[:, None] == sequence_W) & torch.ones(total, total).tril().bool()
@@ -131,7 +131,7 @@ class TransformerEngines(torch.nn.Module):
 
 @pytest.fixture
 def te_attention(monkeypatch):
-    """Its module, with TransformerEngine's attention replaced: it is not here."""
+    """Return the module `te_attention` with a stand-in for TransformerEngine."""
     monkeypatch.setattr(
         transformer_engine, "TEDotProductAttention", TransformerEngines, raising=False
     )
@@ -170,7 +170,7 @@ def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
 def test_transformer_engine_is_told_the_heads_of_a_context_rank(
     monkeypatch, te_attention, tensor, context, heads, groups, told
 ):
-    """For all tensor-parallel ranks together: it divides by their number itself."""
+    """The numbers are for all tensor-parallel ranks together; TransformerEngine divides by them."""
     monkeypatch.setattr(
         te_attention.parallel_state, "get_context_parallel_world_size", lambda: context
     )
@@ -180,7 +180,7 @@ def test_transformer_engine_is_told_the_heads_of_a_context_rank(
 
 
 def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
-    """Where it is not found, a GPU computes sequence by sequence, with the same result."""
+    """Without it, a GPU computes sequence by sequence, with the same result."""
     assert attention._has_kernel() or Version(torch.__version__) < Version("2.13.0.dev0")
 
 

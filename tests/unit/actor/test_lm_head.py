@@ -174,7 +174,7 @@ def test_gradcheck(temperature):
 
 
 def test_rows_beyond_the_vocabulary_take_no_part():
-    """Their weights are never looked at (they may be NaN), and their gradient is exactly 0."""
+    """Padding rows are never read (they may be NaN), and their gradient is exactly 0."""
     hidden_TH, weight_VH, targets_T = problem(rows=48)
     targets_T %= 37
     assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, 37)
@@ -187,7 +187,7 @@ def test_rows_beyond_the_vocabulary_take_no_part():
 
 
 def test_ignored_tokens_give_zero_and_do_not_leak():
-    """Even where their hidden states are NaN; the other tokens do not notice."""
+    """Their hidden states may be NaN; the other tokens are unaffected."""
     hidden_TH, weight_VH, targets_T = problem()
     ignored_T = torch.zeros(11, dtype=torch.bool)
     ignored_T[[0, 4, 5, 10]] = True
@@ -386,8 +386,8 @@ def score(hidden_TH, weight_VH, targets, **settings):
 def test_logits_of_minus_infinity_have_no_share():
     """A row of the head of -inf under positive hidden states: that word is impossible, H is finite.
 
-    The gradient of the head is that of the others' softmax, and 0 in the row.  (The gradient of the
-    hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
+    The head's gradient is that of a softmax without the word, and 0 in its row.  (The gradient of
+    the hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
     """
     hidden_TH, weight_VH, _ = problem(tokens=3, rows=6, dtype=torch.float32)
     hidden_TH = hidden_TH.abs()
@@ -444,7 +444,7 @@ def test_very_large_logits(top):
 
 
 def test_a_target_outside_the_vocabulary_is_impossible():
-    """Beyond the vocabulary, in the head's padding, negative: -inf, and H is not touched."""
+    """Targets beyond the vocabulary, in the padding or negative give -inf; H is unchanged."""
     hidden_TH, weight_VH, _ = problem(tokens=5)
     targets_T = torch.tensor([3, 38, 40, 10**6, -7])
     logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
@@ -565,7 +565,7 @@ def test_double_backward_raises(known_gradient):
 
 
 def test_tokens_without_a_gradient_are_left_out_of_backward():
-    """Their hidden states are not looked at again (here they are not numbers), nor multiplied."""
+    """Backward neither reads nor multiplies their hidden states, which are NaN here."""
     hidden_TH, weight_VH, targets_T = problem(tokens=9)
     hidden_TH[[1, 4, 5]] = math.nan
     inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
@@ -672,7 +672,7 @@ def test_known_gradient_against_float64_autograd():
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_loss_of_no_token(tokens):
-    """`token_loss` is asked all the same, so that its sums are there, and gradients are zero."""
+    """`token_loss` is still called, so that its sums exist; gradients are zero."""
     hidden_TH, weight_VH, _ = problem(tokens=tokens)
     inputs = ((math.nan * hidden_TH).requires_grad_(), weight_VH.requires_grad_())
     loss, sums = vocab_parallel_loss(
@@ -697,7 +697,7 @@ def test_without_main_grad_any_gradient_may_arrive_and_more_than_once():
 
 
 def parameter(weight_VH, main_dtype=torch.float32):
-    """As Megatron's DDP leaves it: with a gradient buffer, here not empty, and its mark."""
+    """Return a parameter as prepared by Megatron's DDP: marked, with a non-zero gradient buffer."""
     weight_VH = torch.nn.Parameter(weight_VH)
     weight_VH.main_grad = torch.full_like(weight_VH, 0.5, dtype=main_dtype)
     weight_VH.grad_added_to_main_grad = False
@@ -707,9 +707,10 @@ def parameter(weight_VH, main_dtype=torch.float32):
 @pytest.mark.parametrize("known_gradient", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
-    """In float32 also under bfloat16 weights: no rounding between micro-batches or chunks.
+    """Gradients are added in float32, also for bfloat16 weights, without rounding in between.
 
-    With those, gradients of logits are rounded to bfloat16, once, by at most 2^-8 of their size.
+    With such weights, gradients of logits are rounded to bfloat16 once, by at most 2^-8 of their
+    size.
     """
     hidden_TH, weight_VH, targets_T = problem(tokens=22, scale=3, dtype=dtype)
     weight_VH = parameter(weight_VH)
@@ -752,7 +753,7 @@ def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
 )
 @pytest.mark.parametrize("known_gradient", [True, False])
 def test_where_main_grad_is_not_used(main_dtype, into_main_grad, known_gradient):
-    """It would round every chunk, or the caller has said no: autograd gets the gradient."""
+    """If it would round every chunk, or the caller disabled it, autograd gets the gradient."""
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.bfloat16)
     weight_VH = parameter(weight_VH, main_dtype)
     settings = {"vocab_size": 40, "into_main_grad": into_main_grad}
@@ -777,7 +778,7 @@ def test_another_gradient_than_announced_is_refused_once_main_grad_has_it(arrivi
 
 
 def test_the_rounding_of_megatrons_schedule_is_no_other_gradient():
-    """It divides by the number of micro-batches what was multiplied by it: 49 (1/49) is not 1."""
+    """The loss is multiplied by the number of micro-batches, then divided: 49 (1/49) is not 1."""
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
     for num_micro_batches in range(1, 200):
         arriving = torch.ones(()) / num_micro_batches * 3 * num_micro_batches
@@ -819,7 +820,7 @@ def test_a_loss_without_grad_mode_touches_no_gradient():
 
 
 def test_logits_rounded_to_the_type_of_the_weights():
-    """As an engine without a float32 head has them; rounding counts as identity in backward."""
+    """Engines without a float32 head have such logits; backward treats rounding as identity."""
     hidden_TH, weight_VH, targets_T = problem(
         tokens=64, hidden=64, rows=200, scale=6, dtype=torch.bfloat16
     )

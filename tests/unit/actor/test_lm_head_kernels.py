@@ -65,7 +65,7 @@ def statistics(z_CV, target_C, temperature):
     ("num_rows", "columns"), [(7, 41), (1, 1), (5, 16), (3, 17), (0, 5), (4, 0)]
 )
 def test_statistics_by_definition(rows, dtype, temperature, num_rows, columns):
-    """Also of no row, and of a rank without a column; columns at a block's end and one beyond."""
+    """Includes zero rows, a rank with zero columns, and targets at and just after a block's end."""
     z_CV, target_C, _ = chunk(num_rows=num_rows, columns=columns, dtype=dtype)
     if temperature == "per token":
         temperature = torch.linspace(0.5, 1.5, num_rows, dtype=dtype)
@@ -81,14 +81,14 @@ def test_statistics_by_definition(rows, dtype, temperature, num_rows, columns):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_of_hard_rows(rows, dtype):
-    """-inf among others, alone, and in whole blocks; far below 0; far apart; not a number.
+    """Rows with some -inf, only -inf, blocks of -inf, values far below 0 or far apart, and NaN.
 
     Logits are not rounded here, and differences that count are below 40, in 41 terms of a sum.
     """
     inf = math.inf
     z_CV = torch.full((8, 41), -inf, dtype=dtype)
     z_CV[0, 3], z_CV[0, 40] = 1.0, 2.0
-    z_CV[2, 20] = -3.0  # whole blocks of nothing come before and after it
+    z_CV[2, 20] = -3.0  # blocks of only -inf come before and after it
     z_CV[3] = torch.linspace(-400.0, -300.0, 41)
     z_CV[4] = 60000.0
     z_CV[5] = torch.linspace(0.0, -2000.0, 41)
@@ -214,7 +214,7 @@ def test_the_whole_head_with_these_rows(rows, monkeypatch):
 
 @pytest.mark.parametrize("words", [152064, 151936, 129920, 248320])
 def test_real_vocabularies(rows, words, monkeypatch):
-    """Of Qwen2.5, Qwen3, and two more that are no multiple of a block; one peaked row, one flat.
+    """Sizes of Qwen2.5, Qwen3 and two that are no multiple of a block; a peaked and a flat row.
 
     The peaked row has one word at 3 T and all others at -15 T below: a kernel that counts columns
     beyond the vocabulary as logits of 0 is wrong there by orders of magnitude.  Rounding is bounded
@@ -238,7 +238,7 @@ def test_real_vocabularies(rows, words, monkeypatch):
 
 
 def test_which_rows_compute_is_decided_by_the_device(monkeypatch):
-    """And by whether Triton is there: `describe` says at the start of a run what was chosen."""
+    """It also depends on whether Triton is installed; `describe` logs the choice."""
     assert vocab_parallel.row_operations(torch.device("cpu")) is row_statistics
     pytest.importorskip("triton")
     from megatron_prepo.actor import lm_head_triton as row_kernels

@@ -152,7 +152,7 @@ def test_what_is_padded_lies_side_by_side():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_rank_has_a_multiple_of_rows(packing):
-    """For an interleaved pipeline: rows are halved, and then empty ones added."""
+    """An interleaved pipeline needs this; rows are halved, then empty rows are added."""
     for count in range(1, 9):
         sequences = [ScoredSequence(tuple(range(6)), 2)] * count
         plan = plan_rows(
@@ -221,7 +221,7 @@ def test_ranks_have_equal_work_on_a_log_normal_mix(num_ranks):
 
 @pytest.mark.parametrize("num_groups", [3, 8])
 def test_few_groups_are_cut_where_that_is_better_for_the_busiest_rank(num_groups):
-    """Whole, that many groups on eight ranks would differ by their lengths."""
+    """Unsplit groups on eight ranks would have uneven lengths."""
     packed, shared = both_plans(rollouts(3, groups=num_groups), 8)
     assert shared.load.tokens < packed.load.tokens and busiest(shared) < busiest(packed)
     whole = {piece.index for piece in make_pieces(rollouts(3, groups=num_groups), most=16384)}
@@ -244,12 +244,12 @@ def test_a_sequence_needs_a_predecessor_and_something_to_score(start):
 
 
 def routed(sequence, *experts):
-    """One layer, one expert a token, given by its number."""
+    """One layer and one expert per token, given by its number."""
     return ScoredSequence(sequence.tokens, sequence.start, bytes(experts))
 
 
 def test_prompts_that_were_routed_differently_are_not_shared():
-    """Up to the token before the prompt's last, which each completion brings along."""
+    """Routings are compared for all prompt tokens except the last, which is not shared."""
     one, same, other = routed(A, 5, 6, 0, 1), routed(B, 5, 6, 3, 4, 2), routed(B, 5, 7, 3, 4, 2)
     assert [piece.index for piece in make_pieces([one, same], most=10)] == [(1, 0)]
     assert [piece.index for piece in make_pieces([one, other], most=10)] == [(0,), (1,)]

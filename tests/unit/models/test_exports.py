@@ -16,7 +16,7 @@ from megatron_prepo.evaluation import suites
 from megatron_prepo.models.hf_files import HFWriter, carry_over, other_files, widest
 
 CONFIGS = {
-    # what the base's config.json says of its type
+    # keys for the type in the base's config.json
     "dtype": {"dtype": "bfloat16"},
     "torch_dtype": {"torch_dtype": "bfloat16"},
     "both": {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
@@ -41,7 +41,7 @@ def base(directory, model, described):
 
 
 def export(weights, like, out):
-    """As the end of a run does."""
+    """Export as at the end of a run."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
     writer = HFWriter(out, shapes, like=like)
     for name, tensor in weights.items():
@@ -67,7 +67,7 @@ def test_no_number_that_training_moved_is_rounded_away_by_who_loads_it(tmp_path,
 
 
 def loaded(directory):
-    """What transformers makes of a directory by itself, which is what `evaluate` loads, too."""
+    """Return the model that transformers loads from a directory, as `evaluate` does."""
     theirs = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
     settings = suites.load_settings(None, [("model", str(directory))], ["rollout.max_new_tokens=4"])
     assert settings.model.dtype == "float32"
@@ -87,7 +87,7 @@ def loaded(directory):
 
 
 def test_experts_are_loaded_for_evaluation(tmp_path):
-    """In memory they are in two tensors, in files in many."""
+    """Transformers has two tensors for the experts in memory, and one per expert in files."""
     model = tiny_models.qwen3_moe()
     tiny_models.save(model, tmp_path)
     expected = dict(model.named_parameters())

@@ -75,7 +75,7 @@ def test_back_and_there_is_the_identity(kind):
 
 
 def test_qkv_is_interleaved_by_group():
-    """Of each key-value group its query heads, its key head, its value head: by hand."""
+    """Each key-value group has its query heads, its key head and its value head, by hand."""
     heads = Heads(num_groups=2, head_dim=1, queries_per_group=2)
     q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20]), torch.tensor([100, 200])
     full = to_megatron(Mapping("qkv", ("q", "k", "v")), [q, k, v], heads)
@@ -111,7 +111,7 @@ def test_vocabulary_is_padded_by_zero_rows():
 
 
 def test_padding_of_the_vocabulary_is_not_exported():
-    """Whatever training has written there."""
+    """Training may have changed its values."""
     mapping, (full,) = mapping_and_tensors("vocab")
     (back,) = to_hf(mapping, torch.cat([full, torch.full((3, HIDDEN), 7.0)]), HEADS, VOCAB)
     assert torch.equal(back, full)

@@ -1,7 +1,7 @@
-"""Splitting and joining over random geometries: exact inverses, and what naive indexing gives.
+"""Splitting and joining over random geometries: exact inverses, and equal to naive indexing.
 
 Tensors are random bit patterns, NaNs among them, and are compared as bits.  The naive rules below
-say row by row, in plain Python, where a rank's part comes from.
+list row by row, in plain Python, the source of a rank's part.
 """
 
 import pytest
@@ -139,7 +139,7 @@ def test_a_rank_has_its_columns_of_a_row_parallel_matrix(size, here, rows, seed)
 def test_a_rank_has_its_rows_of_the_vocabulary_and_zeros_after_its_end(
     size, vocab, more, dtype, seed
 ):
-    """Also where padding takes whole ranks; export cuts it off, whatever is in it."""
+    """Includes ranks with only padding, which export removes whatever its values are."""
     here = -(-vocab // size) + more
     full = random_bits((vocab, 3), dtype, seed)
     mapping = Mapping("vocab", ("embedding",))
@@ -158,7 +158,7 @@ def test_a_rank_has_its_rows_of_the_vocabulary_and_zeros_after_its_end(
 @quick
 @given(kind=st.sampled_from(["row", "qkv", "gated"]), size=st.integers(2, MAX_TP), seed=seeds)
 def test_a_matrix_that_does_not_divide_is_refused(kind, size, seed):
-    """And never cut into parts of which one is smaller."""
+    """It is never split into parts of unequal size."""
     mapping = Mapping(kind, ("t",))
     rows = 2 * (size + 1) if kind == "gated" else 2 * size + 1  # of each half: one too many
     full = random_bits((rows, 2 * size + 1), torch.float32, seed)

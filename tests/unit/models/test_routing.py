@@ -15,7 +15,7 @@ from megatron_prepo.records import ScoredSequence
 
 @pytest.mark.parametrize(("experts", "bytes_each"), [(8, 1), (256, 1), (257, 2), (512, 2)])
 def test_packed_and_unpacked_it_is_the_same(experts, bytes_each):
-    """Up to the largest number of an expert, in the order that they were chosen in."""
+    """Numbers go up to the last expert, and keep the order in which they were chosen."""
     form, random = RoutingFormat(3, 4, experts), np.random.default_rng(1)
     experts_TLk = random.random((5, 3, experts)).argsort(-1)[..., :4]
     experts_TLk[0, 0] = [experts - 1, 0, 2, 1]
