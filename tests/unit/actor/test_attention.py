@@ -11,8 +11,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from packaging.version import Version
 from rounding import Reference
 
-from megatron_prepo.actor import attention
-from megatron_prepo.actor import cpu_shim as cpu
+from megatron_prepo.actor import attention, cpu_shim
 from megatron_prepo.actor.attention import CausalAttention, rotate_by_position
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.packing import plan_rows
@@ -187,7 +186,7 @@ def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_angles_are_those_of_the_positions(way):
     if not torch.cuda.is_available():
-        cpu.install()
+        cpu_shim.install()
     rotary = RotaryEmbedding(SIZE, 1.0, use_cpu_initialization=True)
     plain = rotary(32).clone()
     rotate_by_position(rotary)

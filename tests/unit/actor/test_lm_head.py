@@ -1,6 +1,6 @@
 """The output head on one rank equals a full softmax in float64, in values and gradients.
 
-Letters as in `vocab_parallel`: T tokens, H hidden, V rows of the head, of which `vocab_size` count.
+Letters as in `lm_head`: T tokens, H hidden, V rows of the head, of which `vocab_size` count.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rounding import Reference, approx, assert_close, assert_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor import lm_head_torch
 from megatron_prepo.actor.lm_head import (
     IGNORE,
     chunk_tokens_within,
@@ -286,7 +286,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_more_logits_than_those_of_a_chunk_exist_at_once(monkeypatch):
-    monkeypatch.setitem(row_statistics.BLOCK_ELEMENTS, "cpu", 500)
+    monkeypatch.setitem(lm_head_torch.BLOCK_ELEMENTS, "cpu", 500)
     hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500)
     with LargestTensor() as largest:
         values_and_gradients(
