@@ -15,7 +15,8 @@ def main() -> int:
     """Return the exit code: 0, 1 if a verification failed, or 2 for an error the user can fix."""
     options = _parser().parse_args()
     try:
-        return options.run(options)
+        exit_code: int = options.run(options)
+        return exit_code
     except OSError as error:  # full disk, lost mount: no output that looks complete remains
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", choices=("bfloat16", "float32"), help="default: keep the types of tensors"
         )
 
-    verifier = commands.add_parser("verify", help="prove that nothing was lost")
+    verifier = commands.add_parser("verify", help="check that a conversion lost nothing")
     verifier.add_argument("--hf", required=True, help="Hugging Face directory")
     verifier.add_argument("--megatron", help="checkpoint converted from it")
     verifier.add_argument(

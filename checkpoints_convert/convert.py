@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from megatron_prepo.config import ParallelConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
@@ -89,7 +91,7 @@ def import_hf(
         if dtype is None:
             _check_types(plan, tensors)
         writer = TorchDistWriter(aside / "release")
-        heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
+        heads, arena = hf_attention_heads(settings), Arena(ARENA_BYTES // WORKERS)
 
         def convert(parameter: PlannedParameter) -> int:
             sources = [tensors.read(name, arena.empty) for name in parameter.mapping.hf_names]
@@ -138,14 +140,14 @@ def export_hf(
 
     out = Path(out).absolute().resolve()
     _must_be_empty(out)
-    checkpoint, hf = newest(megatron), hf_files_of(megatron, hf)
+    checkpoint, hf = newest(megatron), find_hf_files(megatron, hf)
     settings = read_hf_config(hf, quantized=True)
     check_record(checkpoint, settings, hf)
     check_tokenizer(checkpoint, hf)
     reader = TorchDistReader(checkpoint)
     plan, shapes = plan_export(settings, reader, DTYPES.get(dtype or ""))
     writer = HFWriter(out, shapes, like=hf, shard_bytes=shard_bytes)
-    heads, arena = heads_of(settings), Arena(ARENA_BYTES // WORKERS)
+    heads, arena = hf_attention_heads(settings), Arena(ARENA_BYTES // WORKERS)
 
     def convert(parameter: PlannedParameter) -> int:
         done = 0
@@ -166,7 +168,7 @@ def export_hf(
         raise
 
 
-def refuse_layout(layout, settings: dict) -> None:
+def refuse_layout(layout: ParallelConfig, settings: dict[str, Any]) -> None:
     """Raise UserError if a layout does not fit the model."""
     mcore = transformer_settings(settings)
     experts = mcore.get("num_moe_experts") or 1
@@ -211,19 +213,19 @@ def uneven_stages(layers: int, pipeline: int) -> dict[str, int]:
 
 
 def plan_checkpoint(
-    settings: dict, *, tensor: int = 1, pipeline: int = 1, expert: int = 1
+    settings: dict[str, Any], *, tensor: int = 1, pipeline: int = 1, expert: int = 1
 ) -> list[PlannedParameter]:
     """Return every parameter of the model with its chunks in a checkpoint of this layout."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
     from megatron_prepo.actor.dry_run import each_rank
-    from megatron_prepo.config import ModelConfig, ParallelConfig
+    from megatron_prepo.config import ModelConfig
     from megatron_prepo.models.hf_to_megatron import stage_parameters
 
-    sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
-    if min(sizes.values()) < 1:
+    if min(tensor, pipeline, expert) < 1:
+        sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
         raise UserError(f"the sizes of a layout must be at least 1, not {sizes}")
-    layout = ParallelConfig(**sizes)
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     refuse_layout(layout, settings)
     model_config = ModelConfig(hf="", dtype="bfloat16")
     plan: dict[tuple[str, ...], PlannedParameter] = {}
@@ -246,7 +248,7 @@ def plan_checkpoint(
 
 
 def plan_export(
-    settings: dict, reader: TorchDistReader, dtype: torch.dtype | None
+    settings: dict[str, Any], reader: TorchDistReader, dtype: torch.dtype | None
 ) -> tuple[list[PlannedParameter], dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Return the model's parameters, and type and shape of each Hugging Face tensor.
 
@@ -261,7 +263,7 @@ def plan_export(
             f"{listed(sorted(keys - known)) or 'nothing'}, unexpected "
             f"{listed(sorted(known - keys)) or 'nothing'}"
         )
-    heads, shapes = heads_of(settings), {}
+    heads, shapes = hf_attention_heads(settings), {}
     for parameter in plan:
         stored = reader.shape(parameter.key)
         padded = parameter.mapping.kind == "vocab"
@@ -284,7 +286,7 @@ def hf_tensors(
     parameter: PlannedParameter,
     reader: TorchDistReader,
     heads: Heads,
-    settings: dict,
+    settings: dict[str, Any],
     empty: Callable[..., torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of the Hugging Face tensors in a parameter of a checkpoint.
@@ -301,7 +303,7 @@ def hf_tensors(
     yield from zip(parameter.mapping.hf_names, tensors, strict=True)
 
 
-def heads_of(settings: dict) -> Heads:
+def hf_attention_heads(settings: dict[str, Any]) -> Heads:
     """Return the attention geometry of a Hugging Face configuration."""
     mcore = transformer_settings(settings)
     return Heads(
@@ -311,7 +313,7 @@ def heads_of(settings: dict) -> Heads:
     )
 
 
-def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:
+def find_hf_files(megatron: str | Path, hf: str | Path | None) -> Path:
     """Return the directory with the model's configuration and tokenizer files."""
     candidates = [Path(hf)] if hf else [Path(megatron) / HF_FILES, Path(megatron).parent / HF_FILES]
     for candidate in candidates:
@@ -324,7 +326,7 @@ def hf_files_of(megatron: str | Path, hf: str | Path | None) -> Path:
 
 
 def _megatron_tensor(
-    parameter: PlannedParameter, sources: list[torch.Tensor], heads: Heads, settings: dict
+    parameter: PlannedParameter, sources: list[torch.Tensor], heads: Heads, settings: dict[str, Any]
 ) -> list[torch.Tensor]:
     """Return Megatron's full tensor as blocks of rows, with zero rows for vocabulary padding.
 
@@ -377,7 +379,8 @@ def _region(
         low, high = max(offset[0], first), min(offset[0] + shape[0], first + len(block))
         if low < high:
             rest = (slice(a, a + n) for a, n in zip(offset[1:], shape[1:], strict=True))
-            pieces.append(block[(slice(low - first, high - first), *rest)])
+            region = (slice(low - first, high - first), *rest)
+            pieces.append(block[region])
         first += len(block)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -420,7 +423,7 @@ def _in_parallel(
 class _ByteBudget:
     """Limit on the number of bytes in use at a time, which always admits at least one use."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
         self._change = threading.Condition()
 

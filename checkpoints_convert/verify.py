@@ -1,20 +1,22 @@
 """Prove a conversion: names, configuration, every bit of every tensor, and logits.
 
-Four questions, each with an answer of its own kind:
+There are four checks:
 
-- *configuration*: does the Megatron model have the architecture that `transformers` reads from the
-  same `config.json`, field by field and tensor by tensor?
-- *checkpoint*: does every Hugging Face tensor come back out of the Megatron checkpoint bit for bit?
-- *layouts*: does it survive being cut for the ranks of each layout and put together again?
-- *logits*: does the Megatron model compute what `transformers` computes, also at 2,048 positions,
-  where a lost rope scaling shows?  A tiny random model of the same settings is always asked, too.
+- *configuration*: the Megatron model has the architecture that `transformers` reads from the same
+  `config.json`, field by field and tensor by tensor.
+- *checkpoint*: the Megatron checkpoint gives every Hugging Face tensor back, bit for bit.
+- *layouts*: every tensor, split for the ranks of each layout and joined again, is bit-identical.
+- *logits*: the Megatron model computes the logits that `transformers` computes, also at 2,048
+  positions, where a missing rope scaling is visible.  A tiny random model with the same settings is
+  always compared as well.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from checkpoints_convert.convert import (
     ARENA_BYTES,
     PlannedParameter,
-    heads_of,
+    hf_attention_heads,
     hf_tensors,
     plan_export,
     refuse_layout,
@@ -36,26 +38,29 @@ from megatron_prepo.models.fit import check_fit
 from megatron_prepo.models.hf_config import gpt_settings, read_hf_config
 from megatron_prepo.models.hf_files import HFTensors
 from megatron_prepo.models.mapping import Mapping, shard, to_hf, to_megatron, unshard
+from megatron_prepo.models.raw import tensor_bytes
 from megatron_prepo.models.record import architecture_record, comparable
 from megatron_prepo.models.torch_dist import TorchDistReader
 
 LONG = 2048
 """Positions of the long sequence."""
+RankParts = dict[tuple[str, ...], tuple[Mapping, torch.Size, int]]
+"""Parts of a layout: Hugging Face names -> mapping, shape of a rank's part, number of parts."""
 
 
 @dataclass
 class Report:
-    """What was found; `failures` is empty if all is well."""
+    """Results of the checks; `failures` is empty if all passed."""
 
     failures: list[str] = field(default_factory=list)
-    config: dict[str, dict] = field(default_factory=dict)
-    tensors: dict[str, dict] = field(default_factory=dict)
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     layouts: list[str] = field(default_factory=list)
-    logits: list[dict] = field(default_factory=list)
+    logits: list[dict[str, Any]] = field(default_factory=list)
     tiny: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        """The manifest."""
+        """Return the content of the manifest."""
         return json.dumps({"passed": not self.failures, **vars(self)}, indent=2) + "\n"
 
 
@@ -71,11 +76,13 @@ def verify(
 ) -> Report:
     """Check a Hugging Face model, and the Megatron checkpoint made from it if one is given.
 
-    `layouts`: (tensor, pipeline, expert) sizes to cut the model for; sizes that the model cannot be
-    cut into are reported as skipped.
+    `layouts`: (tensor, pipeline, expert) sizes to split the model for; sizes that do not fit the
+    model are reported as skipped.
     `quick`: first, middle and last layer only, no logits; for models larger than the memory.
-    `prompts`: texts whose logits are compared, beside seeded random tokens.
-    `manifest`: JSON file for the whole report, with the SHA-256 of every tensor that was looked at.
+    `prompts`: texts whose logits are compared, in addition to those of seeded random tokens.
+    `manifest`: JSON file for the report, with the SHA-256 of every compared tensor.
+
+    Raises UserError if the files do not fit their `config.json`, or if no layout fits the model.
     """
     settings = read_hf_config(hf)
     report = Report()
@@ -96,8 +103,10 @@ def verify(
     return report
 
 
-def _check_config(report: Report, hf, settings: dict, megatron) -> None:
-    """Megatron's model, built from our reading, beside `transformers`' reading of the same file."""
+def _check_config(
+    report: Report, hf: str | Path, settings: dict[str, Any], megatron: str | Path | None
+) -> None:
+    """Compare the Megatron model built from `settings` with `transformers`' reading of the file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_prepo.actor.checkpoint import newest
@@ -146,7 +155,7 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
     }
     if megatron:
         args = TorchDistReader(newest(megatron)).common().get("args")
-        # the same names from what config.json says now
+        # the same fields, computed from the current config.json
         now = comparable(architecture_record(settings)["args"])
         for name, value in comparable(args).items() if args else ():
             if name in now:
@@ -160,18 +169,16 @@ def _check_config(report: Report, hf, settings: dict, megatron) -> None:
             )
 
 
-def _check_layouts(report, settings, tensors: HFTensors, layouts, *, quick: bool) -> None:
-    """Cut every tensor for every layout and put it together again; note its SHA-256."""
-    heads, grids = heads_of(settings), {}
-    for layout in layouts:
-        name = "tp{} pp{} ep{}".format(*layout)
-        try:
-            grids[name] = dict(_parts(settings, *layout))
-            report.layouts.append(name)
-        except (UserError, ValueError, AssertionError) as error:
-            report.layouts.append(f"{name}: skipped, {str(error).splitlines()[0]}")
-    if not grids:
-        raise UserError("none of the layouts fits the model")
+def _check_layouts(
+    report: Report,
+    settings: dict[str, Any],
+    tensors: HFTensors,
+    layouts: Sequence[tuple[int, int, int]],
+    *,
+    quick: bool,
+) -> None:
+    """Split every tensor for every layout and join it again; record its SHA-256."""
+    heads, grids = hf_attention_heads(settings), _fitting_layouts(report, settings, layouts)
     first = next(iter(grids.values()))
     chosen = [names for names in first if not quick or _sampled(names, settings)]
     for names in tqdm(chosen, "layouts"):
@@ -196,15 +203,32 @@ def _check_layouts(report, settings, tensors: HFTensors, layouts, *, quick: bool
             _, shape, size = parts[names]
             pieces = [shard(mapping, full, shape, rank, size) for rank in range(size)]
             back = to_hf(mapping, unshard(mapping, pieces), heads, settings["vocab_size"])
-            for name, source, tensor in zip(names, sources, back, strict=True):
-                if not _same_bits(source, tensor):
-                    report.failures.append(f"{layout}: {name} does not come back bit for bit")
+            report.failures += [
+                f"{layout}: {name} does not come back bit for bit"
+                for name, source, tensor in zip(names, sources, back, strict=True)
+                if not _same_bits(source, tensor)
+            ]
 
 
-def _parts(
-    settings: dict, tensor: int, pipeline: int, expert: int
-) -> Iterator[tuple[tuple[str, ...], tuple[Mapping, torch.Size, int]]]:
-    """Hugging Face names -> mapping, shape of a rank's part, number of parts, in a layout."""
+def _fitting_layouts(
+    report: Report, settings: dict[str, Any], layouts: Sequence[tuple[int, int, int]]
+) -> dict[str, RankParts]:
+    """Return the parts of each layout that fits the model, by its name; report the others."""
+    grids: dict[str, RankParts] = {}
+    for layout in layouts:
+        name = "tp{} pp{} ep{}".format(*layout)
+        try:
+            grids[name] = _rank_parts(settings, *layout)
+            report.layouts.append(name)
+        except (UserError, ValueError, AssertionError) as error:
+            report.layouts.append(f"{name}: skipped, {str(error).splitlines()[0]}")
+    if not grids:
+        raise UserError("none of the layouts fits the model")
+    return grids
+
+
+def _rank_parts(settings: dict[str, Any], tensor: int, pipeline: int, expert: int) -> RankParts:
+    """Return the parts of every parameter of the model in a layout."""
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig, ParallelConfig
     from megatron_prepo.models.hf_to_megatron import split_group, stage_parameters
@@ -212,18 +236,28 @@ def _parts(
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     refuse_layout(layout, settings)
     uneven = uneven_stages(settings["num_hidden_layers"], pipeline)
-    for _, chunks in each_rank(settings, ModelConfig(hf="", dtype="bfloat16"), layout, uneven):
-        for _, mapping, parameter in stage_parameters(chunks):
-            yield mapping.hf_names, (mapping, parameter.shape, split_group(mapping).size())
+    model = ModelConfig(hf="", dtype="bfloat16")
+    return {
+        mapping.hf_names: (mapping, parameter.shape, split_group(mapping).size())
+        for _, chunks in each_rank(settings, model, layout, uneven)
+        for _, mapping, parameter in stage_parameters(chunks)
+    }
 
 
-def _check_checkpoint(report, settings, tensors: HFTensors, megatron, *, quick: bool) -> None:
-    """Every tensor out of the checkpoint, compared with its source."""
+def _check_checkpoint(
+    report: Report,
+    settings: dict[str, Any],
+    tensors: HFTensors,
+    megatron: str | Path,
+    *,
+    quick: bool,
+) -> None:
+    """Compare every tensor of the checkpoint with its source."""
     from megatron_prepo.actor.checkpoint import newest
 
     reader = TorchDistReader(newest(megatron))
     plan, _ = plan_export(settings, reader, None)
-    heads = heads_of(settings)
+    heads = hf_attention_heads(settings)
     arena = Arena(ARENA_BYTES)
     chosen: list[PlannedParameter] = [
         p for p in plan if not quick or _sampled(p.mapping.hf_names, settings)
@@ -238,8 +272,14 @@ def _check_checkpoint(report, settings, tensors: HFTensors, megatron, *, quick: 
                     )
 
 
-def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> None:
-    """Both models in float32 on the same tokens."""
+def _check_logits(
+    report: Report,
+    hf: str | Path,
+    settings: dict[str, Any],
+    megatron: str | Path | None,
+    prompts: Sequence[str],
+) -> None:
+    """Compare the logits of both models, in float32 and on the same tokens."""
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -288,7 +328,7 @@ def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> Non
                 "spread": float(expected_TV.std()),
             }
             report.logits.append(found)
-            # rounding of float32 is some 1e-6 of the logits' spread a layer
+            # rounding in float32 is about 1e-6 of the logits' spread per layer
             if not found["max_abs_difference"] < 1e-3 * max(found["spread"], 1e-3):
                 report.failures.append(
                     f"logits: {label}: off by up to {found['max_abs_difference']:.2e} "
@@ -298,8 +338,11 @@ def _check_logits(report, hf, settings, megatron, prompts: Sequence[str]) -> Non
         parallel.shut_down()
 
 
-def _sampled(names: Sequence[str], settings: dict) -> bool:
-    """Outside the layers, and in the first, middle and last layer; of the experts, the first."""
+def _sampled(names: Sequence[str], settings: dict[str, Any]) -> bool:
+    """Return whether a tensor is outside the layers, or in the first, middle or last layer.
+
+    Of the experts, only the first is included.
+    """
     last = settings["num_hidden_layers"] - 1
     layers = tuple(f"model.layers.{layer}." for layer in {0, last // 2, last})
     in_layer = names[0].startswith("model.layers.")
@@ -309,12 +352,11 @@ def _sampled(names: Sequence[str], settings: dict) -> bool:
 
 
 def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(memoryview(_bytes(tensor).numpy())).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor.contiguous())).hexdigest()
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    return bool(torch.equal(a, b))

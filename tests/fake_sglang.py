@@ -72,13 +72,13 @@ def prompt_logprob(weights: dict) -> float:
     return -1.0 - total % 100_000 / 100_000
 
 
-def experts(tokens: list[int], layers: int, experts_a_token: int) -> list[int]:
+def experts(tokens: list[int], layers: int, experts_per_token: int) -> list[int]:
     """Of each token in each layer, different ones of 8."""
     return [
         (token + 3 * layer + n) % 8
         for token in tokens
         for layer in range(layers)
-        for n in range(experts_a_token)
+        for n in range(experts_per_token)
     ]
 
 

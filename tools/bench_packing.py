@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor, TrainingSequence
-from megatron_prepo.actor.packing import Plan, Row, pieces_of, plan_rows
+from megatron_prepo.actor.packing import PackingPlan, Row, make_pieces, plan_rows
 from megatron_prepo.config import from_tree
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.models.shape import Shape
@@ -94,15 +94,15 @@ def rollouts(*, groups: int, group_size: int, longest: int, seed: int) -> list[S
     return sequences
 
 
-def in_order(sequences: list[ScoredSequence], budget: int, shape: Shape) -> Plan:
+def in_order(sequences: list[ScoredSequence], budget: int, shape: Shape) -> PackingPlan:
     """Plan micro-batches in the given order; one ends where the next sequence would not fit."""
     rows: list[list] = [[]]
-    for piece in pieces_of(sequences):
+    for piece in make_pieces(sequences):
         width = max(other.tokens for other in (*rows[-1], piece))
         if rows[-1] and (len(rows[-1]) + 1) * width > budget:
             rows.append([])
         rows[-1].append(piece)
-    return Plan((tuple(map(_padded, rows)),), shape)
+    return PackingPlan((tuple(map(_padded, rows)),), shape)
 
 
 def _padded(pieces: list) -> Row:
@@ -141,7 +141,7 @@ def measure(sequences: list[ScoredSequence], budget: int, rounds: int) -> dict:
     return {way: summary(seconds[way], made[way], first[way]) for way in WAYS}
 
 
-def summary(seconds: dict, plan: Plan, update: dict) -> dict:
+def summary(seconds: dict, plan: PackingPlan, update: dict) -> dict:
     """Measure one layout."""
     load = plan.load
     return {

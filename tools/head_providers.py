@@ -115,7 +115,7 @@ def _ours_known_gradient(case: Case) -> Outcome:
     """Compute the same gradients with a known loss: the product of gradients and values."""
     chunks = []
 
-    def loss_of(logprobs_C, entropy_C, scored: slice):
+    def token_loss(logprobs_C, entropy_C, scored: slice):
         chunks.append((logprobs_C.detach(), entropy_C.detach()))
         loss = logprobs_C @ case.grad_logprobs_T[scored]
         if case.grad_entropy_T is not None:
@@ -123,7 +123,7 @@ def _ours_known_gradient(case: Case) -> Outcome:
         return loss, {}
 
     loss, _ = vocab_parallel_loss(
-        case.hidden_TH, case.weight_VH, case.targets_T, loss_of, **_as_the_actor_does(case)
+        case.hidden_TH, case.weight_VH, case.targets_T, token_loss, **_as_the_actor_does(case)
     )
     (grad_hidden_TH,) = torch.autograd.grad(loss, [case.hidden_TH])
     values_T = (torch.cat(parts) for parts in zip(*chunks, strict=True))

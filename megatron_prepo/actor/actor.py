@@ -18,12 +18,13 @@ and one micro-batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ from megatron_prepo.actor.attention import padding_multiple
 from megatron_prepo.actor.context_parallel import context_group
 from megatron_prepo.actor.lm_head import (
     IGNORE,
-    LossOf,
+    TokenLoss,
     chunk_tokens_within,
     vocab_parallel_logprobs_and_entropy,
     vocab_parallel_loss,
@@ -49,12 +50,13 @@ from megatron_prepo.actor.lm_head import (
 from megatron_prepo.actor.micro_batch import MicroBatch, micro_batch
 from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
-from megatron_prepo.actor.packing import Plan, plan_rows
+from megatron_prepo.actor.packing import PackingPlan, plan_rows
 from megatron_prepo.actor.router_replay import RouterReplay
 from megatron_prepo.config import Config
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_to_megatron import load_hf_weights
 from megatron_prepo.models.megatron_to_hf import (
+    Part,
     hf_gradients,
     hf_plan,
     hf_shapes,
@@ -88,7 +90,7 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True)
-class Gradient:
+class BackwardResult:
     """Result of a backward pass; the gradient itself is in Megatron's buffers, not clipped."""
 
     totals: dict[str, float]
@@ -96,22 +98,21 @@ class Gradient:
     norm: float
     finite: bool
     """Whether loss, norm and every element of the gradient are finite on all ranks."""
-    plan: Plan
+    plan: PackingPlan
     """Rows of the mini-batch."""
 
 
 class Actor:
     """This rank's part of the trained model.  Call `parallel.initialize` first."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.hf = read_hf_config(config.model.hf)
         self.shape = Shape.of(self.hf)
         self.device = parallel.device()
         built = build_model(self.hf, config.model, config.parallel, config.megatron)
         self.chunks = [chunk.to(self.device) for chunk in built]
-        """One chunk, or several stages of an interleaved pipeline; the last has this rank's head.
-        """
+        """One chunk, or stages of an interleaved pipeline; the last one has this rank's head."""
         mcore = self.mcore = self.chunks[0].config
         self.routing = self.router_replay = None
         if config.rollout.router_replay:
@@ -121,8 +122,11 @@ class Actor:
             checkpoint.load_weights(self.chunks, config.model.megatron, self.hf)
         else:
             load_hf_weights(self.chunks, config.model.hf)
-        self.ddp = [DistributedDataParallel(mcore, ddp_config(config), c) for c in self.chunks]
-        self.optimizer, self.scheduler = build_optimizer(config, self.ddp)
+        ddp = ddp_config(config.optimizer, config.megatron)
+        self.ddp = [DistributedDataParallel(mcore, ddp, chunk) for chunk in self.chunks]
+        self.optimizer, self.scheduler = build_optimizer(
+            config.optimizer, config.train, config.megatron, self.ddp, dtype=config.model.dtype
+        )
         mcore.grad_scale_func = self.optimizer.scale_loss
         mcore.finalize_model_grads_func = finalize_model_grads
         # gradients are reduced when they are complete, in the last micro-batch
@@ -130,7 +134,7 @@ class Actor:
         mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self.reference = self._copy_of_weights() if config.loss.kl_coef else None
         self.host_buffers = HostBuffers()
-        """For checkpoints in the background."""
+        """Buffers for checkpoints that are written in the background."""
         self.updates = 0
         """Number of optimizer updates so far: the version of the weights."""
 
@@ -171,10 +175,10 @@ class Actor:
         return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
 
     def routed_differently(self) -> float | None:
-        """Return the share of tokens and layers of the last `score` where the actor would have
-        chosen other experts than the replayed ones; None without `rollout.router_replay`.
+        """Return how often the actor would have chosen other experts than the replayed ones.
 
-        Collective.
+        The result is a share of the tokens and layers of the last `score`; None without
+        `rollout.router_replay`.  Collective.
         """
         return self.router_replay.routed_differently() if self.router_replay else None
 
@@ -193,7 +197,7 @@ class Actor:
         """
         return self.step(self.backward(rollouts))
 
-    def backward(self, rollouts: Sequence[TrainingSequence]) -> Gradient:
+    def backward(self, rollouts: Sequence[TrainingSequence]) -> BackwardResult:
         """Compute the gradient of one mini-batch's loss, without changing weights.
 
         Skips rollouts whose gradient is exactly zero.
@@ -204,10 +208,14 @@ class Actor:
         sums = dict.fromkeys(names, torch.zeros((), device=self.device))
         settings, temperature = self.config.loss, self.config.rollout.temperature
 
-        def loss_func(batch: MicroBatch, hidden: torch.Tensor):
+        def loss_func(
+            batch: MicroBatch, hidden: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
 
-            def loss_of(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice):
+            def token_loss(
+                logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice
+            ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 return policy_loss(
                     logprobs_T,
                     entropy_T,
@@ -218,7 +226,7 @@ class Actor:
                     kl_coef=settings.kl_coef,
                 )
 
-            loss, parts = self._loss(hidden, batch, temperature, loss_of, loss_scale)
+            loss, parts = self._loss(hidden, batch, temperature, token_loss, loss_scale)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums[name] + value
             return loss * num_micro_batches * dp_size, {}
@@ -238,9 +246,9 @@ class Actor:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         finite = self._finite_on_all_ranks(sums["loss"], totals, norm)
-        return Gradient(totals, norm, finite, plan)
+        return BackwardResult(totals, norm, finite, plan)
 
-    def step(self, gradient: Gradient) -> dict[str, float]:
+    def step(self, gradient: BackwardResult) -> dict[str, float]:
         """Update the weights with the gradient of the last `backward`; returns metrics.
 
         Clip fraction, ratio and divergences are means over the tokens of the rollouts that were
@@ -276,7 +284,7 @@ class Actor:
                 metrics["loss/kl_to_reference"] = totals["reference_kl"] / tokens
         return metrics
 
-    def plan(self, sequences: Sequence[ScoredSequence]) -> Plan:
+    def plan(self, sequences: Sequence[ScoredSequence]) -> PackingPlan:
         """Return the micro-batches of all data-parallel ranks, the same on every rank.
 
         No communication.  `plan(...).load` counts tokens and attention pairs,
@@ -297,18 +305,21 @@ class Actor:
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the current weights under Hugging Face names; collective, see `megatron_to_hf`."""
         self._gather_weights()
-        return hf_weights(self.chunks, self.hf["vocab_size"], self._hf_plan)
+        weights: Iterator[tuple[str, torch.Tensor]] = hf_weights(
+            self.chunks, self.hf["vocab_size"], self._hf_plan
+        )
+        return weights
 
     def hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return type and shape of what `hf_weights` yields; collective, transfers no weights."""
         return self._hf_shapes
 
     @cached_property
-    def _hf_plan(self) -> list:
+    def _hf_plan(self) -> list[Part]:
         return hf_plan(self.chunks)
 
     @cached_property
-    def _hf_shapes(self) -> dict:
+    def _hf_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return hf_shapes(self.chunks, self.hf["vocab_size"], self._hf_plan)
 
     def hf_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -319,7 +330,10 @@ class Actor:
         """
         if self.ddp[0].ddp_config.use_distributed_optimizer:
             self._gather_gradient_shards()
-        return hf_gradients(self.chunks, self.hf["vocab_size"])
+        gradients: Iterator[tuple[str, torch.Tensor]] = hf_gradients(
+            self.chunks, self.hf["vocab_size"]
+        )
+        return gradients
 
     def export(self, directory: str | Path, *, write: bool) -> None:
         """Export the model in Hugging Face format; collective, written by the rank with `write`."""
@@ -333,7 +347,7 @@ class Actor:
         """
         saving = self.start_saving(directory, step=step, run_state=run_state, copy=False)
         saving.finish(self.config.parallel.timeout_minutes)
-        return checkpoint.path_of(directory, step)
+        return checkpoint.checkpoint_path(directory, step)
 
     def start_saving(
         self, directory: str | Path, *, step: int, run_state: str | None = None, copy: bool = True
@@ -386,7 +400,9 @@ class Actor:
                 shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()]
                 dist.all_gather_into_tensor(bucket.grad_data, shard.clone(), group=ranks)
 
-    def _finite_on_all_ranks(self, loss: torch.Tensor, totals: dict, norm: float) -> bool:
+    def _finite_on_all_ranks(
+        self, loss: torch.Tensor, totals: dict[str, float], norm: float
+    ) -> bool:
         """Return whether loss, norm and the complete gradient are finite on all ranks.
 
         Each rank checks all that it holds, since no sum covers everything: the norm excludes copies
@@ -415,8 +431,8 @@ class Actor:
     def _forward_backward(
         self,
         sequences: Sequence[ScoredSequence],
-        plan: Plan,
-        last_stage: Callable,
+        plan: PackingPlan,
+        last_stage: Callable[..., Any],
         *,
         forward_only: bool,
     ) -> None:
@@ -424,17 +440,29 @@ class Actor:
 
         `last_stage(batch, hidden, ...)` runs on the last pipeline stage only.
         """
-        layout = {"multiple": padding_multiple(self.mcore), "context": context_group()}
+        multiple, context = padding_multiple(self.mcore), context_group()
         micro_batches = [
-            micro_batch(sequences, row, **layout, device=self.device, routing=self.routing)
+            micro_batch(
+                sequences,
+                row,
+                multiple=multiple,
+                context=context,
+                device=self.device,
+                routing=self.routing,
+            )
             for row in plan.ranks[parallel_state.get_data_parallel_rank()]
         ]
 
-        def forward_step(iterator, model):
+        def forward_step(
+            iterator: Iterator[MicroBatch], model: DistributedDataParallel
+        ) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch = next(iterator)
-            tokens_1T, positions_1T = batch.tokens_T[None], batch.layout.positions_T[None]
+            positions_T = batch.layout.positions_T
+            assert positions_T is not None, "micro-batches have positions"
             with self._routed(model, batch):
-                hidden = model(tokens_1T, positions_1T, None, packed_seq_params=batch.layout)
+                hidden = model(
+                    batch.tokens_T[None], positions_T[None], None, packed_seq_params=batch.layout
+                )
             return hidden, partial(last_stage, batch)
 
         get_forward_backward_func()(
@@ -450,44 +478,47 @@ class Actor:
         if self.router_replay:
             self.router_replay.check_all_recomputed()
 
-    def _routed(self, ddp: DistributedDataParallel, batch: MicroBatch) -> AbstractContextManager:
+    def _routed(
+        self, ddp: DistributedDataParallel, batch: MicroBatch
+    ) -> AbstractContextManager[None]:
         """Return a context for a chunk's forward pass, in which its routers replay the routing."""
         if self.router_replay is None:
             return nullcontext()
-        return self.router_replay.of_micro_batch(self.ddp.index(ddp), batch.routing_TLk)
+        return self.router_replay.replaying(self.ddp.index(ddp), batch.routing_TLk)
 
     def _scores(
         self, hidden: torch.Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
-        values = vocab_parallel_logprobs_and_entropy(
+        logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
             self._hidden_TH(hidden),
             output_weight(self.chunks[-1]),
             batch.targets_T,
             temperature=temperature,
             **self._head_settings(),
         )
-        return tuple(value_T[batch.targets_T != IGNORE] for value_T in values)
+        scored_T = batch.targets_T != IGNORE
+        return logprobs_T[scored_T], entropy_T[scored_T]
 
     def _loss(
         self,
         hidden: torch.Tensor,
         batch: MicroBatch,
         temperature: float,
-        loss_of: LossOf,
+        token_loss: TokenLoss,
         loss_scale: float,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the result of `loss_of` on the scored tokens of a micro-batch; last stage only.
+        """Return the result of `token_loss` on the scored tokens of a micro-batch; last stage only.
 
         `loss_scale` is the gradient that will arrive at the loss.
         """
         if self.config.loss.head == "recompute":
-            return loss_of(*self._scores(hidden, batch, temperature), slice(None))
+            return token_loss(*self._scores(hidden, batch, temperature), slice(None))
         return vocab_parallel_loss(
             self._hidden_TH(hidden),
             output_weight(self.chunks[-1]),
             batch.targets_T,
-            loss_of,
+            token_loss,
             temperature=temperature,
             loss_scale=loss_scale,
             **self._head_settings(),
@@ -506,7 +537,7 @@ class Actor:
         # 0.16.1, mappings._reduce): nothing may be transposed after it.
         return copy_to_tensor_model_parallel_region(hidden_1TH.squeeze(0))
 
-    def _head_settings(self) -> dict:
+    def _head_settings(self) -> dict[str, Any]:
         return {
             "vocab_size": self.hf["vocab_size"],
             "group": parallel_state.get_tensor_model_parallel_group(),
@@ -526,7 +557,7 @@ class Actor:
         return [p.detach().clone() for p in self._parameters()]
 
     @contextmanager
-    def _weights(self, other: list[torch.Tensor]):
+    def _weights(self, other: list[torch.Tensor]) -> Iterator[None]:
         current = self._copy_of_weights()
         self._set_weights(other)
         try:
@@ -540,10 +571,10 @@ class Actor:
             parameter.copy_(weight)
 
 
-def _loss_terms(rollouts: Sequence[TrainingSequence], device) -> LossTerms:
+def _loss_terms(rollouts: Sequence[TrainingSequence], device: torch.device) -> LossTerms:
     """Return the loss terms of the tokens of some rollouts, flat and in order."""
 
-    def per_token(values) -> torch.Tensor:
+    def per_token(values: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.empty(0), *values]).to(device)
 
     def constant(name: str) -> torch.Tensor:

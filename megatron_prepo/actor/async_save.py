@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ internals.replace(
     SimpleNamespace(**vars(filesystem_async.mp) | {"get_context": lambda *_, **__: _THREADS}),
 )
 
-_ASYNCHRONOUS = {"async_sharded_save": True}
+_ASYNCHRONOUS: dict[str, bool | str] = {"async_sharded_save": True}
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     _ASYNCHRONOUS["async_strategy"] = "mcore"  # from 0.19 on, the default needs another package
 
@@ -57,7 +58,7 @@ class HostBuffers:
     at the speed of the bus.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.room: list[torch.Tensor] = []
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -77,14 +78,14 @@ class PendingCheckpoint:
 
     def __init__(
         self,
-        state: dict,
+        state: dict[str, Any],
         aside: Path,
         *,
-        metadata: dict,
+        metadata: dict[str, Any],
         buffers: HostBuffers | None,
         small_files: dict[str, bytes],
         publish: Callable[[], None],
-    ):
+    ) -> None:
         """Start to write `state`, or copies of its tensors, to the empty directory `aside`.
 
         `small_files` are written by this rank; rank 0 calls `publish` when all ranks have written.
@@ -98,9 +99,11 @@ class PendingCheckpoint:
         self.request = dist_checkpointing.save(
             state, str(aside), strategy, content_metadata=metadata, **_ASYNCHRONOUS
         )
+        self.results: queue.Queue[Any] | None
         _, buckets, self.results = self.request.async_fn_args or (None, [], None)
         self.buckets = _on_the_host(buckets, buffers)
-        self.result, self.sums = None, {}
+        self.result: Any = None
+        self.sums: dict[str, manifest.Entry] = {}
         self.error: str | None = "its thread ended early"
         self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self.thread.start()
@@ -164,11 +167,11 @@ class PendingCheckpoint:
             with naming(files[-1]):
                 files[-1].write_bytes(content)
             flush(files[-1])
-        self.sums = {file.name: manifest.sum_of(file) for file in files}
+        self.sums = {file.name: manifest.file_entry(file) for file in files}
         return None
 
 
-def _on_the_host(buckets: list, buffers: HostBuffers | None) -> list:
+def _on_the_host(buckets: list[Any], buffers: HostBuffers | None) -> list[Any]:
     """Return Megatron's descriptions of files with their tensors in host memory."""
     tensors = [tensor for *_, (_, pairs) in buckets for _, tensor in pairs]
     here = iter(buffers.copy(tensors) if buffers else [tensor.cpu() for tensor in tensors])

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_prepo import internals
@@ -25,7 +27,9 @@ from megatron_prepo.actor.context_parallel import heads_to_tokens, tokens_to_hea
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm in float32; its gradient is summed under sequence parallelism."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -81,21 +85,28 @@ class CausalAttention(MegatronModule):
     lengths are nearly equal (docs/packing.md).
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
         assert config.context_parallel_size == 1, "context parallelism is set by RowLayout.context"
         assert config.attention_dropout == 0.0, "torch-native attention has no dropout"
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        attention_mask=None,
-        attn_mask_type=None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
         packed_seq_params: RowLayout | None = None,
-        **_,
-    ):
+        **_: Any,
+    ) -> torch.Tensor:
         """Attend: [s, b, heads, d] queries, [s, b, groups, d] keys and values to [s, b, heads * d].
 
         With a layout, b is 1 and tokens attend to earlier tokens of the same sequence; without one,
@@ -114,7 +125,7 @@ class CausalAttention(MegatronModule):
         return layout.row(out)[:, None]
 
 
-def _attend(query, key, value) -> torch.Tensor:
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend: [b, s, heads, d] queries, and so on, to [b, s, heads * d]."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
@@ -123,7 +134,9 @@ def _attend(query, key, value) -> torch.Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def _attend_in_one_kernel(query, key, value, layout: RowLayout) -> torch.Tensor:
+def _attend_in_one_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout
+) -> torch.Tensor:
     """Attend: [W, heads, d] queries, and so on, to [W, heads * d]."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -161,12 +174,17 @@ def rotate_by_position(rotary: RotaryEmbedding) -> None:
     internals.replace(rotary, "forward", MethodType(_angles, rotary))
 
 
-def _rotary_length(self, *args, **kwargs):
-    layouts = [x for x in (*args, *kwargs.values()) if isinstance(x, RowLayout)]
-    return layouts[0] if layouts else type(self).get_rotary_seq_len(self, *args, **kwargs)
+def _rotary_length(self: RotaryEmbedding, *args: Any, **kwargs: Any) -> RowLayout | int:
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, RowLayout):
+            return argument
+    length: int = type(self).get_rotary_seq_len(self, *args, **kwargs)
+    return length
 
 
-def _angles(self, length: int | RowLayout, /, *args, **kwargs) -> torch.Tensor:
+def _angles(
+    self: RotaryEmbedding, length: int | RowLayout, /, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """Return angles [T, 1, 1, d]."""
     if isinstance(length, RowLayout):
         # `packed_seq`: all angles, not those of the slice that Megatron would select for this rank
@@ -174,12 +192,12 @@ def _angles(self, length: int | RowLayout, /, *args, **kwargs) -> torch.Tensor:
     return type(self).forward(self, length, *args, **kwargs)
 
 
-def padding_multiple(config) -> int:
+def padding_multiple(config: TransformerConfig) -> int:
     """Return the number that must divide row lengths.
 
     Context parallelism splits a row evenly, and sequence parallelism each slice of it.
     """
-    slices = parallel_state.get_context_parallel_world_size()
+    multiple: int = parallel_state.get_context_parallel_world_size()
     if config.sequence_parallel:
-        return slices * parallel_state.get_tensor_model_parallel_world_size()
-    return slices
+        multiple *= parallel_state.get_tensor_model_parallel_world_size()
+    return multiple

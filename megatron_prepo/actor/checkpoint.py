@@ -16,11 +16,14 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,23 +49,23 @@ def start_saving(
     directory: str | Path,
     *,
     step: int,
-    optimizer=None,
-    scheduler=None,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
     updates: int = 0,
     run_state: str | None = None,
     buffers: HostBuffers | None = None,
-    hf: dict | None = None,
+    hf: dict[str, Any] | None = None,
 ) -> PendingCheckpoint:
     """Start to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
-    Collective.  Optimizer and scheduler are saved if given, together with this rank's random
-    states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as the
-    checkpoint's record of the model (`models/record.py`).  The checkpoint exists when
-    this is finished; until then nothing else may be saved below `directory` and, without
-    `buffers`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
-    checkpoints are kept.
+    Collective.  Optimizer and scheduler are saved if both are given, together with this rank's
+    random states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as
+    the checkpoint's record of the model (`models/record.py`).  The checkpoint exists when this is
+    finished; until then nothing else may be saved below `directory` and, without `buffers`, model
+    and optimizer must not change.  Raises OSError if a rank cannot write: older checkpoints are
+    kept.
     """
-    final = path_of(directory, step)
+    final = checkpoint_path(directory, step)
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
         for left_behind in final.parent.glob("iter_*.partial"):
@@ -73,6 +76,7 @@ def start_saving(
     state = {**weights, **(architecture_record(hf) if hf else {})}
     state |= {"iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
+        assert scheduler is not None, "an optimizer is saved with its scheduler"
         _fill_adam_state(optimizer)
         optimizer_shards.write_own_parts(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -101,7 +105,13 @@ def start_saving(
     )
 
 
-def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf: dict) -> int:
+def load(
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    hf: dict[str, Any],
+) -> int:
     """Load a checkpoint with optimizer state, under any layout, and return `updates`; collective.
 
     With the same number of ranks as at saving, random states are restored as well.  Raises
@@ -122,10 +132,13 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer, scheduler, hf
     scheduler.load_state_dict(state["opt_param_scheduler"])
     if len(list(path.glob("random_*.safetensors"))) == dist.get_world_size():
         _restore_random_states(load_file(path / f"random_{dist.get_rank()}.safetensors"))
-    return state["updates"]
+    updates: int = state["updates"]
+    return updates
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: dict) -> None:
+def load_weights(
+    chunks: Sequence[torch.nn.Module], directory: str | Path, hf: dict[str, Any]
+) -> None:
     """Load the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
     Raises UserError if there is none, or if it is not one of the model with settings `hf`.
@@ -140,7 +153,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: str | Path, hf: d
     _load_chunks(chunks, state)
 
 
-def load_without_running(path: Path, sharded: dict) -> dict:
+def load_without_running(path: Path, sharded: dict[str, Any]) -> dict[str, Any]:
     """Call Megatron's `load` on an untrusted checkpoint without executing anything in it.
 
     Megatron unpickles the table of tensors whatever it contains, so the table is checked first, and
@@ -152,7 +165,8 @@ def load_without_running(path: Path, sharded: dict) -> dict:
     before = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"
     try:
-        return dist_checkpointing.load(sharded, str(path))
+        state: dict[str, Any] = dist_checkpointing.load(sharded, str(path))
+        return state
     except CheckpointException as error:  # not an Exception; it holds the errors of the ranks
         first = " ".join(str(next(iter(error.failures.values()))[0]).split())
         raise UserError(f"{path} cannot be read: {first[-400:]}") from error
@@ -176,7 +190,7 @@ def newest(directory: str | Path) -> Path:
         raise UserError(
             f"{tracker} is damaged: it contains {name[:20]!r}, neither a step nor release"
         )
-    path = directory / name if name == "release" else path_of(directory, int(name))
+    path = directory / name if name == "release" else checkpoint_path(directory, int(name))
     if not (path / "metadata.json").is_file():
         raise UserError(
             f"{tracker} names {path.name}, which is not a complete checkpoint: it has no "
@@ -185,16 +199,16 @@ def newest(directory: str | Path) -> Path:
     return path
 
 
-def path_of(directory: str | Path, step: int) -> Path:
+def checkpoint_path(directory: str | Path, step: int) -> Path:
     """Return the path of a step's checkpoint."""
     return Path(directory) / f"iter_{step:07d}"
 
 
-def all_of(directory: str | Path) -> dict[int, Path]:
+def by_step(directory: str | Path) -> dict[int, Path]:
     """Return the checkpoints below `directory` by step, oldest first, complete or not."""
     names = [path.name.removeprefix("iter_") for path in Path(directory).glob("iter_*")]
     steps = sorted(int(name) for name in names if name.isdecimal())
-    return {step: path_of(directory, step) for step in steps}
+    return {step: checkpoint_path(directory, step) for step in steps}
 
 
 def prune(
@@ -208,7 +222,7 @@ def prune(
     """
     if not keep_last:
         return {}
-    run, found = ownership.run_of(directory), all_of(directory)
+    run, found = ownership.run_of(directory), by_step(directory)
     ours = {step: path for step, path in found.items() if ownership.is_marked(path, KIND, run)}
     kept = {path: [path] for step, path in found.items() if step not in ours}
     for step, path in list(ours.items())[:-keep_last]:
@@ -220,7 +234,7 @@ def prune(
     return kept
 
 
-def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:
+def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict[str, Any]]:
     """Return sharded weights without TransformerEngine's `_extra_state`.
 
     That entry is empty in bf16, and other layers do not have it.  The sections of chunks are local
@@ -236,7 +250,7 @@ def _sharded_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, dict]:
     }
 
 
-def _load_chunks(chunks: Sequence[torch.nn.Module], state: dict) -> None:
+def _load_chunks(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
     for section, chunk in _sections(chunks).items():
         chunk.load_state_dict(state[section], strict=False)
 
@@ -248,7 +262,7 @@ def _sections(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     return {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
-def _fill_adam_state(optimizer) -> None:
+def _fill_adam_state(optimizer: MegatronOptimizer) -> None:
     """Create Adam's state, which Megatron's distributed optimizer needs to be saved or loaded."""
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, HostAdam):
@@ -257,7 +271,7 @@ def _fill_adam_state(optimizer) -> None:
             fill_adam_state(part.optimizer)
 
 
-def _load_optimizer(optimizer, state: dict) -> None:
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Call `optimizer.load_state_dict` with corrections for torch's Adam (megatron-core 0.16.1).
 
     A `step` of 0 is not saved.  The distributed optimizer looks for `step` among the tensors of a
@@ -280,7 +294,7 @@ def _load_optimizer(optimizer, state: dict) -> None:
             parameter_state["step"] = step.clone()
 
 
-def _check_form(path: Path, optimizer) -> None:
+def _check_form(path: Path, optimizer: MegatronOptimizer) -> None:
     """Raise UserError where Megatron would list hundreds of missing tensors.
 
     Experts that are distributed over ranks have a separate optimizer there, and only the

@@ -20,13 +20,14 @@ have the format of the distributed optimizer without offloading, and can be exch
 | after loading, TransformerEngine's Adam on the GPU | all its updates have the same step count |
 """
 
+from typing import Any
+
 import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_prepo import internals
-from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 
 SETTINGS = (
@@ -51,9 +52,8 @@ NO_STATE = {
 """Entries of a parameter group that describe its placement."""
 
 
-def check_offload(config: Config) -> None:
+def check_offload(megatron: dict[str, Any], *, use_distributed_optimizer: bool) -> None:
     """Raise UserError for incompatible settings of the offloaded optimizer."""
-    megatron = config.megatron
     if "pin_cpu_params" in megatron:
         raise UserError(
             "megatron.pin_cpu_params is not supported: megatron-core ignores it, and always pins "
@@ -66,7 +66,7 @@ def check_offload(config: Config) -> None:
                     f"megatron.{name} has no effect without megatron.optimizer_cpu_offload=true"
                 )
         return
-    if not config.optimizer.use_distributed_optimizer:
+    if not use_distributed_optimizer:
         raise UserError(
             "megatron.optimizer_cpu_offload=true needs optimizer.use_distributed_optimizer=true"
         )
@@ -84,17 +84,18 @@ def check_offload(config: Config) -> None:
             )
 
 
-def offload_fraction(megatron: dict) -> float:
+def offload_fraction(megatron: dict[str, Any]) -> float:
     """Return the fraction of parameters whose optimizer state is on the host.
 
     On each rank, Megatron offloads one parameter after another until the fraction is reached.
     """
     if not megatron.get("optimizer_cpu_offload"):
         return 0.0
-    return megatron.get("optimizer_offload_fraction", ALL)
+    fraction: float = megatron.get("optimizer_offload_fraction", ALL)
+    return fraction
 
 
-def offloaded(settings: dict) -> OptimizerConfig:
+def offloaded(settings: dict[str, Any]) -> OptimizerConfig:
     """Return Megatron's OptimizerConfig for float32 weights on the host.
 
     Megatron-LM requires `use_precision_aware_optimizer` for this; without it, a second copy of the
@@ -112,7 +113,7 @@ def offloaded(settings: dict) -> OptimizerConfig:
 class HostAdam(HybridDeviceOptimizer):
     """`HybridDeviceOptimizer` with the corrections listed above."""
 
-    def __init__(self, params, **settings):
+    def __init__(self, params: list[dict[str, Any]], **settings: Any) -> None:
         for group in params:
             for parameter in group["params"]:
                 if not parameter.is_leaf:
@@ -125,16 +126,16 @@ class HostAdam(HybridDeviceOptimizer):
             fill_adam_state(optimizer)
         self._sync_sub_optimizers_state_to_hdo()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state, with only those group options that exist without offloading."""
-        state = super().state_dict()
+        state: dict[str, Any] = super().state_dict()
         groups = [
             {name: value for name, value in group.items() if name not in NO_STATE}
             for group in state["param_groups"]
         ]
         return state | {"param_groups": groups}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load options and the number of updates.
 
         Tensors are loaded by `load_parameter_state_from_...` of the distributed optimizer.

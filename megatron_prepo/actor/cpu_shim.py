@@ -7,6 +7,8 @@ those calls to the CPU; numbers do not change.  It is called only if CUDA is abs
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
@@ -52,7 +54,7 @@ def install() -> None:
     _split_as_on_a_gpu()
 
 
-def model_settings() -> dict:
+def model_settings() -> dict[str, Any]:
     """Return TransformerConfig fields without which Megatron-Core would call CUDA kernels."""
     return {
         "use_cpu_initialization": True,
@@ -70,13 +72,13 @@ def model_settings() -> dict:
 class _Stream:
     """Substitute for a CUDA stream: work on a CPU is already in order."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def wait_stream(self, other) -> None:
+    def wait_stream(self, other: Any) -> None:
         """Return immediately."""
 
-    def wait(self, other=None) -> None:
+    def wait(self, other: Any = None) -> None:
         """Return immediately."""
 
     def synchronize(self) -> None:
@@ -90,7 +92,13 @@ class _Stream:
 class _CudaMeansCpu(TorchFunctionMode):
     """Redirection of factories, `.to` and type names from CUDA to the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizer sorts parameters by the name "torch.cuda.FloatTensor".
@@ -110,11 +118,17 @@ class _HostIsElsewhere(TorchFunctionMode):
     All other tensors report that they are on the device.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.on_host: dict[int, torch.Tensor] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func == torch.Tensor.is_cuda.__get__:
             return id(args[0]) not in self.on_host
         moves = func in (torch.Tensor.cpu, torch.Tensor.pin_memory)
@@ -127,25 +141,26 @@ class _HostIsElsewhere(TorchFunctionMode):
 def _split_as_on_a_gpu() -> None:
     """Make the offloaded optimizer choose parameters for the host although all are on a CPU."""
 
-    def choose(*args, **kwargs):
+    def choose(*args: Any, **kwargs: Any) -> Any:
         with _HostIsElsewhere():
             return original(*args, **kwargs)
 
     original = internals.replace(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", choose)
 
 
-def _as_on_the_host(tensor, as_numpy: bool = False, *_, **__):
-    """Return sizes as numpy: Megatron's version returns a CPU tensor unchanged, but all-to-all
-    needs numbers.
+def _as_on_the_host(tensor: Any, as_numpy: bool = False, *_: Any, **__: Any) -> Any:
+    """Return sizes as numpy, since all-to-all needs numbers.
+
+    Megatron's version returns a CPU tensor unchanged.
     """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _set_rng_state(state: torch.Tensor, /, *_, **__) -> None:
+def _set_rng_state(state: torch.Tensor, /, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
-def _is_cuda(device) -> bool:
+def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
-        return device.type == "cuda"
+        return bool(device.type == "cuda")
     return isinstance(device, str) and device.startswith("cuda")

@@ -8,8 +8,9 @@ Megatron-Core itself.
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_prepo.actor import cpu_shim as cpu
+from megatron_prepo.actor import cpu_shim
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.config import ModelConfig, ParallelConfig
 
@@ -58,11 +59,11 @@ class Stage:
 
 
 def each_stage(
-    hf: dict,
+    hf: dict[str, Any],
     model: ModelConfig,
     parallel: ParallelConfig,
     ddp: DistributedDataParallelConfig,
-    megatron: dict | None = None,
+    megatron: dict[str, Any] | None = None,
     *,
     world_size: int,
 ) -> Iterator[Stage]:
@@ -93,7 +94,7 @@ def each_stage(
             )
 
 
-def count_parameters(hf: dict, stages: list[Stage]) -> int:
+def count_parameters(hf: dict[str, Any], stages: list[Stage]) -> int:
     """Return the parameters of the complete model, without vocabulary padding, tied ones once."""
     tensors = {name: shape for stage in stages for name, shape in stage.tensors.items()}
     total = sum(math.prod(shape) for shape in tensors.values())
@@ -104,7 +105,7 @@ def count_parameters(hf: dict, stages: list[Stage]) -> int:
     return total
 
 
-def _buffer(buffer, *, experts: bool) -> Buffer:
+def _buffer(buffer: Any, *, experts: bool) -> Buffer:
     return Buffer(
         numel=sum(parameter.numel() for parameter in buffer.params),
         padded=buffer.numel,
@@ -116,7 +117,7 @@ def _buffer(buffer, *, experts: bool) -> Buffer:
 
 def _whole_tensors(model: GPTModel) -> dict[str, tuple[int, ...]]:
     entries = model.sharded_state_dict()
-    tensors = {}
+    tensors: dict[str, tuple[int, ...]] = {}
     for name in dict(model.named_parameters()):
         entry = entries[name]
         parts = [entry] if isinstance(entry, ShardedTensor) else entry.build()
@@ -124,15 +125,19 @@ def _whole_tensors(model: GPTModel) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _buffers_on_meta():
-    """Put Megatron's buffers on the meta device; it takes the current CUDA device, whatever the
-    device of the parameters.
+def _buffers_on_meta() -> AbstractContextManager[Any]:
+    """Put Megatron's buffers on the meta device.
+
+    Megatron allocates them on the current CUDA device, whatever the device of the parameters.
     """
     return mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta"))
 
 
 def each_rank(
-    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
+    hf: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    megatron: dict[str, Any] | None = None,
 ) -> Iterator[tuple[int, list[GPTModel]]]:
     """Yield (rank, its part of the model on the meta device) per rank of a data-parallel replica.
 
@@ -151,7 +156,7 @@ def pretend(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[No
     """Simulate one rank of a job; collectives do nothing and leave their outputs unchanged."""
     assert not dist.is_initialized(), "a layout must be simulated outside a job"
     if not torch.cuda.is_available():
-        cpu.install()
+        cpu_shim.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(

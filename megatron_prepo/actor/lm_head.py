@@ -24,12 +24,14 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor import lm_head_torch
 from megatron_prepo.models.fp32_matmul import add_product, product
 
 IGNORE = -100
@@ -85,8 +87,10 @@ def vocab_parallel_logprobs_and_entropy(
     )
 
 
-LossOf = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""Type of `loss_of(logprobs_C, entropy_C, scored)`: the loss of some tokens, and sums over them.
+TokenLoss = Callable[
+    [torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
+"""Type of `token_loss(logprobs_C, entropy_C, scored)`: the loss of some tokens, and sums over them.
 
 `scored` is the range of these among the scored tokens.  Losses and sums of disjoint ranges add up.
 """
@@ -96,7 +100,7 @@ def vocab_parallel_loss(
     hidden_TH: torch.Tensor,
     weight_VH: torch.Tensor,
     targets_T: torch.Tensor,
-    loss_of: LossOf,
+    token_loss: TokenLoss,
     *,
     vocab_size: int,
     temperature: float | torch.Tensor = 1.0,
@@ -106,12 +110,12 @@ def vocab_parallel_loss(
     into_main_grad: bool = True,
     loss_scale: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of `loss_of` on the scored tokens, and the sums that it returns.
+    """Return the loss of `token_loss` on the scored tokens, and the sums that it returns.
 
-    Values and gradients are those of `loss_of` on the results of
+    Values and gradients are those of `token_loss` on the results of
     `vocab_parallel_logprobs_and_entropy` for the targets that are not `IGNORE`, in their order;
-    `loss_of` gets one chunk of them at a time, bit-identical on every rank of `group`.  All other
-    arguments are the same.
+    `token_loss` gets one chunk of them at a time, bit-identical on every rank of `group`.  All
+    other arguments are the same.
 
     The gradients are computed in forward, while the logits still exist.
 
@@ -122,7 +126,11 @@ def vocab_parallel_loss(
     """
     head = _Head.of(weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens)
     head = replace(head, fp32_logits=fp32_logits, into_main_grad=into_main_grad)
-    return _Loss.apply(hidden_TH, weight_VH, head, loss_of, loss_scale, torch.is_grad_enabled())
+    loss: torch.Tensor
+    sums: dict[str, torch.Tensor]
+    with_gradient = torch.is_grad_enabled()
+    loss, sums = _Loss.apply(hidden_TH, weight_VH, head, token_loss, loss_scale, with_gradient)
+    return loss, sums
 
 
 def chunk_tokens_within(memory_mib: float | None, weight_VH: torch.Tensor) -> int:
@@ -137,19 +145,19 @@ def chunk_tokens_within(memory_mib: float | None, weight_VH: torch.Tensor) -> in
     """
     if memory_mib is None:
         memory_mib = HEAD_MEMORY_MIB[weight_VH.device.type]
-    size = weight_VH.element_size()
-    bytes_per_token = weight_VH.shape[0] * (4 + size if size < 4 else size)
+    size: int = weight_VH.element_size()
+    bytes_per_token: int = weight_VH.shape[0] * (4 + size if size < 4 else size)
     tokens = int(memory_mib * 2**20) // bytes_per_token
     return max(1, tokens if tokens < ALIGNMENT else tokens - tokens % ALIGNMENT)
 
 
-def row_operations(device: torch.device):
-    """Return the module of the row operations for a device: `row_kernels` or `row_statistics`."""
+def row_operations(device: torch.device) -> ModuleType:
+    """Return the module of the row operations for a device: `lm_head_triton` or `lm_head_torch`."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from megatron_prepo.actor import lm_head_triton as row_kernels
+        from megatron_prepo.actor import lm_head_triton
 
-        return row_kernels
-    return row_statistics
+        return lm_head_triton
+    return lm_head_torch
 
 
 @dataclass(frozen=True)
@@ -181,24 +189,37 @@ class _Head:
     into_main_grad: bool = True
 
     @classmethod
-    def of(cls, weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens) -> "_Head":
+    def of(
+        cls,
+        weight_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        vocab_size: int,
+        temperature: float | torch.Tensor,
+        group: dist.ProcessGroup | None,
+        chunk_tokens: int,
+    ) -> "_Head":
         # waits for the device, once per call: the number of scored tokens is a size needed below
         rows_R = (targets_T != IGNORE).nonzero().squeeze(1)
         first = weight_VH.shape[0] * (0 if group is None else group.rank())
-        if torch.is_tensor(temperature):
+        if isinstance(temperature, torch.Tensor):
             temperature = temperature[rows_R].to(_float(weight_VH))
         columns = max(0, min(weight_VH.shape[0], vocab_size - first))
         return cls(rows_R, targets_T[rows_R] - first, temperature, columns, group, chunk_tokens)
 
     def only(self, keep_K: torch.Tensor) -> "_Head":
         """Return the head for a subset of the scored tokens."""
-        per_row = torch.is_tensor(self.temperature)
         return replace(
             self,
             rows_R=self.rows_R[keep_K],
             target_R=self.target_R[keep_K],
-            temperature=self.temperature[keep_K] if per_row else self.temperature,
+            temperature=self._temperature(keep_K),
         )
+
+    def _temperature(self, rows: slice | torch.Tensor) -> float | torch.Tensor:
+        """Return the temperature of some of the scored tokens."""
+        if isinstance(self.temperature, torch.Tensor):
+            return self.temperature[rows]
+        return self.temperature
 
     def chunks(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[_Chunk]:
         """Yield the chunks; their logits share a workspace, so finish one before the next."""
@@ -214,16 +235,17 @@ class _Head:
                 product(hidden_CH, rows_VH.t(), out=z_CV)
             else:
                 z_CV.copy_(hidden_CH @ rows_VH.t())
-            per_row = torch.is_tensor(self.temperature)
-            temperature = self.temperature[chunk] if per_row else self.temperature
-            yield _Chunk(chunk, rows_C, hidden_CH, z_CV, self.target_R[chunk], temperature)
+            target_C, temperature = self.target_R[chunk], self._temperature(chunk)
+            yield _Chunk(chunk, rows_C, hidden_CH, z_CV, target_C, temperature)
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
     """Log-probabilities and entropies; the logits are recomputed in backward."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, head):
+    def forward(
+        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = row_operations(hidden_TH.device)
         stats = [
             rows.row_statistics(chunk.z_CV, chunk.target_C, chunk.temperature)
@@ -237,7 +259,9 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs_R, grad_entropy_R):
+    def backward(
+        ctx: Any, grad_logprobs_R: torch.Tensor | None, grad_entropy_R: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden_TH, weight_VH, lse_R, entropy_R = ctx.saved_tensors
         if grad_logprobs_R is None:
             grad_logprobs_R = torch.zeros_like(lse_R)
@@ -254,14 +278,22 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         ]
         for chunk in head.chunks(hidden_TH, weight_VH):
             gradients.add(chunk, *(None if v is None else v[chunk.scored] for v in per_token))
-        return gradients.hidden_TH, gradients.of_weight(), None
+        return gradients.hidden_TH, gradients.finish_weight(), None
 
 
 class _Loss(torch.autograd.Function):
     """Loss whose gradient is known in forward, so that the logits are computed once."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, head, loss_of, loss_scale, with_gradient):
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        head: _Head,
+        token_loss: TokenLoss,
+        loss_scale: float,
+        with_gradient: bool,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = row_operations(hidden_TH.device)
         gradients = _Gradients(hidden_TH, weight_VH, head) if with_gradient else None
         losses, sums = [], []
@@ -270,23 +302,26 @@ class _Loss(torch.autograd.Function):
             lse_C, entropy_C, logprobs_C = _merge(_gather(stats_4C, head.group))
             with torch.set_grad_enabled(with_gradient):
                 values = [v.detach().requires_grad_(with_gradient) for v in (logprobs_C, entropy_C)]
-                loss, chunk_sums = loss_of(*values, chunk.scored)
+                loss, chunk_sums = token_loss(values[0], values[1], chunk.scored)
             losses.append(loss.detach())
             sums.append({name: value.detach() for name, value in chunk_sums.items()})
-            if with_gradient:
+            if gradients is not None:
                 arriving = torch.full_like(loss, loss_scale)
                 grads = torch.autograd.grad(loss, values, arriving, allow_unused=True)
                 gradients.add(chunk, lse_C, entropy_C, *grads)
-        if with_gradient:
-            grad_weight_VH = gradients.of_weight()
+        if gradients is not None:
+            grad_weight_VH = gradients.finish_weight()
             ctx.in_main_grad = grad_weight_VH is None
             ctx.save_for_backward(gradients.hidden_TH, grad_weight_VH)
             ctx.loss_scale, ctx.used = loss_scale, False
-        return sum(losses), {name: sum(part[name] for part in sums) for name in sums[0]}
+        total: torch.Tensor = sum(losses)
+        return total, {name: sum(part[name] for part in sums) for name in sums[0]}
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor, _: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor | None, ...]:
         grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
         if not ctx.in_main_grad:
             factor = grad_loss / ctx.loss_scale
@@ -306,7 +341,7 @@ class _Loss(torch.autograd.Function):
 class _Gradients:
     """Gradients of hidden states and weight, accumulated from gradients of chunks of logits."""
 
-    def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head):
+    def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head) -> None:
         self.hidden_TH = torch.zeros_like(hidden_TH)
         self.weight_VH, self.head = weight_VH, head
         dtype = _float(weight_VH)
@@ -322,7 +357,14 @@ class _Gradients:
         )
         self.workspace_CV: torch.Tensor | None = None
 
-    def add(self, chunk: _Chunk, lse_C, entropy_C, grad_logprobs_C, grad_entropy_C) -> None:
+    def add(
+        self,
+        chunk: _Chunk,
+        lse_C: torch.Tensor,
+        entropy_C: torch.Tensor,
+        grad_logprobs_C: torch.Tensor | None,
+        grad_entropy_C: torch.Tensor | None,
+    ) -> None:
         """Add a chunk's gradients by two matrix products; the chunk's logits are overwritten."""
         grad_z_CV = self._space_for(chunk.z_CV)
         if grad_logprobs_C is None:
@@ -342,7 +384,7 @@ class _Gradients:
         self.hidden_TH.index_copy_(0, chunk.rows_C, grad_CH.to(self.hidden_TH.dtype))
         add_product(self.total_VH[:columns], grad_z_CV.t(), chunk.hidden_CH)
 
-    def of_weight(self) -> torch.Tensor | None:
+    def finish_weight(self) -> torch.Tensor | None:
         """Return the weight's gradient for autograd: None if it is in `main_grad`.
 
         Megatron's hook then adds nothing more, unless `zero_out_wgrad` marks the parameter as an
@@ -381,7 +423,7 @@ def equal_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
     return [slice(*cut) for cut in pairwise(cuts)]
 
 
-def _gather(stats_4T: torch.Tensor, group) -> torch.Tensor:
+def _gather(stats_4T: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Gather statistics [ranks, 4, T]: the only collective, once per call.
 
     In `vocab_parallel_loss` it is once per chunk.

@@ -1,4 +1,6 @@
-"""Torch versions of the two operations on rows of a chunk of logits; `row_kernels` has Triton ones.
+"""Torch versions of the two operations on rows of a chunk of logits.
+
+`lm_head_triton` has Triton versions of the same functions.
 
 They process one block of rows at a time, small enough to stay in a CPU's cache, so that only the
 first of several passes reads memory; no operation depends on a tensor's contents (there is no
@@ -6,6 +8,8 @@ boolean index), so that none waits for a GPU.
 
 Letters: C tokens per chunk, V columns of this rank, B rows per block.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -54,13 +58,15 @@ def row_gradient(
     grad_entropy_C: torch.Tensor | None,
     out_CV: torch.Tensor,
 ) -> None:
-    """Write to `out_CV` (which may be `z_CV`), rounded to its type, the gradient by z of
+    """Write the gradient of a sum by z to `out_CV` (may be `z_CV`), rounded to its type.
+
+    The sum is
 
         sum_c grad_logprobs_c logp_c + grad_entropy_c H_c,
 
-    that is ( g 1[v = target] - p_v (g + h (ln p_v + H)) ) / temperature with g and h the two
-    gradients.  `lse_C` and `entropy_C` are those of the full vocabulary; `grad_entropy_C=None` is
-    the same as 0.
+    and its gradient ( g 1[v = target] - p_v (g + h (ln p_v + H)) ) / temperature with g and h the
+    two gradients.  `lse_C` and `entropy_C` are those of the full vocabulary; `grad_entropy_C=None`
+    is the same as 0.
     """
     if z_CV.shape[1] == 0:
         return
@@ -80,15 +86,19 @@ def row_gradient(
         out_CV[block] = grad_BV.div_(temperature_B1)
 
 
-def _blocks(z_CV: torch.Tensor, temperature: float | torch.Tensor):
+def _blocks(
+    z_CV: torch.Tensor, temperature: float | torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, float | torch.Tensor, torch.Tensor]]:
     """Yield blocks: row slice, logits, temperature as column or number, two scratch tensors."""
     rows = max(1, BLOCK_ELEMENTS[z_CV.device.type] // z_CV.shape[1])
     scratch_2BV = z_CV.new_empty(2, min(rows, len(z_CV)), z_CV.shape[1])
     for first in range(0, len(z_CV), rows):
         block = slice(first, first + rows)
         z_BV = z_CV[block]
-        temperature_B1 = temperature[block, None] if torch.is_tensor(temperature) else temperature
-        yield block, z_BV, temperature_B1, scratch_2BV[:, : len(z_BV)]
+        if isinstance(temperature, torch.Tensor):
+            yield block, z_BV, temperature[block, None], scratch_2BV[:, : len(z_BV)]
+        else:
+            yield block, z_BV, temperature, scratch_2BV[:, : len(z_BV)]
 
 
 def _columns(target_B: torch.Tensor, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Triton versions of the two operations on rows of a chunk of logits: logits are read once per row.
 
-Same functions, arguments and results as `row_statistics`.  One program per row processes a block of
+Same functions, arguments and results as `lm_head_torch`.  One program per row processes a block of
 columns at a time, with an online maximum.  On a CPU they run only under Triton's interpreter, for
 tests (TRITON_INTERPRET=1 before Triton is imported).
 
@@ -75,13 +75,13 @@ def row_gradient(
 
 def _per_row(temperature: float | torch.Tensor, z_CV: torch.Tensor) -> torch.Tensor:
     """Return one number per row; a single number is stored once, with a stride of 0."""
-    if torch.is_tensor(temperature):
+    if isinstance(temperature, torch.Tensor):
         return temperature
     return z_CV.new_full((1,), temperature).expand(len(z_CV))
 
 
 @triton.jit
-def _statistics(
+def _statistics(  # type: ignore[no-untyped-def]  # Triton would read annotations as types
     z,
     target,
     temperature,
@@ -123,7 +123,7 @@ def _statistics(
 
 
 @triton.jit
-def _gradient(
+def _gradient(  # type: ignore[no-untyped-def]  # Triton would read annotations as types
     z,
     target,
     temperature,

@@ -43,7 +43,8 @@ def fill(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     >>> fill([5, 9, 7, 3, 1], capacity=10)
     [[1, 4], [2, 3], [0]]
     """
-    bins, room = [], []
+    bins: list[list[int]] = []
+    room: list[int] = []
     for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         size = sizes[position]
         place = next((b for b, free in enumerate(room) if size <= free), None)

@@ -15,12 +15,14 @@ from megatron_prepo.files.atomic import write_text
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20
+Entry = dict[str, int | str]
+"""Type of a file's entry: its size and checksum."""
 
 
-def write(directory: Path, known: dict[str, dict]) -> None:
+def write(directory: Path, known: dict[str, Entry]) -> None:
     """Write the manifest of all files in a directory; collective.
 
-    `known` has the entries (`sum_of`) that this rank already computed.
+    `known` has the entries (`file_entry`) that this rank already computed.
     """
     files = {
         name: entry for share in parallel.gather_to_all(known) for name, entry in share.items()
@@ -59,14 +61,14 @@ def _text(directory: Path) -> str | None:
         return None
 
 
-def _summed(paths: list[Path]) -> dict[str, dict]:
+def _summed(paths: list[Path]) -> dict[str, Entry]:
     """Return size and SHA-256 by name, on every rank."""
     mine = paths[dist.get_rank() :: dist.get_world_size()]
-    shares = parallel.gather_to_all({path.name: sum_of(path) for path in mine})
+    shares = parallel.gather_to_all({path.name: file_entry(path) for path in mine})
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def sum_of(path: Path) -> dict:
+def file_entry(path: Path) -> Entry:
     """Return size and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:

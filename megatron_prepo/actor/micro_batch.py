@@ -43,7 +43,7 @@ def micro_batch(
     *,
     multiple: int = 1,
     context: dist.ProcessGroup | None = None,
-    device="cpu",
+    device: torch.device | str = "cpu",
     routing: RoutingFormat | None = None,
 ) -> MicroBatch:
     """Return the tensors of a row, or of this rank's slice if the ranks of `context` share it.
@@ -56,7 +56,8 @@ def micro_batch(
     size = row.load.tokens or multiple
     tokens_T = torch.zeros(size, dtype=torch.long)
     targets_T = torch.full_like(tokens_T, IGNORE)
-    whole, lengths = [], []  # indices of the row's tokens, sequence by sequence
+    whole: list[torch.Tensor] = []  # indices of the row's tokens, sequence by sequence
+    lengths: list[int] = []
     place = 0
     for piece, piece_lengths in row.whole():
         first = torch.tensor(sequences[piece.index[0]].tokens[: piece.prefix], dtype=torch.long)
@@ -89,18 +90,18 @@ def micro_batch(
 def _routing(
     sequences: Sequence[ScoredSequence], row: Row, size: int, routing: RoutingFormat
 ) -> torch.Tensor | None:
-    routed = [sequences[i].routing is not None for i in row.index]
-    if not any(routed):
+    if all(sequences[i].routing is None for i in row.index):
         return None
-    assert all(routed), "sequences with and without a routing in one row"
-    shape = (size, routing.layers, routing.experts_a_token)
+    shape = (size, routing.layers, routing.experts_per_token)
     routing_TLk = torch.full(shape, -1, dtype=torch.int16)
     place = 0
     for piece, lengths in row.whole():
         for n, (i, scored, length) in enumerate(
             zip(piece.index, piece.scored, lengths, strict=True)
         ):
-            experts_TLk = torch.from_numpy(routing.unpack(sequences[i].routing))
+            packed = sequences[i].routing
+            assert packed is not None, "sequences with and without a routing in one row"
+            experts_TLk = torch.from_numpy(routing.unpack(packed))
             if n == 0:
                 routing_TLk[place : place + piece.prefix] = experts_TLk[: piece.prefix]
                 place += piece.prefix
@@ -115,7 +116,7 @@ def _layout(
     size: int,
     mine: slice,
     context: dist.ProcessGroup | None,
-    device,
+    device: torch.device | str,
 ) -> RowLayout:
     positions_W = torch.cat([torch.arange(length) for length in lengths])
     # the first place of a token that occurs several times

@@ -1,8 +1,8 @@
 """Build this rank's part of a Megatron-Core GPTModel from a Hugging Face configuration.
 
 Layers are TransformerEngine's if it is installed, torch-native ones otherwise.  The model returns
-hidden states instead of logits: `vocab_parallel` computes from them what is needed, so that the
-logits of a batch are never materialised all together.
+hidden states instead of logits: `lm_head` computes log-probabilities and entropies from them, so
+that the logits of a batch never exist all at the same time.
 """
 
 import dataclasses
@@ -32,8 +32,7 @@ from megatron.core.transformer.transformer_block import (
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_prepo import internals
-from megatron_prepo.actor import cpu_shim as cpu
-from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor import cpu_shim, lm_head_torch
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_position
 from megatron_prepo.actor.cpu_offload import check_offload
 from megatron_prepo.actor.lm_head import row_operations
@@ -77,18 +76,21 @@ REFUSED = {
 """Megatron's names that would break our assumptions, and the reason or remedy."""
 
 
-def check_layout(config: Config, hf: dict) -> None:
+def check_layout(config: Config, hf: dict[str, Any]) -> None:
     """Raise UserError if `parallel` does not fit the model, or `megatron:` has an invalid name."""
     _check_tensor(config.parallel, hf)
-    _check_pipeline(config, hf)
+    _check_pipeline(config.parallel, config.megatron, hf)
     _check_experts(config.parallel, hf)
     if config.rollout.router_replay:
-        _check_router_replay(config, num_experts(hf))
-    _check_megatron_settings(config, hf)
-    check_offload(config)
+        _check_router_replay(config.megatron, num_experts(hf))
+    _check_megatron_settings(config.megatron, config.optimizer, hf)
+    check_offload(
+        config.megatron,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+    )
 
 
-def _check_tensor(parallel: ParallelConfig, hf: dict) -> None:
+def _check_tensor(parallel: ParallelConfig, hf: dict[str, Any]) -> None:
     heads = hf["num_attention_heads"]
     groups = hf.get("num_key_value_heads") or heads
     for name, count in (
@@ -113,9 +115,8 @@ def _check_tensor(parallel: ParallelConfig, hf: dict) -> None:
         )
 
 
-def _check_pipeline(config: Config, hf: dict) -> None:
-    parallel = config.parallel
-    uneven = any(name.startswith("num_layers_in_") for name in config.megatron)
+def _check_pipeline(parallel: ParallelConfig, megatron: dict[str, Any], hf: dict[str, Any]) -> None:
+    uneven = any(name.startswith("num_layers_in_") for name in megatron)
     if hf["num_hidden_layers"] % parallel.pipeline and not uneven:
         raise UserError(
             f"parallel.pipeline={parallel.pipeline} does not divide the model's "
@@ -132,7 +133,7 @@ def _check_pipeline(config: Config, hf: dict) -> None:
         )
 
 
-def _check_experts(parallel: ParallelConfig, hf: dict) -> None:
+def _check_experts(parallel: ParallelConfig, hf: dict[str, Any]) -> None:
     if (experts := num_experts(hf)) % parallel.expert or (parallel.expert > 1 and not experts):
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide the model's {experts} experts"
@@ -150,9 +151,11 @@ def _check_experts(parallel: ParallelConfig, hf: dict) -> None:
         )
 
 
-def _check_megatron_settings(config: Config, hf: dict) -> None:
+def _check_megatron_settings(
+    megatron: dict[str, Any], optimizer: OptimizerSettings, hf: dict[str, Any]
+) -> None:
     decided = OTHER_FUNCTION | transformer_settings(hf).keys()
-    for name in config.megatron:
+    for name in megatron:
         if name in OWN_SETTINGS:
             raise UserError(f"megatron.{name}: set {OWN_SETTINGS[name]} instead")
         known = [n for kind in _MEGATRON_CONFIGS for n in _field_names(kind)]
@@ -167,19 +170,19 @@ def _check_megatron_settings(config: Config, hf: dict) -> None:
                 f"megatron.{name}: it is set by the model's config.json, also for the engine and "
                 "the export; change config.json"
             )
-        if name in REFUSED and config.megatron[name]:
+        if name in REFUSED and megatron[name]:
             raise UserError(f"megatron.{name} is not supported: {REFUSED[name]}")
     for kind in _MEGATRON_CONFIGS:
-        megatron_overrides(config.megatron, kind)
-    split = config.optimizer.use_distributed_optimizer
-    if config.megatron.get("overlap_param_gather") and not split:
+        megatron_overrides(megatron, kind)
+    split = optimizer.use_distributed_optimizer
+    if megatron.get("overlap_param_gather") and not split:
         raise UserError(
             "megatron.overlap_param_gather=true has no effect without "
             "optimizer.use_distributed_optimizer=true"
         )
 
 
-def _check_router_replay(config: Config, experts: int) -> None:
+def _check_router_replay(megatron: dict[str, Any], experts: int) -> None:
     """Raise UserError if the model has no routers, or routers that cannot replay a choice."""
     if not experts:
         raise UserError(
@@ -190,27 +193,27 @@ def _check_router_replay(config: Config, experts: int) -> None:
         ("moe_router_load_balancing_type", "sinkhorn", "a solver chooses the experts"),
         ("moe_router_force_load_balancing", True, "it draws logits at random"),
     ):
-        if config.megatron.get(name) == value:
+        if megatron.get(name) == value:
             raise UserError(
                 f"rollout.router_replay=true is incompatible with megatron.{name}={value}: {why}; "
                 "remove one of them"
             )
 
 
-def megatron_overrides(megatron: dict, kind: type) -> dict:
+def megatron_overrides(megatron: dict[str, Any], kind: type) -> dict[str, Any]:
     """Return the settings in the `megatron:` section that are fields of a Megatron dataclass.
 
     Raises UserError for a value that does not have its field's type.
     """
     types, known = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     return {
-        name: value if value is None is known[name].default else _of_type(name, value, types[name])
+        name: value if value is None is known[name].default else _convert(name, value, types[name])
         for name, value in megatron.items()
         if name in known
     }
 
 
-def _of_type(name: str, value: object, kind: Any) -> Any:
+def _convert(name: str, value: object, kind: Any) -> Any:
     """Convert a value to a type: a list to a tuple, a name to a member of an enumeration."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         if value not in list(kind.__members__):
@@ -238,7 +241,7 @@ def _of_type(name: str, value: object, kind: Any) -> Any:
 
 
 def transformer_config(
-    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict
+    hf: dict[str, Any], model: ModelConfig, parallel: ParallelConfig, megatron: dict[str, Any]
 ) -> TransformerConfig:
     """Return Megatron's TransformerConfig for a model, a layout and the `megatron:` section."""
     dtype = DTYPES[model.dtype]
@@ -258,7 +261,7 @@ def transformer_config(
         "moe_token_dispatcher_type": "alltoall",  # required by the line above, also if dense
     }
     if not torch.cuda.is_available():
-        settings |= cpu.model_settings()
+        settings |= cpu_shim.model_settings()
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA apex
         settings["gradient_accumulation_fusion"] = False
     if parallel.virtual_size is not None:
@@ -282,7 +285,10 @@ def transformer_config(
 
 
 def build_model(
-    hf: dict, model: ModelConfig, parallel: ParallelConfig, megatron: dict | None = None
+    hf: dict[str, Any],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    megatron: dict[str, Any] | None = None,
 ) -> list[GPTModel]:
     """Build this rank's part of the model, without loading weights.
 
@@ -296,7 +302,7 @@ def build_model(
 
 
 def _build_chunk(
-    hf: dict,
+    hf: dict[str, Any],
     model: ModelConfig,
     parallel: ParallelConfig,
     mcore: TransformerConfig,
@@ -335,7 +341,7 @@ def describe(config: Config) -> str:
         f"{f' x context {context}' if (context := config.parallel.context) > 1 else ''}"
         f"{' with sequence parallelism' if config.parallel.sequence else ''}, "
         f"{config.model.dtype}; {config.loss.head} head with {logits} logits, rows in "
-        f"{'torch' if rows is row_statistics else 'Triton'}"
+        f"{'torch' if rows is lm_head_torch else 'Triton'}"
     )
 
 
@@ -346,7 +352,9 @@ def output_weight(model: GPTModel) -> torch.Tensor:
     return model.output_layer.weight
 
 
-def _hidden_states(self, hidden_states, /, *_, **__):
+def _hidden_states(
+    self: torch.nn.Module, hidden_states: torch.Tensor, /, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
     """Return the hidden states unchanged, in place of `ColumnParallelLinear.forward`.
 
     Works with every megatron-core from 0.16; the layer keeps its weight, names and sharded state.
@@ -392,7 +400,8 @@ def _torch_spec(mcore: TransformerConfig, virtual_stage: int | None) -> Transfor
 
 
 def _pipeline_rank() -> int:
-    return parallel_state.get_pipeline_model_parallel_rank()
+    rank: int = parallel_state.get_pipeline_model_parallel_rank()
+    return rank
 
 
 def _uses_te(model: ModelConfig) -> bool:

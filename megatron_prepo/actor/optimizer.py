@@ -1,64 +1,74 @@
-"""Construction of Megatron's optimizer and learning-rate schedule from the configuration."""
+"""Construction of Megatron's optimizer and learning-rate schedule from the settings."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_prepo.actor import cpu_offload as offload
+from megatron_prepo.actor.cpu_offload import offloaded
 from megatron_prepo.actor.model import DTYPES, megatron_overrides
-from megatron_prepo.config import Config
+from megatron_prepo.config import OptimizerConfig, TrainConfig
 
 
-def ddp_config(config: Config) -> DistributedDataParallelConfig:
+def ddp_config(
+    optimizer: OptimizerConfig, megatron: dict[str, Any]
+) -> DistributedDataParallelConfig:
     """Return DDP settings; gradients are accumulated and reduced in float32."""
     settings = {
         "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+        "use_distributed_optimizer": optimizer.use_distributed_optimizer,
     }
-    overrides = megatron_overrides(config.megatron, DistributedDataParallelConfig)
+    overrides = megatron_overrides(megatron, DistributedDataParallelConfig)
     return DistributedDataParallelConfig(**(settings | overrides))
 
 
 def build_optimizer(
-    config: Config, model_chunks
+    settings: OptimizerConfig,
+    train: TrainConfig,
+    megatron: dict[str, Any],
+    model_chunks: Sequence[DistributedDataParallel],
+    *,
+    dtype: str,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Return the optimizer and its schedule."""
-    ours = dataclasses.asdict(config.optimizer)
+    """Return the optimizer and its schedule; `dtype` is that of the model (`model.dtype`)."""
+    ours = dataclasses.asdict(settings)
     for name in ("lr_decay_style", "lr_warmup_steps", "lr_decay_steps"):  # used by the schedule
         del ours[name]
-    settings = ours | {
+    arguments = ours | {
         "optimizer": "adam",
-        "bf16": config.model.dtype == "bfloat16",
-        "params_dtype": DTYPES[config.model.dtype],
+        "bf16": dtype == "bfloat16",
+        "params_dtype": DTYPES[dtype],
     }
-    overrides = megatron_overrides(config.megatron, MegatronOptimizerConfig)
-    if config.megatron.get("optimizer_cpu_offload"):
-        mcore = offload.offloaded(settings | overrides)
+    arguments |= megatron_overrides(megatron, MegatronOptimizerConfig)
+    if megatron.get("optimizer_cpu_offload"):
+        mcore = offloaded(arguments)
     else:
-        mcore = MegatronOptimizerConfig(**(settings | overrides))
+        mcore = MegatronOptimizerConfig(**arguments)
     optimizer = get_megatron_optimizer(mcore, model_chunks)
-    return optimizer, build_schedule(config, optimizer)
+    return optimizer, build_schedule(settings, train, optimizer)
 
 
-def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_schedule(
+    settings: OptimizerConfig, train: TrainConfig, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
     """Return Megatron's learning-rate schedule; one of its steps is one optimizer update.
 
     Update u of W warm-up updates, counted from 0, has the learning rate ``lr (u + 1) / W``: no
     update has learning rate 0, and the last one has the peak.  Megatron's warm-up is linear from
     `init_lr` at its step 0 to the peak at step `lr_warmup_steps`, hence `lr / W` and W - 1.
     """
-    settings, updates_per_step = config.optimizer, config.train.mini_batches
-    warmup_updates = max(1, settings.lr_warmup_steps * updates_per_step)
+    warmup_updates = max(1, settings.lr_warmup_steps * train.mini_batches)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr / warmup_updates,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=warmup_updates - 1,
-        lr_decay_steps=(settings.lr_decay_steps or config.train.total_steps) * updates_per_step,
+        lr_decay_steps=(settings.lr_decay_steps or train.total_steps) * train.mini_batches,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -15,11 +15,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import MethodType
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -35,7 +37,7 @@ PARTS = (
 """Internals of the distributed optimizer that are used here."""
 
 
-def write_own_parts(optimizer) -> None:
+def write_own_parts(optimizer: MegatronOptimizer) -> None:
     """Make Megatron's `sharded_state_dict` use `sharded_state` instead of gathering."""
     for part in distributed_parts(optimizer):
         internals.require(part, *PARTS)
@@ -43,13 +45,18 @@ def write_own_parts(optimizer) -> None:
         internals.replace(part, "sharded_param_state_fully_reshardable", ours)
 
 
-def distributed_parts(optimizer) -> list[DistributedOptimizer]:
+def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """Return the optimizers in Megatron's chain that shard their state."""
     return [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
 
 
 def sharded_state(
-    part: DistributedOptimizer, weights: dict, /, is_loading: bool = False, *_, **__
+    part: DistributedOptimizer,
+    weights: dict[str, Any],
+    /,
+    is_loading: bool = False,
+    *_: Any,
+    **__: Any,
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
     """Return the rectangles of this rank's ranges in the model's tensors, by range and state name.
 
@@ -66,7 +73,9 @@ def sharded_state(
         ):
             values = {name: value.cpu() for name, value in values.items()}  # copies, in float32
         state[index] = {
-            name: list(rectangles_of(places[parameter], parameter, start, stop, name, value, part))
+            name: list(
+                split_into_rectangles(places[parameter], parameter, start, stop, name, value, part)
+            )
             for name, value in values.items()
         }
         if is_loading:
@@ -97,7 +106,7 @@ def ranges(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int
                     yield parameter, places["param"].start, places["param"].end
 
 
-def rectangles_of(
+def split_into_rectangles(
     place: ShardedTensor | ShardedTensorFactory,
     parameter: torch.nn.Parameter,
     start: int,
@@ -170,7 +179,9 @@ def position(offset: tuple[int, ...], shape: tuple[int, ...]) -> int:
     return at
 
 
-def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]):
+def _in_row(
+    index: int, start: int, stop: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     before = index * math.prod(shape[1:])
     for offset, size in rectangles(start - before, stop - before, shape[1:]):
         yield (index, *offset), (1, *size)

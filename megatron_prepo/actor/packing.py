@@ -93,7 +93,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Rows of every data-parallel rank, the same number on each."""
 
     ranks: tuple[tuple[Row, ...], ...]
@@ -117,13 +117,13 @@ class Plan:
         return max(flops) * len(flops) / sum(flops) if any(flops) else 1.0
 
 
-def pieces_of(sequences: Sequence[ScoredSequence], most: int | None = None) -> list[Piece]:
+def make_pieces(sequences: Sequence[ScoredSequence], most: int | None = None) -> list[Piece]:
     """Return one piece per sequence; or, given `most`, pieces per prompt of at most `most` tokens.
 
     Prompts are the same only if the engine also routed their tokens to the same experts.
 
     >>> a, b = ScoredSequence((7, 8, 9, 1), 3), ScoredSequence((7, 8, 9, 2, 3), 3)
-    >>> pieces_of([a, b], most=10)
+    >>> make_pieces([a, b], most=10)
     [Piece(index=(1, 0), prefix=2, scored=(2, 1))]
     """
     groups = defaultdict(list)
@@ -151,7 +151,7 @@ def plan_rows(
     rows_multiple: int = 1,
     packing: bool = True,
     share_prefixes: bool = False,
-) -> Plan:
+) -> PackingPlan:
     """Assign sequences to ranks and rows.
 
     No row holds more than `budget` tokens, rounded up to a `multiple`; a rank may get rows without
@@ -160,13 +160,13 @@ def plan_rows(
     longest one.
     """
     if not packing:
-        rows = _padded(pieces_of(sequences), num_ranks, budget, multiple, rows_multiple)
-        return Plan(tuple(rows), shape)
-    pieces = pieces_of(sequences)
+        rows = _padded(make_pieces(sequences), num_ranks, budget, multiple, rows_multiple)
+        return PackingPlan(tuple(rows), shape)
+    pieces = make_pieces(sequences)
     if share_prefixes:
         pieces = _shared_pieces(sequences, num_ranks, budget, shape)
     rows = _packed(pieces, num_ranks, budget, multiple, rows_multiple, shape)
-    return Plan(tuple(rows), shape)
+    return PackingPlan(tuple(rows), shape)
 
 
 def _shared_pieces(
@@ -178,7 +178,7 @@ def _shared_pieces(
     """
     share = sum(len(s.tokens) - 1 for s in sequences) // num_ranks
     sizes = (share, share // 2, share // 4, share // 8, 0) if num_ranks > 1 else (budget,)
-    choices = [pieces_of(sequences, min(budget, size)) for size in sizes]
+    choices = [make_pieces(sequences, min(budget, size)) for size in sizes]
 
     def busiest(pieces: list[Piece]) -> int:
         costs = _costs(pieces, shape)
@@ -240,7 +240,7 @@ def _padded(
     longest_first = sorted(pieces, key=lambda piece: (-piece.tokens, piece.index))
     ranks = []
     for rank in range(num_ranks):
-        rows = []
+        rows: list[list[Piece]] = []
         for piece in longest_first[rank::num_ranks]:
             if not rows or (len(rows[-1]) + 1) * rows[-1][0].tokens > budget:
                 rows.append([])

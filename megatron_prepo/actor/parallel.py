@@ -8,17 +8,18 @@ neither occupy the GPU nor trigger NCCL's watchdog.
 import concurrent.futures
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_prepo.actor import cpu_shim as cpu
+from megatron_prepo.actor import cpu_shim
 from megatron_prepo.config import ParallelConfig
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.process.local_ranks import MEETING_FILE
 
+T = TypeVar("T")
 ADDRESSING = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables for the rendezvous of ranks."""
 _control: list[dist.ProcessGroup] = []
@@ -35,7 +36,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(_number("LOCAL_RANK", 0))
     else:
-        cpu.install()
+        cpu_shim.install()
     timeout = timedelta(minutes=config.timeout_minutes)
     if not dist.is_initialized():
         try:
@@ -113,17 +114,18 @@ def control_group() -> dist.ProcessGroup:
     return _control[0]
 
 
-def from_rank_zero(value):
+def from_rank_zero(value: T) -> T:
     """Return rank 0's argument, any picklable value, on every rank."""
-    box = [value]
+    box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, group=control_group())
-    return box[0]
+    received: T = box[0]
+    return received
 
 
 SIGN_OF_LIFE_SECONDS = 5.0
 
 
-def from_rank_zero_when_done(future: concurrent.futures.Future | None) -> Any:
+def from_rank_zero_when_done(future: concurrent.futures.Future[Any] | None) -> Any:
     """Return the result of rank 0's future on every rank; other ranks pass None.
 
     The future may take any time: rank 0 sends a sign of life every few seconds, so that the timeout
@@ -131,7 +133,7 @@ def from_rank_zero_when_done(future: concurrent.futures.Future | None) -> Any:
     future is raised on every rank.
     """
     while True:
-        state = None
+        state: tuple[Any, BaseException | None] | None = None
         if future is not None:
             concurrent.futures.wait([future], timeout=SIGN_OF_LIFE_SECONDS)
             if future.done():
@@ -146,14 +148,14 @@ def from_rank_zero_when_done(future: concurrent.futures.Future | None) -> Any:
         return value
 
 
-def gather_to_all(value) -> list:
+def gather_to_all(value: T) -> list[T]:
     """Return the values of all ranks, in the order of ranks, on every rank."""
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=control_group())
     return values
 
 
-def assert_equal_on_all_ranks(name: str, value) -> None:
+def assert_equal_on_all_ranks(name: str, value: Any) -> None:
     """Assert that a decision that each rank computes is the same on all ranks."""
     values = gather_to_all(value)
     odd = [rank for rank, other in enumerate(values) if other != values[0]]

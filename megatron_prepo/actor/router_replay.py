@@ -2,7 +2,7 @@
 
 Megatron-Core delegates the top-k of a router to an object, if it has one (`router_replay`, the same
 interface from 0.16 to 0.20).  Megatron's implementation keeps one global list of all routers; ours
-get the micro-batch from `of_micro_batch`.  Only the choice is replayed: probabilities are computed
+get the micro-batch from `replaying`.  Only the choice is replayed: probabilities are computed
 by the actor from the logits of the chosen experts, so that the router is trained as well.
 
 T tokens of the rank, k experts per token.
@@ -11,6 +11,7 @@ T tokens of the rank, k experts per token.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,11 @@ from megatron_prepo import internals
 class RouterReplay:
     """All routers of this rank; from its construction on, they replay routings."""
 
-    def __init__(self, chunks: Sequence[GPTModel], device: torch.device):
-        self.chunks = [_Chunk(chunk, device) for chunk in chunks]
+    def __init__(self, chunks: Sequence[GPTModel], device: torch.device) -> None:
+        self.chunks = [_ChunkRouters(chunk, device) for chunk in chunks]
 
     @contextmanager
-    def of_micro_batch(self, chunk: int, routing_TLk: torch.Tensor | None) -> Iterator[None]:
+    def replaying(self, chunk: int, routing_TLk: torch.Tensor | None) -> Iterator[None]:
         """Replay a routing during a chunk's forward pass of a micro-batch, and its recomputation.
 
         `routing_TLk` covers the entire row and all layers; with None, or -1 for a token, the
@@ -57,14 +58,14 @@ class RouterReplay:
         # trained only with sequence parallelism
         counts_2 = torch.stack([chunk.counts_2 for chunk in self.chunks]).sum(0)
         dist.all_reduce(counts_2)
-        different, all_of_them = counts_2.tolist()
-        return different / max(1, all_of_them)
+        different, total = counts_2.tolist()
+        return float(different / max(1, total))
 
 
-class _Chunk:
+class _ChunkRouters:
     """Routers of a model chunk."""
 
-    def __init__(self, chunk: GPTModel, device: torch.device):
+    def __init__(self, chunk: GPTModel, device: torch.device) -> None:
         self.model, self.device = chunk, device
         self.in_forward = False
         self.counts_2 = torch.zeros(2, dtype=torch.long, device=device)
@@ -92,7 +93,7 @@ class _Chunk:
 class _Router:
     """Substitute for Megatron's RouterReplay in one router."""
 
-    def __init__(self, chunk: _Chunk, number: int):
+    def __init__(self, chunk: _ChunkRouters, number: int) -> None:
         self.chunk, self.number = chunk, number
         self.kept: deque[torch.Tensor | None] = deque()
         """Routings of the micro-batches whose forward pass will be recomputed, in order."""
@@ -103,11 +104,12 @@ class _Router:
         topk: int,
         num_groups: int | None = None,
         group_topk: int | None = None,
-        default_compute_topk: Callable | None = None,
-        *_,
-        **__,
+        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        *_: Any,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and indices of each token's experts, [T, k], from scores [T, experts]."""
+        assert default_compute_topk is not None, "Megatron passes its own choice"
         own_scores_Tk, own_Tk = default_compute_topk(scores, topk, num_groups, group_topk)
         replayed_Tk = self._routing()
         if replayed_Tk is None:

@@ -8,6 +8,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -43,7 +44,7 @@ class Difference:
 def check(directory: str | Path) -> Difference:
     """Compare the two; raises UserError if they differ by more than rounding.
 
-    Call it outside a job: it initialises a job of one process.
+    Call it outside a job, since it starts a job of one process.
     """
     found = compare(directory)
     if not found.passed:
@@ -74,7 +75,7 @@ def compare(directory: str | Path) -> Difference:
         )
 
 
-def write(directory: str | Path, target: Path):
+def write(directory: str | Path, target: Path) -> torch.nn.Module:
     """Save a tiny random model in float32, with only sizes changed in `config.json`.
 
     Returns the model of `transformers`.
@@ -96,7 +97,7 @@ def write(directory: str | Path, target: Path):
     return model
 
 
-def tiny_config(directory: str | Path) -> dict:
+def tiny_config(directory: str | Path) -> dict[str, Any]:
     """Return the content of `config.json` with smaller sizes, but the same head size."""
     raw, hf = read_json(Path(directory) / "config.json"), read_hf_config(directory)
     groups = min(2, hf["num_key_value_heads"])
@@ -121,7 +122,7 @@ def tiny_config(directory: str | Path) -> dict:
     return raw | sizes
 
 
-def in_float64(model):
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     """Return the same model in float64, whose products are exact compared with float32."""
     from transformers import AutoModelForCausalLM
 
@@ -132,7 +133,9 @@ def in_float64(model):
 
 
 @torch.no_grad()
-def transformers_logits(model, tokens_1S: torch.Tensor, positions_1S: torch.Tensor) -> torch.Tensor:
+def transformers_logits(
+    model: torch.nn.Module, tokens_1S: torch.Tensor, positions_1S: torch.Tensor
+) -> torch.Tensor:
     """Return logits `[tokens, vocabulary]` in float64, computed in the model's type."""
     # without a mask, gaps between positions are treated as starts of other sequences
     mask_1S = torch.ones_like(tokens_1S)
@@ -141,7 +144,7 @@ def transformers_logits(model, tokens_1S: torch.Tensor, positions_1S: torch.Tens
 
 @torch.no_grad()
 def megatron_logits(
-    directory: str | Path, hf: dict, tokens_1S: torch.Tensor, positions_1S: torch.Tensor
+    directory: str | Path, hf: dict[str, Any], tokens_1S: torch.Tensor, positions_1S: torch.Tensor
 ) -> torch.Tensor:
     """Return logits `[tokens, vocabulary]` in float64, computed in float32 by Megatron-Core."""
     from megatron_prepo.actor import parallel

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_prepo import config as configuration
-from megatron_prepo.actor.actor import Actor, Gradient, Scores, TrainingSequence
+from megatron_prepo.actor.actor import Actor, BackwardResult, Scores, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
@@ -69,7 +69,7 @@ class DumpWriter:
         if self.writes:
             ownership.begin(directory)
 
-    def add(self, update: int, batch: Sequence[TrainingSequence], gradient: Gradient) -> None:
+    def add(self, update: int, batch: Sequence[TrainingSequence], gradient: BackwardResult) -> None:
         """The mini-batch of this number, after its `backward` and before its `step`."""
         index = self.record.mini_batches[update]
         weights = self.aside / f"weights_{len(self.results)}"

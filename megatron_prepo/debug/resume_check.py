@@ -22,7 +22,7 @@ from typing import Any
 from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
-from megatron_prepo.models.raw import bytes_of
+from megatron_prepo.models.raw import tensor_bytes
 from megatron_prepo.models.torch_dist import TorchDistReader
 from megatron_prepo.run import directory as run_directory
 
@@ -119,7 +119,7 @@ def _content(reader: TorchDistReader, name: str) -> tuple[Any, ...]:
     """Return type, shape and digest of a tensor; -0.0 and 0.0 are two values, NaN is one."""
     shape = reader.shape(name)
     tensor = reader.read(name, (0,) * len(shape), shape)
-    return tensor.dtype, shape, hashlib.sha256(bytes_of(tensor)).hexdigest()
+    return tensor.dtype, shape, hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def text(checks: Sequence[Check]) -> str:

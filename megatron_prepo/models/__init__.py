@@ -1,1 +1,1 @@
-"""Every fact about a model family: configuration, names, formats, operations."""
+"""Facts about model families: configuration, names, formats, operations."""

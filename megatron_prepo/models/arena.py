@@ -17,7 +17,7 @@ ALIGNMENT = 64
 class Arena:
     """Tensors that are valid until the task ends; one buffer per thread, at most `keep_bytes`."""
 
-    def __init__(self, keep_bytes: int):
+    def __init__(self, keep_bytes: int) -> None:
         self._keep_bytes = keep_bytes
         self._local = threading.local()
 

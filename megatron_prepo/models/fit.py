@@ -4,7 +4,8 @@ Little more than the headers of the files is read, so the check before a run or 
 fast.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ MOST_MISSING = 1000
 """Missing names after which the search stops: a damaged config.json may describe billions."""
 
 
-def expected_shapes(hf: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_shapes(hf: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of each tensor of a model with the settings of `read_hf_config`."""
     hidden, head = hf["hidden_size"], hf["head_dim"]
     queries, keys = hf["num_attention_heads"] * head, hf["num_key_value_heads"] * head
@@ -36,7 +37,8 @@ def expected_shapes(hf: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
         if hf["model_type"] in ("qwen3", "qwen3_moe"):
             yield name + "self_attn.q_norm.weight", (head,)
             yield name + "self_attn.k_norm.weight", (head,)
-        mlps, width = ["mlp."], hf["intermediate_size"]
+        mlps: Iterable[str] = ["mlp."]
+        width = hf["intermediate_size"]
         if experts := num_experts(hf):
             yield name + "mlp.gate.weight", (experts, hidden)
             mlps, width = (f"mlp.experts.{e}." for e in range(experts)), hf["moe_intermediate_size"]
@@ -46,7 +48,7 @@ def expected_shapes(hf: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}{mlp}down_proj.weight", (hidden, width)
 
 
-def check_fit(tensors: HFTensors, hf: dict) -> None:
+def check_fit(tensors: HFTensors, hf: dict[str, Any]) -> None:
     """Raise UserError unless the directory has exactly the tensors of the model, in their shapes.
 
     A tied model's files may repeat the embedding as the head, and old files have rotary

@@ -10,7 +10,9 @@ well.
 import json
 import math
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.errors import UserError
 
@@ -81,7 +83,7 @@ NO_CHANGE = {
 
 def read_hf_config(
     directory: str | Path, *, quantized: bool = False, for_megatron: bool = True
-) -> dict:
+) -> dict[str, Any]:
     """Return a model's complete architecture as a `config.json` that gives the same logits.
 
     Keys of SIZES, `model_type`, `architectures`, `rms_norm_eps`, `tie_word_embeddings`,
@@ -130,7 +132,7 @@ def read_hf_config(
     }
 
 
-def transformer_settings(hf: dict) -> dict:
+def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
     """Return fields of Megatron-Core's TransformerConfig."""
     heads = hf["num_attention_heads"]
     return _experts(hf) | {
@@ -152,7 +154,7 @@ def transformer_settings(hf: dict) -> dict:
     }
 
 
-def gpt_settings(hf: dict) -> dict:
+def gpt_settings(hf: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of Megatron-Core's GPTModel other than its TransformerConfig."""
     rope = hf["rope_parameters"]
     settings = {
@@ -166,12 +168,12 @@ def gpt_settings(hf: dict) -> dict:
     return settings
 
 
-def num_experts(hf: dict) -> int:
+def num_experts(hf: dict[str, Any]) -> int:
     """Return the number of experts per layer, 0 for a dense model."""
     return hf["num_experts"] if hf["model_type"] == "qwen3_moe" else 0
 
 
-def _experts(hf: dict) -> dict:
+def _experts(hf: dict[str, Any]) -> dict[str, Any]:
     if not num_experts(hf):
         return {}
     return {
@@ -185,7 +187,7 @@ def _experts(hf: dict) -> dict:
     }
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.  Raises UserError for any other file."""
     if not path.is_file():
         raise UserError(f"no Hugging Face model in {path.parent}: {path} is missing")
@@ -202,7 +204,7 @@ def read_json(path: Path) -> dict:
     return raw
 
 
-def _refuse_unknown(path: Path, raw: dict) -> None:
+def _refuse_unknown(path: Path, raw: dict[str, Any]) -> None:
     """Raise UserError for a key that is not known to have no influence on the computation."""
     from transformers import GenerationConfig
 
@@ -217,7 +219,7 @@ def _refuse_unknown(path: Path, raw: dict) -> None:
         )
 
 
-def _as_transformers_reads(path: Path, raw: dict) -> dict:
+def _as_transformers_reads(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return all attributes of the `transformers` object for the file, and derived sizes.
 
     Never runs code from the model's directory.
@@ -235,7 +237,7 @@ def _as_transformers_reads(path: Path, raw: dict) -> dict:
         raise UserError(
             f"{path}: transformers rejects it: {type(error).__name__}: {reason[:300]}"
         ) from error
-    hf = {"model_type": raw["model_type"]} | vars(theirs)
+    hf: dict[str, Any] = {"model_type": raw["model_type"], **vars(theirs)}
     if raw["model_type"] == "qwen3_moe":
         hf["num_experts"] = theirs.num_experts  # stored under another name
     if "head_dim" not in hf:  # the default in the attention of Qwen2 and Qwen3-MoE
@@ -243,7 +245,7 @@ def _as_transformers_reads(path: Path, raw: dict) -> dict:
     return hf
 
 
-def _refuse_other_computations(path: Path, hf: dict) -> None:
+def _refuse_other_computations(path: Path, hf: dict[str, Any]) -> None:
     """Raise UserError for settings with which Megatron-Core would compute something else."""
     moe = hf["model_type"] == "qwen3_moe"
     for name, value in (ONLY | (ONLY_EXPERTS if moe else {})).items():
@@ -256,7 +258,7 @@ def _refuse_other_computations(path: Path, hf: dict) -> None:
         raise UserError(f"{path}: layer_types other than 'full_attention' are not supported")
 
 
-def _check_sizes(path: Path, hf: dict) -> None:
+def _check_sizes(path: Path, hf: dict[str, Any]) -> None:
     """Raise UserError for an invalid size or epsilon among those that are set."""
     for name in (*SIZES, *EXPERT_SIZES):
         # transformers creates a list with one element per layer
@@ -269,7 +271,7 @@ def _check_sizes(path: Path, hf: dict) -> None:
         )
 
 
-def _check_numbers(path: Path, hf: dict) -> None:
+def _check_numbers(path: Path, hf: dict[str, Any]) -> None:
     _check_sizes(path, hf)
     if type(hf["tie_word_embeddings"]) is not bool:
         raise UserError(
@@ -291,7 +293,7 @@ def _check_numbers(path: Path, hf: dict) -> None:
         )
 
 
-def _rope_parameters(path: Path, hf: dict) -> dict:
+def _rope_parameters(path: Path, hf: dict[str, Any]) -> dict[str, Any]:
     """Return `rope_type`, `rope_theta` and the further parameters of Llama 3's scaling."""
     rope = hf["rope_parameters"]
     kind = rope.get("rope_type")
@@ -317,14 +319,14 @@ def _rope_parameters(path: Path, hf: dict) -> dict:
     return {"rope_type": kind} | {name: rope[name] for name in names}
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     """Return whether a value is an int or float that a float can represent."""
     if type(value) not in (int, float):
         return False
     return abs(value) < 1 << 1000 and math.isfinite(value)
 
 
-def listed(names) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return the first ten names and the number of further ones, in one line."""
     names = list(names)
     first = [n if n.isprintable() and 0 < len(n) < 200 else reprlib.repr(n) for n in names[:10]]

@@ -8,12 +8,14 @@ concurrently, and no file is ever entirely in memory.
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import naming
 from megatron_prepo.models.hf_config import QUANTIZATION_KEYS, listed
-from megatron_prepo.models.raw import bytes_of, read_into, write_at
+from megatron_prepo.models.raw import read_into, tensor_bytes, write_at
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,8 +40,10 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot")
-OTHER_WEIGHTS += (".onnx", ".onnx_data", ".tflite", ".npz", ".distcp")
+OTHER_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot"),
+    *(".onnx", ".onnx_data", ".tflite", ".npz", ".distcp"),
+)
 """Suffixes of files with weights, in our format or another one."""
 OTHER_FOLDERS = ("consolidated", "original", "onnx", "openvino", "coreml", "checkpoints", "release")
 OWN_MARKS = ("config.yaml", "latest_checkpointed_iteration.txt", "metadata.json", SINGLE, INDEX)
@@ -53,6 +57,10 @@ QUANTIZED = re.compile(
 )
 """Names of tensors in the formats of GPTQ, AWQ, bitsandbytes, compressed tensors and FP8."""
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type of a table of tensors: name -> (dtype, shape), in the order in which files are filled."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class HFTensors:
     damaged or truncated file, and an index that names a missing file or tensor.
     """
 
-    def __init__(self, directory: str | Path, *, tied: bool = False):
+    def __init__(self, directory: str | Path, *, tied: bool = False) -> None:
         self.directory = Path(directory)
         if (self.directory / ADAPTER).is_file():
             raise UserError(
@@ -106,7 +114,7 @@ class HFTensors:
     def __enter__(self) -> "HFTensors":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -196,7 +204,7 @@ def _experts(name: str, place: TensorPlace) -> Iterator[tuple[str, TensorPlace]]
 class HFWriter:
     """Writer of a Hugging Face directory, under a temporary name until `finish` renames it.
 
-    `shapes`: name -> (dtype, shape) of all tensors, in the order in which files are filled.
+    `shapes`: all tensors.
     `like`: a directory whose files other than weights are copied (`carry_over`); None: no files.
     `kind`: kind in its marker (`ownership.py`); an existing directory of the same kind is replaced.
     None: the directory belongs to the user when it is finished.
@@ -205,12 +213,12 @@ class HFWriter:
     def __init__(
         self,
         directory: str | Path,
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        shapes: Shapes,
         *,
         like: str | Path | None,
         shard_bytes: int = 5 << 30,
         kind: str | None = None,
-    ):
+    ) -> None:
         self.directory, self.kind = Path(directory), kind
         self.aside = ownership.begin(self.directory)
         self.places: dict[str, TensorPlace] = {}
@@ -222,15 +230,15 @@ class HFWriter:
             self.abandon()
             raise
 
-    def _start(self, shapes: dict, like: str | Path | None, shard_bytes: int) -> None:
+    def _start(self, shapes: Shapes, like: str | Path | None, shard_bytes: int) -> None:
         """Write headers, index and other files."""
         shards = _shards(shapes, shard_bytes)
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             path = self.aside / (file if len(shards) > 1 else "model.safetensors")
             self.places |= _write_header(path, {name: shapes[name] for name in names})
-        for file in {place.file for place in self.places.values()}:
-            self._descriptors[file] = os.open(file, os.O_WRONLY)
+        for path in {place.file for place in self.places.values()}:
+            self._descriptors[path] = os.open(path, os.O_WRONLY)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(p.num_bytes for p in self.places.values())},
@@ -249,7 +257,7 @@ class HFWriter:
         )
         self._missing.remove(name)
         if place.num_bytes:
-            data = bytes_of(tensor.contiguous().cpu())
+            data = tensor_bytes(tensor.contiguous().cpu())
             with naming(place.file):
                 write_at(self._descriptors[place.file], data, place.offset)
 
@@ -274,7 +282,8 @@ def buckets(
     weights: Iterable[tuple[str, torch.Tensor]], limit: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Yield consecutive tensors of at most `limit` bytes in total; a larger one comes alone."""
-    bucket, size = [], 0
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
     for name, tensor in weights:
         num_bytes = tensor.numel() * tensor.element_size()
         if bucket and size + num_bytes > limit:
@@ -353,7 +362,7 @@ def _is_of_its_own(folder: Path) -> bool:
     return other or any((folder / mark).is_file() for mark in OWN_MARKS)
 
 
-def _described(config: dict, dtype: str) -> dict:
+def _described(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Return a `config.json` for tensors of `dtype`.
 
     `transformers` 5 reads `dtype` before `torch_dtype`, older tools only the latter.
@@ -413,14 +422,15 @@ def _read_header(file: Path) -> dict[str, TensorPlace]:
     return places
 
 
-def _is_entry(begin, stop, name, kind, shape) -> bool:
+def _is_entry(begin: Any, stop: Any, name: str, kind: Any, shape: tuple[Any, ...]) -> bool:
     """Return whether a header's entry has the required types."""
     counts = (begin, stop, *shape)
     return type(kind) is str and all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
 
 
-def _write_header(path: Path, shapes: dict) -> dict[str, TensorPlace]:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+def _write_header(path: Path, shapes: Shapes) -> dict[str, TensorPlace]:
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (dtype, shape) in shapes.items():
         stop = offset + _num_bytes(dtype, shape)
         header[name] = {
@@ -441,7 +451,7 @@ def _write_header(path: Path, shapes: dict) -> dict[str, TensorPlace]:
     return places
 
 
-def _shards(shapes: dict, limit: int) -> list[list[str]]:
+def _shards(shapes: Shapes, limit: int) -> list[list[str]]:
     """Return names in order, split into files of at most `limit` bytes or a single tensor."""
     shards: list[list[str]] = [[]]
     size = 0
@@ -456,7 +466,4 @@ def _shards(shapes: dict, limit: int) -> list[list[str]]:
 
 
 def _num_bytes(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count * dtype.itemsize
+    return math.prod(shape) * int(dtype.itemsize)

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.fit import check_tied_head
 from megatron_prepo.models.hf_config import listed
 from megatron_prepo.models.hf_files import HEAD, HFTensors
-from megatron_prepo.models.mapping import Heads, Mapping, mapping_of, shard, to_megatron
+from megatron_prepo.models.mapping import Heads, Mapping, find_mapping, shard, to_megatron
 
 
 def stage_parameters(
@@ -21,7 +23,7 @@ def stage_parameters(
     return [parameter for chunk in chunks for parameter in _chunk_parameters(chunk)]
 
 
-def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
+def _chunk_parameters(model: torch.nn.Module) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     experts_here = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
@@ -30,14 +32,14 @@ def _chunk_parameters(model) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
     return [
         (
             name,
-            mapping_of(name, first_layer=first_layer, first_expert=first_expert, tied=tied),
+            find_mapping(name, first_layer=first_layer, first_expert=first_expert, tied=tied),
             parameter,
         )
         for name, parameter in model.named_parameters()
     ]
 
 
-def heads_of(config) -> Heads:
+def attention_heads(config: TransformerConfig) -> Heads:
     """Return the attention geometry of a TransformerConfig."""
     return Heads(
         num_groups=config.num_query_groups,
@@ -60,7 +62,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
     Collective over all ranks, which together must use every tensor of the files.
     Raises UserError for a missing file or tensor, a shape that does not fit, or an unused tensor.
     """
-    heads = heads_of(chunks[0].config)
+    heads = attention_heads(chunks[0].config)
     mine = stage_parameters(chunks)
     tied = chunks[0].share_embeddings_and_output_weights
     with HFTensors(directory, tied=tied) as tensors:
@@ -72,7 +74,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], directory: str | Path) ->
             except ValueError as error:
                 raise UserError(f"{directory} does not fit its config.json: {error}") from error
             parameter.copy_(part)
-        used: list = [None] * dist.get_world_size()
+        used: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(used, [n for _, mapping, _ in mine for n in mapping.hf_names])
         refuse_leftover(tensors, set().union(*used), tied)
 

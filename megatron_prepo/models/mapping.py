@@ -92,7 +92,7 @@ class Heads:
     queries_per_group: int
 
 
-def mapping_of(
+def find_mapping(
     megatron_name: str, *, first_layer: int = 0, first_expert: int = 0, tied: bool = False
 ) -> Mapping:
     """Return the mapping of a parameter by its name in this pipeline stage.
@@ -101,7 +101,7 @@ def mapping_of(
     the rank's first expert.
     `tied`: embedding and output share their tensor, from which a stage's copy of it is read.
 
-    >>> mapping_of("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
+    >>> find_mapping("decoder.layers.1.self_attention.linear_proj.weight", first_layer=4).hf_names
     ('model.layers.5.self_attn.o_proj.weight',)
 
     Raises KeyError for a name that is not in the table.
@@ -112,10 +112,11 @@ def mapping_of(
         kind, hf_name = TOP[megatron_name]
         return Mapping(kind, (hf_name,))
     in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
-    for pattern, (kind, hf_names) in _LAYER_PATTERNS if in_layer else ():
-        if match := pattern.fullmatch(in_layer[2]):
-            layer, expert = int(in_layer[1]) + first_layer, match.groupdict().get("expert")
-            expert = None if expert is None else int(expert) + first_expert
+    number, name_in_layer = in_layer.groups() if in_layer else ("", "")
+    for pattern, (kind, hf_names) in _LAYER_PATTERNS:
+        if match := pattern.fullmatch(name_in_layer):
+            layer, found = int(number) + first_layer, match.groupdict().get("expert")
+            expert = None if found is None else int(found) + first_expert
             names = tuple(name.format(layer=layer, expert=expert) for name in hf_names)
             return Mapping(kind, names, expert)
     raise KeyError(f"no Hugging Face name is known for the Megatron parameter {megatron_name}")
@@ -165,7 +166,9 @@ def to_hf(
     return [full[:vocab_size] if mapping.kind == "vocab" else full]
 
 
-def shard(mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, size: int):
+def shard(
+    mapping: Mapping, full: torch.Tensor, shape: torch.Size, rank: int, size: int
+) -> torch.Tensor:
     """Return a tensor-parallel rank's part of Megatron's full tensor, which must have `shape`."""
     if mapping.kind == "vocab" and (padding := shape[0] * size - full.shape[0]) > 0:
         full = torch.cat([full, full.new_zeros(padding, *full.shape[1:])])

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 
 from megatron_prepo.models.hf_files import HFWriter
-from megatron_prepo.models.hf_to_megatron import heads_of, split_group, stage_parameters
+from megatron_prepo.models.hf_to_megatron import attention_heads, split_group, stage_parameters
 from megatron_prepo.models.mapping import Mapping, to_hf, unshard
 
 
@@ -60,12 +61,15 @@ def hf_gradients(
 
 
 def _whole_tensors(
-    config, mine: list, vocab_size: int, parts: Sequence[Part]
+    config: TransformerConfig,
+    mine: Sequence[tuple[str, Mapping, torch.Tensor]],
+    vocab_size: int,
+    parts: Sequence[Part],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield full tensors under Hugging Face names; `mine` has (name, mapping, this rank's part)."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
-    heads = heads_of(config)
+    heads = attention_heads(config)
     for stage, position, mapping, shape, dtype in parts:
         if stage == pp_group.rank():
             part = mine[position][2].detach().contiguous()
@@ -78,9 +82,9 @@ def _whole_tensors(
         if mapping.expert is None:
             yield from zip(mapping.hf_names, to_hf(mapping, full, heads, vocab_size), strict=True)
             continue
-        experts_a_rank = config.num_moe_experts // ep_group.size()
+        experts_per_rank = config.num_moe_experts // ep_group.size()
         for rank, other in enumerate(_gather(full, ep_group)):
-            theirs = mapping.of_expert(mapping.expert % experts_a_rank + rank * experts_a_rank)
+            theirs = mapping.of_expert(mapping.expert % experts_per_rank + rank * experts_per_rank)
             yield from zip(theirs.hf_names, to_hf(theirs, other, heads, vocab_size), strict=True)
 
 
@@ -93,15 +97,15 @@ def hf_shapes(
     """
     ep_size = parallel_state.get_expert_model_parallel_group().size()
     config, shapes = chunks[0].config, {}
-    heads = heads_of(config)
+    heads = attention_heads(config)
     for _, _, mapping, shape, dtype in hf_plan(chunks) if parts is None else parts:
         part = torch.empty(shape, dtype=dtype, device="meta")
         full = unshard(mapping, [part] * split_group(mapping).size())
         experts = [mapping]
         if mapping.expert is not None:
-            experts_a_rank = config.num_moe_experts // ep_size
-            local = mapping.expert % experts_a_rank
-            experts = [mapping.of_expert(local + r * experts_a_rank) for r in range(ep_size)]
+            experts_per_rank = config.num_moe_experts // ep_size
+            local = mapping.expert % experts_per_rank
+            experts = [mapping.of_expert(local + r * experts_per_rank) for r in range(ep_size)]
         for each in experts:
             for name, tensor in zip(
                 each.hf_names, to_hf(each, full, heads, vocab_size), strict=True
@@ -132,10 +136,10 @@ def save_hf(
         writer.finish()
 
 
-def _plan(mine: list) -> list[Part]:
+def _plan(mine: Sequence[tuple[str, Mapping, torch.Tensor]]) -> list[Part]:
     """Return the parts of all stages; `mine` has those of this rank's stage."""
     pp_group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list = [None] * pp_group.size()
+    stages: list[Any] = [None] * pp_group.size()
     dist.all_gather_object(
         stages, [(mapping, tuple(p.shape), p.dtype) for _, mapping, p in mine], group=pp_group
     )

@@ -8,14 +8,14 @@ PIECE = 1 << 20
 """Bytes per write: writes of tens of megabytes had only a half to a seventh of the throughput."""
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def read_into(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
     """Fill a contiguous tensor from a file."""
-    left = bytes_of(tensor) if tensor.numel() else b""
+    left = tensor_bytes(tensor) if tensor.numel() else b""
     while left:
         count = os.preadv(descriptor, [left], offset)
         assert count > 0, "the file was truncated while it was read"

@@ -8,6 +8,7 @@ without an error.
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import (
@@ -57,7 +58,7 @@ OTHER_FUNCTION = {
 """Other fields that Megatron's trainers may record, with the values of our families, if any."""
 
 
-def architecture_record(settings: dict) -> dict:
+def architecture_record(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the entries that Megatron's trainers read besides tensors: the architecture."""
     mcore, gpt = transformer_settings(settings), gpt_settings(settings)
     args = Namespace(
@@ -85,7 +86,7 @@ def architecture_record(settings: dict) -> dict:
     return {"args": args, "iteration": 0, "checkpoint_version": 3.0}
 
 
-def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
+def check_record(checkpoint: Path, settings: dict[str, Any], where: str | Path) -> None:
     """Raise UserError, naming the fields, if the checkpoint's record differs from `settings`.
 
     `where`: the directory of the `config.json` with these settings.  Without a record in
@@ -93,7 +94,8 @@ def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
     """
     args, source = TorchDistReader(checkpoint).common().get("args"), "its record"
     if args is None and (own := own_files(checkpoint)):
-        args, source = architecture_record(read_hf_config(own, quantized=True))["args"], own
+        args = architecture_record(read_hf_config(own, quantized=True))["args"]
+        source = str(own)
     if args is None:
         return
     stored, given = comparable(args), comparable(architecture_record(settings)["args"])
@@ -117,7 +119,7 @@ def check_record(checkpoint: Path, settings: dict, where: str | Path) -> None:
         )
 
 
-def comparable(args: Namespace | dict) -> dict:
+def comparable(args: Namespace | dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a record that affect the computation, under Megatron's names."""
     if not isinstance(args, Namespace | dict):
         raise UserError(f"the record `args` of a checkpoint is a {type(args).__name__}")

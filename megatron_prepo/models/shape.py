@@ -1,13 +1,14 @@
-"""The numbers of a `config.json` that memory and operations depend on."""
+"""Sizes in a `config.json` that determine memory and operations."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prepo.models.hf_config import num_experts
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a `config.json` that memory depends on."""
+    """Sizes of a model."""
 
     layers: int
     hidden: int
@@ -18,13 +19,13 @@ class Shape:
     """Width of the MLP, or of one expert."""
     vocabulary: int
     experts: int
-    experts_a_token: int
+    experts_per_token: int
     head_norms: bool
     """Whether queries and keys are normalised (Qwen3)."""
 
     @classmethod
-    def of(cls, hf: dict) -> "Shape":
-        """From a Hugging Face configuration that `read_hf_config` has accepted."""
+    def of(cls, hf: dict[str, Any]) -> "Shape":
+        """Return the sizes of a Hugging Face configuration that `read_hf_config` has accepted."""
         experts, heads = num_experts(hf), hf["num_attention_heads"]
         return cls(
             layers=hf["num_hidden_layers"],
@@ -35,22 +36,22 @@ class Shape:
             mlp=hf["moe_intermediate_size"] if experts else hf["intermediate_size"],
             vocabulary=hf["vocab_size"],
             experts=experts,
-            experts_a_token=hf["num_experts_per_tok"] if experts else 0,
+            experts_per_token=hf["num_experts_per_tok"] if experts else 0,
             head_norms=hf["model_type"].startswith("qwen3"),
         )
 
     @property
     def queries(self) -> int:
-        """Width of a token's queries."""
+        """Total width of the queries of a token."""
         return self.heads * self.head_size
 
     @property
     def keys(self) -> int:
-        """Width of a token's keys, and of its values."""
+        """Total width of the keys of a token, and of its values."""
         return self.groups * self.head_size
 
     @property
     def idle_parameters(self) -> int:
-        """Parameters of the experts that a token does not see."""
-        idle = self.experts - self.experts_a_token
+        """Number of parameters in experts to which a token is not routed."""
+        idle = self.experts - self.experts_per_token
         return self.layers * idle * 3 * self.hidden * self.mlp

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_prepo.errors import UserError
-from megatron_prepo.models.raw import bytes_of, read_into, write_at
+from megatron_prepo.models.raw import read_into, tensor_bytes, write_at
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -44,8 +44,10 @@ FORMAT = {
 
 COMMON = "common_state/shard_0_1"
 """Megatron's name of the state that is not tensors, from 0.19 on."""
-PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError)
-PICKLE_ERRORS += (KeyError, RuntimeError, TypeError, ValueError)
+PICKLE_ERRORS = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError),
+    *(KeyError, RuntimeError, TypeError, ValueError),
+)
 """Exceptions of unpickling for bytes that are not a pickle, or not one of the expected type."""
 
 
@@ -64,7 +66,7 @@ class Chunk:
 class TorchDistWriter:
     """Writer that appends chunks to data files and writes the tables at the end."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
@@ -76,7 +78,7 @@ class TorchDistWriter:
     def write(self, chunk: Chunk, tensor: torch.Tensor) -> None:
         """Append a chunk; each thread has a separate file."""
         before, after = _envelope(chunk.shape, tensor.dtype)
-        data = bytes_of(tensor.contiguous())
+        data = tensor_bytes(tensor.contiguous())
         descriptor, name, begin = self._file()
         end = begin
         for part in (before, data, after):
@@ -98,7 +100,7 @@ class TorchDistWriter:
             assert index not in self._places, f"{chunk.key} at {chunk.offset} was written twice"
             self._places[index] = _StorageInfo(name, begin, end - begin)
 
-    def finish(self, common: dict) -> None:
+    def finish(self, common: dict[str, Any]) -> None:
         """Write the tables; the caller renames the directory."""
         self.close()
         metadata = Metadata(state_dict_metadata=self._tensors, storage_data=self._places)
@@ -132,7 +134,7 @@ class TorchDistReader:
     Raises UserError for an incomplete checkpoint.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         table = self.directory / ".metadata"
         if not table.is_file():
@@ -192,7 +194,7 @@ class TorchDistReader:
             )
         return target
 
-    def common(self) -> dict:
+    def common(self) -> dict[str, Any]:
         """Return the state that is not tensors."""
         from megatron.core.safe_globals import register_safe_globals
 
@@ -201,7 +203,8 @@ class TorchDistReader:
         file = self.directory / (place.relative_path if place else "common.pt")
         try:
             if place is None:
-                return torch.load(file, weights_only=True)
+                common: dict[str, Any] = torch.load(file, weights_only=True)
+                return common
             with file.open("rb") as stream:
                 stream.seek(place.offset)
                 (common,) = torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
@@ -214,7 +217,13 @@ class TorchDistReader:
             raise UserError(f"{self.directory} has no tensor {key}")
         return self.tensors[key]
 
-    def _read_part(self, index, chunk, inside: tuple[slice, ...], part: torch.Tensor) -> None:
+    def _read_part(
+        self,
+        index: MetadataIndex,
+        chunk: ChunkStorageMetadata,
+        inside: tuple[slice, ...],
+        part: torch.Tensor,
+    ) -> None:
         """Fill `part` from a region of a chunk."""
         place = self._places[index]
         path = self.directory / place.relative_path
@@ -287,7 +296,7 @@ class _TableUnpickler(pickle.Unpickler):
         "pathlib._local": {"Path", "PosixPath"},
     }
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
@@ -352,7 +361,7 @@ def _raw_data(
 class _Window(io.RawIOBase):
     """File object over a range of a file."""
 
-    def __init__(self, stream, offset: int, length: int):
+    def __init__(self, stream: io.BufferedReader, offset: int, length: int) -> None:
         self._stream, self._offset, self._length, self._at = stream, offset, length, 0
 
     def seekable(self) -> bool:
@@ -369,7 +378,7 @@ class _Window(io.RawIOBase):
         self._at = base + position
         return self._at
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         self._stream.seek(self._offset + self._at)
         count = self._stream.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
         self._at += count

@@ -145,7 +145,7 @@ def _parts(config: Config, hf: dict[str, Any]) -> _Parts:
         one_layer,
         config.model,
         parallel,
-        ddp_config(config),
+        ddp_config(config.optimizer, config.megatron),
         world_size=parallel.num_ranks,
     )
     tensor = config.parallel.tensor

@@ -84,8 +84,8 @@ def _mlp_activations(shape: Shape, parallel: ParallelConfig, layers: Layers) -> 
     inside = (6 if layers == "te" else 12) * shape.mlp / parallel.tensor
     # indices, probabilities and the map of tokens to experts: megatron-core sorts it since 0.17,
     # and 0.16 keeps 3 bytes in place of 8
-    routing = (20 * shape.experts_a_token + 8 * shape.experts + 4) / parallel.tensor
-    return shape.experts_a_token * (inputs + inside) + routing
+    routing = (20 * shape.experts_per_token + 8 * shape.experts + 4) / parallel.tensor
+    return shape.experts_per_token * (inputs + inside) + routing
 
 
 def stage_activations(

@@ -182,7 +182,7 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
             hf,
             config.model,
             config.parallel,
-            ddp_config(config),
+            ddp_config(config.optimizer, config.megatron),
             config.megatron,
             world_size=request.gpus,
         )

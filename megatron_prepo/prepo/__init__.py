@@ -1,1 +1,1 @@
-"""The mathematics of PREPO: tensors and numbers in, no configuration, no collectives."""
+"""Mathematics of PREPO on tensors and numbers, without configuration or collectives."""

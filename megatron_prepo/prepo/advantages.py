@@ -6,10 +6,11 @@ import torch
 def group_advantages(
     rewards_KG: torch.Tensor, *, std: str = "unbiased", eps: float = 1e-6
 ) -> torch.Tensor:
-    """`advantages_KG` from the rewards of K groups of G rollouts, float64.
+    """Return `advantages_KG` for the rewards of K groups of G rollouts, float64.
 
     `std`: `unbiased` (n-1), `population` (n), or `none` (no division, as in Dr. GRPO).
-    A group whose rewards are all equal gets exactly 0, whatever the rounding of its mean.
+    A group with equal rewards gets exactly 0, whatever the rounding error of its mean.
+
     Raises ValueError for a reward that is not finite.
     """
     rewards_KG = rewards_KG.double()
@@ -23,5 +24,5 @@ def group_advantages(
 
 
 def zero_variance(rewards_KG: torch.Tensor) -> torch.Tensor:
-    """Which of the K groups have equal rewards, and therefore nothing to learn from."""
+    """Return a mask of the K groups with equal rewards, whose advantages are 0."""
     return rewards_KG.amax(dim=1) == rewards_KG.amin(dim=1)

@@ -1,29 +1,29 @@
-"""How far the engine's probabilities are from the actor's, and the loss's correction for it.
+"""Importance weights that correct the loss for differences between engine and actor.
 
     r_t = p_actor(y_t) / p_engine(y_t)          before the update, at the sampling temperature
 
-Rollouts come from the engine, so the actor's expectations are the engine's weighted by the ratio:
-of the token (`token_ratios`, which overlooks that the text before it is the engine's, too) or of
-the rollout (`sequence_ratios`: exact, with a variance that grows with the length).  What is then
-used of the ratio is `truncated` (Ionides 2008) or `masked`.  Neither touches a normaliser.
+The engine samples the rollouts, so an expectation under the actor is one under the engine, weighted
+by a ratio: that of the token (`token_ratios`, which ignores that the engine also sampled the text
+before it) or that of the rollout (`sequence_ratios`: exact, with a variance that grows with the
+length).  The ratio is then `truncated` (Ionides 2008) or `masked`.  Neither changes a normaliser.
 """
 
 import torch
 
 
 def token_ratios(old_logprobs_T: torch.Tensor, engine_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """r_t, float64."""
+    """Return r_t of each token, float64."""
     return (old_logprobs_T.double() - engine_logprobs_T.double()).exp()
 
 
 def sequence_ratios(old_logprobs_T: torch.Tensor, engine_logprobs_T: torch.Tensor) -> torch.Tensor:
-    """The product of all r_t of one rollout, at each of its tokens, float64."""
+    """Return the product of r_t over a rollout, repeated for each of its tokens, float64."""
     log_ratio = (old_logprobs_T.double() - engine_logprobs_T.double()).sum()
     return log_ratio.exp().expand(len(old_logprobs_T))
 
 
 def truncated(ratio_T: torch.Tensor, high: float) -> torch.Tensor:
-    """min(r, high): biased, but never far from any token's share.
+    """Return min(r, high): biased, but with bounded weights.
 
     >>> truncated(torch.tensor([0.25, 1.0, 3.0]), 2.0).tolist()
     [0.25, 1.0, 2.0]
@@ -32,7 +32,7 @@ def truncated(ratio_T: torch.Tensor, high: float) -> torch.Tensor:
 
 
 def masked(ratio_T: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """R where low <= r <= high, and 0 elsewhere: what the engine got wrong is not learnt from.
+    """Return r where low <= r <= high, and 0 elsewhere, so that outliers have no gradient.
 
     >>> masked(torch.tensor([0.25, 1.0, 3.0]), 0.5, 2.0).tolist()
     [0.0, 1.0, 0.0]
@@ -42,7 +42,7 @@ def masked(ratio_T: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 
 RATIOS = {"token": token_ratios, "sequence": sequence_ratios}
-"""By `loss.importance_level`."""
+"""Functions by the value of `loss.importance_level`."""
 
 
 def importance_weights(
@@ -54,9 +54,10 @@ def importance_weights(
     low: float,
     high: float,
 ) -> torch.Tensor:
-    """Return what each token of one rollout counts in the loss, float32.
+    """Return the weight in the loss of each token of one rollout, float32.
 
-    `method`: `truncated` or `masked`; `level`: a key of RATIOS; `low` is for `masked` only.
+    `method`: `truncated` or `masked`; `level`: a key of RATIOS; `low` is
+    used by `masked` only.
     """
     ratio_T = RATIOS[level](old_logprobs_T, engine_logprobs_T)
     if method == "truncated":

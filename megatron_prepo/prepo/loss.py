@@ -2,10 +2,11 @@
 
     L = - sum_i c_i sum_t min(s_it A_i, clip(s_it, 1 - eps_low, 1 + eps_high) A_i)
 
-s_it is the ratio of the token's probability now to that before the update, A_i the group-relative
-advantage, and c_i what `rollout_coefficients` gives: the relative-entropy weight w_i divided as the
-aggregation says.  The coefficients hold every normaliser, over the whole optimizer batch, so the
-losses of micro-batches and of data-parallel ranks simply add up.
+s_it is the ratio of the token's current probability to that before the update, A_i the
+group-relative advantage, and c_i the coefficient from `rollout_coefficients`: the relative-entropy
+weight w_i divided by the normaliser of the aggregation.  The coefficients contain all normalisers,
+over the complete optimizer batch, so that the losses of micro-batches and data-parallel ranks are
+added without further division.
 """
 
 from dataclasses import dataclass
@@ -15,21 +16,21 @@ import torch
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Tokens of some rollouts, flat: T of them."""
+    """Inputs of the loss for the T tokens of some rollouts, concatenated."""
 
     old_logprobs_T: torch.Tensor
-    """The actor's before the update."""
+    """Log-probabilities under the actor before the update."""
     advantage_T: torch.Tensor
-    """Of the token's rollout."""
+    """Advantage of the token's rollout."""
     coefficient_T: torch.Tensor
-    """Of the token's rollout."""
+    """Coefficient of the token's rollout."""
     importance_T: torch.Tensor | None = None
-    """What the token counts, where engine and actor differ (`importance.py`)."""
+    """Importance weights, which correct for differences of engine and actor (`importance.py`)."""
     reference_logprobs_T: torch.Tensor | None = None
-    """The initial policy's, for the KL penalty."""
+    """Log-probabilities under the initial policy, for the KL penalty."""
 
     def __getitem__(self, tokens: slice) -> "LossTerms":
-        """Those of some of the tokens."""
+        """Return the terms of a range of the tokens."""
         fields = vars(self).items()
         return LossTerms(**{name: None if v is None else v[tokens] for name, v in fields})
 
@@ -37,7 +38,7 @@ class LossTerms:
 def rollout_coefficients(
     weight_N: torch.Tensor, lengths_N: torch.Tensor, aggregation: str
 ) -> torch.Tensor:
-    """`coefficient_N`: each rollout's weight over the normaliser of the optimizer batch of M = N.
+    """Return `coefficient_N`: weights divided by the normaliser, for an optimizer batch of M = N.
 
     - `seq-mean-token-sum`: w_i / M (as first published)
     - `seq-mean-token-mean`: w_i / (M |o_i|) (later versions)
@@ -66,10 +67,10 @@ def policy_loss(
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of these tokens, a scalar that adds up over disjoint tokens, and sums for metrics.
+    """Return the loss of these tokens and sums for metrics; both add up over disjoint tokens.
 
-    Gradients flow through `logprobs_T` (and `entropy_T` if there is an entropy bonus) only.
-    The metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of
+    Gradients flow only through `logprobs_T` (and `entropy_T` with an entropy bonus).  The loss is a
+    scalar; the metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of
     KL(old || new): the tokens are the old policy's), and `reference_kl` if there is a KL penalty.
     """
     log_ratio_T = logprobs_T - terms.old_logprobs_T
@@ -94,5 +95,5 @@ def policy_loss(
 
 
 def k3(log_ratio_T: torch.Tensor) -> torch.Tensor:
-    """Estimate, never negative, of KL(p || q) from log p - log q at tokens sampled from p."""
+    """Return an estimate (never negative) of KL(p || q) from log p - log q at tokens from p."""
     return torch.expm1(-log_ratio_T) + log_ratio_T

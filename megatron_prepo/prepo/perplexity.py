@@ -2,7 +2,7 @@
 
 P_i = exp(-(1/T) sum_t log pi(x_t | x_<t)), natural log, over the prompt's tokens that have a
 predecessor, at temperature 1.  `selection.ppl_tokens=content` excludes the chat template from the
-sum; it remains in the condition.
+sum, but not from the context x_<t.
 """
 
 import torch
@@ -17,9 +17,10 @@ def perplexity(logprobs_T: torch.Tensor, span: slice = slice(None)) -> torch.Ten
 
 
 def scored_span(num_tokens: int, content: tuple[int, int] | None = None) -> slice:
-    """Return which of a prompt's log-probabilities count; entry 0 belongs to its second token.
+    """Return the range of a prompt's log-probabilities that are averaged.
 
-    `content`: the range of tokens that count, without the chat template; None counts all.
+    Entry 0 belongs to the second token.  `content`: the range of tokens to include, without the
+    chat template; None includes all.
 
     >>> scored_span(5), scored_span(5, (2, 4))
     (slice(0, 4, None), slice(1, 3, None))

@@ -64,7 +64,6 @@ def select_window(ppl_P: torch.Tensor, first: int, num_selected: int) -> list[in
     >>> select_window(torch.tensor([3.0, float("nan"), 1.0, 2.0]), 1, 2)
     [3, 0]
     """
-    order_P = torch.argsort(
-        torch.nan_to_num(ppl_P, nan=torch.inf, posinf=torch.inf), stable=True
-    ).tolist()
-    return order_P[first : first + num_selected]
+    finite_first_P = torch.nan_to_num(ppl_P, nan=torch.inf, posinf=torch.inf)
+    order: list[int] = torch.argsort(finite_first_P, stable=True).tolist()
+    return order[first : first + num_selected]

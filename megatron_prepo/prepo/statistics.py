@@ -1,4 +1,4 @@
-"""Statistics of tokens and rollouts that the metrics of a step use."""
+"""Statistics of tokens and rollouts for the metrics of a step."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
-    """Minimum, quartiles and maximum."""
+    """Return minimum, quartiles and maximum as metrics `NAME_min`, `NAME_q25` and so on."""
     values, points = values.double(), {"q25": 0.25, "q50": 0.5, "q75": 0.75}
     return {
         f"{name}_min": float(values.min()),
@@ -16,7 +16,7 @@ def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
 
 
 def effective_share(log_ratio_N: torch.Tensor) -> float:
-    """Kish's effective sample size over the number of samples: (sum r)^2 / (N sum r^2).
+    """Return Kish's effective sample size per sample: (sum r)^2 / (N sum r^2).
 
     >>> effective_share(torch.tensor([0.0, 0.0, -math.inf, -math.inf]))
     0.5
@@ -26,5 +26,5 @@ def effective_share(log_ratio_N: torch.Tensor) -> float:
 
 
 def nearest_rank(values_T: torch.Tensor, q: float) -> float:
-    """A quantile, of more values than `torch.quantile` takes."""
+    """Return the nearest-rank quantile; `torch.quantile` limits the number of values."""
     return float(values_T.kthvalue(max(1, math.ceil(q * len(values_T)))).values)

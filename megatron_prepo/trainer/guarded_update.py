@@ -6,7 +6,7 @@ The loop calls `of_step(record).update(mini_batch)` in place of the actor's `upd
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from megatron_prepo.actor.actor import Actor, Gradient, TrainingSequence
+from megatron_prepo.actor.actor import Actor, BackwardResult, TrainingSequence
 from megatron_prepo.config import Config
 from megatron_prepo.debug.dump import DumpWriter, StepRecord
 from megatron_prepo.run.recorder import Run
@@ -89,7 +89,7 @@ class GuardedStep:
         return metrics
 
     def _dump_skipped(
-        self, number: int, batch: Sequence[TrainingSequence], gradient: Gradient
+        self, number: int, batch: Sequence[TrainingSequence], gradient: BackwardResult
     ) -> str:
         dump = self._dump(f"_update_{number}_skipped", "not finite")
         dump.add(number, batch, gradient)

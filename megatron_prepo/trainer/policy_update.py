@@ -186,17 +186,17 @@ def weigh_by_entropy(
     weight_N = torch.ones_like(old_scores.entropy_N)
     if settings.method == "none":
         return weight_N
-    counts_N = None
+    include_N = None
     if not settings.include_zero_variance:
         rewards_KG = groups.rewards_KG
-        counts_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])
+        include_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])
     for index in groups.mini_batches(num_mini_batches):
         weight_N[index] = relative_entropy_weights(
             old_scores.entropy_N[index],
             old_scores.lengths_N[index],
             mean=settings.mean,
             clamp=settings.clamp,
-            counts_N=None if counts_N is None else counts_N[index],
+            include_N=None if include_N is None else include_N[index],
         )
     return weight_N
 

@@ -73,9 +73,9 @@ class Checkpoints:
         Raises UserError on all ranks if all are another run's and this one has made steps.
         """
         self.parts["run"].check_directory()
-        steps, others = parallel.from_rank_zero(list(checkpoint.all_of(self.directory))), []
+        steps, others = parallel.from_rank_zero(list(checkpoint.by_step(self.directory))), []
         for step in reversed(steps):
-            path = checkpoint.path_of(self.directory, step)
+            path = checkpoint.checkpoint_path(self.directory, step)
             if problem := self._problem(path):
                 self.log(f"{path} {problem}; skipped")
                 continue

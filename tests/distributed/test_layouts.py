@@ -295,7 +295,7 @@ BFLOAT16_LAYOUTS = (
     *("tp1 offloaded", "pp2 dp2 offloaded"),
 )
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
-ROUTING = RoutingFormat(layers=4, experts_a_token=2, experts=8)
+ROUTING = RoutingFormat(layers=4, experts_per_token=2, experts=8)
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
     "qwen3": lambda: tiny_models.qwen3(tied=False),
@@ -348,7 +348,9 @@ def make_batch(name, model):
 
 def draw_routing(generator, num_tokens):
     shape = (num_tokens, ROUTING.layers, ROUTING.experts)
-    experts_TLk = torch.rand(shape, generator=generator).argsort(-1)[..., : ROUTING.experts_a_token]
+    experts_TLk = torch.rand(shape, generator=generator).argsort(-1)[
+        ..., : ROUTING.experts_per_token
+    ]
     return ROUTING.pack(experts_TLk.numpy())
 
 
@@ -1074,7 +1076,7 @@ def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
         for other in others:
             from_clip_T = (log_ratio_T[:, None] - clips).abs()
             assert_far(from_clip_T, (log_ratios(other) - log_ratio_T).abs())
-            *_, last_T, next_T = logits_TE.topk(ROUTING.experts_a_token + 1).values.T
+            *_, last_T, next_T = logits_TE.topk(ROUTING.experts_per_token + 1).values.T
             assert_far(last_T - next_T, (router_logits(other) - logits_TE).abs())
 
 
@@ -1152,7 +1154,7 @@ def test_other_choices_are_counted_as_sets_once_a_token_and_layer(run, layout):
 
 
 def test_some_prompts_of_a_group_were_routed_alike_and_some_were_not(batches):
-    from megatron_prepo.actor.packing import pieces_of
+    from megatron_prepo.actor.packing import make_pieces
 
-    sizes = [len(piece.index) for piece in pieces_of(batches["routed"].sequences, most=40)]
+    sizes = [len(piece.index) for piece in make_pieces(batches["routed"].sequences, most=40)]
     assert sorted(sizes) == [1, 1, 1, 1, 2, 2]

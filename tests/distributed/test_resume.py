@@ -219,7 +219,7 @@ def disk_full(hf, scratch):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         result = {
             "error": error,
-            "left": list(checkpoint.all_of(directory)),
+            "left": list(checkpoint.by_step(directory)),
             "newest": checkpoint.newest(directory) == whole and manifest.problem(whole),
         }
         os.fork = None  # a fork whose rank is killed may wait for ever
@@ -301,7 +301,7 @@ def in_the_background(hf, scratch):
             with ParameterCounts() as held:
                 saving = actor.start_saving(there[1], step=1)
                 actor.update(batch())
-                named_early = saving.done() or list(checkpoint.all_of(there[1]))
+                named_early = saving.done() or list(checkpoint.by_step(there[1]))
                 held.go.set()
                 saving.finish(timeout_minutes=1)
             late = checkpoint.newest(there[1])
@@ -320,7 +320,7 @@ def in_the_background(hf, scratch):
         saving = actor.start_saving(there[0], step=3)
         result["full"] = error_of(lambda: saving.finish(timeout_minutes=1))
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        result["left"] = list(checkpoint.all_of(there[0]))
+        result["left"] = list(checkpoint.by_step(there[0]))
         result["later"] = manifest.problem(actor.save(there[0], step=4))
     return result
 
@@ -420,7 +420,7 @@ def checkpoint_names(checkpoints):
     """Of those that have their names."""
     from megatron_prepo.actor import checkpoint
 
-    return list(checkpoint.all_of(checkpoints.directory))
+    return list(checkpoint.by_step(checkpoints.directory))
 
 
 class Part:
@@ -487,7 +487,7 @@ def run_checkpoints(hf, run_directory):
             checkpoints.save()
         directory = checkpoints.directory
         torch.distributed.barrier()
-        result["kept"] = list(checkpoint.all_of(directory))
+        result["kept"] = list(checkpoint.by_step(directory))
 
         def restored():
             checkpoints, run, said = fresh()
@@ -496,9 +496,9 @@ def run_checkpoints(hf, run_directory):
 
         result["the newest"] = restored()
         if first:
-            path = checkpoint.path_of(directory, 6) / "__0_0.distcp"
+            path = checkpoint.checkpoint_path(directory, 6) / "__0_0.distcp"
             path.write_bytes(path.read_bytes()[:-1] + b"?")
-            checkpoint.path_of(directory, 7).with_suffix(".partial").mkdir()
+            checkpoint.checkpoint_path(directory, 7).with_suffix(".partial").mkdir()
         torch.distributed.barrier()
         result["the newest is damaged"] = restored()
 

@@ -109,12 +109,12 @@ def compute_loss(hidden_TH, weight_VH, targets_T, grads_2T, settings):
     a_R, b_R = grads_2T[:, targets_T != IGNORE]
     seen = []
 
-    def loss_of(logprobs_C, entropy_C, scored):
+    def token_loss(logprobs_C, entropy_C, scored):
         seen.append(torch.stack([logprobs_C, entropy_C]).detach())
         return (a_R[scored] * logprobs_C + b_R[scored] * entropy_C).sum(), {}
 
     with Collectives() as forward:
-        loss, _ = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, loss_of, **settings)
+        loss, _ = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, token_loss, **settings)
     with Collectives() as backward:
         grads = torch.autograd.grad(loss, (hidden_TH, weight_VH))
     return {

@@ -23,7 +23,7 @@ def compared(hf: str, directory: str, python: str) -> dict:
     """How far the actor is from the engine, routed by itself and by it."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.actor.packing import pieces_of
+    from megatron_prepo.actor.packing import make_pieces
     from megatron_prepo.records import scored_sequence
     from megatron_prepo.rollout.weight_sync import sync_weights
 
@@ -48,7 +48,7 @@ def compared(hf: str, directory: str, python: str) -> dict:
         found[dtype, "replayed"] = difference(actor, rollouts)
         found[dtype, "routed differently"] = actor.routed_differently()
         found[dtype, "cut"] = difference(actor, cut) if cut else None
-        found[dtype, "shared"] = len(pieces_of(routed, most=10**4))
+        found[dtype, "shared"] = len(make_pieces(routed, most=10**4))
         found[dtype, "tokens"] = sum(len(r.tokens) for r in rollouts)
     return found
 

@@ -136,5 +136,5 @@ class Sampling:
             raise ValueError(f"{str(encoded)[:50]}; is enable_return_routed_experts set?")
         numbers = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")
         # the last token's comes with its successor, and there is none
-        shape = (num_tokens - 1, self.routing.layers, self.routing.experts_a_token)
+        shape = (num_tokens - 1, self.routing.layers, self.routing.experts_per_token)
         return self.routing.pack(numbers.reshape(shape))

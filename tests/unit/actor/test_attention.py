@@ -11,8 +11,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from packaging.version import Version
 from rounding import Reference
 
-from megatron_prepo.actor import attention
-from megatron_prepo.actor import cpu_shim as cpu
+from megatron_prepo.actor import attention, cpu_shim
 from megatron_prepo.actor.attention import CausalAttention, rotate_by_position
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.packing import plan_rows
@@ -26,7 +25,7 @@ C = ScoredSequence((9, 10, 11), 1)
 WAYS = [{}, {"share_prefixes": True}, {"packing": False}]
 
 
-def row_of(way):
+def packed_row(way):
     plan = plan_rows([A, C, B], num_ranks=1, budget=16, shape=SHAPE, multiple=4, **way)
     return micro_batch([A, C, B], plan.ranks[0][0]).layout
 
@@ -40,7 +39,7 @@ def random_qkv(tokens, dtype=torch.float64):
 
 
 def written_out(query, key, value, lengths):
-    """Softmax over a block-diagonal causal mask of whole sequences: [W, heads, d] and so on."""
+    """Attend with a block-diagonal causal mask over complete sequences: [W, heads, d] and so on."""
     sequence_W = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     total = len(sequence_W)
     seen_WW = (sequence_W[:, None] == sequence_W) & torch.ones(total, total).tril().bool()
@@ -50,7 +49,7 @@ def written_out(query, key, value, lengths):
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
 
-def expected_of(qkv, layout):
+def expected_output(qkv, layout):
     whole = (layout.whole(x[:, 0]) for x in qkv)
     return layout.row(written_out(*whole, layout.lengths))[:, None]
 
@@ -64,7 +63,7 @@ def assert_is_attention(ours, qkv, layout):
 
     def expected(*qkv):
         qkv = [x.requires_grad_() for x in qkv]
-        return with_gradients(expected_of(qkv, layout), qkv)
+        return with_gradients(expected_output(qkv, layout), qkv)
 
     Reference(expected, *qkv).assert_equals(with_gradients(ours, qkv))
 
@@ -75,7 +74,7 @@ def causal_attention():
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_each_sequence_attends_to_itself(way):
-    layout = row_of(way)
+    layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     ours = causal_attention()(*qkv, packed_seq_params=layout)
     assert_is_attention(ours, qkv, layout)
@@ -105,7 +104,7 @@ class Kernel:
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", Kernel())
-    layout = row_of(way)
+    layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     whole = [layout.whole(x[:, 0]) for x in qkv]
     ours = layout.row(attention._attend_in_one_kernel(*whole, layout))[:, None]
@@ -131,7 +130,7 @@ class TransformerEngines(torch.nn.Module):
 
 @pytest.fixture
 def te_attention(monkeypatch):
-    """Its module, with TransformerEngine's attention replaced: it is not here."""
+    """Return the module `te_attention` with a stand-in for TransformerEngine."""
     monkeypatch.setattr(
         transformer_engine, "TEDotProductAttention", TransformerEngines, raising=False
     )
@@ -149,7 +148,7 @@ def te_config(tensor, heads, groups):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
-    layout = row_of(way)
+    layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS))
     ours = module(*qkv, None, attn_mask_type="causal", packed_seq_params=layout)
@@ -170,7 +169,7 @@ def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
 def test_transformer_engine_is_told_the_heads_of_a_context_rank(
     monkeypatch, te_attention, tensor, context, heads, groups, told
 ):
-    """For all tensor-parallel ranks together: it divides by their number itself."""
+    """The numbers are for all tensor-parallel ranks together; TransformerEngine divides by them."""
     monkeypatch.setattr(
         te_attention.parallel_state, "get_context_parallel_world_size", lambda: context
     )
@@ -180,18 +179,18 @@ def test_transformer_engine_is_told_the_heads_of_a_context_rank(
 
 
 def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
-    """Where it is not found, a GPU computes sequence by sequence, with the same result."""
+    """Without it, a GPU computes sequence by sequence, with the same result."""
     assert attention._has_kernel() or Version(torch.__version__) < Version("2.13.0.dev0")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_angles_are_those_of_the_positions(way):
     if not torch.cuda.is_available():
-        cpu.install()
+        cpu_shim.install()
     rotary = RotaryEmbedding(SIZE, 1.0, use_cpu_initialization=True)
     plain = rotary(32).clone()
     rotate_by_position(rotary)
-    layout = row_of(way)
+    layout = packed_row(way)
     length = rotary.get_rotary_seq_len(None, None, None, None, layout)
     assert torch.equal(rotary(length, packed_seq=False, cp_group=None), plain[layout.positions_T])
     assert torch.equal(rotary(32), plain)

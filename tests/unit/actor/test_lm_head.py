@@ -1,6 +1,6 @@
 """The output head on one rank equals a full softmax in float64, in values and gradients.
 
-Letters as in `vocab_parallel`: T tokens, H hidden, V rows of the head, of which `vocab_size` count.
+Letters as in `lm_head`: T tokens, H hidden, V rows of the head, of which `vocab_size` count.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rounding import Reference, approx, assert_close, assert_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor import lm_head_torch
 from megatron_prepo.actor.lm_head import (
     IGNORE,
     chunk_tokens_within,
@@ -174,7 +174,7 @@ def test_gradcheck(temperature):
 
 
 def test_rows_beyond_the_vocabulary_take_no_part():
-    """Their weights are never looked at (they may be NaN), and their gradient is exactly 0."""
+    """Padding rows are never read (they may be NaN), and their gradient is exactly 0."""
     hidden_TH, weight_VH, targets_T = problem(rows=48)
     targets_T %= 37
     assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, 37)
@@ -187,7 +187,7 @@ def test_rows_beyond_the_vocabulary_take_no_part():
 
 
 def test_ignored_tokens_give_zero_and_do_not_leak():
-    """Even where their hidden states are NaN; the other tokens do not notice."""
+    """Their hidden states may be NaN; the other tokens are unaffected."""
     hidden_TH, weight_VH, targets_T = problem()
     ignored_T = torch.zeros(11, dtype=torch.bool)
     ignored_T[[0, 4, 5, 10]] = True
@@ -286,7 +286,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_more_logits_than_those_of_a_chunk_exist_at_once(monkeypatch):
-    monkeypatch.setitem(row_statistics.BLOCK_ELEMENTS, "cpu", 500)
+    monkeypatch.setitem(lm_head_torch.BLOCK_ELEMENTS, "cpu", 500)
     hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500)
     with LargestTensor() as largest:
         values_and_gradients(
@@ -386,8 +386,8 @@ def score(hidden_TH, weight_VH, targets, **settings):
 def test_logits_of_minus_infinity_have_no_share():
     """A row of the head of -inf under positive hidden states: that word is impossible, H is finite.
 
-    The gradient of the head is that of the others' softmax, and 0 in the row.  (The gradient of the
-    hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
+    The head's gradient is that of a softmax without the word, and 0 in its row.  (The gradient of
+    the hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
     """
     hidden_TH, weight_VH, _ = problem(tokens=3, rows=6, dtype=torch.float32)
     hidden_TH = hidden_TH.abs()
@@ -444,7 +444,7 @@ def test_very_large_logits(top):
 
 
 def test_a_target_outside_the_vocabulary_is_impossible():
-    """Beyond the vocabulary, in the head's padding, negative: -inf, and H is not touched."""
+    """Targets beyond the vocabulary, in the padding or negative give -inf; H is unchanged."""
     hidden_TH, weight_VH, _ = problem(tokens=5)
     targets_T = torch.tensor([3, 38, 40, 10**6, -7])
     logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
@@ -565,7 +565,7 @@ def test_double_backward_raises(known_gradient):
 
 
 def test_tokens_without_a_gradient_are_left_out_of_backward():
-    """Their hidden states are not looked at again (here they are not numbers), nor multiplied."""
+    """Backward neither reads nor multiplies their hidden states, which are NaN here."""
     hidden_TH, weight_VH, targets_T = problem(tokens=9)
     hidden_TH[[1, 4, 5]] = math.nan
     inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
@@ -591,41 +591,41 @@ def test_tokens_without_a_gradient_are_left_out_of_backward():
 
 
 def some_loss(tokens=11, entropy=True):
-    """A `loss_of` with other terms for each scored token, and two sums besides."""
+    """A `token_loss` with other terms for each scored token, and two sums besides."""
     a_R, b_R = torch.randn(2, tokens, generator=torch.Generator().manual_seed(3))
 
-    def loss_of(logprobs_C, entropy_C, scored):
+    def token_loss(logprobs_C, entropy_C, scored):
         loss = (a_R[scored].to(logprobs_C) * (0.1 * logprobs_C).exp()).sum()
         if entropy:
             loss = loss + (b_R[scored].to(entropy_C) * entropy_C.square()).sum()
         return loss, {"entropy": entropy_C.sum(), "tokens": torch.tensor(float(len(logprobs_C)))}
 
-    return loss_of
+    return token_loss
 
 
-def loss_by_definition(hidden_TH, weight_VH, targets_T, loss_of, **settings):
+def loss_by_definition(hidden_TH, weight_VH, targets_T, token_loss, **settings):
     """The loss, the sum of entropies, and the gradients."""
     inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
     scored_T = targets_T != IGNORE
     values = (value_T[scored_T] for value_T in full_softmax(*inputs, targets_T, **settings))
-    loss, sums = loss_of(*values, slice(None))
+    loss, sums = token_loss(*values, slice(None))
     return loss.detach(), sums["entropy"].detach(), *torch.autograd.grad(loss, inputs)
 
 
-def both_ways(hidden_TH, weight_VH, targets_T, loss_of, factor=1.0, **settings):
+def both_ways(hidden_TH, weight_VH, targets_T, token_loss, factor=1.0, **settings):
     """[(loss, sums, gradients)] by `vocab_parallel_loss` and by recomputation."""
     scored = (targets_T != IGNORE).nonzero().squeeze(1)
 
     def recompute(*args, loss_scale, **settings):
         values = vocab_parallel_logprobs_and_entropy(*args, **settings)
-        return loss_of(*(value_T[scored] for value_T in values), slice(None))
+        return token_loss(*(value_T[scored] for value_T in values), slice(None))
 
     results = []
     for function in (vocab_parallel_loss, recompute):
         inputs = [t.detach().clone().requires_grad_() for t in (hidden_TH, weight_VH)]
         args = (*inputs, targets_T)
         if function is vocab_parallel_loss:
-            args = (*args, loss_of)
+            args = (*args, token_loss)
         loss, sums = function(*args, loss_scale=factor, **settings)
         grads = torch.autograd.grad(factor * loss, inputs)
         assert not any(value.requires_grad for value in sums.values()) or function is recompute
@@ -640,19 +640,19 @@ def test_known_gradient_equals_recomputation_bit_for_bit(dtype, entropy, chunk_t
     """Gradients exactly, for chunks are the same; loss and sums but for rounding."""
     hidden_TH, weight_VH, targets_T = problem(scale=3, dtype=dtype)
     targets_T[[0, 6]] = IGNORE
-    loss_of = some_loss(9, entropy)
+    token_loss = some_loss(9, entropy)
     settings = {"vocab_size": 37, "temperature": torch.linspace(0.5, 1.5, 11)}
     known, recomputed = both_ways(
         hidden_TH,
         weight_VH,
         targets_T,
-        loss_of,
+        token_loss,
         factor=4.0,
         chunk_tokens=chunk_tokens,
         **settings,
     )
     assert known[1]["tokens"] == 9
-    args = (hidden_TH, weight_VH, targets_T.clamp(max=36), loss_of)
+    args = (hidden_TH, weight_VH, targets_T.clamp(max=36), token_loss)
     reference = Reference(loss_by_definition, *args, **settings)
     for loss, sums, _ in (known, recomputed):
         reference.assert_equals((loss, sums["entropy"]))
@@ -672,7 +672,7 @@ def test_known_gradient_against_float64_autograd():
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_loss_of_no_token(tokens):
-    """`loss_of` is asked all the same, so that its sums are there, and gradients are zero."""
+    """`token_loss` is still called, so that its sums exist; gradients are zero."""
     hidden_TH, weight_VH, _ = problem(tokens=tokens)
     inputs = ((math.nan * hidden_TH).requires_grad_(), weight_VH.requires_grad_())
     loss, sums = vocab_parallel_loss(
@@ -697,7 +697,7 @@ def test_without_main_grad_any_gradient_may_arrive_and_more_than_once():
 
 
 def parameter(weight_VH, main_dtype=torch.float32):
-    """As Megatron's DDP leaves it: with a gradient buffer, here not empty, and its mark."""
+    """Return a parameter as prepared by Megatron's DDP: marked, with a non-zero gradient buffer."""
     weight_VH = torch.nn.Parameter(weight_VH)
     weight_VH.main_grad = torch.full_like(weight_VH, 0.5, dtype=main_dtype)
     weight_VH.grad_added_to_main_grad = False
@@ -707,23 +707,26 @@ def parameter(weight_VH, main_dtype=torch.float32):
 @pytest.mark.parametrize("known_gradient", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
-    """In float32 also under bfloat16 weights: no rounding between micro-batches or chunks.
+    """Gradients are added in float32, also for bfloat16 weights, without rounding in between.
 
-    With those, gradients of logits are rounded to bfloat16, once, by at most 2^-8 of their size.
+    With such weights, gradients of logits are rounded to bfloat16 once, by at most 2^-8 of their
+    size.
     """
     hidden_TH, weight_VH, targets_T = problem(tokens=22, scale=3, dtype=dtype)
     weight_VH = parameter(weight_VH)
-    loss_of = some_loss()
+    token_loss = some_loss()
     settings = {"vocab_size": 37, "chunk_tokens": 4}
     targets_T %= 37
     for half in (slice(0, 11), slice(11, 22)):
         part_TH = hidden_TH[half].detach().requires_grad_()
         if known_gradient:
-            args = (part_TH, weight_VH, targets_T[half], loss_of)
+            args = (part_TH, weight_VH, targets_T[half], token_loss)
             loss, _ = vocab_parallel_loss(*args, loss_scale=2.0, **settings)
         else:
             args = (part_TH, weight_VH, targets_T[half])
-            loss, _ = loss_of(*vocab_parallel_logprobs_and_entropy(*args, **settings), slice(None))
+            loss, _ = token_loss(
+                *vocab_parallel_logprobs_and_entropy(*args, **settings), slice(None)
+            )
         (2 * loss).backward()
         assert part_TH.grad.norm() > 0
     assert weight_VH.grad is None and weight_VH.grad_added_to_main_grad
@@ -731,7 +734,8 @@ def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
     def gradient(hidden_TH, weight_VH):
         halves = zip(hidden_TH.split(11), targets_T.split(11), strict=True)
         parts = [
-            loss_by_definition(h_TH, weight_VH, t_T, loss_of, vocab_size=37) for h_TH, t_T in halves
+            loss_by_definition(h_TH, weight_VH, t_T, token_loss, vocab_size=37)
+            for h_TH, t_T in halves
         ]
         return [0.5 + 2 * sum(part[3] for part in parts)]
 
@@ -749,13 +753,13 @@ def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
 )
 @pytest.mark.parametrize("known_gradient", [True, False])
 def test_where_main_grad_is_not_used(main_dtype, into_main_grad, known_gradient):
-    """It would round every chunk, or the caller has said no: autograd gets the gradient."""
+    """If it would round every chunk, or the caller disabled it, autograd gets the gradient."""
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.bfloat16)
     weight_VH = parameter(weight_VH, main_dtype)
     settings = {"vocab_size": 40, "into_main_grad": into_main_grad}
     if known_gradient:
-        loss_of = some_loss()
-        loss, _ = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, loss_of, **settings)
+        token_loss = some_loss()
+        loss, _ = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, token_loss, **settings)
     else:
         loss = vocab_parallel_logprobs_and_entropy(hidden_TH, weight_VH, targets_T, **settings)[0]
     loss.sum().backward()
@@ -766,15 +770,15 @@ def test_where_main_grad_is_not_used(main_dtype, into_main_grad, known_gradient)
 @pytest.mark.parametrize("arriving", [1.0, 2.0002, -2.0, 0.0, math.nan])
 def test_another_gradient_than_announced_is_refused_once_main_grad_has_it(arriving):
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
-    loss_of = some_loss()
-    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, loss_of)
+    token_loss = some_loss()
+    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, token_loss)
     loss, _ = vocab_parallel_loss(*args, vocab_size=40, loss_scale=2.0)
     with pytest.raises(RuntimeError, match="another gradient arrived"):
         (arriving * loss).backward()
 
 
 def test_the_rounding_of_megatrons_schedule_is_no_other_gradient():
-    """It divides by the number of micro-batches what was multiplied by it: 49 (1/49) is not 1."""
+    """The loss is multiplied by the number of micro-batches, then divided: 49 (1/49) is not 1."""
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
     for num_micro_batches in range(1, 200):
         arriving = torch.ones(()) / num_micro_batches * 3 * num_micro_batches
@@ -791,8 +795,8 @@ def test_the_rounding_of_megatrons_schedule_is_no_other_gradient():
 
 def test_a_second_backward_is_refused_once_main_grad_has_the_first():
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
-    loss_of = some_loss()
-    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, loss_of)
+    token_loss = some_loss()
+    args = (hidden_TH.requires_grad_(), parameter(weight_VH), targets_T, token_loss)
     loss, _ = vocab_parallel_loss(*args, vocab_size=40)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="in main_grad already"):
@@ -802,11 +806,11 @@ def test_a_second_backward_is_refused_once_main_grad_has_the_first():
 def test_a_loss_without_grad_mode_touches_no_gradient():
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
     weight_VH = parameter(weight_VH)
-    loss_of = some_loss()
+    token_loss = some_loss()
     with torch.no_grad():
-        loss, sums = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, loss_of, vocab_size=40)
+        loss, sums = vocab_parallel_loss(hidden_TH, weight_VH, targets_T, token_loss, vocab_size=40)
     expected, _ = vocab_parallel_loss(
-        hidden_TH, weight_VH, targets_T, loss_of, vocab_size=40, into_main_grad=False
+        hidden_TH, weight_VH, targets_T, token_loss, vocab_size=40, into_main_grad=False
     )
     assert torch.equal(loss, expected) and sums["tokens"] == 11
     assert weight_VH.main_grad.eq(0.5).all() and not weight_VH.grad_added_to_main_grad
@@ -816,7 +820,7 @@ def test_a_loss_without_grad_mode_touches_no_gradient():
 
 
 def test_logits_rounded_to_the_type_of_the_weights():
-    """As an engine without a float32 head has them; rounding counts as identity in backward."""
+    """Engines without a float32 head have such logits; backward treats rounding as identity."""
     hidden_TH, weight_VH, targets_T = problem(
         tokens=64, hidden=64, rows=200, scale=6, dtype=torch.bfloat16
     )

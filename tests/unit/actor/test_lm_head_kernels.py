@@ -9,8 +9,7 @@ import pytest
 import torch
 from rounding import CHAIN, Reference, approx, assert_close, bound
 
-from megatron_prepo.actor import lm_head as vocab_parallel
-from megatron_prepo.actor import lm_head_torch as row_statistics
+from megatron_prepo.actor import lm_head, lm_head_torch
 from tests.unit.actor.test_lm_head import full_softmax, values_and_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, on NaN
@@ -23,16 +22,16 @@ def rows(request, monkeypatch):
     """The module with the two operations, so that a row takes several blocks of columns (Triton),
     and a chunk several blocks of rows (torch).
     """
-    monkeypatch.setitem(row_statistics.BLOCK_ELEMENTS, "cpu", 100)
+    monkeypatch.setitem(lm_head_torch.BLOCK_ELEMENTS, "cpu", 100)
     if request.param == "torch":
-        return row_statistics
+        return lm_head_torch
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("compiled kernels are compared in tests/gpu")
-    from megatron_prepo.actor import lm_head_triton as row_kernels
+    from megatron_prepo.actor import lm_head_triton
 
-    monkeypatch.setattr(row_kernels, "BLOCK", 16)
-    return row_kernels
+    monkeypatch.setattr(lm_head_triton, "BLOCK", 16)
+    return lm_head_triton
 
 
 def chunk(*, num_rows=7, columns=41, scale=3.0, dtype=torch.float64, seed=0):
@@ -65,7 +64,7 @@ def statistics(z_CV, target_C, temperature):
     ("num_rows", "columns"), [(7, 41), (1, 1), (5, 16), (3, 17), (0, 5), (4, 0)]
 )
 def test_statistics_by_definition(rows, dtype, temperature, num_rows, columns):
-    """Also of no row, and of a rank without a column; columns at a block's end and one beyond."""
+    """Includes zero rows, a rank with zero columns, and targets at and just after a block's end."""
     z_CV, target_C, _ = chunk(num_rows=num_rows, columns=columns, dtype=dtype)
     if temperature == "per token":
         temperature = torch.linspace(0.5, 1.5, num_rows, dtype=dtype)
@@ -81,14 +80,14 @@ def test_statistics_by_definition(rows, dtype, temperature, num_rows, columns):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_of_hard_rows(rows, dtype):
-    """-inf among others, alone, and in whole blocks; far below 0; far apart; not a number.
+    """Rows with some -inf, only -inf, blocks of -inf, values far below 0 or far apart, and NaN.
 
     Logits are not rounded here, and differences that count are below 40, in 41 terms of a sum.
     """
     inf = math.inf
     z_CV = torch.full((8, 41), -inf, dtype=dtype)
     z_CV[0, 3], z_CV[0, 40] = 1.0, 2.0
-    z_CV[2, 20] = -3.0  # whole blocks of nothing come before and after it
+    z_CV[2, 20] = -3.0  # blocks of only -inf come before and after it
     z_CV[3] = torch.linspace(-400.0, -300.0, 41)
     z_CV[4] = 60000.0
     z_CV[5] = torch.linspace(0.0, -2000.0, 41)
@@ -205,8 +204,8 @@ def test_the_whole_head_with_these_rows(rows, monkeypatch):
     hidden_TH = torch.randn(9, 16, generator=generator).bfloat16()
     weight_VH = torch.randn(53, 16, generator=generator).bfloat16()
     targets_T = torch.tensor([1, 50, 7, -100, 50, 3, 3, -100, 0])
-    monkeypatch.setattr(vocab_parallel, "row_operations", lambda device: rows)
-    head = vocab_parallel.vocab_parallel_logprobs_and_entropy
+    monkeypatch.setattr(lm_head, "row_operations", lambda device: rows)
+    head = lm_head.vocab_parallel_logprobs_and_entropy
     args, settings = (hidden_TH, weight_VH, targets_T), {"vocab_size": 51, "temperature": 0.7}
     ours = values_and_gradients(head, *args, **settings, chunk_tokens=3)
     Reference(values_and_gradients, full_softmax, *args, **settings).assert_equals(ours)
@@ -214,22 +213,22 @@ def test_the_whole_head_with_these_rows(rows, monkeypatch):
 
 @pytest.mark.parametrize("words", [152064, 151936, 129920, 248320])
 def test_real_vocabularies(rows, words, monkeypatch):
-    """Of Qwen2.5, Qwen3, and two more that are no multiple of a block; one peaked row, one flat.
+    """Sizes of Qwen2.5, Qwen3 and two that are no multiple of a block; a peaked and a flat row.
 
     The peaked row has one word at 3 T and all others at -15 T below: a kernel that counts columns
     beyond the vocabulary as logits of 0 is wrong there by orders of magnitude.  Rounding is bounded
     by the number of words, which one sum has as its terms, relative to the largest entry.
     """
-    if rows is not row_statistics:
+    if rows is not lm_head_torch:
         monkeypatch.setattr(rows, "BLOCK", 4096)
-    monkeypatch.setattr(vocab_parallel, "row_operations", lambda device: rows)
+    monkeypatch.setattr(lm_head, "row_operations", lambda device: rows)
     weight_VH = torch.zeros(words, 2, dtype=torch.float64)
     weight_VH[:, 0], weight_VH[0, 0] = -15.0, 3.0
     weight_VH[:, 1] = torch.linspace(-1, 1, words)
     hidden_TH = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.3]]).double()
     problem = (hidden_TH, weight_VH, torch.tensor([0, words - 1, 17]))
     ours = values_and_gradients(
-        vocab_parallel.vocab_parallel_logprobs_and_entropy, *problem, vocab_size=words
+        lm_head.vocab_parallel_logprobs_and_entropy, *problem, vocab_size=words
     )
     exact = values_and_gradients(full_softmax, *problem, words)
     for value, expected in zip(ours, exact, strict=True):
@@ -238,11 +237,11 @@ def test_real_vocabularies(rows, words, monkeypatch):
 
 
 def test_which_rows_compute_is_decided_by_the_device(monkeypatch):
-    """And by whether Triton is there: `describe` says at the start of a run what was chosen."""
-    assert vocab_parallel.row_operations(torch.device("cpu")) is row_statistics
+    """It also depends on whether Triton is installed; `describe` logs the choice."""
+    assert lm_head.row_operations(torch.device("cpu")) is lm_head_torch
     pytest.importorskip("triton")
-    from megatron_prepo.actor import lm_head_triton as row_kernels
+    from megatron_prepo.actor import lm_head_triton
 
-    assert vocab_parallel.row_operations(torch.device("cuda")) is row_kernels
+    assert lm_head.row_operations(torch.device("cuda")) is lm_head_triton
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert vocab_parallel.row_operations(torch.device("cuda")) is row_statistics
+    assert lm_head.row_operations(torch.device("cuda")) is lm_head_torch

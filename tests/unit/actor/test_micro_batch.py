@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_prepo.actor.lm_head import IGNORE
 from megatron_prepo.actor.micro_batch import micro_batch
-from megatron_prepo.actor.packing import Load, Piece, Row, pieces_of, plan_rows
+from megatron_prepo.actor.packing import Load, Piece, Row, make_pieces, plan_rows
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
-ROUTING = RoutingFormat(layers=2, experts_a_token=2, experts=4)
+ROUTING = RoutingFormat(layers=2, experts_per_token=2, experts=4)
 SHAPE = Shape(
     layers=2,
     hidden=8,
@@ -24,7 +24,7 @@ SHAPE = Shape(
     mlp=16,
     vocabulary=32,
     experts=0,
-    experts_a_token=0,
+    experts_per_token=0,
     head_norms=False,
 )
 BUDGET = 40
@@ -111,7 +111,7 @@ X = IGNORE
 
 def test_a_packed_row_by_hand():
     """The last token of a sequence has no place; padding goes to the last sequence."""
-    row = Row(tuple(pieces_of([A, C])), (0, 2))
+    row = Row(tuple(make_pieces([A, C])), (0, 2))
     batch = micro_batch([A, C], row)
     assert batch.index == (0, 1)
     assert batch.tokens_T.tolist() == [1, 2, 3, 4, 9, 10, 0, 0]
@@ -123,7 +123,7 @@ def test_a_packed_row_by_hand():
 
 def test_a_shared_prefix_by_hand():
     """The last token of the prompt stays with each completion: it predicts the first of it."""
-    (piece, other) = pieces_of([A, C, B], most=10)
+    (piece, other) = make_pieces([A, C, B], most=10)
     assert piece == Piece(index=(2, 0), prefix=2, scored=(3, 2)) and other.index == (1,)
     row = Row((piece, other), (0, 1))
     batch = micro_batch([A, C, B], row)
@@ -152,7 +152,7 @@ def test_what_is_padded_lies_side_by_side():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_rank_has_a_multiple_of_rows(packing):
-    """For an interleaved pipeline: rows are halved, and then empty ones added."""
+    """An interleaved pipeline needs this; rows are halved, then empty rows are added."""
     for count in range(1, 9):
         sequences = [ScoredSequence(tuple(range(6)), 2)] * count
         plan = plan_rows(
@@ -180,7 +180,7 @@ def test_a_sequence_longer_than_the_budget_is_not_squeezed_in():
 def test_prompts_without_a_prefix_have_nothing_to_share():
     """Perplexity scores from the second token on: all prompts that begin alike stay apart."""
     sequences = [ScoredSequence((1, n, n), 1) for n in range(4)]
-    assert pieces_of(sequences, most=100) == pieces_of(sequences)
+    assert make_pieces(sequences, most=100) == make_pieces(sequences)
 
 
 def rollouts(seed, groups=64, group_size=16, cap=8192):
@@ -198,7 +198,7 @@ def rollouts(seed, groups=64, group_size=16, cap=8192):
 SEVEN = Shape(28, 3584, 28, 4, 128, 18944, 152064, 0, 0, False)
 
 
-def plans_of(sequences, num_ranks):
+def both_plans(sequences, num_ranks):
     """Packed, and with shared prefixes."""
     return [
         plan_rows(
@@ -214,17 +214,17 @@ def busiest(plan):
 
 @pytest.mark.parametrize("num_ranks", [2, 8, 32])
 def test_ranks_have_equal_work_on_a_log_normal_mix(num_ranks):
-    packed, shared = plans_of(rollouts(num_ranks), num_ranks)
+    packed, shared = both_plans(rollouts(num_ranks), num_ranks)
     assert packed.balance_ratio <= 1.03 and shared.balance_ratio <= 1.06
     assert busiest(shared) < busiest(packed)
 
 
 @pytest.mark.parametrize("num_groups", [3, 8])
 def test_few_groups_are_cut_where_that_is_better_for_the_busiest_rank(num_groups):
-    """Whole, that many groups on eight ranks would differ by their lengths."""
-    packed, shared = plans_of(rollouts(3, groups=num_groups), 8)
+    """Unsplit groups on eight ranks would have uneven lengths."""
+    packed, shared = both_plans(rollouts(3, groups=num_groups), 8)
     assert shared.load.tokens < packed.load.tokens and busiest(shared) < busiest(packed)
-    whole = {piece.index for piece in pieces_of(rollouts(3, groups=num_groups), most=16384)}
+    whole = {piece.index for piece in make_pieces(rollouts(3, groups=num_groups), most=16384)}
     dealt = {piece.index for rows in shared.ranks for row in rows for piece in row.pieces}
     assert len(dealt) > len(whole)
 
@@ -244,21 +244,21 @@ def test_a_sequence_needs_a_predecessor_and_something_to_score(start):
 
 
 def routed(sequence, *experts):
-    """One layer, one expert a token, given by its number."""
+    """One layer and one expert per token, given by its number."""
     return ScoredSequence(sequence.tokens, sequence.start, bytes(experts))
 
 
 def test_prompts_that_were_routed_differently_are_not_shared():
-    """Up to the token before the prompt's last, which each completion brings along."""
+    """Routings are compared for all prompt tokens except the last, which is not shared."""
     one, same, other = routed(A, 5, 6, 0, 1), routed(B, 5, 6, 3, 4, 2), routed(B, 5, 7, 3, 4, 2)
-    assert [piece.index for piece in pieces_of([one, same], most=10)] == [(1, 0)]
-    assert [piece.index for piece in pieces_of([one, other], most=10)] == [(0,), (1,)]
-    assert [piece.index for piece in pieces_of([one, B], most=10)] == [(0,), (1,)]
+    assert [piece.index for piece in make_pieces([one, same], most=10)] == [(1, 0)]
+    assert [piece.index for piece in make_pieces([one, other], most=10)] == [(0,), (1,)]
+    assert [piece.index for piece in make_pieces([one, B], most=10)] == [(0,), (1,)]
 
 
 def test_the_routing_of_a_shared_prefix_by_hand():
     one, other, form = routed(A, 5, 6, 0, 1), routed(B, 5, 6, 3, 4, 2), RoutingFormat(1, 1, 8)
-    [piece] = pieces_of([one, other], most=10)
+    [piece] = make_pieces([one, other], most=10)
     batch = micro_batch([one, other], Row((piece,), (1,)), routing=form)
     assert batch.routing_TLk.flatten().tolist() == [5, 6, 3, 4, 2, 0, 1, -1]
     assert micro_batch([one, other], Row((piece,), (1,))).routing_TLk is None

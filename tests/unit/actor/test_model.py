@@ -11,7 +11,7 @@ from tests.unit.plan.test_memory import EXPERTS
 
 
 def test_a_router_needs_neither_transformer_engine_nor_the_cpus_stand_ins(monkeypatch):
-    """As on a GPU: megatron-core 0.16 has not bound `te_general_gemm` when the model is built.
+    """This is the case on a GPU: megatron-core 0.16 leaves `te_general_gemm` unbound.
 
     The product is held against float64 to n u / (1 - n u) sum |x w|, the bound of any order of a
     sum of n float32 products with unit roundoff u.

@@ -17,7 +17,7 @@ def rates(**settings) -> list[float]:
     train = {name: settings.pop(name) for name in ("total_steps", "mini_batches")}
     config = actor_config("unused", optimizer={"lr": PEAK, "min_lr": LEAST} | settings, train=train)
     optimizer, used = SimpleNamespace(param_groups=[{}]), []
-    schedule = build_schedule(config, optimizer)
+    schedule = build_schedule(config.optimizer, config.train, optimizer)
     for _ in range(train["total_steps"] * train["mini_batches"]):
         used.append(optimizer.param_groups[0]["lr"])
         schedule.step(increment=1)

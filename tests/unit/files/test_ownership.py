@@ -266,7 +266,7 @@ def test_a_checkpoint_that_was_added_to_is_not_pruned(tmp_path):
     from megatron_prepo.actor import checkpoint
 
     for step in range(1, 6):
-        path = checkpoint.path_of(tmp_path, step)
+        path = checkpoint.checkpoint_path(tmp_path, step)
         if step == 3:
             path.mkdir()  # of an older version, or the user's
             continue
@@ -291,7 +291,7 @@ def test_checkpoints_of_others_do_not_cost_a_run_its_own(tmp_path, foreign):
     for step in (1, 2, 3, 99):
         if step == 99:
             ownership.mark(tmp_path, ownership.RUN, identity="a1")
-        path = checkpoint.path_of(tmp_path / "checkpoints", step)
+        path = checkpoint.checkpoint_path(tmp_path / "checkpoints", step)
         ownership.create(path, ownership.UNFINISHED)
         (path / "common.pt").touch()
         ownership.seal(path, checkpoint.KIND)
@@ -300,7 +300,7 @@ def test_checkpoints_of_others_do_not_cost_a_run_its_own(tmp_path, foreign):
     ownership.mark(tmp_path, ownership.RUN, identity="b2")
     kept = checkpoint.prune(tmp_path / "checkpoints", keep_last=1, keep_every=None)
     assert kept == {path: [path]}
-    assert list(checkpoint.all_of(tmp_path / "checkpoints")) == [3, 99]
+    assert list(checkpoint.by_step(tmp_path / "checkpoints")) == [3, 99]
 
 
 def test_weights_for_servers_get_a_folder_of_the_runs_own(tmp_path):

@@ -16,7 +16,7 @@ from megatron_prepo.evaluation import suites
 from megatron_prepo.models.hf_files import HFWriter, carry_over, other_files, widest
 
 CONFIGS = {
-    # what the base's config.json says of its type
+    # keys for the type in the base's config.json
     "dtype": {"dtype": "bfloat16"},
     "torch_dtype": {"torch_dtype": "bfloat16"},
     "both": {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
@@ -41,7 +41,7 @@ def base(directory, model, described):
 
 
 def export(weights, like, out):
-    """As the end of a run does."""
+    """Export as at the end of a run."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
     writer = HFWriter(out, shapes, like=like)
     for name, tensor in weights.items():
@@ -67,7 +67,7 @@ def test_no_number_that_training_moved_is_rounded_away_by_who_loads_it(tmp_path,
 
 
 def loaded(directory):
-    """What transformers makes of a directory by itself, which is what `evaluate` loads, too."""
+    """Return the model that transformers loads from a directory, as `evaluate` does."""
     theirs = dict(AutoModelForCausalLM.from_pretrained(directory).named_parameters())
     settings = suites.load_settings(None, [("model", str(directory))], ["rollout.max_new_tokens=4"])
     assert settings.model.dtype == "float32"
@@ -87,7 +87,7 @@ def loaded(directory):
 
 
 def test_experts_are_loaded_for_evaluation(tmp_path):
-    """In memory they are in two tensors, in files in many."""
+    """Transformers has two tensors for the experts in memory, and one per expert in files."""
     model = tiny_models.qwen3_moe()
     tiny_models.save(model, tmp_path)
     expected = dict(model.named_parameters())
@@ -169,14 +169,14 @@ def fill(directory):
     return directory
 
 
-def files_of(directory):
+def read_files(directory):
     return {str(p.relative_to(directory)) for p in Path(directory).rglob("*") if p.is_file()}
 
 
 def test_all_files_and_folders_of_the_source_are_carried_but_weights_of_any_format(tmp_path):
     source = fill(tmp_path / "source")
     carry_over(source, tmp_path / "target")
-    assert files_of(tmp_path / "target") == set(KEPT)
+    assert read_files(tmp_path / "target") == set(KEPT)
 
 
 def test_links_of_a_cache_are_carried_as_what_they_lead_to(tmp_path):
@@ -186,7 +186,7 @@ def test_links_of_a_cache_are_carried_as_what_they_lead_to(tmp_path):
     for path in blobs.iterdir():
         os.symlink(os.path.relpath(path, snapshot), snapshot / path.name)
     carry_over(snapshot, tmp_path / "target")
-    assert files_of(tmp_path / "target") == set(KEPT)
+    assert read_files(tmp_path / "target") == set(KEPT)
     assert not any(path.is_symlink() for path in (tmp_path / "target").rglob("*"))
 
 
@@ -209,4 +209,4 @@ def test_an_export_below_its_source_does_not_carry_itself(tmp_path, below):
     out = source / below
     for _ in range(2):
         export({"lm_head.weight": torch.zeros(2, 2)}, source, out)
-        assert files_of(out) == {*KEPT, "model.safetensors"}
+        assert read_files(out) == {*KEPT, "model.safetensors"}

@@ -57,7 +57,7 @@ def config(tmp_path):
     return directory
 
 
-def shapes_of(tensors):
+def tensor_shapes(tensors):
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -94,9 +94,9 @@ def test_reads_several_files(tmp_path, tensors):
 
 @pytest.mark.parametrize("shard_bytes", [1, 100, 1 << 30])
 def test_safetensors_reads_what_was_written(tmp_path, tensors, config, shard_bytes):
-    """In one file or in several, whatever the order of writing; so does our own reader."""
+    """Tensors are in one file or several, and written in any order; our own reader agrees."""
     out = tmp_path / "out"
-    writer = HFWriter(out, shapes_of(tensors), like=config, shard_bytes=shard_bytes)
+    writer = HFWriter(out, tensor_shapes(tensors), like=config, shard_bytes=shard_bytes)
     for name in reversed(tensors):
         writer.write(name, tensors[name])
     writer.finish()
@@ -131,7 +131,7 @@ def test_no_file_is_larger_than_asked_for_unless_one_tensor_is(tmp_path, config)
     assert [[n for n in shapes if index[n] == file] for file in files] == [
         ["t0", "t1"],  # 100 bytes: they just fit
         ["t2"],
-        ["t3"],  # 120 bytes: a file of its own
+        ["t3"],  # 120 bytes: in a separate file
         ["t4", "t5"],
     ]
 
@@ -139,7 +139,7 @@ def test_no_file_is_larger_than_asked_for_unless_one_tensor_is(tmp_path, config)
 def test_a_view_is_written_as_what_it_shows(tmp_path, config):
     matrix = torch.arange(12.0).reshape(3, 4)
     views = {"transposed": matrix.t(), "columns": matrix[:, 1:3], "offset": matrix[1:]}
-    writer = HFWriter(tmp_path / "out", shapes_of(views), like=config)
+    writer = HFWriter(tmp_path / "out", tensor_shapes(views), like=config)
     for name, view in views.items():
         writer.write(name, view)
     writer.finish()
@@ -149,7 +149,7 @@ def test_a_view_is_written_as_what_it_shows(tmp_path, config):
 
 def test_threads_read_and_write_at_once(tmp_path, config):
     tensors = {f"t{i}": random_tensor((97 + i, 31), torch.bfloat16, i) for i in range(24)}
-    writer = HFWriter(tmp_path / "out", shapes_of(tensors), like=config, shard_bytes=40_000)
+    writer = HFWriter(tmp_path / "out", tensor_shapes(tensors), like=config, shard_bytes=40_000)
     in_threads([lambda n=n: writer.write(n, tensors[n]) for n in tensors])
     writer.finish()
     wrong = []
@@ -179,7 +179,7 @@ def test_short_reads_and_writes_of_the_system_are_continued(tmp_path, config, mo
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real_read(fd, [buffers[0][:7]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, data[:5], at))
     tensors = {"a": random_tensor((5, 9), torch.float32), "b": random_tensor((3,), torch.bfloat16)}
-    writer = HFWriter(tmp_path / "out", shapes_of(tensors), like=config)
+    writer = HFWriter(tmp_path / "out", tensor_shapes(tensors), like=config)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.finish()
@@ -250,7 +250,7 @@ def test_what_is_in_the_way_and_not_ours_gets_another_name(tmp_path, config, cap
 
 
 def test_a_marker_is_not_carried_over_with_the_files_of_a_model(tmp_path, config):
-    """Of a model that this program exported: it would list other files."""
+    """The marker of an exported model would list other files."""
     ownership.mark(config, "model", files=["old"])
     writer = HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=config, kind="model")
     assert "files" not in ownership.marker(writer.aside)
@@ -261,7 +261,7 @@ def test_a_marker_is_not_carried_over_with_the_files_of_a_model(tmp_path, config
 
 
 def test_a_writer_that_could_not_start_leaves_nothing(tmp_path):
-    """Its source of configuration files is gone, or the disk is full."""
+    """The source of configuration files is missing, or the disk is full."""
     with pytest.raises(OSError):
         HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
@@ -321,7 +321,7 @@ def test_a_damaged_file_is_named(tmp_path, content, said):
 
 
 def test_tensors_that_share_bytes_are_refused(tmp_path):
-    """As safetensors does: such a header is damaged, and its tensors are not what was saved."""
+    """Safetensors refuses them as well: the header is damaged, the tensors are not those saved."""
     text = f'{{"a":{ENTRY},"b":{ENTRY},"c":{ENTRY.replace("[0,8]", "[8,16]")}}}'
     (tmp_path / "model.safetensors").write_bytes(header(text, b"1" * 16))
     with pytest.raises(Exception):  # noqa: B017 - the library's own error type is private

@@ -154,7 +154,7 @@ def test_a_broken_tokenizer_is_refused(model, file, content):
 
 @pytest.mark.parametrize("model_known", [True, False])
 def test_code_beside_a_tokenizer_is_not_run(model, tmp_path, model_known):
-    """Nor is anybody asked; transformers' own class serves for a model that it knows."""
+    """Nothing is prompted for; transformers uses its own class for a model that it knows."""
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "EvilTokenizer"
     settings["auto_map"] = {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}
@@ -209,7 +209,7 @@ ONE_LINE = settings(
 
 
 def read_folder(directory):
-    """As preflight does; only a UserError of one line may come out."""
+    """Read a folder as preflight does; only a UserError of one line may be raised."""
     try:
         hf = read_hf_config(directory)
         stop_tokens(directory, SimpleNamespace(eos_token_id=2))

@@ -8,7 +8,7 @@ from megatron_prepo.models.mapping import (
     TOP,
     Heads,
     Mapping,
-    mapping_of,
+    find_mapping,
     shard,
     to_hf,
     to_megatron,
@@ -75,7 +75,7 @@ def test_back_and_there_is_the_identity(kind):
 
 
 def test_qkv_is_interleaved_by_group():
-    """Of each key-value group its query heads, its key head, its value head: by hand."""
+    """Each key-value group has its query heads, its key head and its value head, by hand."""
     heads = Heads(num_groups=2, head_dim=1, queries_per_group=2)
     q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20]), torch.tensor([100, 200])
     full = to_megatron(Mapping("qkv", ("q", "k", "v")), [q, k, v], heads)
@@ -111,7 +111,7 @@ def test_vocabulary_is_padded_by_zero_rows():
 
 
 def test_padding_of_the_vocabulary_is_not_exported():
-    """Whatever training has written there."""
+    """Training may have changed its values."""
     mapping, (full,) = mapping_and_tensors("vocab")
     (back,) = to_hf(mapping, torch.cat([full, torch.full((3, HIDDEN), 7.0)]), HEADS, VOCAB)
     assert torch.equal(back, full)
@@ -138,20 +138,20 @@ def parameter_names(engine, layers=LAYERS):
 
 @pytest.mark.parametrize("engine", ["torch", "te"])
 def test_every_hf_name_comes_from_exactly_one_parameter(engine):
-    names = [n for name in parameter_names(engine) for n in mapping_of(name).hf_names]
+    names = [n for name in parameter_names(engine) for n in find_mapping(name).hf_names]
     assert len(names) == len(set(names)) == 3 + LAYERS * 18
 
 
 def test_both_layer_implementations_are_made_of_the_same_hf_tensors():
     torch_native, te = (
-        {n for name in parameter_names(engine) for n in mapping_of(name).hf_names}
+        {n for name in parameter_names(engine) for n in find_mapping(name).hf_names}
         for engine in ("torch", "te")
     )
     assert torch_native == te
 
 
 def test_layers_of_a_later_stage_are_counted_from_its_first():
-    assert mapping_of("decoder.layers.1.mlp.linear_fc1.weight", first_layer=10) == Mapping(
+    assert find_mapping("decoder.layers.1.mlp.linear_fc1.weight", first_layer=10) == Mapping(
         "gated", ("model.layers.11.mlp.gate_proj.weight", "model.layers.11.mlp.up_proj.weight")
     )
 
@@ -161,14 +161,14 @@ def test_layers_of_a_later_stage_are_counted_from_its_first():
     ["mlp.experts.local_experts.3.linear_fc2.weight", "mlp.experts.linear_fc2.weight3"],
 )
 def test_experts_of_a_rank_are_counted_from_its_first(name):
-    mapping = mapping_of(f"decoder.layers.1.{name}", first_layer=2, first_expert=8)
+    mapping = find_mapping(f"decoder.layers.1.{name}", first_layer=2, first_expert=8)
     assert mapping.hf_names == ("model.layers.3.mlp.experts.11.down_proj.weight",)
     assert mapping.of_expert(5).hf_names == ("model.layers.3.mlp.experts.5.down_proj.weight",)
 
 
 def test_a_tied_output_layer_is_the_embedding():
-    assert mapping_of("output_layer.weight", tied=True).hf_names == ("model.embed_tokens.weight",)
-    assert mapping_of("output_layer.weight").hf_names == ("lm_head.weight",)
+    assert find_mapping("output_layer.weight", tied=True).hf_names == ("model.embed_tokens.weight",)
+    assert find_mapping("output_layer.weight").hf_names == ("lm_head.weight",)
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_a_tied_output_layer_is_the_embedding():
 )
 def test_an_unknown_name_raises(name):
     with pytest.raises(KeyError, match="no Hugging Face name is known"):
-        mapping_of(name)
+        find_mapping(name)

@@ -1,7 +1,7 @@
-"""Splitting and joining over random geometries: exact inverses, and what naive indexing gives.
+"""Splitting and joining over random geometries: exact inverses, and equal to naive indexing.
 
 Tensors are random bit patterns, NaNs among them, and are compared as bits.  The naive rules below
-say row by row, in plain Python, where a rank's part comes from.
+list row by row, in plain Python, the source of a rank's part.
 """
 
 import pytest
@@ -41,7 +41,7 @@ def divisors(number):
     return st.sampled_from([n for n in range(1, MAX_TP + 1) if number % n == 0])
 
 
-def parts_of(mapping, full, size, rows=None):
+def rank_parts(mapping, full, size, rows=None):
     """All ranks' parts; `rows`: of the padded vocabulary."""
     shape = [rows or full.shape[0], *full.shape[1:]]
     if mapping.split_dim is not None:
@@ -86,7 +86,7 @@ def test_a_rank_has_its_consecutive_rows_of_qkv_also_with_more_ranks_than_groups
     full = random_bits((num_rows, 3), dtype, seed)
     mapping = Mapping("qkv", ("q", "k", "v"))
 
-    parts = parts_of(mapping, full, size)
+    parts = rank_parts(mapping, full, size)
 
     here = num_rows // size
     for rank, part in enumerate(parts):
@@ -102,7 +102,7 @@ def test_a_rank_has_the_same_rows_of_gate_and_of_up(size, here, dtype, seed):
     mapping = Mapping("gated", ("gate", "up"))
 
     full = to_megatron(mapping, [gate, up], None)
-    parts = parts_of(mapping, full, size)
+    parts = rank_parts(mapping, full, size)
 
     for rank, part in enumerate(parts):
         mine = range(rank * here, (rank + 1) * here)
@@ -119,7 +119,7 @@ def test_a_rank_has_its_columns_of_a_row_parallel_matrix(size, here, rows, seed)
     full = random_bits((rows, size * here), torch.bfloat16, seed)
     mapping = Mapping("row", ("o",))
 
-    parts = parts_of(mapping, full, size)
+    parts = rank_parts(mapping, full, size)
 
     for rank, part in enumerate(parts):
         mine = range(rank * here, (rank + 1) * here)
@@ -139,12 +139,12 @@ def test_a_rank_has_its_columns_of_a_row_parallel_matrix(size, here, rows, seed)
 def test_a_rank_has_its_rows_of_the_vocabulary_and_zeros_after_its_end(
     size, vocab, more, dtype, seed
 ):
-    """Also where padding takes whole ranks; export cuts it off, whatever is in it."""
+    """Includes ranks with only padding, which export removes whatever its values are."""
     here = -(-vocab // size) + more
     full = random_bits((vocab, 3), dtype, seed)
     mapping = Mapping("vocab", ("embedding",))
 
-    parts = parts_of(mapping, full, size, rows=here * size)
+    parts = rank_parts(mapping, full, size, rows=here * size)
 
     for rank, part in enumerate(parts):
         for i in range(here):
@@ -158,7 +158,7 @@ def test_a_rank_has_its_rows_of_the_vocabulary_and_zeros_after_its_end(
 @quick
 @given(kind=st.sampled_from(["row", "qkv", "gated"]), size=st.integers(2, MAX_TP), seed=seeds)
 def test_a_matrix_that_does_not_divide_is_refused(kind, size, seed):
-    """And never cut into parts of which one is smaller."""
+    """It is never split into parts of unequal size."""
     mapping = Mapping(kind, ("t",))
     rows = 2 * (size + 1) if kind == "gated" else 2 * size + 1  # of each half: one too many
     full = random_bits((rows, 2 * size + 1), torch.float32, seed)

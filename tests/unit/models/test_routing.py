@@ -15,7 +15,7 @@ from megatron_prepo.records import ScoredSequence
 
 @pytest.mark.parametrize(("experts", "bytes_each"), [(8, 1), (256, 1), (257, 2), (512, 2)])
 def test_packed_and_unpacked_it_is_the_same(experts, bytes_each):
-    """Up to the largest number of an expert, in the order that they were chosen in."""
+    """Numbers go up to the last expert, and keep the order in which they were chosen."""
     form, random = RoutingFormat(3, 4, experts), np.random.default_rng(1)
     experts_TLk = random.random((5, 3, experts)).argsort(-1)[..., :4]
     experts_TLk[0, 0] = [experts - 1, 0, 2, 1]
@@ -30,7 +30,7 @@ def test_packed_and_unpacked_it_is_the_same(experts, bytes_each):
 @pytest.mark.parametrize(
     ("experts_TLk", "message"),
     [
-        ([[[0, 1]]], r"shape \(1, 1, 2\), not \[tokens, 2 layers, 2 a token\]"),
+        ([[[0, 1]]], r"shape \(1, 1, 2\), not \[tokens, 2 layers, 2 per token\]"),
         ([[[0, 1], [2, 8]]], "experts 0 to 8 of 8"),
         ([[[0, 1], [-1, 2]]], "experts -1 to 2 of 8"),
         ([[[0, 1], [3, 3]]], "one expert twice"),
@@ -48,7 +48,7 @@ def test_bytes_that_are_not_shared_out_over_the_tokens_are_refused():
 
 @pytest.mark.parametrize("routed", [True, False])
 def test_a_dump_gives_every_sequence_its_routing_back(routed):
-    """Sequences of other lengths, six bytes a token."""
+    """Sequences have different lengths, and six bytes per token."""
     batch = [
         TrainingSequence(
             ScoredSequence(tokens, 2, bytes(range(n, n + 6 * len(tokens) - 6)) if routed else None),

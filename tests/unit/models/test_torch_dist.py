@@ -16,14 +16,14 @@ from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWr
 
 SHAPE = (4, 7, 6)
 CUTS = ((0, 1, 3, 4), (0, 5, 7), (0, 2, 6))
-"""Where each dimension of the tensor is cut: 12 chunks of different sizes."""
+"""Cuts of each dimension of the tensor, which give 12 chunks of different sizes."""
 
 
 def whole():
     return torch.arange(4 * 7 * 6, dtype=torch.float32).reshape(SHAPE)
 
 
-def chunks_of(key, shape=SHAPE, cuts=CUTS):
+def cut_chunks(key, shape=SHAPE, cuts=CUTS):
     for ranges in itertools.product(*(itertools.pairwise(cut) for cut in cuts)):
         yield Chunk(key, tuple(shape), tuple(a for a, _ in ranges), tuple(b - a for a, b in ranges))
 
@@ -35,7 +35,7 @@ def region(tensor, offset, shape):
 def write(directory, *, leave_out=()):
     """A tensor in 12 chunks, one in one, a scalar, and bfloat16."""
     writer = TorchDistWriter(directory)
-    for number, chunk in enumerate(chunks_of("cut")):
+    for number, chunk in enumerate(cut_chunks("cut")):
         if number not in leave_out:
             writer.write(chunk, region(whole(), chunk.offset, chunk.shape))
     writer.write(Chunk("one", (5, 3), (0, 0), (5, 3)), torch.arange(15.0).reshape(5, 3))
@@ -56,7 +56,7 @@ def checkpoint(tmp_path):
 
 
 def test_any_region_comes_back(checkpoint):
-    """Inside a chunk, across chunks, a whole chunk, the whole tensor."""
+    """Regions are inside a chunk, across chunks, one chunk, or the entire tensor."""
     reader = TorchDistReader(checkpoint)
     draw = random.Random(0)
     regions = [((0, 0, 0), SHAPE), ((1, 0, 2), (2, 5, 4)), ((3, 6, 5), (1, 1, 1))]
@@ -140,7 +140,7 @@ def test_two_global_shapes_of_one_key_assert(tmp_path):
 
 
 def test_torch_reads_what_was_written(checkpoint):
-    """Whole tensors, and a checkpoint's table as torch's own reader sees it."""
+    """Compares entire tensors, and the checkpoint's table as torch's own reader returns it."""
     state = {
         "cut": torch.zeros(SHAPE),
         "one": torch.zeros(5, 3),
@@ -177,7 +177,7 @@ def test_what_torch_wrote_of_a_tensor_in_another_order_in_memory_is_read(tmp_pat
 
 
 class MegatronsWriter(dcp.FileSystemWriter):
-    """As Megatron's, it notes no directory in the table."""
+    """Writer that, like Megatron's, records no directory in the table."""
 
     def storage_meta(self):
         return None
@@ -194,7 +194,7 @@ def one_rank():
 
 
 def sharded(tensor, key, shape):
-    """Megatron's description of a whole tensor."""
+    """Return Megatron's description of an entire tensor."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     return ShardedTensor(
@@ -224,7 +224,7 @@ def test_megatron_reads_what_was_written_and_the_other_way_round(checkpoint, tmp
 def test_a_missing_region_is_named(tmp_path):
     """One of 12 chunks was never written; what does not touch it can be read."""
     reader = TorchDistReader(write(tmp_path / "c", leave_out={5}))
-    hole = list(chunks_of("cut"))[5]
+    hole = list(cut_chunks("cut"))[5]
     with pytest.raises(UserError, match=r"cut is incomplete.*\(4, 7, 6\) at \(0, 0, 0\)"):
         reader.read("cut", (0, 0, 0), SHAPE)
     with pytest.raises(UserError, match="cut is incomplete"):
@@ -257,7 +257,7 @@ def test_a_missing_data_file_is_named(checkpoint):
 
 
 def test_a_data_file_of_other_content_is_named(checkpoint):
-    """Of the right length: a disk that lost its blocks."""
+    """The length is right, as on a disk that lost blocks."""
     (file,) = checkpoint.glob("*.distcp")
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(UserError, match=str(checkpoint)):
@@ -310,8 +310,8 @@ def reduce(callable_by_name, argument):
     return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
 
 
-def call_the_result_of(callable_by_name, argument, command):
-    """... and calls what that call gave with another string."""
+def call_what_it_returns(callable_by_name, argument, command):
+    """Pickle a call, and a call of its result with another string."""
     return reduce(callable_by_name, argument)[:-1] + text(command) + b"\x85R."
 
 
@@ -340,7 +340,7 @@ def text(string):
         ),
         (
             "torch's importer by name",
-            lambda command: call_the_result_of(
+            lambda command: call_what_it_returns(
                 ("torch._utils", "_import_dotted_name"), "os.system", command
             ),
         ),
@@ -364,11 +364,11 @@ def test_a_malicious_table_is_refused_and_not_executed(checkpoint, name, make, t
 
 
 def test_the_malicious_tables_would_work(tmp_path):
-    """With pickle as it is: the tests above have something to refuse."""
+    """Plain pickle executes them, so the tests above refuse a real attack."""
     for number, table in enumerate(
         (
             reduce(("torch.distributed.checkpoint.filesystem", "os.system"), f"touch {tmp_path}/0"),
-            call_the_result_of(
+            call_what_it_returns(
                 ("torch._utils", "_import_dotted_name"), "os.system", f"touch {tmp_path}/1"
             ),
         )

@@ -50,7 +50,7 @@ def test_neither_shift_nor_scale_of_the_rewards_matters():
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1e30, -7.3])
 @pytest.mark.parametrize("std", ["unbiased", "population", "none"])
 def test_equal_rewards_give_exactly_zero(reward, std):
-    """Also where the mean of equal numbers is not quite that number."""
+    """This holds even if the rounded mean of equal numbers differs from them."""
     rewards_KG = torch.full((2, 6), reward, dtype=torch.float64)
     assert reward != 0.1 or (rewards_KG.mean(dim=1) != 0.1).all()
     assert group_advantages(rewards_KG, std=std).eq(0).all()

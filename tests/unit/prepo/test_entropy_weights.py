@@ -91,7 +91,7 @@ def test_sensitivities_of_appendix_e(mean):
     """dw_i/dH_j = delta_ij / Hbar - (H_i / Hbar^2) share_j, by central differences.
 
     share_j is |o_j| / sum |o| for the token mean, 1/N for the sequence mean.  Self-sensitivity is
-    positive: it vanishes only for a rollout that owns the whole entropy.
+    positive: it is zero only for a rollout that has the entire entropy.
     """
     lengths_N = LENGTHS_N.double()
     share_N = lengths_N / lengths_N.sum() if mean == "token" else torch.ones(5).double() / 5
@@ -117,7 +117,7 @@ def test_weights_are_constants():
 
 
 def test_clamp_keeps_weights_within_its_bounds():
-    """Weights 0.22, 1.2, 2.7, 0.05, 0.77: those outside [1/2, 2] are moved, the others are not."""
+    """Weights 0.22, 1.2, 2.7, 0.05, 0.77: only those outside [1/2, 2] change."""
     free_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N)
     clamped_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N, clamp=2.0)
     assert clamped_N[[0, 2, 3]].tolist() == [0.5, 2.0, 0.5]
@@ -126,14 +126,14 @@ def test_clamp_keeps_weights_within_its_bounds():
 
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_rollouts_left_out_of_the_mean_still_get_a_weight(mean):
-    counts_N = torch.tensor([True, False, True, False, True])
-    weight_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N, mean=mean, counts_N=counts_N)
-    counted_N = relative_entropy_weights(ENTROPY_N[counts_N], LENGTHS_N[counts_N], mean=mean)
-    assert_close(weight_N[counts_N], counted_N)
-    batch = ENTROPY_N[counts_N][0] / counted_N[0]
-    assert_close(weight_N[~counts_N], ENTROPY_N[~counts_N] / batch)
+    include_N = torch.tensor([True, False, True, False, True])
+    weight_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N, mean=mean, include_N=include_N)
+    counted_N = relative_entropy_weights(ENTROPY_N[include_N], LENGTHS_N[include_N], mean=mean)
+    assert_close(weight_N[include_N], counted_N)
+    batch = ENTROPY_N[include_N][0] / counted_N[0]
+    assert_close(weight_N[~include_N], ENTROPY_N[~include_N] / batch)
 
 
 def test_no_rollout_in_the_mean_gives_ones():
     nobody_N = torch.zeros(5, dtype=torch.bool)
-    assert relative_entropy_weights(ENTROPY_N, LENGTHS_N, counts_N=nobody_N).tolist() == [1.0] * 5
+    assert relative_entropy_weights(ENTROPY_N, LENGTHS_N, include_N=nobody_N).tolist() == [1.0] * 5

@@ -74,7 +74,7 @@ def test_aggregations_in_closed_form():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
-    """Over rollouts (times their length for token sums), or over tokens."""
+    """The mean is over rollouts (times their length for token sums), or over tokens."""
     logprobs_T, entropy_T, terms = batch(aggregation)
     terms = LossTerms(logprobs_T.detach(), terms.advantage_T, terms.coefficient_T)
     loss, _ = policy_loss(logprobs_T, entropy_T, terms)
@@ -88,7 +88,7 @@ def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_losses_of_a_split_batch_add_up(aggregation):
-    """However it is cut: loss, sums and gradients are those of the whole."""
+    """Loss, sums and gradients are those of the complete batch, for any split."""
     weight_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
     optional = {
         "importance_T": torch.linspace(0.5, 2, 10).double(),
@@ -175,7 +175,7 @@ def test_weights_are_constants_of_the_loss():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_on_policy_gradient_by_hand(aggregation):
-    """At ratio 1: - sum_t c A grad logp, the policy gradient."""
+    """The gradient at ratio 1 is - sum_t c A grad logp, the policy gradient."""
     weight_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
     logprobs_T, entropy_T, terms = batch(aggregation, weight_N)
     terms = LossTerms(logprobs_T.detach(), terms.advantage_T, terms.coefficient_T)
@@ -203,7 +203,7 @@ def test_clipping_kills_the_gradient_where_the_ratio_has_gone_far_enough(ratio, 
 
 @pytest.mark.parametrize(("ratio", "advantage"), NOT_CLIPPED)
 def test_clipping_leaves_the_gradient_everywhere_else(ratio, advantage):
-    """Within the clip, and where the ratio has gone the wrong way: min keeps it pulling back."""
+    """It remains within the clip, and beyond it where min selects the unclipped objective."""
     loss, gradient, sums = one_token(ratio, advantage)
     assert loss == approx(-ratio * advantage)
     assert gradient == approx(-ratio * advantage)
@@ -219,7 +219,7 @@ def test_the_two_clips_are_settings_of_their_own(advantage):
 
 
 def test_loss_and_gradient_equal_the_formula_by_finite_differences():
-    """All terms at once; random ratios lie within and beyond the clips."""
+    """All terms are included; random ratios lie within and beyond the clips."""
     weight_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
     optional = {
         "importance_T": torch.linspace(0.5, 2, 10).double(),
@@ -332,7 +332,7 @@ def test_kl_penalty_in_closed_form():
 def test_kl_to_the_old_policy_is_exact_in_expectation():
     """Tokens are sampled from the old policy: their mean estimates KL(old || new).
 
-    Old probabilities (1/2, 1/4, 1/4), so that the tokens 0, 0, 1, 2 are the whole distribution.
+    Old probabilities (1/2, 1/4, 1/4), so that the tokens 0, 0, 1, 2 have this distribution.
     """
     old_V = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     new_V = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)

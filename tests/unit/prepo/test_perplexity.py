@@ -30,7 +30,7 @@ SHAPE = Shape(
     mlp=1,
     vocabulary=V,
     experts=0,
-    experts_a_token=0,
+    experts_per_token=0,
     head_norms=False,
 )
 
@@ -180,7 +180,7 @@ def test_span_of_content_by_hand(content, expected):
 
 
 def test_content_of_the_first_token_alone_still_scores_something():
-    """It has no predecessor; the token after it stands in, rather than a mean over nothing."""
+    """It has no predecessor; the next token is scored instead, since a mean needs a token."""
     assert span_of(prompt(range(5), (0, 1)), "content") == slice(0, 1)
 
 
@@ -191,5 +191,5 @@ def test_values_that_are_not_finite_are_kept():
 
 
 def test_a_float32_overflow_is_not_one():
-    """In float64: a mean of -200 nats is a large number, not inf."""
+    """In float64, a mean of -200 nats gives a large number, not inf."""
     assert perplexity(torch.tensor([-200.0])).item() == approx(math.exp(200))

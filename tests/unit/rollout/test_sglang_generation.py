@@ -227,7 +227,7 @@ def test_no_routing_is_asked_for_unless_it_is_wanted(fakes):
         ("AAAA!", "Non-base64|Only base64|Incorrect padding|Invalid base64"),
         ("AAAA", "buffer size must be a multiple of element size"),
         (("0", 12), "cannot reshape array of size 12 into shape"),
-        (("1", 18), "a token that goes to one expert twice"),
+        (("1", 18), "a token is routed to one expert twice"),
         (("9", 18), "experts 9 to 9 of 8"),
     ],
 )

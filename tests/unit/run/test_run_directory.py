@@ -215,17 +215,17 @@ def test_an_extension_that_would_learn_nothing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("decay_steps", "rate"), [(None, 0.5), (8, 0.75)])
-def test_a_checkpoint_does_not_bring_its_schedule_back(tmp_path, monkeypatch, decay_steps, rate):
+def test_a_checkpoint_does_not_bring_its_schedule_back(tmp_path, decay_steps, rate):
     """Two steps of four, or of eight, by then."""
-    from megatron_prepo.actor import optimizer
+    from megatron_prepo.actor.optimizer import build_schedule
 
     fake = SimpleNamespace(param_groups=[{}])
-    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda *_: fake)
     decays = {"lr_decay_style": "linear", "lr": 1.0}
-    _, before = optimizer.build_optimizer(config(tmp_path, optimizer=decays), [])
+    first = config(tmp_path, optimizer=decays)
+    before = build_schedule(first.optimizer, first.train, fake)
     before.step(2)
     changed = config(tmp_path, optimizer=decays | {"lr_decay_steps": decay_steps})
-    _, after = optimizer.build_optimizer(changed, [])
+    after = build_schedule(changed.optimizer, changed.train, fake)
     after.load_state_dict(before.state_dict())
     assert fake.param_groups[0]["lr"] == rate
 
