@@ -68,7 +68,7 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[dict]]:
         results = source / "results.jsonl" if source.is_dir() else source
         if source.is_dir() and run_record.is_there(source):
             config = run_record.config_of(source)
-            arm = {"arm": config.selection.method, "seed": config.train.seed}
+            arm = {"arm": config.selection.name, "seed": config.train.seed}
             name = str(source)
             sections[name] = [{"comparison": None, **arm, **run_record.record(source)}]
         elif results.is_file():

@@ -15,6 +15,7 @@ from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import check_file, pool
+from megatron_prepo.selection import user_class
 
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 
@@ -40,6 +41,7 @@ def check(config: Config) -> Inputs:
     check_layout(config, hf)
     check_weights(config, hf)
     check_file(config.reward.function)
+    check_selector(config)
     if "RANK" not in os.environ:  # ranks load the function before anything else anyway
         pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
@@ -63,6 +65,22 @@ def check(config: Config) -> Inputs:
         )
     build.check(config)
     return Inputs(tokenizer, train_prompts, eval_prompts, digests)
+
+
+def check_selector(config: Config) -> None:
+    """Raise UserError unless a custom selector loads and can choose for a made-up run."""
+    if config.selection.is_custom:
+        user_class.check(
+            user_class.TrialRun(
+                config.selection,
+                total_steps=config.train.total_steps,
+                seed=config.train.seed,
+                group_size=config.rollout.samples_per_prompt,
+                low=config.reward.low,
+                high=config.reward.high,
+            ),
+            overlap=config.train.overlap,
+        )
 
 
 def check_room(config: Config, hf: dict, prompts: list[Prompt]) -> None:

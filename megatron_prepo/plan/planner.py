@@ -324,9 +324,9 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
 
 def rollouts_a_step(config: Config) -> tuple[int, int]:
     """Least and most: a method that refills stops somewhere between K and P groups."""
-    from megatron_prepo.selection import METHODS
+    from megatron_prepo.selection import load
 
-    selection, method = config.selection, METHODS[config.selection.method]
+    selection, method = config.selection, load(config.selection.method)
     least = most = selection.num_selected
     if method.refills:
         most = selection.num_candidates
@@ -463,12 +463,12 @@ def with_room(
 def _work(
     config: Config, question: PlanRequest, parameters: int, active: int
 ) -> gpu_rates.StepWork:
-    from megatron_prepo.selection import METHODS
+    from megatron_prepo.selection import load
 
     selection, group = config.selection, config.rollout.samples_per_prompt
     prompt = question.prompt_tokens or config.data.max_prompt_tokens
     response = question.response_tokens or config.rollout.max_new_tokens
-    scored = selection.num_candidates if METHODS[selection.method].needs_scores else 0
+    scored = selection.num_candidates if load(selection.method).needs_scores else 0
     least, _ = rollouts_a_step(config)
     learnt = selection.num_selected * group * (prompt + response)
     return gpu_rates.StepWork(
