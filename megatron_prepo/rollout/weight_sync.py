@@ -14,7 +14,7 @@ from megatron_prepo.models.hf_files import HEAD, INDEX, SINGLE, HFTensors, bucke
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.rollout.engine import Engine, SyncBroken
 
-MOST_TRIES = 3
+MAX_SYNC_ATTEMPTS = 3
 """Of a sync that loses servers."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 """Mean absolute difference in nats.  Two right implementations stay below 1e-6 in float32 and some
@@ -41,7 +41,7 @@ def load_weights(actor, engine: Engine, limit: int, shapes: dict) -> None:
 
     Then it has a server less, or one that was started anew.
     """
-    for tries_left in reversed(range(MOST_TRIES)):
+    for tries_left in reversed(range(MAX_SYNC_ATTEMPTS)):
         try:
             engine.load_weights(buckets(actor.hf_weights(), limit), actor.updates, shapes)
             return

@@ -15,7 +15,7 @@ FINISHES = ("stop", "length", "abort")
 
 
 @dataclass(frozen=True)
-class Job:
+class CompletionJob:
     """One completion to be had."""
 
     number: int
@@ -52,7 +52,7 @@ class Sampling:
     can_be_cut = True
     """A part of a completion is of use, too."""
 
-    def request(self, job: Job, request_id: str) -> dict:
+    def request(self, job: CompletionJob, request_id: str) -> dict:
         """The body of `POST /generate`.
 
         Log-probabilities are asked for from the first new token on only: asking for the prompt's
@@ -75,7 +75,7 @@ class Sampling:
             },
         }
 
-    def read(self, answer: object, job: Job, *, cut: bool, server: str) -> Completion:
+    def read(self, answer: object, job: CompletionJob, *, cut: bool, server: str) -> Completion:
         """The completion in an answer of `POST /generate`.
 
         `cut`: we have asked for its abort.  Raises StaleWeights for an answer by other weights, and

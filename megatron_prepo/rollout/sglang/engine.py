@@ -28,7 +28,7 @@ from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import Bucket, EngineError, PendingRollouts, Request, Shapes
 from megatron_prepo.rollout.sglang import ipc, launch
-from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
+from megatron_prepo.rollout.sglang.completion import Completion, CompletionJob, Sampling
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.ipc import ByIPC
@@ -145,7 +145,7 @@ class SGLangEngine:
         self._assert_ready()
         pairs, cached = request.samples(), request.cached
         jobs = [
-            Job(number, prompt, f"{request.seed}/{prompt.id}/{sample}")
+            CompletionJob(number, prompt, f"{request.seed}/{prompt.id}/{sample}")
             for number, (prompt, sample) in enumerate(pairs)
             if (prompt.id, sample) not in cached
         ]
@@ -158,7 +158,7 @@ class SGLangEngine:
             routing=RoutingFormat.of(self.hf) if request.routing else None,
         )
 
-        def on_completion(job: Job, completion: Completion) -> None:
+        def on_completion(job: CompletionJob, completion: Completion) -> None:
             prompt, sample = pairs[job.number]
             request.on_rollouts({(prompt.id, sample): self._rollout(prompt, completion)})
 
@@ -189,7 +189,7 @@ class SGLangEngine:
         Raises EngineError on every rank if no server is left, or one refuses.
         """
         self._assert_ready()
-        jobs = [Job(number, prompt, seed="") for number, prompt in enumerate(prompts)]
+        jobs = [CompletionJob(number, prompt, seed="") for number, prompt in enumerate(prompts)]
         probing = Probing(self._name_of(self.weight_version), self.hf["vocab_size"])
         return self.share(self._on_rank_zero(self._score, jobs, probing))
 
@@ -216,7 +216,7 @@ class SGLangEngine:
 
     async def _prepare(self) -> bool:
         """Ready for weights; returns whether there are servers without any."""
-        new = await self.fleet.revive()
+        new = await self.fleet.reconnect()
         await self._wake()
         await self._all("/pause_generation")
         await self._version("incomplete")
@@ -252,7 +252,7 @@ class SGLangEngine:
         completions = await generation.run()
         if self.settings.release_memory:
             await self._all("/release_memory_occupation", {"tags": ["kv_cache"]})
-            for server in self.fleet.living():
+            for server in self.fleet.alive():
                 server.asleep = True
         return completions, time.monotonic() - start
 
@@ -287,7 +287,7 @@ class SGLangEngine:
         return logprobs
 
     async def _wake(self) -> None:
-        asleep = [server for server in self.fleet.living() if server.asleep]
+        asleep = [server for server in self.fleet.alive() if server.asleep]
         await self._all("/resume_memory_occupation", {"tags": ["kv_cache"]}, asleep)
         for server in asleep:
             server.asleep = False
@@ -297,7 +297,7 @@ class SGLangEngine:
 
     async def _in_session(self, path: str, body: dict) -> None:
         """To the servers that have sessions (SGLang from 0.5.21)."""
-        servers = [server for server in self.fleet.living() if server.has_sessions]
+        servers = [server for server in self.fleet.alive() if server.has_sessions]
         for url, answer in (await self._all(path, body, servers)).items():
             if not (isinstance(answer, dict) and answer.get("success") is True):
                 raise EngineError(f"{url}{path} answered {str(answer)[:300]}")

@@ -1,8 +1,8 @@
 """The servers of a run, and the one way to call them: with a deadline, and by name in every error.
 
 A server is lost when it does not answer in time, cannot be reached, answers with other weights than
-the actor's, or fails again and again.  It gets nothing more to do until it is taken back (`revive`)
-before a weight sync.
+the actor's, or fails again and again.  It gets nothing more to do until `reconnect`
+takes it back before a weight sync.
 """
 
 import asyncio
@@ -101,15 +101,15 @@ class Fleet:
             if server.own:
                 server.own.stop()
 
-    def living(self) -> list[Server]:
+    def alive(self) -> list[Server]:
         """The servers that serve; EngineError that says what happened to each if none does."""
-        living = [server for server in self.servers if server.lost is None]
-        if not living:
+        alive = [server for server in self.servers if server.lost is None]
+        if not alive:
             fates = "\n".join(f"{server.url}: {server.lost}" for server in self.servers)
             raise EngineError(f"no SGLang server is left\n{fates}")
-        return living
+        return alive
 
-    def lose(self, server: Server, reason: str) -> None:
+    def mark_failed(self, server: Server, reason: str) -> None:
         """Give a server up."""
         if server.lost is not None:
             return
@@ -172,7 +172,7 @@ class Fleet:
         A server that fails is lost.  Returns the answers of the others by URL.  Raises EngineError
         if one refuses, or no server is left at all.
         """
-        servers = self.living() if servers is None else servers
+        servers = self.alive() if servers is None else servers
 
         async def ask(server: Server) -> Any:
             try:
@@ -181,31 +181,31 @@ class Fleet:
                 if server.own:  # connections end before the process, whose last words are told
                     await asyncio.sleep(POLL_SECONDS)
                 # whoever waits for all of them can see it now, and not when the last has answered
-                self.lose(server, str(failure))
+                self.mark_failed(server, str(failure))
 
         answers = await asyncio.gather(*map(ask, servers), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-        self.living()
+        self.alive()
         return {
             server.url: answer
             for server, answer in zip(servers, answers, strict=True)
             if server.lost is None
         }
 
-    async def revive(self) -> bool:
+    async def reconnect(self) -> bool:
         """Take back what can serve: new servers, lost ones of ours, others that are healthy again.
 
         To be followed by a weight sync.  Returns whether there is a server that was not there at
         the last sync.  Raises EngineError if none serves.
         """
         coming = [server for server in self.servers if server.lost or not server.described]
-        await asyncio.gather(*(self._revive(server) for server in coming))
-        self.living()
+        await asyncio.gather(*(self._reconnect(server) for server in coming))
+        self.alive()
         return any(server.lost is None for server in coming)
 
-    async def _revive(self, server: Server) -> None:
+    async def _reconnect(self, server: Server) -> None:
         seconds = self.settings.connect_seconds
         if server.own:
             seconds = self.settings.start_seconds
@@ -222,7 +222,7 @@ class Fleet:
                 await self.call(server, "/freeze_gc", seconds=self.settings.connect_seconds)
         except ServerFailed as failure:
             if server.lost is None:
-                self.lose(server, str(failure))
+                self.mark_failed(server, str(failure))
             else:
                 server.lost = f"{server.lost}; then {failure}"
             return
@@ -294,20 +294,20 @@ class Fleet:
         if server.lost is not None:
             return
         if isinstance(failure, ServerHung | StaleWeights):
-            self.lose(server, str(failure))
+            self.mark_failed(server, str(failure))
             return
         try:
             await self.call(server, "/health", seconds=self.settings.connect_seconds, method="GET")
         except OutOfFiles:
             raise
         except (ServerFailed, EngineError) as unhealthy:
-            self.lose(server, f"{failure}; then {unhealthy}")
+            self.mark_failed(server, f"{failure}; then {unhealthy}")
             return
         if sent >= server.last_strike:
             server.strikes += 1
             server.last_strike = asyncio.get_running_loop().time()
         if server.strikes >= self.settings.attempts:
-            self.lose(server, f"{server.strikes} failures in a row, at last: {failure}")
+            self.mark_failed(server, f"{server.strikes} failures in a row, at last: {failure}")
 
     def _client(self, server: Server) -> httpx.AsyncClient:
         if server.url not in self._clients:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_prepo.rollout.engine import EngineError
-from megatron_prepo.rollout.sglang.completion import Job
+from megatron_prepo.rollout.sglang.completion import CompletionJob
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 
 BACKOFF_SECONDS = 0.5
@@ -26,11 +26,11 @@ class Generation:
     def __init__(
         self,
         fleet: Fleet,
-        jobs: Sequence[Job],
+        jobs: Sequence[CompletionJob],
         asked,
         on_progress: Callable[[int, int], None],
         cached_at: Mapping[str, Server] | None = None,
-        on_completion: Callable[[Job, Any], None] = lambda job, completion: None,
+        on_completion: Callable[[CompletionJob, Any], None] = lambda job, completion: None,
     ):
         """`asked`: a `Sampling` or `Probing`; `cached_at`: who has seen a prompt, by its id.
 
@@ -41,7 +41,7 @@ class Generation:
         self.cached_at, self.on_completion = cached_at or {}, on_completion
         self.group_size = len(jobs) // len({job.prompt.id for job in jobs}) if jobs else 0
         self.waiting = deque(jobs)
-        self.under_way: dict[asyncio.Task, tuple[Job, Server, float]] = {}
+        self.under_way: dict[asyncio.Task, tuple[CompletionJob, Server, float]] = {}
         self.ended: asyncio.Queue[asyncio.Task] = asyncio.Queue()
         self.homes: dict[str, Server] = {}
         self.failed_at: defaultdict[int, list[Server]] = defaultdict(list)
@@ -80,10 +80,10 @@ class Generation:
             self.under_way[task] = job, server, asyncio.get_running_loop().time()
             task.add_done_callback(self.ended.put_nowait)
 
-    def _with_room(self, job: Job) -> Server | None:
-        living, bound = self.fleet.living(), self.settings.concurrency
+    def _with_room(self, job: CompletionJob) -> Server | None:
+        alive, bound = self.fleet.alive(), self.settings.concurrency
         # where it failed it goes again only if it has failed everywhere
-        fresh = [server for server in living if server not in self.failed_at[job.number]] or living
+        fresh = [server for server in alive if server not in self.failed_at[job.number]] or alive
         home = self.homes.get(job.prompt.id)
         if home not in fresh or home.in_flight >= bound:
             home = min(fresh, key=lambda server: server.in_flight)
@@ -115,7 +115,9 @@ class Generation:
         server.strikes = 0
         self.on_progress(len(self.completions), len(self.jobs))
 
-    async def _failed(self, job: Job, server: Server, failure: ServerFailed, sent: float) -> None:
+    async def _failed(
+        self, job: CompletionJob, server: Server, failure: ServerFailed, sent: float
+    ) -> None:
         self.waiting.appendleft(job)
         if server.lost is not None:
             return  # of what its end takes along, nothing is the job's fault
@@ -131,7 +133,7 @@ class Generation:
                 f"a completion of {job.prompt.id!r} failed {tries} times, at last: {failure}"
             )
 
-    async def _complete(self, server: Server, job: Job):
+    async def _complete(self, server: Server, job: CompletionJob):
         """One try of a job at a server."""
         if tries := len(self.failed_at[job.number]):
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (tries - 1))

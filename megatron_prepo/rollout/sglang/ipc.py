@@ -69,8 +69,8 @@ class ByIPC:
         self._under_way.clear()
         shortage, devices = None, [0]
         if self.fleet and self.cuda:  # nobody would let go of what is given to a lost server
-            living = [server.own.index for server in self.fleet.living()]
-            devices = [d for index in living for d in _devices_of(self.servers, index)]
+            alive = [server.own.index for server in self.fleet.alive()]
+            devices = [d for index in alive for d in _devices_of(self.servers, index)]
         elif self.fleet:
             shortage = self._make_buffers(shapes)
         shortage, devices = self.gather((shortage, devices))[0]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -208,6 +208,16 @@ def environment(
             str((index * tensor + rank) % cores) for rank in range(tensor)
         )
     return own
+
+
+def start_servers(
+    config: Config, log_directory: Path, at_ports: Sequence[int | None], *, cuda: bool
+) -> "list[OwnServer]":
+    """Start one server per port; at one that is free when it starts where the port is None."""
+    return [
+        OwnServer(config, index, log_directory, cuda=cuda, port=port)
+        for index, port in enumerate(at_ports)
+    ]
 
 
 class OwnServer:

@@ -8,7 +8,7 @@ prompts that are selected find them there.  Entropies are not to be had of a ser
 import math
 from dataclasses import dataclass
 
-from megatron_prepo.rollout.sglang.completion import Job
+from megatron_prepo.rollout.sglang.completion import CompletionJob
 from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
 
 
@@ -21,7 +21,7 @@ class Probing:
     vocab_size: int
     can_be_cut = False
 
-    def request(self, job: Job, request_id: str) -> dict:
+    def request(self, job: CompletionJob, request_id: str) -> dict:
         """The body of `POST /generate`; temperature 1, whatever that of the rollouts is."""
         return {
             "rid": request_id,
@@ -31,7 +31,7 @@ class Probing:
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         }
 
-    def read(self, answer: object, job: Job, *, cut: bool, server: str) -> list[float]:
+    def read(self, answer: object, job: CompletionJob, *, cut: bool, server: str) -> list[float]:
         """The log-probability of each of the prompt's tokens but the first, given those before it.
 
         Raises StaleWeights for an answer by other weights, and ServerFailed for anything that is

@@ -95,7 +95,7 @@ class Distributed:
             return
         self._leave()
         self._changes = self.fleet.changes
-        members = [(server.url, server.num_ranks) for server in self.fleet.living()]
+        members = [(server.url, server.num_ranks) for server in self.fleet.alive()]
         self._founded += 1
         self._name = f"megatron_prepo_{self._run_name}_{self._founded}"
         size = 1 + sum(num_ranks for _, num_ranks in members)
