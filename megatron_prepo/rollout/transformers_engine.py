@@ -1,9 +1,9 @@
-"""A `transformers` model decodes inside the training processes, each rank its share of the work.
+"""The embedded engine: a `transformers` model inside the training processes.
 
-It holds a whole model of its own on every rank and gets its weights through weight sync only, under
-Hugging Face names, as a server would.  A completion is a function of the weights, the seed, the
-prompt and the sample's number: who generates it, and beside what, does not matter (but for float
-rounding in a batch of another shape).
+Each rank holds a complete model, generates its share of the rollouts, and gets weights through
+weight sync only, under Hugging Face names, like a server.  A completion is a function of weights,
+seed, prompt and sample number; the rank and the batch that generate it do not matter, except for
+float rounding in a batch of another shape.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ GROUPED = "sdpa_grouped"
 
 
 class EmbeddedEngine:
-    """`gather` gives every rank's value to every rank; `rank` and `num_ranks` split the work."""
+    """Engine that decodes in this process; `gather` returns every rank's value on every rank."""
 
     def __init__(
         self,
@@ -56,35 +56,36 @@ class EmbeddedEngine:
         self.hf = read_hf_config(hf_directory, for_megatron=False)
         settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
         attention = GROUPED if device.type == "cpu" else "sdpa"
-        # by `to(dtype)` the rotary frequencies would be rounded, too
+        # `to(dtype)` would also round the rotary frequencies
         model = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, attn_implementation=attention
         )
         self.model = model.to(device).eval()
         self.fp32_lm_head = fp32_lm_head
-        """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""
+        """Whether logits are float32, computed from inputs of `dtype`, or rounded to `dtype`."""
         if fp32_lm_head:
             head = self.model.get_output_embeddings()
-            assert head.bias is None, "no model that we convert has a bias on its output layer"
+            assert head.bias is None, "no supported family has a bias on its output layer"
             internals.replace(head, "forward", MethodType(_fp32_logits, head))
         self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
         self.stop_tokens = stop_tokens(hf_directory, tokenizer)
         self.weight_version: int | None = None
-        """Optimizer updates behind the weights; None before the first sync."""
+        """Number of optimizer updates in the weights; None before the first sync."""
         self.verified = False
-        """Whether the weights have been compared with the actor's, by what comes of them."""
+        """Whether the weights have been compared with the actor's, by log-probabilities."""
 
     @torch.no_grad()
     def load_weights(
         self, buckets: Iterable[Bucket], version: int, shapes: Shapes | None = None
     ) -> None:
-        """Replace all weights by those of the buckets; their `shapes` are of no use here.
+        """Replace all weights with those of the buckets; `shapes` is not used here.
 
-        Raises ValueError naming the tensors unless every parameter comes exactly once and fits.
+        Raises ValueError, which names the tensors, unless every parameter is sent exactly once with
+        its shape.
         """
         self.weight_version = None
-        # a tied head is the same parameter as the embedding, and comes once, under that name
+        # a tied head is the embedding's parameter, and is sent once, under the embedding's name
         missing = _parameters_by_file_name(self.model)
         for bucket in buckets:
             for name, tensor in bucket:
@@ -104,15 +105,15 @@ class EmbeddedEngine:
     def generate(self, request: Request) -> list[Rollout]:
         """Return the rollouts of the request, in its order, on every rank.
 
-        `on_rollouts` of each rank gets its own share, a batch at a time.
+        `on_rollouts` of each rank receives that rank's share, one batch at a time.
         """
         assert self.weight_version is not None, "the engine has no weights: sync first"
         jobs, cached = request.samples(), request.cached
-        # neighbours in length share a batch, so that little is padded
+        # prompts of similar length share a batch, which limits padding
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].tokens))
         mine, done = order[self.rank :: self.num_ranks], []
-        # what this rank has kept is whole batches, so that the rest makes the batches that it would
-        # have made; in others it would round differently
+        # cached rollouts of this rank are complete batches, so the rest is batched as it would have
+        # been without them; other batches would round differently
         mine = [i for i in mine if (jobs[i][0].id, jobs[i][1]) not in cached]
         for first in range(0, len(mine), self.batch_size):
             batch = mine[first : first + self.batch_size]
@@ -145,7 +146,7 @@ class EmbeddedEngine:
             )
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """The log-probabilities of each prompt's tokens but the first, on every rank."""
+        """Return log-probabilities of each prompt's tokens except the first, on every rank."""
         assert self.weight_version is not None, "the engine has no weights: sync first"
         mine = range(self.rank, len(prompts), self.num_ranks)
         scored = [(i, *self.prompt_logprobs(prompts[i].tokens).values()) for i in mine]
@@ -154,14 +155,14 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """The log-probability of every token but the first, given those before it."""
+        """Return the log-probability of every token except the first, given its predecessors."""
         tokens_1S = torch.tensor([tokens], device=self.device)
         logprobs_SV = torch.log_softmax(self.model(tokens_1S).logits[0].float(), dim=-1)
         scored_S1 = logprobs_SV[:-1].gather(1, tokens_1S[0, 1:, None])
         return {f"the embedded engine of rank {self.rank}": scored_S1[:, 0].tolist()}
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing: there is no process or connection."""
 
     def _rollout(
         self, prompt: Prompt, tokens: list[int], logprobs: list[float], routing: bytes | None
@@ -185,10 +186,10 @@ class EmbeddedEngine:
         max_new_tokens: int,
         experts: ChosenExperts | None,
     ) -> list[tuple[list[int], list[float], bytes | None]]:
-        """Tokens, their log-probabilities and, with `experts`, the routing of prompt and tokens.
+        """Return tokens, their log-probabilities and, with `experts`, the routing of each text.
 
-        One completion a prompt and seed.  Letters: B completions, of which R are in the running
-        batch; T new tokens; V vocabulary; S tokens, L layers and k experts a token.
+        One completion per prompt and seed.  Letters: B completions, of which R are in the running
+        batch; T new tokens; V vocabulary; S tokens, L layers and k experts per token.
         """
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
@@ -230,13 +231,13 @@ class EmbeddedEngine:
 
 
 SHRINK_AT = 0.9
-"""Ended rows leave the batch once at most this share is still going: leaving copies the cache."""
+"""Finished rows are removed once at most this share is unfinished: removal copies the cache."""
 
 
 class Decoder:
-    """Rows of text that grow by a token at a time, over the model's key-value cache.
+    """Rows of text that grow by one token at a time, with the model's key-value cache.
 
-    A prompt that several rows share is computed once.  Rows are padded on the left.
+    A prompt shared by several rows is computed once.  Rows are padded on the left.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ class Decoder:
     ):
         self.model, self.cache = model, DynamicCache(config=model.config)
         self.experts, self.experts_RSLk = experts, None
-        """What is watched, and what was chosen for the tokens that came last."""
+        """Recorder of the chosen experts, and the experts of the latest tokens."""
         number_of = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, number_of))
         ids_US = torch.zeros(len(number_of), width, dtype=torch.long)
@@ -261,14 +262,14 @@ class Decoder:
         self.keep(torch.tensor([number_of[tuple(prompt)] for prompt in prompts], device=device))
 
     def keep(self, rows: torch.Tensor) -> None:
-        """These rows, each as often as it is named, in this order."""
+        """Keep these rows, in this order; a row may be named several times."""
         self.cache.batch_select_indices(rows)
         self.mask_RS, self.logits_RV = self.mask_RS[rows], self.logits_RV[rows]
         if self.experts:
             self.experts_RSLk = self.experts_RSLk[rows]
 
     def advance(self, token_R: torch.Tensor) -> None:
-        """Append a token to each row; `logits_RV` then are those of the token after it."""
+        """Append a token to each row; `logits_RV` then predict the token after it."""
         self.mask_RS = torch.cat([self.mask_RS, self.mask_RS.new_ones(len(token_R), 1)], dim=1)
         self._forward(token_R[:, None], self.mask_RS.sum(1, keepdim=True) - 1)
 
@@ -287,9 +288,9 @@ class Decoder:
 
 
 def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
-    """All parameters, as views, by the names that they have in files.
+    """Return all parameters, as views, by their names in files.
 
-    In memory, transformers 5 has the experts of a layer in two tensors, one after the other.
+    In memory, transformers 5 stacks the experts of a layer in two tensors.
     """
     parameters = {}
     for name, parameter in model.named_parameters():
@@ -309,24 +310,24 @@ def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
 def draw(
     logits_RV: torch.Tensor, uniform_R: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token a row, and its log-probability.
+    """Draw one token per row; returns tokens and their log-probabilities.
 
-    The token inverts the cumulative distribution at the row's uniform number.
+    A token is the inverse of the cumulative distribution at the row's uniform number.
     """
     logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
     cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
     target_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
-    # right: a token of probability 0 is never drawn, not even by a uniform number of 0
+    # right=True: a token of probability 0 is never drawn, even for a uniform number of 0
     token_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
     token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)
     return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
 
 
 def _grouped(module, query, key, value, attention_mask, *, scaling=None, **_):
-    """Attention of [B, heads, S, d] queries on [B, groups, S, d] keys and values: [B, S, heads, d].
+    """Return [B, S, heads, d], attention of [B, heads, S, d] queries on [B, groups, S, d] keys.
 
-    As transformers' `sdpa`, which repeats keys and values for each head wherever there is a mask,
-    for the sake of CUDA's kernels; the CPU's kernel needs no copies.
+    Like transformers' `sdpa`, which with a mask copies keys and values for each head, as CUDA's
+    kernels need; the CPU's kernel needs no copies.
     """
     causal = attention_mask is None and query.shape[2] > 1
     out = F.scaled_dot_product_attention(
@@ -340,16 +341,16 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 def _fp32_logits(self, hidden_BSH: torch.Tensor, /, *_, **__) -> torch.Tensor:
-    """Stands in for `torch.nn.Linear.forward`, whose result would have the type of the weight."""
+    """Replace `torch.nn.Linear.forward`, whose result would have the type of the weight."""
     logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
     return logits.view(*hidden_BSH.shape[:2], -1)
 
 
 def stop_tokens(hf_directory: str | Path, tokenizer) -> frozenset[int]:
-    """Tokens that end a completion.
+    """Return the tokens that end a completion.
 
-    Those of generation_config.json, else of config.json, else the tokenizer's.  Raises UserError
-    for a file that cannot be read or whose `eos_token_id` names no token.
+    They are read from generation_config.json, else config.json, else the tokenizer.  Raises
+    UserError for a file that cannot be read or whose `eos_token_id` names no token.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_directory) / name

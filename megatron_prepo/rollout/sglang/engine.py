@@ -1,12 +1,12 @@
-"""The SGLang engine: the same few methods as the embedded one, on every rank.
+"""The SGLang engine, with the methods of `rollout/engine.py` on every rank.
 
-Rank 0 talks to the servers, in a thread of its own; the others wait for what it has to say, and
-hear from it all the time, so that a long generation is no silence (`actor.parallel.from_rank_zero_
-when_done`).
+Rank 0 calls the servers in a background thread; the remaining ranks wait for its results and
+exchange messages with it meanwhile, so that no collective times out during a long generation
+(`actor.parallel.from_rank_zero_when_done`).
 
-A weight sync is: take back lost servers, pause, open the session, buckets, close the session, flush
-the cache, name the new version, continue.  Between the first and the last of these a server's
-version is one that no rollout is accepted from.
+A weight sync reconnects failed servers, pauses generation, opens a session, sends buckets, closes
+the session, flushes the cache, sets the new version and resumes generation.  In between, a server
+has a version from which no rollout is accepted.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ from megatron_prepo.rollout.transformers_engine import stop_tokens
 
 
 class SGLangEngine:
-    """Two collectives are passed in.
+    """Engine that generates on SGLang servers.
 
-    `share` gives the result of rank 0's future to every rank (None is passed on the others), and
-    `gather` every rank's value to all.
+    `share` returns the result of rank 0's future on every rank (ranks other than 0 pass None), and
+    `gather` every rank's value on all.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class SGLangEngine:
         gather: Callable[[Any], list] = lambda value: [value],
         log: Callable[[str], None] = print,
     ):
-        """Servers of our own are starting when this returns, and the first sync waits for them."""
+        """Start the run's servers; the first weight sync waits until they are ready."""
         self.settings, self.tokenizer = config.servers, tokenizer
         self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf, for_megatron=False)
         self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
         self.weight_version: int | None = None
-        """Optimizer updates behind the weights; None before the first sync and after a failed."""
+        """Number of optimizer updates in the weights; None before the first and after a failed sync."""
         self.verified = False
-        """Whether the servers there are have had their weights compared with the actor's."""
+        """Whether the weights of all current servers have been compared with the actor's."""
         self.fp32_lm_head = launch.fp32_lm_head(config)
-        """Whether the servers' logits are float32; each is asked whether it is so."""
+        """Whether the servers' logits are float32; every server is checked."""
         self._busy = False
-        """Whether rollouts are on their way that nobody has taken."""
-        self._run_name = secrets.token_hex(4)  # another run's "update 3" is not ours
+        """Whether a generation is running whose result was not taken."""
+        self._run_name = secrets.token_hex(4)  # distinguishes "update 3" of different runs
         self.fleet = None
         if config.weight_sync.transport == "ipc":
             ipc.check(config, device)
@@ -84,12 +84,12 @@ class SGLangEngine:
                 routing=config.rollout.router_replay,
             )
             self._cached_at: dict[str, Server] = {}
-            """Who has scored a prompt last, by its id."""
+            """Server that scored a prompt last, by the prompt's id."""
         self.transport = self.transport_of(config, device)
-        """What this rank does in a sync; None: nothing."""
+        """Transport of weights on this rank; None if the rank takes no part."""
 
     def transport_of(self, config: Config, device: torch.device):
-        """The one that `weight_sync.transport` names; in most, rank 0 alone has something to do."""
+        """Return the transport of `weight_sync.transport`; None on ranks that take no part in it."""
         settings, seconds = config.weight_sync, config.weight_sync.request_seconds
         if settings.transport == "ipc":
             ranks = {"rank": self.rank, "share": self.share, "gather": self.gather}
@@ -107,11 +107,11 @@ class SGLangEngine:
                 return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
-        """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
+        """Replace the servers' weights with those of the buckets; collective.
 
-        A server that fails is lost; what comes back by the next sync is taken back.  Raises, on
-        every rank, EngineError if a server refuses, or none is left, and SyncBroken if those that
-        are left need to have it all anew.
+        A server that fails is removed from rotation until the next sync.  Raises, on every rank,
+        EngineError if a server rejects a request or no server is alive, and SyncBroken if all
+        weights must be sent again.
         """
         assert not self._busy, "the engine is still generating"
         self.weight_version = None
@@ -120,7 +120,7 @@ class SGLangEngine:
         failure = None
         if self.transport:
             failure = _failure_of(lambda: self.transport.start(shapes))
-        for bucket in buckets:  # to the end, whatever happens: the other ranks take part
+        for bucket in buckets:  # to the end, even after a failure: gathering a bucket is collective
             if self.transport and failure is None:
                 failure = _failure_of(lambda bucket=bucket: self.transport.send(bucket))
         if self.transport and failure is None:
@@ -131,16 +131,16 @@ class SGLangEngine:
     def generate(self, request: Request) -> list[Rollout]:
         """Return the rollouts of the request, in its order, on every rank.
 
-        With their routing, if it is asked for (servers need `enable_return_routed_experts`).  Rank
-        0's `on_rollouts` gets each rollout as it comes, in another thread.  Raises EngineError on
-        every rank if no server is left, or one refuses.
+        Includes their routing if requested (servers need `enable_return_routed_experts`).  Rank 0's
+        `on_rollouts` receives each rollout as it arrives, in another thread.  Raises EngineError on
+        every rank if no server is alive or one rejects a request.
         """
         return self.start_generate(request).result()
 
     def start_generate(self, request: Request) -> PendingRollouts:
-        """`generate` in the background; nothing else may be asked of the engine until its result.
+        """Begin `generate` in the background; call no other method before taking its result.
 
-        Every rank calls it and later `result`, and may do other things in between.
+        Every rank calls it and later `result`, and may do other work in between.
         """
         self._assert_ready()
         pairs, cached = request.samples(), request.cached
@@ -183,10 +183,11 @@ class SGLangEngine:
         return PendingRollouts(wait)
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """The log-probabilities of each prompt's tokens but the first, at temperature 1.
+        """Return log-probabilities of each prompt's tokens except the first, on every rank.
 
-        On every rank.  The rollouts that follow go where their prompt was scored, and is cached.
-        Raises EngineError on every rank if no server is left, or one refuses.
+        At temperature 1.  Rollouts of a prompt are later sent to the server that scored it, where
+        the prompt is cached.  Raises EngineError on every rank if no server is alive or one rejects
+        a request.
         """
         self._assert_ready()
         jobs = [CompletionJob(number, prompt, seed="") for number, prompt in enumerate(prompts)]
@@ -194,16 +195,16 @@ class SGLangEngine:
         return self.share(self._on_rank_zero(self._score, jobs, probing))
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """By each server: the log-probability of every token but the first, given those before it.
+        """Return, by server, the log-probability of every token except the first.
 
-        On every rank.  Raises EngineError for an answer by other weights than the last sync's.
+        On every rank.  Raises EngineError for a response by other weights than the last sync's.
         """
         self._assert_ready()
         name = self._name_of(self.weight_version)
         return self.share(self._on_rank_zero(self._prompt_logprobs, list(tokens), name))
 
     def close(self) -> None:
-        """End the servers that are ours."""
+        """Stop the servers that the run started."""
         if self.rank == 0:
             self.fleet.close()
 
@@ -215,7 +216,7 @@ class SGLangEngine:
         return self.fleet.run(function(*arguments)) if self.rank == 0 else None
 
     async def _prepare(self) -> bool:
-        """Ready for weights; returns whether there are servers without any."""
+        """Prepare the servers for weights; returns whether some of them never had any."""
         new = await self.fleet.reconnect()
         await self._wake()
         await self._all("/pause_generation")
@@ -225,9 +226,9 @@ class SGLangEngine:
         return new
 
     async def _conclude(self, version: int, failure: EngineError | None) -> None:
-        """All weights have arrived, or not."""
+        """Finish a sync after all buckets were sent, or after `failure`, which is raised."""
         if failure:
-            with contextlib.suppress(EngineError):  # given servers are left as they were found
+            with contextlib.suppress(EngineError):  # existing servers are left as they were found
                 if self.transport.in_session:
                     await self._in_session("/end_weight_update", {})
                 await self._all("/continue_generation")
@@ -241,7 +242,7 @@ class SGLangEngine:
     async def _generate(
         self, jobs, sampling: Sampling, on_progress, on_completion
     ) -> tuple[list[Completion], float]:
-        """The completions, and the seconds they took."""
+        """Return the completions and the seconds that they took."""
         if not jobs:
             return [], 0.0
         start = time.monotonic()
@@ -282,7 +283,7 @@ class SGLangEngine:
             if answered_by != version or len(triples) != len(tokens) - 1:
                 raise EngineError(
                     f"{url} gave {len(triples)} prompt log-probabilities of weights {answered_by}; "
-                    f"{len(tokens) - 1} of weights {version} were asked for"
+                    f"{len(tokens) - 1} of weights {version} were requested"
                 )
         return logprobs
 
@@ -296,7 +297,7 @@ class SGLangEngine:
         await self._all("/update_weight_version", {"new_version": name})
 
     async def _in_session(self, path: str, body: dict) -> None:
-        """To the servers that have sessions (SGLang from 0.5.21)."""
+        """Call the servers that have sessions (SGLang from 0.5.21)."""
         servers = [server for server in self.fleet.alive() if server.has_sessions]
         for url, answer in (await self._all(path, body, servers)).items():
             if not (isinstance(answer, dict) and answer.get("success") is True):
@@ -327,9 +328,9 @@ class SGLangEngine:
 
 
 def weights_directory(config: Config) -> Path:
-    """Where `weight_sync.transport=disk` puts the weights: a folder of this run's own.
+    """Return the directory for weights with `weight_sync.transport=disk`, used by this run only.
 
-    Within `weight_sync.directory` it is named after the run's place, since runs may share that.
+    In `weight_sync.directory`, which runs may share, its name is a digest of host and `run.dir`.
     """
     if config.weight_sync.directory is None:
         return Path(config.run.dir) / "weight_sync"
@@ -339,7 +340,7 @@ def weights_directory(config: Config) -> Path:
 
 
 def _servers(config: Config, device: torch.device) -> list[Server]:
-    """The given ones, or ours, which start."""
+    """Return the servers of `servers.urls`; without any, start and return the run's servers."""
     if config.servers.urls:
         return [Server(url.rstrip("/")) for url in config.servers.urls]
     logs, cuda = Path(config.run.dir) / "logs", device.type == "cuda"
@@ -348,7 +349,7 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
 
 
 def _failure_of(step: Callable[[], None]) -> EngineError | None:
-    """What went wrong, so that all ranks can hear of it."""
+    """Return the error of a step instead of raising it, so that it can be raised on all ranks."""
     try:
         step()
     except EngineError as error:

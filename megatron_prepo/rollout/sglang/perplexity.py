@@ -1,8 +1,8 @@
-"""What is asked of a server to score a prompt, and what its answer must look like.
+"""Request and response of a server that scores a prompt.
 
-A probe is a prefill and nothing else.  Asking for the prompt's log-probabilities keeps SGLang from
-reusing what it has cached of the prompt, but not from caching what it computes: the rollouts of the
-prompts that are selected find them there.  Entropies are not to be had of a server.
+A probe is a prefill only.  With log-probabilities of the prompt, SGLang does not reuse what it has
+cached of the prompt, but caches what it computes, which the rollouts of the selected prompts then
+reuse.  Servers do not return entropies.
 """
 
 import math
@@ -14,7 +14,7 @@ from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
 
 @dataclass(frozen=True)
 class Probing:
-    """What all probes of a call have in common."""
+    """Settings shared by all probes of a call."""
 
     weight_version: str
     """The servers' name for the actor's weights."""
@@ -22,7 +22,7 @@ class Probing:
     can_be_cut = False
 
     def request(self, job: CompletionJob, request_id: str) -> dict:
-        """The body of `POST /generate`; temperature 1, whatever that of the rollouts is."""
+        """Return the body of `POST /generate`; the temperature is 1, independent of the rollouts'."""
         return {
             "rid": request_id,
             "input_ids": list(job.prompt.tokens),
@@ -32,10 +32,10 @@ class Probing:
         }
 
     def read(self, answer: object, job: CompletionJob, *, cut: bool, server: str) -> list[float]:
-        """The log-probability of each of the prompt's tokens but the first, given those before it.
+        """Return the log-probability of each of the prompt's tokens except the first.
 
-        Raises StaleWeights for an answer by other weights, and ServerFailed for anything that is
-        not a complete answer to this request.
+        Raises StaleWeights for a response by other weights, and ServerFailed for anything that is
+        not a complete response to this request.
         """
         tokens, where = job.prompt.tokens, f"{server} scored the prompt {job.prompt.id!r}"
         try:
@@ -48,7 +48,7 @@ class Probing:
             raise StaleWeights(
                 f"{where} by weights {version}, and the actor's are {self.weight_version}"
             )
-        # SGLang gives the last token of the vocabulary its value, and the number 0
+        # SGLang returns the number 0 for the last token of the vocabulary, with the right value
         numbered = [0 if token == self.vocab_size - 1 else token for token in tokens]
         if ids not in (list(tokens), numbered):
             raise ServerFailed(f"{where} with log-probabilities of other tokens than the prompt's")
