@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_prepo.config import Config
-from megatron_prepo.rollout.engine import Engine
+from megatron_prepo.rollout.engine import Engine, Tokenizer, result_here
 from megatron_prepo.rollout.sglang import launch, open_files
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
@@ -21,9 +21,9 @@ class Ranks:
 
     rank: int = 0
     num_ranks: int = 1
-    gather: Callable[[Any], list] = lambda value: [value]
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
     """Return every rank's value on every rank."""
-    share: Callable[[Future | None], Any] = lambda future: future.result()
+    share: Callable[[Future[Any] | None], Any] = result_here
     """Return the result of rank 0's future on every rank; ranks other than 0 pass None."""
 
 
@@ -42,7 +42,7 @@ def check(config: Config) -> None:
 
 def build_engine(
     config: Config,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     device: torch.device,
     ranks: Ranks = ONE_RANK,

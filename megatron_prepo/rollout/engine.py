@@ -4,8 +4,9 @@ Every rank calls the same methods and gets complete results in the same order.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +18,21 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of every tensor of a sync."""
 Sample = tuple[str, int]
 """One of the G rollouts of a prompt: the prompt's id, and a number from 0 to G - 1."""
+
+
+class Tokenizer(Protocol):
+    """What engines need of a tokenizer of `transformers`."""
+
+    eos_token_id: int | None
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of tokens."""
+
+
+def result_here(future: Future[Any] | None) -> Any:
+    """Return the result of a future: `share` of a job with one rank."""
+    assert future is not None, "a single rank is rank 0"
+    return future.result()
 
 
 class EngineError(RuntimeError):
@@ -45,7 +61,7 @@ class Request:
     """Called with rollouts as they are generated, possibly in another thread, one call at a time,
     and on one rank per rollout."""
     on_progress: Callable[[int, int], None] = lambda done, total: None
-    """Called with the approximate number of rollouts that all ranks have generated, and the total."""
+    """Called with the approximate number of generated rollouts of all ranks, and the total."""
 
     def samples(self) -> list[tuple[Prompt, int]]:
         """Return prompt and sample number of each rollout, in the order of the result."""
@@ -55,7 +71,7 @@ class Request:
 class PendingRollouts:
     """Rollouts that are being generated."""
 
-    def __init__(self, wait: Callable[[], tuple[list[Rollout], float]]):
+    def __init__(self, wait: Callable[[], tuple[list[Rollout], float]]) -> None:
         """`wait` is collective and returns the rollouts and the seconds that they took."""
         self._wait = wait
         self.seconds = 0.0

@@ -5,6 +5,7 @@ B completions, of which R are in the running batch; S tokens, L layers, k expert
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ import torch
 class ChosenExperts:
     """Recorder of the experts chosen for a batch of completions in its last forward pass."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         self.routers = [layer.mlp.gate for layer in model.model.layers]
         self._last: list[torch.Tensor] = []
         """Experts [R * S, k] per layer in the last forward pass."""
@@ -32,6 +33,6 @@ class ChosenExperts:
         last, self._last = self._last, []
         return torch.stack(last, dim=1).unflatten(0, (num_rows, -1))
 
-    def _hear(self, router, inputs, outputs) -> None:
+    def _hear(self, router: torch.nn.Module, inputs: object, outputs: tuple[Any, ...]) -> None:
         _, _, experts_Tk = outputs
         self._last.append(experts_Tk)

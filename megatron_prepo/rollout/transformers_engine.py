@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,11 @@ from megatron_prepo.models.fp32_matmul import product
 from megatron_prepo.models.hf_config import read_hf_config, read_json
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rollout.engine import Bucket, Request, Shapes
+from megatron_prepo.rollout.engine import Bucket, Request, Shapes, Tokenizer
 from megatron_prepo.rollout.routing_recorder import ChosenExperts
 
+Decoded = tuple[list[int], list[float], bytes | None]
+"""Tokens, their log-probabilities, and the routing of prompt and tokens if requested."""
 GROUPED = "sdpa_grouped"
 """Name in transformers of the attention on a CPU (`_grouped`)."""
 
@@ -43,7 +46,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         hf_directory: str | Path,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         dtype: torch.dtype,
         fp32_lm_head: bool = True,
@@ -51,8 +54,8 @@ class EmbeddedEngine:
         batch_size: int,
         rank: int = 0,
         num_ranks: int = 1,
-        gather: Callable[[list], list[list]] = lambda mine: [mine],
-    ):
+        gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+    ) -> None:
         self.hf = read_hf_config(hf_directory, for_megatron=False)
         settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
         attention = GROUPED if device.type == "cpu" else "sdpa"
@@ -61,7 +64,7 @@ class EmbeddedEngine:
             settings, dtype=dtype, attn_implementation=attention
         )
         self.model = model.to(device).eval()
-        self.fp32_lm_head = fp32_lm_head
+        self.fp32_lm_head: bool | None = fp32_lm_head
         """Whether logits are float32, computed from inputs of `dtype`, or rounded to `dtype`."""
         if fp32_lm_head:
             head = self.model.get_output_embeddings()
@@ -134,16 +137,17 @@ class EmbeddedEngine:
 
     def _complete_batch(
         self, batch: Sequence[tuple[Prompt, int]], request: Request
-    ) -> list[tuple[list[int], list[float], bytes | None]]:
+    ) -> list[Decoded]:
         experts = ChosenExperts(self.model) if request.routing else None
         with experts.watched() if experts else nullcontext():
-            return self._complete(
+            completions: list[Decoded] = self._complete(
                 [prompt.tokens for prompt, _ in batch],
                 [f"{request.seed}/{prompt.id}/{sample}" for prompt, sample in batch],
                 request.temperature,
                 request.max_new_tokens,
                 experts,
             )
+        return completions
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """Return log-probabilities of each prompt's tokens except the first, on every rank."""
@@ -167,6 +171,7 @@ class EmbeddedEngine:
     def _rollout(
         self, prompt: Prompt, tokens: list[int], logprobs: list[float], routing: bytes | None
     ) -> Rollout:
+        assert self.weight_version is not None, "the engine has no weights: sync first"
         return Rollout(
             prompt=prompt,
             tokens=tuple(tokens),
@@ -185,7 +190,7 @@ class EmbeddedEngine:
         temperature: float,
         max_new_tokens: int,
         experts: ChosenExperts | None,
-    ) -> list[tuple[list[int], list[float], bytes | None]]:
+    ) -> list[Decoded]:
         """Return tokens, their log-probabilities and, with `experts`, the routing of each text.
 
         One completion per prompt and seed.  Letters: B completions, of which R are in the running
@@ -198,7 +203,7 @@ class EmbeddedEngine:
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         running_R = torch.arange(len(prompts), device=self.device)
         decoder = Decoder(self.model, prompts, self.device, experts)
-        chosen_BSLk = [decoder.experts_RSLk]
+        chosen_BSLk = [decoder.experts_RSLk] if decoder.experts_RSLk is not None else []
         for t in range(max_new_tokens):
             token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
@@ -210,7 +215,7 @@ class EmbeddedEngine:
                 running_R, token_R = running_R[going], token_R[going]
                 decoder.keep(going)
             decoder.advance(token_R)
-            if experts:
+            if decoder.experts_RSLk is not None:
                 chosen_BSLk.append(torch.zeros_like(chosen_BSLk[0][:, :1]))
                 chosen_BSLk[-1][running_R] = decoder.experts_RSLk
         completions = []
@@ -218,7 +223,7 @@ class EmbeddedEngine:
             ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
             length = next(ends, len(tokens))
             completions.append((tokens[:length], logprobs[:length]))
-        routings = [None] * len(prompts)
+        routings: list[bytes | None] = [None] * len(prompts)
         if experts:
             form, width = RoutingFormat.of(self.hf), max(map(len, prompts))  # padded on the left
             routings = [
@@ -242,14 +247,17 @@ class Decoder:
 
     def __init__(
         self,
-        model,
+        model: Any,
         prompts: Sequence[Sequence[int]],
         device: torch.device,
         experts: ChosenExperts | None = None,
-    ):
+    ) -> None:
         self.model, self.cache = model, DynamicCache(config=model.config)
-        self.experts, self.experts_RSLk = experts, None
-        """Recorder of the chosen experts, and the experts of the latest tokens."""
+        self.experts = experts
+        """Recorder of the chosen experts."""
+        self.experts_RSLk: torch.Tensor | None = None
+        """Experts of the latest tokens, if recorded."""
+        self.logits_RV: torch.Tensor
         number_of = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, number_of))
         ids_US = torch.zeros(len(number_of), width, dtype=torch.long)
@@ -265,7 +273,7 @@ class Decoder:
         """Keep these rows, in this order; a row may be named several times."""
         self.cache.batch_select_indices(rows)
         self.mask_RS, self.logits_RV = self.mask_RS[rows], self.logits_RV[rows]
-        if self.experts:
+        if self.experts_RSLk is not None:
             self.experts_RSLk = self.experts_RSLk[rows]
 
     def advance(self, token_R: torch.Tensor) -> None:
@@ -287,7 +295,7 @@ class Decoder:
             self.experts_RSLk = self.experts.take(len(ids_RS)).short()
 
 
-def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
+def _parameters_by_file_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return all parameters, as views, by their names in files.
 
     In memory, transformers 5 stacks the experts of a layer in two tensors.
@@ -323,7 +331,16 @@ def draw(
     return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
 
 
-def _grouped(module, query, key, value, attention_mask, *, scaling=None, **_):
+def _grouped(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
     """Return [B, S, heads, d], attention of [B, heads, S, d] queries on [B, groups, S, d] keys.
 
     Like transformers' `sdpa`, which with a mask copies keys and values for each head, as CUDA's
@@ -340,13 +357,15 @@ AttentionInterface.register(GROUPED, _grouped)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
-def _fp32_logits(self, hidden_BSH: torch.Tensor, /, *_, **__) -> torch.Tensor:
+def _fp32_logits(
+    self: torch.nn.Linear, hidden_BSH: torch.Tensor, /, *_: object, **__: object
+) -> torch.Tensor:
     """Replace `torch.nn.Linear.forward`, whose result would have the type of the weight."""
     logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
     return logits.view(*hidden_BSH.shape[:2], -1)
 
 
-def stop_tokens(hf_directory: str | Path, tokenizer) -> frozenset[int]:
+def stop_tokens(hf_directory: str | Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Return the tokens that end a completion.
 
     They are read from generation_config.json, else config.json, else the tokenizer.  Raises

@@ -4,15 +4,16 @@ The engine's log-probabilities of a prompt must equal the actor's, which proves 
 weights it was sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from megatron_prepo.config import Config
 from megatron_prepo.models.hf_files import HEAD, INDEX, SINGLE, HFTensors, buckets
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.rollout.engine import Engine, SyncBroken
+from megatron_prepo.rollout.engine import Engine, Shapes, SyncBroken
 
 MAX_SYNC_ATTEMPTS = 3
 """Maximum attempts of a weight sync during which servers fail."""
@@ -21,7 +22,22 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 and about 0.02 in bfloat16; a missing or misplaced tensor causes a much larger one."""
 
 
-def sync_weights(actor, engine: Engine, config: Config, probe: Sequence[int]) -> None:
+class WeightSource(Protocol):
+    """What a weight sync needs of the actor."""
+
+    updates: int
+
+    def hf_shapes(self) -> Shapes:
+        """Return type and shape of every tensor, under Hugging Face names."""
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor, under its Hugging Face name; collective."""
+
+    def score(self, sequences: Sequence[ScoredSequence], *, temperature: float) -> list[Any]:
+        """Return the scores of sequences; collective."""
+
+
+def sync_weights(actor: WeightSource, engine: Engine, config: Config, probe: Sequence[int]) -> None:
     """Give the engine the actor's weights; afterwards its version is the actor's update count.
 
     Collective.  Verifies the weights with the tokens of `probe` as configured by
@@ -36,7 +52,7 @@ def sync_weights(actor, engine: Engine, config: Config, probe: Sequence[int]) ->
         engine.verified = True
 
 
-def load_weights(actor, engine: Engine, limit: int, shapes: dict) -> None:
+def load_weights(actor: WeightSource, engine: Engine, limit: int, shapes: Shapes) -> None:
     """Send all weights to the engine, in buckets of `limit` bytes.
 
     If a server fails, all weights are sent again, to the remaining and restarted servers.
@@ -50,7 +66,7 @@ def load_weights(actor, engine: Engine, limit: int, shapes: dict) -> None:
                 raise
 
 
-def check_names(shapes: dict, hf_directory: str | Path) -> None:
+def check_names(shapes: Shapes, hf_directory: str | Path) -> None:
     """Raise ValueError unless names and shapes to be sent are those of the model's files.
 
     A server ignores unknown names and keeps tensors that are not sent, both silently.  Without
@@ -79,7 +95,7 @@ def check_names(shapes: dict, hf_directory: str | Path) -> None:
         )
 
 
-def verify(actor, engine: Engine, probe: Sequence[int], tolerance: float) -> float:
+def verify(actor: WeightSource, engine: Engine, probe: Sequence[int], tolerance: float) -> float:
     """Compare actor and engine by the log-probabilities of the probe's tokens; collective.
 
     Returns the largest mean absolute difference of any server, in nats.  Raises ValueError,

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Sampling:
     can_be_cut = True
     """Whether a partial completion is usable."""
 
-    def request(self, job: CompletionJob, request_id: str) -> dict:
+    def request(self, job: CompletionJob, request_id: str) -> dict[str, Any]:
         """Return the body of `POST /generate`.
 
         It requests log-probabilities of new tokens only: with those of the prompt, SGLang would not
@@ -75,7 +76,7 @@ class Sampling:
             },
         }
 
-    def read(self, answer: object, job: CompletionJob, *, cut: bool, server: str) -> Completion:
+    def read(self, answer: Any, job: CompletionJob, *, cut: bool, server: str) -> Completion:
         """Return the completion in a response of `POST /generate`.
 
         `cut`: an abort was requested.  Raises StaleWeights for a response by other weights, and
@@ -132,6 +133,7 @@ class Sampling:
         SGLang stores it with keys and values: for cached tokens it is the routing of the pass that
         computed them, and so that of every completion that uses them.
         """
+        assert self.routing is not None, "routing was requested"
         if not isinstance(encoded, str):
             raise ValueError(f"{str(encoded)[:50]}; is enable_return_routed_experts set?")
         numbers = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -20,6 +20,7 @@ from megatron_prepo.rollout.sglang import open_files
 from megatron_prepo.rollout.sglang.launch import OwnServer
 
 POLL_SECONDS = 0.5
+Result = TypeVar("Result")
 
 
 class OutOfFiles(EngineError):
@@ -72,7 +73,7 @@ class Fleet:
         fp32_lm_head: bool | None = None,
         *,
         routing: bool = False,
-    ):
+    ) -> None:
         """`fp32_lm_head`: required type of the servers' logits; None accepts either.
 
         `routing`: whether the experts of tokens will be requested.
@@ -88,7 +89,7 @@ class Fleet:
         self._thread = Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine) -> Future:
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Start a coroutine in the background; returns its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -123,7 +124,7 @@ class Fleet:
         self,
         server: Server,
         path: str,
-        body: dict | None = None,
+        body: dict[str, Any] | None = None,
         *,
         seconds: float,
         method: str = "POST",
@@ -162,7 +163,7 @@ class Fleet:
     async def call_all(
         self,
         path: str,
-        body_of: Callable[[Server], dict],
+        body_of: Callable[[Server], dict[str, Any]],
         *,
         seconds: float,
         servers: Sequence[Server] | None = None,
@@ -180,7 +181,7 @@ class Fleet:
             except ServerFailed as failure:
                 if server.own:  # the process, whose log is reported, exits after its connections
                     await asyncio.sleep(POLL_SECONDS)
-                # visible at once to those who wait for all servers, not after the last response
+                # immediately visible to those who wait for all servers
                 self.mark_failed(server, str(failure))
 
         answers = await asyncio.gather(*map(ask, servers), return_exceptions=True)

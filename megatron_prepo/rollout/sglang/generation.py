@@ -11,13 +11,25 @@ import contextlib
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang.completion import CompletionJob
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 
 BACKOFF_SECONDS = 0.5
+
+
+class Asked(Protocol):
+    """Requests and responses of a call: `completion.Sampling` or `perplexity.Probing`."""
+
+    can_be_cut: bool
+
+    def request(self, job: CompletionJob, request_id: str) -> dict[str, Any]:
+        """Return the body of a request."""
+
+    def read(self, answer: Any, job: CompletionJob, *, cut: bool, server: str) -> Any:
+        """Return the result in a response; raises ServerFailed for anything else."""
 
 
 class Generation:
@@ -27,11 +39,11 @@ class Generation:
         self,
         fleet: Fleet,
         jobs: Sequence[CompletionJob],
-        asked,
+        asked: Asked,
         on_progress: Callable[[int, int], None],
         cached_at: Mapping[str, Server] | None = None,
         on_completion: Callable[[CompletionJob, Any], None] = lambda job, completion: None,
-    ):
+    ) -> None:
         """`asked`: a `Sampling` or `Probing`; `cached_at`: servers with a cached prompt, by its id.
 
         `on_completion` is called in another thread, one call at a time; what it raises is raised by
@@ -42,14 +54,14 @@ class Generation:
         self.cached_at, self.on_completion = cached_at or {}, on_completion
         self.group_size = len(jobs) // len({job.prompt.id for job in jobs}) if jobs else 0
         self.waiting = deque(jobs)
-        self.under_way: dict[asyncio.Task, tuple[CompletionJob, Server, float]] = {}
-        self.ended: asyncio.Queue[asyncio.Task] = asyncio.Queue()
+        self.under_way: dict[asyncio.Task[Any], tuple[CompletionJob, Server, float]] = {}
+        self.ended: asyncio.Queue[asyncio.Task[Any]] = asyncio.Queue()
         self.homes: dict[str, Server] = {}
         self.failed_at: defaultdict[int, list[Server]] = defaultdict(list)
         """Servers of failed attempts, by job."""
-        self.completions: dict = {}
+        self.completions: dict[int, Any] = {}
 
-    async def run(self) -> list:
+    async def run(self) -> list[Any]:
         """Return the result of `asked.read` for each job, in their order.
 
         Raises EngineError if no server is alive, one rejects a request, or a job has failed
@@ -97,7 +109,7 @@ class Generation:
         self.homes[job.prompt.id] = home
         return home
 
-    async def _take(self, task: asyncio.Task) -> None:
+    async def _take(self, task: asyncio.Task[Any]) -> None:
         """Store the completion of a job, or queue the job again."""
         job, server, sent = self.under_way.pop(task)
         server.in_flight -= 1
@@ -134,7 +146,7 @@ class Generation:
                 f"a completion of {job.prompt.id!r} failed {tries} times, at last: {failure}"
             )
 
-    async def _complete(self, server: Server, job: CompletionJob):
+    async def _complete(self, server: Server, job: CompletionJob) -> Any:
         """Attempt a job once on a server."""
         if tries := len(self.failed_at[job.number]):
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** (tries - 1))

@@ -38,7 +38,7 @@ def main(parent: int, command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_group(server: subprocess.Popen) -> None:
+def _end_group(server: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS

@@ -52,16 +52,16 @@ class ByIPC:
         *,
         device: torch.device,
         rank: int,
-        share: Callable[[Future | None], Any],
-        gather: Callable[[Any], list],
-    ):
+        share: Callable[[Future[Any] | None], Any],
+        gather: Callable[[Any], list[Any]],
+    ) -> None:
         self.fleet, self.share, self.gather = fleet, share, gather
         self.servers, self.sync = config.servers, config.weight_sync
         self.cuda, self.device = device.type == "cuda", device.index or 0
         # the servers are on the machine of rank 0
         self.near = rank < _num_local_ranks() if self.cuda else rank == 0
         self._buffers: list[torch.Tensor] = []
-        self._under_way: deque[Future | None] = deque()
+        self._under_way: deque[Future[Any] | None] = deque()
         self._num_sent = 0
 
     def start(self, shapes: Shapes) -> None:
@@ -69,8 +69,8 @@ class ByIPC:
         self._under_way.clear()
         shortage, devices = None, [0]
         if self.fleet and self.cuda:  # memory given to a failed server would never be released
-            alive = [server.own.index for server in self.fleet.alive()]
-            devices = [d for index in alive for d in _devices_of(self.servers, index)]
+            alive = [_index(server) for server in self.fleet.alive()]
+            devices = [d for index in alive for d in _server_devices(self.servers, index)]
         elif self.fleet:
             shortage = self._make_buffers(shapes)
         shortage, devices = self.gather((shortage, devices))[0]
@@ -83,7 +83,9 @@ class ByIPC:
         for part in of_one_type(bucket):
             given = self._give(part) if self.gives else None
             all_given = self.gather(given)  # now every rank's memory holds this part
-            self._under_way.append(self._request(part, all_given) if self.fleet else None)
+            self._under_way.append(
+                self._request(self.fleet, part, all_given) if self.fleet else None
+            )
             self._num_sent += 1
             self._wait(IN_FLIGHT)
 
@@ -93,10 +95,12 @@ class ByIPC:
         if self.cuda:
             torch.cuda.ipc_collect()
 
-    def _request(self, part: Bucket, given: list[tuple[int, str] | None]) -> Future:
-        return self.fleet.run(
+    def _request(
+        self, fleet: Fleet, part: Bucket, given: list[tuple[int, str] | None]
+    ) -> Future[None]:
+        return fleet.run(
             update_from_tensor(
-                self.fleet,
+                fleet,
                 lambda server: self._payloads(server, given),
                 described(part),
                 seconds=self.sync.request_seconds,
@@ -117,6 +121,7 @@ class ByIPC:
             return self.device, serialized(part, _Reduced(*on_device(flatten(part), rank)))
         # the buffer's previous content has been copied: `send` waits for that
         flat = flatten(part, into=self._buffers[self._num_sent % len(self._buffers)])
+        assert self.fleet is not None, "on a CPU, rank 0 alone sends"
         readers = sum(server.num_ranks for server in self.fleet.servers if server.lost is None)
         return self.device, serialized(part, _Reduced(*in_memory(flat, readers)))
 
@@ -125,7 +130,7 @@ class ByIPC:
         by_device = dict(filter(None, given))
         if not self.cuda:
             return [by_device[self.device]] * server.num_ranks
-        return [by_device[device] for device in _devices_of(self.servers, server.own.index)]
+        return [by_device[device] for device in _server_devices(self.servers, _index(server))]
 
     def _make_buffers(self, shapes: Shapes) -> str | None:
         """Allocate buffers for the largest bucket; returns an error message if they do not fit."""
@@ -148,14 +153,14 @@ class ByIPC:
 class _Reduced:
     """Object that is pickled as a call."""
 
-    def __init__(self, function: Callable, arguments: tuple):
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.call = function, arguments
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return self.call
 
 
-def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable, tuple]:
+def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the call by which other processes map a tensor on the CPU, `readers` times.
 
     The tensor moves to shared memory under the name of a file, which any process can open.
@@ -177,7 +182,7 @@ def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable, tuple]:
     return reductions.rebuild_tensor, (torch.Tensor, bytes_there, metadata)
 
 
-def on_device(flat: torch.Tensor, device: int) -> tuple[Callable, tuple]:
+def on_device(flat: torch.Tensor, device: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the call by which a process maps this memory, once; `device` is its number there."""
     function, arguments = reductions.reduce_tensor(flat)
     return function, (*arguments[:DEVICE], device, *arguments[DEVICE + 1 :])
@@ -201,15 +206,21 @@ def check(config: Config, device: torch.device) -> None:
         )
 
 
+def _index(server: Server) -> int:
+    """Return the index of a server that the run started."""
+    assert server.own is not None, "check refuses servers.urls"
+    return server.own.index
+
+
 def _num_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _devices(servers: ServersConfig) -> list[int]:
-    return [d for index in range(servers.count) for d in _devices_of(servers, index)]
+    return [d for index in range(servers.count) for d in _server_devices(servers, index)]
 
 
-def _devices_of(servers: ServersConfig, index: int) -> range:
+def _server_devices(servers: ServersConfig, index: int) -> range:
     """Return the devices of the server with this index, as the trainer numbers them."""
     first = servers.first_device + index * servers.tensor
     return range(first, first + servers.tensor)

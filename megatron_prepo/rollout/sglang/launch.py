@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -231,7 +232,7 @@ class OwnServer:
         *,
         cuda: bool,
         port: int | None = None,
-    ):
+    ) -> None:
         """Start the server at a port; None chooses a free one at each start."""
         self.config, self.index, self.cuda, self.port = config, index, cuda, port
         self.log = Path(log_directory) / f"sglang_{index}.log"
@@ -275,7 +276,7 @@ class OwnServer:
         self._finalizer()
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(timeout=15)

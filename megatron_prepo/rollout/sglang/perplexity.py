@@ -7,6 +7,7 @@ reuse.  Servers do not return entropies.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prepo.rollout.sglang.completion import CompletionJob
 from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
@@ -21,8 +22,8 @@ class Probing:
     vocab_size: int
     can_be_cut = False
 
-    def request(self, job: CompletionJob, request_id: str) -> dict:
-        """Return the body of `POST /generate`; the temperature is 1, independent of the rollouts'."""
+    def request(self, job: CompletionJob, request_id: str) -> dict[str, Any]:
+        """Return the body of `POST /generate`; the temperature is always 1."""
         return {
             "rid": request_id,
             "input_ids": list(job.prompt.tokens),
@@ -31,7 +32,7 @@ class Probing:
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         }
 
-    def read(self, answer: object, job: CompletionJob, *, cut: bool, server: str) -> list[float]:
+    def read(self, answer: Any, job: CompletionJob, *, cut: bool, server: str) -> list[float]:
         """Return the log-probability of each of the prompt's tokens except the first.
 
         Raises StaleWeights for a response by other weights, and ServerFailed for anything that is

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,17 +35,32 @@ from megatron_prepo.rollout.engine import Bucket, EngineError, Shapes, SyncBroke
 from megatron_prepo.rollout.sglang.fleet import POLL_SECONDS, Fleet, Server
 
 
+class Transport(Protocol):
+    """One way in which weights reach the servers."""
+
+    in_session: bool
+
+    def start(self, shapes: Shapes) -> None:
+        """Begin a new set of weights."""
+
+    def send(self, bucket: Bucket) -> None:
+        """Send a bucket to every server."""
+
+    def finish(self) -> None:
+        """Wait until all servers have all buckets."""
+
+
 class ByValue:
     """Transport inside the requests; the next bucket is gathered while one is sent."""
 
     in_session = True
 
-    def __init__(self, fleet: Fleet, *, seconds: float):
+    def __init__(self, fleet: Fleet, *, seconds: float) -> None:
         self.fleet, self.seconds = fleet, seconds
-        self._under_way: Future | None = None
+        self._under_way: Future[None] | None = None
 
     def start(self, shapes: Shapes) -> None:
-        """A new set of weights."""
+        """Begin a new set of weights."""
 
     def send(self, bucket: Bucket) -> None:
         """Send a bucket to every server; returns when the previous one has arrived."""
@@ -52,11 +68,15 @@ class ByValue:
             # storage is sent by value; torch's default between related processes is a shared file,
             # and a server that cannot open it crashes
             payload = serialized(part, flatten(part).cpu())
+
+            def payloads(server: Server, payload: str = payload) -> list[str]:
+                return [payload] * server.num_ranks
+
             self._wait()
             self._under_way = self.fleet.run(
                 update_from_tensor(
                     self.fleet,
-                    lambda server, payload=payload: [payload] * server.num_ranks,
+                    payloads,
                     described(part),
                     seconds=self.seconds,
                 )
@@ -77,7 +97,7 @@ class Distributed:
 
     in_session = True
 
-    def __init__(self, fleet: Fleet, *, seconds: float, address: str, device: torch.device):
+    def __init__(self, fleet: Fleet, *, seconds: float, address: str, device: torch.device) -> None:
         self.fleet, self.seconds, self.address, self.device = fleet, seconds, address, device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: dist.ProcessGroup | None = None
@@ -153,18 +173,23 @@ class Distributed:
         """
         for part in of_one_type(bucket):
             flat = flatten(part).to(self.device)
+            announcement = {
+                "names": [name for name, _ in part],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in part],
+                "shapes": [list(tensor.shape) for _, tensor in part],
+                "group_name": self._name,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
+
+            def body(server: Server, announcement: dict[str, Any] = announcement) -> dict[str, Any]:
+                return announcement
+
             receiving = self.fleet.run(
                 ask_all(
                     self.fleet,
                     "/update_weights_from_distributed",
-                    lambda server, part=part: {
-                        "names": [name for name, _ in part],
-                        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in part],
-                        "shapes": [list(tensor.shape) for _, tensor in part],
-                        "group_name": self._name,
-                        "load_format": "flattened_bucket",
-                        "flush_cache": False,
-                    },
+                    body,
                     described(part),
                     seconds=self.seconds,
                 )
@@ -180,6 +205,7 @@ class Distributed:
                 receiving.result()
                 if self._lost_one():
                     raise SyncBroken(f"{described(part)} did not reach all servers")
+                assert sending is not None, "rank 0 is a member of the group"
                 sending.wait()
             except RuntimeError as error:
                 self._abandon()
@@ -231,7 +257,7 @@ class FromDisk:
     kind = "weights for servers"
     """Kind of directory in its marker (`ownership.py`)."""
 
-    def __init__(self, fleet: Fleet, *, seconds: float, directory: Path, like: str):
+    def __init__(self, fleet: Fleet, *, seconds: float, directory: Path, like: str) -> None:
         self.fleet, self.seconds, self.directory, self.like = fleet, seconds, directory, like
 
     def start(self, shapes: Shapes) -> None:
@@ -271,7 +297,8 @@ def of_one_type(bucket: Bucket) -> Iterator[Bucket]:
 
 def num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     """Return the size of a tensor in bytes."""
-    return math.prod(shape) * dtype.itemsize
+    size: int = math.prod(shape) * dtype.itemsize
+    return size
 
 
 def flatten(bucket: Bucket, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -332,7 +359,12 @@ async def update_from_tensor(
 
 
 async def ask_all(
-    fleet: Fleet, path: str, body_of: Callable[[Server], dict], what: str, *, seconds: float
+    fleet: Fleet,
+    path: str,
+    body_of: Callable[[Server], dict[str, Any]],
+    what: str,
+    *,
+    seconds: float,
 ) -> None:
     """Call `Fleet.call_all`; raises EngineError that names `what` unless all report success."""
     try:
