@@ -89,7 +89,7 @@ def measure(scratch: Path, options: argparse.Namespace, transports: list[str]) -
     try:
         weights = Weights(config, device)
         size = sum(num_bytes(dtype, shape) for dtype, shape in weights.shapes.values())
-        ways = {name: engine.transport_of(each, device) for name, each in configs.items()}
+        ways = {name: engine.make_transport(each, device) for name, each in configs.items()}
         runs: dict[str, list[dict]] = {name: [] for name in transports}
         copies, seen = [], defaultdict(list)
         for number in range(options.rounds + 1):

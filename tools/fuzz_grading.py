@@ -26,7 +26,7 @@ from megatron_prepo.config import RewardConfig
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.process import machine
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rewards.pool import WAITING, Grader
+from megatron_prepo.rewards.pool import WALL_CLOCK_FACTOR, Grader
 
 HONEST = (
     r"\frac{3}{7}",
@@ -137,7 +137,7 @@ def run_mixture(result: dict, answers: int, settings: RewardConfig, save: Callab
                 counts = result["by_kind"].setdefault(kind, {})
                 counts[grade.outcome] = counts.get(grade.outcome, 0) + 1
                 result["slowest_seconds"] = max(result["slowest_seconds"], grade.seconds)
-                late = grade.seconds > settings.seconds * WAITING + KILLING
+                late = grade.seconds > settings.seconds * WALL_CLOCK_FACTOR + KILLING
                 result["over_the_limit_on_the_clock"] += late
             result["answers"] += len(batch)
             result["honest_answers"] += len(HONEST)

@@ -1,14 +1,10 @@
 """The arms of a comparison: methods of prompt selection, ablations of PREPO, and the user's own."""
 
 import re
-from typing import get_args
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import SelectionConfig
+from megatron_prepo.config.schema import SELECTION_METHODS
 from megatron_prepo.errors import UserError
-
-METHODS: tuple[str, ...] = get_args(SelectionConfig.__annotations__["method"])
-"""Values of `selection.method`; each is an arm of its name."""
 
 PREPO = ["selection.method=prepo", "weighting.method=relative_entropy"]
 ENTROPY = ["selection.method=random", "weighting.method=relative_entropy"]
@@ -28,7 +24,7 @@ def _unweighted(method: str) -> list[str]:
 
 
 ARMS = {"random": _unweighted("random"), "prepo": PREPO, **ABLATIONS}
-ARMS |= {method: _unweighted(method) for method in METHODS if method not in ARMS}
+ARMS |= {method: _unweighted(method) for method in SELECTION_METHODS if method not in ARMS}
 """The settings of each known arm."""
 
 

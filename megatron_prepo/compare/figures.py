@@ -23,9 +23,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_prepo.compare import analysis as comparison
 from megatron_prepo.compare.analysis import BASELINE, Arm, Floats
-from megatron_prepo.compare.arms import METHODS
 from megatron_prepo.compare.record import Record
 from megatron_prepo.compare.style import BOLD, CEILING, PAPER, STAGES, STYLE, Palette
+from megatron_prepo.config.schema import SELECTION_METHODS as METHODS
 
 MANY = 7
 """Number of arms beyond which methods and other arms go to separate figures."""

@@ -17,6 +17,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
+from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import ledger
 
 Record = dict[str, Any]
@@ -87,9 +88,10 @@ def settings(config: Config) -> Settings:
             key = f"{section.name}.{field.name}"
             if getattr(value, field.name) != field.default and key not in NOT_COMPARED:
                 changed[key] = getattr(value, field.name)
-    file, colon, function = config.reward.function.rpartition(":")
-    if colon:
-        changed["reward.function"] = f"{_content(file)}:{function}"
+    for key in run_directory.USER_CODE:
+        file, colon, name = str(changed.get(key, "")).rpartition(":")
+        if colon:
+            changed[key] = f"{_content(file)}:{name}"
     return {key: _content(v) if key in FILES else v for key, v in changed.items()}
 
 
@@ -155,7 +157,7 @@ def _summary_so_far(
     totals = steps[-1] if steps else {name: 0 for name in TOTALS}
     stages = {name for step in steps for name in step if name.startswith("seconds/")}
     return {
-        "method": config.selection.method,
+        "method": config.selection.name,
         "weighting": config.weighting.method,
         "steps": len(steps),
         "of_steps": config.train.total_steps,

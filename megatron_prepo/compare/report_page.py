@@ -70,7 +70,7 @@ def read(sources: Sequence[str | Path]) -> dict[str, list[Record]]:
         results = source / "results.jsonl" if source.is_dir() else source
         if source.is_dir() and run_record.holds_run(source):
             config = run_record.read_config(source)
-            arm = {"arm": config.selection.method, "seed": config.train.seed}
+            arm = {"arm": config.selection.name, "seed": config.train.seed}
             name = str(source)
             sections[name] = [{"comparison": None, **arm, **run_record.record(source)}]
         elif results.is_file():

@@ -190,7 +190,10 @@ def plan(
 def distinct_inputs(configs: Sequence[Config]) -> list[Config]:
     """Return one configuration per set of inputs, since most arms and seeds share theirs."""
     by_inputs = {
-        (c.model, c.data, c.parallel, c.rollout, c.eval, c.selection.num_candidates): c
+        (
+            *(c.model, c.data, c.parallel, c.rollout, c.eval),
+            (c.selection, c.train) if c.selection.is_custom else c.selection.num_candidates,
+        ): c
         for c in configs
     }
     return list(by_inputs.values())
@@ -206,16 +209,25 @@ def rollout_budget(config: Config) -> int:
     budget = config.train.rollout_budget
     if budget is None:
         budget = config.train.total_steps * selection.num_selected * group_size
-    if selection.method == "oracle":
+    if _is_oracle(config):
         trained = selection.num_selected
         budget = -(-budget * (selection.num_candidates + trained) // trained)
     return budget
 
 
+def _is_oracle(config: Config) -> bool:
+    """Return whether the method rolls out all candidates before it chooses."""
+    if not config.selection.is_custom:
+        return config.selection.method == "oracle"
+    from megatron_prepo.selection import user_class
+
+    return user_class.load(config.selection.method).needs_pass_rates
+
+
 def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_waiting: int) -> str:
     """Describe the runs and what is equal for all arms."""
     arms, seeds = ([*dict.fromkeys(getattr(r, key) for r in planned)] for key in ("arm", "seed"))
-    without_probes = [r for r in planned if r.config.selection.method != "oracle"] or planned
+    without_probes = [r for r in planned if not _is_oracle(r.config)] or planned
     config = without_probes[0].config
     each = config.selection.num_selected * config.rollout.samples_per_prompt
     return (

@@ -11,11 +11,14 @@ import datetime
 import ipaddress
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+
+from megatron_prepo.files import user_code
 
 STRICT = ConfigDict(
     extra="forbid",
@@ -24,6 +27,9 @@ STRICT = ConfigDict(
     allow_inf_nan=False,
 )
 MAX_DEADLINE = 10_000_000
+
+SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle")
+"""Values of `selection.method` besides `FILE.py:CLASS`."""
 
 FilePath = Annotated[str, "path"]
 """Type of a setting that names a file or directory: a leading `~` and `$NAME` are expanded when the
@@ -168,10 +174,11 @@ class DataConfig:
 class SelectionConfig:
     """Selection of the K prompts to roll out among P candidates."""
 
-    method: Literal["prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle"] = "prepo"
+    method: FilePath = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
     `greso`, `dapo`, `mopps`: other published methods; `foresight`: ours; `oracle`: an upper bound
-    that rolls out every candidate. `docs/selection.md` compares them."""
+    that rolls out every candidate; or a custom selector `FILE.py:CLASS`, which may import modules
+    from the file's directory. `docs/selection.md` compares them and shows a custom one."""
     num_candidates: int
     """P (|B| in the paper): prompts scored per step."""
     num_selected: int
@@ -202,6 +209,11 @@ class SelectionConfig:
     run."""
 
     def __post_init__(self) -> None:
+        if self.method not in SELECTION_METHODS and not self.is_custom:
+            raise ValueError(
+                f"selection.method={self.method} is neither one of {', '.join(SELECTION_METHODS)} "
+                "nor of the form FILE.py:CLASS"
+            )
         _at_least("selection.num_selected", self.num_selected, 1)
         if self.num_selected > self.num_candidates:
             raise ValueError(
@@ -224,6 +236,16 @@ class SelectionConfig:
         for name in ("target_pass_rate", "mopps_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether `method` has the form `FILE.py:CLASS`."""
+        return user_code.has_form(self.method)
+
+    @property
+    def name(self) -> str:
+        """Name of the method in records; without the directory of a custom selector's file."""
+        return Path(self.method).name if self.is_custom else self.method
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -4,7 +4,7 @@ A path may change while the content is the same.  `inputs.json` holds, for each 
 an input, where it was and a digest of each of its files (`files/digest.py`).
 
 Of a model's folder the files count that can move a number: configuration, tokenizer, weights.  Of
-the reward's file only itself is seen, and not what it imports.
+a file with a reward function or a selector only itself is seen, and not what it imports.
 """
 
 import json
@@ -52,13 +52,21 @@ def inputs_of(config: Config) -> list[Input]:
         "model.megatron": config.model.megatron,
         "data.train": config.data.train,
         "data.eval": config.data.eval,
+        "selection.method": config.selection.method.rpartition(":")[0],
         "reward.function": config.reward.function.rpartition(":")[0],
         "servers.python": config.servers.python if "/" in (config.servers.python or "") else None,
     }
     return [Input(setting, absolute(path)) for setting, path in named.items() if path]
 
 
-COMPARED = ("model.hf", "model.megatron", "data.train", "data.eval", "reward.function")
+COMPARED = (
+    "model.hf",
+    "model.megatron",
+    "data.train",
+    "data.eval",
+    "selection.method",
+    "reward.function",
+)
 """Inputs that decide numbers."""
 
 

@@ -16,6 +16,7 @@ from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import check_file, pool
 from megatron_prepo.rollout.engine import Engine
+from megatron_prepo.selection import user_class
 
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 
@@ -24,7 +25,7 @@ READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 class Inputs:
     """What a run reads besides weights."""
 
-    tokenizer: object
+    tokenizer: Any
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     digests: PromptDigests
@@ -41,6 +42,7 @@ def check(config: Config) -> Inputs:
     check_layout(config, hf)
     check_weights(config, hf)
     check_file(config.reward.function)
+    check_selector(config)
     if "RANK" not in os.environ:  # ranks load the function before anything else anyway
         pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
@@ -64,6 +66,22 @@ def check(config: Config) -> Inputs:
         )
     build.check(config)
     return Inputs(tokenizer, train_prompts, eval_prompts, digests)
+
+
+def check_selector(config: Config) -> None:
+    """Raise UserError unless a custom selector loads and can choose for a made-up run."""
+    if config.selection.is_custom:
+        user_class.check(
+            user_class.TrialRun(
+                config.selection,
+                total_steps=config.train.total_steps,
+                seed=config.train.seed,
+                group_size=config.rollout.samples_per_prompt,
+                low=config.reward.low,
+                high=config.reward.high,
+            ),
+            overlap=config.train.overlap,
+        )
 
 
 def check_room(config: Config, hf: dict[str, Any], prompts: list[Prompt]) -> None:
@@ -97,7 +115,7 @@ def check_engine(config: Config, engine: Engine) -> None:
     """
     actor_fp32 = config.model.fp32_lm_head
     if config.model.dtype != "float32" and engine.fp32_lm_head != actor_fp32:
-        words = {True: "float32", False: config.model.dtype}
+        words = {True: "float32", False: config.model.dtype, None: "of unknown type"}
         raise UserError(
             f"model.fp32_lm_head={str(actor_fp32).lower()}: the actor's logits are "
             f"{words[actor_fp32]}, but those of rollout.engine={config.rollout.engine} are "

@@ -350,6 +350,7 @@ def examine_inputs(config: Config) -> list[Finding]:
 
     Of the machine only the disk: it is also for a login node, where nothing will run.
     """
+    from megatron_prepo.inputs import preflight
     from megatron_prepo.models.hf_config import read_hf_config
     from megatron_prepo.rewards import FUNCTIONS, check_file, pool
     from megatron_prepo.run import directory as run_directory
@@ -374,6 +375,12 @@ def examine_inputs(config: Config) -> list[Finding]:
             "reward",
             load_reward,
             lambda _: config.reward.function,
+        )
+    if config.selection.is_custom:
+        findings.look(
+            "selector",
+            lambda: preflight.check_selector(config),
+            lambda _: config.selection.method,
         )
     if config.rollout.engine == "sglang" and _servers_are_apart(config):
         _examine_servers(findings, config)

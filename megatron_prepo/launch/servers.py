@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_prepo.errors import UserError
     from megatron_prepo.launch.rank import parser
     from megatron_prepo.process import slurm as nodes
-    from megatron_prepo.rollout.sglang.launch import OwnServer, check
+    from megatron_prepo.rollout.sglang import launch
     from megatron_prepo.run import directory as run_directory
 
     options = parser().parse_args(arguments)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if run_directory.is_finished(config):
             return 0
-        check(config)
+        launch.check(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     logs = Path(config.run.dir) / "logs" / f"node_{os.environ['SLURM_NODEID']}"
     cuda, slurm = torch.cuda.is_available(), os.environ
-    servers = [
-        OwnServer(config, i, logs, cuda=cuda, port=nodes.server_port(slurm, i))
-        for i in range(options.servers_a_node)
-    ]
+    ports = [nodes.server_port(slurm, i) for i in range(options.servers_a_node)]
+    servers = launch.start_servers(config, logs, ports, cuda=cuda)
     starts = [1] * len(servers)
     while not asked:
         for i, server in enumerate(servers):

@@ -341,9 +341,9 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
 
 def rollouts_per_step(config: Config) -> tuple[int, int]:
     """Return the least and the most; a method that refills uses between K and P groups."""
-    from megatron_prepo.selection import METHODS
+    from megatron_prepo.selection import load
 
-    selection, method = config.selection, METHODS[config.selection.method]
+    selection, method = config.selection, load(config.selection.method)
     least = most = selection.num_selected
     if method.refills:
         most = selection.num_candidates
@@ -478,12 +478,12 @@ def with_room(
 
 
 def _work(config: Config, request: PlanRequest, parameters: int, active: int) -> step_time.StepWork:
-    from megatron_prepo.selection import METHODS
+    from megatron_prepo.selection import load
 
     selection, group = config.selection, config.rollout.samples_per_prompt
     prompt = request.prompt_tokens or config.data.max_prompt_tokens
     response = request.response_tokens or config.rollout.max_new_tokens
-    scored = selection.num_candidates if METHODS[selection.method].needs_scores else 0
+    scored = selection.num_candidates if load(selection.method).needs_scores else 0
     least, _ = rollouts_per_step(config)
     trained = selection.num_selected * group * (prompt + response)
     return step_time.StepWork(

@@ -39,6 +39,6 @@ def _braced(text: str, start: int) -> str | None:
     return None
 
 
-def _word(text: str, box: re.Match) -> str:
+def _word(text: str, box: re.Match[str]) -> str:
     word = WORD.match(text, box.end())
     return word.group().rstrip(".") if word else ""

@@ -9,13 +9,14 @@ trailing full stop and alternative signs for the empty set are normalised.
 
 import logging
 import re
+from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
 from megatron_prepo.rewards.boxed import last_boxed
 from megatron_prepo.rewards.number import number
 
-LONGEST = 2000
+MAX_ANSWER_CHARS = 2000
 """Maximum characters of an answer; a longer one is wrong unless it is the same text."""
 BOXED = [LatexExtractionConfig(boxed_match_priority=0)]
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;! ]|\{,\}|~| )\d{3})+(?![\d,])")
@@ -46,7 +47,7 @@ def same(given: str, answer: str) -> bool:
     written = number(given)
     if written is not None and written == number(answer):
         return True
-    if len(given) > LONGEST or SIZE.findall(given) != SIZE.findall(answer):
+    if len(given) > MAX_ANSWER_CHARS or SIZE.findall(given) != SIZE.findall(answer):
         return False
     if _equal(given, answer):
         return True
@@ -66,13 +67,15 @@ def tidy(answer: str) -> str:
 
 
 def _equal(given: str, answer: str) -> bool:
-    return verify(
+    equal: bool = verify(
         _parsed(answer), _parsed(given), allow_set_relation_comp=True, timeout_seconds=None
     )
+    return equal
 
 
-def _parsed(answer: str) -> list:
-    return parse(f"\\boxed{{{answer}}}", BOXED, parsing_timeout=None)
+def _parsed(answer: str) -> list[Any]:
+    expressions: list[Any] = parse(f"\\boxed{{{answer}}}", BOXED, parsing_timeout=None)
+    return expressions
 
 
 # the parser fills its tables at first use: done here once, not in every process forked from here

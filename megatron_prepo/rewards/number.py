@@ -4,10 +4,11 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-LONGEST = 1000
+MAX_NUMBER_CHARS = 1000
 """Maximum characters of a number; a longer text is not one."""
 
-ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width signs and digits
+# full-width signs and digits
+ASCII: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 ASCII |= dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2013\ufe63"), "-")  # minus and its look-alikes
 
 WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -28,7 +29,9 @@ def number(text: str) -> Fraction | None:
     >>> [str(number(text)) for text in ("$1,234.50", "\u221218", "1e3", "1 1/2", "50\\%", "18 kg")]
     ['2469/2', '-18', '1000', '3/2', '50', 'None']
     """
-    written = NUMBER.fullmatch(text.strip().translate(ASCII)) if len(text) <= LONGEST else None
+    if len(text) > MAX_NUMBER_CHARS:
+        return None
+    written = NUMBER.fullmatch(text.strip().translate(ASCII))
     if not written:
         return None
     if written["decimal"]:

@@ -30,12 +30,12 @@ from megatron_prepo.rewards import FUNCTIONS
 
 START_SECONDS = 120.0
 """Timeout for a process to import its function."""
-WAITING = 10.0
+WALL_CLOCK_FACTOR = 10.0
 """Ratio of the wall-clock limit to the CPU time limit of an answer: a process may sleep, and a busy
 machine must not turn a correct answer into a wrong one."""
-STARTS = 3
+MAX_STARTS = 3
 """Starts of a process that exits without an error message: someone else may have killed it."""
-MOST_PROCESSES = 16
+MAX_PROCESSES = 16
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -59,6 +59,12 @@ def check(settings: RewardConfig) -> None:
         Worker(settings).when_ready().end()
 
 
+def result_here(future: Future[Any] | None) -> Any:
+    """Return the result of a future; `share` of a job with one rank."""
+    assert future is not None, "one rank is rank 0"
+    return future.result()
+
+
 class Grader:
     """Grades on rank 0; `share` broadcasts the result of rank 0's future (None on other ranks)."""
 
@@ -67,15 +73,15 @@ class Grader:
         settings: RewardConfig,
         *,
         rank: int = 0,
-        share: Callable[[Future | None], Any] = lambda future: future.result(),
+        share: Callable[[Future[Any] | None], Any] = result_here,
         log: Callable[[str], None] = print,
-    ):
+    ) -> None:
         """Start the processes; raises UserError on every rank if the function cannot be loaded."""
         self.settings, self.rank, self.share, self.log = settings, rank, share, log
         self.said_failure = False
         if rank == 0:
             cores = len(os.sched_getaffinity(0))
-            self.processes = settings.processes or min(cores, MOST_PROCESSES)
+            self.processes = settings.processes or min(cores, MAX_PROCESSES)
             self.threads = ThreadPoolExecutor(self.processes, "grading")
             self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.share(self._on_rank_zero(self._start))
@@ -87,7 +93,7 @@ class Grader:
         more than the share `reward.max_failed` of the answers failed.
         """
         pairs = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
-        grades = self.share(self._on_rank_zero(self._grade_all, pairs))
+        grades: list[Grade] = self.share(self._on_rank_zero(self._grade_all, pairs))
         for rollout, grade in zip(rollouts, grades, strict=True):
             self._check_range(rollout, grade.reward)
         self._check_failures(rollouts, grades)
@@ -102,10 +108,12 @@ class Grader:
                 if not worker.ended:
                     worker.end()
 
-    def _on_rank_zero(self, function: Callable, *arguments) -> Future | None:
+    def _on_rank_zero(
+        self, function: Callable[..., object], *arguments: object
+    ) -> Future[Any] | None:
         if self.rank != 0:
             return None
-        future = Future()
+        future: Future[Any] = Future()
         threading.Thread(target=_run, args=(future, function, *arguments), daemon=True).start()
         return future
 
@@ -159,7 +167,7 @@ class Grader:
 class Worker:
     """One grading process and the trainer's end of the socket to it."""
 
-    def __init__(self, settings: RewardConfig):
+    def __init__(self, settings: RewardConfig) -> None:
         self.settings = settings
         self.ended = False
         """Whether the process can no longer be used."""
@@ -181,7 +189,7 @@ class Worker:
                 start_new_session=True,  # Ctrl-C goes to the trainer, whose exit ends the process
             )
 
-    def when_ready(self, starts: int = STARTS) -> "Worker":
+    def when_ready(self, starts: int = MAX_STARTS) -> "Worker":
         """Wait for the process and return it, or a replacement if it exits first.
 
         Raises UserError if the function cannot be loaded.
@@ -207,7 +215,7 @@ class Worker:
 
     def grade(self, completion: str, answer: str) -> Grade:
         """Return the grade of a completion; a process that does not reply has ended."""
-        low, seconds = self.settings.low, self.settings.seconds * WAITING
+        low, seconds = self.settings.low, self.settings.seconds * WALL_CLOCK_FACTOR
         try:
             self.channel.settimeout(seconds)
             self.channel.sendall(json.dumps([completion, answer]).encode("ascii") + b"\n")
@@ -222,8 +230,8 @@ class Worker:
                 return Grade(reward)
             case {"error": reason}:
                 return Grade(low, "error", reason)
-            case {"timeout": True}:
-                return Grade(low, "timeout")
+        assert reply == {"timeout": True}, f"unknown reply {reply}"
+        return Grade(low, "timeout")
 
     def end(self) -> str:
         """Wait for the process to exit, or kill it and its child; returns its exit status."""
@@ -240,10 +248,11 @@ class Worker:
             words = self.log.read().decode(errors="replace").strip().splitlines()
         return ": ".join([f"the grading process ended with status {status}", *words[-1:]])
 
-    def _receive(self, seconds: float) -> dict:
+    def _receive(self, seconds: float) -> dict[str, Any]:
         """Return the next reply; raises ValueError if there is none."""
         self.channel.settimeout(seconds)
-        return json.loads(self.replies.readline())
+        reply: dict[str, Any] = json.loads(self.replies.readline())
+        return reply
 
 
 def absolute(function: str) -> str:
@@ -252,7 +261,7 @@ def absolute(function: str) -> str:
     return f"{Path(file).resolve()}:{name}" if function not in FUNCTIONS else function
 
 
-def _run(future: Future, function: Callable, *arguments) -> None:
+def _run(future: Future[Any], function: Callable[..., object], *arguments: object) -> None:
     try:
         future.set_result(function(*arguments))
     except BaseException as error:  # raised where the result is requested

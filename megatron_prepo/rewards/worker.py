@@ -15,7 +15,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.rewards import load
@@ -60,7 +60,9 @@ def limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def serve(channel: socket.socket, function: Callable, seconds: float, memory: int) -> None:
+def serve(
+    channel: socket.socket, function: Callable[[str, str], float], seconds: float, memory: int
+) -> None:
     """Grade until the socket is closed, or half the memory is in use.
 
     The child then exits, so that memory used by earlier answers does not fail later ones.
@@ -72,7 +74,7 @@ def serve(channel: socket.socket, function: Callable, seconds: float, memory: in
             reward = function(completion, answer)
             if isinstance(reward, str | bytes | bytearray):
                 raise TypeError(f"a reward must be a number, not the text {reward!r:.80}")
-            reply = {"reward": float(reward)}
+            reply: dict[str, float | str] = {"reward": float(reward)}
         except MemoryError:
             os._exit(1)  # there may be no memory left for a message
         except Exception as error:  # any error of a function is this answer's grade
@@ -89,7 +91,7 @@ def address_space() -> int:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
-def send(channel: socket.socket, reply: dict) -> None:
+def send(channel: socket.socket, reply: Mapping[str, float | str]) -> None:
     """Send a reply as one line of ASCII, whatever characters it contains."""
     channel.sendall(json.dumps(reply).encode("ascii") + b"\n")
 

@@ -1,4 +1,4 @@
-"""The one place that knows which engines there are."""
+"""Construction of the configured engine; the only module that imports the engines' classes."""
 
 import os
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_prepo.config import Config
-from megatron_prepo.rollout.engine import Engine
+from megatron_prepo.rollout.engine import Engine, Tokenizer, result_here
 from megatron_prepo.rollout.sglang import launch, open_files
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
@@ -17,21 +17,21 @@ from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that an engine serves, and how they share what one of them knows."""
+    """The ranks that an engine serves, and the collectives with which they share results."""
 
     rank: int = 0
     num_ranks: int = 1
-    gather: Callable[[Any], list] = lambda value: [value]
-    """Gives every rank's value to every rank."""
-    share: Callable[[Future | None], Any] = lambda future: future.result()
-    """Gives the result of rank 0's future to every rank; the others pass None."""
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """Return every rank's value on every rank."""
+    share: Callable[[Future[Any] | None], Any] = result_here
+    """Return the result of rank 0's future on every rank; ranks other than 0 pass None."""
 
 
 ONE_RANK = Ranks()
 
 
 def check(config: Config) -> None:
-    """UserError unless what the configured engine needs is installed, free and allowed here."""
+    """Raise UserError unless what the configured engine needs is installed, free and allowed."""
     if config.rollout.engine != "sglang":
         return
     open_files.make_room(config.servers)
@@ -42,13 +42,13 @@ def check(config: Config) -> None:
 
 def build_engine(
     config: Config,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     device: torch.device,
     ranks: Ranks = ONE_RANK,
     log: Callable[[str], None] = print,
 ) -> Engine:
-    """Return the engine that `rollout.engine` names, still without weights."""
+    """Return the engine that `rollout.engine` names; its weights are loaded later."""
     if config.rollout.engine == "sglang":
         return SGLangEngine(
             config,

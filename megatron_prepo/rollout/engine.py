@@ -1,11 +1,12 @@
-"""What the trainer asks of an engine, whichever it is; `build.py` makes the configured one.
+"""The interface of an engine; `build.py` makes the configured one.
 
-Every rank calls the same methods, and results are complete and in order on every rank.
+Every rank calls the same methods and gets complete results in the same order.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,33 +20,48 @@ Sample = tuple[str, int]
 """One of the G rollouts of a prompt: the prompt's id, and a number from 0 to G - 1."""
 
 
+class Tokenizer(Protocol):
+    """What engines need of a tokenizer of `transformers`."""
+
+    eos_token_id: int | None
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of tokens."""
+
+
+def result_here(future: Future[Any] | None) -> Any:
+    """Return the result of a future: `share` of a job with one rank."""
+    assert future is not None, "a single rank is rank 0"
+    return future.result()
+
+
 class EngineError(RuntimeError):
     """The engine cannot continue; the message names its parts and what happened at each."""
 
 
 class SyncBroken(EngineError):
-    """A part of the engine was lost in a weight sync that needs all; it can be tried again."""
+    """A server failed during a weight sync that needs all of them; the sync can be tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Rollouts to generate, and what to do with them as they come."""
+    """Rollouts to generate, and callbacks for them as they arrive."""
 
     prompts: Sequence[Prompt]
     samples_per_prompt: int
     temperature: float
     max_new_tokens: int
     seed: str
-    """Names the random numbers: each prompt and sample has its own, and any other seed others."""
+    """Text from which the random numbers of each prompt and sample are derived."""
     routing: bool = False
-    """Whether rollouts are to have the experts of their tokens (`Rollout.routing`)."""
+    """Whether rollouts must record the experts of their tokens (`Rollout.routing`)."""
     cached: Mapping[Sample, Rollout] = field(default_factory=dict)
-    """Rollouts that are taken from here and not generated again."""
+    """Rollouts to reuse instead of generating them."""
     on_rollouts: Callable[[dict[Sample, Rollout]], None] = lambda rollouts: None
-    """Called with rollouts as they are generated, maybe in another thread, one call at a time; on
-    one of the ranks for each."""
+    """Called with rollouts as they are generated, possibly in another thread, one call at a time,
+    and on one rank per rollout."""
     on_progress: Callable[[int, int], None] = lambda done, total: None
-    """Called with about how many of how many rollouts all ranks have generated."""
+    """Called with the approximate number of generated rollouts of all ranks, and the total."""
 
     def samples(self) -> list[tuple[Prompt, int]]:
         """Return prompt and sample number of each rollout, in the order of the result."""
@@ -55,11 +71,11 @@ class Request:
 class PendingRollouts:
     """Rollouts that are being generated."""
 
-    def __init__(self, wait: Callable[[], tuple[list[Rollout], float]]):
-        """`wait`: collective, returns the rollouts and the seconds that they took."""
+    def __init__(self, wait: Callable[[], tuple[list[Rollout], float]]) -> None:
+        """`wait` is collective and returns the rollouts and the seconds that they took."""
         self._wait = wait
         self.seconds = 0.0
-        """How long they took, once there is a result."""
+        """Duration of the generation; 0 until `result` returns."""
 
     def result(self) -> list[Rollout]:
         """Wait for the rollouts; collective."""
@@ -68,23 +84,23 @@ class PendingRollouts:
 
 
 class Engine(Protocol):
-    """Generates rollouts by weights that it gets from the actor."""
+    """Generates rollouts with weights that it gets from the actor."""
 
     weight_version: int | None
-    """Optimizer updates behind the weights; None before the first sync and after a failed one."""
+    """Number of optimizer updates in the weights; None before the first and after a failed sync."""
     verified: bool
-    """Whether its weights, as they are served, have been compared with the actor's."""
-    fp32_lm_head: bool
-    """Whether its logits are float32: as it has them, not as it was told to have them."""
+    """Whether the served weights have been compared with the actor's."""
+    fp32_lm_head: bool | None
+    """Whether its logits are float32, as observed, not as configured; None for a float32 model."""
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
-        """Replace all weights by those of the buckets, whose tensors have these shapes.
+        """Replace all weights with those of the buckets, whose tensors have these shapes.
 
-        Raises EngineError on every rank, and SyncBroken where trying again may help.
+        Raises EngineError on every rank, and SyncBroken if another attempt may succeed.
         """
 
     def generate(self, request: Request) -> list[Rollout]:
-        """Return the rollouts of the request, in their prompts' order.
+        """Return the rollouts of the request, in the order of its prompts.
 
         Raises EngineError on every rank.
         """
@@ -93,14 +109,14 @@ class Engine(Protocol):
         """Return log-probabilities, at temperature 1, of each prompt's tokens but the first."""
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """Return the same of one text, by the name of each part of the engine."""
+        """Return those of one text, by the name of each server or rank."""
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Release all resources and stop all processes of the engine."""
 
 
 class BackgroundEngine(Engine, Protocol):
     """An engine that generates while the actor learns (`train.overlap`)."""
 
     def start_generate(self, request: Request) -> PendingRollouts:
-        """Begin `generate`; nothing else may be asked of the engine until its result is taken."""
+        """Begin `generate`; call no other method of the engine before its result is taken."""

@@ -1,9 +1,9 @@
-"""A `transformers` model decodes inside the training processes, each rank its share of the work.
+"""The embedded engine: a `transformers` model inside the training processes.
 
-It holds a whole model of its own on every rank and gets its weights through weight sync only, under
-Hugging Face names, as a server would.  A completion is a function of the weights, the seed, the
-prompt and the sample's number: who generates it, and beside what, does not matter (but for float
-rounding in a batch of another shape).
+Each rank holds a complete model, generates its share of the rollouts, and gets weights through
+weight sync only, under Hugging Face names, like a server.  A completion is a function of weights,
+seed, prompt and sample number; the rank and the batch that generate it do not matter, except for
+float rounding in a batch of another shape.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,22 @@ from megatron_prepo.models.fp32_matmul import product
 from megatron_prepo.models.hf_config import read_hf_config, read_json
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rollout.engine import Bucket, Request, Shapes
+from megatron_prepo.rollout.engine import Bucket, Request, Shapes, Tokenizer
 from megatron_prepo.rollout.routing_recorder import ChosenExperts
 
+Decoded = tuple[list[int], list[float], bytes | None]
+"""Tokens, their log-probabilities, and the routing of prompt and tokens if requested."""
 GROUPED = "sdpa_grouped"
 """Name in transformers of the attention on a CPU (`_grouped`)."""
 
 
 class EmbeddedEngine:
-    """`gather` gives every rank's value to every rank; `rank` and `num_ranks` split the work."""
+    """Engine that decodes in this process; `gather` returns every rank's value on every rank."""
 
     def __init__(
         self,
         hf_directory: str | Path,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         dtype: torch.dtype,
         fp32_lm_head: bool = True,
@@ -51,40 +54,41 @@ class EmbeddedEngine:
         batch_size: int,
         rank: int = 0,
         num_ranks: int = 1,
-        gather: Callable[[list], list[list]] = lambda mine: [mine],
-    ):
+        gather: Callable[[Any], list[Any]] = lambda mine: [mine],
+    ) -> None:
         self.hf = read_hf_config(hf_directory, for_megatron=False)
         settings = AutoConfig.from_pretrained(hf_directory, trust_remote_code=False)
         attention = GROUPED if device.type == "cpu" else "sdpa"
-        # by `to(dtype)` the rotary frequencies would be rounded, too
+        # `to(dtype)` would also round the rotary frequencies
         model = AutoModelForCausalLM.from_config(
             settings, dtype=dtype, attn_implementation=attention
         )
         self.model = model.to(device).eval()
-        self.fp32_lm_head = fp32_lm_head
-        """Whether logits are float32, from inputs of `dtype`, or rounded to `dtype`."""
+        self.fp32_lm_head: bool | None = fp32_lm_head
+        """Whether logits are float32, computed from inputs of `dtype`, or rounded to `dtype`."""
         if fp32_lm_head:
             head = self.model.get_output_embeddings()
-            assert head.bias is None, "no model that we convert has a bias on its output layer"
+            assert head.bias is None, "no supported family has a bias on its output layer"
             internals.replace(head, "forward", MethodType(_fp32_logits, head))
         self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
         self.stop_tokens = stop_tokens(hf_directory, tokenizer)
         self.weight_version: int | None = None
-        """Optimizer updates behind the weights; None before the first sync."""
+        """Number of optimizer updates in the weights; None before the first sync."""
         self.verified = False
-        """Whether the weights have been compared with the actor's, by what comes of them."""
+        """Whether the weights have been compared with the actor's, by log-probabilities."""
 
     @torch.no_grad()
     def load_weights(
         self, buckets: Iterable[Bucket], version: int, shapes: Shapes | None = None
     ) -> None:
-        """Replace all weights by those of the buckets; their `shapes` are of no use here.
+        """Replace all weights with those of the buckets; `shapes` is not used here.
 
-        Raises ValueError naming the tensors unless every parameter comes exactly once and fits.
+        Raises ValueError, which names the tensors, unless every parameter is sent exactly once with
+        its shape.
         """
         self.weight_version = None
-        # a tied head is the same parameter as the embedding, and comes once, under that name
+        # a tied head is the embedding's parameter, and is sent once, under the embedding's name
         missing = _parameters_by_file_name(self.model)
         for bucket in buckets:
             for name, tensor in bucket:
@@ -104,15 +108,15 @@ class EmbeddedEngine:
     def generate(self, request: Request) -> list[Rollout]:
         """Return the rollouts of the request, in its order, on every rank.
 
-        `on_rollouts` of each rank gets its own share, a batch at a time.
+        `on_rollouts` of each rank receives that rank's share, one batch at a time.
         """
         assert self.weight_version is not None, "the engine has no weights: sync first"
         jobs, cached = request.samples(), request.cached
-        # neighbours in length share a batch, so that little is padded
+        # prompts of similar length share a batch, which limits padding
         order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0].tokens))
         mine, done = order[self.rank :: self.num_ranks], []
-        # what this rank has kept is whole batches, so that the rest makes the batches that it would
-        # have made; in others it would round differently
+        # cached rollouts of this rank are complete batches, so the rest is batched as it would have
+        # been without them; other batches would round differently
         mine = [i for i in mine if (jobs[i][0].id, jobs[i][1]) not in cached]
         for first in range(0, len(mine), self.batch_size):
             batch = mine[first : first + self.batch_size]
@@ -133,19 +137,20 @@ class EmbeddedEngine:
 
     def _complete_batch(
         self, batch: Sequence[tuple[Prompt, int]], request: Request
-    ) -> list[tuple[list[int], list[float], bytes | None]]:
+    ) -> list[Decoded]:
         experts = ChosenExperts(self.model) if request.routing else None
         with experts.watched() if experts else nullcontext():
-            return self._complete(
+            completions: list[Decoded] = self._complete(
                 [prompt.tokens for prompt, _ in batch],
                 [f"{request.seed}/{prompt.id}/{sample}" for prompt, sample in batch],
                 request.temperature,
                 request.max_new_tokens,
                 experts,
             )
+        return completions
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """The log-probabilities of each prompt's tokens but the first, on every rank."""
+        """Return log-probabilities of each prompt's tokens except the first, on every rank."""
         assert self.weight_version is not None, "the engine has no weights: sync first"
         mine = range(self.rank, len(prompts), self.num_ranks)
         scored = [(i, *self.prompt_logprobs(prompts[i].tokens).values()) for i in mine]
@@ -154,18 +159,19 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """The log-probability of every token but the first, given those before it."""
+        """Return the log-probability of every token except the first, given its predecessors."""
         tokens_1S = torch.tensor([tokens], device=self.device)
         logprobs_SV = torch.log_softmax(self.model(tokens_1S).logits[0].float(), dim=-1)
         scored_S1 = logprobs_SV[:-1].gather(1, tokens_1S[0, 1:, None])
         return {f"the embedded engine of rank {self.rank}": scored_S1[:, 0].tolist()}
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing: there is no process or connection."""
 
     def _rollout(
         self, prompt: Prompt, tokens: list[int], logprobs: list[float], routing: bytes | None
     ) -> Rollout:
+        assert self.weight_version is not None, "the engine has no weights: sync first"
         return Rollout(
             prompt=prompt,
             tokens=tuple(tokens),
@@ -184,11 +190,11 @@ class EmbeddedEngine:
         temperature: float,
         max_new_tokens: int,
         experts: ChosenExperts | None,
-    ) -> list[tuple[list[int], list[float], bytes | None]]:
-        """Tokens, their log-probabilities and, with `experts`, the routing of prompt and tokens.
+    ) -> list[Decoded]:
+        """Return tokens, their log-probabilities and, with `experts`, the routing of each text.
 
-        One completion a prompt and seed.  Letters: B completions, of which R are in the running
-        batch; T new tokens; V vocabulary; S tokens, L layers and k experts a token.
+        One completion per prompt and seed.  Letters: B completions, of which R are in the running
+        batch; T new tokens; V vocabulary; S tokens, L layers and k experts per token.
         """
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
@@ -197,7 +203,7 @@ class EmbeddedEngine:
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         running_R = torch.arange(len(prompts), device=self.device)
         decoder = Decoder(self.model, prompts, self.device, experts)
-        chosen_BSLk = [decoder.experts_RSLk]
+        chosen_BSLk = [decoder.experts_RSLk] if decoder.experts_RSLk is not None else []
         for t in range(max_new_tokens):
             token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
@@ -209,7 +215,7 @@ class EmbeddedEngine:
                 running_R, token_R = running_R[going], token_R[going]
                 decoder.keep(going)
             decoder.advance(token_R)
-            if experts:
+            if decoder.experts_RSLk is not None:
                 chosen_BSLk.append(torch.zeros_like(chosen_BSLk[0][:, :1]))
                 chosen_BSLk[-1][running_R] = decoder.experts_RSLk
         completions = []
@@ -217,7 +223,7 @@ class EmbeddedEngine:
             ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
             length = next(ends, len(tokens))
             completions.append((tokens[:length], logprobs[:length]))
-        routings = [None] * len(prompts)
+        routings: list[bytes | None] = [None] * len(prompts)
         if experts:
             form, width = RoutingFormat.of(self.hf), max(map(len, prompts))  # padded on the left
             routings = [
@@ -230,25 +236,28 @@ class EmbeddedEngine:
 
 
 SHRINK_AT = 0.9
-"""Ended rows leave the batch once at most this share is still going: leaving copies the cache."""
+"""Finished rows are removed once at most this share is unfinished: removal copies the cache."""
 
 
 class Decoder:
-    """Rows of text that grow by a token at a time, over the model's key-value cache.
+    """Rows of text that grow by one token at a time, with the model's key-value cache.
 
-    A prompt that several rows share is computed once.  Rows are padded on the left.
+    A prompt shared by several rows is computed once.  Rows are padded on the left.
     """
 
     def __init__(
         self,
-        model,
+        model: Any,
         prompts: Sequence[Sequence[int]],
         device: torch.device,
         experts: ChosenExperts | None = None,
-    ):
+    ) -> None:
         self.model, self.cache = model, DynamicCache(config=model.config)
-        self.experts, self.experts_RSLk = experts, None
-        """What is watched, and what was chosen for the tokens that came last."""
+        self.experts = experts
+        """Recorder of the chosen experts."""
+        self.experts_RSLk: torch.Tensor | None = None
+        """Experts of the latest tokens, if recorded."""
+        self.logits_RV: torch.Tensor
         number_of = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, number_of))
         ids_US = torch.zeros(len(number_of), width, dtype=torch.long)
@@ -261,14 +270,14 @@ class Decoder:
         self.keep(torch.tensor([number_of[tuple(prompt)] for prompt in prompts], device=device))
 
     def keep(self, rows: torch.Tensor) -> None:
-        """These rows, each as often as it is named, in this order."""
+        """Keep these rows, in this order; a row may be named several times."""
         self.cache.batch_select_indices(rows)
         self.mask_RS, self.logits_RV = self.mask_RS[rows], self.logits_RV[rows]
-        if self.experts:
+        if self.experts_RSLk is not None:
             self.experts_RSLk = self.experts_RSLk[rows]
 
     def advance(self, token_R: torch.Tensor) -> None:
-        """Append a token to each row; `logits_RV` then are those of the token after it."""
+        """Append a token to each row; `logits_RV` then predict the token after it."""
         self.mask_RS = torch.cat([self.mask_RS, self.mask_RS.new_ones(len(token_R), 1)], dim=1)
         self._forward(token_R[:, None], self.mask_RS.sum(1, keepdim=True) - 1)
 
@@ -286,10 +295,10 @@ class Decoder:
             self.experts_RSLk = self.experts.take(len(ids_RS)).short()
 
 
-def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
-    """All parameters, as views, by the names that they have in files.
+def _parameters_by_file_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return all parameters, as views, by their names in files.
 
-    In memory, transformers 5 has the experts of a layer in two tensors, one after the other.
+    In memory, transformers 5 stacks the experts of a layer in two tensors.
     """
     parameters = {}
     for name, parameter in model.named_parameters():
@@ -309,24 +318,33 @@ def _parameters_by_file_name(model) -> dict[str, torch.Tensor]:
 def draw(
     logits_RV: torch.Tensor, uniform_R: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token a row, and its log-probability.
+    """Draw one token per row; returns tokens and their log-probabilities.
 
-    The token inverts the cumulative distribution at the row's uniform number.
+    A token is the inverse of the cumulative distribution at the row's uniform number.
     """
     logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
     cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
     target_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
-    # right: a token of probability 0 is never drawn, not even by a uniform number of 0
+    # right=True: a token of probability 0 is never drawn, even for a uniform number of 0
     token_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
     token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)
     return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
 
 
-def _grouped(module, query, key, value, attention_mask, *, scaling=None, **_):
-    """Attention of [B, heads, S, d] queries on [B, groups, S, d] keys and values: [B, S, heads, d].
+def _grouped(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Return [B, S, heads, d], attention of [B, heads, S, d] queries on [B, groups, S, d] keys.
 
-    As transformers' `sdpa`, which repeats keys and values for each head wherever there is a mask,
-    for the sake of CUDA's kernels; the CPU's kernel needs no copies.
+    Like transformers' `sdpa`, which with a mask copies keys and values for each head, as CUDA's
+    kernels need; the CPU's kernel needs no copies.
     """
     causal = attention_mask is None and query.shape[2] > 1
     out = F.scaled_dot_product_attention(
@@ -339,17 +357,19 @@ AttentionInterface.register(GROUPED, _grouped)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
-def _fp32_logits(self, hidden_BSH: torch.Tensor, /, *_, **__) -> torch.Tensor:
-    """Stands in for `torch.nn.Linear.forward`, whose result would have the type of the weight."""
+def _fp32_logits(
+    self: torch.nn.Linear, hidden_BSH: torch.Tensor, /, *_: object, **__: object
+) -> torch.Tensor:
+    """Replace `torch.nn.Linear.forward`, whose result would have the type of the weight."""
     logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
     return logits.view(*hidden_BSH.shape[:2], -1)
 
 
-def stop_tokens(hf_directory: str | Path, tokenizer) -> frozenset[int]:
-    """Tokens that end a completion.
+def stop_tokens(hf_directory: str | Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end a completion.
 
-    Those of generation_config.json, else of config.json, else the tokenizer's.  Raises UserError
-    for a file that cannot be read or whose `eos_token_id` names no token.
+    They are read from generation_config.json, else config.json, else the tokenizer.  Raises
+    UserError for a file that cannot be read or whose `eos_token_id` names no token.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(hf_directory) / name

@@ -1,31 +1,47 @@
-"""From the actor's shards to the engine's weights, under Hugging Face names, in buckets.
+"""Weight sync from the actor's shards to the engine, under Hugging Face names, in buckets.
 
-What an engine was given is proved by what it computes: its log-probabilities of a prompt have to be
-the actor's.
+The engine's log-probabilities of a prompt must equal the actor's, which proves that it uses the
+weights it was sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from megatron_prepo.config import Config
 from megatron_prepo.models.hf_files import HEAD, INDEX, SINGLE, HFTensors, buckets
 from megatron_prepo.records import ScoredSequence
-from megatron_prepo.rollout.engine import Engine, SyncBroken
+from megatron_prepo.rollout.engine import Engine, Shapes, SyncBroken
 
-MOST_TRIES = 3
-"""Of a sync that loses servers."""
+MAX_SYNC_ATTEMPTS = 3
+"""Maximum attempts of a weight sync during which servers fail."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Mean absolute difference in nats.  Two right implementations stay below 1e-6 in float32 and some
-0.02 in bfloat16; a tensor that is missing, or in the wrong place, is off by far more."""
+"""Maximum mean absolute difference in nats.  Two correct implementations stay below 1e-6 in float32
+and about 0.02 in bfloat16; a missing or misplaced tensor causes a much larger one."""
 
 
-def sync_weights(actor, engine: Engine, config: Config, probe: Sequence[int]) -> None:
+class WeightSource(Protocol):
+    """What a weight sync needs of the actor."""
+
+    updates: int
+
+    def hf_shapes(self) -> Shapes:
+        """Return type and shape of every tensor, under Hugging Face names."""
+
+    def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor, under its Hugging Face name; collective."""
+
+    def score(self, sequences: Sequence[ScoredSequence], *, temperature: float) -> list[Any]:
+        """Return the scores of sequences; collective."""
+
+
+def sync_weights(actor: WeightSource, engine: Engine, config: Config, probe: Sequence[int]) -> None:
     """Give the engine the actor's weights; afterwards its version is the actor's update count.
 
-    Collective.  Verifies the weights by the tokens of `probe` if `weight_sync.verify` says so.
-    The engine refuses an unknown, repeated, missing or misshapen tensor by name.
+    Collective.  Verifies the weights with the tokens of `probe` as configured by
+    `weight_sync.verify`.  The engine rejects unknown, repeated, missing and misshapen tensors.
     """
     settings, shapes = config.weight_sync, actor.hf_shapes()
     if engine.weight_version is None:
@@ -36,12 +52,12 @@ def sync_weights(actor, engine: Engine, config: Config, probe: Sequence[int]) ->
         engine.verified = True
 
 
-def load_weights(actor, engine: Engine, limit: int, shapes: dict) -> None:
-    """All weights to the engine, in buckets of `limit` bytes; all anew if a part of it is lost.
+def load_weights(actor: WeightSource, engine: Engine, limit: int, shapes: Shapes) -> None:
+    """Send all weights to the engine, in buckets of `limit` bytes.
 
-    Then it has a server less, or one that was started anew.
+    If a server fails, all weights are sent again, to the remaining and restarted servers.
     """
-    for tries_left in reversed(range(MOST_TRIES)):
+    for tries_left in reversed(range(MAX_SYNC_ATTEMPTS)):
         try:
             engine.load_weights(buckets(actor.hf_weights(), limit), actor.updates, shapes)
             return
@@ -50,12 +66,11 @@ def load_weights(actor, engine: Engine, limit: int, shapes: dict) -> None:
                 raise
 
 
-def check_names(shapes: dict, hf_directory: str | Path) -> None:
-    """ValueError unless the tensors to be sent are those of the model's files, by name and shape.
+def check_names(shapes: Shapes, hf_directory: str | Path) -> None:
+    """Raise ValueError unless names and shapes to be sent are those of the model's files.
 
-    A server skips a name that it does not know, and keeps a tensor that none is sent for, without a
-    word.  A directory without weights (a run from a Megatron checkpoint) has nothing to compare
-    with; `verify` remains.
+    A server ignores unknown names and keeps tensors that are not sent, both silently.  Without
+    weights in the directory (a run from a Megatron checkpoint), only `verify` checks the sync.
     """
     if not any((Path(hf_directory) / name).is_file() for name in (SINGLE, INDEX)):
         return
@@ -80,11 +95,11 @@ def check_names(shapes: dict, hf_directory: str | Path) -> None:
         )
 
 
-def verify(actor, engine: Engine, probe: Sequence[int], tolerance: float) -> float:
-    """Compare the log-probabilities of the probe's tokens; collective.
+def verify(actor: WeightSource, engine: Engine, probe: Sequence[int], tolerance: float) -> float:
+    """Compare actor and engine by the log-probabilities of the probe's tokens; collective.
 
-    Returns the largest mean absolute difference of any part of the engine, in nats.  Raises
-    ValueError naming the server for one above `tolerance`.
+    Returns the largest mean absolute difference of any server, in nats.  Raises ValueError,
+    which names the server, for one above `tolerance`.
     """
     [scores] = actor.score([ScoredSequence(tuple(probe), start=1)], temperature=1.0)
     ours_T, worst = scores.logprobs_T, 0.0
@@ -92,10 +107,10 @@ def verify(actor, engine: Engine, probe: Sequence[int], tolerance: float) -> flo
         theirs_T = torch.tensor(theirs)
         difference_T = (theirs_T - ours_T).abs()
         mean, t = float(difference_T.mean()), int(difference_T.argmax())
-        if not mean <= tolerance:  # not a number is no agreement either
+        if not mean <= tolerance:  # also for NaN
             raise ValueError(
                 f"weight sync: the log-probabilities of {name} differ from the actor's by "
-                f"{mean:.2g} nats a token (weight_sync.tolerance={tolerance:g}), most at token "
+                f"{mean:.2g} nats per token (weight_sync.tolerance={tolerance:g}), most at token "
                 f"{t + 1}: {theirs_T[t]:.4f} for {ours_T[t]:.4f}; a tensor did not arrive, or "
                 "arrived in the wrong place or type"
             )

@@ -79,6 +79,8 @@ LOGS = ("rank_*.log", "rank_*.error")
 """Files of `logs/` that a launcher replaces at every start; `run.overwrite` leaves them."""
 
 INPUTS = inputs.COMPARED
+USER_CODE = ("selection.method", "reward.function")
+"""Settings that name a built-in or `FILE.py:NAME`."""
 """Settings whose path may change while the content is the same (`inputs/digests.py`)."""
 
 FREE = (
@@ -615,8 +617,8 @@ def _compare_inputs(
             if old_paths[name] != new_paths[name]:
                 found.forbidden.append(f"{change} ({reason})")
             continue
-        functions = [p.rpartition(":")[2] for p in (old_paths[name] or "", new_paths[name] or "")]
-        if old is None or new is None or (name == "reward.function" and len(set(functions)) > 1):
+        names = [p.rpartition(":")[2] for p in (old_paths[name] or "", new_paths[name] or "")]
+        if old is None or new is None or (name in USER_CODE and len(set(names)) > 1):
             found.forbidden.append(f"{change} ({reason})")
         elif not new["files"]:
             found.forbidden.append(
@@ -651,9 +653,10 @@ def with_absolute_paths(config: Config) -> Config:
     ):
         if tree[section][key] is not None:
             tree[section][key] = str(inputs.absolute(tree[section][key]))
-    file, colon, function = config.reward.function.rpartition(":")
-    if colon:
-        tree["reward"]["function"] = f"{inputs.absolute(file)}:{function}"
+    for section, key in (name.split(".") for name in USER_CODE):
+        file, colon, name = tree[section][key].rpartition(":")
+        if colon:
+            tree[section][key] = f"{inputs.absolute(file)}:{name}"
     python = config.servers.python or ""
     if "/" in python:
         tree["servers"]["python"] = str(inputs.absolute(python))

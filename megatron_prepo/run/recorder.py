@@ -290,7 +290,7 @@ class Run:
         gain, gain_ci95, num_prompts = self._gain(after)
         before, after = self.before.first(num_prompts), after.first(num_prompts)
         summary = {
-            "method": self.config.selection.method,
+            "method": self.config.selection.name,
             "weighting": self.config.weighting.method,
             "steps": self.num_steps,
             "ranks": ranks,

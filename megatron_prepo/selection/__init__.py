@@ -1,6 +1,7 @@
 """Selection of the prompts to roll out: one file per method; `base.py` has their interface."""
 
-from megatron_prepo.selection.base import Selector
+from megatron_prepo.selection import user_class
+from megatron_prepo.selection.base import Candidates, Selector
 from megatron_prepo.selection.dapo import DynamicSampling
 from megatron_prepo.selection.foresight import Foresight
 from megatron_prepo.selection.greso import GRESO
@@ -8,6 +9,8 @@ from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
 from megatron_prepo.selection.prepo import PerplexityWindow
 from megatron_prepo.selection.random import RandomChoice
+
+__all__ = ["METHODS", "Candidates", "Selector", "load"]
 
 METHODS: dict[str, type[Selector]] = {
     "prepo": PerplexityWindow,
@@ -18,3 +21,11 @@ METHODS: dict[str, type[Selector]] = {
     "foresight": Foresight,
     "oracle": Oracle,
 }
+
+
+def load(method: str) -> type[Selector]:
+    """Return the class of `selection.method`: one of METHODS, or the user's `FILE.py:CLASS`.
+
+    Raises UserError for a file that fails, and for anything but a selector.
+    """
+    return METHODS[method] if method in METHODS else user_class.load(method)

@@ -46,7 +46,9 @@ class Selector(Protocol):
     trains on the first K groups with an advantage."""
 
     @abstractmethod
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         """A completion passes from the reward `pass_reward` on."""
 
     @abstractmethod
@@ -55,6 +57,7 @@ class Selector(Protocol):
 
     def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
         """Learn from the rewards of what was chosen; by default nothing."""
+        return
 
     def metrics(self) -> dict[str, float]:
         """Return what to log of the step, as `selection/NAME`; by default nothing."""
@@ -66,3 +69,4 @@ class Selector(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state with a new step; by default nothing is restored."""
+        return

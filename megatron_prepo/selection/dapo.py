@@ -14,9 +14,14 @@ Surplus groups of the last round are dropped, as in verl.
 """
 
 import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.records import Prompt
 from megatron_prepo.selection.base import Candidates, Selector
 
 
@@ -25,7 +30,9 @@ class DynamicSampling(Selector):
 
     refills = True
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected, self.seed = config.num_selected, seed
         self.step: int | None = None
         self.waiting: list[int] = []
@@ -44,7 +51,7 @@ class DynamicSampling(Selector):
         self.waiting = self.waiting[self.num_selected :]
         return chosen
 
-    def observe(self, prompts, rewards_KG) -> None:
+    def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
         """Count the groups with an advantage."""
         self.missing -= int((~zero_variance(rewards_KG)).sum())
 
@@ -52,7 +59,7 @@ class DynamicSampling(Selector):
         """Return the number of rounds of the step."""
         return {"selection/rounds": self.rounds}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next step from scratch, whatever its number."""
         self.step = None
 

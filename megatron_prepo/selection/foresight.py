@@ -3,12 +3,12 @@
     features    x_i = [1, z_i, z_i^2 - 1],  z_i = log perplexity, log length and mean entropy of the
                 prompt under the current policy, standardised over the step's candidates
     prediction  mu_i = sigmoid(w . x_i), logistic regression on all groups so far; a group that is
-                `MEMORY` steps old has weight 1/e, and a rollout has weight `SHARE`, since the
-                rollouts of a group are correlated
+                `STEP_DECAY` steps old has weight 1/e, and a rollout has weight `ROLLOUT_WEIGHT`,
+                since the rollouts of a group are correlated
     prior       pass rate p_i ~ Beta(m mu_i, m (1 - mu_i)); m, the strength of the prior, maximises
                 the likelihood of the observations
     evidence    alpha_i = m mu_i + passes, beta_i = m (1 - mu_i) + failures of the prompt so far;
-                each new visit multiplies the weight of earlier ones by `KEPT`
+                each new visit multiplies the weight of earlier ones by `VISIT_DECAY`
     choice      one draw from each posterior; the K nearest to `selection.target_pass_rate`
 
 This is MoPPS with an informed prior: at the first visit, where MoPPS draws from a uniform prior,
@@ -17,18 +17,23 @@ MoPPS.  Its only cost is a scoring pass over the candidates, as in PREPO.  `docs
 derivation and measurements.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import torch
 from scipy.special import betaln, expit
 
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.records import Prompt
 from megatron_prepo.selection.base import Candidates, Selector
 
-MEMORY = 15.0
-SHARE = 0.35
-KEPT = 0.7
-ROWS = 2000
+STEP_DECAY = 15.0
+ROLLOUT_WEIGHT = 0.35
+VISIT_DECAY = 0.7
+MAX_GROUPS = 2000
 """Maximum number of groups in the regression; older ones have negligible weight."""
-TRUSTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+PRIOR_STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Candidate values of m: the number of rollouts to which the prediction is equivalent."""
 
 
@@ -37,7 +42,9 @@ class Foresight(Selector):
 
     needs_scores = True
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
         self.seed, self.pass_reward = seed, pass_reward
         self.features: list[list[float]] = []
@@ -45,8 +52,8 @@ class Foresight(Selector):
         """Step, passes and rollouts of each group; `features` are those of its prompt."""
         self.evidence: dict[str, tuple[float, float]] = {}
         """Discounted passes and failures per prompt id."""
-        self.trust = 4.0
-        self.foreseen = 0.0
+        self.prior_strength = 4.0
+        self.predicted_pass_rate = 0.0
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
         """Return the positions of the K candidates, nearest draw first; ties keep their order."""
@@ -56,8 +63,9 @@ class Foresight(Selector):
         alpha_P, beta_P = self.posterior(candidates, x_PF, step)
         draw_P = np.random.default_rng([self.seed, step]).beta(alpha_P, beta_P)
         chosen = np.argsort(np.abs(draw_P - self.target), kind="stable")[: self.num_selected]
-        self.foreseen = float((alpha_P / (alpha_P + beta_P))[chosen].mean())
-        return chosen.tolist()
+        self.predicted_pass_rate = float((alpha_P / (alpha_P + beta_P))[chosen].mean())
+        positions: list[int] = chosen.tolist()
+        return positions
 
     def posterior(
         self, candidates: Candidates, x_PF: np.ndarray, step: int
@@ -67,16 +75,18 @@ class Foresight(Selector):
         if self.counts:
             x_RF = np.array(self.features)
             step_R, passes_R, rollouts_R = np.array(self.counts, dtype=float).T
-            age_R = np.exp((step_R - step) / MEMORY)
-            weight_F = logistic_regression(x_RF, passes_R, rollouts_R, SHARE * age_R)
+            age_R = np.exp((step_R - step) / STEP_DECAY)
+            weight_F = logistic_regression(x_RF, passes_R, rollouts_R, ROLLOUT_WEIGHT * age_R)
             mu_R = predict(x_RF, weight_F)
-            self.trust = max(TRUSTS, key=lambda m: likelihood(m, mu_R, passes_R, rollouts_R, age_R))
+            self.prior_strength = max(
+                PRIOR_STRENGTHS, key=lambda m: likelihood(m, mu_R, passes_R, rollouts_R, age_R)
+            )
         mu_P = predict(x_PF, weight_F)
         seen = [self.evidence.get(prompt.id, (0.0, 0.0)) for prompt in candidates.prompts]
         passes_P, failures_P = np.array(seen).T
-        return self.trust * mu_P + passes_P, self.trust * (1 - mu_P) + failures_P
+        return self.prior_strength * mu_P + passes_P, self.prior_strength * (1 - mu_P) + failures_P
 
-    def observe(self, prompts, rewards_KG) -> None:
+    def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
         """Add groups as rows of the regression and as evidence on their prompts."""
         rollouts = rewards_KG.shape[1]
         passes_K = (rewards_KG >= self.pass_reward).sum(dim=1).tolist()
@@ -85,30 +95,33 @@ class Foresight(Selector):
             self.counts.append((self.step, passes, rollouts))
             before = self.evidence.get(prompt.id, (0.0, 0.0))
             self.evidence[prompt.id] = (
-                KEPT * before[0] + passes,
-                KEPT * before[1] + rollouts - passes,
+                VISIT_DECAY * before[0] + passes,
+                VISIT_DECAY * before[1] + rollouts - passes,
             )
-        self.features, self.counts = self.features[-ROWS:], self.counts[-ROWS:]
+        self.features, self.counts = self.features[-MAX_GROUPS:], self.counts[-MAX_GROUPS:]
 
     def metrics(self) -> dict[str, float]:
         """Return the prior strength and the predicted pass rate of the selected prompts."""
-        return {"selection/trust": self.trust, "selection/foreseen_pass_rate": self.foreseen}
+        return {
+            "selection/trust": self.prior_strength,
+            "selection/foreseen_pass_rate": self.predicted_pass_rate,
+        }
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return all observations."""
         return {
             "features": [list(row) for row in self.features],
             "counts": [list(row) for row in self.counts],
             "evidence": {name: list(counts) for name, counts in self.evidence.items()},
-            "trust": self.trust,
+            "trust": self.prior_strength,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state at the start of a step."""
         self.features = [list(row) for row in state["features"]]
         self.counts = [tuple(row) for row in state["counts"]]
         self.evidence = {name: tuple(counts) for name, counts in state["evidence"].items()}
-        self.trust = state["trust"]
+        self.prior_strength = state["trust"]
 
 
 def features(candidates: Candidates) -> np.ndarray:
@@ -116,6 +129,7 @@ def features(candidates: Candidates) -> np.ndarray:
 
     A feature that does not vary is zero for all candidates; a non-finite value is replaced by zero.
     """
+    assert candidates.ppl_P is not None and candidates.entropy_P is not None, "needs_scores"
     lengths_P = [len(prompt.tokens) for prompt in candidates.prompts]
     raw_PF = np.stack(
         [np.log(candidates.ppl_P.numpy()), np.log(lengths_P), candidates.entropy_P.numpy()], axis=1
@@ -124,12 +138,14 @@ def features(candidates: Candidates) -> np.ndarray:
     spread_F = np.nanstd(raw_PF, axis=0)
     z_PF = (raw_PF - np.nanmean(raw_PF, axis=0)) / np.where(spread_F > 0, spread_F, 1.0)
     z_PF = np.nan_to_num(z_PF)
-    return np.concatenate([np.ones((len(z_PF), 1)), z_PF, z_PF**2 - 1], axis=1)
+    x_PF: np.ndarray = np.concatenate([np.ones((len(z_PF), 1)), z_PF, z_PF**2 - 1], axis=1)
+    return x_PF
 
 
 def predict(x_RF: np.ndarray, weight_F: np.ndarray) -> np.ndarray:
     """Return predicted pass rates, clipped to [1/1000, 999/1000]."""
-    return np.clip(expit(x_RF @ weight_F), 1e-3, 1 - 1e-3)
+    mu_R: np.ndarray = np.clip(expit(x_RF @ weight_F), 1e-3, 1 - 1e-3)
+    return mu_R
 
 
 def logistic_regression(
@@ -139,7 +155,7 @@ def logistic_regression(
 
     `count_R` is the weight per rollout of each row.
     """
-    weight_F = np.zeros(x_RF.shape[1])
+    weight_F: np.ndarray = np.zeros(x_RF.shape[1])
     for _ in range(25):
         mu_R = expit(x_RF @ weight_F)
         gradient_F = x_RF.T @ (count_R * (passes_R - rollouts_R * mu_R)) - weight_F
@@ -153,13 +169,16 @@ def logistic_regression(
 
 
 def likelihood(
-    trust: float,
+    prior_strength: float,
     mu_R: np.ndarray,
     passes_R: np.ndarray,
     rollouts_R: np.ndarray,
     count_R: np.ndarray,
 ) -> float:
-    """Return the log-likelihood of the groups: pass rates ~ Beta(m mu, m (1 - mu)), m = `trust`."""
-    alpha_R, beta_R = trust * mu_R, trust * (1 - mu_R)
+    """Return the log-likelihood of the groups, whose pass rates are ~ Beta(m mu, m (1 - mu)).
+
+    m is `prior_strength`.
+    """
+    alpha_R, beta_R = prior_strength * mu_R, prior_strength * (1 - mu_R)
     evidence_R = betaln(alpha_R + passes_R, beta_R + rollouts_R - passes_R)
     return float((count_R * (evidence_R - betaln(alpha_R, beta_R))).sum())

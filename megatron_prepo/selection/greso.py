@@ -27,10 +27,15 @@ the step are available: if fewer than K of them are accepted, skipped ones are a
 import copy
 import math
 import random
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
+
+import torch
 
 from megatron_prepo.config import SelectionConfig
 from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.records import Prompt
 from megatron_prepo.selection.base import Candidates, Selector
 
 TARGET = {"easy": Fraction(1, 4) / 3, "hard": Fraction(1, 4) * 2 / 3}
@@ -46,7 +51,9 @@ class GRESO(Selector):
 
     refills = True
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected, self.seed, self.pass_reward = config.num_selected, seed, pass_reward
         self.p = {kind: P_START for kind in TARGET}
         self.z: dict[str, dict[str, int]] = {kind: {} for kind in TARGET}
@@ -74,7 +81,7 @@ class GRESO(Selector):
         chosen, self.waiting = self.waiting[:size], self.waiting[size:]
         return chosen
 
-    def observe(self, prompts, rewards_KG) -> None:
+    def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
         """Update z: a group of equal rewards increments its kind's z and resets the other kind's.
 
         A group with an advantage resets both.
@@ -96,7 +103,8 @@ class GRESO(Selector):
     def _accept_or_skip(self, candidates: Candidates) -> None:
         draw = random.Random(f"{self.seed}/greso/{self.step}")
         order = draw.sample(range(len(candidates.prompts)), len(candidates.prompts))
-        accepted, skipped = [], []
+        accepted: list[int] = []
+        skipped: list[int] = []
         for i in order:
             accepts = draw.random() < self.acceptance(candidates.prompts[i].id)
             (accepted if accepts else skipped).append(i)
@@ -110,20 +118,18 @@ class GRESO(Selector):
             self.p[kind] = min(max(moved, P_MIN), P_MAX)
 
     def metrics(self) -> dict[str, float]:
-        """Return the base probabilities for the next step, and the number of the P candidates
-        that were randomly skipped in this one.
-        """
+        """Return the base probabilities for the next step, and the number of skipped candidates."""
         return {
             "selection/p_easy": self.p["easy"],
             "selection/p_hard": self.p["hard"],
             "selection/skipped": self.skipped,
         }
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the base probabilities, and z by prompt id."""
         return copy.deepcopy({"p": self.p, "z": self.z})
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state at the start of a step."""
         self.p, self.z = copy.deepcopy((state["p"], state["z"]))
         self.step = None

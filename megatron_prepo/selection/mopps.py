@@ -18,8 +18,13 @@ least 2.
 """
 
 import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.records import Prompt
 from megatron_prepo.selection.base import Candidates, Selector
 
 PRIOR = 1.0
@@ -29,7 +34,9 @@ PRIOR = 1.0
 class PosteriorSampling(Selector):
     """Thompson sampling for a target pass rate."""
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
         self.decay, self.seed, self.pass_reward = config.mopps_decay, seed, pass_reward
         self.posterior: dict[str, tuple[float, float]] = {}
@@ -47,34 +54,34 @@ class PosteriorSampling(Selector):
     def draw(self, candidates: Candidates, step: int) -> list[float]:
         """Draw a pass rate from each candidate's posterior."""
         draw = random.Random(f"{self.seed}/mopps/{step}")
-        return [draw.betavariate(*self.beta_of(prompt.id)) for prompt in candidates.prompts]
+        return [draw.betavariate(*self.beta(prompt.id)) for prompt in candidates.prompts]
 
-    def observe(self, prompts, rewards_KG) -> None:
+    def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
         """Update the posteriors: earlier visits are discounted by lambda in favour of the prior."""
         passes_K = (rewards_KG >= self.pass_reward).sum(dim=1).tolist()
         for prompt, passes in zip(prompts, passes_K, strict=True):
             alpha, beta = (
-                self.decay * count + (1 - self.decay) * PRIOR for count in self.beta_of(prompt.id)
+                self.decay * count + (1 - self.decay) * PRIOR for count in self.beta(prompt.id)
             )
             self.posterior[prompt.id] = (alpha + passes, beta + rewards_KG.shape[1] - passes)
 
-    def beta_of(self, prompt_id: str) -> tuple[float, float]:
+    def beta(self, prompt_id: str) -> tuple[float, float]:
         """Return alpha and beta of a prompt."""
         return self.posterior.get(prompt_id, (PRIOR, PRIOR))
 
     def mean(self, prompt_id: str) -> float:
         """Return the expected pass rate of a prompt."""
-        alpha, beta = self.beta_of(prompt_id)
+        alpha, beta = self.beta(prompt_id)
         return alpha / (alpha + beta)
 
     def metrics(self) -> dict[str, float]:
         """Return the expected pass rate of the selected prompts: the mean of posterior means."""
         return {"selection/posterior_mean": self.posterior_mean}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the posteriors, by prompt id."""
         return {"posterior": {name: list(counts) for name, counts in self.posterior.items()}}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from saved posteriors."""
         self.posterior = {name: tuple(counts) for name, counts in state["posterior"].items()}

@@ -15,10 +15,14 @@ class Oracle(Selector):
     needs_scores = True
     needs_pass_rates = True
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:
         """Return the positions of the K candidates, nearest first; ties keep their order."""
+        assert candidates.pass_rate_P is not None, "needs_pass_rates"
         distance_P = (candidates.pass_rate_P - self.target).abs()
-        return distance_P.argsort(stable=True)[: self.num_selected].tolist()
+        nearest: list[int] = distance_P.argsort(stable=True)[: self.num_selected].tolist()
+        return nearest

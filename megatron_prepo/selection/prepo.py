@@ -10,7 +10,9 @@ class PerplexityWindow(Selector):
 
     needs_scores = True
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected = config.num_selected
         self.rho_max = config.rho_max
         self.horizon = config.horizon or total_steps

@@ -9,7 +9,9 @@ from megatron_prepo.selection.base import Candidates, Selector
 class RandomChoice(Selector):
     """Uniform draw without replacement, a function of the seed and the step alone."""
 
-    def __init__(self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float):
+    def __init__(
+        self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
+    ) -> None:
         self.num_selected, self.seed = config.num_selected, seed
 
     def choose(self, candidates: Candidates, step: int) -> list[int]:

@@ -26,7 +26,7 @@ from megatron_prepo.run import dashboards
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
-from megatron_prepo.selection import METHODS
+from megatron_prepo.selection import load as load_selector
 from megatron_prepo.selection.base import Selector
 from megatron_prepo.trainer.groups import rewards_of
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
@@ -176,7 +176,7 @@ def set_up(config: Config) -> Trainer:
         run.log("the section sglang: is for servers that the run starts, and is ignored here")
     seed, total_steps = config.train.seed, config.train.total_steps
     batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
-    selector = METHODS[config.selection.method](
+    selector = load_selector(config.selection.method)(
         config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )
     journal = Journal(run.directory / "journal", dist.get_rank(), share=parallel.from_rank_zero)

@@ -19,6 +19,7 @@ from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.rollout.engine import Request
 from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.rounds import rounds
 from megatron_prepo.trainer.groups import Groups, rewards_of
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
@@ -79,11 +80,19 @@ def select(trainer: Trainer, candidates: Candidates, step: int) -> Iterator[list
 
     Between two rounds the caller lets the selector observe what came of the first (`grade`).
     """
-    while chosen := trainer.selector.choose(candidates, step):
-        parallel.assert_equal_on_all_ranks("the selection", chosen)
+    settings = trainer.config.selection
+    what = f"selection.method={settings.method}: the choice of step {step}"
+    for chosen in rounds(
+        trainer.selector,
+        candidates,
+        step,
+        num_selected=settings.num_selected,
+        method=settings.method,
+    ):
+        parallel.assert_equal_on_all_ranks(
+            f"{what}, which must follow from seed, step and observations,", chosen
+        )
         yield chosen
-        if not trainer.selector.refills:
-            return
 
 
 def roll_out(trainer: Trainer, selected: Sequence[Prompt], purpose: str) -> list[Rollout]:
@@ -150,7 +159,7 @@ def recorded(
 
     Even if the engine fails in that block: the step itself is done.
     """
-    method = trainer.config.selection.method
+    method = trainer.config.selection.name
     try:
         yield
     finally:

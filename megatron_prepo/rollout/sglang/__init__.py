@@ -1,13 +1,13 @@
-"""Rollouts by SGLang servers over HTTP, which rank 0 alone talks to.
+"""Rollouts by SGLang servers, which only rank 0 calls, over HTTP.
 
 | file | what |
 |---|---|
-| `engine.py` | what the training loop sees: `generate`, `score_prompts`, `load_weights`, ... |
-| `launch.py`, `guard.py` | servers of our own: started, watched, ended with us |
-| `fleet.py` | the servers and the one way to call them, with a deadline |
-| `generation.py` | many completions over several servers, each counted once |
-| `completion.py` | what is asked for one completion, and what its answer must look like |
-| `perplexity.py` | the same of one prompt's log-probabilities |
-| `transport.py`, `ipc.py` | four ways for the weights |
+| `engine.py` | the engine: `generate`, `score_prompts`, `load_weights`, ... |
+| `launch.py`, `guard.py` | servers that the run starts, monitors and stops |
+| `fleet.py` | the servers, and all calls to them, with a deadline |
+| `generation.py` | completions distributed over servers, each counted once |
+| `completion.py` | request and response of one completion |
+| `perplexity.py` | request and response of one prompt's log-probabilities |
+| `transport.py`, `ipc.py` | four transports of weights |
 | `on_cpu/` | what a server needs on a machine without CUDA; not for the trainer |
 """

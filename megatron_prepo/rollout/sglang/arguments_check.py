@@ -1,28 +1,29 @@
-"""`python -c "$(cat arguments_check.py)" SETTINGS WORDS`: whether SGLang takes what `sglang:` sets.
+"""`python -c "$(cat arguments_check.py)" SETTINGS WORDS`: whether SGLang accepts section `sglang`.
 
-Run by the servers' interpreter, which has SGLang and need not have us.  SGLang's own parser reads
-the command line (WORDS, in JSON) that a server would get; SETTINGS are the user's, by name.  The
-last line of the output is what is wrong, in JSON, or null.
+Run by the servers' interpreter, which has SGLang and may lack this package.  SGLang's own parser
+reads the command line (WORDS, in JSON) of a server; SETTINGS are the user's, by name.  The last
+line of the output is an error message, in JSON, or null.
 """
 
 import argparse
 import json
 import sys
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises what is wrong, and takes no abbreviations."""
+    """Parser that raises errors and rejects abbreviations."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(allow_abbrev=False)
 
-    def error(self, message: str) -> None:
-        """ValueError instead of the end of the process."""
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError instead of exiting."""
         raise ValueError(message)
 
 
-def mistake(settings: dict, words: list[str]) -> str | None:
-    """What SGLang would not take, or take for something else; None if nothing."""
+def mistake(settings: dict[str, Any], words: list[str]) -> str | None:
+    """Return an error message for what SGLang would reject or misunderstand; else None."""
     from sglang.srt.server_args import ServerArgs
 
     parser = Parser()

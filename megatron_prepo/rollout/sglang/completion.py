@@ -1,9 +1,10 @@
-"""What is asked of a server for one completion, and what its answer has to look like."""
+"""Request and response of one completion."""
 
 import base64
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,31 +16,31 @@ FINISHES = ("stop", "length", "abort")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One completion to be had."""
+class CompletionJob:
+    """One completion to generate."""
 
     number: int
-    """Its place among all of the call; every number gets one completion."""
+    """Position among the completions of the call, each of which is generated once."""
     prompt: Prompt
     seed: str
-    """Names the random numbers: other jobs and calls have others."""
+    """Text from which the random numbers are derived; different for every job."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A server's answer, checked."""
+    """A server's response, checked."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str
-    """`stop`: by itself; `length`: at the limit of new tokens; `abort`: cut by us."""
+    """`stop`: by a stop token; `length`: at the limit of new tokens; `abort`: aborted by us."""
     routing: bytes | None = None
-    """The experts of prompt and completion, if they were asked for."""
+    """Experts of prompt and completion, if requested."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What all completions of a call have in common."""
+    """Settings shared by all completions of a call."""
 
     temperature: float
     max_new_tokens: int
@@ -48,15 +49,15 @@ class Sampling:
     """The servers' name for the actor's weights."""
     vocab_size: int
     routing: RoutingFormat | None = None
-    """That of the routing to ask for; None: none."""
+    """Format of the routing to request; None: request none."""
     can_be_cut = True
-    """A part of a completion is of use, too."""
+    """Whether a partial completion is usable."""
 
-    def request(self, job: Job, request_id: str) -> dict:
-        """The body of `POST /generate`.
+    def request(self, job: CompletionJob, request_id: str) -> dict[str, Any]:
+        """Return the body of `POST /generate`.
 
-        Log-probabilities are asked for from the first new token on only: asking for the prompt's
-        would keep SGLang from reusing the prompt's cached prefix.
+        It requests log-probabilities of new tokens only: with those of the prompt, SGLang would not
+        reuse the prompt's cached prefix.
         """
         digest = hashlib.sha256(job.seed.encode()).digest()
         return {
@@ -75,11 +76,11 @@ class Sampling:
             },
         }
 
-    def read(self, answer: object, job: Job, *, cut: bool, server: str) -> Completion:
-        """The completion in an answer of `POST /generate`.
+    def read(self, answer: Any, job: CompletionJob, *, cut: bool, server: str) -> Completion:
+        """Return the completion in a response of `POST /generate`.
 
-        `cut`: we have asked for its abort.  Raises StaleWeights for an answer by other weights, and
-        ServerFailed for anything that is not a complete answer to this request.
+        `cut`: an abort was requested.  Raises StaleWeights for a response by other weights, and
+        ServerFailed for anything that is not a complete response to this request.
         """
 
         def require(truth: object, what: str) -> None:
@@ -127,14 +128,15 @@ class Sampling:
         return Completion(tokens, tuple(map(float, logprobs)), finish, routing)
 
     def _routing(self, encoded: object, num_tokens: int) -> bytes:
-        """The routing in an answer; ValueError if it is not one of so many tokens.
+        """Return the routing in a response; raises ValueError unless it has this many tokens.
 
-        SGLang keeps it with keys and values: for tokens that it has found in its cache it is that
-        of the pass that has computed them, and so that of every completion that uses them.
+        SGLang stores it with keys and values: for cached tokens it is the routing of the pass that
+        computed them, and so that of every completion that uses them.
         """
+        assert self.routing is not None, "routing was requested"
         if not isinstance(encoded, str):
             raise ValueError(f"{str(encoded)[:50]}; is enable_return_routed_experts set?")
         numbers = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")
-        # the last token's comes with its successor, and there is none
+        # the last token's routing would be returned with its successor, which does not exist
         shape = (num_tokens - 1, self.routing.layers, self.routing.experts_per_token)
         return self.routing.pack(numbers.reshape(shape))

@@ -1,12 +1,12 @@
-"""The SGLang engine: the same few methods as the embedded one, on every rank.
+"""The SGLang engine, with the methods of `rollout/engine.py` on every rank.
 
-Rank 0 talks to the servers, in a thread of its own; the others wait for what it has to say, and
-hear from it all the time, so that a long generation is no silence (`actor.parallel.from_rank_zero_
-when_done`).
+Rank 0 calls the servers in a background thread; the remaining ranks wait for its results and
+exchange messages with it meanwhile, so that no collective times out during a long generation
+(`actor.parallel.from_rank_zero_when_done`).
 
-A weight sync is: take back lost servers, pause, open the session, buckets, close the session, flush
-the cache, name the new version, continue.  Between the first and the last of these a server's
-version is one that no rollout is accepted from.
+A weight sync reconnects failed servers, pauses generation, opens a session, sends buckets, closes
+the session, flushes the cache, sets the new version and resumes generation.  In between, a server
+has a version from which no rollout is accepted.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import hashlib
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,51 +26,59 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rollout.engine import Bucket, EngineError, PendingRollouts, Request, Shapes
+from megatron_prepo.rollout.engine import (
+    Bucket,
+    EngineError,
+    PendingRollouts,
+    Request,
+    Shapes,
+    Tokenizer,
+    result_here,
+)
 from megatron_prepo.rollout.sglang import ipc, launch
-from megatron_prepo.rollout.sglang.completion import Completion, Job, Sampling
+from megatron_prepo.rollout.sglang.completion import Completion, CompletionJob, Sampling
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.perplexity import Probing
-from megatron_prepo.rollout.sglang.transport import ByValue, Distributed, FromDisk
+from megatron_prepo.rollout.sglang.transport import ByValue, Distributed, FromDisk, Transport
 from megatron_prepo.rollout.transformers_engine import stop_tokens
 
 
 class SGLangEngine:
-    """Two collectives are passed in.
+    """Engine that generates on SGLang servers.
 
-    `share` gives the result of rank 0's future to every rank (None is passed on the others), and
-    `gather` every rank's value to all.
+    `share` returns the result of rank 0's future on every rank (ranks other than 0 pass None), and
+    `gather` every rank's value on all.
     """
 
     def __init__(
         self,
         config: Config,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         device: torch.device,
         rank: int = 0,
-        share: Callable[[Future | None], Any] = lambda future: future.result(),
-        gather: Callable[[Any], list] = lambda value: [value],
+        share: Callable[[Future[Any] | None], Any] = result_here,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
         log: Callable[[str], None] = print,
-    ):
-        """Servers of our own are starting when this returns, and the first sync waits for them."""
+    ) -> None:
+        """Start the run's servers; the first weight sync waits until they are ready."""
         self.settings, self.tokenizer = config.servers, tokenizer
         self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf, for_megatron=False)
         self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
         self.weight_version: int | None = None
-        """Optimizer updates behind the weights; None before the first sync and after a failed."""
+        """Number of optimizer updates in the weights; None without a complete sync."""
         self.verified = False
-        """Whether the servers there are have had their weights compared with the actor's."""
+        """Whether the weights of all current servers have been compared with the actor's."""
         self.fp32_lm_head = launch.fp32_lm_head(config)
-        """Whether the servers' logits are float32; each is asked whether it is so."""
+        """Whether the servers' logits are float32; every server is checked."""
         self._busy = False
-        """Whether rollouts are on their way that nobody has taken."""
-        self._run_name = secrets.token_hex(4)  # another run's "update 3" is not ours
-        self.fleet = None
+        """Whether a generation is running whose result was not taken."""
+        self._run_name = secrets.token_hex(4)  # distinguishes "update 3" of different runs
+        self.fleet: Fleet | None = None
         if config.weight_sync.transport == "ipc":
             ipc.check(config, device)
         if rank == 0:
@@ -84,17 +92,23 @@ class SGLangEngine:
                 routing=config.rollout.router_replay,
             )
             self._cached_at: dict[str, Server] = {}
-            """Who has scored a prompt last, by its id."""
-        self.transport = self.transport_of(config, device)
-        """What this rank does in a sync; None: nothing."""
+            """Server that scored a prompt last, by the prompt's id."""
+        self.transport = self.make_transport(config, device)
+        """Transport of weights on this rank; None if the rank takes no part."""
 
-    def transport_of(self, config: Config, device: torch.device):
-        """The one that `weight_sync.transport` names; in most, rank 0 alone has something to do."""
+    def make_transport(self, config: Config, device: torch.device) -> Transport | None:
+        """Return the transport of `weight_sync.transport`; None on ranks without a part in it."""
         settings, seconds = config.weight_sync, config.weight_sync.request_seconds
         if settings.transport == "ipc":
-            ranks = {"rank": self.rank, "share": self.share, "gather": self.gather}
-            return ByIPC(self.fleet, config, device=device, **ranks)
-        if self.rank != 0:
+            return ByIPC(
+                self.fleet,
+                config,
+                device=device,
+                rank=self.rank,
+                share=self.share,
+                gather=self.gather,
+            )
+        if self.fleet is None:
             return None
         match settings.transport:
             case "value":
@@ -102,16 +116,15 @@ class SGLangEngine:
             case "distributed":
                 address = settings.address
                 return Distributed(self.fleet, seconds=seconds, address=address, device=device)
-            case "disk":
-                directory, like = weights_directory(config), config.model.hf
-                return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
+        directory, like = weights_directory(config), config.model.hf
+        return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
-        """Replace the servers' weights by those of the buckets, in all of `shapes`; collective.
+        """Replace the servers' weights with those of the buckets; collective.
 
-        A server that fails is lost; what comes back by the next sync is taken back.  Raises, on
-        every rank, EngineError if a server refuses, or none is left, and SyncBroken if those that
-        are left need to have it all anew.
+        A server that fails is removed from rotation until the next sync.  Raises, on every rank,
+        EngineError if a server rejects a request or no server is alive, and SyncBroken if all
+        weights must be sent again.
         """
         assert not self._busy, "the engine is still generating"
         self.weight_version = None
@@ -119,33 +132,33 @@ class SGLangEngine:
         self.verified = self.verified and not some_are_new
         failure = None
         if self.transport:
-            failure = _failure_of(lambda: self.transport.start(shapes))
-        for bucket in buckets:  # to the end, whatever happens: the other ranks take part
+            failure = _failure(self.transport.start, shapes)
+        for bucket in buckets:  # to the end, even after a failure: gathering a bucket is collective
             if self.transport and failure is None:
-                failure = _failure_of(lambda bucket=bucket: self.transport.send(bucket))
+                failure = _failure(self.transport.send, bucket)
         if self.transport and failure is None:
-            failure = _failure_of(self.transport.finish)
+            failure = _failure(self.transport.finish)
         self.share(self._on_rank_zero(self._conclude, version, failure))
         self.weight_version = version
 
     def generate(self, request: Request) -> list[Rollout]:
         """Return the rollouts of the request, in its order, on every rank.
 
-        With their routing, if it is asked for (servers need `enable_return_routed_experts`).  Rank
-        0's `on_rollouts` gets each rollout as it comes, in another thread.  Raises EngineError on
-        every rank if no server is left, or one refuses.
+        Includes their routing if requested (servers need `enable_return_routed_experts`).  Rank 0's
+        `on_rollouts` receives each rollout as it arrives, in another thread.  Raises EngineError on
+        every rank if no server is alive or one rejects a request.
         """
         return self.start_generate(request).result()
 
     def start_generate(self, request: Request) -> PendingRollouts:
-        """`generate` in the background; nothing else may be asked of the engine until its result.
+        """Begin `generate` in the background; call no other method before taking its result.
 
-        Every rank calls it and later `result`, and may do other things in between.
+        Every rank calls it and later `result`, and may do other work in between.
         """
         self._assert_ready()
         pairs, cached = request.samples(), request.cached
         jobs = [
-            Job(number, prompt, f"{request.seed}/{prompt.id}/{sample}")
+            CompletionJob(number, prompt, f"{request.seed}/{prompt.id}/{sample}")
             for number, (prompt, sample) in enumerate(pairs)
             if (prompt.id, sample) not in cached
         ]
@@ -153,12 +166,12 @@ class SGLangEngine:
             temperature=request.temperature,
             max_new_tokens=request.max_new_tokens,
             stop_tokens=self.stop_tokens,
-            weight_version=self._name_of(self.weight_version),
+            weight_version=self._version_name(self.weight_version),
             vocab_size=self.hf["vocab_size"],
             routing=RoutingFormat.of(self.hf) if request.routing else None,
         )
 
-        def on_completion(job: Job, completion: Completion) -> None:
+        def on_completion(job: CompletionJob, completion: Completion) -> None:
             prompt, sample = pairs[job.number]
             request.on_rollouts({(prompt.id, sample): self._rollout(prompt, completion)})
 
@@ -183,88 +196,104 @@ class SGLangEngine:
         return PendingRollouts(wait)
 
     def score_prompts(self, prompts: Sequence[Prompt]) -> list[list[float]]:
-        """The log-probabilities of each prompt's tokens but the first, at temperature 1.
+        """Return log-probabilities of each prompt's tokens except the first, on every rank.
 
-        On every rank.  The rollouts that follow go where their prompt was scored, and is cached.
-        Raises EngineError on every rank if no server is left, or one refuses.
+        At temperature 1.  Rollouts of a prompt are later sent to the server that scored it, where
+        the prompt is cached.  Raises EngineError on every rank if no server is alive or one rejects
+        a request.
         """
         self._assert_ready()
-        jobs = [Job(number, prompt, seed="") for number, prompt in enumerate(prompts)]
-        probing = Probing(self._name_of(self.weight_version), self.hf["vocab_size"])
-        return self.share(self._on_rank_zero(self._score, jobs, probing))
+        jobs = [CompletionJob(number, prompt, seed="") for number, prompt in enumerate(prompts)]
+        probing = Probing(self._version_name(self.weight_version), self.hf["vocab_size"])
+        scores: list[list[float]] = self.share(self._on_rank_zero(self._score, jobs, probing))
+        return scores
 
     def prompt_logprobs(self, tokens: Sequence[int]) -> dict[str, list[float]]:
-        """By each server: the log-probability of every token but the first, given those before it.
+        """Return, by server, the log-probability of every token except the first.
 
-        On every rank.  Raises EngineError for an answer by other weights than the last sync's.
+        On every rank.  Raises EngineError for a response by other weights than the last sync's.
         """
         self._assert_ready()
-        name = self._name_of(self.weight_version)
-        return self.share(self._on_rank_zero(self._prompt_logprobs, list(tokens), name))
+        name = self._version_name(self.weight_version)
+        logprobs: dict[str, list[float]] = self.share(
+            self._on_rank_zero(self._prompt_logprobs, list(tokens), name)
+        )
+        return logprobs
 
     def close(self) -> None:
-        """End the servers that are ours."""
-        if self.rank == 0:
+        """Stop the servers that the run started."""
+        if self.fleet:
             self.fleet.close()
 
     def _assert_ready(self) -> None:
         assert self.weight_version is not None, "the engine has no weights: sync first"
         assert not self._busy, "the engine is still generating"
 
-    def _on_rank_zero(self, function: Callable, *arguments) -> Future | None:
-        return self.fleet.run(function(*arguments)) if self.rank == 0 else None
+    def _on_rank_zero(
+        self, function: Callable[..., Coroutine[Any, Any, Any]], *arguments: object
+    ) -> Future[Any] | None:
+        return self.fleet.run(function(self.fleet, *arguments)) if self.fleet else None
 
-    async def _prepare(self) -> bool:
-        """Ready for weights; returns whether there are servers without any."""
-        new = await self.fleet.revive()
-        await self._wake()
-        await self._all("/pause_generation")
-        await self._version("incomplete")
+    async def _prepare(self, fleet: Fleet) -> bool:
+        """Prepare the servers for weights; returns whether some of them never had any."""
+        new = await fleet.reconnect()
+        await self._wake(fleet)
+        await self._all(fleet, "/pause_generation")
+        await self._version(fleet, "incomplete")
+        assert self.transport is not None, "rank 0 takes part in every sync"
         if self.transport.in_session:
-            await self._in_session("/begin_weight_update", {"selector": "target"})
+            await self._in_session(fleet, "/begin_weight_update", {"selector": "target"})
         return new
 
-    async def _conclude(self, version: int, failure: EngineError | None) -> None:
-        """All weights have arrived, or not."""
+    async def _conclude(self, fleet: Fleet, version: int, failure: EngineError | None) -> None:
+        """Finish a sync after all buckets were sent, or after `failure`, which is raised."""
+        assert self.transport is not None, "rank 0 takes part in every sync"
         if failure:
-            with contextlib.suppress(EngineError):  # given servers are left as they were found
+            with contextlib.suppress(EngineError):  # existing servers are left as they were found
                 if self.transport.in_session:
-                    await self._in_session("/end_weight_update", {})
-                await self._all("/continue_generation")
+                    await self._in_session(fleet, "/end_weight_update", {})
+                await self._all(fleet, "/continue_generation")
             raise failure
         if self.transport.in_session:
-            await self._in_session("/end_weight_update", {})
-        await self._all("/flush_cache")
-        await self._version(self._name_of(version))
-        await self._all("/continue_generation")
+            await self._in_session(fleet, "/end_weight_update", {})
+        await self._all(fleet, "/flush_cache")
+        await self._version(fleet, self._version_name(version))
+        await self._all(fleet, "/continue_generation")
 
     async def _generate(
-        self, jobs, sampling: Sampling, on_progress, on_completion
+        self,
+        fleet: Fleet,
+        jobs: Sequence[CompletionJob],
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None],
+        on_completion: Callable[[CompletionJob, Completion], None],
     ) -> tuple[list[Completion], float]:
-        """The completions, and the seconds they took."""
+        """Return the completions and the seconds that they took."""
         if not jobs:
             return [], 0.0
         start = time.monotonic()
-        await self._wake()
-        generation = Generation(
-            self.fleet, jobs, sampling, on_progress, self._cached_at, on_completion
-        )
+        await self._wake(fleet)
+        generation = Generation(fleet, jobs, sampling, on_progress, self._cached_at, on_completion)
         completions = await generation.run()
         if self.settings.release_memory:
-            await self._all("/release_memory_occupation", {"tags": ["kv_cache"]})
-            for server in self.fleet.living():
+            await self._all(fleet, "/release_memory_occupation", {"tags": ["kv_cache"]})
+            for server in fleet.alive():
                 server.asleep = True
         return completions, time.monotonic() - start
 
-    async def _score(self, jobs, probing: Probing) -> list[list[float]]:
-        await self._wake()
-        scoring = Generation(self.fleet, jobs, probing, lambda done, total: None)
-        logprobs = await scoring.run()
+    async def _score(
+        self, fleet: Fleet, jobs: Sequence[CompletionJob], probing: Probing
+    ) -> list[list[float]]:
+        await self._wake(fleet)
+        scoring = Generation(fleet, jobs, probing, lambda done, total: None)
+        logprobs: list[list[float]] = await scoring.run()
         self._cached_at = scoring.homes
         return logprobs
 
-    async def _prompt_logprobs(self, tokens: list[int], version: str) -> dict[str, list[float]]:
-        await self._wake()
+    async def _prompt_logprobs(
+        self, fleet: Fleet, tokens: list[int], version: str
+    ) -> dict[str, list[float]]:
+        await self._wake(fleet)
         body = {
             "input_ids": tokens,
             "return_logprob": True,
@@ -272,7 +301,7 @@ class SGLangEngine:
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         }
         logprobs = {}
-        for url, answer in (await self._all("/generate", body)).items():
+        for url, answer in (await self._all(fleet, "/generate", body)).items():
             try:
                 answered_by = answer["meta_info"]["weight_version"]
                 triples = answer["meta_info"]["input_token_logprobs"][1:]
@@ -282,38 +311,46 @@ class SGLangEngine:
             if answered_by != version or len(triples) != len(tokens) - 1:
                 raise EngineError(
                     f"{url} gave {len(triples)} prompt log-probabilities of weights {answered_by}; "
-                    f"{len(tokens) - 1} of weights {version} were asked for"
+                    f"{len(tokens) - 1} of weights {version} were requested"
                 )
         return logprobs
 
-    async def _wake(self) -> None:
-        asleep = [server for server in self.fleet.living() if server.asleep]
-        await self._all("/resume_memory_occupation", {"tags": ["kv_cache"]}, asleep)
+    async def _wake(self, fleet: Fleet) -> None:
+        asleep = [server for server in fleet.alive() if server.asleep]
+        await self._all(fleet, "/resume_memory_occupation", {"tags": ["kv_cache"]}, asleep)
         for server in asleep:
             server.asleep = False
 
-    async def _version(self, name: str) -> None:
-        await self._all("/update_weight_version", {"new_version": name})
+    async def _version(self, fleet: Fleet, name: str) -> None:
+        await self._all(fleet, "/update_weight_version", {"new_version": name})
 
-    async def _in_session(self, path: str, body: dict) -> None:
-        """To the servers that have sessions (SGLang from 0.5.21)."""
-        servers = [server for server in self.fleet.living() if server.has_sessions]
-        for url, answer in (await self._all(path, body, servers)).items():
+    async def _in_session(self, fleet: Fleet, path: str, body: dict[str, Any]) -> None:
+        """Call the servers that have sessions (SGLang from 0.5.21)."""
+        servers = [server for server in fleet.alive() if server.has_sessions]
+        for url, answer in (await self._all(fleet, path, body, servers)).items():
             if not (isinstance(answer, dict) and answer.get("success") is True):
                 raise EngineError(f"{url}{path} answered {str(answer)[:300]}")
 
-    async def _all(self, path: str, body: dict | None = None, servers: Sequence | None = None):
-        return await self.fleet.call_all(
+    async def _all(
+        self,
+        fleet: Fleet,
+        path: str,
+        body: dict[str, Any] | None = None,
+        servers: Sequence[Server] | None = None,
+    ) -> dict[str, Any]:
+        return await fleet.call_all(
             path, lambda server: body or {}, seconds=self._seconds, servers=servers
         )
 
-    def _name_of(self, version: int) -> str:
+    def _version_name(self, version: int | None) -> str:
+        assert version is not None, "the engine has no weights: sync first"
         return f"{self._run_name}.{version}"
 
     def _architectures(self) -> list[str]:
         return list(self.hf.get("architectures") or ())
 
     def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+        assert self.weight_version is not None, "the engine has no weights: sync first"
         return Rollout(
             prompt=prompt,
             tokens=completion.tokens,
@@ -327,9 +364,9 @@ class SGLangEngine:
 
 
 def weights_directory(config: Config) -> Path:
-    """Where `weight_sync.transport=disk` puts the weights: a folder of this run's own.
+    """Return the directory for weights with `weight_sync.transport=disk`, used by this run only.
 
-    Within `weight_sync.directory` it is named after the run's place, since runs may share that.
+    In `weight_sync.directory`, which runs may share, its name is a digest of host and `run.dir`.
     """
     if config.weight_sync.directory is None:
         return Path(config.run.dir) / "weight_sync"
@@ -339,7 +376,7 @@ def weights_directory(config: Config) -> Path:
 
 
 def _servers(config: Config, device: torch.device) -> list[Server]:
-    """The given ones, or ours, which start."""
+    """Return the servers of `servers.urls`; without any, start and return the run's servers."""
     if config.servers.urls:
         return [Server(url.rstrip("/")) for url in config.servers.urls]
     logs, cuda = Path(config.run.dir) / "logs", device.type == "cuda"
@@ -347,10 +384,10 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
     return [Server(own.url, own) for own in owned]
 
 
-def _failure_of(step: Callable[[], None]) -> EngineError | None:
-    """What went wrong, so that all ranks can hear of it."""
+def _failure(step: Callable[..., None], *arguments: object) -> EngineError | None:
+    """Return the error of a step instead of raising it, so that it can be raised on all ranks."""
     try:
-        step()
+        step(*arguments)
     except EngineError as error:
         return error
     except (OSError, UserError) as error:

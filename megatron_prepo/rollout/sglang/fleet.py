@@ -1,8 +1,8 @@
-"""The servers of a run, and the one way to call them: with a deadline, and by name in every error.
+"""The servers of a run; every call has a deadline, and every error names the server.
 
-A server is lost when it does not answer in time, cannot be reached, answers with other weights than
-the actor's, or fails again and again.  It gets nothing more to do until it is taken back (`revive`)
-before a weight sync.
+A server is marked as failed when it does not respond in time, cannot be reached, responds with
+other weights than the actor's, or fails repeatedly.  It gets no requests until `reconnect`, before
+a weight sync, finds it healthy.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -20,44 +20,45 @@ from megatron_prepo.rollout.sglang import open_files
 from megatron_prepo.rollout.sglang.launch import OwnServer
 
 POLL_SECONDS = 0.5
+Result = TypeVar("Result")
 
 
 class OutOfFiles(EngineError):
-    """This machine can open no further connection, which is no server's fault."""
+    """This machine cannot open another connection; no server is to blame."""
 
 
 class ServerFailed(Exception):
-    """A request went wrong in a way that another try, or another server, may mend."""
+    """A request failed in a way that may not recur in another attempt or on another server."""
 
 
 class ServerHung(ServerFailed):
-    """No answer by the deadline."""
+    """No response by the deadline."""
 
 
 class StaleWeights(ServerFailed):
-    """An answer by other weights than the actor's."""
+    """A response by other weights than the actor's."""
 
 
 @dataclass(eq=False)
 class Server:
-    """One server, as we know it."""
+    """State of one server."""
 
     url: str
     own: OwnServer | None = None
     num_ranks: int = 1
-    """Its tensor-parallel size."""
+    """Tensor-parallel size."""
     has_sessions: bool = False
-    """Whether weight updates stand between `begin_weight_update` and `end_weight_update`."""
+    """Whether weight updates are enclosed in `begin_weight_update` and `end_weight_update`."""
     described: bool = False
     asleep: bool = False
-    """Whether its key-value cache has given its memory back."""
+    """Whether it has released the memory of its key-value cache."""
     in_flight: int = 0
-    """Completions under way."""
+    """Completions in progress."""
     strikes: int = 0
-    """Waves of failed completions since the last good one."""
+    """Groups of failed completions since the last successful one."""
     last_strike: float = 0.0
     lost: str | None = None
-    """Why it gets nothing to do; None: it serves."""
+    """Reason why it failed; None: it is alive."""
 
 
 class Fleet:
@@ -72,28 +73,28 @@ class Fleet:
         fp32_lm_head: bool | None = None,
         *,
         routing: bool = False,
-    ):
-        """`fp32_lm_head`: what the servers are to say of their logits; None if it is the same.
+    ) -> None:
+        """`fp32_lm_head`: required type of the servers' logits; None accepts either.
 
-        `routing`: whether they are going to be asked for the experts of their tokens.
+        `routing`: whether the experts of tokens will be requested.
         """
         open_files.make_room(settings)
         self.servers, self.settings, self.log = list(servers), settings, log
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
         self.routing = routing
         self.changes = 0
-        """How often a server came or went."""
+        """Number of times that a server failed or was reconnected."""
         self._clients: dict[str, httpx.AsyncClient] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine) -> Future:
-        """Start something in the background; the future has its result."""
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Start a coroutine in the background; returns its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Close connections and end the servers that are ours."""
+        """Close connections and stop the servers that the run started."""
         self.run(self._close_clients()).result(timeout=30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
@@ -101,16 +102,16 @@ class Fleet:
             if server.own:
                 server.own.stop()
 
-    def living(self) -> list[Server]:
-        """The servers that serve; EngineError that says what happened to each if none does."""
-        living = [server for server in self.servers if server.lost is None]
-        if not living:
+    def alive(self) -> list[Server]:
+        """Return the servers that are alive; raises EngineError with every failure if none is."""
+        alive = [server for server in self.servers if server.lost is None]
+        if not alive:
             fates = "\n".join(f"{server.url}: {server.lost}" for server in self.servers)
             raise EngineError(f"no SGLang server is left\n{fates}")
-        return living
+        return alive
 
-    def lose(self, server: Server, reason: str) -> None:
-        """Give a server up."""
+    def mark_failed(self, server: Server, reason: str) -> None:
+        """Remove a server from rotation."""
         if server.lost is not None:
             return
         if server.own and (ended := server.own.ended()):
@@ -123,15 +124,15 @@ class Fleet:
         self,
         server: Server,
         path: str,
-        body: dict | None = None,
+        body: dict[str, Any] | None = None,
         *,
         seconds: float,
         method: str = "POST",
     ) -> Any:
-        """The answer to one request, as JSON or, if it is none, as text.
+        """Return the response to one request, as JSON or, if it is not JSON, as text.
 
-        Raises ServerHung or ServerFailed for what another server or try may mend, and EngineError
-        for a request that the server refuses (4xx), or OutOfFiles; nothing is sent twice.
+        Raises ServerHung or ServerFailed if another attempt or server may succeed, EngineError for
+        a request that the server rejects (4xx), and OutOfFiles.  Nothing is sent twice.
         """
         what = f"{server.url}{path}"
         try:
@@ -162,50 +163,50 @@ class Fleet:
     async def call_all(
         self,
         path: str,
-        body_of: Callable[[Server], dict],
+        body_of: Callable[[Server], dict[str, Any]],
         *,
         seconds: float,
         servers: Sequence[Server] | None = None,
     ) -> dict[str, Any]:
-        """One request to each of the servers (None: all that live), at once.
+        """Send one request to each of the servers (None: all that are alive) concurrently.
 
-        A server that fails is lost.  Returns the answers of the others by URL.  Raises EngineError
-        if one refuses, or no server is left at all.
+        A server that fails is removed from rotation.  Returns the remaining servers' responses by
+        URL.  Raises EngineError if one rejects the request, or no server is alive.
         """
-        servers = self.living() if servers is None else servers
+        servers = self.alive() if servers is None else servers
 
         async def ask(server: Server) -> Any:
             try:
                 return await self.call(server, path, body_of(server), seconds=seconds)
             except ServerFailed as failure:
-                if server.own:  # connections end before the process, whose last words are told
+                if server.own:  # the process, whose log is reported, exits after its connections
                     await asyncio.sleep(POLL_SECONDS)
-                # whoever waits for all of them can see it now, and not when the last has answered
-                self.lose(server, str(failure))
+                # immediately visible to those who wait for all servers
+                self.mark_failed(server, str(failure))
 
         answers = await asyncio.gather(*map(ask, servers), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-        self.living()
+        self.alive()
         return {
             server.url: answer
             for server, answer in zip(servers, answers, strict=True)
             if server.lost is None
         }
 
-    async def revive(self) -> bool:
-        """Take back what can serve: new servers, lost ones of ours, others that are healthy again.
+    async def reconnect(self) -> bool:
+        """Add new servers, restart failed ones of the run, and add others that are healthy again.
 
-        To be followed by a weight sync.  Returns whether there is a server that was not there at
-        the last sync.  Raises EngineError if none serves.
+        A weight sync must follow.  Returns whether there is a server that did not take part in the
+        last sync.  Raises EngineError if no server is alive.
         """
         coming = [server for server in self.servers if server.lost or not server.described]
-        await asyncio.gather(*(self._revive(server) for server in coming))
-        self.living()
+        await asyncio.gather(*(self._reconnect(server) for server in coming))
+        self.alive()
         return any(server.lost is None for server in coming)
 
-    async def _revive(self, server: Server) -> None:
+    async def _reconnect(self, server: Server) -> None:
         seconds = self.settings.connect_seconds
         if server.own:
             seconds = self.settings.start_seconds
@@ -217,12 +218,12 @@ class Fleet:
             await self._wait_until_healthy(server, seconds)
             await self._describe(server)
             if server.own:
-                # what it does itself after a warm-up; without, each flush of the cache walks all
-                # that it has imported, 0.3 s on a CPU
+                # a server does this itself after a warm-up; without it, each flush of the cache
+                # walks all imported objects, 0.3 s on a CPU
                 await self.call(server, "/freeze_gc", seconds=self.settings.connect_seconds)
         except ServerFailed as failure:
             if server.lost is None:
-                self.lose(server, str(failure))
+                self.mark_failed(server, str(failure))
             else:
                 server.lost = f"{server.lost}; then {failure}"
             return
@@ -250,7 +251,7 @@ class Fleet:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _describe(self, server: Server) -> None:
-        """Ask a server for what we need to know of it; EngineError if it is of no use to us."""
+        """Read a server's settings; raises EngineError for a server that cannot be used."""
         seconds = self.settings.connect_seconds
         info = await self.call(server, "/server_info", seconds=seconds, method="GET")
         model = await self.call(server, "/model_info", seconds=seconds, method="GET")
@@ -287,42 +288,42 @@ class Fleet:
         server.described = True
 
     async def failed(self, server: Server, failure: ServerFailed, sent: float) -> None:
-        """Note a completion that failed, having been sent at `sent`; maybe the server is lost.
+        """Record a failed completion that was sent at `sent`; may mark the server as failed.
 
-        What was under way together fails together, and counts once.
+        Completions that were in progress together fail together, and count once.
         """
         if server.lost is not None:
             return
         if isinstance(failure, ServerHung | StaleWeights):
-            self.lose(server, str(failure))
+            self.mark_failed(server, str(failure))
             return
         try:
             await self.call(server, "/health", seconds=self.settings.connect_seconds, method="GET")
         except OutOfFiles:
             raise
         except (ServerFailed, EngineError) as unhealthy:
-            self.lose(server, f"{failure}; then {unhealthy}")
+            self.mark_failed(server, f"{failure}; then {unhealthy}")
             return
         if sent >= server.last_strike:
             server.strikes += 1
             server.last_strike = asyncio.get_running_loop().time()
         if server.strikes >= self.settings.attempts:
-            self.lose(server, f"{server.strikes} failures in a row, at last: {failure}")
+            self.mark_failed(server, f"{server.strikes} failures in a row, at last: {failure}")
 
     def _client(self, server: Server) -> httpx.AsyncClient:
         if server.url not in self._clients:
             self._clients[server.url] = httpx.AsyncClient(
                 base_url=server.url,
-                # each request has its own deadline, around all of it; see `call`
+                # `call` has a deadline for the complete request
                 timeout=httpx.Timeout(None, connect=self.settings.connect_seconds),
                 limits=httpx.Limits(
                     max_connections=None,
                     max_keepalive_connections=None,
-                    # before the server's 5 s: no request may meet a connection that is closing
+                    # shorter than the server's 5 s, so that no request uses a closing connection
                     keepalive_expiry=2.0,
                 ),
-                trust_env=False,  # a proxy is for the world outside
-                # reading the certificates of the world takes a second of the loop's time
+                trust_env=False,  # a proxy is for other hosts
+                # loading the certificates blocks the event loop for a second
                 verify=server.url.startswith("https:"),
             )
         return self._clients[server.url]

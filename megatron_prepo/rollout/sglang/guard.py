@@ -1,11 +1,11 @@
-"""Stands between the trainer and a server: when either ends, however, the server's processes do.
+"""Parent process of a server that stops all of the server's processes when it or the trainer ends.
 
 Run as a script by the server's interpreter, so it imports the standard library only:
 
     python guard.py PARENT_PID COMMAND...
 
-A signal to the parent may leave it no time to clean up (SIGKILL); the guard sees that its parent is
-another one, and ends the server's process group.
+A trainer that gets SIGKILL cannot clean up; the guard notices that its parent process has changed,
+and kills the server's process group.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ import time
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 3.0
-"""From asking the server to stop until it is killed: it holds nothing that is worth saving."""
+"""Time between SIGTERM and SIGKILL; a server has no state to save."""
 
 
 def main(parent: int, command: list[str]) -> int:
-    """The server's exit code, 128 + N for signal N, as a shell has it."""
+    """Run the server; returns its exit code, 128 + N for signal N, as in a shell."""
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.append(True))
-    # Slurm's warning before the time limit goes to all processes of a job; it is for the trainer
+    # Slurm sends its warning before the time limit to all processes; the trainer handles it
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_guard)
     while server.poll() is None and os.getppid() == parent and not asked:
@@ -38,7 +38,7 @@ def main(parent: int, command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_group(server: subprocess.Popen) -> None:
+def _end_group(server: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
@@ -49,7 +49,7 @@ def _end_group(server: subprocess.Popen) -> None:
 
 
 def _die_with_guard() -> None:
-    """Linux: should somebody kill the guard itself."""
+    """On Linux, have the kernel kill the server if the guard is killed."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,9 +1,9 @@
-"""Weights through memory that the trainer and the servers of one machine share.
+"""Weight transport through memory that trainer and servers of one machine share.
 
-Requests carry handles only.  On GPUs these are CUDA's, of memory on the server rank's own device:
-the trainer rank that has this device gives it, so that no byte crosses between devices.  On a CPU
-rank 0 alone gives one, of shared memory that all server ranks map.  While servers copy out of one
-bucket, the next is already with them, and the one after is gathered.
+Requests carry handles only.  On GPUs these are CUDA handles of memory on the server rank's device,
+created by the trainer rank on the same device, so that nothing is copied between devices.  On a CPU
+rank 0 creates one handle, of shared memory that all server ranks map.  While servers copy one
+bucket, they already have the next, and the one after that is gathered.
 """
 
 import os
@@ -32,15 +32,15 @@ from megatron_prepo.rollout.sglang.transport import (
 
 SHARED_MEMORY = "/dev/shm"
 IN_FLIGHT = 2
-"""Buckets that the servers have and have not yet read."""
+"""Maximum number of buckets that servers have received and not yet copied."""
 DEVICE = 6
-"""The argument of torch's `rebuild_cuda_tensor` that is the number of the device."""
+"""Index of the device among the arguments of torch's `rebuild_cuda_tensor`."""
 
 
 class ByIPC:
-    """All ranks take part, in step; `fleet` is rank 0's, and None on the others.
+    """Transport in which all ranks take part; `fleet` is None on ranks other than 0.
 
-    `share` and `gather` are the engine's.  Errors are raised on all ranks alike.
+    `share` and `gather` are the engine's.  Errors are raised on all ranks.
     """
 
     in_session = True
@@ -52,25 +52,25 @@ class ByIPC:
         *,
         device: torch.device,
         rank: int,
-        share: Callable[[Future | None], Any],
-        gather: Callable[[Any], list],
-    ):
+        share: Callable[[Future[Any] | None], Any],
+        gather: Callable[[Any], list[Any]],
+    ) -> None:
         self.fleet, self.share, self.gather = fleet, share, gather
         self.servers, self.sync = config.servers, config.weight_sync
         self.cuda, self.device = device.type == "cuda", device.index or 0
         # the servers are on the machine of rank 0
         self.near = rank < _num_local_ranks() if self.cuda else rank == 0
         self._buffers: list[torch.Tensor] = []
-        self._under_way: deque[Future | None] = deque()
+        self._under_way: deque[Future[Any] | None] = deque()
         self._num_sent = 0
 
     def start(self, shapes: Shapes) -> None:
-        """A new set of weights.  Raises EngineError if there is too little shared memory."""
+        """Begin a new set of weights.  Raises EngineError if there is too little shared memory."""
         self._under_way.clear()
         shortage, devices = None, [0]
-        if self.fleet and self.cuda:  # nobody would let go of what is given to a lost server
-            living = [server.own.index for server in self.fleet.living()]
-            devices = [d for index in living for d in _devices_of(self.servers, index)]
+        if self.fleet and self.cuda:  # memory given to a failed server would never be released
+            alive = [_index(server) for server in self.fleet.alive()]
+            devices = [d for index in alive for d in _server_devices(self.servers, index)]
         elif self.fleet:
             shortage = self._make_buffers(shapes)
         shortage, devices = self.gather((shortage, devices))[0]
@@ -79,11 +79,13 @@ class ByIPC:
         self.gives = self.near and self.device in devices
 
     def send(self, bucket: Bucket) -> None:
-        """Give every server a bucket; returns when all but the last IN_FLIGHT have arrived."""
+        """Send a bucket to every server; returns when all but the last IN_FLIGHT were copied."""
         for part in of_one_type(bucket):
             given = self._give(part) if self.gives else None
             all_given = self.gather(given)  # now every rank's memory holds this part
-            self._under_way.append(self._request(part, all_given) if self.fleet else None)
+            self._under_way.append(
+                self._request(self.fleet, part, all_given) if self.fleet else None
+            )
             self._num_sent += 1
             self._wait(IN_FLIGHT)
 
@@ -93,10 +95,12 @@ class ByIPC:
         if self.cuda:
             torch.cuda.ipc_collect()
 
-    def _request(self, part: Bucket, given: list[tuple[int, str] | None]) -> Future:
-        return self.fleet.run(
+    def _request(
+        self, fleet: Fleet, part: Bucket, given: list[tuple[int, str] | None]
+    ) -> Future[None]:
+        return fleet.run(
             update_from_tensor(
-                self.fleet,
+                fleet,
                 lambda server: self._payloads(server, given),
                 described(part),
                 seconds=self.sync.request_seconds,
@@ -104,31 +108,32 @@ class ByIPC:
         )
 
     def _wait(self, most: int) -> None:
-        """Until no more than so many buckets are under way."""
+        """Wait until at most `most` buckets are in progress."""
         while len(self._under_way) > most:
             self.share(self._under_way.popleft())
 
     def _give(self, part: Bucket) -> tuple[int, str]:
-        """The device on which this rank has put the part, and what its server rank gets."""
+        """Return the device that holds the part, and the payload for the server rank on it."""
         if self.cuda:
-            # fresh memory each time: torch keeps it until the server has let go of it, and an
-            # answer may come before the copies on the server's stream are done
+            # new memory each time: torch keeps it until the server has released it, and a response
+            # may arrive before the copies on the server's stream are complete
             rank = (self.device - self.servers.first_device) % self.servers.tensor
             return self.device, serialized(part, _Reduced(*on_device(flatten(part), rank)))
-        # what was in this buffer has been read: `send` has waited for it
+        # the buffer's previous content has been copied: `send` waits for that
         flat = flatten(part, into=self._buffers[self._num_sent % len(self._buffers)])
+        assert self.fleet is not None, "on a CPU, rank 0 alone sends"
         readers = sum(server.num_ranks for server in self.fleet.servers if server.lost is None)
         return self.device, serialized(part, _Reduced(*in_memory(flat, readers)))
 
     def _payloads(self, server: Server, given: list[tuple[int, str] | None]) -> list[str]:
-        """For each rank of the server."""
+        """Return one payload per rank of the server."""
         by_device = dict(filter(None, given))
         if not self.cuda:
             return [by_device[self.device]] * server.num_ranks
-        return [by_device[device] for device in _devices_of(self.servers, server.own.index)]
+        return [by_device[device] for device in _server_devices(self.servers, _index(server))]
 
     def _make_buffers(self, shapes: Shapes) -> str | None:
-        """For the largest bucket each; what is wrong if there is no room for them."""
+        """Allocate buffers for the largest bucket; returns an error message if they do not fit."""
         sizes = [num_bytes(dtype, shape) for dtype, shape in shapes.values()]
         size = min(sum(sizes), max(self.sync.bucket_mb << 20, *sizes))
         if self._buffers and len(self._buffers[0]) >= size:
@@ -146,20 +151,20 @@ class ByIPC:
 
 
 class _Reduced:
-    """Pickled as a call."""
+    """Object that is pickled as a call."""
 
-    def __init__(self, function: Callable, arguments: tuple):
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.call = function, arguments
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return self.call
 
 
-def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable, tuple]:
-    """How other processes get at a tensor on the CPU, so many times; it moves to shared memory.
+def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the call by which other processes map a tensor on the CPU, `readers` times.
 
-    By the name of a file, which any process can open; by descriptor, which is torch's way between
-    related processes, a server would die.
+    The tensor moves to shared memory under the name of a file, which any process can open.
+    A server would crash with a file descriptor, torch's default between related processes.
     """
     strategy, storage = get_sharing_strategy(), flat.untyped_storage()
     set_sharing_strategy("file_system")
@@ -168,21 +173,23 @@ def in_memory(flat: torch.Tensor, readers: int) -> tuple[Callable, tuple]:
     finally:
         set_sharing_strategy(strategy)
     internals.require(storage, "_shared_incref")
-    for _ in range(readers - 1):  # a reader takes one count away, and the last the file
+    for _ in range(
+        readers - 1
+    ):  # each reader decrements the count, and the last one removes the file
         storage._shared_incref()
     bytes_there = _Reduced(function, (*arguments, flat.dtype))
     metadata = flat.storage_offset(), flat.size(), flat.stride(), False
     return reductions.rebuild_tensor, (torch.Tensor, bytes_there, metadata)
 
 
-def on_device(flat: torch.Tensor, device: int) -> tuple[Callable, tuple]:
-    """How the process that has this memory's device as its number `device` gets at it, once."""
+def on_device(flat: torch.Tensor, device: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the call by which a process maps this memory, once; `device` is its number there."""
     function, arguments = reductions.reduce_tensor(flat)
     return function, (*arguments[:DEVICE], device, *arguments[DEVICE + 1 :])
 
 
 def check(config: Config, device: torch.device) -> None:
-    """UserError for a server on a device of which no rank can give a handle."""
+    """Raise UserError for a server on a device of which no rank can create a handle."""
     if device.type != "cuda":
         return
     if config.servers.urls:
@@ -199,15 +206,21 @@ def check(config: Config, device: torch.device) -> None:
         )
 
 
+def _index(server: Server) -> int:
+    """Return the index of a server that the run started."""
+    assert server.own is not None, "check refuses servers.urls"
+    return server.own.index
+
+
 def _num_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _devices(servers: ServersConfig) -> list[int]:
-    return [d for index in range(servers.count) for d in _devices_of(servers, index)]
+    return [d for index in range(servers.count) for d in _server_devices(servers, index)]
 
 
-def _devices_of(servers: ServersConfig, index: int) -> range:
-    """The devices of the ranks of the server with this index, as the trainer numbers them."""
+def _server_devices(servers: ServersConfig, index: int) -> range:
+    """Return the devices of the server with this index, as the trainer numbers them."""
     first = servers.first_device + index * servers.tensor
     return range(first, first + servers.tensor)

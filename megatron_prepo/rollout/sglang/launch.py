@@ -1,4 +1,4 @@
-"""SGLang servers of our own: their command line, their environment, their process."""
+"""SGLang servers that a run starts: command line, environment and process."""
 
 import json
 import os
@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -24,11 +25,11 @@ LAST_LINES = 25
 OURS = ("model_path", "host", "port", "tp_size", "tp", "tensor_parallel_size")
 """Arguments that follow from other settings."""
 OF_THE_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What describes the trainer's job, and would mislead a server."""
+"""Environment variables of the trainer's job, which would mislead a server."""
 
 
 def check(config: Config) -> None:
-    """UserError if the servers' interpreter is missing, has no SGLang, or `sglang:` is misused."""
+    """Raise UserError for an interpreter without SGLang or an invalid setting of `sglang`."""
     refused = [key for key in config.sglang if key.replace("-", "_") in OURS]
     if refused:
         raise UserError(
@@ -46,13 +47,13 @@ def check(config: Config) -> None:
             f"{python} has no SGLang; name an interpreter that has in servers.python "
             "(`make sglang-cpu` sets one up in .venv-sglang), or running servers in servers.urls"
         )
-    # it takes seconds: once, and not again in the ranks that were started after it
+    # takes seconds, so it runs once, and not again in the ranks
     if config.sglang and os.environ.get("RANK", "0") == "0" and MEETING_FILE not in os.environ:
         _check_arguments(config, python)
 
 
 def _check_arguments(config: Config, python: str) -> None:
-    """UserError unless SGLang's own parser takes the servers' command line as it is meant."""
+    """Raise UserError unless SGLang's own parser accepts the servers' command line."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -80,7 +81,7 @@ def _check_arguments(config: Config, python: str) -> None:
 
 
 def check_host(config: Config) -> None:
-    """UserError unless rank 0's machine, which this is, can listen on `servers.host`."""
+    """Raise UserError unless this machine, rank 0's, can listen on `servers.host`."""
     host = config.servers.host
     try:
         ports.try_to_listen(host, 0)
@@ -92,7 +93,7 @@ def check_host(config: Config) -> None:
 
 
 def check_given(config: Config) -> None:
-    """UserError for a server of `servers.urls` that is not there; rank 0 asks."""
+    """Raise UserError, on rank 0, for a server of `servers.urls` that does not respond."""
     if os.environ.get("RANK", "0") != "0":
         return
     for url in config.servers.urls:
@@ -110,14 +111,14 @@ def check_given(config: Config) -> None:
 
 
 def interpreter(config: Config) -> str:
-    """The Python that runs the servers."""
+    """Return the Python interpreter that runs the servers."""
     return config.servers.python or sys.executable
 
 
 def fp32_lm_head(config: Config) -> bool | None:
-    """Whether the servers' logits are to be float32: as the actor's, unless `sglang:` says else.
+    """Return whether the servers' logits must be float32, as the actor's unless `sglang` differs.
 
-    None: the model is float32, and there is nothing to round.
+    None for a float32 model, whose logits are not rounded.
     """
     if config.model.dtype == "float32":
         return None
@@ -127,12 +128,12 @@ def fp32_lm_head(config: Config) -> bool | None:
 
 
 def arguments(config: Config, index: int, *, port: int, cuda: bool) -> list[str]:
-    """The command line of the server with this index, behind `python -m sglang.launch_server`.
+    """Return the arguments of `python -m sglang.launch_server` for the server with this index.
 
-    Weights come from the weight sync only (`load_format: dummy`): a tensor that it left out would
-    stay random, and be seen.
+    Weights come from the weight sync only (`load_format: dummy`): a tensor that was not sent would
+    stay random and fail the comparison with the actor.
     """
-    settings: dict = {
+    settings: dict[str, Any] = {
         "model_path": config.model.hf,
         "host": config.servers.host,
         "port": port,
@@ -170,17 +171,17 @@ def arguments(config: Config, index: int, *, port: int, cuda: bool) -> list[str]
 
 
 def _word(value: object) -> str:
-    """A text as it is, anything else in JSON, which SGLang reads where it takes more."""
+    """Return a text as it is, and any other value as JSON, which SGLang parses."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def environment(
     config: Config, index: int, *, cuda: bool, base: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment of the server with this index; `base` is the trainer's.
+    """Return the environment of the server with this index; `base` is the trainer's.
 
-    Servers have consecutive devices from `servers.first_device` on, as the trainer sees them.
-    Raises UserError if there are not as many.
+    Servers use consecutive devices from `servers.first_device` on, as the trainer numbers them.
+    Raises UserError if there are too few.
     """
     own = {name: value for name, value in base.items() if name not in OF_THE_RANK}
     tensor = config.servers.tensor
@@ -199,10 +200,10 @@ def environment(
     own |= {
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1"),
-        # seeded sampling is a compiled function, and compiling it takes a minute at first use
+        # seeded sampling is compiled at first use, which takes a minute
         "TORCH_COMPILE_DISABLE": "1",
     }
-    if tensor > 1:  # SGLang wants to know each rank's cores then
+    if tensor > 1:  # SGLang then requires the cores of each rank
         cores = os.cpu_count() or 1
         own["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
             str((index * tensor + rank) % cores) for rank in range(tensor)
@@ -210,8 +211,18 @@ def environment(
     return own
 
 
+def start_servers(
+    config: Config, log_directory: Path, at_ports: Sequence[int | None], *, cuda: bool
+) -> "list[OwnServer]":
+    """Start one server per port; at one that is free when it starts where the port is None."""
+    return [
+        OwnServer(config, index, log_directory, cuda=cuda, port=port)
+        for index, port in enumerate(at_ports)
+    ]
+
+
 class OwnServer:
-    """A server's process, whose end is ours: by `stop`, at exit, and when we are killed."""
+    """A server's process, stopped by `stop`, at exit, and when the trainer is killed."""
 
     def __init__(
         self,
@@ -221,8 +232,8 @@ class OwnServer:
         *,
         cuda: bool,
         port: int | None = None,
-    ):
-        """At a given port, or at one that is free when it starts."""
+    ) -> None:
+        """Start the server at a port; None chooses a free one at each start."""
         self.config, self.index, self.cuda, self.port = config, index, cuda, port
         self.log = Path(log_directory) / f"sglang_{index}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +241,7 @@ class OwnServer:
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it anew."""
+        """Start or restart it."""
         port = self.port or ports.free_port(self.config.servers.host)
         self.url = ports.url(self.config.servers.host, port)
         python = interpreter(self.config)
@@ -247,7 +258,7 @@ class OwnServer:
         self._finalizer = weakref.finalize(self, _end, self.process)
 
     def ended(self) -> str | None:
-        """How it ended, with the last lines of its log; None while it runs."""
+        """Return its exit status and the last lines of its log; None while it runs."""
         code = self.process.poll()
         if code is None:
             return None
@@ -255,17 +266,17 @@ class OwnServer:
         return f"ended with {how}; {self.last_lines()}"
 
     def last_lines(self) -> str:
-        """The end of its log."""
+        """Return the last lines of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
         # SGLang prints all its settings in one line
         return "\n".join([f"the last lines of {self.log}:", *(line[:500] for line in lines)])
 
     def stop(self) -> None:
-        """End it and all its processes; no harm if it has ended."""
+        """Stop it and all its processes; does nothing if it has exited."""
         self._finalizer()
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(timeout=15)

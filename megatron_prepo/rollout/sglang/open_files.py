@@ -1,6 +1,6 @@
-"""This process's limit of open files (`ulimit -n`): each completion under way is a connection.
+"""Limit of open files (`ulimit -n`) of this process: each completion in progress is a connection.
 
-The soft limit, often 1,024, is raised as far as needed; the hard one is the administrator's.
+The soft limit, often 1,024, is raised as needed; the hard limit is set by the administrator.
 """
 
 import errno
@@ -11,13 +11,13 @@ from megatron_prepo.config import ServersConfig
 from megatron_prepo.errors import UserError
 
 OTHERS = 256
-"""What else a rank opens: logs, checkpoint shards, libraries, grading processes, collectives."""
+"""Other files of a rank: logs, checkpoint shards, libraries, grading processes, collectives."""
 
 
 def make_room(settings: ServersConfig) -> None:
-    """Raise the soft limit so that all completions may be under way at once.
+    """Raise the soft limit so that all completions can be in progress concurrently.
 
-    UserError with the numbers if the hard limit is lower.
+    Raises UserError with the numbers if the hard limit is lower.
     """
     servers = len(settings.urls) or settings.count
     connections = servers * (1 if settings.straggler_seconds is None else 2)  # one to cut it
@@ -36,9 +36,9 @@ def make_room(settings: ServersConfig) -> None:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether a connection failed because this process, or machine, can open no further file.
+    """Return whether a connection failed because process or machine cannot open another file.
 
-    That is in the error behind the error, or is found out where a name could not be resolved.
+    A cause of the error has the number; if a name could not be resolved, opening a file decides.
     """
     behind, numbers = [error], []
     while behind:

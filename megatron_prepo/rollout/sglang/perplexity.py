@@ -1,28 +1,29 @@
-"""What is asked of a server to score a prompt, and what its answer must look like.
+"""Request and response of a server that scores a prompt.
 
-A probe is a prefill and nothing else.  Asking for the prompt's log-probabilities keeps SGLang from
-reusing what it has cached of the prompt, but not from caching what it computes: the rollouts of the
-prompts that are selected find them there.  Entropies are not to be had of a server.
+A probe is a prefill only.  With log-probabilities of the prompt, SGLang does not reuse what it has
+cached of the prompt, but caches what it computes, which the rollouts of the selected prompts then
+reuse.  Servers do not return entropies.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_prepo.rollout.sglang.completion import Job
+from megatron_prepo.rollout.sglang.completion import CompletionJob
 from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
 
 
 @dataclass(frozen=True)
 class Probing:
-    """What all probes of a call have in common."""
+    """Settings shared by all probes of a call."""
 
     weight_version: str
     """The servers' name for the actor's weights."""
     vocab_size: int
     can_be_cut = False
 
-    def request(self, job: Job, request_id: str) -> dict:
-        """The body of `POST /generate`; temperature 1, whatever that of the rollouts is."""
+    def request(self, job: CompletionJob, request_id: str) -> dict[str, Any]:
+        """Return the body of `POST /generate`; the temperature is always 1."""
         return {
             "rid": request_id,
             "input_ids": list(job.prompt.tokens),
@@ -31,11 +32,11 @@ class Probing:
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         }
 
-    def read(self, answer: object, job: Job, *, cut: bool, server: str) -> list[float]:
-        """The log-probability of each of the prompt's tokens but the first, given those before it.
+    def read(self, answer: Any, job: CompletionJob, *, cut: bool, server: str) -> list[float]:
+        """Return the log-probability of each of the prompt's tokens except the first.
 
-        Raises StaleWeights for an answer by other weights, and ServerFailed for anything that is
-        not a complete answer to this request.
+        Raises StaleWeights for a response by other weights, and ServerFailed for anything that is
+        not a complete response to this request.
         """
         tokens, where = job.prompt.tokens, f"{server} scored the prompt {job.prompt.id!r}"
         try:
@@ -48,7 +49,7 @@ class Probing:
             raise StaleWeights(
                 f"{where} by weights {version}, and the actor's are {self.weight_version}"
             )
-        # SGLang gives the last token of the vocabulary its value, and the number 0
+        # SGLang returns the number 0 for the last token of the vocabulary, with the right value
         numbered = [0 if token == self.vocab_size - 1 else token for token in tokens]
         if ids not in (list(tokens), numbered):
             raise ServerFailed(f"{where} with log-probabilities of other tokens than the prompt's")

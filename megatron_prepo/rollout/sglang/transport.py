@@ -1,16 +1,16 @@
-"""Ways in which weights reach the servers, bucket by bucket.  Rank 0 alone uses those of this file.
+"""Transports of weights to the servers, bucket by bucket.  Only rank 0 uses those of this file.
 
 | transport | how | for |
 |---|---|---|
 | `value` | the bytes, base64, inside an HTTP request | any layout; slowest |
-| `distributed` | a broadcast to all servers' ranks | servers on devices of their own |
+| `distributed` | a broadcast to all servers' ranks | servers on separate devices |
 | `disk` | safetensors files that the servers read | any layout with a shared file system |
 | `ipc` (`ipc.py`) | memory that both sides map | servers on the actor's devices |
 
-A transport has `start`, `send` (a bucket) and `finish`, which returns when all servers have all.
-`in_session`: between `begin_weight_update` and `end_weight_update`, where the server has these.
-Servers skip a name that they do not know without a word, and some die of a wrong shape; names and
-shapes are therefore compared before anything is sent (`weight_sync.py`).
+A transport has `start`, `send` (a bucket) and `finish`, which returns when all servers have all
+buckets.  `in_session`: used between `begin_weight_update` and `end_weight_update`, if the server
+has these.  Servers silently ignore unknown names, and some crash on a wrong shape; names and shapes
+are therefore compared before anything is sent (`weight_sync.py`).
 """
 
 import base64
@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,29 +35,48 @@ from megatron_prepo.rollout.engine import Bucket, EngineError, Shapes, SyncBroke
 from megatron_prepo.rollout.sglang.fleet import POLL_SECONDS, Fleet, Server
 
 
+class Transport(Protocol):
+    """One way in which weights reach the servers."""
+
+    in_session: bool
+
+    def start(self, shapes: Shapes) -> None:
+        """Begin a new set of weights."""
+
+    def send(self, bucket: Bucket) -> None:
+        """Send a bucket to every server."""
+
+    def finish(self) -> None:
+        """Wait until all servers have all buckets."""
+
+
 class ByValue:
-    """Inside the requests; the next bucket is gathered while one is on its way."""
+    """Transport inside the requests; the next bucket is gathered while one is sent."""
 
     in_session = True
 
-    def __init__(self, fleet: Fleet, *, seconds: float):
+    def __init__(self, fleet: Fleet, *, seconds: float) -> None:
         self.fleet, self.seconds = fleet, seconds
-        self._under_way: Future | None = None
+        self._under_way: Future[None] | None = None
 
     def start(self, shapes: Shapes) -> None:
-        """A new set of weights."""
+        """Begin a new set of weights."""
 
     def send(self, bucket: Bucket) -> None:
-        """Give every server a bucket; returns when the one before has arrived."""
+        """Send a bucket to every server; returns when the previous one has arrived."""
         for part in of_one_type(bucket):
-            # storage goes by value, and not, as between related processes, by a shared file, whose
-            # reader dies where it cannot open it
+            # storage is sent by value; torch's default between related processes is a shared file,
+            # and a server that cannot open it crashes
             payload = serialized(part, flatten(part).cpu())
+
+            def payloads(server: Server, payload: str = payload) -> list[str]:
+                return [payload] * server.num_ranks
+
             self._wait()
             self._under_way = self.fleet.run(
                 update_from_tensor(
                     self.fleet,
-                    lambda server, payload=payload: [payload] * server.num_ranks,
+                    payloads,
                     described(part),
                     seconds=self.seconds,
                 )
@@ -73,29 +93,29 @@ class ByValue:
 
 
 class Distributed:
-    """By broadcast from rank 0, in a process group that is founded anew when servers come or go."""
+    """Broadcast from rank 0 in a process group, which is created again when servers change."""
 
     in_session = True
 
-    def __init__(self, fleet: Fleet, *, seconds: float, address: str, device: torch.device):
+    def __init__(self, fleet: Fleet, *, seconds: float, address: str, device: torch.device) -> None:
         self.fleet, self.seconds, self.address, self.device = fleet, seconds, address, device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: dist.ProcessGroup | None = None
         self._meeting_place: dist.TCPStore | None = None
         self._name, self._changes, self._founded = "", 0, 0
-        # a given server may still be in a group of an earlier run, and refuses its name
+        # an existing server may still be in a group of an earlier run, and rejects that name
         self._run_name = secrets.token_hex(4)
 
     def start(self, shapes: Shapes) -> None:
-        """Found the group, unless the one there is still has the servers that serve.
+        """Create the group, unless the existing one consists of the servers that are alive.
 
-        Raises EngineError if they do not all join by the deadline, and SyncBroken if one was lost.
+        Raises EngineError if not all join by the deadline, and SyncBroken if one of them failed.
         """
         if self._group is not None and self._changes == self.fleet.changes:
             return
         self._leave()
         self._changes = self.fleet.changes
-        members = [(server.url, server.num_ranks) for server in self.fleet.living()]
+        members = [(server.url, server.num_ranks) for server in self.fleet.alive()]
         self._founded += 1
         self._name = f"megatron_prepo_{self._run_name}_{self._founded}"
         size = 1 + sum(num_ranks for _, num_ranks in members)
@@ -130,15 +150,15 @@ class Distributed:
         pool.shutdown(wait=False)
         while not self._lost_one() and wait([founding], POLL_SECONDS).not_done:
             pass
-        if self._lost_one():  # those who wait for it in the meeting place are told when that closes
+        if self._lost_one():  # closing the store unblocks the ranks that wait in it
             self._meeting_place = None
         try:
             self._group = founding.result()
         except RuntimeError as error:
-            others = joining.exception()  # by its own deadline
+            others = joining.exception()  # returns by its own deadline
             if self._lost_one():
                 raise SyncBroken(f"{where} was not founded: {error}\n{self._losses()}") from error
-            if others:  # their own words say more
+            if others:  # the servers' error has more detail
                 raise others from error
             raise EngineError(
                 f"{[url for url, _ in members]} did not join the process group for weights at "
@@ -149,22 +169,27 @@ class Distributed:
     def send(self, bucket: Bucket) -> None:
         """Announce a bucket to every server, and broadcast it.
 
-        Raises SyncBroken if a server fails: the group cannot go on without it, another can.
+        Raises SyncBroken if a server fails: a new group without it is needed.
         """
         for part in of_one_type(bucket):
             flat = flatten(part).to(self.device)
+            announcement = {
+                "names": [name for name, _ in part],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in part],
+                "shapes": [list(tensor.shape) for _, tensor in part],
+                "group_name": self._name,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
+
+            def body(server: Server, announcement: dict[str, Any] = announcement) -> dict[str, Any]:
+                return announcement
+
             receiving = self.fleet.run(
                 ask_all(
                     self.fleet,
                     "/update_weights_from_distributed",
-                    lambda server, part=part: {
-                        "names": [name for name, _ in part],
-                        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in part],
-                        "shapes": [list(tensor.shape) for _, tensor in part],
-                        "group_name": self._name,
-                        "load_format": "flattened_bucket",
-                        "flush_cache": False,
-                    },
+                    body,
                     described(part),
                     seconds=self.seconds,
                 )
@@ -180,6 +205,7 @@ class Distributed:
                 receiving.result()
                 if self._lost_one():
                     raise SyncBroken(f"{described(part)} did not reach all servers")
+                assert sending is not None, "rank 0 is a member of the group"
                 sending.wait()
             except RuntimeError as error:
                 self._abandon()
@@ -190,7 +216,7 @@ class Distributed:
                 raise SyncBroken(f"{described(part)} was not sent: {error}") from error
 
     def finish(self) -> None:
-        """Nothing is left: `send` waits."""
+        """Do nothing: `send` waits for each bucket."""
 
     def _lost_one(self) -> bool:
         return self._changes != self.fleet.changes
@@ -199,13 +225,13 @@ class Distributed:
         return "\n".join(f"{s.url}: {s.lost}" for s in self.fleet.servers if s.lost)
 
     def _abandon(self) -> None:
-        """Give the group up, so that those who wait in it are told, and do not wait in vain."""
+        """Destroy the group, which unblocks the ranks that wait in it."""
         group, self._group = self._group, None
         if group is None:
             return
-        if self.backend == "nccl":  # what is left of a broadcast would end the process
+        if self.backend == "nccl":  # an unfinished broadcast would terminate the process
             group.abort()
-        else:  # gloo closes its connections when the last to know the group lets go of it
+        else:  # gloo closes its connections when the last reference to the group is dropped
             dist.destroy_process_group(group)
 
     def _leave(self) -> None:
@@ -218,20 +244,20 @@ class Distributed:
                 seconds=self.seconds,
             )
         )
-        with contextlib.suppress(EngineError):  # a server that was started anew has no group
+        with contextlib.suppress(EngineError):  # a restarted server has no group
             leaving.result()
         dist.destroy_process_group(self._group)
         self._group = None
 
 
 class FromDisk:
-    """Through a Hugging Face directory, removed once all servers have read it."""
+    """Transport through a Hugging Face directory, removed once all servers have read it."""
 
     in_session = False
     kind = "weights for servers"
-    """What the directory's marker calls it (`ownership.py`)."""
+    """Kind of directory in its marker (`ownership.py`)."""
 
-    def __init__(self, fleet: Fleet, *, seconds: float, directory: Path, like: str):
+    def __init__(self, fleet: Fleet, *, seconds: float, directory: Path, like: str) -> None:
         self.fleet, self.seconds, self.directory, self.like = fleet, seconds, directory, like
 
     def start(self, shapes: Shapes) -> None:
@@ -264,30 +290,31 @@ class FromDisk:
 
 
 def of_one_type(bucket: Bucket) -> Iterator[Bucket]:
-    """The bucket's tensors by type: bytes of one type can be cut without regard to alignment."""
+    """Yield the bucket's tensors by type, since bytes of one type can be split at any tensor."""
     for dtype in dict.fromkeys(tensor.dtype for _, tensor in bucket):
         yield [(name, tensor) for name, tensor in bucket if tensor.dtype == dtype]
 
 
 def num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Of a tensor."""
-    return math.prod(shape) * dtype.itemsize
+    """Return the size of a tensor in bytes."""
+    size: int = math.prod(shape) * dtype.itemsize
+    return size
 
 
 def flatten(bucket: Bucket, into: torch.Tensor | None = None) -> torch.Tensor:
-    """The bytes of all tensors, one behind the other; `into` the beginning of a larger tensor."""
+    """Return the concatenated bytes of all tensors; `into`: a larger tensor to write them to."""
     flat = [t.detach().contiguous().view(-1).view(torch.uint8) for _, t in bucket]
     return torch.cat(flat, out=None if into is None else into[: sum(map(len, flat))])
 
 
 def serialized(bucket: Bucket, flat: object) -> str:
-    """What SGLang calls a flattened bucket, as a string; unpickled, `flat` is its bytes.
+    """Return what SGLang calls a flattened bucket, as text; unpickled, `flat` is its bytes.
 
-    SGLang unpickles only what is on its list.  `SimpleNamespace` is, and has the attributes of its
+    SGLang unpickles only classes on its list.  `SimpleNamespace` is, and has the attributes of its
     `FlattenedTensorMetadata`.
     """
-    # A pickle names the function that reads a tensor's bytes.  megatron-core 0.19 puts its own in
-    # torch's place, and the server has none of that name.
+    # A pickle names the function that reads a tensor's bytes.  megatron-core 0.19 replaces torch's
+    # with its own, which the server does not have.
     internals.require(torch.storage, "_load_from_bytes")
     reader = torch.storage._load_from_bytes
     reader.__module__, reader.__qualname__ = "torch.storage", "_load_from_bytes"
@@ -309,7 +336,7 @@ def serialized(bucket: Bucket, flat: object) -> str:
 
 
 def described(bucket: Bucket) -> str:
-    """A bucket in an error."""
+    """Return the name of a bucket for an error message."""
     first, last = bucket[0][0], bucket[-1][0]
     return first if first == last else f"{first} ... {last}"
 
@@ -317,7 +344,7 @@ def described(bucket: Bucket) -> str:
 async def update_from_tensor(
     fleet: Fleet, payloads_of: Callable[[Server], list[str]], what: str, *, seconds: float
 ) -> None:
-    """Have the servers load a bucket; `payloads_of` a server has a string for each of its ranks."""
+    """Have the servers load a bucket; `payloads_of` returns one text per rank of a server."""
     await ask_all(
         fleet,
         "/update_weights_from_tensor",
@@ -332,9 +359,14 @@ async def update_from_tensor(
 
 
 async def ask_all(
-    fleet: Fleet, path: str, body_of: Callable[[Server], dict], what: str, *, seconds: float
+    fleet: Fleet,
+    path: str,
+    body_of: Callable[[Server], dict[str, Any]],
+    what: str,
+    *,
+    seconds: float,
 ) -> None:
-    """`Fleet.call_all`; EngineError naming `what` unless every server says that it has done it."""
+    """Call `Fleet.call_all`; raises EngineError that names `what` unless all report success."""
     try:
         answers = await fleet.call_all(path, body_of, seconds=seconds)
     except EngineError as error:
@@ -347,11 +379,11 @@ async def ask_all(
 def join_group(
     where: str, rank: int, size: int, name: str, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """A process group beside the default one, as SGLang founds its half of it.
+    """Return a process group in addition to the default one, created as SGLang creates its half.
 
-    `where`: `ADDRESS:PORT` of a `TCPStore` that is there.  torch has no public way to a group with
-    members of another job; SGLang's `init_custom_process_group` and ours must take the same steps
-    to meet.
+    `where`: `ADDRESS:PORT` of an existing `TCPStore`.  torch has no public function for a group
+    with members of another job; this must take the same steps as SGLang's
+    `init_custom_process_group`.
     """
     from torch.distributed import distributed_c10d as c10d
 

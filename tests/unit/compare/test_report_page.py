@@ -13,7 +13,8 @@ from megatron_prepo.cli import main
 from megatron_prepo.compare import analysis as comparison
 from megatron_prepo.compare import figures
 from megatron_prepo.compare import report_page as page
-from megatron_prepo.compare.arms import ABLATIONS, METHODS
+from megatron_prepo.compare.arms import ABLATIONS
+from megatron_prepo.config.schema import SELECTION_METHODS as METHODS
 from megatron_prepo.errors import UserError
 from tests.made_records import LIFELIKE, lifelike, line
 

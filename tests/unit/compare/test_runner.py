@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,13 +88,7 @@ def test_equal_terms(run_compare, tmp_path):
 
 
 def test_each_known_arm_is_a_configuration(config_path, tmp_path):
-    known = set(configuration.SelectionConfig.__dataclass_fields__["method"].type.__args__)
-    arms = {
-        name: overrides
-        for name, overrides in ARMS.items()
-        if overrides[0].removeprefix("selection.method=") in known
-    }
-    runs = comparing.plan(config_path, arms, [1], tmp_path, [])
+    runs = comparing.plan(config_path, ARMS, [1], tmp_path, [])
     assert {"random", "prepo", "ppl_only", "clamp", "oracle", "dapo"} <= {r.arm for r in runs}
     of = {run.arm: run.config for run in runs}
     assert of["random"].weighting.method == "none" and of["random"].selection.method == "random"
@@ -259,6 +254,24 @@ def test_what_can_be_wrong(run_compare, tmp_path, methods, seeds, expected):
 def test_an_arm_of_ones_own(run_compare, tmp_path):
     (record,) = run_compare("mine:selection.method=prepo;weighting.clamp=2", "1")
     assert record["arm"] == "mine" and "weighting.clamp=2" in record["overrides"]
+
+
+def test_an_arm_may_have_a_custom_selector(run_compare, tmp_path):
+    """Its record names the file without its directory, and has a digest of the content."""
+    (tmp_path / "mine.py").write_text(
+        "from megatron_prepo.selection import Selector\nclass Mine(Selector):\n"
+        "    needs_pass_rates = True\n"
+        "    def __init__(self, config, *, total_steps, seed, pass_reward): ...\n"
+        "    def choose(self, candidates, step): ...\n"
+    )
+    checked = []
+    mine = f"mine:selection.method={tmp_path}/mine.py:Mine"
+    one, other = run_compare(f"random,{mine}", "1", check=checked.append)
+    assert [c.selection.name for c in checked] == ["random", "mine.py:Mine"]
+    assert "train.rollout_budget=24" in one["overrides"]
+    assert "train.rollout_budget=144" in other["overrides"]  # probes on top: 24 * (20 + 4) / 4
+    method = other["settings"]["selection.method"]
+    assert re.fullmatch(r"sha256:[0-9a-f]+:Mine", method)
 
 
 def test_no_results_file(run_compare, tmp_path):

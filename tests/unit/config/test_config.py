@@ -110,7 +110,12 @@ def test_settings_cannot_be_changed():
         ({"train__total_steps": "many"}, "setting train.total_steps='many': .*integer"),
         ({"train__total_steps": 2.5}, "setting train.total_steps=2.5"),
         ({"model__dtype": "float8"}, "setting model.dtype='float8': .*'float32' or 'bfloat16'"),
-        ({"selection__method": "best"}, "setting selection.method='best': .*'prepo', 'random'"),
+        (
+            {"selection__method": "best"},
+            "selection.method=best is neither one of prepo, random, .* of the form FILE.py:CLASS",
+        ),
+        ({"selection__method": "mine.py"}, "selection.method=mine.py is neither one of"),
+        ({"selection__method": "mine.py:a.b"}, "selection.method=mine.py:a.b is neither one of"),
     ],
 )
 def test_unknown_names_and_wrong_types_are_refused_by_name(change, message):
@@ -422,17 +427,19 @@ def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", "/data/sets")
     overrides = ["run.dir=~/run", "data.train=$DATA/a.jsonl", "data.eval=${DATA}2/$DATA"]
     overrides += ["reward.function=~/r.py:f", "model.megatron=$HOME/m", "run.wandb_project=$DATA"]
+    overrides += ["selection.method=$HOME/s.py:S"]
     config = load(write(tmp_path, tree()), overrides)
     assert config.run.dir == "/home/ann/run"
     assert (config.data.train, config.data.eval) == ("/data/sets/a.jsonl", "/data/sets2//data/sets")
     assert config.reward.function == "/home/ann/r.py:f" and config.model.megatron == "/home/ann/m"
+    assert config.selection.method == "/home/ann/s.py:S" and config.selection.name == "s.py:S"
     assert config.run.wandb_project == "$DATA"  # no path
     assert load(write(tmp_path, to_yaml(config))) == config
     paths = [f"{s.name}.{f.name}" for s, f in all_fields() if f and FilePath in (
         f.type, *getattr(f.type, "__args__", ()))]  # fmt: skip
     assert paths == [
-        *("run.dir", "model.hf", "model.megatron", "data.train", "data.eval", "servers.python"),
-        *("weight_sync.directory", "reward.function"),
+        *("run.dir", "model.hf", "model.megatron", "data.train", "data.eval", "selection.method"),
+        *("servers.python", "weight_sync.directory", "reward.function"),
     ]
 
 

@@ -259,6 +259,9 @@ def test_open_files_and_a_reward_of_ones_own_are_looked_at(tmp_path):
     mine = laptop(f"reward.function={tmp_path / 'mine.py'}:f")
     finding = found(doctor.examine(mine), "reward")
     assert finding.state == "missing" and "mine.py:f(completion) does not fit" in finding.found
+    mine = laptop(f"selection.method={tmp_path / 'mine.py'}:f")
+    finding = found(doctor.examine(mine), "selector")
+    assert finding.state == "missing" and "mine.py:f is a function" in finding.found
 
 
 def test_servers_have_to_find_rank_0():

@@ -300,6 +300,21 @@ def test_a_wrong_question_is_refused(configured, asked, expected):
         plan.make_plan(configured(), plan.PlanRequest(**asked))
 
 
+def test_a_custom_selector_is_planned_by_its_attributes(configured, tmp_path):
+    text = "from megatron_prepo.selection import Selector\nclass Mine(Selector):\n"
+    text += "    def __init__(self, config, *, total_steps, seed, pass_reward): ...\n"
+    text += "    def choose(self, candidates, step): ...\n"
+
+    def rollouts(attributes: str) -> tuple[int, int]:
+        (tmp_path / "mine.py").write_text(f"{text}    {attributes}\n")
+        config = configured(selection={"method": f"{tmp_path}/mine.py:Mine"})
+        return plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang")).rollouts
+
+    assert rollouts("refills = False") == (102_400, 102_400)
+    assert rollouts("refills = True") == (102_400, 512_000)
+    assert rollouts("needs_pass_rates = True") == (100 * 768 * 8, 100 * 768 * 8)
+
+
 def test_rollouts_of_a_run(configured):
     """128 x 8 a step; a refilling method at most 640 x 8; a budget ends with the step it is in."""
 

@@ -17,7 +17,7 @@ from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang import generation
-from megatron_prepo.rollout.sglang.completion import Job, Sampling
+from megatron_prepo.rollout.sglang.completion import CompletionJob, Sampling
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
@@ -40,18 +40,21 @@ def fakes():
         yield one, two
 
 
-def jobs(num_prompts: int) -> list[Job]:
+def jobs(num_prompts: int) -> list[CompletionJob]:
     """GROUP completions of each prompt."""
     prompts = [Prompt(f"p{i}", "", "", (5, 6, 7 + i), (0, 0)) for i in range(num_prompts)]
     pairs = [(prompt, sample) for prompt in prompts for sample in range(GROUP)]
-    return [Job(n, prompt, f"1/x/{prompt.id}/{sample}") for n, (prompt, sample) in enumerate(pairs)]
+    return [
+        CompletionJob(n, prompt, f"1/x/{prompt.id}/{sample}")
+        for n, (prompt, sample) in enumerate(pairs)
+    ]
 
 
-def seed_of(job: Job) -> int:
+def seed_of(job: CompletionJob) -> int:
     return int.from_bytes(hashlib.sha256(job.seed.encode()).digest()[:8], "little") >> 1
 
 
-def expected(job: Job) -> tuple[int, ...]:
+def expected(job: CompletionJob) -> tuple[int, ...]:
     return tuple(fake_sglang.completion(list(job.prompt.tokens), seed_of(job), 12)[0])
 
 
@@ -174,7 +177,7 @@ def test_a_probe_that_fails_is_mended_by_another_try(fakes, fault):
 @pytest.mark.parametrize(("number", "accepted"), [(258, True), (0, True), (5, False)])
 def test_the_last_token_of_the_vocabulary_may_have_the_number_0(number, accepted):
     """SGLang 0.5.21: any token from `vocab_size - 1` on is numbered 0, its value is its own."""
-    job = Job(0, Prompt("p", "", "", (5, 258, 7), (0, 0)), "")
+    job = CompletionJob(0, Prompt("p", "", "", (5, 258, 7), (0, 0)), "")
     triples = [[None, 5, None], [-0.5, number, None], [-0.7, 7, None]]
     answer = {"meta_info": {"weight_version": "run.3", "input_token_logprobs": triples}}
     if accepted:
@@ -243,7 +246,7 @@ def test_a_routing_that_is_none_is_refused_by_the_name_of_the_setting(routing, m
         "prompt_tokens": 2,
         "routed_experts": routing,
     }
-    job = Job(0, Prompt("p", "", "", (5, 6), (0, 0)), "")
+    job = CompletionJob(0, Prompt("p", "", "", (5, 6), (0, 0)), "")
     with pytest.raises(ServerFailed, match=rf"rollout\.router_replay.*({message})"):
         ROUTED.read({"output_ids": [9, 2], "meta_info": meta}, job, cut=False, server="url")
 

@@ -27,9 +27,9 @@ def opened(*arguments):
     return SimpleNamespace(by_device=arguments[6], given_by=arguments[7])
 
 
-def rank_of(config, rank, *, device, fleet=None, living=None):
+def rank_of(config, rank, *, device, fleet=None, alive=None):
     """A trainer rank on that GPU; rank 0's word on which servers serve reaches it."""
-    devices = ipc._devices(config.servers) if living is None else living
+    devices = ipc._devices(config.servers) if alive is None else alive
     transport = ByIPC(
         fleet,
         config,
@@ -44,7 +44,7 @@ def rank_of(config, rank, *, device, fleet=None, living=None):
 
 def fleet_of(*indexes):
     servers = [SimpleNamespace(own=SimpleNamespace(index=index)) for index in indexes]
-    return SimpleNamespace(living=lambda: servers)
+    return SimpleNamespace(alive=lambda: servers)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers):
         ours = rank_of(config, rank, device=rank % 4, fleet=fleet if rank == 0 else None)
         given.append(ours._give([("a", torch.ones(3))]) if ours.gives else None)
     assert given[4:] == [None] * 4
-    for server in fleet.living():
+    for server in fleet.alive():
         for rank, string in enumerate(ours._payloads(server, given)):
             handle = pickle.loads(base64.b64decode(string))["flattened_tensor"]
             device = config.servers.first_device + server.own.index * config.servers.tensor + rank
@@ -75,8 +75,8 @@ def test_a_lost_server_is_given_nothing(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     config = config_of(count=2)
     assert not rank_of(config, 0, device=0, fleet=fleet_of(1)).gives
-    assert rank_of(config, 1, device=1, living=[1]).gives
-    assert not rank_of(config, 1, device=1, living=[0]).gives
+    assert rank_of(config, 1, device=1, alive=[1]).gives
+    assert not rank_of(config, 1, device=1, alive=[0]).gives
 
 
 @pytest.mark.parametrize(

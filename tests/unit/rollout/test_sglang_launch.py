@@ -327,7 +327,7 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
         assert "is given up" in engine.said[0] and "ended with SIGKILL" in engine.said[0]
         actor.update()
         sync_weights(actor, engine, config, PROBE)
-        assert "serves again" in engine.said[-1] and len(engine.fleet.living()) == 2
+        assert "serves again" in engine.said[-1] and len(engine.fleet.alive()) == 2
         assert {r.weight_version for r in rollouts(engine)} == {1}
     finally:
         engine.close()
@@ -354,10 +354,10 @@ def test_a_server_killed_in_the_middle_of_a_sync(
         sync_weights(actor, engine, config, PROBE)
         assert "is given up" in engine.said[0] and path in engine.said[0]
         assert "ended with SIGKILL" in engine.said[0] and "sglang_" in engine.said[0]
-        assert len(engine.fleet.living()) == left and len(rollouts(engine)) == 12
+        assert len(engine.fleet.alive()) == left and len(rollouts(engine)) == 12
         actor.update()
         sync_weights(actor, engine, config, PROBE)
-        assert len(engine.fleet.living()) == 2
+        assert len(engine.fleet.alive()) == 2
         assert {r.weight_version for r in rollouts(engine)} == {1}
     finally:
         engine.close()
@@ -382,7 +382,7 @@ def test_a_server_gone_before_a_broadcast_takes_nothing_along(
     try:
         sync_weights(FakeActor(hf), engine, config, PROBE)
         assert sum("is given up" in sentence for sentence in engine.said) == 1
-        assert len(engine.fleet.living()) == count and len(rollouts(engine)) == 12
+        assert len(engine.fleet.alive()) == count and len(rollouts(engine)) == 12
     finally:
         engine.close()
     wait_until_gone(processes(pids, servers=count + 1))
@@ -399,7 +399,7 @@ def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeyp
         sync_weights(FakeActor(hf), engine, config, PROBE)
         assert time.monotonic() - started < deadline
         assert "init_weights_update_group" in engine.said[0]
-        assert len(engine.fleet.living()) == 2 and len(rollouts(engine)) == 12
+        assert len(engine.fleet.alive()) == 2 and len(rollouts(engine)) == 12
     finally:
         engine.close()
     wait_until_gone(processes(pids, servers=3))

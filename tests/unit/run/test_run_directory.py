@@ -34,6 +34,7 @@ def files(tmp_path):
     for name in ("train", "eval"):
         (tmp_path / f"{name}.jsonl").write_text(f"{name}\n")
     (tmp_path / "reward.py").write_text("def grade(text, answer): return 1.0\n")
+    (tmp_path / "selector.py").write_text("class Mine: ...\n")
 
 
 def config(tmp_path, **sections):
@@ -284,6 +285,7 @@ def test_paths_are_saved_so_that_they_hold_from_anywhere(tmp_path, monkeypatch):
         run={"dir": "run"},
         model={"hf": "base"},
         reward={"function": "reward.py:grade"},
+        selection={"method": "selector.py:Mine"},
         servers={"python": "venv/bin/python"},
         weight_sync={"directory": "sync"},
         **files,
@@ -293,6 +295,7 @@ def test_paths_are_saved_so_that_they_hold_from_anywhere(tmp_path, monkeypatch):
     assert saved.model.hf == str(tmp_path / "base") and saved.run.dir == str(tmp_path / "run")
     assert saved.data.eval == str(tmp_path / "eval.jsonl")
     assert saved.reward.function == f"{tmp_path}/reward.py:grade"
+    assert saved.selection.method == f"{tmp_path}/selector.py:Mine"
     assert saved.servers.python == str(tmp_path / "venv/bin/python")
     assert saved.weight_sync.directory == str(tmp_path / "sync")
     make_a_step(directory)
@@ -303,11 +306,14 @@ def test_paths_are_saved_so_that_they_hold_from_anywhere(tmp_path, monkeypatch):
     prepare(relative)  # named differently, it is the same place
 
 
-@pytest.mark.parametrize("name", ["base", "train.jsonl", "eval.jsonl", "reward.py"])
+@pytest.mark.parametrize("name", ["base", "train.jsonl", "eval.jsonl", "reward.py", "selector.py"])
 @pytest.mark.parametrize("how", ["moved", "linked"])
 def test_an_input_that_moved_is_known_by_its_content(tmp_path, name, how):
-    function = {"function": f"{tmp_path}/reward.py:grade"}
-    directory = prepare(config(tmp_path, reward=function))
+    code = {
+        "reward": {"function": f"{tmp_path}/reward.py:grade"},
+        "selection": {"method": f"{tmp_path}/selector.py:Mine"},
+    }
+    directory = prepare(config(tmp_path, **code))
     make_a_step(directory)
     (tmp_path / "elsewhere").mkdir()
     if how == "moved":
@@ -319,12 +325,13 @@ def test_an_input_that_moved_is_known_by_its_content(tmp_path, name, how):
         "train.jsonl": ("data", {"train": f"{tmp_path}/elsewhere/train.jsonl"}),
         "eval.jsonl": ("data", {"eval": f"{tmp_path}/elsewhere/eval.jsonl"}),
         "reward.py": ("reward", {"function": f"{tmp_path}/elsewhere/reward.py:grade"}),
+        "selector.py": ("selection", {"method": f"{tmp_path}/elsewhere/selector.py:Mine"}),
     }[name]
     if how == "moved":
         with pytest.raises(UserError, match="is not there; name the place where"):
-            run_directory.check(config(tmp_path, reward=function))
+            run_directory.check(config(tmp_path, **code))
     said = []
-    prepare(config(tmp_path, **{"reward": function, setting: value}), said.append)
+    prepare(config(tmp_path, **{**code, setting: value}), said.append)
     assert len(said) == 1 and "the content is the same" in said[0]
     assert str(next(iter(value.values()))) in (directory / "config.yaml").read_text()
 
@@ -337,10 +344,15 @@ def test_an_input_that_moved_is_known_by_its_content(tmp_path, name, how):
         ("train.jsonl", "data.train"),
         ("eval.jsonl", "data.eval"),
         ("reward.py", "reward.function"),
+        ("selector.py", "selection.method"),
     ],
 )
 def test_other_content_at_the_same_place_is_noticed(tmp_path, file, setting):
-    settings = config(tmp_path, reward={"function": f"{tmp_path}/reward.py:grade"})
+    settings = config(
+        tmp_path,
+        reward={"function": f"{tmp_path}/reward.py:grade"},
+        selection={"method": f"{tmp_path}/selector.py:Mine"},
+    )
     make_a_step(prepare(settings))
     (tmp_path / file).write_text("other\n")
     with pytest.raises(UserError, match=f"the content of {setting}=.* is not what the run began"):
@@ -359,6 +371,14 @@ def test_another_function_of_the_same_file_is_refused(tmp_path):
     make_a_step(prepare(config(tmp_path, reward={"function": f"{tmp_path}/reward.py:a"})))
     with pytest.raises(UserError, match=r"reward.function=.*:a, now .*:b"):
         run_directory.check(config(tmp_path, reward={"function": f"{tmp_path}/reward.py:b"}))
+
+
+def test_another_selection_method_is_refused(tmp_path):
+    mine = f"{tmp_path}/selector.py:Mine"
+    make_a_step(prepare(config(tmp_path, selection={"method": mine})))
+    for method, words in ((f"{tmp_path}/selector.py:Other", ":Other"), ("random", "random")):
+        with pytest.raises(UserError, match=rf"selection.method=.*:Mine, now .*{words} \(it chose"):
+            run_directory.check(config(tmp_path, selection={"method": method}))
 
 
 def test_a_directory_that_was_copied_is_still_the_run(tmp_path, begun):

@@ -65,11 +65,11 @@ def test_the_likelihood_is_the_beta_binomials():
     """scipy's, less the binomial coefficients, which do not depend on m."""
     mu, passed = np.array([0.2, 0.5, 0.9]), np.array([0.0, 3.0, 8.0])
     rollouts, count = np.full(3, 8.0), np.array([1.0, 0.5, 0.25])
-    for trust in (0.5, 4.0, 64.0):
-        law = stats.betabinom(8, trust * mu, trust * (1 - mu))
+    for prior_strength in (0.5, 4.0, 64.0):
+        law = stats.betabinom(8, prior_strength * mu, prior_strength * (1 - mu))
         choose = np.log([math.comb(8, int(s)) for s in passed])
         expected = (count * (law.logpmf(passed) - choose)).sum()
-        assert likelihood(trust, mu, passed, rollouts, count) == approx(expected)
+        assert likelihood(prior_strength, mu, passed, rollouts, count) == approx(expected)
 
 
 def test_features_by_hand():
@@ -106,8 +106,8 @@ def test_evidence_by_hand():
     candidates = scored(pool, [2.0, 3.0])
     alpha, beta = chooser.posterior(candidates, features(candidates), 2)
     (mu,) = {alpha[1] / (alpha[1] + beta[1])}
-    assert alpha[1] + beta[1] == approx(chooser.trust) and 0 < mu < 1
-    assert alpha[0] + beta[0] == approx(chooser.trust + 6.8)
+    assert alpha[1] + beta[1] == approx(chooser.prior_strength) and 0 < mu < 1
+    assert alpha[0] + beta[0] == approx(chooser.prior_strength + 6.8)
 
 
 def test_draws_follow_the_posterior():
@@ -147,14 +147,14 @@ def test_it_finds_the_prompts_between_easy_and_hard_by_their_perplexity_alone():
     that; and the prediction is trusted."""
     chooser, mine, everyones = world(slope=-4.0, seed=1)
     assert everyones > 0.4 and mine < everyones / 3
-    assert chooser.trust >= 16
+    assert chooser.prior_strength >= 16
 
 
 def test_it_trusts_nothing_where_the_signals_say_nothing():
     """Pass rates that scatter as widely, but whatever the perplexity: m becomes small, and the
     choice is no worse than a random one."""
     chooser, mine, everyones = world(slope=0.0, seed=2)
-    assert chooser.trust <= 2
+    assert chooser.prior_strength <= 2
     assert abs(mine - everyones) < 0.1
 
 
@@ -195,7 +195,7 @@ def test_the_target_can_be_moved():
 
 
 def test_it_remembers_a_bounded_number_of_groups(monkeypatch):
-    monkeypatch.setattr("megatron_prepo.selection.foresight.ROWS", 5)
+    monkeypatch.setattr("megatron_prepo.selection.foresight.MAX_GROUPS", 5)
     chooser = selector("foresight", candidates=4, selected=2)
     for step in range(4):
         run_step(chooser, scored(alike(4, step), [2, 3, 4, 5]), step, lambda c: passes(*[2] * 2))

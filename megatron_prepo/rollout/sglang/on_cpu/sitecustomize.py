@@ -1,21 +1,27 @@
-"""Python runs this at the start of each process of a server on a CPU: it mends modules of others.
+"""Patches of other packages, which Python applies in each process of a server on a CPU.
 
-Each entry of `MENDS` runs right before or after the module of that name is first imported, so that
-a process which never imports it pays nothing.
+Each entry of `BEFORE` and `AFTER` runs before or after the module of that name is first imported,
+so that it costs nothing in a process that never imports the module.
 """
 
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 TRAINER = str(Path(__file__).parents[4])
 
 
 def declare_torchvision_operators() -> None:
-    """The package index's torchvision is linked to CUDA, and its operators do not load next to a
-    CPU torch; its module then fails at asking for the schema of these two.  Next to a torch for
-    CUDA, or of a build for a CPU, they have loaded by now, and a second definition is fatal.
+    """Define two operators of torchvision if they are missing.
+
+    The package index's torchvision is linked to CUDA, and its operators do not load with a CPU
+    torch; its module then fails on the schema of these two.  With a torch for CUDA, or a CPU build
+    of torchvision, they are loaded by now, and a second definition is fatal.
     """
     import torch
 
@@ -26,8 +32,8 @@ def declare_torchvision_operators() -> None:
     _kept.append(library)
 
 
-def allow_seeds_with_torch_native(choices) -> None:
-    """Sampling seeds count under deterministic inference only, and that wants one of these."""
+def allow_seeds_with_torch_native(choices: ModuleType) -> None:
+    """Allow `torch_native` in deterministic inference, without which seeds have no effect."""
     names = (
         "DETERMINISTIC_ATTENTION_BACKEND_CHOICES",
         "RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND",
@@ -37,20 +43,20 @@ def allow_seeds_with_torch_native(choices) -> None:
         getattr(choices, name).append("torch_native")
 
 
-def leave_kernels_alone(batch_invariant_ops) -> None:
-    """The kernels that do not depend on the batch are Triton's, and need a GPU."""
+def leave_kernels_alone(batch_invariant_ops: ModuleType) -> None:
+    """Disable the batch-invariant kernels, which are Triton's and need a GPU."""
     _internals().replace(
         batch_invariant_ops, "enable_batch_invariant_mode", lambda *args, **kwargs: None
     )
 
 
-def pin_no_memory(host_pools) -> None:
-    """The routed experts are kept in host memory, which it would have CUDA pin."""
+def pin_no_memory(host_pools: ModuleType) -> None:
+    """Keep CUDA from pinning the host memory of the routed experts."""
     _internals().replace(host_pools, "_cuda_host_register", lambda *args, **kwargs: None)
 
 
-def _internals():
-    """The trainer's module, which is on no path of the server's."""
+def _internals() -> ModuleType:
+    """Return the trainer's module `internals`, which is not on the server's path."""
     sys.path.append(TRAINER)
     try:
         from megatron_prepo import internals
@@ -65,13 +71,15 @@ AFTER = {
     "sglang.srt.batch_invariant_ops": leave_kernels_alone,
     "sglang.srt.mem_cache.pool_host.common": pin_no_memory,
 }
-_kept: list = []
+_kept: list[object] = []
 
 
 class _Mending(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; it is asked first, and so knows what is about to be imported."""
+    """Finder that is called first, to patch modules, and leaves finding to others."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name in BEFORE:
             BEFORE.pop(name)()
         if name in AFTER:
@@ -82,10 +90,10 @@ class _Mending(importlib.abc.MetaPathFinder):
         return None
 
 
-def _mend_after(loader, mend) -> None:
+def _mend_after(loader: Any, mend: Callable[[ModuleType], None]) -> None:
     execute = loader.exec_module
 
-    def exec_module(module) -> None:
+    def exec_module(module: ModuleType) -> None:
         execute(module)
         mend(module)
 

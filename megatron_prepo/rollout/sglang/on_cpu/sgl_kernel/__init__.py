@@ -1,18 +1,21 @@
-"""Stands in for SGLang's kernel package on a CPU: names to import, and one hash to call.
+"""Stand-in for SGLang's kernel package on a CPU: names to import, and one hash function.
 
-It must not define `convert_weight_packed`: SGLang takes that for the sign of a CPU with AMX.
+It must not define `convert_weight_packed`: SGLang then assumes a CPU with AMX.
 """
+
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
 _MASK = 0xFFFFFFFF
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Callable[..., NoReturn]:
     if name.startswith("__"):
         raise AttributeError(name)
 
-    def missing(*args, **kwargs):
+    def missing(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(f"sgl_kernel.{name} has no stand-in on a CPU")
 
     return missing
@@ -21,9 +24,10 @@ def __getattr__(name: str):
 def murmur_hash32(
     seed_N: torch.Tensor, positions_N: torch.Tensor, columns_M: torch.Tensor
 ) -> torch.Tensor:
-    """MurmurHash3 (x86, 32 bit) of 16 bytes: seed low, seed high, position, column; uint32 [N, M].
+    """Return MurmurHash3 (x86, 32 bit) of 16 bytes as uint32 [N, M].
 
-    Integers of 64 bits hold the 32-bit words, and are cut to 32 bits after each operation.
+    The bytes are seed low, seed high, position and column.  Integers of 64 bits hold the 32-bit
+    words, and are cut to 32 bits after each operation.
     """
     seed_N1 = seed_N.view(torch.int64)[:, None]
     hash_NM = torch.zeros(len(seed_N), len(columns_M), dtype=torch.int64)

@@ -1,0 +1,99 @@
+"""The blocks of docs/extending.md: each is run as a reader would use it."""
+
+import re
+from pathlib import Path
+from textwrap import dedent
+from unittest import mock
+
+import pytest
+from ranks import join, on_ranks
+
+from megatron_prepo import config as configuration
+from megatron_prepo.config import RewardConfig
+from megatron_prepo.rewards import load, pool
+from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, metrics, summary
+from tests.e2e.test_methods import TINY
+
+PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
+
+
+def block(containing: str) -> str:
+    """The block of Python on the page that has this text."""
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", PAGE, re.DOTALL | re.MULTILINE)
+    [found] = [dedent(text) for text in blocks if containing in text]
+    return found
+
+
+def names_in(text: str) -> dict:
+    names: dict = {}
+    exec(text, names)
+    return names
+
+
+def test_every_file_that_the_page_names_is_there():
+    places = (*map(REPOSITORY.joinpath, (".", "megatron_prepo", "tests/unit/selection")),)
+    places += (REPOSITORY / "megatron_prepo" / "models",)
+    named = set(re.findall(r"`([\w/]+\.py)`", PAGE)) - {"NAME.py"}
+    assert {"rollout/build.py", "hf_config.py", "config/schema.py"} <= named
+    for name in named - {"megatron_prepo/selection/NAME.py"}:
+        assert any((place / name).is_file() for place in places), name
+
+
+def test_the_page_s_reward_grades(tmp_path):
+    (tmp_path / "reward.py").write_text(block("short_and_right"))
+    name = f"{tmp_path}/reward.py:short_and_right"
+    assert load(name)("18", "18") == 0.98
+    pool.check(RewardConfig(function=name, low=-0.5))
+
+
+def test_mistral_needs_its_name_only(tmp_path, monkeypatch):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from megatron_prepo.actor import tiny_instance
+    from megatron_prepo.models import hf_config
+    from megatron_prepo.models.fit import check_fit
+    from megatron_prepo.models.hf_files import HFTensors
+    from tests.tiny_models import SHAPE
+
+    config = MistralConfig(**SHAPE, sliding_window=None, max_position_embeddings=256)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'mistral' is not one of"):
+        tiny_instance.check(tmp_path)
+    monkeypatch.setattr(hf_config, "FAMILIES", hf_config.FAMILIES)  # to be restored
+    exec(block("mistral"), {})
+    hf = hf_config.read_hf_config(tmp_path)
+    with HFTensors(tmp_path, tied=False) as tensors:
+        check_fit(tensors, hf)
+    assert on_ranks(1, _mistral_agrees, tmp_path) == [True]
+
+
+def _mistral_agrees(directory: Path) -> bool:
+    """In a process that has no job yet."""
+    from megatron_prepo.actor import tiny_instance
+
+    exec(block("mistral"), {})
+    return tiny_instance.check(directory).passed
+
+
+def test_the_page_s_engine_and_loss_train(tmp_path):
+    on_ranks(1, _train, str(tmp_path / "run"))
+    assert summary(tmp_path / "run")["steps"] == 3
+    for step in metrics(tmp_path / "run"):
+        assert step["reward/mean"] == 0.5 and step["loss/grad_norm"] > 0
+
+
+def _train(directory: str) -> None:
+    from megatron_prepo.actor import actor, parallel
+    from megatron_prepo.train import train
+    from megatron_prepo.trainer import setup
+
+    engine = names_in(block("class AnswerKey"))["AnswerKey"]
+    loss = names_in(block("def policy_loss"))["policy_loss"]
+    join(1)
+    overrides = [*FILES, *TINY, f"run.dir={directory}", "weight_sync.verify=never"]
+    with (
+        mock.patch.object(setup, "build_engine", lambda config, tokenizer, **_: engine(tokenizer)),
+        mock.patch.object(actor, "policy_loss", loss),
+    ):
+        train(configuration.load(LAPTOP / "prepo.yaml", overrides))
+    parallel.shut_down()
