@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.process import machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -48,7 +49,9 @@ HEAD_SECONDS = 150.0
 def main() -> int:
     """Run all parts; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--out", type=ownership.new_file(), required=True, help="JSON file to write"
+    )
     parser.add_argument("--verl", type=Path, help="as in tools/bench_head.py")
     parser.add_argument("--sglang", type=Path, help="folder with archives of pack_sglang.py")
     options = parser.parse_args()
@@ -202,9 +205,11 @@ def run_within(seconds: float, command: list[str]) -> dict:
         try:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             ended = True
+        finally:  # also at Ctrl-C, which a session apart does not get
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         output.seek(0)
         return {
             "passed": process.returncode == 0,

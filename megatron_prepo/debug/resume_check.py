@@ -61,11 +61,13 @@ def _prove(
         _clear(config, settings, run)
     _finish(_start(config, settings, whole), whole)
     process = _start(config, settings, killed)
-    while process.poll() is None and num_lines(killed / "metrics.jsonl") < before:
-        time.sleep(POLL_SECONDS)
-    os.killpg(process.pid, signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
-        raise UserError(f"the run failed before it could be killed; see {killed}.log")
+    try:
+        while process.poll() is None and num_lines(killed / "metrics.jsonl") < before:
+            time.sleep(POLL_SECONDS)
+    finally:  # also at Ctrl-C, which the run, in another session, does not get
+        _kill(process)
+    if process.returncode != -signal.SIGKILL:
+        raise UserError(f"the run ended before it could be killed; see {killed}.log")
     _finish(_start(config, settings, killed), killed)
     return compare(whole, killed)
 
@@ -180,5 +182,11 @@ def _finish(process: subprocess.Popen[bytes], run: Path) -> None:
         if process.wait():
             raise UserError(f"a run failed; see {run}.log")
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a run with its ranks; not one that has ended, whose number may be another's by now."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # until it is waited for, it is there
+        process.wait()
