@@ -23,6 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_prepo.files.ownership import new_file
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTLE_SECONDS = 3
 """Pause before each task, for disks whose burst write speed exceeds their sustained speed."""
@@ -37,7 +41,7 @@ SHAPES = {
 def main() -> int:
     """Run, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--out", type=new_file(), help="JSON file to write")
     parser.add_argument("--model", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", help="directory with room for four copies of the model")
@@ -50,13 +54,12 @@ def main() -> int:
         result = measure(Path(scratch), options.model, options.rounds, options.tasks.split(","))
     print(table(result))
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
 def measure(scratch: Path, model: str, rounds: int, tasks: list[str]) -> dict:
     """Return seconds and memory of each task, measured in interleaved order."""
-    sys.path.insert(0, str(REPOSITORY))
     from megatron_prepo.process import machine
 
     # in a separate process: a child's peak memory starts at that of its parent
@@ -192,7 +195,6 @@ def table(result: dict) -> str:
 
 def _task(task: str, scratch: str) -> int:
     """Run one task in this process; prints its seconds and memory as JSON."""
-    sys.path.insert(0, str(REPOSITORY))
     if task.startswith("make "):
         make_model(Path(scratch) / "hf", *SHAPES[task.removeprefix("make ")])
         return 0

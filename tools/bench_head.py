@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.process import local_ranks, machine
 from tools import head_goals
 from tools.head_case import Case, Shape, describe, make_case
@@ -399,7 +400,9 @@ def _command() -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--out", type=ownership.new_file(".md"), required=True, help="JSON file to write"
+    )
     parser.add_argument("--cpu", action="store_true", help="two gloo ranks, no GPU")
     parser.add_argument("--quick", action="store_true", help="only the cases needed for the goals")
     parser.add_argument("--verl", type=Path, help="folder verl/utils/kernel of a verl checkout")

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from megatron_prepo.actor import optimizer_shards, parallel
 from megatron_prepo.actor.actor import Actor
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.process import machine
 from tools.bench_checkpoint import make_actor, make_model
 
@@ -38,7 +39,7 @@ DEADLINE_SECONDS = 1800
 def main() -> int:
     """Start the ranks, write and print the result; or run as one of the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=ownership.new_file(), required=True)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()

@@ -33,6 +33,7 @@ from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.actor.packing import PackingPlan, Row, make_pieces, plan_rows
 from megatron_prepo.config import from_tree
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.process import machine
 from megatron_prepo.records import ScoredSequence
@@ -213,7 +214,7 @@ def make_actor(hf: str, budget: int, settings: dict) -> Actor:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=ownership.new_file(), required=True)
     parser.add_argument(
         "--groups", type=int, default=8, help="number of groups, of 8 rollouts each"
     )

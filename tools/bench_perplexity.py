@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo import config as configuration
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.inputs import preflight
 from megatron_prepo.process import machine
 from megatron_prepo.process.command import in_one_line
@@ -38,7 +39,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--out", type=ownership.new_file(), required=True, help="JSON file to write"
+    )
     options = parser.parse_args()
     overrides = ["rollout.engine=sglang", *one_rank(), *options.overrides]
     config = configuration.load(options.config, overrides)

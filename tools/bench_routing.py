@@ -19,6 +19,7 @@ import tiny_models
 from ranks import on_ranks
 
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.process import machine
 from tests.real_sglang.test_routing import DTYPES, compared
 
@@ -29,7 +30,9 @@ DEADLINE_SECONDS = 1500.0
 def main() -> int:
     """Measure, write the result, print it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--out", type=ownership.new_file(), required=True, help="JSON file to write"
+    )
     default = REPOSITORY / ".venv-sglang" / "bin" / "python"
     parser.add_argument("--python", default=str(default), help="with SGLang (%(default)s)")
     options = parser.parse_args()

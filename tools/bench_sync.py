@@ -38,6 +38,7 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.config import Config, from_tree
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.models.hf_files import buckets
 from megatron_prepo.models.megatron_to_hf import hf_plan, hf_shapes, hf_weights
 from megatron_prepo.process import machine
@@ -58,7 +59,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 def main() -> int:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=ownership.new_file(), help="JSON file to write")
     parser.add_argument("--shape", choices=SHAPES, default="0.5gb")
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)

@@ -28,7 +28,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
@@ -68,21 +70,22 @@ class Arm:
     overrides: tuple[str, ...] = ()
 
 
+@in_one_line
 def main() -> int:
     """Measure a case; write JSON and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", choices=("laptop", "log-normal"), required=True)
     parser.add_argument("--trl", type=Path, help="interpreter with TRL; default: without TRL")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; other cases are kept")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompts", type=int, help="default: 32 (laptop), 4 (log-normal)")
     options = parser.parse_args()
+    earlier = ownership.earlier_result(options.out, ("machine", "cases"))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder))
     out = options.out
-    cases = json.loads(out.read_text())["cases"] if out.is_file() else {}
-    cases[options.case] = measured
+    cases = (earlier["cases"] if earlier else {}) | {options.case: measured}
     result = {"machine": machine.describe(), "cases": cases}
     out.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(out, json.dumps(result, indent=2) + "\n")

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
+from megatron_prepo.files import ownership
 from megatron_prepo.inputs import preflight
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import Rollout
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print and draw; returns 0 if engine and actor agree, 1 if they differ."""
     options = parse(arguments)
     config = config_of(options)
+    if os.environ.get("RANK", "0") == "0":
+        ownership.claim(options.out, "comparison of log-probabilities", "--out")
     inputs = preflight.check(config)
     from megatron_prepo.trainer.stages import rollout_request
 
@@ -204,7 +207,8 @@ def draw(comparison: Comparison, path: Path) -> Path:
 def config_of(options: argparse.Namespace) -> Config:
     """Return the given configuration, or a minimal one for a model and a server, in this layout."""
     layout = [] if "RANK" in os.environ else one_rank()
-    overrides = [*options.overrides, f"run.dir={options.out}", *layout]
+    run = configuration.literal(options.out / "run")  # for the logs of servers
+    overrides = [*options.overrides, f"run.dir={run}", *layout]
     if options.config:
         return configuration.load(options.config, overrides)
     tree = {

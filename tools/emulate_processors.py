@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.process import machine
 from megatron_prepo.run import progress
@@ -135,7 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PROCESSORS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, action="append", help="default: 1 and 2")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=ownership.new_file(), help="JSON file to write")
     parser.add_argument("pytest", nargs="*", help="additional arguments of pytest, after --")
     return parser.parse_args(argv)
 

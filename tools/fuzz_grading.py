@@ -23,7 +23,9 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_prepo.config import RewardConfig
+from megatron_prepo.errors import in_one_line
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.files.ownership import earlier_result
 from megatron_prepo.process import machine
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import WALL_CLOCK_FACTOR, Grader
@@ -187,6 +189,7 @@ def dictionary() -> str:
     return file.name
 
 
+@in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return exit code 1 if an answer exceeded its limit, or an honest one was graded wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -196,11 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
     settings = RewardConfig(function="math", seconds=options.limit, max_failed=1.0)
-    path, fresh = (
-        Path(options.out),
-        {"machine": machine.describe(), "mixture": EMPTY, "atheris": {}},
-    )
-    result = json.loads(path.read_text()) if path.is_file() else copy.deepcopy(fresh)
+    path = Path(options.out)
+    result = earlier_result(path, ("machine", "mixture", "atheris", "limits")) or {
+        "machine": machine.describe(),
+        "mixture": copy.deepcopy(EMPTY),
+        "atheris": {},
+    }
     result["limits"] = {"seconds": settings.seconds, "memory_mb": settings.memory_mb}
 
     def save() -> None:

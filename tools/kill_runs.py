@@ -31,6 +31,7 @@ from pathlib import Path
 from megatron_prepo import config as configuration
 from megatron_prepo.debug import resume_check as prove
 from megatron_prepo.errors import Stopped
+from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.process import machine
 from megatron_prepo.process.ports import free_port
@@ -297,7 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file, rewritten after every run")
+    parser.add_argument("--out", type=ownership.new_file(), help="JSON file, rewritten per run")
     parser.add_argument("--case", action="append", choices=CASES, help="only these settings")
     options = parser.parse_args()
     kills, differ, num_runs = [], [], 0

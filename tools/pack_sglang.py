@@ -58,7 +58,11 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [pack(names.split(), folder / f"sglang_{n}.zip") for n, names in enumerate(PARTS, 1)]
+    archives = [folder / f"sglang_{n}.zip" for n, _ in enumerate(PARTS, 1)]
+    for archive in archives:
+        if archive.exists():
+            parser.error(f"{archive} exists; choose another folder, or move it away")
+    sizes = [pack(names.split(), path) for names, path in zip(PARTS, archives, strict=True)]
     return int(max(sizes) > MOST_BYTES)
 
 

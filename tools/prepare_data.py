@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.errors import UserError, one_line
 from megatron_prepo.files import json_lines
+from megatron_prepo.files.atomic import write_text
 from megatron_prepo.files.json_lines import answer_of, text_of
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.rewards.boxed import last_boxed
@@ -297,23 +298,31 @@ def write(path: Path, problems: Sequence[Problem], instruction: str) -> dict:
     return {"file": str(path)} | describe(problems)
 
 
-def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
-    """Raise UserError if an output would replace a file that this tool did not write."""
+def to_write(options: argparse.Namespace) -> set[str]:
+    """Return the files of this call, relative to `--out`."""
+    names = {f"suites/{name}.jsonl" for name, _ in options.suite} | {"statistics.json"}
+    kinds = ("train", "held_out") if options.held_out else ("train",)
+    names |= {f"{name}/{kind}.jsonl" for name, _ in options.train for kind in kinds}
+    names |= {f"{options.together}.jsonl"} if options.together else set()
+    return names | ({"perplexity.png", "perplexity.json"} if options.perplexity else set())
+
+
+def written_before(out: Path) -> set[str]:
+    """Return the files of earlier calls, from the record that they keep."""
     try:
         statistics = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
-        if {"train", "suites"} <= statistics.keys():
-            return
-    except (OSError, ValueError, AttributeError):
-        pass
-    files = [out / "suites" / f"{name}.jsonl" for name, _ in options.suite]
-    files += [out / name / "train.jsonl" for name, _ in options.train]
-    files += [out / name / "held_out.jsonl" for name, _ in options.train if options.held_out]
-    files += [out / f"{options.together}.jsonl"] if options.together else []
-    for file in (*files, out / "perplexity.png", out / "statistics.json"):
-        if os.path.lexists(file):
+        return {"statistics.json", *statistics["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
+    """Raise UserError if an output would replace a file that this tool did not write."""
+    for name in sorted(to_write(options) - written_before(out)):
+        if os.path.lexists(out / name):
             raise UserError(
-                f"{file} exists, and {out} has no statistics.json of this tool; nothing was "
-                "written: choose another --out, or move the file"
+                f"{out / name} exists, and is not in a statistics.json of this tool; nothing was "
+                "written: choose another --out, or move it away"
             )
 
 
@@ -333,6 +342,10 @@ def prepare(options: argparse.Namespace) -> dict:
     out, statistics = Path(options.out), {"train": {}, "suites": {}}
     refuse_other_files(out, options)
     suites = {name: read_problems(name, place) for name, place in options.suite}
+    out.mkdir(parents=True, exist_ok=True)
+    # before the files: should this call fail, the next one knows them
+    statistics["files"] = sorted(to_write(options) | written_before(out))
+    write_text(out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
     for name, problems in suites.items():
         path = out / "suites" / f"{name}.jsonl"
         statistics["suites"][name] = write(path, problems, options.instruction)
@@ -361,7 +374,6 @@ def prepare(options: argparse.Namespace) -> dict:
             path = out / name / "held_out.jsonl"
             entry["held_out"] = write(path, held_out, options.instruction)
         statistics["train"][name] = entry
-    out.mkdir(parents=True, exist_ok=True)
     if options.perplexity:
         from tools.prompt_perplexity import describe as describe_perplexities
 
@@ -370,7 +382,7 @@ def prepare(options: argparse.Namespace) -> dict:
         statistics["perplexity"] = describe_perplexities(
             options.perplexity, files, out / "perplexity.png"
         )
-    (out / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    write_text(out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
     return statistics
 
 

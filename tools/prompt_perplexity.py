@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
-from megatron_prepo.errors import UserError
+from megatron_prepo.files.ownership import new_file
 from megatron_prepo.inputs.preflight import read_tokenizer
 from megatron_prepo.prepo.perplexity import perplexity
 from megatron_prepo.process.command import in_one_line
@@ -100,17 +100,12 @@ def draw(ppl_of: dict[str, np.ndarray], path: str | Path, title: str) -> None:
 def describe(
     hf: str, files: dict[str, str | Path], out: str | Path, **options
 ) -> dict[str, dict[str, float]]:
-    """Measure the files, draw and write; returns the quantiles of each."""
-    numbers = Path(out).with_suffix(".json")
-    if numbers.exists() and not Path(out).exists():
-        raise UserError(
-            f"{numbers}, the output next to {out}, is not this tool's; choose another --out"
-        )
+    """Measure the named files, draw, write; returns the quantiles of each."""
     measured = perplexities(hf, list(files.values()), **options)
     ppl_of = {name: measured[str(file)] for name, file in files.items()}
     draw(ppl_of, out, f"under {hf}")
     result = {name: quantiles(ppl_P) for name, ppl_P in ppl_of.items()}
-    numbers.write_text(json.dumps(result, indent=2) + "\n")
+    Path(out).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -120,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="prompts, JSON Lines")
     parser.add_argument("--hf", required=True, help="Hugging Face directory of the model")
-    parser.add_argument("--out", required=True, help="PNG file")
+    parser.add_argument(
+        "--out", type=new_file(".json"), required=True, help="PNG file; its numbers go beside it"
+    )
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
     parser.add_argument("--tokens", choices=("all", "content"), default="all")
     options = parser.parse_args(arguments)

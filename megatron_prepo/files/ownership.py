@@ -22,6 +22,7 @@ were copied, too (`mv`, `cp -a`, `rsync -a`).  `lock.py` keeps two processes fro
 `run/directory.py` knows what a run writes.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ import re
 import secrets
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,42 @@ def claim(directory: str | Path, kind: str, option: str) -> None:
         )
     directory.mkdir(parents=True, exist_ok=True)
     mark(directory, kind)
+
+
+def new_file(*beside: str) -> Callable[[str], Path]:
+    """Return the argparse type of an option that names a file to write, which must not exist.
+
+    `beside`: suffixes of further files that are written under its name.  Nothing in such a file
+    would show that it is ours.
+    """
+
+    def new_path(name: str) -> Path:
+        path = Path(name)
+        for file in (path, *(path.with_suffix(suffix) for suffix in beside)):
+            if os.path.lexists(file):
+                raise argparse.ArgumentTypeError(f"{file} exists; choose another, or move it away")
+        return path
+
+    return new_path
+
+
+def earlier_result(path: str | Path, keys: Iterable[str]) -> dict[str, Any] | None:
+    """Return the JSON object with just these keys that an earlier call wrote; None without a file.
+
+    Raises UserError for anything else: the file is not one to replace.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if result.keys() == set(keys):
+            return result
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    raise UserError(
+        f"{path} exists, and is not a result of this command; choose another, or move it away"
+    )
 
 
 def _content(directory: Path) -> set[str]:

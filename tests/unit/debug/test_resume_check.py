@@ -33,7 +33,7 @@ def prove_with(tmp_path, monkeypatch):
         monkeypatch.setattr(prove, "_start", start)
         monkeypatch.setattr(prove, "_clear", lambda *_: None)
         if program == WITH_A_CHILD:
-            monkeypatch.setattr(prove, "_finish", lambda process: os.killpg(process.pid, 9))
+            monkeypatch.setattr(prove, "_finish", lambda process, run: os.killpg(process.pid, 9))
         return prove.prove(tmp_path / "config.yaml", [], tmp_path / "proof", before=1, after=1)
 
     return prove_it

@@ -54,7 +54,7 @@ def test_a_directory_and_a_server_make_a_configuration():
     )
     config = compare_logprobs.config_of(options)
     assert (config.model.hf, config.servers.urls) == ("d", ("http://a:1",))
-    assert (config.rollout.engine, config.data.train, config.run.dir) == ("sglang", "p", "o")
+    assert (config.rollout.engine, config.data.train, config.run.dir) == ("sglang", "p", "o/run")
     assert config.model.dtype == "float32"
 
 

@@ -1,0 +1,139 @@
+"""No tool writes over a file that it did not write; a new tool with `--out` is tried as well."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints_convert.__main__ import main as convert
+from checkpoints_convert.verify import Report
+from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from tests.e2e.laptop import LAPTOP
+from tools import compare_logprobs, pack_sglang, prepare_data
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+FOLDERS = {"compare_logprobs", "prepare_data"}
+"""Tools whose `--out` is a folder."""
+FURTHER = {"bench_train": ["--case", "laptop"]}
+"""Required arguments of tools that look at the file after all arguments."""
+TOOLS = sorted(
+    path.stem
+    for path in (REPOSITORY / "tools").glob("*.py")
+    if '"--out"' in path.read_text() and path.stem not in FOLDERS
+)
+
+
+def refused(capsys, monkeypatch, main, *words) -> str:
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+    capsys.readouterr()
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_file_of_the_users_is_refused_before_anything_is_measured(
+    capsys, monkeypatch, tmp_path, name
+):
+    main = importlib.import_module(f"tools.{name}").main
+    file = tmp_path / "result.json"
+    for content in ("precious", "{}", '{"machine": {}, "cases": {}, "mine": 1}'):
+        file.write_text(content)
+        said = refused(capsys, monkeypatch, main, "--out", file, *FURTHER.get(name, ()))
+        assert f"{file} exists" in said and file.read_text() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("bench_head", ".md"), ("prompt_perplexity", ".json")]
+)
+def test_a_second_file_of_the_same_name_is_refused(capsys, monkeypatch, tmp_path, name, suffix):
+    main = importlib.import_module(f"tools.{name}").main
+    (tmp_path / f"result{suffix}").write_text("precious")
+    said = refused(capsys, monkeypatch, main, "--out", tmp_path / "result.png")
+    assert f"result{suffix} exists" in said
+
+
+def test_a_link_is_refused_wherever_it_leads(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link exists"):
+        ownership.earlier_result(tmp_path / "link", ("machine",))
+    with pytest.raises(Exception, match="link exists"):
+        ownership.new_file()(str(tmp_path / "link"))
+    assert ownership.new_file()(str(tmp_path / "new")) == tmp_path / "new"
+
+
+def test_an_earlier_result_is_known_by_its_keys(tmp_path):
+    path = tmp_path / "result.json"
+    assert ownership.earlier_result(path, ("machine", "cases")) is None
+    path.write_text('{"cases": {"a": 1}, "machine": {}}')
+    assert ownership.earlier_result(path, ("machine", "cases"))["cases"] == {"a": 1}
+    for content in ("[]", "3", '{"cases": 1}', "[" * 99999, "\x00"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="is not a result of this command"):
+            ownership.earlier_result(path, ("machine", "cases"))
+
+
+def test_a_manifest_is_replaced_and_no_other_file(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "manifest.json"
+    file.write_text('{"mine": 1}')
+    words = ["verify", "--hf", tmp_path / "absent", "--manifest", file]
+    assert f"{file} exists" in refused(capsys, monkeypatch, convert, *words)
+    file.write_text(Report().as_json())
+    assert "exists" not in refused(capsys, monkeypatch, convert, *words)  # the model is absent
+    assert json.loads(file.read_text())["passed"]
+
+
+def test_a_folder_of_the_users_gets_no_logs_and_pictures(capsys, monkeypatch, tmp_path):
+    for name in ("hf", "logs"):
+        (tmp_path / name).mkdir()
+    words = [str(LAPTOP / "prepo.yaml"), "--out", tmp_path]
+    said = refused(capsys, monkeypatch, compare_logprobs.main, *words)
+    assert f"--out {tmp_path} exists, is not empty" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "logs"]
+
+
+def test_an_archive_of_the_users_is_refused_before_anything_is_downloaded(
+    capsys, monkeypatch, tmp_path
+):
+    (tmp_path / "sglang_2.zip").write_text("precious")
+    said = refused(capsys, monkeypatch, pack_sglang.main, tmp_path)
+    assert "sglang_2.zip exists" in said
+    assert (tmp_path / "sglang_2.zip").read_text() == "precious"
+
+
+def test_prepared_data_replaces_what_it_wrote_and_nothing_else(capsys, monkeypatch, tmp_path):
+    row = {"problem": "What is 1 + 1?", "answer": "2", "id": "0"}
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    source.write_text(json.dumps(row) + "\n")
+
+    def prepare(*words) -> int:
+        return prepare_data.main([*map(str, words), "--out", str(out)])
+
+    assert prepare("--suite", f"aime24={source}") == 0
+    assert prepare("--suite", f"aime24={source}", "--together", "all") == 0
+    assert prepare("--suite", f"aime24={source}") == 0
+    (out / "suites" / "aime25.jsonl").write_text("precious")
+    (out / "mine.jsonl").write_text("precious")
+    (out / "perplexity.json").write_text("precious")
+    for words in (
+        ["--suite", f"aime25={source}"],
+        ["--suite", f"aime24={source}", "--together", "mine"],
+        ["--suite", f"aime24={source}", "--perplexity", LAPTOP / "base"],
+    ):
+        assert prepare(*words) == 2
+        assert "exists, and is not in a statistics.json of this tool" in capsys.readouterr().err
+    precious = [
+        path for path in out.rglob("*") if path.is_file() and "precious" in path.read_text()
+    ]
+    assert len(precious) == 3
+    # a call that fails on its way leaves its files to the next one
+    assert prepare("--suite", f"aime24={source}", "--train", f"aime24={tmp_path}/absent") == 2
+    assert prepare("--suite", f"aime24={source}") == 0
