@@ -65,8 +65,10 @@ def _verify(options: argparse.Namespace) -> int:
     )
     for row in report.logits:
         print(
-            f"logits of {row['tokens'][:40]}: largest difference {row['max_abs_difference']:.1e}, "
-            f"mean {row['mean_abs_difference']:.1e}, KL {row['mean_kl']:.1e}"
+            f"logits of {row['tokens'][:40]}: largest error {row['max_abs_difference']:.1e}, mean "
+            f"{row['mean_abs_difference']:.1e}; of transformers in float32 "
+            f"{row['max_abs_rounding']:.1e} and {row['mean_abs_rounding']:.1e}; KL "
+            f"{row['mean_kl']:.1e}"
         )
     for failure in report.failures:
         print(f"FAILED {failure}", file=sys.stderr)

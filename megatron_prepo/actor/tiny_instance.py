@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.float64 import computing_in_float64
 from megatron_prepo.models.hf_config import read_hf_config, read_json
 from megatron_prepo.models.hf_files import SINGLE
 
@@ -66,7 +67,8 @@ def compare(directory: str | Path) -> Difference:
         last = min(POSITIONS, hf["max_position_embeddings"]) - 1
         positions_1S = torch.linspace(0, last, TOKENS).round().long()[None]
         theirs_SV = transformers_logits(model, tokens_1S, positions_1S)
-        reference_SV = transformers_logits(in_float64(model), tokens_1S, positions_1S)
+        with computing_in_float64(model):
+            reference_SV = transformers_logits(model, tokens_1S, positions_1S)
         ours_SV = megatron_logits(scratch, hf, tokens_1S, positions_1S)
         return Difference(
             float((ours_SV - theirs_SV).abs().max()),
@@ -120,16 +122,6 @@ def tiny_config(directory: str | Path) -> dict[str, Any]:
     if raw.get("layer_types"):
         sizes["layer_types"] = raw["layer_types"][:1] * 2
     return raw | sizes
-
-
-def in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the same model in float64, whose products are exact compared with float32."""
-    from transformers import AutoModelForCausalLM
-
-    exact = AutoModelForCausalLM.from_config(model.config, dtype=torch.float64).eval()
-    exact.set_experts_implementation("eager")
-    exact.load_state_dict(model.state_dict())
-    return exact
 
 
 @torch.no_grad()

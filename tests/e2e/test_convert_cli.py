@@ -385,6 +385,33 @@ def test_verify_notices_a_rope_scaling_that_the_actor_would_lose(
     assert code == 1 and "FAILED logits: 2048 random tokens" in err
 
 
+@pytest.mark.parametrize("name", ["qwen2", "moe"])
+def test_verify_logs_what_is_allowed_and_notices_more(
+    cli, models, checkpoints, monkeypatch, tmp_path, name
+):
+    """A norm that is off by a ten-thousandth, which is some 20 times what float32 errs by."""
+    from megatron_prepo.actor import checkpoint
+
+    words = ["verify", "--hf", models[name], "--megatron", checkpoints[name], "--layouts", "1x1"]
+    code, out, err = cli(*words, "--manifest", tmp_path / "manifest.json")
+    assert code == 0, err
+    assert out.count("of transformers in float32") == 2
+    for row in json.loads((tmp_path / "manifest.json").read_text())["logits"]:
+        for which in ("max", "mean"):
+            ours, theirs = (row[f"{which}_abs_{kind}"] for kind in ("difference", "rounding"))
+            assert 0 < ours <= 8 * theirs < 1e-4 * row["spread"], row
+    right = checkpoint.load_weights
+
+    def off(chunks, *others):
+        right(chunks, *others)
+        chunks[0].decoder.final_layernorm.weight.data *= 1.0001
+
+    monkeypatch.setattr(checkpoint, "load_weights", off)
+    code, _, err = cli(*words)
+    assert code == 1
+    assert "FAILED logits: 32 random tokens" in err and "FAILED logits: 256 random tokens" in err
+
+
 def test_verify_says_which_layouts_it_skipped(cli, models):
     code, out, _ = cli("verify", "--hf", models["qwen3"], "--layouts", "1x1,3x1", "--no-logits")
     assert code == 0 and "tp3 pp1 ep1: skipped" in out

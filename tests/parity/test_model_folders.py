@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from megatron_prepo.actor import tiny_instance
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.fit import check_fit, expected_shapes
+from megatron_prepo.models.float64 import computing_in_float64
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_files import EMBEDDING, HEAD, INDEX, SINGLE, HFTensors
 
@@ -81,7 +82,8 @@ def assert_same_logits(directory):
     theirs.set_experts_implementation("eager")
     arguments = tokens_1S, positions_1S
     theirs_SV = tiny_instance.transformers_logits(theirs, *arguments)
-    exact_SV = tiny_instance.transformers_logits(tiny_instance.in_float64(theirs), *arguments)
+    with computing_in_float64(theirs):
+        exact_SV = tiny_instance.transformers_logits(theirs, *arguments)
     ours_SV = tiny_instance.megatron_logits(directory, hf, *arguments)
     rounding = (theirs_SV - exact_SV).abs().max()
     assert (ours_SV - theirs_SV).abs().max() <= FACTOR * rounding
