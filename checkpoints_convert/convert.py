@@ -256,7 +256,7 @@ def plan_export(
     """
     plan = plan_checkpoint(settings)
     keys = {parameter.key for parameter in plan}
-    known = {key for key in reader.tensors if not key.startswith(("optimizer.", "chained_"))}
+    known = reader.weights()
     if keys != known:
         raise UserError(
             f"{reader.directory} does not fit the model of config.json: missing "

@@ -101,13 +101,27 @@ def load_settings(path: str | None, models: Named, overrides: Sequence[str]) -> 
 
 
 def own_dtype(places: Iterable[Path]) -> str:
-    """Return bfloat16 if it represents all weights of the Hugging Face models, else float32."""
-    for place in places:
-        if (place / "config.json").is_file():
-            with HFTensors(place) as tensors:
-                if widest(p.dtype for p in tensors.places.values()) is not torch.bfloat16:
-                    return "float32"
-    return "bfloat16"
+    """Return bfloat16 if it represents all weights of the models, else float32."""
+    dtypes = [dtype for place in places for dtype in _weight_dtypes(place)]
+    return "bfloat16" if not dtypes or widest(dtypes) is torch.bfloat16 else "float32"
+
+
+def _weight_dtypes(place: Path) -> set[torch.dtype]:
+    """Return the types of a model's tensors from its files; empty for anything else."""
+    if (place / "config.json").is_file():
+        with HFTensors(place) as tensors:
+            return {tensor.dtype for tensor in tensors.places.values()}
+    if _is_megatron(place):
+        from megatron_prepo.actor.checkpoint import newest
+        from megatron_prepo.models.torch_dist import TorchDistReader
+
+        reader = TorchDistReader(newest(place))
+        return {reader.dtype(key) for key in reader.weights()}
+    return set()
+
+
+def _is_megatron(place: Path) -> bool:
+    return any((place / mark).is_file() for mark in MEGATRON_MARKS)
 
 
 def dated(config: Config, day: date | None) -> Config:
@@ -186,7 +200,7 @@ def find_model(name: str, place: Path, directory: Path, config: Config) -> Model
             return Model(name, place, place / "hf", rollouts)
         exported = export(name, place / "checkpoints", directory, run.model.hf)
         return Model(name, place, exported, rollouts)
-    if any((place / mark).is_file() for mark in MEGATRON_MARKS):
+    if _is_megatron(place):
         hf = None if config.model.hf == "-" else config.model.hf
         return Model(name, place, export(name, place, directory, hf))
     raise UserError(

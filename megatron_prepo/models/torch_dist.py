@@ -154,6 +154,10 @@ class TorchDistReader:
         self._places = metadata.storage_data
         self._check_files()
 
+    def weights(self) -> set[str]:
+        """Names of the model's tensors, without those of an optimizer."""
+        return {key for key in self.tensors if not key.startswith(("optimizer.", "chained_"))}
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the global shape of a tensor."""
         return tuple(self._entry(key).size)

@@ -86,6 +86,35 @@ def loaded(directory):
     return ours
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_megatron_checkpoint_is_evaluated_in_the_type_of_its_weights(
+    tmp_path, monkeypatch, dtype
+):
+    """Whatever the type of an optimizer's state in it, and that of another model's files."""
+    from checkpoints_convert.convert import import_hf
+    from megatron_prepo.models.torch_dist import TorchDistReader
+
+    model = tiny_models.qwen3(tied=True)
+    hf = base(tmp_path / "base", model, {"torch_dtype": "bfloat16"})
+    import_hf(hf, tmp_path / "megatron", dtype=dtype)
+    read = TorchDistReader.__init__
+
+    def with_optimizer(reader, directory):
+        read(reader, directory)
+        single = SimpleNamespace(properties=SimpleNamespace(dtype=torch.float32))
+        for prefix in ("optimizer.state.", "chained_0.optimizer.state."):
+            reader.tensors |= {prefix + name: single for name in list(reader.tensors)}
+
+    monkeypatch.setattr(TorchDistReader, "__init__", with_optimizer)
+    named = [("model", str(tmp_path / "megatron"))]
+    words = ["rollout.max_new_tokens=4"]
+    assert suites.load_settings(None, named, words).model.dtype == dtype
+    named.append(("base", str(hf)))
+    assert suites.load_settings(None, named, words).model.dtype == dtype
+    given = [*words, "model.dtype=bfloat16"]
+    assert suites.load_settings(None, named, given).model.dtype == "bfloat16"
+
+
 def test_experts_are_loaded_for_evaluation(tmp_path):
     """Transformers has two tensors for the experts in memory, and one per expert in files."""
     model = tiny_models.qwen3_moe()
