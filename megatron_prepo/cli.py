@@ -169,7 +169,9 @@ def _demo(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     name = options.name or Path(options.dir or options.config).stem
     directory = Path(options.dir or Path("runs") / "compare" / name)
-    results = Path(options.results or directory / "results.jsonl")
+    # the file itself: a link would be replaced by a file, and is another name to lock
+    results = Path(os.path.realpath(options.results or directory / "results.jsonl"))
+    compare.read_results(results)  # before anything is beside it
     results.parent.mkdir(parents=True, exist_ok=True)
     # two comparisons would each write the file from what they knew when they began
     with lock.held(results.with_name(f".{results.name}.lock"), str(results)):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_prepo import config as configuration
-from megatron_prepo.compare.planned_run import PlannedRun
+from megatron_prepo.compare.planned_run import LOG, PlannedRun
 
 GRACE_SECONDS = 10.0
 
@@ -54,7 +54,7 @@ def start(
     run: PlannedRun, config_path: str | Path, train: Sequence[str], devices: list[str], slot: int
 ) -> Process:
     """Start the run in a new process group, with its part of the devices."""
-    run.directory.mkdir(parents=True, exist_ok=True)
+    run.make_directory()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
@@ -63,7 +63,7 @@ def start(
         mine = [devices[(slot * num_ranks + i) % len(devices)] for i in range(num_ranks)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
     where = [f"run.dir={configuration.literal(run.directory)}", "run.overwrite=true"]
-    with open(run.directory / "train.log", "a") as log:
+    with open(run.directory / LOG, "a") as log:
         return subprocess.Popen(
             [*train, str(config_path), *run.overrides, *where],
             env=environment,

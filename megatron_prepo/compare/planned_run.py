@@ -1,6 +1,7 @@
 """One run of a comparison, before it starts."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare.record import Settings
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
+from megatron_prepo.run import directory as run_directory
+
+LOG = "train.log"
+"""In a run's directory: the output of its ranks."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,37 @@ class PlannedRun:
         return dataclasses.replace(self.config, run=section)
 
     def must_equal(self, other: Config, where: str) -> None:
-        """Raise UserError with the settings in which a finished run differs."""
+        """Raise UserError with the settings in which a run differs."""
         before = run_record.settings(other)
         refuse_other_settings(before, run_record.settings(self.config), self.name, where)
 
+    def check_directory(self) -> None:
+        """Raise UserError if its start would touch anything but an interrupted run of this arm.
+
+        Nothing is written.
+        """
+        run_directory.check(self.replacing())
+        if run_directory.has_made_a_step(self.directory):
+            self.must_equal(run_record.read_config(self.directory), f"{self.directory} holds")
+        log = self.directory / LOG
+        if os.path.lexists(log) and not run_directory.ours(self.directory):
+            raise UserError(
+                f"{log} exists, and no run of a comparison wrote it; nothing was written: choose "
+                "another --dir, or move it away"
+            )
+
+    def make_directory(self) -> None:
+        """Mark the directory before anything else is in it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not run_directory.ours(self.directory):
+            ownership.mark(self.directory, ownership.RUN, identity=ownership.new_identity())
+
 
 def refuse_other_settings(before: Settings, now: Settings, run: str, where: str) -> None:
-    """Raise UserError if a finished run of this name has other settings."""
+    """Raise UserError if the run of this name has other settings."""
     changed = run_record.differences(before, now)
     if changed:
         raise UserError(
-            f"{where} a finished {run} with other settings ({'; '.join(changed)}); "
+            f"{where} a run {run} with other settings ({'; '.join(changed)}); "
             "choose another --dir and --name, or give the same settings"
         )

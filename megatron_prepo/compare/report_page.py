@@ -51,15 +51,21 @@ def _refuse_another_file(path: Path) -> None:
     """Raise UserError for an existing file that no earlier report wrote."""
     if not os.path.lexists(path):
         return
-    signs = {".md": b"| arm | seeds |"}
-    sign = signs.get(path.suffix, figures.WRITTEN_BY.encode())
-    if path.is_file():
-        with open(path, "rb") as file:
-            if sign in file.read(1024):
-                return
+    if path.is_file() and _is_of_a_report(path):
+        return
     raise UserError(
         f"{path} exists and no report wrote it; nothing was written: choose another --out, or "
         "move it away"
+    )
+
+
+def _is_of_a_report(path: Path) -> bool:
+    """Look for the name of this program at the beginning; a table has nothing else in it."""
+    content = path.read_bytes()
+    if path.suffix != ".md":
+        return figures.WRITTEN_BY.encode() in content[:1024]
+    return content.startswith(b"| arm | seeds |") and all(
+        line.startswith(b"|") for line in content.splitlines()
     )
 
 

@@ -26,12 +26,11 @@ from megatron_prepo.compare import local_runs
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare import slurm_array as array
 from megatron_prepo.compare.arms import ARMS, parse_arms
-from megatron_prepo.compare.planned_run import PlannedRun, refuse_other_settings
+from megatron_prepo.compare.planned_run import LOG, PlannedRun, refuse_other_settings
 from megatron_prepo.compare.record import Record
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
-from megatron_prepo.run import directory as run_directory
 
 TRAIN = (sys.executable, "-m", "megatron_prepo", "train")
 """The command that starts one run."""
@@ -98,7 +97,7 @@ def compare(
     for config in distinct_inputs([run.config for run in waiting]):
         check(config)
     for run in waiting:
-        run_directory.check(run.replacing())
+        run.check_directory()
     runs = (
         array.run_all(waiting, config_path, directory, slurm, jobs)
         if slurm
@@ -248,9 +247,14 @@ def read_results(path: Path) -> Records:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines if line.strip()]
-        return {(r["comparison"], r["arm"], r["seed"]): r for r in records}
-    except (ValueError, KeyError, TypeError) as error:
+        keys = [(r["comparison"], r["arm"], r["seed"]) for r in records]
+        by_key = dict(zip(keys, records, strict=True))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no results file of `compare`: {error!r}") from None
+    if len(by_key) < len(keys):  # one of them would be lost when the file is written
+        name, arm, seed = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{path} has the run {name} {arm}/{seed} twice; remove one of the lines")
+    return by_key
 
 
 def write_results(path: Path, records: Records) -> None:
@@ -280,7 +284,7 @@ def failures(failed: Sequence[tuple[PlannedRun, int]], total: int) -> str:
     """Return a message with the failed runs and the last lines of their logs."""
     parts = [f"{len(failed)} of {total} runs failed; the same command runs only what is missing"]
     for run, exit_code in failed:
-        log = run.directory / "train.log"
+        log = run.directory / LOG
         text = log.read_text(errors="replace") if log.is_file() else "no log: it did not start"
         lines = text.splitlines()[-LOG_LINES:]
         tail = "\n".join(f"    {line}" for line in lines)

@@ -161,7 +161,7 @@ def script(
 def _submit(runs: Sequence[PlannedRun], text: str, place: Path) -> str:
     """Submit the array and return its number."""
     for run in runs:
-        run.directory.mkdir(parents=True, exist_ok=True)
+        run.make_directory()
     try:
         done = subprocess.run(
             ["sbatch", "--parsable"],

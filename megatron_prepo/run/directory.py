@@ -189,7 +189,7 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     before = saved_config(directory)
     now = resumed(before, config)
     found = changes(before, now, saved_inputs(directory))
-    if found.forbidden and not _has_made_a_step(directory) and ours(directory):
+    if found.forbidden and not has_made_a_step(directory) and ours(directory):
         to_remove(config)
         return "new"
     if found.forbidden:
@@ -737,7 +737,7 @@ def _withdraw_summary(directory: Path, say: Callable[[str], None]) -> None:
     )
 
 
-def _has_made_a_step(directory: Path) -> bool:
+def has_made_a_step(directory: Path) -> bool:
     """Whether the run has come to anything that resuming it would keep."""
     checkpoints = (directory / "checkpoints").glob("iter_*")
     return _num_lines(directory / "metrics.jsonl") > 0 or any(True for _ in checkpoints)

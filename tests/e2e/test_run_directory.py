@@ -16,6 +16,7 @@ from rounding import approx
 from megatron_prepo.cli import main
 from megatron_prepo.compare import report_page as page
 from megatron_prepo.debug import resume_check as prove
+from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
@@ -162,6 +163,16 @@ def test_a_report_over_a_file_of_the_users(capsys, copied, tmp_path):
     picture = next(path for path in written if path.suffix == ".png")
     picture.write_bytes(b"precious")
     assert f"{picture} exists" in refused(capsys, out.parent, *words)
+
+
+def test_a_table_that_the_user_wrote_more_to(tmp_path):
+    table = tmp_path / "both.md"
+    table.write_text("| arm | seeds |\n|---|---|\n| `random` | 2 |\n")
+    page._refuse_another_file(table)
+    for text in (table.read_text() + "\nMy analysis.\n", "# Notes\n" + table.read_text(), ""):
+        table.write_text(text)
+        with pytest.raises(UserError, match="no report wrote it"):
+            page._refuse_another_file(table)
 
 
 def test_users_files_in_folders_of_a_run(capsys, copied):

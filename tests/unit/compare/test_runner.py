@@ -280,6 +280,88 @@ def test_no_results_file(run_compare, tmp_path):
         run_compare(results=tmp_path / "results.jsonl")
 
 
+def test_a_results_file_loses_no_line(run_compare, tmp_path):
+    """Two records of a run: one of them would go when the file is written."""
+    run_compare("random", "1")
+    results = tmp_path / "runs" / "results.jsonl"
+    text = 2 * results.read_text()
+    results.write_text(text)
+    with pytest.raises(UserError, match=r"has the run runs random/1 twice"):
+        run_compare("random", "1-2")
+    assert results.read_text() == text and len(started(tmp_path)) == 1
+
+
+def compare_words(config_path, tmp_path, *words) -> list[str]:
+    methods = ["--methods", "random", "--seeds", "1", "--dir", str(tmp_path / "runs")]
+    return ["compare", str(config_path), *methods, *map(str, words)]
+
+
+@pytest.mark.parametrize("content", ["a folder", "precious", '{"mine": 1}', "a link to nowhere"])
+def test_results_that_are_none_are_refused_before_anything_is_beside_them(
+    config_path, tmp_path, capsys, content
+):
+    place = tmp_path / "mine"
+    place.mkdir()
+    match content:
+        case "a folder":
+            (place / "results").mkdir()
+        case "a link to nowhere":
+            (place / "results").symlink_to("results")
+        case _:
+            (place / "results").write_text(content)
+    assert main(compare_words(config_path, tmp_path, "--results", place / "results")) == 2
+    said = capsys.readouterr().err
+    assert str(place / "results") in said and len(said.strip().splitlines()) == 1
+    assert [path.name for path in place.iterdir()] == ["results"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_link_to_results_stays_a_link(config_path, run_compare, tmp_path, monkeypatch):
+    """And the file that it leads to gets the records."""
+    run_compare("random", "1")
+    (tmp_path / "kept").mkdir()
+    results, link = tmp_path / "kept" / "results.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(results)
+    results.touch()
+    assert main(compare_words(config_path, tmp_path, "--results", link)) == 0
+    assert link.is_symlink() and len(results.read_text().splitlines()) == 1
+    assert not (tmp_path / ".link.jsonl.lock").exists()
+
+
+def test_a_log_of_the_users_is_not_added_to(run_compare, tmp_path):
+    directory = tmp_path / "runs" / "random" / "1"
+    directory.mkdir(parents=True)
+    (directory / "train.log").write_text("precious")
+    with pytest.raises(UserError, match=r"train\.log exists, and no run of a comparison wrote it"):
+        run_compare("prepo,random", "1")
+    assert started(tmp_path) == [] and not (tmp_path / "runs" / "prepo").exists()
+    assert (directory / "train.log").read_text() == "precious"
+
+
+def test_its_own_log_of_a_run_that_failed_early_is_added_to(run_compare, tmp_path):
+    failing = [sys.executable, "-c", "raise SystemExit('too early')"]
+    for _ in range(2):
+        with pytest.raises(comparing.RunsFailed):
+            run_compare("random", "1", train=failing)
+    run_compare("random", "1")
+    log = (tmp_path / "runs" / "random" / "1" / "train.log").read_text()
+    assert log.count("too early") == 2
+
+
+def test_an_unfinished_run_of_other_settings_is_not_replaced(run_compare, tmp_path):
+    """One that `train` began, say; without a step there is nothing to lose."""
+    run_compare("random", "1", "optimizer.lr=0.5")
+    directory = tmp_path / "runs" / "random" / "1"
+    (directory / "summary.json").unlink()
+    (tmp_path / "runs" / "results.jsonl").unlink()
+    with pytest.raises(UserError, match=r"random/1 with other settings \(optimizer\.lr: 0\.5"):
+        run_compare("random", "1")
+    assert len(started(tmp_path)) == 1 and (directory / "metrics.jsonl").stat().st_size
+    (directory / "metrics.jsonl").write_text("")
+    run_compare("random", "1")
+    assert len(started(tmp_path)) == 2
+
+
 def test_on_the_command_line(config_path, tmp_path, capsys):
     code = main(["compare", str(config_path), "--methods", "nonsense", "--seeds", "1", "a.b=1"])
     assert code == 2 and "unknown method nonsense" in capsys.readouterr().err
