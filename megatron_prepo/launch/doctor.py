@@ -485,7 +485,7 @@ def _examine_servers(findings: _Findings, config: Config) -> None:
     given = config.servers.urls
     findings.look(
         "servers",
-        lambda: launch.check_given(config) if given else launch.check(config),
+        lambda: launch.check_given(config.servers) if given else launch.check(config),
         lambda _: ", ".join(given) or f"SGLang in {config.servers.python}",
     )
 

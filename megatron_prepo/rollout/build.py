@@ -35,9 +35,9 @@ def check(config: Config) -> None:
     if config.rollout.engine != "sglang":
         return
     open_files.make_room(config.servers)
-    launch.check_given(config) if config.servers.urls else launch.check(config)
+    launch.check_given(config.servers) if config.servers.urls else launch.check(config)
     if not config.servers.urls and os.environ.get("RANK", "0") == "0":
-        launch.check_host(config)
+        launch.check_host(config.servers)
 
 
 def build_engine(

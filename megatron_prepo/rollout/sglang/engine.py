@@ -80,7 +80,7 @@ class SGLangEngine:
         self._run_name = secrets.token_hex(4)  # distinguishes "update 3" of different runs
         self.fleet: Fleet | None = None
         if config.weight_sync.transport == "ipc":
-            ipc.check(config, device)
+            ipc.check(config.servers, device)
         if rank == 0:
             self._seconds = config.weight_sync.request_seconds
             self.fleet = Fleet(

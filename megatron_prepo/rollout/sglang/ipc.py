@@ -188,17 +188,17 @@ def on_device(flat: torch.Tensor, device: int) -> tuple[Callable[..., Any], tupl
     return function, (*arguments[:DEVICE], device, *arguments[DEVICE + 1 :])
 
 
-def check(config: Config, device: torch.device) -> None:
+def check(servers: ServersConfig, device: torch.device) -> None:
     """Raise UserError for a server on a device of which no rank can create a handle."""
     if device.type != "cuda":
         return
-    if config.servers.urls:
+    if servers.urls:
         raise UserError(
             "weight_sync.transport=ipc: which devices the servers of servers.urls have is not "
             "known; let the run start its servers, or choose another weight_sync.transport"
         )
     num_local = _num_local_ranks()
-    if without := [d for d in _devices(config.servers) if d >= num_local]:
+    if without := [d for d in _devices(servers) if d >= num_local]:
         raise UserError(
             f"weight_sync.transport=ipc: devices {without} have a server's rank (servers."
             "first_device, servers.count, servers.tensor), and none of the actor's, of which this "

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError, one_line
 from megatron_prepo.process import ports
 from megatron_prepo.process.local_ranks import MEETING_FILE
@@ -36,7 +36,7 @@ def check(config: Config) -> None:
             f"sglang.{refused[0]} is not passed through: it follows from model.hf, servers.host, "
             "servers.tensor and a free port"
         )
-    python = interpreter(config)
+    python = interpreter(config.servers)
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('sglang') is None)"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, timeout=60)
@@ -80,9 +80,9 @@ def _check_arguments(config: Config, python: str) -> None:
         raise UserError(one_line(mistake))
 
 
-def check_host(config: Config) -> None:
+def check_host(settings: ServersConfig) -> None:
     """Raise UserError unless this machine, rank 0's, can listen on `servers.host`."""
-    host = config.servers.host
+    host = settings.host
     try:
         ports.try_to_listen(host, 0)
     except OSError as error:
@@ -92,27 +92,25 @@ def check_host(config: Config) -> None:
         ) from error
 
 
-def check_given(config: Config) -> None:
+def check_given(settings: ServersConfig) -> None:
     """Raise UserError, on rank 0, for a server of `servers.urls` that does not respond."""
     if os.environ.get("RANK", "0") != "0":
         return
-    for url in config.servers.urls:
+    for url in settings.urls:
         where = f"{url.rstrip('/')}/health"
         try:
-            status = httpx.get(
-                where, timeout=config.servers.connect_seconds, trust_env=False
-            ).status_code
+            status = httpx.get(where, timeout=settings.connect_seconds, trust_env=False).status_code
         except httpx.HTTPError as error:
             raise UserError(f"servers.urls: no answer from {where}: {error}") from error
         if status != 200:
             raise UserError(
-                f"servers.urls: {where} answers {status}, and a server that is well 200"
+                f"servers.urls: {where} answers {status}, but a healthy server answers 200"
             )
 
 
-def interpreter(config: Config) -> str:
+def interpreter(settings: ServersConfig) -> str:
     """Return the Python interpreter that runs the servers."""
-    return config.servers.python or sys.executable
+    return settings.python or sys.executable
 
 
 def fp32_lm_head(config: Config) -> bool | None:
@@ -244,7 +242,7 @@ class OwnServer:
         """Start or restart it."""
         port = self.port or ports.free_port(self.config.servers.host)
         self.url = ports.url(self.config.servers.host, port)
-        python = interpreter(self.config)
+        python = interpreter(self.config.servers)
         words = arguments(self.config, self.index, port=port, cuda=self.cuda)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

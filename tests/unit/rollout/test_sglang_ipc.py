@@ -54,7 +54,7 @@ def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers):
     """Of eight ranks on two machines with four GPUs each, those of the first give handles."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = config_of(**servers)
-    ipc.check(config, torch.device("cuda", 0))
+    ipc.check(config.servers, torch.device("cuda", 0))
     fleet, given = fleet_of(*range(config.servers.count)), []
     for rank in range(8):
         monkeypatch.setattr(
@@ -90,5 +90,5 @@ def test_a_lost_server_is_given_nothing(monkeypatch):
 def test_servers_on_devices_that_no_rank_has(monkeypatch, servers, named):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=named):
-        ipc.check(config_of(**servers), torch.device("cuda", 0))
-    ipc.check(config_of(**servers), torch.device("cpu"))
+        ipc.check(config_of(**servers).servers, torch.device("cuda", 0))
+    ipc.check(config_of(**servers).servers, torch.device("cpu"))

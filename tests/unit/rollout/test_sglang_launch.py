@@ -191,13 +191,13 @@ def test_an_sglang_that_cannot_be_imported_is_said(tmp_path, monkeypatch):
 
 def test_given_servers_have_to_be_there():
     with FakeSGLang() as fake:
-        launch.check_given(config_of(servers={"urls": [fake.url]}))
+        launch.check_given(config_of(servers={"urls": [fake.url]}).servers)
         fake.fault = lambda path, body: "500"
         with pytest.raises(UserError, match=f"{fake.url}/health answers 500"):
-            launch.check_given(config_of(servers={"urls": [fake.url]}))
+            launch.check_given(config_of(servers={"urls": [fake.url]}).servers)
         fake.fault = lambda path, body: "reset"
         with pytest.raises(UserError, match=f"no answer from {fake.url}/health"):
-            launch.check_given(config_of(servers={"urls": [fake.url]}))
+            launch.check_given(config_of(servers={"urls": [fake.url]}).servers)
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_slurms_warning_before_the_time_limit_is_not_for_servers(tmp_path, pids,
 def test_servers_and_rank_0_may_have_ipv6_addresses(tmp_path, pids, hf):
     engine, config = build(hf, tmp_path, "distributed", address="::1", host="::1")
     try:
-        launch.check_host(config)
+        launch.check_host(config.servers)
         sync_weights(FakeActor(hf), engine, config, PROBE)
         assert len(rollouts(engine)) == 12
         assert engine.fleet.servers[0].url.startswith("http://[::1]:2")
@@ -310,7 +310,7 @@ def test_servers_and_rank_0_may_have_ipv6_addresses(tmp_path, pids, hf):
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no-such-host.invalid"])
 def test_an_address_of_another_machine_is_refused(host):
     with pytest.raises(UserError, match=f"^servers.host={host} is no address to listen at here: "):
-        launch.check_host(config_of(servers={"host": host}))
+        launch.check_host(config_of(servers={"host": host}).servers)
 
 
 def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_path, pids, hf):

@@ -28,7 +28,7 @@ def test_three_observations_by_hand(decay, posteriors):
     chooser, seen = selector("mopps", mopps_decay=decay), []
     for right in (4, 1, 0):
         chooser.observe(prompts(1), passes(right))
-        seen.append(chooser.beta_of("p0"))
+        seen.append(chooser.beta("p0"))
     assert seen == posteriors
     assert chooser.mean("p0") == posteriors[-1][0] / sum(posteriors[-1])
 
@@ -37,17 +37,17 @@ def test_a_pass_is_the_largest_reward():
     """One pass of four, though the mean reward is 0.3; and where the largest is 0.5, all pass."""
     chooser = selector("mopps", mopps_decay=1.0)
     chooser.observe(prompts(1), torch.tensor([[1.0, 0.1, 0.1, 0.0]]))
-    assert chooser.beta_of("p0") == (2, 4)
+    assert chooser.beta("p0") == (2, 4)
     chooser = selector("mopps", mopps_decay=1.0, pass_reward=0.5)
     chooser.observe(prompts(1), torch.tensor([[0.5, 0.5, 0.5, 0.5]]))
-    assert chooser.beta_of("p0") == (5, 1)
+    assert chooser.beta("p0") == (5, 1)
 
 
 def test_a_prompt_that_is_not_rolled_out_keeps_its_posterior():
     chooser, pool = selector("mopps"), prompts(2)
     chooser.observe(pool, passes(3, 2))
     chooser.observe(pool[1:], passes(0))
-    assert chooser.beta_of("p0") == (4, 2)
+    assert chooser.beta("p0") == (4, 2)
 
 
 def test_draws_follow_the_posteriors():
