@@ -67,11 +67,11 @@ def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
     seen: dict[str, int] = {}
     for number, record in json_lines.read(path):
         where = f"{path}, line {number}"
-        text = json_lines.text_of(record, "prompt", where)
-        answer = json_lines.answer_of(record, "answer", where)
+        text = json_lines.text_field(record, "prompt", where)
+        answer = json_lines.answer_field(record, "answer", where)
         prompt_id = str(number)
         if record.get("id") is not None:
-            prompt_id = json_lines.answer_of(record, "id", where)
+            prompt_id = json_lines.answer_field(record, "id", where)
         if prompt_id in seen:
             raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
         seen[prompt_id] = number

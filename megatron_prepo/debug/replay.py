@@ -44,7 +44,7 @@ FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Row:
+class Difference:
     """A number of the dump beside the replay's."""
 
     name: str
@@ -59,15 +59,15 @@ class Comparison:
     """All that was compared."""
 
     tolerance: float
-    numbers: list[Row] = field(default_factory=list)
-    tensors: list[Row] = field(default_factory=list)
+    numbers: list[Difference] = field(default_factory=list)
+    tensors: list[Difference] = field(default_factory=list)
 
     def add_number(self, name: str, before: float, now: float) -> None:
         """A number, by its relative difference; two that are not finite do not differ."""
         error = abs(now - before) / max(abs(before), 1e-12)
         if not math.isfinite(error):
             error = math.inf if math.isfinite(before) or math.isfinite(now) else 0.0
-        self.numbers.append(Row(name, before, now, error))
+        self.numbers.append(Difference(name, before, now, error))
 
     def add_tensor(self, name: str, before: torch.Tensor, now: torch.Tensor, floor: float) -> None:
         """A tensor, by its norm's relative difference; where it is not finite, both have to be."""
@@ -76,9 +76,9 @@ class Comparison:
         difference = (now - before).nan_to_num(0.0, 0.0, 0.0).norm()
         scale = before.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=max(floor, 1e-12))
         error = float(difference / scale) if alike else math.inf
-        self.tensors.append(Row(name, float(before.norm()), float(now.norm()), error))
+        self.tensors.append(Difference(name, float(before.norm()), float(now.norm()), error))
 
-    def differing(self) -> list[Row]:
+    def differing(self) -> list[Difference]:
         """What is beyond the tolerance: numbers, then tensors, the worst first."""
         return [row for row in (*self.numbers, *self._worst_first()) if row.error > self.tolerance]
 
@@ -96,7 +96,7 @@ class Comparison:
         verdict = f"{len(wrong)} of {len(self.numbers) + len(self.tensors)} differ"
         return "\n".join([*lines, f"{verdict} (tolerance {self.tolerance:g})"])
 
-    def _worst_first(self) -> list[Row]:
+    def _worst_first(self) -> list[Difference]:
         return sorted(self.tensors, key=lambda row: -row.error)
 
 
@@ -147,7 +147,7 @@ def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -
         if write:
             write_gradients(dump.directory / ONE_RANK_FOLDER / f"gradients_{number}", actor)
         else:
-            compare_gradients(name, gradients_of(dump, number), actor, comparison)
+            compare_gradients(name, gradients_path(dump, number), actor, comparison)
     return comparison
 
 
@@ -159,7 +159,7 @@ def compare_scores(dump: Dump, actor: Actor, comparison: Comparison) -> None:
         before_T = dump.tensors[name]
         now_T = torch.cat([getattr(score, column) for score in scores])
         error = float((now_T - before_T).abs().mean())
-        row = Row(f"mean of {name}", float(before_T.mean()), float(now_T.mean()), error)
+        row = Difference(f"mean of {name}", float(before_T.mean()), float(now_T.mean()), error)
         comparison.numbers.append(row)
 
 
@@ -176,7 +176,7 @@ def compare_gradients(name: str, before: Path, actor: Actor, comparison: Compari
             comparison.add_tensor(f"{name}: {tensor}", tensors[tensor], now, FLOOR * norm)
 
 
-def gradients_of(dump: Dump, number: int) -> Path:
+def gradients_path(dump: Dump, number: int) -> Path:
     """Where the gradients of an update are: the run's, or those of one rank."""
     name = dump.about["results"][number]["gradients"]
     return dump.directory / (name or f"{ONE_RANK_FOLDER}/gradients_{number}")
@@ -184,4 +184,4 @@ def gradients_of(dump: Dump, number: int) -> Path:
 
 def has_gradients(dump: Dump) -> bool:
     """Whether there is something to compare with."""
-    return all(gradients_of(dump, i).is_dir() for i in range(len(dump.about["results"])))
+    return all(gradients_path(dump, i).is_dir() for i in range(len(dump.about["results"])))

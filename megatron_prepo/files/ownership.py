@@ -58,7 +58,7 @@ def begin(final: str | Path) -> Path:
     """
     final = Path(final)
     aside = final.with_name(final.name + ".partial")
-    make_room(aside, UNFINISHED, run_of(aside))
+    make_room(aside, UNFINISHED, run_identity(aside))
     create(aside, UNFINISHED)
     lock.take(aside / lock.FILE, str(final))
     return aside
@@ -77,7 +77,7 @@ def publish(aside: Path, final: str | Path, kind: str | None) -> None:
         )
     if kind:
         seal(aside, kind)
-    make_room(final, kind, run_of(final))
+    make_room(final, kind, run_identity(final))
     rename_tree(aside, final)
     lock.give_back(aside / lock.FILE)
     for name in NOT_CONTENT if kind is None else (lock.FILE,):
@@ -97,7 +97,7 @@ def create(directory: str | Path, kind: str) -> None:
         Path(directory).mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(f"{directory} has just been made by another process") from error
-    mark(directory, kind, run=run_of(directory))
+    mark(directory, kind, run=run_identity(directory))
 
 
 def mark(directory: str | Path, kind: str, **facts: object) -> None:
@@ -128,7 +128,7 @@ def marker(directory: str | Path) -> dict[str, Any] | None:
     return content if isinstance(kind, str) else None
 
 
-def run_of(path: str | Path) -> str | None:
+def run_identity(path: str | Path) -> str | None:
     """Return the identity of the run in whose directory the path is; None outside of any."""
     for parent in Path(os.path.abspath(path)).parents:
         content = marker(parent)
@@ -144,7 +144,7 @@ def seal(directory: str | Path, kind: str) -> None:
     """
     directory = Path(directory)
     files = {name: _proof(directory / name) for name in sorted(_content(directory))}
-    mark(directory, kind, run=run_of(directory), files=files)
+    mark(directory, kind, run=run_identity(directory), files=files)
 
 
 def is_marked(directory: str | Path, kind: str | None, run: str | None = None) -> bool:

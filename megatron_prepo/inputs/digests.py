@@ -45,7 +45,7 @@ class Input:
     """Absolute; links are not resolved."""
 
 
-def inputs_of(config: Config) -> list[Input]:
+def list_inputs(config: Config) -> list[Input]:
     """All that the configuration names and a run reads."""
     named = {
         "model.hf": config.model.hf,
@@ -70,13 +70,13 @@ def absolute(path: str | Path) -> Path:
 def digests(config: Config) -> dict[str, dict[str, Any]]:
     """Of each compared input, `path` and `files`: digest by name; none for what is not there."""
     return {
-        read.setting: {"path": str(read.path), "files": files_of(read.setting, read.path)}
-        for read in inputs_of(config)
+        read.setting: {"path": str(read.path), "files": file_digests(read.setting, read.path)}
+        for read in list_inputs(config)
         if read.setting in COMPARED
     }
 
 
-def files_of(setting: str, path: Path) -> dict[str, str]:
+def file_digests(setting: str, path: Path) -> dict[str, str]:
     """The digest of each file of an input that decides numbers, by its name."""
     if path.is_file():
         return {"content": digest(path)}

@@ -45,8 +45,8 @@ def check(config: Config) -> Inputs:
         pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
     check_stop_tokens(config, hf, tokenizer)
-    train_prompts = prompts_of(config, tokenizer, "train")
-    eval_prompts = prompts_of(config, tokenizer, "eval")
+    train_prompts = load_prompts(config, tokenizer, "train")
+    eval_prompts = load_prompts(config, tokenizer, "eval")
     digests = PromptDigests.of(
         config,
         prompt_digests.template_date(config),
@@ -107,7 +107,7 @@ def check_engine(config: Config, engine: Engine) -> None:
         )
 
 
-def prompts_of(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -> list[Prompt]:
+def load_prompts(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -> list[Prompt]:
     """All prompts of `data.train` or `data.eval`, tokenized."""
     return read_prompts(
         getattr(config.data, name),

@@ -467,7 +467,7 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
         elif tokenizer:
             findings.look(
                 f"data.{name}",
-                partial(preflight.prompts_of, config, tokenizer, name),
+                partial(preflight.load_prompts, config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
 

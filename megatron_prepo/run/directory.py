@@ -23,7 +23,7 @@ from megatron_prepo.files import lock, ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import digests as inputs
 
-FILES = (
+RUN_FILES = (
     "config.yaml",
     "inputs.json",
     "prompts.json",
@@ -81,7 +81,7 @@ LOGS = ("rank_*.log", "rank_*.error")
 INPUTS = inputs.COMPARED
 """Settings whose path may change while the content is the same (`inputs/digests.py`)."""
 
-FREE = (
+RESUMABLE_SETTINGS = (
     "run",
     "servers",
     "weight_sync",
@@ -100,7 +100,7 @@ FREE = (
 )
 """Sections and settings that may change on resume: they move no number of a training step."""
 
-ROUNDING = (
+ROUNDING_SETTINGS = (
     "parallel",
     "model.layers",
     "loss.head",
@@ -201,7 +201,7 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     return "unfinished"
 
 
-def begin(config: Config, say: Callable[[str], None]) -> Config:
+def begin(config: Config, log: Callable[[str], None]) -> Config:
     """Take the directory's lock and prepare it; the lock is this process's until `end`."""
     directory = Path(config.run.dir)
     _check_writable(directory)
@@ -210,7 +210,7 @@ def begin(config: Config, say: Callable[[str], None]) -> Config:
     directory.mkdir(parents=True, exist_ok=True)
     lock.take(directory / lock.FILE, f"run.dir={directory}")
     try:
-        return prepare(config, say)
+        return prepare(config, log)
     except BaseException:
         end(config)
         raise
@@ -221,7 +221,7 @@ def end(config: Config) -> None:
     lock.give_back(Path(config.run.dir) / lock.FILE)
 
 
-def prepare(config: Config, say: Callable[[str], None]) -> Config:
+def prepare(config: Config, log: Callable[[str], None]) -> Config:
     """Make room for the run, or leave what it resumes from; returns the settings that hold for it.
 
     Under the lock.  Whatever is removed is named.
@@ -230,17 +230,17 @@ def prepare(config: Config, say: Callable[[str], None]) -> Config:
     directory.mkdir(parents=True, exist_ok=True)
     read = inputs.digests(config)
     if state == "new":
-        clear(config, say)
+        clear(config, log)
         ownership.mark(directory, ownership.RUN, identity=ownership.new_identity())
     else:
         before = saved_config(directory)
         config = resumed(before, config)
-        _say_what_changes(before, config, changes(before, config, saved_inputs(directory)), say)
+        _log_changes(before, config, changes(before, config, saved_inputs(directory)), log)
         if not ours(directory):
             kept = _identity_of_checkpoints(directory)
             ownership.mark(directory, ownership.RUN, identity=kept or ownership.new_identity())
         if (directory / "summary.json").exists():
-            _withdraw_summary(directory, say)
+            _withdraw_summary(directory, log)
     write_text(directory / "inputs.json", json.dumps(read, indent=1) + "\n")
     write_text(directory / "config.yaml", to_yaml(with_absolute_paths(config)))
     return config
@@ -305,7 +305,7 @@ def lost(directory: Path, of: str) -> str | None:
 
 def entries(directory: Path) -> list[Path]:
     """Of what is in a directory, all that has a name which a run writes to."""
-    names = [p for p in sorted(directory.glob("*")) if any(fnmatch(p.name, n) for n in FILES)]
+    names = [p for p in sorted(directory.glob("*")) if any(fnmatch(p.name, n) for n in RUN_FILES)]
     folders = (directory / name for name in (*FOLDERS, *MARKED))
     return names + [path for path in folders if os.path.lexists(path)]
 
@@ -323,7 +323,7 @@ def to_remove(config: Config) -> list[Path]:
             "is not known to be this run's; nothing was removed: move it away, or choose another "
             "run.dir"
         )
-    for read in inputs.inputs_of(config):
+    for read in inputs.list_inputs(config):
         for entry in found:
             if _touch(read.path, entry):
                 raise UserError(
@@ -337,7 +337,7 @@ def to_remove(config: Config) -> list[Path]:
 def check_config_file(config: Config, file: str | Path) -> None:
     """UserError if `run.overwrite` would remove the configuration file that it was read from."""
     directory = Path(config.run.dir)
-    names = (*FILES, *FOLDERS, *MARKED)
+    names = (*RUN_FILES, *FOLDERS, *MARKED)
     if config.run.overwrite and any(_touch(Path(file), directory / name) for name in names):
         raise UserError(
             f"the configuration {file} is in run.dir={directory}, which run.overwrite=true clears; "
@@ -345,11 +345,11 @@ def check_config_file(config: Config, file: str | Path) -> None:
         )
 
 
-def clear(config: Config, say: Callable[[str], None]) -> None:
+def clear(config: Config, log: Callable[[str], None]) -> None:
     """Remove what a run wrote to its directory, by name; nothing in one that is not marked."""
     found = to_remove(config)
     if found:
-        say(f"removed from {config.run.dir}: {', '.join(path.name for path in found)}")
+        log(f"removed from {config.run.dir}: {', '.join(path.name for path in found)}")
     for path in found:
         if path.is_dir():
             shutil.rmtree(path)
@@ -584,9 +584,9 @@ def changes(before: Config, now: Config, read_before: dict[str, dict[str, Any]] 
                 continue
             change = f"{name}={old.get(key)}, now {new.get(key)}"
             kinds = {name, section.name}
-            if kinds & set(FREE):
+            if kinds & set(RESUMABLE_SETTINGS):
                 continue
-            if kinds & set(ROUNDING):
+            if kinds & set(ROUNDING_SETTINGS):
                 found.rounding.append(change)
             elif name in (*LENGTH, *SCHEDULE):
                 found.length.append(change)
@@ -660,23 +660,21 @@ def with_absolute_paths(config: Config) -> Config:
     return configuration.from_tree(tree)
 
 
-def _say_what_changes(
-    before: Config, now: Config, found: Changes, say: Callable[[str], None]
-) -> None:
+def _log_changes(before: Config, now: Config, found: Changes, log: Callable[[str], None]) -> None:
     if found.rounding:
-        say(
+        log(
             f"resumed with {'; '.join(found.rounding)}: numbers agree with an uninterrupted run's "
             "up to rounding, and not to the bit"
         )
     if found.moved:
-        say(f"resumed with {'; '.join(found.moved)}: the content is the same")
+        log(f"resumed with {'; '.join(found.moved)}: the content is the same")
     if not found.length:
         return
-    say(f"resumed with {'; '.join(found.length)}")
+    log(f"resumed with {'; '.join(found.length)}")
     if before.train.total_steps != now.train.total_steps:
         steps = [getattr(getattr(now, s), k) for s, k in (n.split(".") for n in SCHEDULE)]
         window, rate = (number or now.train.total_steps for number in steps)
-        say(
+        log(
             f"the window travels for {window} steps (selection.horizon), and the learning rate "
             f"decays for {rate} (optimizer.lr_decay_steps), as saved in config.yaml"
         )
@@ -722,13 +720,13 @@ def _is_longer(directory: Path, now: Config) -> bool:
     return steps < now.train.total_steps and (budget is None or rollouts < budget)
 
 
-def _withdraw_summary(directory: Path, say: Callable[[str], None]) -> None:
+def _withdraw_summary(directory: Path, log: Callable[[str], None]) -> None:
     """The run is not finished any more; its result so far keeps a name."""
     path = directory / "summary.json"
     steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
     kept = directory / f"summary_step_{steps}.json"
     path.replace(kept)
-    say(
+    log(
         f"the finished run is extended: its summary is now {kept.name}; hf/ and pass_rate.png are "
         "replaced at the new end"
     )

@@ -49,7 +49,7 @@ class Journal:
     def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]) -> None:
         self.directory, self.rank = directory, rank
         self._place = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY)
-        self.identity = ownership.run_of(directory)
+        self.identity = ownership.run_identity(directory)
         lines = share(_read(directory, self.identity) if rank == 0 else None)
         self.waiting = {
             (line["purpose"], line["weight_version"], prompt, sample): fields

@@ -20,7 +20,7 @@ def prompt_scores(
     Not finite values are kept: selection sorts them last.
     """
     scores = actor.score([ScoredSequence(p.tokens, 1) for p in prompts], temperature=1.0)
-    spans = [span_of(prompt, tokens) for prompt in prompts]
+    spans = [prompt_span(prompt, tokens) for prompt in prompts]
     ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
     entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
     return torch.stack(ppl), torch.stack(entropy)
@@ -32,7 +32,7 @@ def engine_perplexities(
     """`ppl_P` by the engine's log-probabilities; float64, identical on every rank."""
     scored = zip(engine.score_prompts(prompts), prompts, strict=True)
     return torch.stack(
-        [perplexity(torch.tensor(logprobs), span_of(p, tokens)) for logprobs, p in scored]
+        [perplexity(torch.tensor(logprobs), prompt_span(p, tokens)) for logprobs, p in scored]
     )
 
 
@@ -52,6 +52,6 @@ def check_agreement(engine_ppl_P: torch.Tensor, actor_ppl_P: torch.Tensor, least
         )
 
 
-def span_of(prompt: Prompt, tokens: str) -> slice:
+def prompt_span(prompt: Prompt, tokens: str) -> slice:
     """Return which log-probabilities of a prompt count, after `selection.ppl_tokens`."""
     return scored_span(len(prompt.tokens), prompt.content if tokens == "content" else None)

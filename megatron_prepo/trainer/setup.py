@@ -28,7 +28,7 @@ from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Selector
-from megatron_prepo.trainer.groups import rewards_of
+from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints
@@ -119,7 +119,7 @@ class Trainer:
             return evaluate(
                 self.engine,
                 request,
-                lambda rollouts: rewards_of(self.grader.grade(rollouts)),
+                lambda rollouts: reward_tensor(self.grader.grade(rollouts)),
                 pass_reward=config.reward.high,
             )
 

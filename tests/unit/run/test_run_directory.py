@@ -48,8 +48,8 @@ def config(tmp_path, **sections):
     return configuration.from_tree(tree)
 
 
-def prepare(config, say=pytest.fail) -> Path:
-    run_directory.prepare(config, say)
+def prepare(config, log=pytest.fail) -> Path:
+    run_directory.prepare(config, log)
     return Path(config.run.dir)
 
 
@@ -168,7 +168,11 @@ def test_what_rounds_differently_is_said(tmp_path, begun, section, key, value):
 
 def test_every_setting_may_change_or_has_a_reason_why_not(tmp_path):
     tree = configuration.to_tree(config(tmp_path))
-    may = (*run_directory.FREE, *run_directory.ROUNDING, *run_directory.INPUTS)
+    may = (
+        *run_directory.RESUMABLE_SETTINGS,
+        *run_directory.ROUNDING_SETTINGS,
+        *run_directory.INPUTS,
+    )
     may += (*run_directory.LENGTH, *run_directory.SCHEDULE)
     for section, settings in tree.items():
         for name in [f"{section}.{key}" for key in settings] or [section]:
@@ -374,7 +378,7 @@ def test_a_directory_that_was_copied_is_still_the_run(tmp_path, begun):
 
 
 NAMES = [
-    *(name.replace("*", "3") for name in run_directory.FILES),
+    *(name.replace("*", "3") for name in run_directory.RUN_FILES),
     *run_directory.FOLDERS,
     *run_directory.MARKED,
 ]
