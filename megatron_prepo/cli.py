@@ -416,7 +416,7 @@ def _add_report(commands: "Commands") -> None:
         metavar="RUN_OR_RESULTS",
         help="a run's directory, a comparison's directory or its results.jsonl",
     )
-    parser.add_argument("--out", default="parser.html", help="the page (default: %(default)s)")
+    parser.add_argument("--out", default="report.html", help="the page (default: %(default)s)")
     parser.set_defaults(run=_report)
 
 
