@@ -68,7 +68,7 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
-    """Return a field that must be a non-empty text."""
+    """Return the value of a field that must be a non-empty text."""
     value = _given(record, field, where)
     if not isinstance(value, str):
         raise UserError(
@@ -79,7 +79,7 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
 
 
 def answer_field(record: dict[str, Any], field: str, where: str) -> str:
-    """Return an answer or id, a text or a finite number: 18.0 is 18, all digits are kept."""
+    """Return an answer or id, a text or a finite number: 18.0 is 18; no digits are lost."""
     value = _given(record, field, where)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise UserError(

@@ -194,7 +194,7 @@ def test_what_a_setting_asks_for_is_needed_only_then(override, what, module, mon
 
 def test_a_login_that_is_missing_is_said(monkeypatch):
     def check(config):
-        raise UserError("no API key of W&B is here")
+        raise UserError("no W&B API key found")
 
     config = laptop("run.wandb_project=mine")
     assert found(doctor.examine(config), "W&B login").state == "ok"
