@@ -1,14 +1,14 @@
-"""Run a dumped step's updates again, under any layout, and compare.
+"""Replay of a dumped step's updates, under any layout, and comparison with the dump.
 
     megatron-prepo replay runs/demo/dumps/step_0003 parallel.tensor=2 train.micro_batch_tokens=4096
 
-No engine is started and nothing is rolled out: this is also how to run the training half alone.
-What is compared: the scores before the updates, and of each update loss, gradient norm and every
+No engine is started and no rollout is generated, so a replay also runs the training half alone.
+It compares the scores before the updates, and for each update the loss, the gradient norm and every
 tensor's gradient, under Hugging Face names.  A tensor g' of the replay differs if
 
-    |g' - g| > tolerance * max(|g|, 1e-3 * |all of the dump's gradient|)
+    |g' - g| > tolerance * max(|g|, 1e-3 * |complete gradient of the dump|)
 
-The floor is for gradients that are zero but for rounding, such as that of a key's bias.
+The floor is for gradients that are zero except for rounding, such as that of a key's bias.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ ONE_RANK = (
     "optimizer.use_distributed_optimizer=false",
 )
 ONE_RANK_FOLDER = "one_rank"
-"""In a dump: gradients that one rank computed later, where the run saved none."""
+"""Folder in a dump for gradients that one rank computed later, if the run saved none."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 FLOOR = 1e-3
@@ -45,32 +45,35 @@ FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of the dump beside the replay's."""
+    """A number of the dump next to the replay's."""
 
     name: str
     before: float
     now: float
     error: float
-    """What is held against the tolerance."""
+    """Relative or absolute difference, compared with the tolerance."""
 
 
 @dataclass
 class Comparison:
-    """All that was compared."""
+    """All compared numbers and tensors."""
 
     tolerance: float
     numbers: list[Difference] = field(default_factory=list)
     tensors: list[Difference] = field(default_factory=list)
 
     def add_number(self, name: str, before: float, now: float) -> None:
-        """A number, by its relative difference; two that are not finite do not differ."""
+        """Compare a number by its relative difference; two non-finite numbers do not differ."""
         error = abs(now - before) / max(abs(before), 1e-12)
         if not math.isfinite(error):
             error = math.inf if math.isfinite(before) or math.isfinite(now) else 0.0
         self.numbers.append(Difference(name, before, now, error))
 
     def add_tensor(self, name: str, before: torch.Tensor, now: torch.Tensor, floor: float) -> None:
-        """A tensor, by its norm's relative difference; where it is not finite, both have to be."""
+        """Compare a tensor by the relative norm of the difference.
+
+        Its non-finite elements must be the same ones in both.
+        """
         before, now = before.double(), now.double().cpu()
         alike = torch.equal(before.isfinite(), now.isfinite())
         difference = (now - before).nan_to_num(0.0, 0.0, 0.0).norm()
@@ -79,11 +82,11 @@ class Comparison:
         self.tensors.append(Difference(name, float(before.norm()), float(now.norm()), error))
 
     def differing(self) -> list[Difference]:
-        """What is beyond the tolerance: numbers, then tensors, the worst first."""
+        """Return the differences beyond the tolerance: numbers, then tensors, the largest first."""
         return [row for row in (*self.numbers, *self._worst_first()) if row.error > self.tolerance]
 
     def text(self, *, num_tensors: int | None = 5) -> str:
-        """A table of all numbers, and of those tensors that differ or come nearest to it."""
+        """Format a table of all numbers and of the tensors with the largest differences."""
         wrong = self.differing()
         count = num_tensors and max(num_tensors, sum(row in self.tensors for row in wrong))
         rows = [*self.numbers, *self._worst_first()[:count]]
@@ -108,9 +111,9 @@ def run(
     num_tensors: int | None = 5,
     write: bool = False,
 ) -> Comparison:
-    """What each rank of `megatron-prepo replay` does; rank 0 prints the table.
+    """Run one rank of `megatron-prepo replay`; rank 0 prints the table.
 
-    `write`: keep the gradients in the dump, for replays that find none there.
+    `write`: save the gradients in the dump, for replays of a dump without them.
     Raises UserError that names what differs.
     """
     dump = read(directory, overrides)
@@ -128,8 +131,8 @@ def run(
 def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -> Comparison:
     """Run the updates of a dump under its configuration; collective.  Rank 0 compares gradients.
 
-    Each starts from the weights that it started from in the run, so that one that is wrong does
-    not make the next one differ, and no optimizer has a part in it.
+    Each update starts from the weights that it had in the run, so a wrong update does not affect
+    the next one, and no optimizer is involved.
     """
     config = dump.config
     comparison = Comparison(tolerance or TOLERANCE[config.model.dtype])
@@ -152,7 +155,7 @@ def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -
 
 
 def compare_scores(dump: Dump, actor: Actor, comparison: Comparison) -> None:
-    """Mean log-probability and entropy before the updates, by the mean absolute difference."""
+    """Compare log-probabilities and entropies before the updates, by mean absolute difference."""
     temperature = dump.config.rollout.temperature
     scores = actor.score([s.sequence for s in dump.batch], temperature=temperature)
     for name, column in (("old_logprobs_T", "logprobs_T"), ("entropy_T", "entropy_T")):
@@ -164,7 +167,7 @@ def compare_scores(dump: Dump, actor: Actor, comparison: Comparison) -> None:
 
 
 def compare_gradients(name: str, before: Path, actor: Actor, comparison: Comparison) -> None:
-    """Every tensor of the gradient of the last `backward`; rank 0 reads and compares."""
+    """Compare every tensor of the last `backward`'s gradient; rank 0 reads and compares."""
     if dist.get_rank() != 0:
         for _ in actor.hf_gradients():
             pass
@@ -177,11 +180,11 @@ def compare_gradients(name: str, before: Path, actor: Actor, comparison: Compari
 
 
 def gradients_path(dump: Dump, number: int) -> Path:
-    """Where the gradients of an update are: the run's, or those of one rank."""
+    """Return the folder of an update's gradients: those of the run, or those of one rank."""
     name = dump.about["results"][number]["gradients"]
     return dump.directory / (name or f"{ONE_RANK_FOLDER}/gradients_{number}")
 
 
 def has_gradients(dump: Dump) -> bool:
-    """Whether there is something to compare with."""
+    """Return whether the dump has gradients for all of its updates."""
     return all(gradients_path(dump, i).is_dir() for i in range(len(dump.about["results"])))

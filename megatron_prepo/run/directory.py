@@ -602,12 +602,9 @@ def _compare_inputs(
     before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None, found: Changes
 ) -> None:
     old_paths, new_paths = ({n: _value(config, n) for n in INPUTS} for config in (before, now))
-    try:
-        read_now = inputs.digests(now)
-        # for a run of an older version: from the files that are still at the old paths
-        read_before = inputs.digests(before) if read_before is None else read_before
-    except OSError as error:
-        raise UserError(f"an input cannot be read: {error}") from error
+    read_now = _digests(now)
+    # for a run of an older version: from the files that are still at the old paths
+    read_before = _digests(before) if read_before is None else read_before
     for name in INPUTS:
         change = f"{name}={old_paths[name]}, now {new_paths[name]}"
         reason = FIXED[name.partition(".")[0]]
@@ -637,6 +634,13 @@ def _compare_inputs(
             )
         elif old["path"] != new["path"]:
             found.moved.append(f"{name}={old['path']}, now {new['path']}")
+
+
+def _digests(config: Config) -> dict[str, dict[str, Any]]:
+    try:
+        return inputs.digests(config)
+    except OSError as error:
+        raise UserError(f"an input cannot be read: {error}") from error
 
 
 def with_absolute_paths(config: Config) -> Config:
