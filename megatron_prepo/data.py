@@ -114,7 +114,7 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
             )
         return chat
 
-    # the words of a text may also occur in the template: a character that does not marks the place
+    # the template may contain the text's words, so a character that it lacks marks the position
     rendered, begin = render(text), render("\ufffc").find("\ufffc")
     if begin >= 0 and rendered.startswith(text, begin):
         return rendered, begin + len(text) - len(text.lstrip())
@@ -124,10 +124,10 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
 
 @contextmanager
 def _calendar(tokenizer: Any, date: datetime.date | None) -> Iterator[None]:
-    """Let chat templates read this date as today's; None: today.
+    """Give chat templates this date as today's; None: today.
 
-    `transformers` gives templates the date by a function of its own, `strftime_now`; from 5.23 on
-    an argument of that name reaches a template as text.  Raises UserError if the function does not
+    `transformers` gives templates the date by its function `strftime_now`; from 5.23 on an argument
+    of that name reaches a template as text.  Raises UserError if the function does not
     return the date, as it may in a later version.
     """
     from transformers.utils import chat_template_utils
