@@ -61,7 +61,7 @@ def dashboards(config: Config) -> "list[TensorBoard | WandB]":
 class TensorBoard:
     """Event files in `tensorboard/`: `tensorboard --logdir RUN`.
 
-    Their names end with the run's identity, which tells them from other programs' event files.
+    Their names end with the run's identity, which distinguishes them from other programs' event files.
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
@@ -104,7 +104,7 @@ class WandB:
         )
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
-        """Send the numbers of a step; W&B ignores a step that it has already received."""
+        """Send the numbers of a step; W&B ignores steps that it has already received."""
         self._run.log({k: v for k, v in metrics.items() if is_number(v)}, step=step)
 
     def close(self) -> None:

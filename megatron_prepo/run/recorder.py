@@ -79,7 +79,7 @@ class Run:
         self.before: Evaluation | None = None
         """The evaluation before the first step."""
         self.temperature_before = config.eval.temperature
-        """Its sampling temperature: `eval` may change when a run is resumed."""
+        """The temperature of that evaluation: `eval` may change when a run is resumed."""
         self.identity = run_directory.identity(self.directory) if self.writes else None
         """The run's identity, from the directory's marker."""
         if self.writes:
