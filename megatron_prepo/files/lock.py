@@ -27,8 +27,8 @@ from megatron_prepo.errors import UserError
 
 FILE = ".megatron-prepo.lock"
 PATIENCE_SECONDS = 2.0
-"""Maximum time to wait for a lock: a launcher hands it over to its rank 0, and other processes hold it
-briefly to test whether it is free."""
+"""Maximum time to wait for a lock: a launcher hands it over to its rank 0, and other processes hold
+it briefly to test whether it is free."""
 POLL_SECONDS = 0.05
 HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)

@@ -61,7 +61,7 @@ def dashboards(config: Config) -> "list[TensorBoard | WandB]":
 class TensorBoard:
     """Event files in `tensorboard/`: `tensorboard --logdir RUN`.
 
-    Their names end with the run's identity, which distinguishes them from other programs' event files.
+    Their names end with the run's identity, unlike other programs' event files.
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
