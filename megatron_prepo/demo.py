@@ -1,8 +1,8 @@
-"""The laptop experiment from end to end: convert, train, export, and evaluate the export.
+"""The laptop experiment from end to end: convert, train, export, and judge the export.
 
-The base model is converted from Hugging Face format to a Megatron checkpoint, PREPO trains it at
-tensor parallel 2, the result is exported in Hugging Face format, and plain `transformers`, without
-any code of this project, measures the pass rate again.
+The base model goes from Hugging Face format to a Megatron checkpoint, PREPO trains it at tensor
+parallel 2, the result comes back in Hugging Face format, and plain `transformers`, which knows
+nothing of this project, measures the same pass rate again.
 """
 
 import json
@@ -25,21 +25,21 @@ from megatron_prepo.rewards import load
 from megatron_prepo.run import directory as run_directory
 
 IMPORTED = "imported base model"
-"""Kind of the folder `base_megatron/` in its marker (`ownership.py`)."""
+"""What the marker of `base_megatron/` calls it (`ownership.py`)."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run the demo into `directory`, replacing an earlier one; return the summary.
+    """Run the demo into `directory`, replacing an earlier one; returns the summary.
 
-    Raises UserError, before anything is written, if the directory holds other files.
+    Raises UserError, before anything is written, if the directory holds anything else.
     """
     laptop = REPOSITORY / "examples" / "laptop"
     if not (laptop / "prepo.yaml").is_file():
         raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
     decided = ("run.dir=", "run.overwrite=", "model.megatron=")
     if given := [override for override in overrides if override.startswith(decided)]:
-        raise UserError(f"{given[0]}: the demo sets this itself; choose its directory by --dir")
+        raise UserError(f"{given[0]}: the demo decides that; name its place by --dir")
     settings = [
         f"run.dir={literal(directory)}",
         "run.overwrite=true",
@@ -75,7 +75,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         f"\nheld-out pass rate: {summary['pass_rate_before']:.3f} before, "
         f"{summary['pass_rate_after']:.3f} after, "
         f"{summary['pass_rate_transformers']:.3f} by transformers alone\n"
-        f"results are in {directory}, the plot is {directory / 'pass_rate.png'}"
+        f"everything is in {directory}; the picture is {directory / 'pass_rate.png'}"
     )
     return summary
 
@@ -83,7 +83,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def plain_transformers_pass_rate(
     hf_directory: Path, config: configuration.Config, samples_per_prompt: int
 ) -> float:
-    """Measure avg@k of a Hugging Face directory by `transformers.generate` and its sampling."""
+    """avg@k of a Hugging Face directory by `transformers.generate` and its own sampling."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
