@@ -4,8 +4,8 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core's advice at import, repeated by each of its files; what is used in place of the
-# missing packages is said once, by `actor.model.describe`.
+# Megatron-Core's advice at import, repeated by each of its files; `actor.model.describe` logs once
+# what is used in place of the missing packages.
 for _advice in (
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",

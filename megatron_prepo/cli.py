@@ -1,16 +1,16 @@
 """The command `megatron-prepo`.
 
-megatron-prepo demo                              the laptop experiment, in runs/demo
-megatron-prepo train CONFIG [key=value ...]      a run; under torchrun, one of its ranks
-megatron-prepo resume RUN_DIR [key=value ...]    go on with an interrupted run
-megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill a short run, go on, compare bit for bit
-megatron-prepo replay DUMP [key=value ...]       a dumped step again, also in another layout
-megatron-prepo compare CONFIG --methods A,B ...  methods on equal terms, over seeds
-megatron-prepo evaluate --model DIR ...          models on suites of problems, avg@k and pass@k
-megatron-prepo report RUN_OR_RESULTS...          a page of runs and comparisons
-megatron-prepo plan CONFIG --gpus N --gpu KIND   memory, seconds and layouts, before a GPU is paid
-megatron-prepo doctor [CONFIG]                   what this machine has, lacks, and what to do
-megatron-prepo reference                         the configuration reference, in Markdown
+megatron-prepo demo                              run the laptop experiment, in runs/demo
+megatron-prepo train CONFIG [key=value ...]      train; under torchrun, as one of the ranks
+megatron-prepo resume RUN_DIR [key=value ...]    resume an interrupted run
+megatron-prepo resume --prove CONFIG_OR_RUN_DIR  kill and resume a short run, compare bit for bit
+megatron-prepo replay DUMP [key=value ...]       run a dumped step again, in any layout
+megatron-prepo compare CONFIG --methods A,B ...  compare methods on equal terms, over seeds
+megatron-prepo evaluate --model DIR ...          evaluate models on suites, avg@k and pass@k
+megatron-prepo report RUN_OR_RESULTS...          write a page of runs and comparisons
+megatron-prepo plan CONFIG --gpus N --gpu KIND   estimate memory and seconds, suggest layouts
+megatron-prepo doctor [CONFIG]                   check this machine, with a remedy per problem
+megatron-prepo reference                         print the configuration reference, in Markdown
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes no overrides behind an option such as --seeds
+    # argparse accepts no overrides after an option such as --seeds
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _is_reader_gone():
             raise
         return 128 + signal.SIGPIPE
     except Stopped as error:
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Lead standard streams that are closed (`>&-`) nowhere.
+    """Open /dev/null for standard streams that are closed (`>&-`).
 
-    The next file to be opened would be in their place, and get what a child prints.
+    Otherwise the next file to be opened would get their descriptor, and a child's output.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if vars(sys)[name] is None:
@@ -83,8 +83,8 @@ def _open_streams() -> None:
             setattr(sys, name, stream)
 
 
-def _nobody_reads() -> bool:
-    """Whether stdout is a pipe that its reader has closed (`... | head`); then it is no more."""
+def _is_reader_gone() -> bool:
+    """Return whether stdout is a pipe without a reader (`... | head`); it is then replaced."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -109,7 +109,7 @@ def _resume(options: argparse.Namespace) -> int:
     directory = Path(options.directory)
     run_directory.check_resumable(directory)
     options.config = directory / "config.yaml"
-    # the saved configuration may say that it replaced a run
+    # the saved configuration may have run.overwrite=true
     given = [f"run.dir={literal(directory)}", "run.overwrite=false"]
     options.overrides = [*given, *options.overrides]
     return _train(options)
@@ -152,7 +152,7 @@ def _replay(options: argparse.Namespace) -> int:
     check_layout(dump.config, read_hf_config(dump.config.model.hf))
     this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
     if not replay.has_gradients(dump) and not options.write_gradients:
-        print("the dump has no gradients: first one rank computes them", flush=True)
+        print("the dump has no gradients: one rank computes them first", flush=True)
         first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
         local_ranks.start(first, 1, logs)
     local_ranks.start([*this, *options.arguments], dump.config.parallel.num_ranks, logs)
@@ -173,7 +173,7 @@ def _compare(options: argparse.Namespace) -> int:
     results = Path(os.path.realpath(options.results or directory / "results.jsonl"))
     compare.read_results(results)  # before anything is beside it
     results.parent.mkdir(parents=True, exist_ok=True)
-    # two comparisons would each write the file from what they knew when they began
+    # two comparisons would each overwrite the results of the other
     with lock.held(results.with_name(f".{results.name}.lock"), str(results)):
         try:
             records = compare.compare(
@@ -197,7 +197,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _slurm(options: argparse.Namespace) -> array.Slurm | None:
-    """Where the runs of a comparison are jobs; UserError for options that the executor ignores."""
+    """Return the options of Slurm, if it runs the comparison; UserError for ignored options."""
     slurm = array.Slurm(
         account=options.account,
         partition=options.partition,
@@ -228,7 +228,7 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_prepo.compare import report_page as page
 
     written = page.report(options.sources, options.out)
-    print(f"{written[0]}, and beside it {len(written) - 1} pictures and tables")
+    print(f"{written[0]}, with {len(written) - 1} pictures and tables in the same folder")
     return 0
 
 
@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(commands: "Commands") -> None:
-    parser = commands.add_parser("train", help="train as a configuration file says")
+    parser = commands.add_parser("train", help="train with a configuration file")
     parser.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
     _add_overrides(parser)
     _add_restarts(parser)
@@ -304,13 +304,13 @@ def _add_train(commands: "Commands") -> None:
 
 
 def _add_resume(commands: "Commands") -> None:
-    parser = commands.add_parser("resume", help="go on with an interrupted run")
+    parser = commands.add_parser("resume", help="resume an interrupted run")
     parser.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
     parser.add_argument(
         "--prove",
         action="store_true",
-        help="leave the run alone (a configuration file does, too): by its settings, make a short "
-        "run that is killed, and compare it with an undisturbed one; the exit code tells",
+        help="do not touch the run (a configuration file works, too): kill and resume a short run "
+        "with its settings, and compare it with an uninterrupted one; exit code 0 means equal",
     )
     parser.add_argument(
         "--steps",
@@ -321,7 +321,9 @@ def _add_resume(commands: "Commands") -> None:
         help="with --prove: steps before and after the kill (default: 2 2)",
     )
     parser.add_argument(
-        "--dir", default="runs/prove", help="with --prove: where it goes (default: %(default)s)"
+        "--dir",
+        default="runs/prove",
+        help="with --prove: directory of the runs (default: %(default)s)",
     )
     _add_overrides(parser)
     _add_restarts(parser)
@@ -330,53 +332,57 @@ def _add_resume(commands: "Commands") -> None:
 
 def _add_replay(commands: "Commands") -> None:
     parser = commands.add_parser(
-        "replay", help="the updates of a dumped step again, in any layout (docs/debugging.md)"
+        "replay", help="run the updates of a dumped step again, in any layout (docs/debugging.md)"
     )
     parser.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
     parser.add_argument(
-        "--tolerance", type=float, help="largest difference (float32: 1e-4, bfloat16: 0.05)"
+        "--tolerance", type=float, help="maximum difference (default: float32 1e-4, bfloat16 0.05)"
     )
-    parser.add_argument("--all", action="store_true", help="show all tensors, not the worst only")
+    parser.add_argument("--all", action="store_true", help="show all tensors, not only the worst")
     parser.add_argument(
-        "--write-gradients", action="store_true", help="keep gradients in the dump to compare with"
+        "--write-gradients",
+        action="store_true",
+        help="save gradients in the dump for later replays",
     )
     _add_overrides(parser)
     parser.set_defaults(run=_replay)
 
 
 def _add_demo(commands: "Commands") -> None:
-    parser = commands.add_parser("demo", help="the laptop experiment from end to end")
-    parser.add_argument("--dir", default="runs/demo", help="where it goes (default: %(default)s)")
+    parser = commands.add_parser("demo", help="run the laptop experiment from end to end")
+    parser.add_argument("--dir", default="runs/demo", help="directory (default: %(default)s)")
     _add_overrides(parser)
     parser.set_defaults(run=_demo)
 
 
 def _add_compare(commands: "Commands") -> None:
     parser = commands.add_parser(
-        "compare", help="train by several methods and seeds on equal terms (docs/compare.md)"
+        "compare", help="train with several methods and seeds on equal terms (docs/compare.md)"
     )
     parser.add_argument("config", help="YAML file that all arms share")
     parser.add_argument(
         "--methods",
         required=True,
-        help=f"comma-separated: {', '.join(ARMS)}; or your own, as "
+        help=f"comma-separated: {', '.join(ARMS)}; or your own, such as "
         "'mine:selection.method=prepo;weighting.clamp=2'",
     )
     parser.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")
-    parser.add_argument("--dir", help="where the runs go (default: runs/compare/NAME)")
-    parser.add_argument("--name", help="of the comparison (default: from --dir, or CONFIG)")
-    parser.add_argument("--results", help="the records (default: DIR/results.jsonl)")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: as many as fit)")
+    parser.add_argument("--dir", help="directory of the runs (default: runs/compare/NAME)")
+    parser.add_argument("--name", help="name of the comparison (default: from --dir, or CONFIG)")
+    parser.add_argument("--results", help="file of the records (default: DIR/results.jsonl)")
+    parser.add_argument("--jobs", type=int, help="concurrent runs (default: as many as fit)")
     parser.add_argument(
         "--executor",
         choices=("local", "slurm"),
         default="local",
-        help="where the runs are: here, or each a job of Slurm (docs/launch.md)",
+        help="run here, or each run as a job of Slurm (docs/launch.md)",
     )
-    parser.add_argument("--account", help="of Slurm")
-    parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument("--account", help="account of Slurm")
+    parser.add_argument("--partition", help="partition of Slurm")
     parser.add_argument(
-        "--time", default=array.Slurm.time, help="limit of a job of Slurm (default: %(default)s)"
+        "--time",
+        default=array.Slurm.time,
+        help="time limit per job of Slurm (default: %(default)s)",
     )
     parser.add_argument("--gpus-per-node", type=int, default=array.Slurm.gpus_per_node, metavar="N")
     parser.add_argument(
@@ -388,7 +394,7 @@ def _add_compare(commands: "Commands") -> None:
 
 def _add_evaluate(commands: "Commands") -> None:
     parser = commands.add_parser(
-        "evaluate", help="models on suites of problems, avg@k and pass@k (docs/evaluation.md)"
+        "evaluate", help="evaluate models on suites, avg@k and pass@k (docs/evaluation.md)"
     )
     parser.add_argument(
         "--model",
@@ -396,42 +402,48 @@ def _add_evaluate(commands: "Commands") -> None:
         type=_named_place,
         required=True,
         metavar="[NAME=]DIR",
-        help="Hugging Face directory, Megatron checkpoint or run; may come several times",
+        help="Hugging Face directory, Megatron checkpoint or run; may be repeated",
     )
     parser.add_argument(
         "--suite",
         action="append",
         type=_named_place,
         metavar="[NAME=]FILE",
-        help="prompts with answers, JSON Lines; may come several times (default: data.eval)",
+        help="prompts with answers, JSON Lines; may be repeated (default: data.eval)",
     )
-    parser.add_argument("--out", required=True, help="folder; what is there is gone on with")
-    parser.add_argument("--config", help="YAML file (default: that of a run among the models)")
+    parser.add_argument(
+        "--out", required=True, help="output directory; existing results are resumed"
+    )
+    parser.add_argument("--config", help="YAML file (default: the one of a run among the models)")
     _add_overrides(parser)
     parser.set_defaults(run=_evaluate)
 
 
 def _add_report(commands: "Commands") -> None:
-    parser = commands.add_parser("report", help="one page of runs and comparisons")
+    parser = commands.add_parser("report", help="write one page of runs and comparisons")
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="RUN_OR_RESULTS",
         help="a run's directory, a comparison's directory or its results.jsonl",
     )
-    parser.add_argument("--out", default="parser.html", help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="report.html", help="file of the page (default: %(default)s)"
+    )
     parser.set_defaults(run=_report)
 
 
 def _add_plan(commands: "Commands") -> None:
     parser = commands.add_parser(
-        "plan", help="memory, seconds and layouts on a cluster, without a GPU (docs/plan.md)"
+        "plan", help="estimate memory, seconds and layouts, without a GPU (docs/plan.md)"
     )
-    parser.add_argument("config", help="YAML file; of its model only config.json is read")
+    parser.add_argument("config", help="YAML file; only config.json of its model is read")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
-    parser.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200 (%(default)s)")
+    parser.add_argument(
+        "--gpu", default="h100", help="a100, h100, h200 or b200 (default: %(default)s)"
+    )
     parser.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
-    parser.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs of one SGLang engine")
+    parser.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs per SGLang engine")
     parser.add_argument(
         "--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)"
     )
@@ -441,14 +453,16 @@ def _add_plan(commands: "Commands") -> None:
     parser.add_argument(
         "--rates", metavar="RUN", help="directory of a finished run (default: published rates)"
     )
-    parser.add_argument("--json", action="store_true", help="for machines: bytes and seconds")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     _add_overrides(parser)
     parser.set_defaults(run=_plan)
 
 
 def _add_doctor(commands: "Commands") -> None:
-    parser = commands.add_parser("doctor", help="versions, GPU, disk, ports, and a run's inputs")
-    parser.add_argument("config", nargs="?", help="YAML file whose needs are looked at too")
+    parser = commands.add_parser(
+        "doctor", help="check versions, GPU, disk, ports, and a run's inputs"
+    )
+    parser.add_argument("config", nargs="?", help="YAML file whose requirements are checked, too")
     _add_overrides(parser)
     parser.set_defaults(run=_doctor)
 
@@ -459,11 +473,11 @@ def _add_reference(commands: "Commands") -> None:
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
 
 
 def _named_place(word: str) -> tuple[str, str]:
-    """NAME=PLACE, or a place that names itself."""
+    """Parse NAME=PLACE; the default name is the place's last component."""
     name, equals, place = word.partition("=")
     return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
 
@@ -474,5 +488,5 @@ def _add_restarts(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="after a failure, go on from the last checkpoint, so often (default: %(default)s)",
+        help="resume from the last checkpoint after up to N failures (default: %(default)s)",
     )

@@ -67,11 +67,11 @@ def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
     seen: dict[str, int] = {}
     for number, record in json_lines.read(path):
         where = f"{path}, line {number}"
-        text = json_lines.text_of(record, "prompt", where)
-        answer = json_lines.answer_of(record, "answer", where)
+        text = json_lines.text_field(record, "prompt", where)
+        answer = json_lines.answer_field(record, "answer", where)
         prompt_id = str(number)
         if record.get("id") is not None:
-            prompt_id = json_lines.answer_of(record, "id", where)
+            prompt_id = json_lines.answer_field(record, "id", where)
         if prompt_id in seen:
             raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
         seen[prompt_id] = number
@@ -114,7 +114,7 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
             )
         return chat
 
-    # the words of a text may also occur in the template: a character that does not marks the place
+    # the template may contain the text's words, so a character that it lacks marks the position
     rendered, begin = render(text), render("\ufffc").find("\ufffc")
     if begin >= 0 and rendered.startswith(text, begin):
         return rendered, begin + len(text) - len(text.lstrip())
@@ -124,10 +124,10 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
 
 @contextmanager
 def _calendar(tokenizer: Any, date: datetime.date | None) -> Iterator[None]:
-    """Let chat templates read this date as today's; None: today.
+    """Give chat templates this date as today's; None: today.
 
-    `transformers` gives templates the date by a function of its own, `strftime_now`; from 5.23 on
-    an argument of that name reaches a template as text.  Raises UserError if the function does not
+    `transformers` gives templates the date by its function `strftime_now`; from 5.23 on an argument
+    of that name reaches a template as text.  Raises UserError if the function does not
     return the date, as it may in a later version.
     """
     from transformers.utils import chat_template_utils

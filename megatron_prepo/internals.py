@@ -1,9 +1,9 @@
-"""Internals of other libraries that we use or replace, compared first with what we rely on.
+"""Checked use and replacement of internals of other libraries.
 
-A release may drop a function that nobody outside is meant to call, or call it with one more
-argument.  `replace` and `require` find that before anything runs on it, and name the library, its
-version and the difference.  Only the standard library is imported: servers' processes use this, too
-(`rollout/sglang/on_cpu`).
+A release may drop a function that is not part of the public interface, or call it with one more
+argument.  `replace` and `require` detect that before any code relies on it, and report the library,
+its version and the difference.  Only the standard library is imported, since the servers' processes
+use this module, too (`rollout/sglang/on_cpu`).
 """
 
 import importlib.metadata
@@ -25,10 +25,10 @@ TRIED = {
 
 
 def replace(owner: Any, name: str, replacement: Any) -> Any:
-    """Put `replacement` in the place of `owner.name`, and return the original.
+    """Replace `owner.name` by `replacement`, and return the original.
 
     `owner` is a module, a class or an object.  Raises UserError if the original is missing or, for
-    a function, has another form (`require_form`).
+    a function, has another signature (`require_form`).
     """
     require(owner, name)
     original = getattr(owner, name)
@@ -46,10 +46,10 @@ def require(owner: Any, *names: str) -> None:
 
 
 def require_form(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Raise UserError unless `replacement` can be called in the place of `owner.name`.
+    """Raise UserError unless `replacement` can be called in place of `owner.name`.
 
-    It takes every call (`*args, **kwargs`), and the parameters that it names have the same place in
-    the original and, unless they are positional-only, the same name.
+    It must accept every call (`*args, **kwargs`), and its named parameters must have the same
+    position in the original and, unless they are positional-only, the same name.
     """
     require(owner, name)
     ours = inspect.signature(replacement).parameters.values()
@@ -75,9 +75,9 @@ def require_form(owner: Any, name: str, replacement: Callable[..., Any]) -> None
 
 
 def explain(error: ImportError) -> UserError | None:
-    """What a failing import says of an installed library whose internals we rely on, if it is one.
+    """Return the error of a failed import from a library whose internals we rely on.
 
-    None for a library that is not installed.
+    None for other libraries, and for one that is not installed.
     """
     module = (error.name or "").split(".")[0]
     return _refusal(module, str(error)) if module in TRIED and _version(module) else None

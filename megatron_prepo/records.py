@@ -1,4 +1,4 @@
-"""What moves between the stages: typed, immutable, and small enough to read.
+"""Records that the stages exchange: typed and immutable.
 
 Letters: P candidate prompts, K selected prompts, G rollouts per prompt, N = K*G rollouts.
 Rollouts are always in their prompts' order: rollout ``k*G + g`` is sample g of prompt k.
@@ -16,9 +16,9 @@ class Prompt:
     text: str
     """The user's text."""
     answer: str
-    """What the reward function compares with."""
+    """The answer with which the reward function compares."""
     tokens: tuple[int, ...]
-    """What the model reads: the text with special tokens and, if asked for, the chat template."""
+    """The model's input: the text with special tokens and, if configured, the chat template."""
     content: tuple[int, int]
     """Span of `tokens` that holds the user's text."""
 
@@ -39,10 +39,10 @@ class Rollout:
     weight_version: int
     """Number of optimizer updates of the weights that generated it."""
     aborted: bool = False
-    """Whether it was cut because it took too long (`servers.straggler_seconds`)."""
+    """Whether it was cut off because it took too long (`servers.straggler_seconds`)."""
     routing: bytes | None = None
     """The experts of all tokens of prompt and completion but the last (`routing.RoutingFormat`), if
-    they were asked for (`rollout.router_replay`)."""
+    they were requested (`rollout.router_replay`)."""
 
     def __post_init__(self) -> None:
         assert self.tokens, f"prompt {self.prompt.id}: an engine returned an empty completion"
@@ -54,24 +54,24 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Tokens to be scored by the actor: ``tokens[start:]``, each given all before it."""
+    """Tokens for the actor to score: ``tokens[start:]``, each given all preceding tokens."""
 
     tokens: tuple[int, ...]
     start: int
     routing: bytes | None = None
-    """The experts of all tokens but the last, equally many bytes each; None: the actor chooses."""
+    """The experts of all tokens but the last, as many bytes each; None: the actor chooses."""
 
     def __post_init__(self) -> None:
         assert 1 <= self.start < len(self.tokens), (
             f"start={self.start} must leave a predecessor and a token of {len(self.tokens)}"
         )
         assert self.routing is None or len(self.routing) % (len(self.tokens) - 1) == 0, (
-            f"{len(self.routing)} bytes of routing are not shared out over {len(self.tokens) - 1}"
+            f"{len(self.routing)} bytes of routing do not divide by {len(self.tokens) - 1} tokens"
         )
 
     @property
     def num_scored(self) -> int:
-        """Tokens that get a log-probability."""
+        """Number of tokens that get a log-probability."""
         return len(self.tokens) - self.start
 
     def routing_of_first(self, count: int) -> bytes | None:
@@ -82,6 +82,6 @@ class ScoredSequence:
 
 
 def scored_sequence(rollout: Rollout) -> ScoredSequence:
-    """Prompt and completion; the completion is scored."""
+    """Return prompt and completion as a sequence whose completion is scored."""
     prompt = rollout.prompt.tokens
     return ScoredSequence(prompt + rollout.tokens, len(prompt), rollout.routing)

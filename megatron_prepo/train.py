@@ -24,13 +24,13 @@ from megatron_prepo.trainer.stages import (
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run the configuration to its end; returns the summary, which is also in the run's directory.
+    """Make the run of a configuration; return the summary, which is also in the run's directory.
 
-    Collective: every rank of the job calls it.  Raises UserError for a wrong input before any
+    Collective: every rank of the job calls it.  Raises UserError for an invalid input before any
     weight is loaded.
     """
     trainer = set_up(config)
-    config = trainer.config  # a resumed run keeps what it began with
+    config = trainer.config  # a resumed run keeps some of its settings
     with trainer.resumed(batches=trainer.batches, selector=trainer.selector):
         for step in trainer.steps():
             candidates = score_candidates(trainer, step)

@@ -1,13 +1,14 @@
-r"""The overlapped loop: the next step's rollouts are generated while this step's are learnt from.
+r"""The overlapped loop: the next step's rollouts are generated while this step trains.
 
-    choose and start step n + 1  ->  learn from step n  ->  wait for step n + 1  ->  weight sync
-                \_____________ the servers generate _____________/
+    select and start step n + 1  ->  train on step n  ->  wait for step n + 1  ->  weight sync
+                \____________ the servers generate ____________/
 
-Prompts are chosen, and rollouts generated, by the weights before step n has been learnt from.  The
-first two steps' are the initial weights', so from the second on rollouts are one step old when
-their turn comes.  The loss corrects for that by the ratio of the actor's probabilities, right
-before the update, to the engine's (`loss.importance`).  All else is as in `train.py`, stage by
-stage and key by key; rewards are observed before the next prompts are chosen, here as there.
+The prompts of step n + 1 are selected, and its rollouts generated, by the weights before the update
+of step n.  The first two steps use the initial weights, so from the second step on rollouts are one
+step old when they are trained on.  The loss corrects for that by the ratio of the actor's
+probabilities right before the update to the engine's (`loss.importance`).  Everything else is as in
+`train.py`, with the same stages and keys; rewards are observed before the next prompts are
+selected, there as here.
 """
 
 from copy import deepcopy
@@ -38,7 +39,7 @@ from megatron_prepo.trainer.stages import (
 
 
 def train_overlapped(config: Config) -> dict[str, Any]:
-    """`train` for `train.overlap=true`; collective, and the same summary."""
+    """Make a run with `train.overlap=true`; collective, and the same summary as `train`."""
     trainer = set_up(config)
     config, prefetcher = trainer.config, Prefetcher(trainer)
     with trainer.resumed(ahead=prefetcher):
@@ -73,27 +74,27 @@ class PendingStep:
     candidates: Candidates
     chosen: list[int]
     weight_version: int | None
-    """Version of the weights that chose and, unless the engine failed, generate."""
+    """Version of the weights that select and, unless the engine failed, generate."""
     generation: PendingRollouts | None = None
-    """Set until its result is taken."""
+    """The running generation; None once its result is taken."""
     rollouts: list[Rollout] = field(default_factory=list)
-    """Empty until then."""
+    """The result; empty before."""
     seconds: float = 0.0
-    """Duration of the generation; the seconds of the stage `rollouts` are those waited."""
+    """Duration of the generation; the stage `rollouts` counts only the time spent waiting."""
 
     @property
     def selected(self) -> list[Prompt]:
-        """The chosen prompts."""
+        """The selected prompts."""
         return self.candidates.at(self.chosen)
 
     @property
     def purpose(self) -> str:
-        """Name of its random numbers and of its place in the journal."""
+        """Name of its random numbers and of its rollouts in the journal."""
         return f"rollouts/{self.step}"
 
 
 class Prefetcher:
-    """Selects and rolls out a step ahead; every rank calls the same methods, all collective.
+    """Selection and generation one step ahead; all methods are collective.
 
     As a part of a checkpoint it holds prompts and selector as they were before the pending step was
     chosen, and the perplexities that it was chosen by, which later weights cannot reproduce.
@@ -105,21 +106,21 @@ class Prefetcher:
         self.pending: PendingStep | None = None
 
     def take(self, step: int) -> PendingStep:
-        """Return this step with its rollouts, which is not pending any more."""
+        """Return this step with its rollouts; it is no longer pending."""
         if self.pending is None:
-            self.start(step)  # with nothing to learn from meanwhile
+            self.start(step)  # with nothing to train on meanwhile
         self.wait()
         ready, self.pending = self.pending, None
         assert ready is not None, "it was started above, or by the step before"
         return ready
 
     def start_after(self, step: int, num_rollouts: int) -> None:
-        """Start the next step, unless this one, of N rollouts, ends the run."""
+        """Start the next step, unless the run ends with this one, of `num_rollouts` rollouts."""
         if not self.trainer.run.is_last(step, to_be_recorded=num_rollouts):
             self.start(step + 1)
 
     def start(self, step: int) -> None:
-        """Score the candidates, choose, and let the servers generate."""
+        """Score the candidates, select prompts, and start the generation."""
         self._before = self._position()
         candidates = score_candidates(self.trainer, step)
         self._choose(step, candidates, self.trainer.engine.weight_version)
@@ -139,7 +140,7 @@ class Prefetcher:
                 self.trainer.journal.force()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Return the state, as plain JSON."""
         if self.pending is None:
             return self._position() | {"coming": None}
         candidates = self.pending.candidates
@@ -152,7 +153,7 @@ class Prefetcher:
         return self._before | {"coming": coming | {"scores": scores}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Choose the pending step again, as it was chosen; `wait` looks for its rollouts."""
+        """Restore the pending step's selection; `wait` finds its rollouts in the journal."""
         self.trainer.batches.load_state_dict(state["batches"])
         self.trainer.selector.load_state_dict(state["selector"])
         if (coming := state["coming"]) is None:

@@ -28,13 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo.errors import in_one_line
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
 from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.process import machine
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import scored_sequence
 from tools import train_case
 from tools.head_goals import at_least

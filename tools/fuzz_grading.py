@@ -23,10 +23,10 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_prepo.config import RewardConfig
-from megatron_prepo.errors import in_one_line
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.files.ownership import earlier_result
 from megatron_prepo.process import machine
+from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import WALL_CLOCK_FACTOR, Grader
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_prepo.errors import UserError, one_line
 from megatron_prepo.files import json_lines
 from megatron_prepo.files.atomic import write_text
-from megatron_prepo.files.json_lines import answer_of, text_of
+from megatron_prepo.files.json_lines import answer_field, text_field
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.rewards.boxed import last_boxed
 from megatron_prepo.rewards.number import number
@@ -153,12 +153,12 @@ def read_problems(name: str, place: str) -> list[Problem]:
                 f"{one_line(sorted(map(str, row)))}, but should be those of {source.hub[0]}"
             ) from error
         read = {"problem": problem, "answer": answer, "id": row.get(source.id_column)}
-        own = str(index) if read["id"] is None else answer_of(read, "id", where)
+        own = str(index) if read["id"] is None else answer_field(read, "id", where)
         if own in seen:
             raise UserError(f"{where}: id {own!r} is also that of {seen[own]}")
         seen[own] = where
-        text = text_of(read, "problem", where).strip()
-        answer = answer_of(read, "answer", where).strip()
+        text = text_field(read, "problem", where).strip()
+        answer = answer_field(read, "answer", where).strip()
         problems.append(Problem(f"{name}/{own}", text, answer))
     if not problems:
         raise UserError(f"{name}: {place} contains no rows")

@@ -23,7 +23,7 @@ from megatron_prepo.files.ownership import new_file
 from megatron_prepo.inputs.preflight import read_tokenizer
 from megatron_prepo.prepo.perplexity import perplexity
 from megatron_prepo.process.command import in_one_line
-from megatron_prepo.trainer.prompt_scores import span_of
+from megatron_prepo.trainer.prompt_scores import prompt_span
 
 matplotlib.use("Agg")
 
@@ -58,7 +58,7 @@ def perplexities(
             tokens_S = torch.tensor(prompt.tokens, device=device)
             logprobs_SV = torch.log_softmax(model(tokens_S[None]).logits[0, :-1].float(), dim=-1)
             logprobs_T = logprobs_SV.gather(1, tokens_S[1:, None])[:, 0]
-            values.append(float(perplexity(logprobs_T, span_of(prompt, tokens))))
+            values.append(float(perplexity(logprobs_T, prompt_span(prompt, tokens))))
         result[file] = np.array(values)
     return result
 

@@ -69,7 +69,7 @@ def start_saving(
     aside = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
         for left_behind in final.parent.glob("iter_*.partial"):
-            ownership.make_room(left_behind, ownership.UNFINISHED, ownership.run_of(aside))
+            ownership.make_room(left_behind, ownership.UNFINISHED, ownership.run_identity(aside))
         ownership.create(aside, ownership.UNFINISHED)
     dist.barrier()
     weights = _sharded_weights(chunks)
@@ -86,7 +86,7 @@ def start_saving(
 
     def publish() -> None:
         ownership.seal(aside, KIND)
-        ownership.make_room(final, KIND, ownership.run_of(final))
+        ownership.make_room(final, KIND, ownership.run_identity(final))
         rename_tree(aside, final)
         write_text(Path(directory) / TRACKER, str(step))
 
@@ -222,7 +222,7 @@ def prune(
     """
     if not keep_last:
         return {}
-    run, found = ownership.run_of(directory), by_step(directory)
+    run, found = ownership.run_identity(directory), by_step(directory)
     ours = {step: path for step, path in found.items() if ownership.is_marked(path, KIND, run)}
     kept = {path: [path] for step, path in found.items() if step not in ours}
     for step, path in list(ours.items())[:-keep_last]:

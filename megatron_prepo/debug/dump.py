@@ -1,15 +1,15 @@
-"""A step's dump: all that its optimizer updates need, to be run again by `replay.py`.
+"""Dump of a step: all inputs of its optimizer updates, which `replay.py` runs again.
 
-| file | what |
+| file | content |
 |---|---|
 | `step.json` | which step, why it was dumped, the candidates' perplexities, the updates' results |
 | `config.yaml` | the run's configuration |
-| `rollouts.jsonl` | one rollout a line, in the order of the tensors below: text, reward, update |
-| `batch.safetensors` | what the loss was given, routing, entropies; `_T`: tokens of all rollouts |
-| `weights_0/`, ... | before each update, a Megatron checkpoint, its optimizer state with it |
-| `gradients_0/`, ... | of each update, under Hugging Face names, before it is clipped |
+| `rollouts.jsonl` | one rollout per line, in the order of the tensors: text, reward, update |
+| `batch.safetensors` | inputs of the loss, routing, entropies; `_T`: tokens of all rollouts |
+| `weights_0/`, ... | Megatron checkpoint before each update, with optimizer state |
+| `gradients_0/`, ... | gradient of each update, before clipping, under Hugging Face names |
 
-Nothing is pickled but what Megatron pickles in its checkpoints.  A dump is whole or has no name.
+Nothing is pickled except by Megatron in its checkpoints.  A dump gets its name when it is complete.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ from megatron_prepo.selection.base import Candidates
 
 FORMAT = 1
 KIND = "dump"
-"""What its marker calls it (`ownership.py`)."""
+"""Kind of a dump in its marker (`ownership.py`)."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step has come to before its updates."""
+    """Results of a step before its updates."""
 
     step: int
     candidates: Candidates
     rollouts: Sequence[Rollout]
     rewards_N: torch.Tensor
     scores: Sequence[Scores]
-    """The policy's before the first update."""
+    """Scores by the policy before the first update."""
     mini_batches: Sequence[Sequence[int]]
-    """Positions of the rollouts of each update."""
+    """Positions of each update's rollouts."""
 
 
 class DumpWriter:
-    """Writes the dump of some updates of a step; collective, rank 0 writes all but the shards."""
+    """Writer of the dump of some of a step's updates; collective, rank 0 writes all but shards."""
 
     def __init__(
         self, directory: Path, actor: Actor, config: Config, record: StepRecord, *, why: str
@@ -70,7 +70,7 @@ class DumpWriter:
             ownership.begin(directory)
 
     def add(self, update: int, batch: Sequence[TrainingSequence], gradient: BackwardResult) -> None:
-        """The mini-batch of this number, after its `backward` and before its `step`."""
+        """Dump the mini-batch of this update, after its `backward` and before its `step`."""
         index = self.record.mini_batches[update]
         weights = self.aside / f"weights_{len(self.results)}"
         self.actor.save(weights, step=self.record.step)
@@ -86,7 +86,7 @@ class DumpWriter:
         self.lines += [self._line(i, update) for i in index]
 
     def finish(self) -> None:
-        """Give the dump its name; replaces one that a run left there before it was resumed."""
+        """Give the dump its name; a dump from before the run was resumed is replaced."""
         if self.writes:
             record, ppl_P = self.record, self.record.candidates.ppl_P
             self.about["candidates"] = [
@@ -116,7 +116,7 @@ class DumpWriter:
 
 @dataclass(frozen=True)
 class Dump:
-    """A dump that was read; its tensors by the names in `batch.safetensors`."""
+    """A dump as read; its tensors have the names in `batch.safetensors`."""
 
     directory: Path
     config: Config
@@ -125,30 +125,30 @@ class Dump:
     rollouts: list[Rollout]
     rewards_N: torch.Tensor
     batch: list[TrainingSequence]
-    """Of all updates, one behind the other."""
+    """Sequences of all updates, concatenated."""
     tensors: dict[str, torch.Tensor]
 
     def updates(self) -> Iterable[tuple[dict[str, Any], list[TrainingSequence]]]:
-        """(result, mini-batch) of each update."""
+        """Yield (result, mini-batch) of each update."""
         first = 0
         for result in self.about["results"]:
             yield result, self.batch[first : first + result["rollouts"]]
             first += result["rollouts"]
 
     def weights(self, number: int) -> Path:
-        """The checkpoint behind an update of the dump."""
+        """Return the checkpoint from which an update started."""
         return self.directory / f"weights_{number}"
 
     def per_rollout(self, name: str) -> list[torch.Tensor]:
-        """A tensor of all tokens, cut into rollouts."""
+        """Return a tensor of all tokens, split into rollouts."""
         return list(self.tensors[name].split([s.sequence.num_scored for s in self.batch]))
 
 
 def read(directory: str | Path, overrides: Sequence[str] = ()) -> Dump:
-    """A dump, its configuration changed by `overrides`; UserError if it is none or not whole."""
+    """Read a dump, with `overrides` of its configuration; UserError if missing or damaged."""
     directory = Path(directory)
     if not (directory / "step.json").is_file():
-        raise UserError(f"{directory} is no dump of a step: it has no step.json (debug.dump_steps)")
+        raise UserError(f"{directory} is not a dump of a step: no step.json (debug.dump_steps)")
     try:
         about = json.loads((directory / "step.json").read_text())
         if about["format"] != FORMAT:
@@ -176,7 +176,7 @@ def read(directory: str | Path, overrides: Sequence[str] = ()) -> Dump:
 
 
 def to_tensors(batch: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
-    """All fields of all sequences, one behind the other; those that are None are left out."""
+    """Concatenate each field of all sequences; fields that are None are skipped."""
     sequences = [s.sequence for s in batch]
     tensors = {
         "tokens": torch.tensor([token for s in sequences for token in s.tokens]),
@@ -196,7 +196,7 @@ def to_tensors(batch: Sequence[TrainingSequence]) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: dict[str, torch.Tensor]) -> list[TrainingSequence]:
-    """What `to_tensors` was given, to the bit."""
+    """Return the sequences that `to_tensors` was given, bit for bit."""
     tokens = tensors["tokens"].split(tensors["length_N"].tolist())
     sequences = [
         ScoredSequence(tuple(t.tolist()), start, routing)
@@ -218,7 +218,7 @@ def from_tensors(tensors: dict[str, torch.Tensor]) -> list[TrainingSequence]:
 def write_gradients(directory: Path, actor: Actor) -> list[str]:
     """Save the gradient of the last `backward`; collective.
 
-    Returns the names of tensors with an element that is not finite.
+    Returns the names of tensors with a non-finite element.
     """
     shapes = {name: (torch.float32, shape) for name, (_, shape) in actor.hf_shapes().items()}
     writer = None
@@ -236,12 +236,12 @@ def write_gradients(directory: Path, actor: Actor) -> list[str]:
 
 
 def _routings(tensors: dict[str, torch.Tensor]) -> list[bytes | None]:
-    """Each sequence's; all tokens but the last have equally many bytes."""
+    """Split the routing into sequences; each token but the last has the same number of bytes."""
     routed_N = tensors["length_N"] - 1
     if "routing" not in tensors:
         return [None] * len(routed_N)
-    bytes_a_token = len(tensors["routing"]) // int(routed_N.sum())
-    parts = tensors["routing"].split((routed_N * bytes_a_token).tolist())
+    bytes_per_token = len(tensors["routing"]) // int(routed_N.sum())
+    parts = tensors["routing"].split((routed_N * bytes_per_token).tolist())
     return [part.numpy().tobytes() for part in parts]
 
 

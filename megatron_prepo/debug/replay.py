@@ -1,14 +1,14 @@
-"""Run a dumped step's updates again, under any layout, and compare.
+"""Replay of a dumped step's updates, under any layout, and comparison with the dump.
 
     megatron-prepo replay runs/demo/dumps/step_0003 parallel.tensor=2 train.micro_batch_tokens=4096
 
-No engine is started and nothing is rolled out: this is also how to run the training half alone.
-What is compared: the scores before the updates, and of each update loss, gradient norm and every
+No engine is started and no rollout is generated, so a replay also runs the training half alone.
+It compares the scores before the updates, and for each update the loss, the gradient norm and every
 tensor's gradient, under Hugging Face names.  A tensor g' of the replay differs if
 
-    |g' - g| > tolerance * max(|g|, 1e-3 * |all of the dump's gradient|)
+    |g' - g| > tolerance * max(|g|, 1e-3 * |complete gradient of the dump|)
 
-The floor is for gradients that are zero but for rounding, such as that of a key's bias.
+The floor is for gradients that are zero except for rounding, such as that of a key's bias.
 """
 
 import dataclasses
@@ -37,53 +37,56 @@ ONE_RANK = (
     "optimizer.use_distributed_optimizer=false",
 )
 ONE_RANK_FOLDER = "one_rank"
-"""In a dump: gradients that one rank computed later, where the run saved none."""
+"""Folder in a dump for gradients that one rank computed later, if the run saved none."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Row:
-    """A number of the dump beside the replay's."""
+class Difference:
+    """A number of the dump next to the replay's."""
 
     name: str
     before: float
     now: float
     error: float
-    """What is held against the tolerance."""
+    """Relative or absolute difference, compared with the tolerance."""
 
 
 @dataclass
 class Comparison:
-    """All that was compared."""
+    """All compared numbers and tensors."""
 
     tolerance: float
-    numbers: list[Row] = field(default_factory=list)
-    tensors: list[Row] = field(default_factory=list)
+    numbers: list[Difference] = field(default_factory=list)
+    tensors: list[Difference] = field(default_factory=list)
 
     def add_number(self, name: str, before: float, now: float) -> None:
-        """A number, by its relative difference; two that are not finite do not differ."""
+        """Compare a number by its relative difference; two non-finite numbers do not differ."""
         error = abs(now - before) / max(abs(before), 1e-12)
         if not math.isfinite(error):
             error = math.inf if math.isfinite(before) or math.isfinite(now) else 0.0
-        self.numbers.append(Row(name, before, now, error))
+        self.numbers.append(Difference(name, before, now, error))
 
     def add_tensor(self, name: str, before: torch.Tensor, now: torch.Tensor, floor: float) -> None:
-        """A tensor, by its norm's relative difference; where it is not finite, both have to be."""
+        """Compare a tensor by the relative norm of the difference.
+
+        Its non-finite elements must be the same ones in both.
+        """
         before, now = before.double(), now.double().cpu()
         alike = torch.equal(before.isfinite(), now.isfinite())
         difference = (now - before).nan_to_num(0.0, 0.0, 0.0).norm()
         scale = before.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=max(floor, 1e-12))
         error = float(difference / scale) if alike else math.inf
-        self.tensors.append(Row(name, float(before.norm()), float(now.norm()), error))
+        self.tensors.append(Difference(name, float(before.norm()), float(now.norm()), error))
 
-    def differing(self) -> list[Row]:
-        """What is beyond the tolerance: numbers, then tensors, the worst first."""
+    def differing(self) -> list[Difference]:
+        """Return the differences beyond the tolerance: numbers, then tensors, the largest first."""
         return [row for row in (*self.numbers, *self._worst_first()) if row.error > self.tolerance]
 
     def text(self, *, num_tensors: int | None = 5) -> str:
-        """A table of all numbers, and of those tensors that differ or come nearest to it."""
+        """Format a table of all numbers and of the tensors with the largest differences."""
         wrong = self.differing()
         count = num_tensors and max(num_tensors, sum(row in self.tensors for row in wrong))
         rows = [*self.numbers, *self._worst_first()[:count]]
@@ -96,7 +99,7 @@ class Comparison:
         verdict = f"{len(wrong)} of {len(self.numbers) + len(self.tensors)} differ"
         return "\n".join([*lines, f"{verdict} (tolerance {self.tolerance:g})"])
 
-    def _worst_first(self) -> list[Row]:
+    def _worst_first(self) -> list[Difference]:
         return sorted(self.tensors, key=lambda row: -row.error)
 
 
@@ -108,9 +111,9 @@ def run(
     num_tensors: int | None = 5,
     write: bool = False,
 ) -> Comparison:
-    """What each rank of `megatron-prepo replay` does; rank 0 prints the table.
+    """Run one rank of `megatron-prepo replay`; rank 0 prints the table.
 
-    `write`: keep the gradients in the dump, for replays that find none there.
+    `write`: save the gradients in the dump, for replays of a dump without them.
     Raises UserError that names what differs.
     """
     dump = read(directory, overrides)
@@ -128,8 +131,8 @@ def run(
 def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -> Comparison:
     """Run the updates of a dump under its configuration; collective.  Rank 0 compares gradients.
 
-    Each starts from the weights that it started from in the run, so that one that is wrong does
-    not make the next one differ, and no optimizer has a part in it.
+    Each update starts from the weights that it had in the run, so a wrong update does not affect
+    the next one, and no optimizer is involved.
     """
     config = dump.config
     comparison = Comparison(tolerance or TOLERANCE[config.model.dtype])
@@ -147,24 +150,24 @@ def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -
         if write:
             write_gradients(dump.directory / ONE_RANK_FOLDER / f"gradients_{number}", actor)
         else:
-            compare_gradients(name, gradients_of(dump, number), actor, comparison)
+            compare_gradients(name, gradients_path(dump, number), actor, comparison)
     return comparison
 
 
 def compare_scores(dump: Dump, actor: Actor, comparison: Comparison) -> None:
-    """Mean log-probability and entropy before the updates, by the mean absolute difference."""
+    """Compare log-probabilities and entropies before the updates, by mean absolute difference."""
     temperature = dump.config.rollout.temperature
     scores = actor.score([s.sequence for s in dump.batch], temperature=temperature)
     for name, column in (("old_logprobs_T", "logprobs_T"), ("entropy_T", "entropy_T")):
         before_T = dump.tensors[name]
         now_T = torch.cat([getattr(score, column) for score in scores])
         error = float((now_T - before_T).abs().mean())
-        row = Row(f"mean of {name}", float(before_T.mean()), float(now_T.mean()), error)
+        row = Difference(f"mean of {name}", float(before_T.mean()), float(now_T.mean()), error)
         comparison.numbers.append(row)
 
 
 def compare_gradients(name: str, before: Path, actor: Actor, comparison: Comparison) -> None:
-    """Every tensor of the gradient of the last `backward`; rank 0 reads and compares."""
+    """Compare every tensor of the last `backward`'s gradient; rank 0 reads and compares."""
     if dist.get_rank() != 0:
         for _ in actor.hf_gradients():
             pass
@@ -176,12 +179,12 @@ def compare_gradients(name: str, before: Path, actor: Actor, comparison: Compari
             comparison.add_tensor(f"{name}: {tensor}", tensors[tensor], now, FLOOR * norm)
 
 
-def gradients_of(dump: Dump, number: int) -> Path:
-    """Where the gradients of an update are: the run's, or those of one rank."""
+def gradients_path(dump: Dump, number: int) -> Path:
+    """Return the folder of an update's gradients: those of the run, or those of one rank."""
     name = dump.about["results"][number]["gradients"]
     return dump.directory / (name or f"{ONE_RANK_FOLDER}/gradients_{number}")
 
 
 def has_gradients(dump: Dump) -> bool:
-    """Whether there is something to compare with."""
-    return all(gradients_of(dump, i).is_dir() for i in range(len(dump.about["results"])))
+    """Return whether the dump has gradients for all of its updates."""
+    return all(gradients_path(dump, i).is_dir() for i in range(len(dump.about["results"])))

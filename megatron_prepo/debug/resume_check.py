@@ -1,10 +1,10 @@
-"""Prove that a run which is killed and goes on is the run that it would have been.
+"""Proof that a run that is killed and resumed computes the same as an uninterrupted one.
 
     megatron-prepo resume --prove CONFIG
 
-Trains twice for a few steps: once undisturbed, and once killed (SIGKILL, all processes at once)
-after the first of these steps and gone on with.  Then everything that the two left behind is
-compared, bit for bit.  Equal is what has to be on a CPU, and on a GPU with deterministic kernels.
+Trains twice for a few steps: once uninterrupted, and once killed (SIGKILL to all processes) after
+the first of these steps and resumed.  Then all results of the two runs are compared, bit for bit.
+They must be equal on a CPU, and on a GPU with deterministic kernels.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was compared."""
+    """The comparison of one kind of result."""
 
     what: str
     equal: bool
@@ -41,9 +41,9 @@ class Check:
 def prove(
     config: Path, overrides: Sequence[str], directory: Path, *, before: int, after: int
 ) -> list[Check]:
-    """Run both, of `before + after` steps, in `directory`, and compare them.
+    """Make both runs, of `before + after` steps, in `directory`, and compare them.
 
-    Raises UserError if one of them fails.
+    Raises UserError if a run fails.
     """
     ownership.claim(directory, "proof", "--dir")
     with lock.held(directory / lock.FILE, f"--dir {directory}"):
@@ -73,7 +73,7 @@ def _prove(
 
 
 def compare(whole: Path, other: Path) -> list[Check]:
-    """Two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
+    """Compare two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
 
     def newest(run: Path) -> Path:
         return max((run / "checkpoints").glob("iter_???????"))
@@ -84,7 +84,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
         return [(name, files[name]["sha256"]) for name in names]
 
     def tensors(run: Path) -> list[tuple[Any, ...]]:
-        # not the files: newer megatron-core pickles what is no tensor into one of them
+        # not the files: newer versions of megatron-core pickle other objects into one of them
         reader = TorchDistReader(newest(run))
         return [(name, *_content(reader, name)) for name in sorted(reader.tensors)]
 
@@ -100,7 +100,7 @@ def compare(whole: Path, other: Path) -> list[Check]:
         return [(entry["step"], entry["prompt_id"], entry["sample"]) for entry in ledger]
 
     def exported(run: Path) -> list[tuple[str, bytes]]:
-        # but for the marker, in which the runs have identities of their own
+        # except the marker, which has the identity of the run
         files = sorted(p for p in (run / "hf").rglob("*") if p.name not in ownership.NOT_CONTENT)
         return [(path.name, path.read_bytes()) for path in files if path.is_file()]
 
@@ -118,14 +118,14 @@ def compare(whole: Path, other: Path) -> list[Check]:
 
 
 def _content(reader: TorchDistReader, name: str) -> tuple[Any, ...]:
-    """Return type, shape and digest of a tensor; -0.0 and 0.0 are two values, NaN is one."""
+    """Return type, shape and digest of a tensor; -0.0 differs from 0.0, and NaN equals NaN."""
     shape = reader.shape(name)
     tensor = reader.read(name, (0,) * len(shape), shape)
     return tensor.dtype, shape, hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def text(checks: Sequence[Check]) -> str:
-    """A line each."""
+    """Format one line per check."""
     return "\n".join(
         f"{'equal' if check.equal else 'DIFFERS':<8} {check.what:<26} {check.detail}"
         for check in checks
@@ -137,13 +137,13 @@ CLOCKED = ("seconds", "speed/")
 
 
 def without_seconds(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics or evaluations without what a clock has measured."""
+    """Read the lines of metrics or evaluations, without measured times."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
 
 
 def num_lines(path: Path) -> int:
-    """Whole lines of a file that may not be there yet."""
+    """Return the number of complete lines of a file; 0 if it does not exist yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 

@@ -386,5 +386,5 @@ def _model_digest(place: Path) -> str:
         exported = (place / "hf" / "config.json").is_file()
         place = place / ("hf" if exported else "checkpoints")
     setting = "model.hf" if (place / "config.json").is_file() else "model.megatron"
-    facts = sorted(inputs.files_of(setting, place).items())
+    facts = sorted(inputs.file_digests(setting, place).items())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

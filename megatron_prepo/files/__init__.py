@@ -1,1 +1,1 @@
-"""Files that are complete or absent, whose they are, and who has them open."""
+"""Atomic files, ownership of folders, locks and digests."""

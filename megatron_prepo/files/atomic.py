@@ -1,6 +1,6 @@
-"""Files that are whole or absent: write aside, force to disk, rename.
+"""Files that are complete or absent: written to a temporary file, forced to disk, renamed.
 
-Those that grow by lines may end in the middle of one.
+Files to which lines are appended may end with an incomplete line.
 """
 
 import json
@@ -16,9 +16,9 @@ from megatron_prepo.files import lock
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by new text; a reader sees the old or the new one, never a part."""
+    """Replace a file by new text; a reader sees the old or the new text, never a part."""
     path = Path(path)
-    # a name that is nobody's: a file of the user's may be called NAME.partial
+    # a random name, since the user may have a file called NAME.partial
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with naming(aside), open(aside, "x", encoding="utf-8") as file:
@@ -32,10 +32,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def rename_tree(aside: str | Path, final: str | Path) -> None:
-    """Give a finished directory its name, after all that is in it has reached the disk."""
+    """Rename a finished directory after its contents have been forced to disk."""
     aside = Path(aside)
     for path in aside.rglob("*"):
-        if path.name != lock.FILE:  # to close it would release the lock
+        if path.name != lock.FILE:  # closing it would release the lock
             flush(path)
     flush(aside)
     aside.rename(final)
@@ -43,9 +43,9 @@ def rename_tree(aside: str | Path, final: str | Path) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that has no end yet is left out.
+    """Yield the objects of a JSON Lines file; an incomplete last line is skipped.
 
-    Raises UserError that names a line which is damaged.
+    Raises UserError that names a damaged line.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -67,7 +67,7 @@ def flush(path: str | Path, dir_fd: int | None = None) -> None:
 
 
 def append(file: TextIO, text: str) -> None:
-    """Write to the end of an open file; on disk when this returns."""
+    """Append text to an open file and force it to disk."""
     with naming(file.name):
         file.write(text)
         file.flush()
@@ -76,7 +76,7 @@ def append(file: TextIO, text: str) -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give an OSError of a write, which has no file of its own (disk full), the file's name."""
+    """Add the file's name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:

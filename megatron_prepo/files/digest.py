@@ -1,8 +1,8 @@
 """Digests of files' content.
 
-- up to 64 MiB: SHA-256 of all of it;
+- up to 64 MiB: SHA-256 of the complete content;
 - a larger file (weights): SHA-256 of its size, its first MiB, its last MiB and 32 blocks of 64 KiB
-  spread evenly.  A change that spans a 32nd of the file is seen, one within a gap is not.
+  spread evenly.  A change that spans a 32nd of the file is detected, a change within a gap is not.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ NUM_BLOCKS, BLOCK_BYTES = 32, 64 << 10
 
 
 def digest(file: Path) -> str:
-    """Of a file's content: `sha256:` if all of it counts, `sampled:` for a larger one."""
+    """Return a file's digest: `sha256:` of its complete content, `sampled:` for a larger file."""
     size = file.stat().st_size
     with open(file, "rb") as content:
         if size <= FULL_BYTES:
@@ -33,5 +33,5 @@ def digest(file: Path) -> str:
 
 
 def is_sampled(digest: str) -> bool:
-    """Return whether a digest is of samples, which a change within a gap leaves as it is."""
+    """Return whether a digest is of samples, and so insensitive to a change within a gap."""
     return digest.startswith("sampled:")

@@ -2,7 +2,7 @@
 
 Strict where JSON allows two readings: duplicate keys, NaN and texts that are not valid Unicode are
 errors, and numbers keep all their digits.  Only line feeds end a line: JSON allows Unicode's other
-line separators within a text.  The run's own logs are read by `durable.read_lines`.
+line separators within a text.  The run's own logs are read by `atomic.read_lines`.
 """
 
 import json
@@ -67,8 +67,8 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def text_of(record: dict[str, Any], field: str, where: str) -> str:
-    """Return a field that must be a non-empty text."""
+def text_field(record: dict[str, Any], field: str, where: str) -> str:
+    """Return the value of a field that must be a non-empty text."""
     value = _given(record, field, where)
     if not isinstance(value, str):
         raise UserError(
@@ -78,8 +78,8 @@ def text_of(record: dict[str, Any], field: str, where: str) -> str:
     return _checked(value, field, where)
 
 
-def answer_of(record: dict[str, Any], field: str, where: str) -> str:
-    """Return an answer or id, a text or a finite number: 18.0 is 18, all digits are kept."""
+def answer_field(record: dict[str, Any], field: str, where: str) -> str:
+    """Return an answer or id, a text or a finite number: 18.0 is 18; no digits are lost."""
     value = _given(record, field, where)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise UserError(

@@ -1,14 +1,14 @@
-"""One process at a time in a folder: a lock that the owner's death releases, however it dies.
+"""Locks that admit one process to a folder, and that are released however their holder dies.
 
-The lock is a POSIX record lock (`fcntl.lockf`) on `.megatron-prepo.lock`; the file names the holder
-and stays, its existence means nothing.  The kernel frees it when the process ends, SIGKILL
-included, and children do not inherit it, so a server or a grading process that outlives its rank
-does not keep it.  On NFS (v3 with lockd, v4), GPFS and Lustre (mounted with `flock`) it holds
-between machines; of a machine that lost power, NFSv4 frees it when the lease ends, after 90 seconds
-by default.  Where the file system has no locks, a warning says so.
+The lock is a POSIX record lock (`fcntl.lockf`) on `.megatron-prepo.lock`.  The file names the
+holder and is never removed; its existence means nothing.  The kernel releases the lock when the
+process ends, SIGKILL included, and children do not inherit it, so a server or a grading process
+that outlives its rank does not hold it.  On NFS (v3 with lockd, v4), GPFS and Lustre (mounted with
+`flock`) it works between machines; if a machine loses power, NFSv4 releases its locks when the
+lease expires, after 90 seconds by default.  A warning is logged on a file system without locks.
 
-A process must not open the file of a lock that it holds: closing any descriptor of it would release
-the lock.
+A process must not open the file of a lock that it holds: closing any of its descriptors would
+release the lock.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from megatron_prepo.errors import UserError
 
 FILE = ".megatron-prepo.lock"
 PATIENCE_SECONDS = 2.0
-"""A lock is waited for this long: a launcher hands over to its rank 0, others look whether it is
-free."""
+"""Maximum time to wait for a lock: a launcher hands it over to its rank 0, and other processes hold
+it briefly to test whether it is free."""
 POLL_SECONDS = 0.05
 HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 _held: dict[Path, tuple[int, int, int]] = {}
-"""Locks of this process: (process, descriptor, how often it was taken).  A fork has none."""
+"""Locks of this process: (process, descriptor, number of times taken).  A fork has none."""
 
 
 def take(file: str | Path, what: str) -> None:
-    """Hold the lock until `give_back` or the process's end; again in the same process is free.
+    """Hold the lock until `give_back` or the end of the process, which may take it repeatedly.
 
-    `what` is named in the UserError of a lock that another process holds, with its holder.
+    Raises UserError, with `what` and the holder, if another process holds the lock.
     """
     file = _canonical(file)
     if _is_mine(file):
@@ -55,11 +55,11 @@ def take(file: str | Path, what: str) -> None:
     _held[file] = os.getpid(), descriptor, 1
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, (json.dumps(_holder()) + "\n").encode(), 0)
-    os.fsync(descriptor)  # for those who look from another machine
+    os.fsync(descriptor)  # for processes on other machines
 
 
 def give_back(file: str | Path) -> None:
-    """Release the lock, if it was taken as often as given back."""
+    """Undo one `take`; the last one releases the lock."""
     file = _canonical(file)
     if not _is_mine(file):
         return
@@ -73,7 +73,7 @@ def give_back(file: str | Path) -> None:
 
 @contextlib.contextmanager
 def held(file: str | Path, what: str) -> Iterator[None]:
-    """Hold the lock inside; UserError if another process has it."""
+    """Hold the lock in the body; UserError if another process has it."""
     take(file, what)
     try:
         yield
@@ -85,7 +85,7 @@ def is_held(file: str | Path) -> bool:
     """Return whether the file at this path is still one whose lock this process holds.
 
     False once the file, or a folder above it, was moved, removed or replaced.  Raises OSError if
-    that cannot be found out.
+    the check itself fails.
     """
     try:
         found = os.stat(file)
@@ -98,7 +98,7 @@ def is_held(file: str | Path) -> bool:
 
 
 def refuse_if_held(file: str | Path, what: str) -> None:
-    """UserError that names the holder, if another process holds the lock; writes nothing."""
+    """Raise UserError, with the holder, if another process holds the lock; nothing is written."""
     file = _canonical(file)
     if _is_mine(file) or not file.is_file():
         return
@@ -115,7 +115,7 @@ def refuse_if_held(file: str | Path, what: str) -> None:
 
 
 def _try(file: Path, what: str) -> int | None:
-    """The descriptor of the lock that was taken; None if another process has it."""
+    """Take the lock and return its descriptor; None if another process has it."""
     descriptor = _open(file, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,8 +127,8 @@ def _try(file: Path, what: str) -> int | None:
             os.close(descriptor)
             raise
         print(
-            f"warning: the file system of {file.parent} has no locks ({error.strerror}), so that a "
-            f"second process could use {what} at the same time: make sure that there is none "
+            f"warning: the file system of {file.parent} has no locks ({error.strerror}), so a "
+            f"second process could use {what} at the same time: make sure that none does "
             "(Lustre: mount it with flock)",
             file=sys.stderr,
         )
@@ -138,24 +138,24 @@ def _try(file: Path, what: str) -> int | None:
     except FileNotFoundError:
         current = None
     if current is None or not os.path.samestat(os.fstat(descriptor), current):
-        os.close(descriptor)  # of a file that was removed meanwhile
+        os.close(descriptor)  # the file was removed or replaced meanwhile
         return None
     return descriptor
 
 
 def _open(file: Path, flags: int) -> int:
-    """A descriptor that programs started by this one do not get."""
+    """Open the file with a descriptor that child programs do not inherit."""
     try:
         return os.open(file, flags | os.O_CLOEXEC, 0o666)
     except PermissionError as error:
         raise UserError(
-            f"{file} cannot be opened, so whether {file.parent} is in use is not known: change "
+            f"{file} cannot be opened, so it is unknown whether {file.parent} is in use: change "
             "its permissions, or choose another place"
         ) from error
 
 
 def _is_mine(file: Path) -> bool:
-    """Whether this process holds the lock; one whose file is gone, or another's, is forgotten."""
+    """Return whether this process holds the lock; forget it if its file was removed or replaced."""
     if file not in _held:
         return False
     process, descriptor, _ = _held[file]
@@ -185,7 +185,7 @@ def _holder() -> dict[str, object]:
 
 
 def _in_use(file: Path, what: str) -> str:
-    """An error message with the holder, as far as the file names one."""
+    """Return an error message with the holder, if the file names one."""
     try:
         holder = json.loads(file.read_text(encoding="utf-8"))
         who = f"process {holder['process']} on {holder['host']}"

@@ -1,25 +1,24 @@
-"""Whose a folder is: nothing is removed or replaced without a proof that this program made it.
+"""Ownership of folders: nothing is removed or replaced without proof that this program wrote it.
 
-A folder of ours gets a marker, `.megatron-prepo.json`, before anything else is in it: what kind of
-folder it is, for a run its identity, and for a folder within a run's directory the identity of that
-run.  When its content is complete it is sealed: the marker then lists every file with a proof of
-its content.  So
+Every folder that we create first gets a marker, `.megatron-prepo.json`: the kind of the folder, for
+a run its identity, and for a folder within a run's directory the identity of that run.  When its
+content is complete it is sealed: the marker then lists every file with a proof of its content.  So
 
 - a folder without a marker is the user's, whatever its name;
 - a folder that another run wrote is not this run's;
 - in a sealed folder, a file that is not listed, or that was replaced, is the user's;
-- a `.partial` folder with a marker is one that a killed process left behind;
-- any other folder without a list, or with one of names only (of an older version), proves nothing.
+- a `.partial` folder with a marker was left by a killed process;
+- any other folder without a list, or with a list of names only (older versions), proves nothing.
 
-The proof is the SHA-256 of a file up to 64 MiB.  For a larger one it is a digest of samples
-(`digest.py`), of the size, both ends and 32 blocks in between, and the time of the last change, to
-the nanosecond: to read all of it again would take as long as to write it, other weights in the same
-shapes differ in the samples, and a change that falls between the samples has another time.
+The proof is the SHA-256 of a file up to 64 MiB.  For a larger file it is a digest of samples
+(`digest.py`: size, both ends and 32 blocks in between) and the time of the last change, to the
+nanosecond: reading all of it again would take as long as writing it, other weights of the same
+shapes differ in the samples, and a change between the samples has another time.
 
-A link is never ours, and what it points to is never touched.  The marker names no place, so a
-folder that was moved or copied is still known; copies of files above 64 MiB only if their times
-were copied, too (`mv`, `cp -a`, `rsync -a`).  `lock.py` keeps two processes from one folder,
-`run/directory.py` knows what a run writes.
+A link is never ours, and its target is never touched.  The marker records no path, so a folder that
+was moved or copied is still recognised; copies of files above 64 MiB only if their times were
+copied, too (`mv`, `cp -a`, `rsync -a`).  `lock.py` keeps two processes out of one folder,
+`run/directory.py` lists the files that a run writes.
 """
 
 import argparse
@@ -45,32 +44,32 @@ RUN = "run"
 """The kind of a run's directory."""
 UNFINISHED = "unfinished folder"
 NOT_CONTENT = (MARKER, lock.FILE)
-"""Files that say whose a folder is, and are no part of what it holds."""
+"""Files that mark or lock a folder and are not part of its content."""
 MAX_MARKER_BYTES = 1 << 26
 LATER_LOG = re.compile(r"logs/rank_\d+\.(log|error)")
 LATER_FOLDER = re.compile(r"(one_rank/gradients_\d+)/.+")
 LATER_KIND = "gradients"
-"""What a replay adds to a dump that was sealed before: logs, and folders that are sealed, too."""
+"""Additions of a replay to a sealed dump: logs, and folders with their own seals."""
 
 
 def begin(final: str | Path) -> Path:
     """Make and lock the folder `FINAL.partial`, in which the content of `final` is prepared.
 
-    One that a killed process left is replaced; UserError if a running one is writing it.
+    A folder left by a killed process is replaced.  Raises UserError if a live process writes it.
     """
     final = Path(final)
     aside = final.with_name(final.name + ".partial")
-    make_room(aside, UNFINISHED, run_of(aside))
+    make_room(aside, UNFINISHED, run_identity(aside))
     create(aside, UNFINISHED)
     lock.take(aside / lock.FILE, str(final))
     return aside
 
 
 def publish(aside: Path, final: str | Path, kind: str | None) -> None:
-    """Give the complete folder its name, on disk; what had it goes as in `make_room`.
+    """Give the complete folder its name, on disk; `make_room` handles an existing one.
 
-    Without a kind it is the user's from then on, and has no marker.  Raises UserError if the
-    folder that `begin` made is not at its place any more.
+    Without a kind the folder gets no marker: it is then the user's.  Raises UserError if the folder
+    that `begin` created was moved, removed or replaced.
     """
     if not lock.is_held(aside / lock.FILE):
         raise UserError(
@@ -79,7 +78,7 @@ def publish(aside: Path, final: str | Path, kind: str | None) -> None:
         )
     if kind:
         seal(aside, kind)
-    make_room(final, kind, run_of(final))
+    make_room(final, kind, run_identity(final))
     rename_tree(aside, final)
     lock.give_back(aside / lock.FILE)
     for name in NOT_CONTENT if kind is None else (lock.FILE,):
@@ -87,34 +86,34 @@ def publish(aside: Path, final: str | Path, kind: str | None) -> None:
 
 
 def abandon(aside: Path) -> None:
-    """Remove what this process began, and nothing that has taken its place."""
+    """Remove the folder that this process began, but not another one in its place."""
     if lock.is_held(aside / lock.FILE):
         lock.give_back(aside / lock.FILE)
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def create(directory: str | Path, kind: str) -> None:
-    """Make a folder with a marker; UserError if another process was faster."""
+    """Create a folder with a marker; UserError if another process has just created it."""
     try:
         Path(directory).mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(f"{directory} has just been made by another process") from error
-    mark(directory, kind, run=run_of(directory))
+    mark(directory, kind, run=run_identity(directory))
 
 
 def mark(directory: str | Path, kind: str, **facts: object) -> None:
-    """Write or replace the marker of a folder that is known to be ours, or empty of our names."""
+    """Write or replace the marker of a folder that is ours, or has no files with our names."""
     content = {"made_by": MADE_BY, "kind": kind, **facts}
     write_text(Path(directory) / MARKER, json.dumps(content, indent=1) + "\n")
 
 
 def new_identity() -> str:
-    """A name that no other run has."""
+    """Return a random name that no other run has."""
     return secrets.token_hex(16)
 
 
 def marker(directory: str | Path) -> dict[str, Any] | None:
-    """The content of a folder's marker; None without one in our form."""
+    """Return the content of a folder's marker; None if it is missing or not in our format."""
     path = Path(directory) / MARKER
     try:
         if path.stat().st_size > MAX_MARKER_BYTES:
@@ -130,8 +129,8 @@ def marker(directory: str | Path) -> dict[str, Any] | None:
     return content if isinstance(kind, str) else None
 
 
-def run_of(path: str | Path) -> str | None:
-    """Return the identity of the run in whose directory the path is; None outside of any."""
+def run_identity(path: str | Path) -> str | None:
+    """Return the identity of the run whose directory contains the path; None if there is none."""
     for parent in Path(os.path.abspath(path)).parents:
         content = marker(parent)
         if content is not None and content["kind"] == RUN:
@@ -140,22 +139,22 @@ def run_of(path: str | Path) -> str | None:
 
 
 def seal(directory: str | Path, kind: str) -> None:
-    """List all files in the marker, each with its proof: the folder is complete.
+    """Mark the folder as complete: list all files in the marker, each with its proof.
 
-    What comes to it later, or takes a file's place, is not ours.
+    Files that are added or replaced later are not ours.
     """
     directory = Path(directory)
     files = {name: _proof(directory / name) for name in sorted(_content(directory))}
-    mark(directory, kind, run=run_of(directory), files=files)
+    mark(directory, kind, run=run_identity(directory), files=files)
 
 
 def is_marked(directory: str | Path, kind: str | None, run: str | None = None) -> bool:
-    """Return whether a real folder has our marker of that kind; with `run`, no other run's."""
+    """Return whether a folder (not a link) has our marker of that kind and that run."""
     directory = Path(directory)
     content = None if directory.is_symlink() or not directory.is_dir() else marker(directory)
     if content is None or content["kind"] != kind:
         return False
-    return run is None or content.get("run") in (None, run)  # an older version noted no run
+    return run is None or content.get("run") in (None, run)  # older versions recorded no run
 
 
 def strangers(directory: str | Path, kind: str | None, run: str | None = None) -> list[Path]:
@@ -171,7 +170,7 @@ def strangers(directory: str | Path, kind: str | None, run: str | None = None) -
     content = marker(directory)
     assert content is not None, f"{directory} is marked"
     proofs = content.get("files")
-    # never complete, of a version that listed names only, or sealed outside of any run
+    # never completed, written by a version that listed names only, or sealed outside of any run
     if not isinstance(proofs, dict) or (run is not None and content.get("run") != run):
         return [directory]
     found = [
@@ -191,8 +190,7 @@ def strangers(directory: str | Path, kind: str | None, run: str | None = None) -
 def make_room(path: str | Path, kind: str | None, run: str | None = None) -> None:
     """Leave nothing at `path`: remove our folder of that kind, rename anything else and log it.
 
-    With `run`, another run's folder is not ours.  Raises UserError if a process that still runs is
-    writing it.
+    With `run`, another run's folder is not ours.  Raises UserError if a live process is writing it.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -270,7 +268,7 @@ def earlier_result(path: str | Path, keys: Iterable[str]) -> dict[str, Any] | No
 
 
 def _content(directory: Path) -> set[str]:
-    """All that is below but real folders and NOT_CONTENT, by relative name; links stay links."""
+    """Return relative names of all files and links below a folder, except NOT_CONTENT."""
     found = {
         Path(parent, name).relative_to(directory).as_posix()
         for parent, folders, files in os.walk(directory)
@@ -280,19 +278,19 @@ def _content(directory: Path) -> set[str]:
 
 
 def _proof(path: Path) -> dict[str, object] | None:
-    """Return what a file is known by; None for what is no regular file, such as a link."""
+    """Return the proof of a file's content; None if it is not a regular file, such as a link."""
     if path.is_symlink() or not path.is_file():
         return None
     content = digest(path)
     proof: dict[str, object] = {"bytes": path.stat().st_size, "digest": content}
     if is_sampled(content):
-        flush(path)  # a network file system settles the time of the last change then
+        flush(path)  # fixes the time of the last change on a network file system
         proof["mtime_ns"] = path.stat().st_mtime_ns
     return proof
 
 
 def _is_as_sealed(path: Path, proof: object) -> bool:
-    """Return whether a file is what was sealed; its size and time are looked at first."""
+    """Return whether a file is as it was sealed; size and time are compared first."""
     if not isinstance(proof, dict) or path.is_symlink() or not path.is_file():
         return False
     found = path.stat()

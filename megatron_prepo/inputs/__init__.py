@@ -1,1 +1,1 @@
-"""What a run reads, checked before it starts and compared when it resumes."""
+"""Inputs of a run, checked before it starts and compared when it resumes."""

@@ -1,10 +1,11 @@
-"""What a run reads, by content: its digests are saved with the run and compared on resume.
+"""Digests of a run's inputs, saved with the run and compared on resume.
 
-A path may change while the content is the same.  `inputs.json` holds, for each setting that names
-an input, where it was and a digest of each of its files (`files/digest.py`).
+A path may change if the content stays the same.  `inputs.json` holds, for each setting that names
+an input, its path and a digest of each of its files (`files/digest.py`).
 
-Of a model's folder the files count that can move a number: configuration, tokenizer, weights.  Of
-a file with a reward function or a selector only itself is seen, and not what it imports.
+In a model's folder only files that can affect numbers are compared: configuration, tokenizer,
+weights.  Of a reward function or a selector only its own file is compared, not the modules that it
+imports.
 """
 
 import json
@@ -38,15 +39,15 @@ TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class Input:
-    """A setting that names something to read."""
+    """A setting that names a file or folder to read."""
 
     setting: str
     path: Path
     """Absolute; links are not resolved."""
 
 
-def inputs_of(config: Config) -> list[Input]:
-    """All that the configuration names and a run reads."""
+def list_inputs(config: Config) -> list[Input]:
+    """Return the inputs that the configuration names."""
     named = {
         "model.hf": config.model.hf,
         "model.megatron": config.model.megatron,
@@ -67,25 +68,25 @@ COMPARED = (
     "selection.method",
     "reward.function",
 )
-"""Inputs that decide numbers."""
+"""Inputs that affect numbers."""
 
 
 def absolute(path: str | Path) -> Path:
-    """From the working directory; links stay, since they are how the user names the place."""
+    """Return an absolute path, by the working directory; links are not resolved."""
     return Path(os.path.abspath(path))
 
 
 def digests(config: Config) -> dict[str, dict[str, Any]]:
-    """Of each compared input, `path` and `files`: digest by name; none for what is not there."""
+    """Return `path` and `files` of each compared input: digests by name, none if it is missing."""
     return {
-        read.setting: {"path": str(read.path), "files": files_of(read.setting, read.path)}
-        for read in inputs_of(config)
+        read.setting: {"path": str(read.path), "files": file_digests(read.setting, read.path)}
+        for read in list_inputs(config)
         if read.setting in COMPARED
     }
 
 
-def files_of(setting: str, path: Path) -> dict[str, str]:
-    """The digest of each file of an input that decides numbers, by its name."""
+def file_digests(setting: str, path: Path) -> dict[str, str]:
+    """Return the digests of an input's files that affect numbers, by name."""
     if path.is_file():
         return {"content": digest(path)}
     if setting == "model.megatron":
@@ -101,25 +102,25 @@ def files_of(setting: str, path: Path) -> dict[str, str]:
 
 
 def _in_index(file: Path) -> set[str]:
-    """Files of weights that an index names, in subfolders, too."""
+    """Return the weight files that an index names, including those in subfolders."""
     try:
         return set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()  # there is none, or preflight says what is wrong with it
+        return set()  # missing, or invalid and reported by preflight
 
 
 def _checkpoint(path: Path) -> Path:
-    """The checkpoint that a run would start from; more may come to the folder later."""
+    """Return the checkpoint that a run would start from; later ones may follow in the folder."""
     from megatron_prepo.actor.checkpoint import newest
     from megatron_prepo.errors import UserError
 
     try:
         return newest(path)
-    except UserError:  # preflight says what is wrong with it
+    except UserError:  # reported by preflight
         return path
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of files of an input that are not the same."""
+    """Return the names of an input's files that differ."""
     names = sorted(before["files"].keys() | now["files"].keys())
     return [name for name in names if before["files"].get(name) != now["files"].get(name)]

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before a rank is started: files, tokenizer, model, layout."""
+"""Checks before any rank is started: files, tokenizer, model, layout."""
 
 import json
 import os
@@ -23,17 +23,17 @@ READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads besides weights."""
+    """The inputs of a run, except weights."""
 
     tokenizer: Any
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     digests: PromptDigests
-    """Of all prompts of both files."""
+    """Digests of all prompts of both files."""
 
 
 def check(config: Config) -> Inputs:
-    """Read and check all inputs; raises UserError naming the culprit."""
+    """Read and check all inputs; UserError names the invalid one."""
     from megatron_prepo.actor.model import check_layout
     from megatron_prepo.rollout import build
 
@@ -47,8 +47,8 @@ def check(config: Config) -> Inputs:
         pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
     check_stop_tokens(config, hf, tokenizer)
-    train_prompts = prompts_of(config, tokenizer, "train")
-    eval_prompts = prompts_of(config, tokenizer, "eval")
+    train_prompts = load_prompts(config, tokenizer, "train")
+    eval_prompts = load_prompts(config, tokenizer, "eval")
     digests = PromptDigests.of(
         config,
         prompt_digests.template_date(config),
@@ -85,7 +85,7 @@ def check_selector(config: Config) -> None:
 
 
 def check_room(config: Config, hf: dict[str, Any], prompts: list[Prompt]) -> None:
-    """UserError unless the longest prompt and its completion fit the model's positions."""
+    """Raise UserError unless the longest prompt and its completion fit the model's positions."""
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     if len(longest.tokens) > hf["max_position_embeddings"] - config.rollout.max_new_tokens:
         raise UserError(
@@ -96,7 +96,7 @@ def check_room(config: Config, hf: dict[str, Any], prompts: list[Prompt]) -> Non
 
 
 def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a completion; UserError if none does, or the model has none of them."""
+    """Return the tokens that end a completion; UserError if none is in the model's vocabulary."""
     from megatron_prepo.rollout.transformers_engine import stop_tokens
 
     tokens = stop_tokens(config.model.hf, tokenizer)
@@ -109,9 +109,10 @@ def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer: Any) -> fro
 
 
 def check_engine(config: Config, engine: Engine) -> None:
-    """UserError unless the engine rounds logits as the actor does.
+    """Raise UserError unless the engine rounds logits as the actor does.
 
-    One side alone in float32 is worse than neither: the other's rounding is then all difference.
+    Float32 on one side only is worse than on neither: all of the other side's rounding then appears
+    as a difference.
     """
     actor_fp32 = config.model.fp32_lm_head
     if config.model.dtype != "float32" and engine.fp32_lm_head != actor_fp32:
@@ -125,8 +126,8 @@ def check_engine(config: Config, engine: Engine) -> None:
         )
 
 
-def prompts_of(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -> list[Prompt]:
-    """All prompts of `data.train` or `data.eval`, tokenized."""
+def load_prompts(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -> list[Prompt]:
+    """Return all prompts of `data.train` or `data.eval`, tokenized."""
     return read_prompts(
         getattr(config.data, name),
         tokenizer,
@@ -137,17 +138,17 @@ def prompts_of(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -
 
 
 def check_opens(directory: Path) -> None:
-    """UserError for an entry of a model's directory that cannot be read as a file.
+    """Raise UserError for an entry of a model's directory that cannot be read as a file.
 
-    A link that leads nowhere, as in a cache that is not complete; no permission; a directory or a
-    pipe in the place of a file.  Other directories are left alone.
+    Such as a dangling link, as in an incomplete cache; a file without read permission; a directory
+    or a pipe in place of a file.  Other directories are ignored.
     """
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if path.is_dir() and path.suffix not in READ_SUFFIXES:
             continue
         try:
             if not stat.S_ISREG(path.stat().st_mode):
-                raise UserError(f"{path} is no file, and would be read as one")
+                raise UserError(f"{path} is not a regular file, but would be read as one")
             with path.open("rb") as file:
                 file.read(1)
         except OSError as error:
@@ -156,9 +157,9 @@ def check_opens(directory: Path) -> None:
 
 
 def check_weights(config: Config, hf: dict[str, Any]) -> None:
-    """UserError unless the checkpoint or the Hugging Face files to start from are those of `hf`.
+    """Raise UserError unless the checkpoint or the Hugging Face files to start from match `hf`.
 
-    `hf`: the settings of `model.hf`, whose other files go into the exported model.
+    `hf`: the settings of `model.hf`, whose other files are copied to the exported model.
     """
     from megatron_prepo.actor.checkpoint import newest
     from megatron_prepo.models.fit import check_fit
@@ -183,17 +184,17 @@ def check_weights(config: Config, hf: dict[str, Any]) -> None:
 
 
 def _check_form(checkpoint: Path) -> None:
-    """UserError unless `metadata.json`, which names the checkpoint's form, is a JSON object."""
+    """Raise UserError unless `metadata.json`, which names the checkpoint's format, is valid."""
     try:
         form = json.loads((checkpoint / "metadata.json").read_bytes())
     except ValueError:
         form = None
     if not isinstance(form, dict):
-        raise UserError(f"{checkpoint / 'metadata.json'} is damaged: it is no JSON object")
+        raise UserError(f"{checkpoint / 'metadata.json'} is damaged: it is not a JSON object")
 
 
 def read_tokenizer(directory: str) -> Any:
-    """The fast tokenizer of a Hugging Face directory; UserError if it has none that will do."""
+    """Return the fast tokenizer of a Hugging Face directory; UserError without a usable one."""
     from transformers import AutoTokenizer
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -202,7 +203,7 @@ def read_tokenizer(directory: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers and tokenizers raise all kinds for files that are bad
+    except Exception as error:  # transformers and tokenizers raise all kinds for invalid files
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the tokenizer of {directory} cannot be read: {reason}") from error
     if not tokenizer.is_fast:

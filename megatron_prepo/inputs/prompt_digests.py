@@ -1,9 +1,9 @@
-"""What the prompts of a run became as tokens: digests, and the date of the chat template.
+"""Digests of a run's tokenized prompts, and the date of the chat template.
 
-Some chat templates write today's date into every prompt (Llama 3.2's), others change with the
-tokenizer's files or the version of `transformers`.  A run keeps `prompts.json` from its first
-start: the date, which a resumed run takes again, and a digest of each prompt's id, tokens and
-answer, which have to be the same whenever it starts, and on all ranks.
+Some chat templates write today's date into every prompt (Llama 3.2's), and the tokens may change
+with the tokenizer's files or the version of `transformers`.  At its first start a run saves
+`prompts.json`: the date, which a resumed run uses again, and a digest of each prompt's id, tokens
+and answer, which must be the same at every later start and on all ranks.
 """
 
 import hashlib
@@ -22,30 +22,30 @@ from megatron_prepo.records import Prompt
 
 FILE = "prompts.json"
 DIGITS = 8
-"""Hexadecimal, of each prompt."""
+"""Hexadecimal digits of a prompt's digest."""
 CAUSES = "the file, the tokenizer of model.hf, or the version of transformers"
 Day = date
-"""The type, where a field is called `date`."""
+"""Alias of the type, for the class with a field called `date`."""
 
 
 @dataclass(frozen=True)
 class PromptDigests:
-    """Of the prompts that one process has read."""
+    """Digests of the prompts that one process has read."""
 
     date: str | None
-    """What the chat template was told of today, ISO 8601; None without a chat template."""
+    """Today's date as given to the chat template, ISO 8601; None without a chat template."""
     files: dict[str, str]
-    """By setting (`data.train`), the digests of its prompts in their order."""
+    """The concatenated digests of the prompts, in their order, by setting (`data.train`)."""
     paths: dict[str, str]
-    """By setting, the file."""
+    """The file, by setting."""
     ids: dict[str, list[str]]
-    """By setting, the prompts' ids."""
+    """The prompts' ids, by setting."""
 
     @classmethod
     def of(
         cls, config: Config, day: Day | None, prompts: dict[str, Sequence[Prompt]]
     ) -> "PromptDigests":
-        """Of all prompts of `train` and `eval`."""
+        """Compute the digests of all prompts of `train` and `eval`."""
         tree = vars(config.data)
         return cls(
             None if day is None else day.isoformat(),
@@ -56,11 +56,11 @@ class PromptDigests:
 
     @property
     def summed(self) -> str:
-        """One digest of all."""
+        """A single digest of all files."""
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
     def difference(self, files: dict[str, str]) -> str | None:
-        """Name the first of these prompts that others' digests differ in; None if none does."""
+        """Describe the first prompt whose digest differs in `files`; None if all agree."""
         for name, digests in self.files.items():
             where = f"{name}={self.paths[name]}"
             mine, others = _cut(digests), _cut(files[name])
@@ -70,12 +70,12 @@ class PromptDigests:
             if odd:
                 more = f" (and {len(odd) - 1:,} more)" if odd[1:] else ""
                 first = self.ids[name][odd[0]]
-                return f"{where}: prompt {first!r}{more} has other tokens, or another answer"
+                return f"{where}: prompt {first!r}{more} has different tokens or a different answer"
         return None
 
 
 def template_date(config: Config) -> date | None:
-    """What the chat template is told of today: as set, as at the run's first start, or today."""
+    """Return the chat template's date: as set, as at the run's first start, or today."""
     if not config.data.chat_template:
         return None
     if config.data.chat_template_date is not None:
@@ -85,23 +85,23 @@ def template_date(config: Config) -> date | None:
 
 
 def recorded_date(directory: Path) -> date | None:
-    """The date that a run or an evaluation began with, if it has one."""
+    """Return the date with which a run or an evaluation began, if it has one."""
     record = read(directory)
     return date.fromisoformat(record["date"]) if record and record["date"] else None
 
 
 def check_unchanged(config: Config, now: PromptDigests) -> None:
-    """UserError if a run that resumes would have other prompts than it began with."""
+    """Raise UserError if a resumed run would have other prompts than at its first start."""
     record = _recorded(config)
     if record and (difference := now.difference(record["files"])):
         raise UserError(
-            f"run.dir={config.run.dir} began with other prompts: {difference}, than at its first "
-            f"start; {CAUSES} has changed: put it back, or start a new run"
+            f"run.dir={config.run.dir} began with other prompts: {difference}; {CAUSES} "
+            "has changed since its first start: restore it, or start a new run"
         )
 
 
 def check_ranks(now: PromptDigests, gather: Callable[[Any], list[Any]]) -> None:
-    """UserError naming the ranks whose prompts are not rank 0's; collective, by `gather`."""
+    """Raise UserError naming the ranks whose prompts differ from rank 0's; collective."""
     if len(set(gather(now.summed))) == 1:
         return
     first, *others = gather(now)
@@ -118,13 +118,13 @@ def check_ranks(now: PromptDigests, gather: Callable[[Any], list[Any]]) -> None:
 
 
 def save(directory: Path, now: PromptDigests) -> None:
-    """Keep the digests of a first start; one process does it."""
+    """Save the digests of a first start; called by one process."""
     if not (directory / FILE).exists():
         write_text(directory / FILE, json.dumps({"date": now.date, "files": now.files}) + "\n")
 
 
 def read(directory: Path) -> dict[str, Any] | None:
-    """What was kept; None if nothing was."""
+    """Return the saved digests; None if there are none."""
     path = directory / FILE
     if not path.is_file():
         return None
@@ -132,13 +132,11 @@ def read(directory: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {"date": record["date"], "files": dict(record["files"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error!r}): put it back, or start a new run"
-        ) from error
+        raise UserError(f"{path} is damaged ({error!r}): restore it, or start a new run") from error
 
 
 def _recorded(config: Config) -> dict[str, Any] | None:
-    """Return that of the run in `run.dir`, if there is one and these settings do not replace it."""
+    """Return the record of the run in `run.dir`, unless there is none or it would be replaced."""
     return None if config.run.overwrite else read(Path(config.run.dir))
 
 

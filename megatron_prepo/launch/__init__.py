@@ -1,10 +1,10 @@
 """Runs on clusters: `python -m megatron_prepo.launch RECIPE --executor slurm ...` (docs/launch.md).
 
-| file | what | imports NeMo-Run |
+| file | content | imports NeMo-Run |
 |---|---|---|
 | `__main__.py` | the command | |
 | `recipes.py` | names of the configurations in `examples/` | |
-| `job.py` | what a job runs on which nodes, as command lines | |
+| `job.py` | command lines of a job on its nodes | |
 | `executors.py` | the job as a NeMo-Run experiment | yes |
 | `rank.py` | inside a Slurm job: one training rank | |
 | `servers.py` | inside a Slurm job: the SGLang servers of one node | |

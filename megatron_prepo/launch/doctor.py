@@ -1,8 +1,8 @@
-"""What this machine has and lacks for a run, with a remedy for each: `megatron-prepo doctor`.
+"""Check of this machine for a run, with a remedy for each problem: `megatron-prepo doctor`.
 
-Packages are really imported, since a build against another CUDA or torch shows only then.  Nothing
-is started, written or downloaded.  What is needed depends on the run: without a configuration,
-only torch, megatron-core and transformers are.
+Packages are imported, since a build for another CUDA or torch fails only then.  Nothing is started,
+written or downloaded.  The requirements depend on the run: without a configuration they are torch,
+megatron-core and transformers.
 """
 
 import dataclasses
@@ -36,22 +36,22 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the table."""
+    """A row of the table."""
 
     what: str
     state: Literal["ok", "note", "missing"]
-    """`missing`: the run cannot be; `note`: it can, and you may want to know."""
+    """`missing`: the run cannot start; `note`: it can, but something may need attention."""
     found: str
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Package:
-    """Something to import."""
+    """A package to import."""
 
     module: str
     distributions: tuple[str, ...]
-    """Names it is installed under; the first found gives the version."""
+    """Names of its distributions; the first installed one gives the version."""
     remedy: str
 
 
@@ -78,10 +78,10 @@ PACKAGES = {
     "TensorBoard": Package(
         "torch.utils.tensorboard",
         ("tensorboard",),
-        'pip install -e ".[tensorboard]", or leave run.tensorboard out',
+        'pip install -e ".[tensorboard]", or remove run.tensorboard',
     ),
     "Weights & Biases": Package(
-        "wandb", ("wandb",), 'pip install -e ".[wandb]", or leave run.wandb_project out'
+        "wandb", ("wandb",), 'pip install -e ".[wandb]", or remove run.wandb_project'
     ),
     "NeMo-Run": Package(
         "nemo_run", ("nemo_run",), 'pip install -e ".[launch]", only where you launch from'
@@ -90,7 +90,7 @@ PACKAGES = {
 
 
 def examine(config: Config | None = None) -> list[Finding]:
-    """Look at the machine and, if there is a configuration, at what its run needs."""
+    """Examine the machine and, given a configuration, the requirements of its run."""
     needed = _needed(config)
     findings = [_python()]
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
@@ -106,7 +106,7 @@ def examine(config: Config | None = None) -> list[Finding]:
 
 
 def _needed(config: Config | None) -> set[str]:
-    """The PACKAGES without which the run cannot be."""
+    """Return the names of the PACKAGES that the run requires."""
     needed = {"torch", "megatron-core", "transformers"}
     if config:
         asked = {
@@ -121,7 +121,7 @@ def _needed(config: Config | None) -> set[str]:
 
 
 def text(findings: Sequence[Finding]) -> str:
-    """The table, at most 100 columns wide, a remedy under what needs one."""
+    """Format the table, at most 100 columns wide, with remedies below the rows."""
     lines = []
     for finding in findings:
         lines += textwrap.wrap(
@@ -153,29 +153,29 @@ def _package(name: str, package: Package, needed: bool) -> Finding:
         if error.name and package.module.split(".")[0] == error.name.split(".")[0]:
             return Finding(name, absent, "not installed", package.remedy)
         return Finding(name, absent, f"import fails: {error}", package.remedy)
-    except (ImportError, OSError) as error:  # a library of another CUDA or torch, or none
+    except (ImportError, OSError) as error:  # a library for another CUDA or torch, or a missing one
         return Finding(name, absent, f"import fails: {error}", package.remedy)
     return Finding(name, "ok", _version(package))
 
 
 def _internals() -> list[Finding]:
-    """What an installed release has changed of what actor and engine replace in it."""
+    """Find internals that actor and engine replace and an installed release has changed."""
     remedy = "pip install -c constraints.txt -e ."
     try:
         for module in ("megatron_prepo.actor.actor", "megatron_prepo.rollout.transformers_engine"):
             importlib.import_module(module)
     except UserError as error:
         return [Finding("internals", "missing", str(error), remedy)]
-    except ImportError as error:  # of a library that is not installed: it has a line already
+    except ImportError as error:  # a library that is not installed has a row already
         changed = internals.explain(error)
         return [Finding("internals", "missing", str(changed), remedy)] if changed else []
     return []
 
 
 def _versions() -> list[Finding]:
-    """Installed versions that do not go with ours or with each other."""
+    """Find installed versions that are incompatible with ours or with each other."""
     wrong = [Finding("versions", "missing", *problem) for problem in versions.problems()]
-    return wrong or [Finding("versions", "ok", "they go together")]
+    return wrong or [Finding("versions", "ok", "compatible")]
 
 
 def _version(package: Package) -> str:
@@ -197,8 +197,8 @@ def _gpus(config: Config | None) -> list[Finding]:
             Finding(
                 "GPU",
                 "missing" if wants else "note",
-                f"none that torch sees (torch built for CUDA {built}); runs on the CPU",
-                "install the driver and torch's build for its CUDA, or look on the GPU machine",
+                f"none visible to torch (torch built for CUDA {built}); runs on the CPU",
+                "install the driver and torch's build for its CUDA, or run this on the GPU machine",
             )
         ]
     count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
@@ -214,7 +214,7 @@ def _gpus(config: Config | None) -> list[Finding]:
                 "GPU memory",
                 "note",
                 f"{free / GIB:.0f} of {total / GIB:.0f} GiB free on the first",
-                "something else runs there: see nvidia-smi",
+                "another process uses it: see nvidia-smi",
             )
         )
     if config and config.parallel.tensor > count:
@@ -232,7 +232,7 @@ def _gpus(config: Config | None) -> list[Finding]:
 def _shared_memory() -> Finding:
     path = Path("/dev/shm")
     if not path.is_dir():
-        return Finding("shared memory", "note", "there is no /dev/shm")
+        return Finding("shared memory", "note", "no /dev/shm")
     size = shutil.disk_usage(path).total
     found = f"/dev/shm of {size / GIB:.1f} GiB"
     if size >= GIB:
@@ -241,12 +241,14 @@ def _shared_memory() -> Finding:
 
 
 def _port() -> Finding:
-    """The port at which torchrun's ranks meet; in a Slurm job all that `launch` uses there."""
+    """Check the rendezvous port of torchrun; in a Slurm job, all ports that `launch` uses."""
     if "SLURM_JOB_ID" in os.environ:
         own = nodes.ports(os.environ)
         for port in own:
             if trouble := _trouble("", port):
-                remedy = "they follow from the job's number: submit it again, or end what is there"
+                remedy = (
+                    "ports depend on the job's number: submit it again, or stop the other process"
+                )
                 return Finding("ports", "missing", f"{port} is {trouble}", remedy)
         return Finding("ports", "ok", f"{own[0]} to {own[-1]}, this job's, are free")
     port = int(os.environ.get("MASTER_PORT", "29500"))
@@ -257,7 +259,7 @@ def _port() -> Finding:
 
 
 def _trouble(host: str, port: int) -> str | None:
-    """Why nobody can listen there; None if one can."""
+    """Return why no program can listen on the port; None if one can."""
     try:
         ports.try_to_listen(host, port)
     except OSError as error:
@@ -266,45 +268,45 @@ def _trouble(host: str, port: int) -> str | None:
 
 
 def _server_ports(config: Config) -> Finding:
-    """Servers of the run listen at ports that are free when they start: are there any?"""
+    """Check that free ports exist: each server of the run takes one when it starts."""
     host, count = config.servers.host, config.servers.count
     if trouble := _trouble(host, 0):
-        found = f"servers.host={host} is no address to listen at here: {trouble}"
-        remedy = "127.0.0.1 for servers of the run, or another address of this machine"
+        found = f"servers.host={host} is not an address of this machine: {trouble}"
+        remedy = "use 127.0.0.1, or another address of this machine"
         return Finding("server ports", "missing", found, remedy)
-    return Finding("server ports", "ok", f"{count} free ones at {host}")
+    return Finding("server ports", "ok", f"{count} free at {host}")
 
 
 def _open_files(config: Config) -> Finding:
-    """Whether as many connections as completions under way are allowed."""
+    """Check that the limit of open files allows a connection per concurrent completion."""
     from megatron_prepo.rollout.sglang import open_files
 
     try:
         open_files.make_room(config.servers)
     except UserError as error:
         return Finding("open files", "missing", str(error))
-    return Finding("open files", "ok", f"room for {config.servers.concurrency:,} a server")
+    return Finding("open files", "ok", f"room for {config.servers.concurrency:,} per server")
 
 
 def _weight_sync(config: Config) -> Finding:
-    """Whether servers will find rank 0, if it is here, by `weight_sync.address`."""
+    """Check that servers could reach a rank 0 on this machine by `weight_sync.address`."""
     address = config.weight_sync.address
     hosts = {urlsplit(url).hostname for url in config.servers.urls}
-    remedy = "weight_sync.address: this machine's, as the servers see it"
+    remedy = "set weight_sync.address to an address at which the servers reach this machine"
     if _is_here(address) and not all(map(_is_here, hosts)):
         found = (
             f"servers at {', '.join(sorted(map(str, hosts)))} would look for rank 0 on themselves: "
         )
         found += f"weight_sync.address={address}"
         return Finding("weight sync", "missing", found, remedy)
-    both = socket.has_dualstack_ipv6()  # as torch's store listens
+    both = socket.has_dualstack_ipv6()  # as torch's store does
     family = socket.AF_INET6 if both else socket.AF_INET
     with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as store:
         where = (address, store.getsockname()[1])
         try:
             socket.create_connection(where, timeout=config.servers.connect_seconds).close()
         except OSError as error:
-            found = f"nobody reaches this machine at weight_sync.address={address}: {error}"
+            found = f"this machine is not reachable at weight_sync.address={address}: {error}"
             return Finding("weight sync", "missing", found, remedy)
     return Finding("weight sync", "ok", f"rank 0 answers at {address}")
 
@@ -314,16 +316,16 @@ def _login(config: Config) -> Finding:
         dashboards.check(config)
     except UserError as error:
         return Finding("W&B login", "missing", str(error))
-    return Finding("W&B login", "ok", "there is a key, or W&B is offline")
+    return Finding("W&B login", "ok", "key found, or W&B is offline")
 
 
 def _is_here(host: str | None) -> bool:
-    """Whether every machine means itself by it."""
+    """Return whether the name stands for the local machine, on every machine."""
     return host in ("localhost", "127.0.0.1", "::1")
 
 
 class _Findings(list[Finding]):
-    """Findings in order; `look` adds one."""
+    """A list of findings; `look` adds one."""
 
     def look(
         self,
@@ -332,7 +334,7 @@ class _Findings(list[Finding]):
         found: Callable[[Any], str] = lambda _: "",
         remedy: str = "",
     ) -> Any:
-        """Return what `check` returns; None, with a finding, where it raises UserError."""
+        """Return the result of `check` and add a finding; None if it raises UserError."""
         try:
             result = check()
         except UserError as error:
@@ -342,13 +344,13 @@ class _Findings(list[Finding]):
         return result
 
 
-WHOLE_MODEL = "model.hf=DIR, all of the model as Hugging Face has it (`hf download NAME`)"
+WHOLE_MODEL = "model.hf=DIR, the complete model from Hugging Face (`hf download NAME`)"
 
 
 def examine_inputs(config: Config) -> list[Finding]:
-    """What the run reads, one line each; a later one is left out where it needs an earlier one.
+    """Check the inputs of a run; checks that need an input that is invalid are skipped.
 
-    Of the machine only the disk: it is also for a login node, where nothing will run.
+    The machine is not examined, except its disk: a login node, which runs nothing, uses this, too.
     """
     from megatron_prepo.inputs import preflight
     from megatron_prepo.models.hf_config import read_hf_config
@@ -395,7 +397,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
     from megatron_prepo.inputs import preflight
 
     parallel = config.parallel
-    # whether TransformerEngine is there has a line of its own
+    # TransformerEngine has a separate row
     torch_native = dataclasses.replace(config.model, layers="torch")
 
     def split() -> None:
@@ -413,7 +415,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
     findings.look(
         "logits",
         lambda: tiny_instance.check(config.model.hf),
-        lambda d: f"a tiny model of these settings: {d.ours:.0e} from transformers'",
+        lambda d: f"a tiny model with these settings differs from transformers by {d.ours:.0e}",
     )
     limit = hf["max_position_embeddings"]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -422,7 +424,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
             "length",
             "ok" if longest <= limit else "note",
             f"up to {longest:,} tokens of the model's {limit:,} positions",
-            "a prompt of data.max_prompt_tokens would be refused: lower rollout.max_new_tokens",
+            "a prompt of data.max_prompt_tokens would be rejected: lower rollout.max_new_tokens",
         )
     )
     findings.look(
@@ -453,8 +455,8 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
             Finding(
                 "vocabulary",
                 "note",
-                f"the tokenizer knows {len(tokenizer):,} tokens, the model {hf['vocab_size']:,}",
-                "is it this model's tokenizer?",
+                f"the tokenizer has {len(tokenizer):,} tokens, the model {hf['vocab_size']:,}",
+                "check that it is this model's tokenizer",
             )
         )
     return tokenizer
@@ -469,12 +471,12 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
     }
     for name, file in files.items():
         if not Path(file).is_file():
-            remedy = f"data.{name}=FILE; tools/prepare_data.py makes such files (docs/data.md)"
+            remedy = f"data.{name}=FILE; tools/prepare_data.py creates such files (docs/data.md)"
             findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
         elif tokenizer:
             findings.look(
                 f"data.{name}",
-                partial(preflight.prompts_of, config, tokenizer, name),
+                partial(preflight.load_prompts, config, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
 
@@ -491,7 +493,7 @@ def _examine_servers(findings: _Findings, config: Config) -> None:
 
 
 def _servers_are_apart(config: Config) -> bool:
-    """Whether SGLang is not in the trainer's own environment."""
+    """Return whether SGLang runs outside of the trainer's environment."""
     return bool(config.servers.urls or config.servers.python)
 
 
@@ -506,12 +508,12 @@ def _weight_bytes(config: Config) -> int:
 
 
 def _disk(config: Config) -> Finding:
-    """Room for one checkpoint and the exported model, by the size of the weights that are there."""
+    """Check disk space for a checkpoint and the exported model, by the size of the weights."""
     folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
     free, weights = shutil.disk_usage(folder).free, _weight_bytes(config)
-    # bfloat16 weights, and 12 bytes a parameter of Adam's state
+    # the weights are bfloat16, and Adam's state takes 12 bytes per parameter
     state = 6 * weights if config.checkpoint.optimizer else 0
     wanted = 2 * weights + state
     found = f"{free / GIB:.0f} GiB free at {folder}"

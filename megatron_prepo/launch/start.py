@@ -25,7 +25,7 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     dashboards.check(config)
     preflight.check(config)
     run_directory.begin(config, _log)
-    run_directory.end(config)  # rank 0 takes the lock: it is what must not live twice
+    run_directory.end(config)  # rank 0 takes the lock, since it must not run twice
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):
         try:

@@ -1,4 +1,4 @@
-"""Installed versions: within our ranges, within each other's, and no combination known to fail."""
+"""Checks of installed versions against required ranges and combinations known to fail."""
 
 from importlib import metadata
 from typing import NamedTuple
@@ -9,7 +9,7 @@ OWN = "megatron-prepo"
 
 
 class Failure(NamedTuple):
-    """A combination that resolves, and does not work."""
+    """A combination of versions that can be installed and does not work."""
 
     installed: tuple[str, ...]
     """Requirements that the installed packages fulfil."""
@@ -24,7 +24,7 @@ KNOWN_FAILURES = (
         installed=("megatron-core>=0.17",),
         absent=("triton",),
         why="megatron-core from 0.17 on imports Triton, also on a CPU",
-        remedy='pip install triton, or "megatron-core<0.17" where there is none (macOS)',
+        remedy='pip install triton, or "megatron-core<0.17" if it is unavailable (macOS)',
     ),
 )
 
@@ -35,7 +35,7 @@ def problems() -> list[tuple[str, str]]:
 
 
 def _out_of_range() -> list[tuple[str, str]]:
-    """What is installed and not as we, or a package that we ask for, require."""
+    """Find installed versions outside the ranges that we, or packages that we require, set."""
     own = _requirements(OWN)
     found = {}
     for package in (OWN, *(requirement.name for requirement in own)):
@@ -63,7 +63,7 @@ def _fulfilled(required: Requirement) -> bool:
 
 
 def _requirements(package: str) -> list[Requirement]:
-    """What the installed package requires on this machine, extras apart; [] if it is absent."""
+    """Return a package's requirements on this machine, without extras; [] if it is absent."""
     try:
         requirements = [Requirement(line) for line in metadata.requires(package) or []]
     except metadata.PackageNotFoundError:
@@ -72,7 +72,7 @@ def _requirements(package: str) -> list[Requirement]:
 
 
 def _version(package: str) -> str | None:
-    """The installed version; None if the package is absent."""
+    """Return the installed version; None if the package is absent."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""How a command ends: a user's error is one line of stderr and exit code 2."""
+"""Exit codes of commands: a UserError becomes one line on stderr and exit code 2."""
 
 import functools
 import sys

@@ -1,8 +1,8 @@
-"""Start the ranks of a job on this machine, and end them all when one fails.
+"""Start the ranks of a job on this machine, and stop all of them if one fails.
 
-Under `torchrun` or a cluster's launcher this file has no part.  Rank 0 has the terminal; the others
-print to `logs/`.  A rank that fails leaves its error in a pipe and nothing on the terminal, so that
-what is shown, last, is the error of the rank that failed first; all are in `logs/rank_N.error`.
+Not used under `torchrun` or a cluster's launcher.  Rank 0 prints to the terminal, all other ranks
+to `logs/`.  A rank that fails writes its error to a pipe, not to the terminal; the launcher then
+prints the error of the rank that failed first.  All errors are in `logs/rank_N.error`.
 """
 
 import ctypes
@@ -23,17 +23,17 @@ from megatron_prepo.errors import Stopped, UserError, no_room
 from megatron_prepo.process.ports import free_port
 
 ERROR_PIPE = "MEGATRON_PREPO_ERROR_PIPE"
-"""Descriptor on which a rank leaves its error: a pipe has room where a full disk has none."""
+"""Descriptor to which a rank writes its error: unlike a file, a pipe works on a full disk."""
 MAX_ERROR_BYTES = 60_000
-"""A pipe holds 65,536, and nobody reads before the rank has ended."""
+"""A pipe holds 65,536 bytes, and the launcher does not read it before the rank has ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Asked so, ranks save and leave."""
+"""Signals on which ranks save and exit."""
 STOPPED_EXIT_CODE = 75
-"""Of a run that has stopped as asked and can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
+"""Exit code of a run that stopped on request and can be resumed: EX_TEMPFAIL of sysexits.h."""
 LEAVING_SECONDS = 60.0
-"""From the first rank that leaves as asked to the last."""
+"""Maximum time between the exits of the first and the last rank after a stop signal."""
 MEETING_FILE = "MEGATRON_PREPO_MEETING_FILE"
-"""Where the ranks find each other: torch's own server for that listens on all interfaces."""
+"""File by which the ranks rendezvous; torch's server for that listens on all interfaces."""
 
 
 class RanksFailed(RuntimeError):
@@ -47,8 +47,8 @@ class RanksFailed(RuntimeError):
 def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
     """Run `command` as ranks 0 ... num_ranks-1 and wait for all.
 
-    Raises RanksFailed with the error of the first rank that failed, after ending the others, and
-    Stopped if SIGTERM or SIGUSR1, passed on to the ranks, or to one of them, made them leave.
+    If a rank fails, stops all of them and raises RanksFailed with the error of the first that
+    failed.  Raises Stopped if the ranks exited on SIGTERM or SIGUSR1, which is passed on to them.
     """
     try:
         codes, asked, errors = _run(command, num_ranks, log_directory)
@@ -60,12 +60,12 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
         return
     if _leaving(codes, asked):
         left = [rank for rank, code in codes.items() if code == STOPPED_EXIT_CODE]
-        said = _in_order(errors, left)
+        messages = _in_order(errors, left)
         raise Stopped(
-            said[0]
-            if said
-            else "stopped as asked before a step could be saved; the same command "
-            "goes on from the last checkpoint",
+            messages[0]
+            if messages
+            else "stopped as asked before a step could be saved; the same command resumes from the "
+            "last checkpoint",
             exit_code=STOPPED_EXIT_CODE,
         )
     raise RanksFailed(_first_error(codes, errors, log_directory), exit_code=codes[min(codes)])
@@ -74,9 +74,9 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
 def _run(
     command: Sequence[str], num_ranks: int, log_directory: Path
 ) -> tuple[dict[int, int], set[int], "dict[int, Error]"]:
-    """Exit codes of the ranks that did not end well, stop signals that came, errors by rank."""
+    """Return the nonzero exit codes, the stop signals received, and the errors by rank."""
     log_directory.mkdir(parents=True, exist_ok=True)
-    # errors go where it goes, if the run's directory is moved, and not to what takes its place
+    # an open descriptor: errors follow a run's directory that is moved, and miss a replacement
     place = os.open(log_directory, os.O_RDONLY | os.O_DIRECTORY)
     processes: list[subprocess.Popen[bytes]] = []
     logs, codes, pipes, errors = [], {}, [], {}
@@ -90,7 +90,7 @@ def _run(
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         MEETING_FILE: str(meeting_file),
     }
-    if sys.platform == "linux":  # control messages stay on this machine, too
+    if sys.platform == "linux":  # keeps control messages on this machine, too
         shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     with _stop_signals_go_to(processes) as asked:
         try:
@@ -124,7 +124,9 @@ def _run(
             for rank, pipe in enumerate(pipes):
                 if error := _read(pipe):
                     errors[rank] = error
-                    with suppress(OSError):  # for later; it is shown even if the disk is full
+                    with suppress(
+                        OSError
+                    ):  # a copy for later: the error is printed even if the disk is full
                         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
                         file = os.open(f"rank_{rank}.error", flags, 0o666, dir_fd=place)
                         with open(file, "w", encoding="utf-8") as left:
@@ -134,11 +136,11 @@ def _run(
 
 
 def run_rank(main: Callable[[], None]) -> int:
-    """Run `main` as one rank and return its exit code; errors go where the launcher looks.
+    """Run `main` as one rank, report its error and return its exit code.
 
-    Started by `start`: to the rank's pipe.  Started by torchrun or Slurm: to stderr, a user's
-    error from one rank per node only, since the ranks of a node find the same, and that the run was
-    stopped from rank 0.
+    Under `start`, errors go to the rank's pipe.  Under torchrun or Slurm they go to stderr: a
+    UserError from one rank per node only, since the ranks of a node find the same one, and Stopped
+    from rank 0 only.
     """
     pipe = os.environ.get(ERROR_PIPE)
     rank = os.environ.get("RANK", "0")
@@ -168,17 +170,17 @@ def run_rank(main: Callable[[], None]) -> int:
 
 
 def _leaving(codes: dict[int, int], asked: set[int]) -> bool:
-    """Whether a rank has left because it was asked to.
+    """Return whether a rank has exited because of a stop signal.
 
-    Before it listens, a signal ends it as it would end any program.
+    Until a rank handles the signal, it dies from it like any program.
     """
     return any(code == STOPPED_EXIT_CODE or -code in asked for code in codes.values())
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: set[int]) -> dict[int, int]:
-    """Until all have ended well, or some badly: exit codes of those, by rank.
+    """Wait until all ranks succeed or one fails; return the nonzero exit codes by rank.
 
-    Ranks that leave as asked wait for one another.
+    If ranks exit because of a stop signal, the remaining ranks get LEAVING_SECONDS to do so.
     """
     since = None
     while True:
@@ -194,7 +196,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], asked: set[int]) -> dict
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Kill those that still run: what they hold is not worth waiting for."""
+    """Kill the ranks that still run: they hold nothing worth waiting for."""
     for process in processes:
         if process.poll() is None:
             process.kill()
@@ -203,7 +205,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _stop_signals_go_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[set[int]]:
-    """Pass signals that ask for a stop on to the ranks; gives the set of those that came."""
+    """Pass stop signals on to the ranks; yield the set of signals received."""
     asked: set[int] = set()
 
     def pass_on(number: int, frame: object) -> None:
@@ -222,15 +224,15 @@ def _stop_signals_go_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
 
 @dataclass(frozen=True, order=True)
 class Error:
-    """What a rank has left in its pipe."""
+    """The error that a rank wrote to its pipe."""
 
     at: int
-    """Nanoseconds of the monotonic clock, the same for all processes."""
+    """Time in nanoseconds, by the monotonic clock that all processes share."""
     message: str
 
 
 def _read(pipe: int) -> Error | None:
-    """The error of a rank that has ended, if it left one."""
+    """Return the error of a rank that has ended, if it wrote one."""
     os.set_blocking(pipe, False)
     with suppress(BlockingIOError), open(pipe, "rb", buffering=0) as reader:
         at, end, message = (reader.read(1 << 16) or b"").partition(b"\n")
@@ -240,16 +242,16 @@ def _read(pipe: int) -> Error | None:
 
 
 def _in_order(errors: dict[int, Error], ranks: Iterable[int]) -> list[str]:
-    """What these ranks have left, the earliest first."""
+    """Return the error messages of these ranks, the earliest first."""
     return [error.message for error in sorted(errors[rank] for rank in ranks if rank in errors)]
 
 
 def _first_error(failed: dict[int, int], errors: dict[int, Error], log_directory: Path) -> str:
-    """How a rank was killed, with the end of its log; if none was, the earliest error."""
-    said = _in_order(errors, failed)
+    """Return how a rank was killed, with the end of its log; if none was, the earliest error."""
+    messages = _in_order(errors, failed)
     killed = [rank for rank, code in failed.items() if code < 0]
-    if said and not killed:
-        return said[0]
+    if messages and not killed:
+        return messages[0]
     rank = (killed or list(failed))[0]
     code = failed[rank]
     how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
@@ -261,7 +263,7 @@ def _first_error(failed: dict[int, int], errors: dict[int, Error], log_directory
 
 
 def _die_with_parent() -> None:
-    """Linux: a rank does not outlive its launcher, however that one ended."""
+    """Let the kernel kill this rank when its launcher ends, however that ends (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

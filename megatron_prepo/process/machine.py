@@ -1,4 +1,4 @@
-"""What a measurement belongs to: machine and versions, written beside the numbers."""
+"""Description of the machine and its versions, recorded with measurements."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, cores, GPU if any, and the versions that matter."""
+    """Return processor, cores, GPU if any, and the versions of the main libraries."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -21,7 +21,7 @@ def describe() -> dict[str, str | int]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

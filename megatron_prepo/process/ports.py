@@ -1,7 +1,7 @@
-"""Ports for processes that are still to start.
+"""Free ports for processes that are yet to start.
 
-From a range in which neither Linux (from 32768 on) nor Kubernetes (from 30000 on) gives any away:
-what is free now is not taken by chance before it is used.
+Neither Linux (from 32768 on) nor Kubernetes (from 30000 on) assigns ports in our range, so a port
+that is free now is unlikely to be taken before it is used.
 """
 
 import random
@@ -12,11 +12,13 @@ TRIES = 100
 
 
 def free_port(host: str = "") -> int:
-    """Return one that nobody listens on.
+    """Return a port on which no program listens.
 
-    OSError if `host` is no address of this machine, or N tries found none free.
+    Raises OSError if `host` is not an address of this machine, or if TRIES ports are all taken.
     """
-    choice = random.SystemRandom()  # the others' random numbers are part of a run
+    choice = (
+        random.SystemRandom()
+    )  # independent of the seeded generators, which are part of a run's state
     try_to_listen(host, 0)
     for _ in range(TRIES):
         port = choice.randint(FIRST, LAST)
@@ -33,7 +35,7 @@ def free_port(host: str = "") -> int:
 
 
 def try_to_listen(host: str, port: int) -> None:
-    """Raise the OSError of a program that would listen there; `host` is IPv4, IPv6 or a name."""
+    """Raise OSError if a program could not listen there; `host` is IPv4, IPv6 or a name."""
     family, _, _, _, address = socket.getaddrinfo(
         host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]

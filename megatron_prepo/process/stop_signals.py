@@ -1,9 +1,9 @@
-"""SIGTERM or SIGUSR1 asks a run to stop, as a cluster does before it takes the machines away.
+"""Stop requests: SIGTERM or SIGUSR1, which clusters send before they reclaim the machines.
 
-The run saves between two steps and leaves with exit code 75, "try again later" in sysexits.h.  What
-takes longer than the time allowed is left where it is: the last checkpoint stays, and the exit code
-is the same.  A launcher that wants another exit code, or requests heard before training listens,
-calls `leave_when_asked` first.
+The run saves between two steps and exits with code 75, "try again later" in sysexits.h.  If that
+takes longer than the time allowed, the run exits without saving, with the same code; the last
+checkpoint remains valid.  A launcher that wants another exit code, or requests handled before
+training starts, calls `leave_when_asked` first.
 """
 
 import os
@@ -17,16 +17,16 @@ from megatron_prepo.errors import Stopped
 from megatron_prepo.process.local_ranks import STOP_SIGNALS, STOPPED_EXIT_CODE
 
 SKEW_SECONDS = 10.0
-"""From the first rank that a signal to all of them reaches to the last."""
+"""Maximum time between the first and the last rank that receives a signal sent to all."""
 
 
 class _Listener:
-    """The signals, heard by a thread: a handler waits until the main thread returns from C."""
+    """A thread that receives the signals; a handler would wait for the main thread to leave C."""
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
         self.grace_seconds = 0.0
-        """Until training takes over there is nothing to save."""
+        """Time to save; zero until training starts, since there is nothing to save before."""
         self.asked = threading.Event()
         self.asked_at = float("inf")
         self._reader, self._writer = socket.socketpair()
@@ -38,7 +38,7 @@ class _Listener:
 
     def _listen(self) -> None:
         while self._reader.recv(1)[0] not in STOP_SIGNALS:
-            pass  # Ctrl-C is seen to by Python
+            pass  # Python handles Ctrl-C
         self.asked_at = time.monotonic()
         self.asked.set()
         time.sleep(self.grace_seconds)
@@ -46,21 +46,21 @@ class _Listener:
 
 
 _listener: list[_Listener] = []
-"""Of this process, as signals are."""
+"""The process's listener, if any; signal handlers are per process, too."""
 
 
 def leave_when_asked(exit_code: int) -> None:
     """Listen from now on; a request ends the process with this exit code.
 
-    Immediately, until a StopRequests gives it time to save.
+    Immediately, unless a StopRequests has set a time to save.
     """
     _listener[:] = [_Listener(exit_code)]
 
 
 def overdue() -> bool:
-    """Whether the time of a request is nearly over.
+    """Return whether the time to save is nearly over.
 
-    A rank that fails then has lost another one to its deadline, whose signal came earlier.
+    A rank that fails then has lost a peer that received the signal and met its deadline earlier.
     """
     if not _listener:
         return False
@@ -69,7 +69,10 @@ def overdue() -> bool:
 
 
 class StopRequests:
-    """Listens from now on; `gather` gives every rank's value to every rank.  Collective."""
+    """Requests to stop, received from now on; collective.
+
+    `gather` gives every rank's value to every rank.
+    """
 
     def __init__(self, grace_seconds: float, gather: Callable[[bool], list[bool]]) -> None:
         self.gather = gather
@@ -80,20 +83,20 @@ class StopRequests:
         self._all_listen()
 
     def anywhere(self) -> bool:
-        """Whether any rank has been asked; collective."""
+        """Return whether any rank has received a request; collective."""
         return any(self.gather(self.asked.is_set()))
 
     def stopped(self, num_steps: int) -> Stopped:
-        """Return what is to be raised once the run is saved."""
+        """Return the exception to raise once the run is saved."""
         return Stopped(
-            f"stopped as asked; {num_steps} steps are saved, and the same command goes on",
+            f"stopped as asked; {num_steps} steps are saved, and the same command resumes",
             exit_code=STOPPED_EXIT_CODE,
         )
 
     def _all_listen(self) -> None:
         """Wait for the other ranks.
 
-        One that was asked before it could save is missing here, and not in the middle of a step.
+        A rank that received a request too early to save is then missed here, not within a step.
         """
         try:
             self.gather(False)
@@ -108,4 +111,4 @@ class StopRequests:
 
 
 def _keep_running(number: int, frame: object) -> None:
-    """Replace the default, which is to die."""
+    """Do nothing, in place of the default handler, which ends the process."""

@@ -1,6 +1,6 @@
-"""Where metrics can be watched besides `metrics.jsonl`: TensorBoard and Weights & Biases.
+"""Dashboards that show the metrics of a run: TensorBoard and Weights & Biases.
 
-Both keep what they write in the run's directory, and go on with it when the run does.
+Both keep their files in the run's directory, and continue them when the run is resumed.
 """
 
 import importlib.util
@@ -17,15 +17,15 @@ from megatron_prepo.run import directory as run_directory
 
 
 def check(config: Config) -> None:
-    """UserError if a dashboard that is asked for lacks its package or, on rank 0, its login."""
+    """Raise UserError if a configured dashboard lacks its package or, on rank 0, its login."""
     for setting, wanted, package in (
         ("run.tensorboard=true", config.run.tensorboard, "tensorboard"),
         (f"run.wandb_project={config.run.wandb_project}", config.run.wandb_project, "wandb"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(
-                f'{setting} needs the package {package}: pip install -e ".[{package}]", or leave '
-                "the setting out"
+                f'{setting} needs the package {package}: pip install -e ".[{package}]", or '
+                "remove the setting"
             )
     if config.run.wandb_project and os.environ.get("RANK", "0") == "0":
         _check_login(config.run.wandb_project)
@@ -42,16 +42,16 @@ def _check_login(project: str) -> None:
     except wandb.errors.Error as error:
         raise UserError(f"run.wandb_project={project}: {error}; {remedy}") from error
     if not found:
-        raise UserError(f"run.wandb_project={project}: no API key of W&B is here; {remedy}")
+        raise UserError(f"run.wandb_project={project}: no W&B API key found; {remedy}")
 
 
 def dashboards(config: Config) -> "list[TensorBoard | WandB]":
-    """Those that the section `run` names."""
+    """Return the dashboards that the section `run` names."""
     directory = Path(config.run.dir)
     found: list[TensorBoard | WandB] = []
     if config.run.tensorboard:
         identity = run_directory.identity(directory)
-        assert identity is not None, f"{directory} is marked before anything is written there"
+        assert identity is not None, f"{directory} is marked before anything else is written to it"
         found.append(TensorBoard(directory, identity))
     if config.run.wandb_project:
         found.append(WandB(directory, config))
@@ -61,7 +61,7 @@ def dashboards(config: Config) -> "list[TensorBoard | WandB]":
 class TensorBoard:
     """Event files in `tensorboard/`: `tensorboard --logdir RUN`.
 
-    Their names end with the run's identity, by which they are known from those of others.
+    Their names end with the run's identity, unlike other programs' event files.
     """
 
     def __init__(self, directory: Path, identity: str) -> None:
@@ -69,11 +69,11 @@ class TensorBoard:
         self._writer: Any = None
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
-        """The numbers of a step; on disk when the method returns."""
+        """Write the numbers of a step; they are on disk when the method returns."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # steps that an interrupted run wrote behind its last checkpoint are hidden
+            # hides the steps that an interrupted run wrote after its last checkpoint
             self._writer = SummaryWriter(
                 str(self._directory), purge_step=step, filename_suffix=f".{self._suffix}"
             )
@@ -83,7 +83,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """No more metrics."""
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -104,16 +104,16 @@ class WandB:
         )
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
-        """The numbers of a step; a step that was sent before is not sent again."""
+        """Send the numbers of a step; W&B ignores steps that it has already received."""
         self._run.log({k: v for k, v in metrics.items() if is_number(v)}, step=step)
 
     def close(self) -> None:
-        """No more metrics."""
+        """Finish the run of W&B."""
         self._run.finish()
 
 
 def is_number(value: object) -> bool:
-    """Whether a dashboard can draw it.
+    """Return whether a dashboard can draw the value.
 
     >>> is_number(2), is_number(0.5), is_number(None), is_number(float("nan")), is_number([1])
     (True, True, False, False, False)
@@ -122,7 +122,7 @@ def is_number(value: object) -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """The same for a run that goes on."""
+    """Return the W&B id of the run, which a resumed run keeps."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(8))

@@ -1,8 +1,8 @@
-"""A run's directory: whose it is, what a run writes there, and what may change when it is resumed.
+"""A run's directory: its owner, the files that a run writes, and what may change on resume.
 
-A run marks its directory (`ownership.py`) before it writes anything else there, and it takes the
-directory's lock (`lock.py`).  Only what a run wrote in a directory of its own is ever removed, and
-only by `run.overwrite=true`, or for a run that made no step.
+A run marks its directory (`ownership.py`) before it writes anything else to it, and takes the
+directory's lock (`lock.py`).  Nothing is removed but files that a run wrote to a directory that it
+marked, and only by `run.overwrite=true`, or if that run completed no step.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from megatron_prepo.files import lock, ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import digests as inputs
 
-FILES = (
+RUN_FILES = (
     "config.yaml",
     "inputs.json",
     "prompts.json",
@@ -39,9 +39,9 @@ FILES = (
 
 @dataclass(frozen=True)
 class Folder:
-    """How what a run writes to a folder is known, by patterns of names.
+    """Patterns of the names that a run writes to a folder.
 
-    `{identity}` in a pattern is the run's.
+    `{identity}` in a pattern stands for the run's identity.
     """
 
     files: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Folder:
     """Folders that have a marker of `kind`."""
     kind: str = ""
     whole: tuple[str, ...] = ()
-    """Folders and links of another program, which it writes for the run alone."""
+    """Folders and links that another program writes for this run alone."""
 
 
 FOLDERS = {
@@ -65,7 +65,7 @@ FOLDERS = {
     ),
     "profile": Folder(files=("step_*_rank_*.json.gz",)),
 }
-"""Folders that a run fills."""
+"""Folders to which a run writes."""
 
 MARKED = {
     "hf": "model",
@@ -73,17 +73,17 @@ MARKED = {
     "weight_sync": "weights for servers",
     "weight_sync.partial": ownership.UNFINISHED,
 }
-"""Folders that have a marker themselves, and what it calls them."""
+"""Folders that have a marker themselves, with its kind."""
 
 LOGS = ("rank_*.log", "rank_*.error")
-"""Files of `logs/` that a launcher replaces at every start; `run.overwrite` leaves them."""
+"""Files of `logs/` that a launcher replaces at every start; `run.overwrite` keeps them."""
 
 INPUTS = inputs.COMPARED
 USER_CODE = ("selection.method", "reward.function")
 """Settings that name a built-in or `FILE.py:NAME`."""
 """Settings whose path may change while the content is the same (`inputs/digests.py`)."""
 
-FREE = (
+RESUMABLE_SETTINGS = (
     "run",
     "servers",
     "weight_sync",
@@ -100,9 +100,9 @@ FREE = (
     "data.chat_template_date",  # prompts are compared by their tokens (`prompt_digests.py`)
     "profile",
 )
-"""Sections and settings that may change on resume: they move no number of a training step."""
+"""Sections and settings that may change on resume: they affect no number of a training step."""
 
-ROUNDING = (
+ROUNDING_SETTINGS = (
     "parallel",
     "model.layers",
     "loss.head",
@@ -112,14 +112,14 @@ ROUNDING = (
     "train.packing",
     "train.share_prefixes",
 )
-"""Sections and settings that may change, too, but then float sums round differently."""
+"""Sections and settings that may change on resume, but then float sums round differently."""
 
 LENGTH = ("train.total_steps", "train.rollout_budget")
-"""How long the run is: it may be extended, and shortened down to the steps that it has made."""
+"""Settings of the run's length, which may change down to the steps already completed."""
 
 SCHEDULE = ("selection.horizon", "optimizer.lr_decay_steps")
-"""Follow `train.total_steps` where they are empty, and keep their number when that changes; given
-another one, the steps still to be made follow it."""
+"""Settings that default to `train.total_steps` and keep that number when it changes; a new value
+applies to the remaining steps."""
 
 FIXED = {
     "model": "the weights and the optimizer's state were computed with it",
@@ -151,7 +151,7 @@ SAVED_BY_ALL_VERSIONS = (
     "train.rollout_budget",
     "train.seed",
 )
-"""Settings with defaults: a configuration that a run saved has them all, one by hand hardly."""
+"""Settings with defaults: a configuration that a run saved has all of them, a user's hardly."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class Changes:
     rounding: list[str]
     length: list[str]
     moved: list[str]
-    """Inputs that are at another place."""
+    """Inputs whose path has changed."""
 
 
 def check(config: Config) -> Literal["new", "unfinished"]:
-    """What starting this run would do; nothing is written.
+    """Return whether this run would start or resume; nothing is written.
 
-    UserError if the directory is in use, holds what is not ours, a run of other settings or a
-    finished one, or if an input is in the way of what would be removed.
+    Raises UserError if the directory is in use, holds files that are not ours, a run with other
+    settings or a finished run, or if an input is among the files that would be removed.
     """
     directory = Path(config.run.dir)
     if os.path.lexists(directory) and not directory.is_dir():
@@ -177,7 +177,7 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     _check_writable(directory)
     lock.refuse_if_held(directory / lock.FILE, f"run.dir={directory}")
     if not ours(directory):
-        _refuse_what_is_there(config)
+        _refuse_unmarked_files(config)
     if not (directory / "config.yaml").exists():
         _refuse_the_models_folder(config)
     if config.run.overwrite:
@@ -194,25 +194,25 @@ def check(config: Config) -> Literal["new", "unfinished"]:
         return "new"
     if found.forbidden:
         raise UserError(
-            f"run.dir={directory} holds a run that other settings began: "
-            f"{'; '.join(found.forbidden)}; resume it with the settings that it has "
+            f"run.dir={directory} holds a run with other settings: "
+            f"{'; '.join(found.forbidden)}; resume it with its own settings "
             f"(megatron-prepo resume {directory}), or choose another run.dir for these "
-            "(run.overwrite=true deletes the run that is there)"
+            "(run.overwrite=true deletes the existing run)"
         )
     _check_length(directory, now)
     return "unfinished"
 
 
-def begin(config: Config, say: Callable[[str], None]) -> Config:
-    """Take the directory's lock and prepare it; the lock is this process's until `end`."""
+def begin(config: Config, log: Callable[[str], None]) -> Config:
+    """Take the directory's lock and prepare it; this process holds the lock until `end`."""
     directory = Path(config.run.dir)
     _check_writable(directory)
-    # a folder that is not ours is refused before the lock's file is in it
+    # before the lock's file is written: a folder that is not ours stays as it is
     check(config)
     directory.mkdir(parents=True, exist_ok=True)
     lock.take(directory / lock.FILE, f"run.dir={directory}")
     try:
-        return prepare(config, say)
+        return prepare(config, log)
     except BaseException:
         end(config)
         raise
@@ -223,33 +223,33 @@ def end(config: Config) -> None:
     lock.give_back(Path(config.run.dir) / lock.FILE)
 
 
-def prepare(config: Config, say: Callable[[str], None]) -> Config:
-    """Make room for the run, or leave what it resumes from; returns the settings that hold for it.
+def prepare(config: Config, log: Callable[[str], None]) -> Config:
+    """Clear the directory for a new run or keep it for a resumed one; return the run's settings.
 
-    Under the lock.  Whatever is removed is named.
+    The caller holds the lock.  Everything that is removed is logged.
     """
     directory, state = Path(config.run.dir), check(config)
     directory.mkdir(parents=True, exist_ok=True)
     read = inputs.digests(config)
     if state == "new":
-        clear(config, say)
+        clear(config, log)
         ownership.mark(directory, ownership.RUN, identity=ownership.new_identity())
     else:
         before = saved_config(directory)
         config = resumed(before, config)
-        _say_what_changes(before, config, changes(before, config, saved_inputs(directory)), say)
+        _log_changes(before, config, changes(before, config, saved_inputs(directory)), log)
         if not ours(directory):
             kept = _identity_of_checkpoints(directory)
             ownership.mark(directory, ownership.RUN, identity=kept or ownership.new_identity())
         if (directory / "summary.json").exists():
-            _withdraw_summary(directory, say)
+            _withdraw_summary(directory, log)
     write_text(directory / "inputs.json", json.dumps(read, indent=1) + "\n")
     write_text(directory / "config.yaml", to_yaml(with_absolute_paths(config)))
     return config
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the directory holds a finished run and these settings leave nothing to do for it."""
+    """Return whether the directory holds a finished run that these settings do not extend."""
     directory = Path(config.run.dir)
     if config.run.overwrite or not (directory / "summary.json").is_file():
         return False
@@ -257,21 +257,21 @@ def is_finished(config: Config) -> bool:
 
 
 def check_resumable(directory: Path) -> None:
-    """UserError unless there is a run in this directory."""
+    """Raise UserError unless the directory holds a run."""
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory} holds no run: there is no config.yaml")
     if not ours(directory) and not _is_of_an_older_version(directory):
         raise UserError(
-            f"{directory} holds no run: its config.yaml is not one that a run has saved, with a "
-            f"{ownership.MARKER} or its ledger beside it"
+            f"{directory} holds no run: its config.yaml was not saved by a run, which also leaves "
+            f"a {ownership.MARKER} or a ledger"
         )
 
 
-# Whose it is
+# Ownership
 
 
 def ours(directory: Path) -> bool:
-    """Whether a run has marked it."""
+    """Return whether a run has marked the directory."""
     content = ownership.marker(directory)
     return content is not None and content["kind"] == ownership.RUN
 
@@ -285,10 +285,10 @@ def identity(directory: Path) -> str | None:
 
 
 def lost(directory: Path, of: str) -> str | None:
-    """Return an error message if the directory is not that of the run with this identity any more.
+    """Return an error message if the directory is no longer that of the run with this identity.
 
-    For the process that took its lock: a live run's directory may be moved, removed or replaced,
-    and another run may have begun in its place.  Raises OSError if that cannot be found out.
+    For the process that holds its lock: a directory may be moved, removed or replaced during the
+    run, and another run may have begun in its place.  Raises OSError if the check itself fails.
     """
     if not os.path.lexists(directory):
         what = "was moved or removed"
@@ -306,14 +306,14 @@ def lost(directory: Path, of: str) -> str | None:
 
 
 def entries(directory: Path) -> list[Path]:
-    """Of what is in a directory, all that has a name which a run writes to."""
-    names = [p for p in sorted(directory.glob("*")) if any(fnmatch(p.name, n) for n in FILES)]
+    """Return the contents of a directory that have a name to which a run writes."""
+    names = [p for p in sorted(directory.glob("*")) if any(fnmatch(p.name, n) for n in RUN_FILES)]
     folders = (directory / name for name in (*FOLDERS, *MARKED))
     return names + [path for path in folders if os.path.lexists(path)]
 
 
 def to_remove(config: Config) -> list[Path]:
-    """What `clear` would remove; UserError for what is not ours in it, or an input in its way."""
+    """Return what `clear` would remove; UserError if that includes other files or an input."""
     directory = Path(config.run.dir)
     if not ours(directory):
         return []
@@ -325,7 +325,7 @@ def to_remove(config: Config) -> list[Path]:
             "is not known to be this run's; nothing was removed: move it away, or choose another "
             "run.dir"
         )
-    for read in inputs.inputs_of(config):
+    for read in inputs.list_inputs(config):
         for entry in found:
             if _touch(read.path, entry):
                 raise UserError(
@@ -337,9 +337,9 @@ def to_remove(config: Config) -> list[Path]:
 
 
 def check_config_file(config: Config, file: str | Path) -> None:
-    """UserError if `run.overwrite` would remove the configuration file that it was read from."""
+    """Raise UserError if `run.overwrite` would remove the configuration's own file."""
     directory = Path(config.run.dir)
-    names = (*FILES, *FOLDERS, *MARKED)
+    names = (*RUN_FILES, *FOLDERS, *MARKED)
     if config.run.overwrite and any(_touch(Path(file), directory / name) for name in names):
         raise UserError(
             f"the configuration {file} is in run.dir={directory}, which run.overwrite=true clears; "
@@ -347,11 +347,11 @@ def check_config_file(config: Config, file: str | Path) -> None:
         )
 
 
-def clear(config: Config, say: Callable[[str], None]) -> None:
-    """Remove what a run wrote to its directory, by name; nothing in one that is not marked."""
+def clear(config: Config, log: Callable[[str], None]) -> None:
+    """Remove the files that a run wrote to its directory; nothing if it is not marked."""
     found = to_remove(config)
     if found:
-        say(f"removed from {config.run.dir}: {', '.join(path.name for path in found)}")
+        log(f"removed from {config.run.dir}: {', '.join(path.name for path in found)}")
     for path in found:
         if path.is_dir():
             shutil.rmtree(path)
@@ -360,7 +360,7 @@ def clear(config: Config, say: Callable[[str], None]) -> None:
 
 
 def _strangers(entry: Path) -> list[Path]:
-    """What below one of the `entries` the run did not write."""
+    """Return the paths in one of the `entries` that the run did not write."""
     if entry.is_symlink():
         return [entry]
     run = identity(entry.parent)
@@ -387,9 +387,10 @@ def _strangers(entry: Path) -> list[Path]:
 
 
 def _is_of_our_wandb_run(path: Path) -> bool:
-    """Whether W&B wrote it for the run: folders' names end with the run's id, the rest is links.
+    """Return whether W&B wrote the path for this run.
 
-    A notebook that logs from within the directory has runs of its own there.
+    Names of its folders end with the run's id; everything else is a link.  A notebook that logs
+    from within the directory writes folders with other ids.
     """
     if path.is_symlink():
         return True
@@ -398,19 +399,19 @@ def _is_of_our_wandb_run(path: Path) -> bool:
 
 
 def _touch(one: Path, other: Path) -> bool:
-    """Whether one path is the other, or within it, by name or through links."""
+    """Return whether one path is the other or contains it, by name or through links."""
     pairs = ((inputs.absolute(one), inputs.absolute(other)), (one.resolve(), other.resolve()))
     return any(a == b or a in b.parents or b in a.parents for a, b in pairs)
 
 
 def _named(paths: list[Path], directory: Path) -> str:
-    """The first few, relative to the directory."""
+    """Name the first three paths, relative to the directory."""
     names = [str(path.relative_to(directory)) for path in paths[:3]]
     return ", ".join(names) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _refuse_what_is_there(config: Config) -> None:
-    """UserError if a directory without our marker holds anything of a name that a run writes."""
+def _refuse_unmarked_files(config: Config) -> None:
+    """Raise UserError if an unmarked directory has files with names to which a run writes."""
     directory = Path(config.run.dir)
     if content := ownership.marker(directory):
         raise UserError(
@@ -436,29 +437,29 @@ def _refuse_what_is_there(config: Config) -> None:
 
 
 def _refuse_a_run_without_its_config(directory: Path) -> None:
-    """UserError if there is anything of a run that could be lost."""
+    """Raise UserError if the directory holds files of a run, but not its configuration."""
     if found := entries(directory):
         raise UserError(
             f"run.dir={directory} holds a run whose config.yaml is gone, with "
-            f"{_named(found, directory)}; nothing was removed: put config.yaml back, or choose "
-            "another run.dir (run.overwrite=true deletes what is left of the run)"
+            f"{_named(found, directory)}; nothing was removed: restore config.yaml, or choose "
+            "another run.dir (run.overwrite=true deletes the run's remaining files)"
         )
 
 
 def _refuse_the_models_folder(config: Config) -> None:
-    """UserError for a new run within `model.hf`: an export carries over what else is there."""
+    """Raise UserError for a new run in `model.hf`, whose other files are copied on export."""
     directory, model = Path(config.run.dir).resolve(), Path(config.model.hf).resolve()
     if model == directory or model in directory.parents:
         raise UserError(
             f"run.dir={config.run.dir} is in the model's folder, model.hf={config.model.hf}, whose "
-            "files go into the exported model; choose another run.dir"
+            "files are copied to the exported model; choose another run.dir"
         )
 
 
 def _is_of_an_older_version(directory: Path) -> bool:
-    """Whether a directory without marker holds a run that an older version began.
+    """Return whether a directory without a marker holds a run of an older version.
 
-    Its config.yaml has all settings, and ledger, metrics and evaluations are in our form.
+    Its config.yaml then has all settings, and ledger, metrics and evaluations have our format.
     """
     try:
         config = directory / "config.yaml"
@@ -478,33 +479,33 @@ def _is_of_an_older_version(directory: Path) -> bool:
 
 
 def _first_line(path: Path, key: str) -> bool:
-    """Whether a file of JSON lines is there and empty, or begins with one that has this key."""
+    """Return whether a file of JSON lines is empty or its first object has this key."""
     with open(path, "rb") as lines:
         line = lines.readline(1 << 20)
     return not line.endswith(b"\n") or key in json.loads(line)
 
 
 def _identity_of_checkpoints(directory: Path) -> str | None:
-    """Return the identity that all checkpoints of a run without its marker have; None for none.
+    """Return the identity that the checkpoints of a run without a marker share; None without one.
 
-    `cp -r run/* copy` leaves the marker behind.  UserError if they are of several runs.
+    `cp -r run/* copy` does not copy the marker.  Raises UserError if they are of several runs.
     """
     found = set()
     for path in sorted((directory / "checkpoints").glob("iter_*/run.json")):
         try:
             found.add(json.loads(path.read_text(encoding="utf-8"))["run"].get("identity"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            found.add(None)  # damaged; a version that noted none has none, either
+            found.add(None)  # damaged, or saved by a version that recorded no identity
     if len(found) > 1:
         raise UserError(
             f"run.dir={directory} has no {ownership.MARKER}, and its checkpoints are of "
-            f"{len(found)} runs: put the marker back, or move the other runs' checkpoints away"
+            f"{len(found)} runs: restore the marker, or move the other runs' checkpoints away"
         )
     return found.pop() if found else None
 
 
 def _check_writable(directory: Path) -> None:
-    """UserError if a run could not write here; nothing is written for that."""
+    """Raise UserError if a run could not write to the directory; nothing is written."""
     place = directory
     while not place.exists():
         place = place.parent
@@ -520,28 +521,28 @@ def _check_writable(directory: Path) -> None:
 
 
 def _read_identity(directory: Path) -> str | None:
-    """Return the same as `identity`, or raise OSError if the marker cannot be read."""
+    """Return `identity`, but raise OSError if the marker exists and cannot be read."""
     with suppress(FileNotFoundError):
         (directory / ownership.MARKER).read_bytes()
     return identity(directory)
 
 
-# What may change
+# Changes on resume
 
 
 def saved_config(directory: Path) -> Config:
-    """The configuration of the run in this directory; UserError if it cannot be read."""
+    """Return the configuration of the run in this directory; UserError if it cannot be read."""
     try:
         return configuration.load(directory / "config.yaml")
     except UserError as error:
         raise UserError(
-            f"run.dir={directory} holds a run whose config.yaml cannot be read ({error}); put it "
-            "back as it was, or choose another run.dir (run.overwrite=true deletes the run)"
+            f"run.dir={directory} holds a run whose config.yaml cannot be read ({error}); "
+            "restore it, or choose another run.dir (run.overwrite=true deletes the run)"
         ) from error
 
 
 def saved_inputs(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """What `inputs.digests` gave when the run began; None for a run of an older version."""
+    """Return the digests of the inputs when the run began; None for a run of an older version."""
     path = directory / "inputs.json"
     if not path.is_file():
         return None
@@ -551,16 +552,16 @@ def saved_inputs(directory: Path) -> dict[str, dict[str, Any]] | None:
         return saved
     except (OSError, ValueError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
-            f"{path} is damaged; put it back, or remove it: the inputs are then known by their "
+            f"{path} is damaged; restore it, or remove it: the inputs are then compared by their "
             "paths only"
         ) from error
 
 
 def resumed(before: Config, now: Config) -> Config:
-    """`now`, with the schedule of the run that it resumes where it names none.
+    """Return `now`, with the schedule of the run that it resumes unless it sets its own.
 
-    So the saved settings describe all of a run that was extended: a run that has them from the
-    beginning is the same.  UserError if they do not go together.
+    So the saved settings describe an extended run completely: a run that starts with them computes
+    the same.  Raises UserError if they contradict each other.
     """
     tree = to_tree(now)
     total_steps = now.train.total_steps
@@ -573,9 +574,9 @@ def resumed(before: Config, now: Config) -> Config:
 
 
 def changes(before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None) -> Changes:
-    """How a run differs from the one that was begun; `read_before`: see `saved_inputs`.
+    """Return how the settings `now` differ from the saved ones; `read_before`: see `saved_inputs`.
 
-    UserError for an input that cannot be read.
+    Raises UserError for an input that cannot be read.
     """
     found = Changes([], [], [], [])
     for section in dataclasses.fields(Config):
@@ -586,9 +587,9 @@ def changes(before: Config, now: Config, read_before: dict[str, dict[str, Any]] 
                 continue
             change = f"{name}={old.get(key)}, now {new.get(key)}"
             kinds = {name, section.name}
-            if kinds & set(FREE):
+            if kinds & set(RESUMABLE_SETTINGS):
                 continue
-            if kinds & set(ROUNDING):
+            if kinds & set(ROUNDING_SETTINGS):
                 found.rounding.append(change)
             elif name in (*LENGTH, *SCHEDULE):
                 found.length.append(change)
@@ -603,12 +604,9 @@ def _compare_inputs(
     before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None, found: Changes
 ) -> None:
     old_paths, new_paths = ({n: _value(config, n) for n in INPUTS} for config in (before, now))
-    try:
-        read_now = inputs.digests(now)
-        # of an older version: by what is still at the old place
-        read_before = inputs.digests(before) if read_before is None else read_before
-    except OSError as error:
-        raise UserError(f"an input cannot be read: {error}") from error
+    read_now = _digests(now)
+    # for a run of an older version: from the files that are still at the old paths
+    read_before = _digests(before) if read_before is None else read_before
     for name in INPUTS:
         change = f"{name}={old_paths[name]}, now {new_paths[name]}"
         reason = FIXED[name.partition(".")[0]]
@@ -622,13 +620,13 @@ def _compare_inputs(
             found.forbidden.append(f"{change} ({reason})")
         elif not new["files"]:
             found.forbidden.append(
-                f"{name}={new_paths[name]} is not there; name the place where its content is now, "
-                f"such as {name}=PATH"
+                f"{name}={new_paths[name]} does not exist; give the current path of its content, "
+                f"as {name}=PATH"
             )
         elif not old["files"]:
             if old["path"] != new["path"]:
                 found.forbidden.append(
-                    f"{change}, and nothing is at the old place to compare it with ({reason})"
+                    f"{change}, and the old path no longer exists to compare with ({reason})"
                 )
         elif different := inputs.differing(old, new):
             which = "" if different == ["content"] else f" in {', '.join(different[:3])}"
@@ -640,8 +638,15 @@ def _compare_inputs(
             found.moved.append(f"{name}={old['path']}, now {new['path']}")
 
 
+def _digests(config: Config) -> dict[str, dict[str, Any]]:
+    try:
+        return inputs.digests(config)
+    except OSError as error:
+        raise UserError(f"an input cannot be read: {error}") from error
+
+
 def with_absolute_paths(config: Config) -> Config:
-    """For the saved configuration, which is then good from any working directory."""
+    """Return the configuration with absolute paths, as saved: valid from any working directory."""
     tree = to_tree(config)
     for section, key in (
         ("run", "dir"),
@@ -663,35 +668,33 @@ def with_absolute_paths(config: Config) -> Config:
     return configuration.from_tree(tree)
 
 
-def _say_what_changes(
-    before: Config, now: Config, found: Changes, say: Callable[[str], None]
-) -> None:
+def _log_changes(before: Config, now: Config, found: Changes, log: Callable[[str], None]) -> None:
     if found.rounding:
-        say(
+        log(
             f"resumed with {'; '.join(found.rounding)}: numbers agree with an uninterrupted run's "
-            "up to rounding, and not to the bit"
+            "up to rounding, not bit for bit"
         )
     if found.moved:
-        say(f"resumed with {'; '.join(found.moved)}: the content is the same")
+        log(f"resumed with {'; '.join(found.moved)}: the content is the same")
     if not found.length:
         return
-    say(f"resumed with {'; '.join(found.length)}")
+    log(f"resumed with {'; '.join(found.length)}")
     if before.train.total_steps != now.train.total_steps:
         steps = [getattr(getattr(now, s), k) for s, k in (n.split(".") for n in SCHEDULE)]
         window, rate = (number or now.train.total_steps for number in steps)
-        say(
+        log(
             f"the window travels for {window} steps (selection.horizon), and the learning rate "
             f"decays for {rate} (optimizer.lr_decay_steps), as saved in config.yaml"
         )
 
 
 def _check_length(directory: Path, now: Config) -> None:
-    """UserError if there is nothing left to do, or fewer steps are asked for than there are."""
+    """Raise UserError if no work remains, or if the run has more steps than the settings allow."""
     made = _num_lines(directory / "metrics.jsonl")
     if made > now.train.total_steps:
         raise UserError(
             f"train.total_steps={now.train.total_steps}, and the run in run.dir={directory} has "
-            f"made {made} steps; set train.total_steps={made} or more"
+            f"completed {made} steps; set train.total_steps={made} or more"
         )
     if not (directory / "summary.json").exists():
         return
@@ -699,7 +702,7 @@ def _check_length(directory: Path, now: Config) -> None:
         raise UserError(
             f"run.dir={directory} holds a finished run of {made} steps; extend it by a larger "
             f"train.total_steps{_or_budget(now)}, or choose another run.dir for a new run "
-            "(run.overwrite=true deletes the run that is there)"
+            "(run.overwrite=true deletes the existing run)"
         )
     if not list((directory / "checkpoints").glob("iter_*/run.json")):
         raise UserError(
@@ -714,7 +717,7 @@ def _or_budget(config: Config) -> str:
 
 
 def _is_longer(directory: Path, now: Config) -> bool:
-    """Whether these settings ask for more than the finished run has done."""
+    """Return whether these settings extend the finished run."""
     path = directory / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -725,20 +728,20 @@ def _is_longer(directory: Path, now: Config) -> bool:
     return steps < now.train.total_steps and (budget is None or rollouts < budget)
 
 
-def _withdraw_summary(directory: Path, say: Callable[[str], None]) -> None:
-    """The run is not finished any more; its result so far keeps a name."""
+def _withdraw_summary(directory: Path, log: Callable[[str], None]) -> None:
+    """Rename the summary of a finished run that is extended, so that it counts as unfinished."""
     path = directory / "summary.json"
     steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
     kept = directory / f"summary_step_{steps}.json"
     path.replace(kept)
-    say(
+    log(
         f"the finished run is extended: its summary is now {kept.name}; hf/ and pass_rate.png are "
         "replaced at the new end"
     )
 
 
 def has_made_a_step(directory: Path) -> bool:
-    """Whether the run has come to anything that resuming it would keep."""
+    """Return whether the run has a completed step or a checkpoint, which resuming would keep."""
     checkpoints = (directory / "checkpoints").glob("iter_*")
     return _num_lines(directory / "metrics.jsonl") > 0 or any(True for _ in checkpoints)
 

@@ -1,4 +1,4 @@
-"""The record of every rollout ever paid for: one JSON line each, appended, never changed.
+"""The record of every generated rollout: one JSON line each, appended, never changed.
 
 Read it with ``pandas.read_json("ledger.jsonl", lines=True)``.
 """
@@ -22,30 +22,30 @@ class LedgerEntry:
     """Number of the rollout within its group."""
     selector: str
     purpose: Literal["train", "probe"]
-    """Rolled out to be learnt from, or a probe of the oracle."""
+    """Whether it was generated for training, or as a probe of the oracle."""
     trained: bool
-    """Whether it was learnt from: methods that refill drop groups."""
+    """Whether the policy was trained on it: methods that refill drop groups."""
     ppl: float | None
     """The prompt's perplexity when it was chosen; None for a method that does not score prompts."""
     reward: float
     length: int
     """Tokens of the completion."""
     finished: bool
-    """Whether it ended by itself."""
+    """Whether it ended with a stop token."""
     mean_entropy: float | None
-    """Mean full-vocabulary entropy of its tokens before the update, in nats, if it was trained."""
+    """Mean full-vocabulary entropy of its tokens before the update, in nats; None if untrained."""
     weight: float | None
-    """Its weight in the loss, if it was trained."""
+    """Weight in the loss; None if it was not trained on."""
     zero_variance: bool
-    """Its group's rewards were all equal: paid for, but without a gradient."""
+    """Whether its group's rewards were all equal, so that it contributed no gradient."""
     weight_version: int
-    """Optimizer updates behind the weights that generated it."""
+    """Number of optimizer updates of the weights that generated it."""
     aborted: bool = False
-    """Whether it was cut because it took too long."""
+    """Whether it was cut off because it took too long."""
     staleness: int = 0
-    """Optimizer updates between those weights and the ones that learnt from it."""
+    """Number of optimizer updates between those weights and the weights that it trained."""
     graded: Literal["ok", "timeout", "error"] = "ok"
-    """Whether the reward is the function's: else it broke a limit, or raised."""
+    """`ok` if the reward function returned the reward; else it exceeded a limit, or raised."""
 
 
 class Ledger:
@@ -59,10 +59,10 @@ class Ledger:
         append(self.file, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
 
     def close(self) -> None:
-        """No more entries."""
+        """Close the file."""
         self.file.close()
 
 
 def read(path: str | Path) -> Iterator[LedgerEntry]:
-    """The entries of a ledger, in order."""
+    """Read the entries of a ledger, in order."""
     return (LedgerEntry(**entry) for entry in read_lines(path))

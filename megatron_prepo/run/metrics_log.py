@@ -1,6 +1,6 @@
-"""Where metrics are written: `metrics.jsonl`, one object per step, and dashboards.
+"""Metrics in `metrics.jsonl`, one object per step, and on dashboards.
 
-Keys are `group/name`, seconds are under `seconds/`.  A value that is not finite is null.
+Keys are `group/name`, seconds are under `seconds/`.  Non-finite values are written as null.
 """
 
 import json
@@ -13,24 +13,24 @@ from megatron_prepo.run.dashboards import TensorBoard, WandB
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, and shows the same on dashboards."""
+    """A file of metrics to which steps are appended; dashboards show the same values."""
 
     def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()) -> None:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
         self._dashboards = dashboards
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
-        """One object; on disk when the method returns."""
+        """Append one object; it is on disk when the method returns."""
         record = {name: _finite_or_none(value) for name, value in metrics.items()}
         append(self.file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
         for dashboard in self._dashboards:
             dashboard.write(step, metrics)
 
     def close(self) -> None:
-        """No more metrics; dashboards are closed by those who made them."""
+        """Close the file; dashboards are closed by the code that opened them."""
         self.file.close()
 
 
 def _finite_or_none(value: object) -> object:
-    """JSON has no NaN and no infinity."""
+    """Return None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

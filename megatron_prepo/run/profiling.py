@@ -1,7 +1,7 @@
-"""A trace of chosen steps: `profile.steps=[3,4]`, for chrome://tracing, Perfetto and TensorBoard.
+"""Traces of selected steps: `profile.steps=[3,4]`, for chrome://tracing, Perfetto and TensorBoard.
 
-Stages have the names that they have under `seconds/`.  During these steps Megatron's own ranges are
-switched on, too; like the stages they are NVTX ranges, which Nsight Systems shows
+Stages have the same names as under `seconds/`.  Megatron's own ranges are enabled during these
+steps; like the stages they are NVTX ranges, which Nsight Systems shows
 (`nsys profile -t cuda,nvtx`).
 """
 
@@ -17,7 +17,7 @@ from megatron_prepo.config import ProfileConfig
 
 @contextlib.contextmanager
 def profiled(config: ProfileConfig, step: int, rank: int, directory: Path) -> Iterator[None]:
-    """Trace what is inside to `directory/profile/step_S_rank_R.json.gz`, if it is asked for."""
+    """Trace the body to `directory/profile/step_S_rank_R.json.gz` if step and rank are selected."""
     if step not in config.steps or rank not in config.ranks:
         yield
         return

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, and elsewhere, as in a cluster's log, a line a step.
+"""Progress display: a bar on a terminal, and one line per step elsewhere, as in a cluster's log.
 
 train 12/80 [0:31<2:55, 2.6 s each] reward=0.52, entropy=0.31, rollouts=3072
 """
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 
 def bar(*arguments: Any, **options: Any) -> "tqdm | Lines":
-    """A tqdm bar if there is a terminal to draw it on; else `Lines`, which takes the same."""
+    """Return a tqdm bar if stderr is a terminal; else `Lines`, which takes the same arguments."""
     return (tqdm if sys.stderr.isatty() else Lines)(*arguments, **options)
 
 
 class Lines:
-    """What we use of tqdm, without drawing over what is written: `set_postfix` writes a line."""
+    """The part of tqdm's interface that we use, by lines: `set_postfix` writes one."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Lines:
         disable: bool = False,
         leave: bool = True,
     ) -> None:
-        """`leave` is for bars: lines stay."""
+        """Ignore `leave`, an option of bars: lines stay."""
         self.iterable, self.desc, self.disable = iterable, desc, disable
         self.total = len(iterable) if total is None else total
         self.n = self.initial = initial
@@ -37,7 +37,7 @@ class Lines:
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.iterable:
-            self.n += 1  # the one that is under way, and done when its line is written
+            self.n += 1  # counts the current item, which is done when its line is written
             yield item
 
     def __enter__(self) -> "Lines":
@@ -47,11 +47,11 @@ class Lines:
         self.close()
 
     def update(self, count: int) -> None:
-        """So many more are done."""
+        """Count `count` more items as done."""
         self.n += count
 
     def set_postfix(self, **values: object) -> None:
-        """Write the line: how far, how long, how long yet, and the values."""
+        """Write the line: items done, time elapsed, time remaining, and the values."""
         if self.disable:
             return
         seconds, done = time.monotonic() - self._start, max(1, self.n - self.initial)
@@ -65,11 +65,11 @@ class Lines:
         )
 
     def close(self) -> None:
-        """Nothing is left to be drawn."""
+        """Do nothing: every line is already written."""
 
 
 def clock(seconds: float) -> str:
-    """As people read it.
+    """Format seconds as minutes or hours.
 
     >>> clock(65.4), clock(3 * 3600 + 5)
     ('1:05', '3:00:05')

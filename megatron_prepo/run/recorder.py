@@ -1,22 +1,22 @@
-"""What a run leaves behind: its directory, its totals, and what it shows on the terminal.
+"""The records of a run: the files of its directory, its totals, and its output on the terminal.
 
-| file | what |
+| file | content |
 |---|---|
 | `config.yaml` | the resolved configuration |
-| `inputs.json` | digests of what the run reads (`inputs/digests.py`) |
+| `inputs.json` | digests of the files that the run reads (`inputs/digests.py`) |
 | `prompts.json` | the chat template's date, and a digest of each prompt (`prompt_digests.py`) |
-| `metrics.jsonl` | one object a step |
-| `evaluations.jsonl` | one object an evaluation |
-| `ledger.jsonl` | one object a rollout |
+| `metrics.jsonl` | one object per step |
+| `evaluations.jsonl` | one object per evaluation |
+| `ledger.jsonl` | one object per rollout |
 | `summary.json` | the result |
 | `pass_rate.png` | the result as a picture |
-| `checkpoints/` | Megatron checkpoints, and with them what the run goes on from |
+| `checkpoints/` | Megatron checkpoints, with the rest of the state that the run resumes from |
 | `journal/` | rollouts that no checkpoint covers yet |
-| `dumps/` | steps to be looked into (`debug.dump_steps`), and updates that were skipped |
+| `dumps/` | steps dumped for debugging (`debug.dump_steps`), and skipped updates |
 | `hf/` | the trained model in Hugging Face format |
 | `profile/` | traces of `profile.steps` |
-| `tensorboard/`, `wandb/` | metrics, where the run was asked for them |
-| `logs/` | what ranks other than 0 printed, and errors |
+| `tensorboard/`, `wandb/` | metrics, if these dashboards are configured |
+| `logs/` | output of all ranks but 0, and errors |
 """
 
 import json
@@ -44,7 +44,7 @@ from megatron_prepo.run.progress import bar as progress_bar
 from megatron_prepo.run.stopwatch import Stopwatch
 
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
-"""Files that grow by lines."""
+"""Files to which lines are appended."""
 
 TRAINING_STAGES = (
     "perplexity",
@@ -55,17 +55,17 @@ TRAINING_STAGES = (
     "update",
     "weight_sync",
 )
-"""Whose seconds a comparison by time counts: all of a step, but not what only looks at it."""
+"""Stages whose seconds a comparison by time counts: all of a step, without its evaluation."""
 
 
 class Run:
     """Files, progress bar, seconds and totals of a run; rank 0 writes and shows them.
 
     `share` gives rank 0's value to every rank; a job of one rank needs none.  The directory may be
-    moved, removed or replaced while the run is live.  So whatever is named by its path is written
-    only after a look at whose it is: by all ranks together (`check_directory`) between the stages
-    of a step, and by rank 0 for itself (`lost`) where not all ranks come by.  Files of lines stay
-    open, and so stay the run's own.
+    moved, removed or replaced during the run.  Files that are opened by path are therefore written
+    only after a check that the directory is still the run's: by all ranks together
+    (`check_directory`) between the stages of a step, and by rank 0 alone (`lost`) in code that not
+    all ranks execute.  The files that grow by lines stay open, so they need no check.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Run:
         self.directory = Path(config.run.dir)
         self.seconds = Stopwatch()
         self.rollouts = self.tokens = self.num_steps = 0
-        """Paid for so far, and the steps behind the run."""
+        """Totals so far: rollouts generated, their tokens, and steps completed."""
         self.before: Evaluation | None = None
         """The evaluation before the first step."""
         self.temperature_before = config.eval.temperature
-        """At which it was sampled: `eval` may change when a run is resumed."""
+        """The temperature of that evaluation: `eval` may change when a run is resumed."""
         self.identity = run_directory.identity(self.directory) if self.writes else None
-        """In the directory's marker."""
+        """The run's identity, from the directory's marker."""
         if self.writes:
             self.dashboards = dashboards(config)
             self.ledger = Ledger(self.directory / "ledger.jsonl")
@@ -89,15 +89,15 @@ class Run:
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
 
     def lost(self) -> str | None:
-        """Return an error message if the directory is not this run's any more; rank 0 asks."""
+        """Return an error message if the directory is no longer this run's; only for rank 0."""
         assert self.writes, "rank 0 holds the directory's lock"
         assert self.identity is not None, "a run marks its directory"
         return run_directory.lost(self.directory, self.identity)
 
     def check_directory(self) -> None:
-        """UserError, on all ranks, if the directory is not this run's any more; collective.
+        """Raise UserError on all ranks if the directory is no longer this run's; collective.
 
-        OSError, on all ranks, too, if that cannot be found out.
+        Raises OSError on all ranks if the check itself fails.
         """
         found: UserError | OSError | None = None
         if self.writes:
@@ -112,9 +112,9 @@ class Run:
     def lost_directory_named(
         self, errors: tuple[type[Exception], ...] = (OSError,)
     ) -> Iterator[None]:
-        """Raise UserError in place of an error that comes from a directory that is gone.
+        """Replace an error by UserError if its cause is that the directory was lost; rank 0 only.
 
-        On rank 0; what a single rank raises ends the others through the launcher.
+        An error that only one rank raises stops the other ranks through the launcher.
         """
         try:
             yield
@@ -133,7 +133,7 @@ class Run:
             print(line, file=sys.stderr)
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to come, with a progress bar; ends when the budget is spent."""
+        """Yield the remaining steps' numbers, with a progress bar, until the budget is spent."""
         first, total = self.num_steps, self.config.train.total_steps
         if first and self.is_last(first - 1):
             return
@@ -148,19 +148,22 @@ class Run:
         self.bar.close()
 
     def is_last(self, step: int, to_be_recorded: int = 0) -> bool:
-        """Whether this step, of whose rollouts so many have not been recorded yet, ends the run."""
+        """Return whether the run ends with this step.
+
+        `to_be_recorded`: number of its rollouts that are not recorded yet.
+        """
         budget = self.config.train.rollout_budget
         spent = budget is not None and self.rollouts + to_be_recorded >= budget
         return spent or step + 1 == self.config.train.total_steps
 
     def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict[str, Any]) -> None:
-        """A step's ledger entries and metrics."""
+        """Record a step's ledger entries and metrics."""
         self.num_steps += 1
         self.rollouts += len(entries)
         self.tokens += sum(entry.length for entry in entries)
         totals = {"rollout/paid": self.rollouts, "rollout/tokens_paid": self.tokens}
         seconds = {f"seconds/{stage}": value for stage, value in self.seconds.of_step().items()}
-        if self.writes and not self.lost():  # all ranks look together before the next stage
+        if self.writes and not self.lost():  # all ranks check together before the next stage
             self.ledger.append(entries)
             self.metrics.write(step, {**metrics, **totals, **seconds})
         self.bar.set_postfix(
@@ -172,7 +175,7 @@ class Run:
     def evaluate(
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
-        """`held_out(samples_per_prompt, on_progress)` with a progress bar; written and shown."""
+        """Call `held_out(samples_per_prompt, on_progress)` with a progress bar; record it."""
         bar = progress_bar(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
 
         def on_progress(done: int, total: int) -> None:
@@ -187,7 +190,7 @@ class Run:
         return evaluation
 
     def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
-        """A line of the file, and points on the dashboards, after so many steps."""
+        """Write an evaluation after `step` steps to the file and the dashboards."""
         low, high = evaluation.ci95
         self.evaluations.write(
             step,
@@ -208,7 +211,7 @@ class Run:
             dashboard.write(step, {f"eval/{name}": value for name, value in shown.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two steps: whose state it is, totals, first evaluation, lengths of the files."""
+        """Return the state between two steps: identity, totals, first evaluation, file sizes."""
         return {
             "identity": self.identity,
             "num_steps": self.num_steps,
@@ -230,7 +233,7 @@ class Run:
         self.tokens = state["tokens"]
         self.seconds.restore(state["seconds"])
         if (before := state["before"]) is not None:
-            if isinstance(before, list):  # of an older version, under which `eval` did not change
+            if isinstance(before, list):  # from an older version, in which `eval` could not change
                 samples = self.config.eval.samples_per_prompt
                 before = {"passes_P": before, "samples_per_prompt": samples}
             passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
@@ -239,9 +242,9 @@ class Run:
         self.truncate_logs(state["files"])
 
     def truncate_logs(self, sizes: dict[str, int]) -> None:
-        """Truncate the files of lines to these sizes in bytes, those that are not named to nothing.
+        """Truncate the files of lines to these sizes in bytes; files without a size are emptied.
 
-        UserError if one is shorter.
+        Raises UserError if a file is shorter than its size.
         """
         if not self.writes:
             return
@@ -249,29 +252,30 @@ class Run:
             size = sizes.get(name, 0)
             if os.fstat(file.fileno()).st_size < size:
                 raise UserError(
-                    f"{file.name} has lost lines that its checkpoints count on ({size} bytes); put "
-                    "it back, or start a new run in another run.dir from the last checkpoint "
+                    f"{file.name} has lost lines that its checkpoints need ({size} bytes); restore "
+                    "it, or start a new run in another run.dir from the last checkpoint "
                     f"(model.megatron={self.directory / 'checkpoints'})"
                 )
             with naming(file.name):
                 os.truncate(file.fileno(), size)
                 os.fsync(file.fileno())
 
-    def _check_for_itself(self) -> None:
-        """UserError on rank 0, behind the last collective call, if the directory is lost."""
+    def _check_on_rank_zero(self) -> None:
+        """Raise UserError on rank 0 if the directory is lost; after the last collective call."""
         if problem := self.lost():
             raise UserError(problem)
 
     def _logs(self) -> dict[str, TextIO]:
-        """The open files of lines by name; not by path, where another run may be by now."""
+        """Return the open files by name, since their paths may be another run's by now."""
         logs = (self.ledger, self.metrics, self.evaluations)
         return dict(zip(LOGS, (log.file for log in logs), strict=True))
 
     def _gain(self, after: Evaluation) -> tuple[float | None, list[float] | None, int]:
-        """Gain, its interval, and over how many prompts: those of both evaluations.
+        """Return the gain, its interval, and the number of prompts that both evaluations share.
 
-        `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's are
-        among the longer one's.  None at different temperatures, whose pass rates do not compare.
+        `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's prompts
+        are among the longer one's.  Gain and interval are None if the temperatures differ, since
+        such pass rates are not comparable.
         """
         assert self.before is not None, "every run evaluates before its first step"
         both = min(len(self.before.passes_P), len(after.passes_P))
@@ -285,7 +289,7 @@ class Run:
         return last.pass_rate - first.pass_rate, list(last.gain_ci95(first)), both
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
-        """The summary; written with the plot, and the files closed."""
+        """Return the summary, after closing the files and writing the summary and the plot."""
         assert self.before is not None, "every run evaluates before its first step"
         gain, gain_ci95, num_prompts = self._gain(after)
         before, after = self.before.first(num_prompts), after.first(num_prompts)
@@ -310,10 +314,10 @@ class Run:
         if self.writes:
             for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
                 log.close()
-            self._check_for_itself()
+            self._check_on_rank_zero()
             report.plot(self.directory, summary)
-            self._check_for_itself()
-            # last: a run that has one is finished
+            self._check_on_rank_zero()
+            # last, since a summary marks the run as finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             run_directory.end(self.config)
         return summary

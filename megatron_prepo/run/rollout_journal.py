@@ -1,19 +1,20 @@
-"""Rollouts that have been paid for and that no checkpoint covers yet, so that none is paid twice.
+"""Journal of the rollouts that no checkpoint covers yet, so that none is generated twice.
 
-They are written as they come, to `journal/PURPOSE_STEP.RANK.jsonl`: a line for each completion of a
-server, or for each batch of the embedded engine, which is there whole or not at all and so is the
-same batch again if it has to be generated again.  A run that goes on and comes to the same step, by
-the same weights, takes what is there and generates the rest.  A rollout has random numbers of its
-own, named by purpose, prompt and sample, so the order of arrival changes nothing.
+Rollouts are written as they arrive, to `journal/PURPOSE_STEP.RANK.jsonl`: one line for each
+completion of a server, or for each batch of the embedded engine.  A batch is written completely or
+not at all, so a batch that has to be generated again is composed as before.  A resumed run that
+reaches the same step with the same weights reuses the rollouts of the journal and generates the
+rest.  The random numbers of a rollout are derived from purpose, prompt and sample, so the order of
+arrival changes nothing.
 
-Killing a process takes nothing of what it wrote.  Against the end of the machine the lines are
-forced to disk, every second and before anything is made of them.
+Lines survive the death of the process that wrote them.  To survive a crash of the machine they are
+forced to disk, every second and before they are used.
 
-The run's directory may be moved, removed or replaced while the run is live, and ranks add lines at
-moments of their own, where one that raises would leave the others waiting.  So each rank holds the
-directory open: lines go where it goes, never to what takes its place, and nowhere once it is
-removed, until all ranks look together (`Run.check_directory`).  Lines have the run's identity, and
-those of another run are not taken.
+The run's directory may be moved, removed or replaced during the run.  Ranks add lines at different
+times, and a rank that raised an error there would leave its peers waiting.  So each rank holds the
+directory open: lines follow a directory that is moved, are never written to one that replaces it,
+and are dropped once it is removed, until all ranks check together (`Run.check_directory`).  Lines
+carry the run's identity; lines of another run are skipped.
 """
 
 import base64
@@ -32,24 +33,25 @@ from megatron_prepo.files.atomic import flush, naming, read_lines
 from megatron_prepo.records import Prompt, Rollout
 
 NAME = re.compile(r"\w+_(?P<step>\d+)\.\d+\.jsonl")
-"""Of our files; anything else in the directory is left alone."""
+"""Names of the journal's files; anything else in the directory is left alone."""
 FIELDS = ("tokens", "engine_logprobs", "text", "finished", "aborted")
-"""What a line holds of each rollout, behind its prompt and sample; the weight version is the
-line's.  Behind them comes its routing, base64, if it has one."""
+"""Fields of a rollout in a line, after its prompt's id and sample; the weight version is per line.
+Its routing, if it has one, follows in base64."""
 SECONDS_UNFORCED = 1.0
-"""A step of a thousand completions must not wait for the disk a thousand times."""
+"""Interval of forced writes: a step of 1,000 completions must not wait for the disk 1,000 times."""
 
 
 class Journal:
-    """`share` gives rank 0's value to every rank; each rank writes a file of its own, rank 0 reads.
+    """The journal of a run; each rank writes its own file, rank 0 reads all of them.
 
-    `add` may be called from another thread, one call at a time.
+    `share` gives rank 0's value to every rank.  `add` may be called from another thread, one call
+    at a time.
     """
 
     def __init__(self, directory: Path, rank: int, share: Callable[[Any], Any]) -> None:
         self.directory, self.rank = directory, rank
         self._place = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY)
-        self.identity = ownership.run_of(directory)
+        self.identity = ownership.run_identity(directory)
         lines = share(_read(directory, self.identity) if rank == 0 else None)
         self.waiting = {
             (line["purpose"], line["weight_version"], prompt, sample): fields
@@ -62,9 +64,9 @@ class Journal:
     def find(
         self, purpose: str, weight_version: int | None, prompts: Sequence[Prompt]
     ) -> dict[tuple[str, int], Rollout]:
-        """What of these prompts was paid for before the run stopped, by prompt's id and sample.
+        """Return the journaled rollouts of these prompts, by prompt's id and sample.
 
-        Once: it is not found again.
+        Each is returned once.
         """
         if weight_version is None:  # the engine has failed, and generates nothing
             return {}
@@ -80,10 +82,9 @@ class Journal:
         }
 
     def add(self, purpose: str, rollouts: Mapping[tuple[str, int], Rollout]) -> None:
-        """Rollouts for `PURPOSE/STEP` that have just come; written when this returns.
+        """Write new rollouts for `PURPOSE/STEP`; they are on disk after `force`.
 
-        On disk after `force`.  Raises OSError.  Nothing is written once the run's directory is
-        removed.
+        Raises OSError.  Nothing is written once the run's directory is removed.
         """
         [weight_version] = {rollout.weight_version for rollout in rollouts.values()}
         line = {
@@ -104,7 +105,7 @@ class Journal:
             self.force()
 
     def force(self) -> None:
-        """All that was added is on disk when this returns."""
+        """Force everything that was added to disk."""
         if self._unforced:
             with self._unless_removed():
                 flush(self._unforced, dir_fd=self._place)
@@ -120,12 +121,12 @@ class Journal:
                     path.unlink()
 
     def close(self) -> None:
-        """The run is finished."""
+        """Remove the journal of a finished run."""
         os.close(self._place)
         if self.rank == 0:
             for path in _ours(self.directory):
                 path.unlink()
-            with suppress(OSError):  # there is none, or it holds something else
+            with suppress(OSError):  # missing, or not empty
                 self.directory.rmdir()
 
     def _open(self, path: str, flags: int) -> int:
@@ -151,15 +152,15 @@ def _ours(directory: Path) -> list[Path]:
 
 
 def _read(directory: Path, run: str | None) -> list[dict[str, Any]]:
-    """Lines of this run, or of an older version's, which have no identity.
+    """Return the lines of this run, and lines without an identity, as older versions wrote them.
 
-    One that was being written when the run stopped is cut off.
+    An incomplete last line is cut off.
     """
     lines: list[dict[str, Any]] = []
     for path in _ours(directory):
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        os.truncate(path, len(whole))
+        complete = content[: content.rfind(b"\n") + 1]
+        os.truncate(path, len(complete))
         lines += read_lines(path)
     own = [line for line in lines if line.get("run") in (None, run)]
     if others := len(lines) - len(own):

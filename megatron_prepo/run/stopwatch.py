@@ -10,9 +10,9 @@ from torch.profiler import record_function
 
 
 class Stopwatch:
-    """Seconds by stage, in all and since the last step; a trace has the stages under their names.
+    """Seconds per stage, in total and since the last step; traces show the stages by name.
 
-    On CUDA a stage ends when the device is done with it: else its seconds would be the next one's.
+    On CUDA a stage ends with a synchronization; without it, its time would count for a later stage.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage; several visits add up."""
+        """Time a stage; repeated calls add up."""
         start = time.perf_counter()
         try:
             with record_function(stage), _nvtx_range(stage):
@@ -32,11 +32,11 @@ class Stopwatch:
             self.total[stage] += time.perf_counter() - start
 
     def so_far(self, stage: str) -> float:
-        """Seconds of a stage since the last call of `of_step`."""
+        """Return the seconds of a stage since the last call of `of_step`."""
         return self.total[stage] - self._before_step.get(stage, 0.0)
 
     def of_step(self) -> dict[str, float]:
-        """Seconds of each stage since the last call."""
+        """Return the seconds of each stage since the last call."""
         step = {stage: s - self._before_step.get(stage, 0.0) for stage, s in self.total.items()}
         self._before_step = dict(self.total)
         return step

@@ -1,4 +1,4 @@
-"""A finished run as a picture and as a few lines of text."""
+"""The result of a finished run, as a plot and as a few lines of text."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from megatron_prepo.files.atomic import naming, read_lines
 
 
 def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
-    """`pass_rate.png`: held-out pass rate and the window's mean perplexity by rollouts paid."""
+    """Plot held-out pass rate and the window's mean perplexity by rollouts, as `pass_rate.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +22,7 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     low, high = zip(*(e["pass_rate_ci95"] for e in evaluations), strict=True)
     axes.fill_between(rollouts, low, high, color="tab:blue", alpha=0.15, lw=0)
     axes.plot(rollouts, rate, "o-", color="tab:blue", label="held-out pass rate, 95 % interval")
-    axes.set(xlabel="rollouts paid", ylabel="pass rate")
+    axes.set(xlabel="rollouts", ylabel="pass rate")
     axes.yaxis.label.set_color("tab:blue")
     axes.spines[["top"]].set_visible(False)
     window = [
@@ -50,7 +50,7 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
 
 
 def text(summary: dict[str, Any]) -> str:
-    """The result in a few lines."""
+    """Format the result in a few lines."""
 
     def rate(when: str) -> str:
         if summary[when] is None:

@@ -13,7 +13,7 @@ from megatron_prepo.records import Rollout
 from megatron_prepo.rewards.pool import Grade
 
 
-def rewards_of(grades: Sequence[Grade]) -> torch.Tensor:
+def reward_tensor(grades: Sequence[Grade]) -> torch.Tensor:
     """Return `rewards_N`."""
     return torch.tensor([grade.reward for grade in grades])
 
@@ -31,7 +31,7 @@ class Groups:
     @property
     def rewards_KG(self) -> torch.Tensor:
         """Rewards of the groups."""
-        return rewards_of(self.grades).view(len(self.chosen), -1)
+        return reward_tensor(self.grades).view(len(self.chosen), -1)
 
     def extend(
         self, chosen: Sequence[int], rollouts: Sequence[Rollout], grades: Sequence[Grade]

@@ -1,4 +1,4 @@
-"""Guarded optimizer updates: dumped where asked for, skipped where not finite.
+"""Guarded optimizer updates: dumped on request, skipped if not finite.
 
 The loop calls `of_step(record).update(mini_batch)` in place of the actor's `update`.
 """
@@ -13,14 +13,14 @@ from megatron_prepo.run.recorder import Run
 
 
 class Learner(Protocol):
-    """Makes an optimizer update from a mini-batch: the actor, or a guard of its updates."""
+    """Interface of optimizer updates: the actor, or a guard of its updates."""
 
     def update(self, batch: Sequence[TrainingSequence]) -> dict[str, float] | None:
         """Return the update's metrics; None if it was skipped, on all ranks."""
 
 
 class UpdateGuard:
-    """Counts what was skipped; a run has one."""
+    """The run's guard, which counts skipped updates."""
 
     def __init__(self, config: Config, actor: Actor, run: Run) -> None:
         self.config, self.actor, self.run = config, actor, run
@@ -35,7 +35,7 @@ class UpdateGuard:
         return self.actor.has_gradient(advantage)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was skipped so far."""
+        """Return the counts so far."""
         return {"skipped_in_a_row": self.skipped_in_a_row, "skip_dumps": self.skip_dumps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class UpdateGuard:
         self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
 
     def skip(self, error: FloatingPointError, dump_it: Callable[[], str]) -> None:
-        """Count a skipped update; raises the error if there were too many in a row.
+        """Count a skipped update; raise the error if there were too many in a row.
 
         `dump_it()` writes the update's dump and returns its directory.
         """
@@ -61,7 +61,7 @@ class UpdateGuard:
 
 
 class GuardedStep:
-    """A step's mini-batches, in order."""
+    """The guard of one step, whose mini-batches are updated in order."""
 
     def __init__(self, updates: UpdateGuard, record: StepRecord) -> None:
         self.updates, self.record = updates, record
@@ -70,7 +70,7 @@ class GuardedStep:
         self.asked_for: DumpWriter | None = None
 
     def update(self, batch: Sequence[TrainingSequence]) -> dict[str, float] | None:
-        """The actor's update; None if it was skipped, on all ranks."""
+        """Make the actor's update; return None if it was skipped, on all ranks."""
         number, self.number = self.number, self.number + 1
         last = self.number == len(self.record.mini_batches)
         if number == 0 and self.record.step in self.config.debug.dump_steps:
@@ -103,25 +103,25 @@ class GuardedStep:
 
 
 class SkipUpdates:
-    """`debug.mode=rollout`: none is made."""
+    """A guard that makes no update, for `debug.mode=rollout`."""
 
     def __init__(self, config: Config, actor: Actor, run: Run) -> None:
-        run.log("debug.mode=rollout: the weights stay as they are")
+        run.log("debug.mode=rollout: the weights stay unchanged")
 
     def of_step(self, record: StepRecord) -> "SkipUpdates":
-        """The same for every step."""
+        """Return itself, for every step."""
         return self
 
     def learns_from(self, advantage: float) -> bool:
-        """No update passes through any rollout."""
+        """Return False: no update passes through any rollout."""
         return False
 
     def update(self, batch: Sequence[TrainingSequence]) -> None:
         """Make no update; it is counted as skipped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is counted."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Restore nothing."""

@@ -30,15 +30,15 @@ class RolloutScores:
 
     scores: list[Scores]
     references: list[Scores] | None
-    """The initial policy's, if there is a KL penalty."""
+    """Scores by the initial policy, if there is a KL penalty."""
     entropy_N: torch.Tensor
     """Mean token entropy of each rollout."""
     lengths_N: torch.Tensor
     importance_weights_N: list[torch.Tensor] | None = None
-    """What each token of a rollout counts, if `loss.importance` is on."""
+    """Weight of each token of a rollout, if `loss.importance` is on."""
     staleness_N: tuple[int, ...] = ()
-    """Optimizer updates between the weights that generated each rollout and these: not the same for
-    all of a step that was generated ahead when the engine failed, and finished by a later run."""
+    """Optimizer updates since each rollout was generated.  The number varies within a step that was
+    generated ahead when the engine failed, and completed after a resume."""
     routed_differently: float | None = None
     """Share of tokens and layers where the policy would have chosen other experts than the engine
     (`rollout.router_replay`)."""
@@ -46,7 +46,7 @@ class RolloutScores:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The N rollouts that the policy learns from in a step, and what the loss needs of each."""
+    """The N rollouts on which a step trains, with the inputs of the loss."""
 
     groups: Groups
     advantages_KG: torch.Tensor
@@ -110,7 +110,7 @@ def score_rollouts(
 def step_record(
     step: int, candidates: Candidates, batch: TrainingBatch, num_mini_batches: int
 ) -> StepRecord:
-    """Return what a dump of the step has."""
+    """Return the record of the step for a dump."""
     return StepRecord(
         step,
         candidates,
@@ -124,7 +124,7 @@ def step_record(
 def weigh_by_importance(
     settings: LossConfig, scores: Sequence[Scores], rollouts: Sequence[Rollout]
 ) -> list[torch.Tensor] | None:
-    """Return what each token counts, as the engine was more or less likely to choose it."""
+    """Return the importance weight of each token, by its probabilities under actor and engine."""
     if settings.importance == "off":
         return None
     return [
@@ -162,7 +162,7 @@ def update_policy(
 def mean_metrics(updates: Sequence[dict[str, float] | None]) -> dict[str, float]:
     """Return the mean of each metric over the updates that have it, and the skipped updates.
 
-    An update without a token to learn from has no ratio or divergence: it is not counted as 0.
+    An update without a token to train on has no ratio or divergence: it is not counted as 0.
 
     >>> mean_metrics([{"a": 1.0, "b": 3.0}, {"a": 2.0}, None])
     {'a': 1.5, 'b': 3.0, 'loss/skipped_updates': 1}
@@ -208,7 +208,7 @@ def training_sequence(
     advantage: torch.Tensor,
     coefficient: torch.Tensor,
 ) -> TrainingSequence:
-    """Return rollout i as the actor's update takes it."""
+    """Return rollout i as a sequence for the actor's update."""
     importance_weights_N, references = old_scores.importance_weights_N, old_scores.references
     return TrainingSequence(
         sequence=scored_sequence(rollout),

@@ -14,13 +14,13 @@ from megatron_prepo.trainer.step_metrics import spearman
 def prompt_scores(
     actor: Actor, prompts: Sequence[Prompt], tokens: str = "all"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
+    """Return `ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
 
     `actor.score` is one forward pass without gradient (see `megatron_prepo.actor.actor`).
-    Not finite values are kept: selection sorts them last.
+    Non-finite values are kept: selection sorts them last.
     """
     scores = actor.score([ScoredSequence(p.tokens, 1) for p in prompts], temperature=1.0)
-    spans = [span_of(prompt, tokens) for prompt in prompts]
+    spans = [prompt_span(prompt, tokens) for prompt in prompts]
     ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
     entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
     return torch.stack(ppl), torch.stack(entropy)
@@ -29,18 +29,17 @@ def prompt_scores(
 def engine_perplexities(
     engine: Engine, prompts: Sequence[Prompt], tokens: str = "all"
 ) -> torch.Tensor:
-    """`ppl_P` by the engine's log-probabilities; float64, identical on every rank."""
+    """Return `ppl_P` by the engine's log-probabilities; float64, identical on every rank."""
     scored = zip(engine.score_prompts(prompts), prompts, strict=True)
     return torch.stack(
-        [perplexity(torch.tensor(logprobs), span_of(p, tokens)) for logprobs, p in scored]
+        [perplexity(torch.tensor(logprobs), prompt_span(p, tokens)) for logprobs, p in scored]
     )
 
 
 def check_agreement(engine_ppl_P: torch.Tensor, actor_ppl_P: torch.Tensor, least: float) -> None:
-    """ValueError if the engine's perplexities do not stand for the actor's.
+    """Raise ValueError if the engine's perplexities cannot replace the actor's.
 
-    They do if the rank correlation is at least `least`; it counts as 0 where a side does not tell
-    prompts apart.
+    Their rank correlation must be at least `least`; it counts as 0 if either side is constant.
     """
     agreement = spearman(engine_ppl_P, actor_ppl_P) or 0.0
     if agreement < least:
@@ -52,6 +51,6 @@ def check_agreement(engine_ppl_P: torch.Tensor, actor_ppl_P: torch.Tensor, least
         )
 
 
-def span_of(prompt: Prompt, tokens: str) -> slice:
-    """Return which log-probabilities of a prompt count, after `selection.ppl_tokens`."""
+def prompt_span(prompt: Prompt, tokens: str) -> slice:
+    """Return the slice of a prompt's log-probabilities that `selection.ppl_tokens` selects."""
     return scored_span(len(prompt.tokens), prompt.content if tokens == "content" else None)

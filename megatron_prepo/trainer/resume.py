@@ -1,4 +1,4 @@
-"""Resuming a run: what a checkpoint holds besides the actor.
+"""Checkpoints of a run: the actor and the rest of the state that a resumed run needs.
 
 The state of a run between two steps consists of weights and optimizer (`actor/checkpoint.py`) and
 of parts with `state_dict()` and `load_state_dict(state)` in plain JSON: the position in the
@@ -29,20 +29,20 @@ WRITE_ERRORS = (OSError, RuntimeError)
 
 @dataclass(frozen=True)
 class StepBoundary:
-    """The parts between two steps, frozen."""
+    """A snapshot of all parts between two steps."""
 
     step: int
-    """Number of steps that the run has made."""
+    """Number of steps completed."""
     updates: int
-    """Number of optimizer updates that the actor has made."""
+    """Number of the actor's optimizer updates."""
     parts: str
-    """JSON."""
+    """State of the parts, as JSON."""
 
 
 class Checkpoints:
-    """The checkpoints of a run; every rank calls the same methods, all collective but `mark`.
+    """The checkpoints of a run; all methods are collective, except `mark`.
 
-    A step's state is written, and gets its name, only in the run's own directory
+    A checkpoint is written and renamed only after a check that the directory is still the run's
     (`Run.check_directory`).
     """
 
@@ -57,20 +57,21 @@ class Checkpoints:
         *,
         timeout_minutes: float,
     ) -> None:
-        """One of the parts is the `run`, which counts its steps."""
+        """Set up; `parts` includes the `run`, which counts the steps."""
         self.settings, self.directory, self.timeout_minutes = settings, directory, timeout_minutes
         self.actor, self.parts, self.journal, self.log = actor, parts, journal, log
         self.steps = [0]
-        """Where this run could have gone on from: its beginning, and its checkpoints."""
+        """Steps that the run could resume from: its beginning, and its checkpoints."""
         self.saving: PendingCheckpoint | None = None
         self.kept: set[Path] = set()
         """Checkpoints that could not be pruned."""
 
     def restore(self) -> bool:
-        """Restore the newest complete checkpoint; return False, at the beginning, if there is none.
+        """Restore the newest usable checkpoint; if there is none, start over and return False.
 
-        Those that are damaged, hold weights only, or are another run's, are skipped and logged.
-        Raises UserError on all ranks if all are another run's and this one has made steps.
+        Checkpoints that are damaged, hold weights only, or are another run's, are skipped and
+        logged.  Raises UserError on all ranks if none is usable, some are another run's, and this
+        run has rollouts in its ledger.
         """
         self.parts["run"].check_directory()
         steps, others = parallel.from_rank_zero(list(checkpoint.by_step(self.directory))), []
@@ -94,14 +95,14 @@ class Checkpoints:
             self.log(f"resuming from {path}")
             num_ranks = len(list(path.glob("random_*.safetensors")))
             if num_ranks != dist.get_world_size():
-                self.log(f"{num_ranks} ranks wrote it: numbers are equal up to rounding")
+                self.log(f"written by {num_ranks} ranks: numbers are equal up to rounding")
             self.mark()
             return True
         if others and self.parts["run"].has_lines():
             raise UserError(
                 f"none of the checkpoints in {self.directory} can be resumed from, since "
                 f"{', '.join(others)} are another run's, and starting from the beginning would "
-                f"remove this run's ledger: put this run's {ownership.MARKER} or checkpoints back, "
+                f"remove this run's ledger: restore this run's {ownership.MARKER} or checkpoints, "
                 "or move the other run's checkpoints away to start from the beginning"
             )
         self.parts["run"].truncate_logs({})
@@ -109,12 +110,12 @@ class Checkpoints:
         return False
 
     def mark(self) -> None:
-        """Note the state of all parts: this is the boundary between two steps."""
+        """Take a snapshot of all parts at the boundary between two steps."""
         parts = json.dumps({name: part.state_dict() for name, part in self.parts.items()})
         self.boundary = StepBoundary(self.parts["run"].num_steps, self.actor.updates, parts)
 
     def save(self) -> None:
-        """Write a checkpoint of now, which is between two steps; older ones may go.
+        """Write a checkpoint of the current state, between two steps, and prune older ones.
 
         With `checkpoint.asynchronous` it is complete only after `finish`.
         """
@@ -122,12 +123,12 @@ class Checkpoints:
         self._write()
 
     def finish_if_done(self) -> None:
-        """Give the checkpoint that is being written its name, unless there is more to write."""
+        """Finish the pending checkpoint if everything is written."""
         if self.saving and self.saving.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one."""
+        """Wait for the pending checkpoint, if there is one, and give it its name."""
         if self.saving is None:
             return
         saving, self.saving = self.saving, None
@@ -143,7 +144,7 @@ class Checkpoints:
             for path in kept.keys() - self.kept:
                 self.log(f"{path} is kept: {kept[path][0]} is not known to be this run's")
             self.kept |= kept.keys()
-        # what the newest covers is still of use, should that one turn out to be damaged
+        # rollouts that only the newest covers are kept, in case it turns out to be damaged
         self.journal.forget(before=self.steps[-2])
 
     @contextmanager
@@ -156,7 +157,7 @@ class Checkpoints:
             with self.parts["run"].lost_directory_named():
                 yield
         except EngineError as error:
-            assert self.actor.updates == self.boundary.updates, "an update does not ask the engine"
+            assert self.actor.updates == self.boundary.updates, "an update does not call the engine"
             self.finish()
             if self.boundary.step not in self.steps:
                 self._write()
@@ -182,7 +183,7 @@ class Checkpoints:
             self.finish()
 
     def _is_of_another_run(self, path: Path) -> bool:
-        """Return whether a complete checkpoint names another run; older versions named none."""
+        """Return whether a complete checkpoint names another run; older versions named no run."""
         run = json.loads(parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text()))["run"]
         own = parallel.from_rank_zero(self.parts["run"].identity)
         return run.get("identity") not in (None, own)

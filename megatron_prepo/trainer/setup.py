@@ -1,4 +1,4 @@
-"""What a training loop works with on each rank, from inputs that are checked to the export."""
+"""Set-up of a training loop on each rank, from checked inputs to the export."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.selection import load as load_selector
 from megatron_prepo.selection.base import Selector
-from megatron_prepo.trainer.groups import rewards_of
+from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints
@@ -37,7 +37,7 @@ from megatron_prepo.trainer.throughput import Throughput
 
 @dataclass
 class Trainer:
-    """What a loop works with, on each rank."""
+    """The objects of a training loop, on each rank."""
 
     config: Config
     inputs: preflight.Inputs
@@ -54,15 +54,14 @@ class Trainer:
     checkpoints: Checkpoints = field(init=False)
     """Set by `resumed`."""
     after: Evaluation = field(init=False)
-    """The evaluation after the last step, from then on."""
+    """Evaluation after the last step; set once it is done."""
 
     @contextmanager
     def resumed(self, **parts: Any) -> Iterator[None]:
-        """Set actor, engine and parts to the last checkpoint, or to the beginning without one.
+        """Restore actor, engine and parts from the last checkpoint, or start from the beginning.
 
-        `parts`: what of the loop a checkpoint holds besides run and updates.  Whatever happens to
-        the engine, the last complete step is saved.  Raises Stopped on all ranks if the engine
-        fails.
+        `parts`: further state of the loop in a checkpoint, besides run and updates.  If the engine
+        fails, the last complete step is saved and Stopped is raised on all ranks.
         """
         parts = {"run": self.run, **parts, "updates": self.updates}
         with self.run.seconds("setup"):
@@ -88,7 +87,7 @@ class Trainer:
                 self.checkpoints.finish()
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps to come; evaluates before the first, where due, and after the last."""
+        """Yield the remaining steps; evaluate before the first, after the last, and when due."""
         settings = self.config.eval
         if self.run.before is None:
             self.run.before = self.evaluate("before", settings.samples_per_prompt)
@@ -105,7 +104,7 @@ class Trainer:
         sync_weights(self.actor, self.engine, self.config, probe)
 
     def evaluate(self, when: str, samples: int) -> Evaluation:
-        """avg@k on held-out prompts, with the same random numbers each time; written, and shown."""
+        """Evaluate and record avg@k on held-out prompts, with the same random numbers each time."""
         config = self.config
 
         def held_out(**options: Any) -> Evaluation:
@@ -119,7 +118,7 @@ class Trainer:
             return evaluate(
                 self.engine,
                 request,
-                lambda rollouts: rewards_of(self.grader.grade(rollouts)),
+                lambda rollouts: reward_tensor(self.grader.grade(rollouts)),
                 pass_reward=config.reward.high,
             )
 
@@ -128,7 +127,7 @@ class Trainer:
     def save_if_due(self, step: int) -> None:
         """Finish a pending checkpoint, and save one if settings or a signal ask for it.
 
-        Called between two steps.  Raises Stopped on all ranks if one was asked to stop.
+        Called between two steps.  Raises Stopped on all ranks if one has received a stop signal.
         """
         self.run.check_directory()
         stopping = self.stop.anywhere()
@@ -148,7 +147,7 @@ class Trainer:
         return self.throughput.of_step(self.run.seconds, sequences, learnt)
 
     def finish(self) -> dict[str, Any]:
-        """Export the weights and end everything; returns the summary."""
+        """Export the weights, finish the run and return its summary."""
         with self.run.lost_directory_named():
             self.run.check_directory()
             with self.run.seconds("export"):
@@ -210,9 +209,9 @@ def set_up(config: Config) -> Trainer:
 
 
 def begin(config: Config) -> Config:
-    """Take the run's directory; returns the settings that hold, collective.
+    """Take the run's directory and return the settings of the run; collective.
 
-    Raises UserError, on all ranks, if it is in use or holds anything else than this run.
+    Raises UserError on all ranks if it is in use or holds anything but this run.
     """
     settled: Config | UserError | None = None
     if dist.get_rank() == 0:
@@ -228,7 +227,7 @@ def begin(config: Config) -> Config:
 
 
 def ranks() -> Ranks:
-    """Return the ranks of the job, as an engine needs to know them."""
+    """Return the ranks of the job, for the engine."""
     return Ranks(
         dist.get_rank(),
         dist.get_world_size(),
@@ -245,5 +244,5 @@ def build_grader(config: Config, log: Callable[[str], None]) -> Grader:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something periodic follows this step, counted from 0."""
+    """Return whether a periodic action is due after this step, counted from 0."""
     return every > 0 and (step + 1) % every == 0

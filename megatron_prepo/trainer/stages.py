@@ -20,7 +20,7 @@ from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.rollout.engine import Request
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.selection.rounds import rounds
-from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.groups import Groups, reward_tensor
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
     TrainingBatch,
@@ -107,7 +107,7 @@ def grade(trainer: Trainer, rollouts: Sequence[Rollout]) -> list[Grade]:
     with trainer.run.seconds("rewards"):
         grades = trainer.grader.grade(rollouts)
     selected = [rollout.prompt for rollout in rollouts[::group_size]]
-    trainer.selector.observe(selected, rewards_of(grades).view(-1, group_size))
+    trainer.selector.observe(selected, reward_tensor(grades).view(-1, group_size))
     return grades
 
 

@@ -3,7 +3,7 @@
 from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.run.ledger import LedgerEntry
 from megatron_prepo.selection.base import Candidates
-from megatron_prepo.trainer.groups import Groups, rewards_of
+from megatron_prepo.trainer.groups import Groups, reward_tensor
 from megatron_prepo.trainer.policy_update import TrainingBatch
 
 
@@ -24,7 +24,7 @@ def ledger_entries(
     trained = {id(rollout): i for i, rollout in enumerate(batch.groups.rollouts)}
     rollouts = [*generated.rollouts, *probes.rollouts]
     grades = [*generated.grades, *probes.grades]
-    zero_variance_K = zero_variance(rewards_of(grades).view(-1, group_size)).tolist()
+    zero_variance_K = zero_variance(reward_tensor(grades).view(-1, group_size)).tolist()
     entries = []
     for n, rollout in enumerate(rollouts):
         i = trained.get(id(rollout))

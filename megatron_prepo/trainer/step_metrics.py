@@ -1,7 +1,7 @@
-"""What is measured in a step.
+"""Metrics of a step.
 
-A mean is over what there was: a key is absent where there was nothing (no update was made, no token
-had an advantage), and null where the value is not a finite number.  Neither is ever counted as 0.
+A mean is over existing values: a key is absent if there are none (no update was made, no token had
+an advantage), and null if the value is not a finite number.  Neither is ever counted as 0.
 `loss/` and `train/` are means over the step's optimizer updates; what they and `mismatch/` average
 are tokens of all ranks, so that the layout changes no value but by rounding.
 """
@@ -18,13 +18,13 @@ from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.base import Candidates
 
 Metrics = dict[str, float | None]
-"""Values by name; None where one cannot be computed from what there was."""
+"""Values by name; None if a value cannot be computed."""
 
 
 def selection_metrics(
     candidates: Candidates, chosen: Sequence[int], rewards_KG: torch.Tensor
 ) -> Metrics:
-    """Return rewards and perplexities of all generated groups, and how well these predict those."""
+    """Return rewards and perplexities of all generated groups, and their correlation."""
     metrics: Metrics = {
         "reward/mean": float(rewards_KG.mean()),
         "reward/zero_variance_ratio": float(zero_variance(rewards_KG).double().mean()),
@@ -53,7 +53,7 @@ def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
 
 
 def candidate_metrics(candidates: Candidates) -> Metrics:
-    """Return how perplexity relates to the candidates' pass rates, where these are known."""
+    """Return how perplexity relates to the candidates' pass rates, if these are known."""
     assert candidates.ppl_P is not None and candidates.pass_rate_P is not None
     by_perplexity = candidates.pass_rate_P[candidates.ppl_P.argsort(stable=True)]
     lengths_P = torch.tensor([float(len(prompt.tokens)) for prompt in candidates.prompts])
@@ -75,7 +75,7 @@ def rollout_metrics(
     lengths_N: torch.Tensor,
     finished_N: Sequence[bool],
 ) -> dict[str, float]:
-    """Entropies, weights and lengths."""
+    """Return entropies, weights and lengths."""
     return {
         "entropy/mean": float((entropy_N * lengths_N).sum() / lengths_N.sum()),
         "weight/mean": float(weight_N.mean()),
@@ -88,7 +88,7 @@ def rollout_metrics(
 
 
 def spearman(x_K: torch.Tensor, y_K: torch.Tensor) -> float | None:
-    """Rank correlation; None where one side is constant, has a NaN or is a single value."""
+    """Return the rank correlation; None if one side is constant, has a NaN or a single value."""
     if len(x_K) < 2:
         return None
     with warnings.catch_warnings():

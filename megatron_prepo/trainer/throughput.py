@@ -34,7 +34,7 @@ class Throughput:
     """Rates for the model, layout and GPUs of the run; one per rank."""
 
     def __init__(self, hf: dict[str, Any], *, dtype: str, by_actor: bool, scorings: int) -> None:
-        """`by_actor`: whether that scores candidates; `scorings`: passes over a step's rollouts."""
+        """Set up; `by_actor`: the actor scores candidates; `scorings`: passes over the rollouts."""
         self.shape, self.ranks = Shape.of(hf), dist.get_world_size()
         self.by_actor, self.scorings = by_actor, scorings
         on_cuda = torch.cuda.is_available()
@@ -87,7 +87,7 @@ class Throughput:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peak of the rank with the highest, and reset it; collective on CUDA."""
+    """Return the highest peak memory of any rank, and reset it; collective on CUDA."""
     if not torch.cuda.is_available():
         return {}
     peak = max(parallel.gather_to_all(torch.cuda.max_memory_allocated()))

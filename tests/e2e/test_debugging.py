@@ -42,7 +42,7 @@ def test_a_dump_is_replayed_in_another_layout(run, capfd):
         result["gradients"] = None
     (bare / "step.json").write_text(json.dumps(about))
     assert main(["replay", str(bare), "parallel.tensor=2", "train.micro_batch_tokens=256"]) == 0
-    assert "first one rank computes them" in capfd.readouterr().out
+    assert "one rank computes them first" in capfd.readouterr().out
     for number in range(2):  # one rank, as in the run: to the bit
         made = load_file(bare / "one_rank" / f"gradients_{number}" / "model.safetensors")
         saved = load_file(dump / f"gradients_{number}" / "model.safetensors")
@@ -61,7 +61,7 @@ def test_a_gradient_that_differs_is_named_and_the_exit_code_tells(run, capfd):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("absent", "is no dump"), ("damaged", "is damaged: FileNotFoundError")]
+    ("path", "message"), [("absent", "is not a dump"), ("damaged", "is damaged: FileNotFoundError")]
 )
 def test_what_is_no_dump_is_refused(run, capsys, path, message):
     damaged = shutil.copytree(run / "dumps" / "step_0001", run.parent / path / "damaged")

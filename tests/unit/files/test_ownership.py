@@ -135,7 +135,7 @@ def test_a_folder_of_another_run_is_not_this_runs(tmp_path):
         ownership.seal(tmp_path / name / "deep" / "hf", "model")
     (tmp_path / "two" / "deep" / "hf").rename(tmp_path / "one" / "deep" / "other")
     own, other = (tmp_path / "one" / "deep" / name for name in ("hf", "other"))
-    assert ownership.run_of(own) == "a1" and ownership.run_of(tmp_path) is None
+    assert ownership.run_identity(own) == "a1" and ownership.run_identity(tmp_path) is None
     assert ownership.strangers(own, "model", "a1") == []
     assert ownership.strangers(other, "model", "a1") == [other]
     ownership.create(tmp_path / "outside", "model")

@@ -65,5 +65,5 @@ def test_of_a_model_the_files_count_that_can_move_a_number(tmp_path):
     for name in [*names, "README.md", "export/model.safetensors", ".cache/config.json"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = inputs.files_of("model.hf", tmp_path)
+    found = inputs.file_digests("model.hf", tmp_path)
     assert found.keys() == {*names, "model.safetensors.index.json"}

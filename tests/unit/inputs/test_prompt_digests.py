@@ -131,13 +131,14 @@ def changed(path: Path, change) -> None:
     [
         (
             lambda records: [records[0], records[1] | {"prompt": "9 + 9 ="}, *records[2:]],
-            r"train\.jsonl: prompt '\S+' has other tokens, or another answer, than at its first",
+            r"train\.jsonl: prompt '\S+' has different tokens or a different answer; "
+            ".* since its first start",
         ),
         (
             lambda records: [r | {"answer": "77"} for r in records],
-            r"prompt '\S+' \(and [\d,]+ more\) has other tokens, or another answer",
+            r"prompt '\S+' \(and [\d,]+ more\) has different tokens or a different answer",
         ),
-        (lambda records: records[:-1], r"train\.jsonl has [\d,]+ prompts, not [\d,]+, than"),
+        (lambda records: records[:-1], r"train\.jsonl has [\d,]+ prompts, not [\d,]+; "),
     ],
 )
 def test_a_resumed_run_with_other_prompts_is_refused_by_their_name(laptop, change, message):

@@ -194,7 +194,7 @@ def test_what_a_setting_asks_for_is_needed_only_then(override, what, module, mon
 
 def test_a_login_that_is_missing_is_said(monkeypatch):
     def check(config):
-        raise UserError("no API key of W&B is here")
+        raise UserError("no W&B API key found")
 
     config = laptop("run.wandb_project=mine")
     assert found(doctor.examine(config), "W&B login").state == "ok"
@@ -241,7 +241,7 @@ SGLANG = ("rollout.engine=sglang", f"servers.python={sys.executable}")
 
 def test_ports_of_own_servers_are_tried_at_their_address():
     finding = found(doctor.examine(laptop(*SGLANG, "servers.count=3")), "server ports")
-    assert (finding.state, finding.found) == ("ok", "3 free ones at 127.0.0.1")
+    assert (finding.state, finding.found) == ("ok", "3 free at 127.0.0.1")
     for host in ("192.0.2.1", "no.such.host.invalid"):  # an address for examples, of no machine
         finding = found(doctor.examine(laptop(*SGLANG, f"servers.host={host}")), "server ports")
         assert finding.state == "missing" and f"servers.host={host}" in finding.found
@@ -251,7 +251,7 @@ def test_ports_of_own_servers_are_tried_at_their_address():
 
 def test_open_files_and_a_reward_of_ones_own_are_looked_at(tmp_path):
     finding = found(doctor.examine(laptop(*SGLANG)), "open files")
-    assert (finding.state, finding.found) == ("ok", "room for 256 a server")
+    assert (finding.state, finding.found) == ("ok", "room for 256 per server")
     many = laptop(*SGLANG, "servers.concurrency=900000000")
     finding = found(doctor.examine(many), "open files")
     assert finding.state == "missing" and "may need 900,000,256 open files" in finding.found

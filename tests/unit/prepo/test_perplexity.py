@@ -17,7 +17,7 @@ from megatron_prepo.trainer.prompt_scores import (
     check_agreement,
     engine_perplexities,
     prompt_scores,
-    span_of,
+    prompt_span,
 )
 
 V = 7
@@ -176,12 +176,12 @@ def test_content_leaves_the_template_out_of_the_sum():
 )
 def test_span_of_content_by_hand(content, expected):
     """Log-probability i belongs to token i + 1; the first token has none."""
-    assert span_of(prompt(range(5), content), "content") == expected
+    assert prompt_span(prompt(range(5), content), "content") == expected
 
 
 def test_content_of_the_first_token_alone_still_scores_something():
-    """It has no predecessor; the next token is scored instead, since a mean needs a token."""
-    assert span_of(prompt(range(5), (0, 1)), "content") == slice(0, 1)
+    """It has no predecessor; the token after it stands in, rather than a mean over nothing."""
+    assert prompt_span(prompt(range(5), (0, 1)), "content") == slice(0, 1)
 
 
 def test_values_that_are_not_finite_are_kept():

@@ -135,7 +135,7 @@ def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("WANDB_SILENT", "true", "no API key of W&B is here; run `wandb login`"),
+        ("WANDB_SILENT", "true", "no W&B API key found; run `wandb login`"),
         ("WANDB_API_KEY", "short", r"40\+ characters.*; run `wandb login`"),
         ("WANDB_API_KEY", 40 * "0", None),
         ("WANDB_MODE", "offline", None),

@@ -49,8 +49,8 @@ def config(tmp_path, **sections):
     return configuration.from_tree(tree)
 
 
-def prepare(config, say=pytest.fail) -> Path:
-    run_directory.prepare(config, say)
+def prepare(config, log=pytest.fail) -> Path:
+    run_directory.prepare(config, log)
     return Path(config.run.dir)
 
 
@@ -163,13 +163,17 @@ def test_what_moves_no_number_may_change_silently(tmp_path, begun, section, key,
 def test_what_rounds_differently_is_said(tmp_path, begun, section, key, value):
     said = []
     prepare(config(tmp_path, **{section: {key: value}}), said.append)
-    assert len(said) == 1 and f"{section}.{key}=" in said[0] and "not to the bit" in said[0]
+    assert len(said) == 1 and f"{section}.{key}=" in said[0] and "not bit for bit" in said[0]
     assert (begun / "ledger.jsonl").exists()
 
 
 def test_every_setting_may_change_or_has_a_reason_why_not(tmp_path):
     tree = configuration.to_tree(config(tmp_path))
-    may = (*run_directory.FREE, *run_directory.ROUNDING, *run_directory.INPUTS)
+    may = (
+        *run_directory.RESUMABLE_SETTINGS,
+        *run_directory.ROUNDING_SETTINGS,
+        *run_directory.INPUTS,
+    )
     may += (*run_directory.LENGTH, *run_directory.SCHEDULE)
     for section, settings in tree.items():
         for name in [f"{section}.{key}" for key in settings] or [section]:
@@ -236,7 +240,9 @@ def test_a_finished_run_is_left_alone_or_extended(tmp_path):
     finish(directory)
     before = content(directory)
     for total_steps in (4, 3):
-        with pytest.raises(UserError, match=r"finished.*larger train.total_steps|made 4 steps"):
+        with pytest.raises(
+            UserError, match=r"finished.*larger train.total_steps|completed 4 steps"
+        ):
             run_directory.check(config(tmp_path, train={"total_steps": total_steps}))
     assert run_directory.is_finished(config(tmp_path))
     assert content(directory) == before
@@ -269,7 +275,7 @@ def test_without_a_checkpoint_to_resume_from_nothing_is_extended(tmp_path):
 
 def test_fewer_steps_than_there_are_is_refused(tmp_path, begun):
     (begun / "metrics.jsonl").write_text("{}\n{}\n{}\n")
-    with pytest.raises(UserError, match=r"made 3 steps; set train.total_steps=3 or more"):
+    with pytest.raises(UserError, match=r"completed 3 steps; set train.total_steps=3 or more"):
         run_directory.check(config(tmp_path, train={"total_steps": 2}))
     assert run_directory.check(config(tmp_path, train={"total_steps": 3})) == "unfinished"
 
@@ -328,7 +334,7 @@ def test_an_input_that_moved_is_known_by_its_content(tmp_path, name, how):
         "selector.py": ("selection", {"method": f"{tmp_path}/elsewhere/selector.py:Mine"}),
     }[name]
     if how == "moved":
-        with pytest.raises(UserError, match="is not there; name the place where"):
+        with pytest.raises(UserError, match="does not exist; give the current path"):
             run_directory.check(config(tmp_path, **code))
     said = []
     prepare(config(tmp_path, **{**code, setting: value}), said.append)
@@ -394,7 +400,7 @@ def test_a_directory_that_was_copied_is_still_the_run(tmp_path, begun):
 
 
 NAMES = [
-    *(name.replace("*", "3") for name in run_directory.FILES),
+    *(name.replace("*", "3") for name in run_directory.RUN_FILES),
     *run_directory.FOLDERS,
     *run_directory.MARKED,
 ]
@@ -467,7 +473,7 @@ def test_a_run_without_its_config_keeps_its_checkpoints(tmp_path, begun, overwri
 def test_a_marked_run_without_its_config_is_not_begun_again(tmp_path, begun):
     (begun / "config.yaml").unlink()
     before = content(begun)
-    with pytest.raises(UserError, match=r"config.yaml is gone.*put config.yaml back"):
+    with pytest.raises(UserError, match=r"config.yaml is gone.*restore config.yaml"):
         prepare(config(tmp_path))
     assert content(begun) == before
 
@@ -669,7 +675,7 @@ def test_a_run_of_an_older_version_knows_its_inputs_where_they_were(tmp_path, be
     copy = config(tmp_path, data={"train": str(tmp_path / "copy.jsonl")})
     assert run_directory.check(copy) == "unfinished"
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(UserError, match="nothing is at the old place to compare it with"):
+    with pytest.raises(UserError, match="the old path no longer exists to compare with"):
         run_directory.check(copy)
 
 
@@ -685,7 +691,7 @@ def test_a_run_whose_marker_stayed_behind_is_known_by_its_checkpoints(tmp_path, 
     other = begun / "checkpoints" / "iter_0000002"
     shutil.copytree(state.parent, other)
     (other / "run.json").write_text(json.dumps({"run": {"identity": "b2"}}))
-    with pytest.raises(UserError, match=r"its checkpoints are of 2 runs: put the marker back"):
+    with pytest.raises(UserError, match=r"its checkpoints are of 2 runs: restore the marker"):
         prepare(config(tmp_path))
     assert ownership.marker(begun) is None
 
@@ -738,7 +744,7 @@ def test_a_marker_that_is_not_one_proves_nothing(tmp_path, begun, text):
 
 def test_a_config_that_cannot_be_read_is_precious(tmp_path, begun):
     (begun / "config.yaml").write_text("precious")
-    with pytest.raises(UserError, match=r"config.yaml cannot be read.*put it back"):
+    with pytest.raises(UserError, match=r"config.yaml cannot be read.*restore it"):
         run_directory.check(config(tmp_path))
     assert (begun / "config.yaml").read_text() == "precious"
 
