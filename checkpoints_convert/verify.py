@@ -52,9 +52,9 @@ LONG = 2048
 RankParts = dict[tuple[str, ...], tuple[Mapping, torch.Size, int]]
 """Parts of a layout: Hugging Face names -> mapping, shape of a rank's part, number of parts."""
 NEGLIGIBLE = 1 / 100
-"""Of the logits' spread: a larger mean allowance would let mistakes pass."""
+"""Largest mean allowance in parts of the logits' spread: a larger one would let mistakes pass."""
 ROWS = 64
-"""Of logits that are compared at a time: all of them, in float64, are gigabytes."""
+"""Number of rows of logits compared at a time: all of them, in float64, are gigabytes."""
 
 
 @dataclass
@@ -225,7 +225,7 @@ def _check_layouts(
 def _fitting_layouts(
     report: Report, settings: dict[str, Any], layouts: Sequence[tuple[int, int, int]]
 ) -> dict[str, RankParts]:
-    """Return the parts of each layout that fits the model, by its name; report the others."""
+    """Return the parts of each layout that fits the model, by its name; report those that do not."""
     grids: dict[str, RankParts] = {}
     for layout in layouts:
         name = "tp{} pp{} ep{}".format(*layout)

@@ -13,7 +13,7 @@ from megatron_prepo.files import ownership
 from megatron_prepo.run import directory as run_directory
 
 LOG = "train.log"
-"""In a run's directory: the output of its ranks."""
+"""File in a run's directory with the output of its ranks."""
 
 
 @dataclass(frozen=True)

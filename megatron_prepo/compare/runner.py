@@ -116,7 +116,7 @@ def _collect(
     total: int,
     done: int,
 ) -> list[tuple[PlannedRun, int]]:
-    """Keep the record of each run that succeeds; return the others with their exit codes."""
+    """Keep the record of each run that succeeds; return failed runs with exit codes."""
     failed = []
     bar = tqdm(total=total, initial=done, desc="runs", unit="run")
     with bar, closing(runs) as ended:

@@ -1,4 +1,4 @@
-"""How figures look: matplotlib's settings, and the colours of a light and of a dark page."""
+"""Style of the figures: matplotlib's settings, and the colours of a light and of a dark page."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias

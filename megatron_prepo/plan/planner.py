@@ -133,7 +133,7 @@ class EnginePlan:
     sequences_wanted: int
     """Rollouts per step and engine."""
     sequences_at_once: int
-    """How many of these the key-value cache holds at their maximum length."""
+    """Number of these that the key-value cache holds at their maximum length."""
 
 
 @dataclass(frozen=True)

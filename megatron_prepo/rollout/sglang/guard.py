@@ -49,7 +49,7 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
 
 
 def _die_with_guard() -> None:
-    """On Linux, have the kernel kill the server if the guard is killed."""
+    """Have the kernel kill the server if the guard is killed (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
