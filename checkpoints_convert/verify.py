@@ -225,7 +225,7 @@ def _check_layouts(
 def _fitting_layouts(
     report: Report, settings: dict[str, Any], layouts: Sequence[tuple[int, int, int]]
 ) -> dict[str, RankParts]:
-    """Return the parts of each layout that fits the model, by its name; report those that do not."""
+    """Return the parts of each layout that fits the model, by name; report the remaining ones."""
     grids: dict[str, RankParts] = {}
     for layout in layouts:
         name = "tp{} pp{} ep{}".format(*layout)
