@@ -40,7 +40,8 @@ def random_qkv(tokens, dtype=torch.float64):
 
 
 def written_out(query, key, value, lengths):
-    """Softmax over a block-diagonal causal mask of whole sequences: [W, heads, d] and so on."""
+    """Compute softmax over a block-diagonal causal mask of complete sequences: [W, heads, d]
+    etc."""
     sequence_W = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     total = len(sequence_W)
     seen_WW = (sequence_W[:, None] == sequence_W) & torch.ones(total, total).tril().bool()
@@ -56,7 +57,7 @@ def expected_of(qkv, layout):
 
 
 def assert_is_attention(ours, qkv, layout):
-    """Output and gradients, of its sum with weights from -1 to 1, are those written out."""
+    """Assert that the output, and gradients of its weighted sum, equal those of the formula."""
 
     def with_gradients(out, qkv):
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -82,7 +83,7 @@ def test_each_sequence_attends_to_itself(way):
 
 
 def test_a_plain_batch_is_what_it_always_was():
-    """[s, b, ...] without a layout: what the checkpoint converter feeds."""
+    """Tensors are [s, b, ...] without a layout, which is what the checkpoint converter feeds."""
     qkv = random_qkv(12)
     batch = [x.view(6, 2, *x.shape[2:]) for x in qkv]
     ours = causal_attention()(*batch)
@@ -92,7 +93,7 @@ def test_a_plain_batch_is_what_it_always_was():
 
 
 class Kernel:
-    """Stands in for torch's variable-length kernel and for TransformerEngine's: same contract."""
+    """Stand-in for torch's variable-length kernel and for TransformerEngine's: same contract."""
 
     def __call__(self, query, key, value, starts_q, starts_k, max_q, max_k, **options):
         assert options == {"window_size": (-1, 0), "enable_gqa": True}
@@ -113,7 +114,7 @@ def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
 
 
 class TransformerEngines(torch.nn.Module):
-    """What `TEDotProductAttention` is given by Megatron, for `thd`."""
+    """Stand-in for `TEDotProductAttention` with the arguments that Megatron passes, for `thd`."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,7 +132,7 @@ class TransformerEngines(torch.nn.Module):
 
 @pytest.fixture
 def te_attention(monkeypatch):
-    """Its module, with TransformerEngine's attention replaced: it is not here."""
+    """The TransformerEngine module with its attention replaced, which is not installed here."""
     monkeypatch.setattr(
         transformer_engine, "TEDotProductAttention", TransformerEngines, raising=False
     )
@@ -161,7 +162,7 @@ def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
     [
         (1, 1, 28, 4, (28, 4)),
         (1, 2, 28, 4, (14, 2)),
-        (4, 7, 28, 4, (4, 4)),  # one head a rank, and its group's keys and values
+        (4, 7, 28, 4, (4, 4)),  # one head per rank, and its group's keys and values
         (2, 4, 32, 8, (8, 2)),
         (1, 8, 32, 4, (4, 1)),
         (8, 2, 64, 8, (32, 8)),
@@ -170,7 +171,7 @@ def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
 def test_transformer_engine_is_told_the_heads_of_a_context_rank(
     monkeypatch, te_attention, tensor, context, heads, groups, told
 ):
-    """For all tensor-parallel ranks together: it divides by their number itself."""
+    """All tensor-parallel ranks' heads are given: TransformerEngine divides by their number."""
     monkeypatch.setattr(
         te_attention.parallel_state, "get_context_parallel_world_size", lambda: context
     )
@@ -180,7 +181,7 @@ def test_transformer_engine_is_told_the_heads_of_a_context_rank(
 
 
 def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
-    """Where it is not found, a GPU computes sequence by sequence, with the same result."""
+    """A GPU without the kernel computes sequence by sequence, with the same result."""
     assert attention._has_kernel() or Version(torch.__version__) < Version("2.13.0.dev0")
 
 

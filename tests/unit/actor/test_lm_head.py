@@ -22,7 +22,7 @@ from megatron_prepo.actor.lm_head import (
 
 
 def problem(*, tokens=11, hidden=16, rows=40, scale=1.0, dtype=torch.float64, seed=0):
-    """Hidden states, head, targets; `scale` is the standard deviation of the logits."""
+    """Return hidden states, head and targets; `scale` is the standard deviation of the logits."""
     generator = torch.Generator().manual_seed(seed)
     hidden_TH = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
     weight_VH = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
@@ -32,7 +32,8 @@ def problem(*, tokens=11, hidden=16, rows=40, scale=1.0, dtype=torch.float64, se
 
 
 def full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, temperature=1.0):
-    """The definition: all logits, less the logarithm of their sum of exponentials; -sum p ln p."""
+    """Compute the definition: logits, less the logarithm of their sum of exponentials; -sum p ln
+    p."""
     if torch.is_tensor(temperature):
         temperature = temperature[:, None]
     logits_TV = hidden_TH @ weight_VH[:vocab_size].T / temperature
@@ -44,7 +45,7 @@ def full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, temperature=1.0):
 
 
 def values_and_gradients(function, hidden_TH, weight_VH, *args, seed=1, **settings):
-    """Both outputs, and the gradients of a random combination of all their entries."""
+    """Return both outputs, and the gradients of a random combination of all their entries."""
     hidden_TH = hidden_TH.detach().clone().requires_grad_()
     weight_VH = weight_VH.detach().clone().requires_grad_()
     logprobs_T, entropy_T = function(hidden_TH, weight_VH, *args, **settings)
@@ -55,7 +56,7 @@ def values_and_gradients(function, hidden_TH, weight_VH, *args, seed=1, **settin
 
 
 def assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, **settings):
-    """Values and gradients, but for what rounding does to the definition."""
+    """Assert that values and gradients are equal, up to what rounding does to the definition."""
     ours = values_and_gradients(
         vocab_parallel_logprobs_and_entropy,
         hidden_TH,
@@ -131,7 +132,7 @@ def test_a_zero_head_is_the_uniform_distribution():
 
 @pytest.mark.parametrize("oracle", ["cross_entropy", "linear_cross_entropy"])
 def test_log_probability_equals_torchs_cross_entropy(oracle):
-    """Oracles that we did not write, with their own `ignore_index`; the second came with 2.13."""
+    """Oracles written by others, with their own `ignore_index`; the second came with 2.13."""
     if not hasattr(F, oracle):
         pytest.skip(f"torch {torch.__version__} has no {oracle}")
     hidden_TH, weight_VH, targets_T = problem(scale=6)
@@ -174,7 +175,7 @@ def test_gradcheck(temperature):
 
 
 def test_rows_beyond_the_vocabulary_take_no_part():
-    """Their weights are never looked at (they may be NaN), and their gradient is exactly 0."""
+    """Weights of these rows are never read (they may be NaN), and their gradient is exactly 0."""
     hidden_TH, weight_VH, targets_T = problem(rows=48)
     targets_T %= 37
     assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, 37)
@@ -187,7 +188,7 @@ def test_rows_beyond_the_vocabulary_take_no_part():
 
 
 def test_ignored_tokens_give_zero_and_do_not_leak():
-    """Even where their hidden states are NaN; the other tokens do not notice."""
+    """Hidden states of ignored tokens may even be NaN; other tokens are not affected."""
     hidden_TH, weight_VH, targets_T = problem()
     ignored_T = torch.zeros(11, dtype=torch.bool)
     ignored_T[[0, 4, 5, 10]] = True
@@ -273,7 +274,7 @@ def test_two_calls_agree_bit_for_bit():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the size of what it makes."""
+    """Record the size of the largest tensor that any operation creates."""
 
     size = 0
 
@@ -301,7 +302,7 @@ def test_no_more_logits_than_those_of_a_chunk_exist_at_once(monkeypatch):
 
 
 class Made(TorchDispatchMode):
-    """Notes the shapes of what named operations make."""
+    """Record the shapes of what named operations create."""
 
     def __init__(self, *names):
         super().__init__()
@@ -315,7 +316,7 @@ class Made(TorchDispatchMode):
 
 
 def test_all_chunks_share_one_workspace():
-    """One for the logits, and in backward one more where the gradient is of another type."""
+    """One workspace holds the logits; in backward, one more holds a gradient of another type."""
     hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500, dtype=torch.bfloat16)
     with Made("new_empty", "empty_like") as made:
         outputs = vocab_parallel_logprobs_and_entropy(
@@ -386,8 +387,8 @@ def score(hidden_TH, weight_VH, targets, **settings):
 def test_logits_of_minus_infinity_have_no_share():
     """A row of the head of -inf under positive hidden states: that word is impossible, H is finite.
 
-    The gradient of the head is that of the others' softmax, and 0 in the row.  (The gradient of the
-    hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
+    The gradient of the head is that of the softmax over all other words, and 0 in the row.  (The
+    gradient of the hidden states is not defined: it would be 0 * -inf, here as in a full softmax.)
     """
     hidden_TH, weight_VH, _ = problem(tokens=3, rows=6, dtype=torch.float32)
     hidden_TH = hidden_TH.abs()
@@ -421,7 +422,7 @@ def test_one_possible_word_has_entropy_zero():
 
 
 def test_all_logits_far_below_minus_100():
-    """A formula that starts its running maximum at -100, or at 0, underflows here."""
+    """Formulas that start their running maximum at -100, or at 0, underflow here."""
     hidden_TH, weight_VH, targets_T = problem(scale=1.0)
     hidden_TH[:, 0], weight_VH[:, 0] = 1.0, -400.0
     assert (hidden_TH @ weight_VH.T).max() < -300
@@ -444,7 +445,7 @@ def test_very_large_logits(top):
 
 
 def test_a_target_outside_the_vocabulary_is_impossible():
-    """Beyond the vocabulary, in the head's padding, negative: -inf, and H is not touched."""
+    """Targets beyond the vocabulary, in the padding, or negative: -inf, and H is not affected."""
     hidden_TH, weight_VH, _ = problem(tokens=5)
     targets_T = torch.tensor([3, 38, 40, 10**6, -7])
     logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
@@ -507,7 +508,7 @@ def test_gradient_of_one_output_alone(wanted):
 
 
 class Unused(torch.autograd.Function):
-    """Uses both values, and passes no gradient back."""
+    """Use both values, and pass no gradient back."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -549,7 +550,7 @@ def test_backward_twice_over_a_retained_graph_gives_the_same():
 
 @pytest.mark.parametrize("known_gradient", [False, True])
 def test_double_backward_raises(known_gradient):
-    """Rather than take the first gradient for a constant."""
+    """An error is raised rather than the first gradient treated as a constant."""
     hidden_TH, weight_VH, targets_T = problem()
     hidden_TH.requires_grad_()
     if known_gradient:
@@ -565,7 +566,8 @@ def test_double_backward_raises(known_gradient):
 
 
 def test_tokens_without_a_gradient_are_left_out_of_backward():
-    """Their hidden states are not looked at again (here they are not numbers), nor multiplied."""
+    """Hidden states of such tokens are not read again (here they are not numbers), nor
+    multiplied."""
     hidden_TH, weight_VH, targets_T = problem(tokens=9)
     hidden_TH[[1, 4, 5]] = math.nan
     inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
@@ -591,7 +593,7 @@ def test_tokens_without_a_gradient_are_left_out_of_backward():
 
 
 def some_loss(tokens=11, entropy=True):
-    """A `loss_of` with other terms for each scored token, and two sums besides."""
+    """Return a `loss_of` with different terms for each scored token, and two additional sums."""
     a_R, b_R = torch.randn(2, tokens, generator=torch.Generator().manual_seed(3))
 
     def loss_of(logprobs_C, entropy_C, scored):
@@ -604,7 +606,7 @@ def some_loss(tokens=11, entropy=True):
 
 
 def loss_by_definition(hidden_TH, weight_VH, targets_T, loss_of, **settings):
-    """The loss, the sum of entropies, and the gradients."""
+    """Return the loss, the sum of entropies, and the gradients."""
     inputs = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
     scored_T = targets_T != IGNORE
     values = (value_T[scored_T] for value_T in full_softmax(*inputs, targets_T, **settings))
@@ -613,7 +615,7 @@ def loss_by_definition(hidden_TH, weight_VH, targets_T, loss_of, **settings):
 
 
 def both_ways(hidden_TH, weight_VH, targets_T, loss_of, factor=1.0, **settings):
-    """[(loss, sums, gradients)] by `vocab_parallel_loss` and by recomputation."""
+    """Return [(loss, sums, gradients)] by `vocab_parallel_loss` and by recomputation."""
     scored = (targets_T != IGNORE).nonzero().squeeze(1)
 
     def recompute(*args, loss_scale, **settings):
@@ -637,7 +639,7 @@ def both_ways(hidden_TH, weight_VH, targets_T, loss_of, factor=1.0, **settings):
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [3, 1024])
 def test_known_gradient_equals_recomputation_bit_for_bit(dtype, entropy, chunk_tokens):
-    """Gradients exactly, for chunks are the same; loss and sums but for rounding."""
+    """Gradients are exactly equal, since chunks are the same; loss and sums except for rounding."""
     hidden_TH, weight_VH, targets_T = problem(scale=3, dtype=dtype)
     targets_T[[0, 6]] = IGNORE
     loss_of = some_loss(9, entropy)
@@ -672,7 +674,7 @@ def test_known_gradient_against_float64_autograd():
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_loss_of_no_token(tokens):
-    """`loss_of` is asked all the same, so that its sums are there, and gradients are zero."""
+    """`loss_of` is called all the same, so that its sums exist, and gradients are zero."""
     hidden_TH, weight_VH, _ = problem(tokens=tokens)
     inputs = ((math.nan * hidden_TH).requires_grad_(), weight_VH.requires_grad_())
     loss, sums = vocab_parallel_loss(
@@ -697,7 +699,8 @@ def test_without_main_grad_any_gradient_may_arrive_and_more_than_once():
 
 
 def parameter(weight_VH, main_dtype=torch.float32):
-    """As Megatron's DDP leaves it: with a gradient buffer, here not empty, and its mark."""
+    """Return a parameter as Megatron's DDP leaves it: a gradient buffer, not empty, and its
+    mark."""
     weight_VH = torch.nn.Parameter(weight_VH)
     weight_VH.main_grad = torch.full_like(weight_VH, 0.5, dtype=main_dtype)
     weight_VH.grad_added_to_main_grad = False
@@ -707,7 +710,7 @@ def parameter(weight_VH, main_dtype=torch.float32):
 @pytest.mark.parametrize("known_gradient", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
-    """In float32 also under bfloat16 weights: no rounding between micro-batches or chunks.
+    """Sums are in float32 also under bfloat16 weights: no rounding between micro-batches or chunks.
 
     With those, gradients of logits are rounded to bfloat16, once, by at most 2^-8 of their size.
     """
@@ -749,7 +752,8 @@ def test_two_micro_batches_add_up_in_main_grad(known_gradient, dtype):
 )
 @pytest.mark.parametrize("known_gradient", [True, False])
 def test_where_main_grad_is_not_used(main_dtype, into_main_grad, known_gradient):
-    """It would round every chunk, or the caller has said no: autograd gets the gradient."""
+    """Autograd gets the gradient if main_grad would round every chunk, or at the caller's
+    request."""
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.bfloat16)
     weight_VH = parameter(weight_VH, main_dtype)
     settings = {"vocab_size": 40, "into_main_grad": into_main_grad}
@@ -774,7 +778,8 @@ def test_another_gradient_than_announced_is_refused_once_main_grad_has_it(arrivi
 
 
 def test_the_rounding_of_megatrons_schedule_is_no_other_gradient():
-    """It divides by the number of micro-batches what was multiplied by it: 49 (1/49) is not 1."""
+    """Megatron divides by the number of micro-batches after multiplying by it: 49 (1/49) is not
+    1."""
     hidden_TH, weight_VH, targets_T = problem(dtype=torch.float32)
     for num_micro_batches in range(1, 200):
         arriving = torch.ones(()) / num_micro_batches * 3 * num_micro_batches
@@ -816,7 +821,7 @@ def test_a_loss_without_grad_mode_touches_no_gradient():
 
 
 def test_logits_rounded_to_the_type_of_the_weights():
-    """As an engine without a float32 head has them; rounding counts as identity in backward."""
+    """An engine without a float32 head has such logits; rounding counts as identity in backward."""
     hidden_TH, weight_VH, targets_T = problem(
         tokens=64, hidden=64, rows=200, scale=6, dtype=torch.bfloat16
     )

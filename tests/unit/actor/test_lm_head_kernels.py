@@ -20,9 +20,8 @@ DTYPES = (torch.float32, torch.float64)
 
 @pytest.fixture(params=["torch", "triton"])
 def rows(request, monkeypatch):
-    """The module with the two operations, so that a row takes several blocks of columns (Triton),
-    and a chunk several blocks of rows (torch).
-    """
+    """Module with the two operations, so that a row takes several blocks of columns (Triton), and a
+    chunk several blocks of rows (torch)."""
     monkeypatch.setitem(row_statistics.BLOCK_ELEMENTS, "cpu", 100)
     if request.param == "torch":
         return row_statistics
@@ -36,7 +35,7 @@ def rows(request, monkeypatch):
 
 
 def chunk(*, num_rows=7, columns=41, scale=3.0, dtype=torch.float64, seed=0):
-    """Logits, targets of which some are elsewhere, and gradients of both results."""
+    """Return logits, targets of which some are elsewhere, and gradients of both results."""
     generator = torch.Generator().manual_seed(seed)
     z_CV = scale * torch.randn(num_rows, columns, generator=generator, dtype=torch.float64)
     target_C = torch.randint(-5, columns + 5, (num_rows,), generator=generator)
@@ -46,7 +45,7 @@ def chunk(*, num_rows=7, columns=41, scale=3.0, dtype=torch.float64, seed=0):
 
 
 def statistics(z_CV, target_C, temperature):
-    """The definition, row by row, over the logits that are not -inf."""
+    """Compute the definition, row by row, over the logits that are not -inf."""
     expected = []
     for c, z_V in enumerate(z_CV):
         x_V = z_V / (temperature[c] if torch.is_tensor(temperature) else temperature)
@@ -65,7 +64,7 @@ def statistics(z_CV, target_C, temperature):
     ("num_rows", "columns"), [(7, 41), (1, 1), (5, 16), (3, 17), (0, 5), (4, 0)]
 )
 def test_statistics_by_definition(rows, dtype, temperature, num_rows, columns):
-    """Also of no row, and of a rank without a column; columns at a block's end and one beyond."""
+    """Cases: no row, a rank without a column, and columns at a block's end and one beyond."""
     z_CV, target_C, _ = chunk(num_rows=num_rows, columns=columns, dtype=dtype)
     if temperature == "per token":
         temperature = torch.linspace(0.5, 1.5, num_rows, dtype=dtype)
@@ -81,14 +80,15 @@ def test_statistics_by_definition(rows, dtype, temperature, num_rows, columns):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_of_hard_rows(rows, dtype):
-    """-inf among others, alone, and in whole blocks; far below 0; far apart; not a number.
+    """Rows with -inf next to finite logits, alone, and in entire blocks; far below 0; far apart;
+    not a number.
 
     Logits are not rounded here, and differences that count are below 40, in 41 terms of a sum.
     """
     inf = math.inf
     z_CV = torch.full((8, 41), -inf, dtype=dtype)
     z_CV[0, 3], z_CV[0, 40] = 1.0, 2.0
-    z_CV[2, 20] = -3.0  # whole blocks of nothing come before and after it
+    z_CV[2, 20] = -3.0  # entire blocks of -inf come before and after it
     z_CV[3] = torch.linspace(-400.0, -300.0, 41)
     z_CV[4] = 60000.0
     z_CV[5] = torch.linspace(0.0, -2000.0, 41)
@@ -102,7 +102,7 @@ def test_statistics_of_hard_rows(rows, dtype):
 
 
 def value(z_CV, target_C, temperature, lse_C, entropy_C, grad_logprobs_C, grad_entropy_C):
-    """What is differentiated: logp and H where the other ranks' columns, in `lse`, are constants.
+    """Return what is differentiated: logp and H, with other ranks' columns, in `lse`, constant.
 
     Their derivatives by hand are those of softmax; autograd gets them from the full formula with
     a column more, whose logit makes up for the other ranks.
@@ -184,7 +184,7 @@ def test_gradient_at_logits_of_minus_infinity_is_zero(rows):
 
 
 def test_rows_of_a_wider_workspace(rows):
-    """Rows need not be packed: their distance is the workspace's."""
+    """Rows need not be contiguous: their distance is the workspace's."""
     wide_CV, target_C, (g_C, h_C) = chunk(columns=60)
     z_CV = wide_CV[:, :41]
     lse_C = z_CV.logsumexp(1)
@@ -200,7 +200,7 @@ def test_rows_of_a_wider_workspace(rows):
 
 
 def test_the_whole_head_with_these_rows(rows, monkeypatch):
-    """Values and gradients, bfloat16."""
+    """Values and gradients of the complete head, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(9, 16, generator=generator).bfloat16()
     weight_VH = torch.randn(53, 16, generator=generator).bfloat16()
@@ -214,7 +214,8 @@ def test_the_whole_head_with_these_rows(rows, monkeypatch):
 
 @pytest.mark.parametrize("words", [152064, 151936, 129920, 248320])
 def test_real_vocabularies(rows, words, monkeypatch):
-    """Of Qwen2.5, Qwen3, and two more that are no multiple of a block; one peaked row, one flat.
+    """Vocabularies of Qwen2.5, Qwen3, and two more that are no multiple of a block; one peaked row,
+    one flat.
 
     The peaked row has one word at 3 T and all others at -15 T below: a kernel that counts columns
     beyond the vocabulary as logits of 0 is wrong there by orders of magnitude.  Rounding is bounded
@@ -238,7 +239,7 @@ def test_real_vocabularies(rows, words, monkeypatch):
 
 
 def test_which_rows_compute_is_decided_by_the_device(monkeypatch):
-    """And by whether Triton is there: `describe` says at the start of a run what was chosen."""
+    """The device and the presence of Triton decide; `describe` logs the choice at the start."""
     assert vocab_parallel.row_operations(torch.device("cpu")) is row_statistics
     pytest.importorskip("triton")
     from megatron_prepo.actor import lm_head_triton as row_kernels

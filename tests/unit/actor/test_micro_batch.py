@@ -33,7 +33,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True, database=None
 
 @st.composite
 def batches(draw):
-    """Sequences of at most 41 tokens, with few different prompts, each routed in two ways."""
+    """Draw sequences of at most 41 tokens, with few different prompts, each routed in two ways."""
     prompts = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1))
     sequences = []
     for _ in range(draw(st.integers(0, 30))):
@@ -152,7 +152,7 @@ def test_what_is_padded_lies_side_by_side():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_rank_has_a_multiple_of_rows(packing):
-    """For an interleaved pipeline: rows are halved, and then empty ones added."""
+    """An interleaved pipeline needs it: rows are halved, and then empty ones added."""
     for count in range(1, 9):
         sequences = [ScoredSequence(tuple(range(6)), 2)] * count
         plan = plan_rows(
@@ -184,7 +184,7 @@ def test_prompts_without_a_prefix_have_nothing_to_share():
 
 
 def rollouts(seed, groups=64, group_size=16, cap=8192):
-    """Log-normal lengths around a mean of their prompt's, as reasoning models write."""
+    """Return rollouts of log-normal lengths around their prompt's mean, as of reasoning models."""
     draw, sequences = random.Random(seed), []
     for group in range(groups):
         prompt = (group,) * draw.randint(60, 400)
@@ -199,7 +199,7 @@ SEVEN = Shape(28, 3584, 28, 4, 128, 18944, 152064, 0, 0, False)
 
 
 def plans_of(sequences, num_ranks):
-    """Packed, and with shared prefixes."""
+    """Return the packed plan, and that with shared prefixes."""
     return [
         plan_rows(
             sequences, num_ranks=num_ranks, budget=16384, shape=SEVEN, share_prefixes=share_prefixes
@@ -221,7 +221,7 @@ def test_ranks_have_equal_work_on_a_log_normal_mix(num_ranks):
 
 @pytest.mark.parametrize("num_groups", [3, 8])
 def test_few_groups_are_cut_where_that_is_better_for_the_busiest_rank(num_groups):
-    """Whole, that many groups on eight ranks would differ by their lengths."""
+    """Uncut, that many groups on eight ranks would differ by their lengths."""
     packed, shared = plans_of(rollouts(3, groups=num_groups), 8)
     assert shared.load.tokens < packed.load.tokens and busiest(shared) < busiest(packed)
     whole = {piece.index for piece in pieces_of(rollouts(3, groups=num_groups), most=16384)}
@@ -244,12 +244,12 @@ def test_a_sequence_needs_a_predecessor_and_something_to_score(start):
 
 
 def routed(sequence, *experts):
-    """One layer, one expert a token, given by its number."""
+    """Return a sequence of one layer and one expert per token, given by its number."""
     return ScoredSequence(sequence.tokens, sequence.start, bytes(experts))
 
 
 def test_prompts_that_were_routed_differently_are_not_shared():
-    """Up to the token before the prompt's last, which each completion brings along."""
+    """Routing counts up to the token before the prompt's last, which belongs to each completion."""
     one, same, other = routed(A, 5, 6, 0, 1), routed(B, 5, 6, 3, 4, 2), routed(B, 5, 7, 3, 4, 2)
     assert [piece.index for piece in pieces_of([one, same], most=10)] == [(1, 0)]
     assert [piece.index for piece in pieces_of([one, other], most=10)] == [(0,), (1,)]

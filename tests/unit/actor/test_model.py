@@ -11,13 +11,13 @@ from tests.unit.plan.test_memory import EXPERTS
 
 
 def test_a_router_needs_neither_transformer_engine_nor_the_cpus_stand_ins(monkeypatch):
-    """As on a GPU: megatron-core 0.16 has not bound `te_general_gemm` when the model is built.
+    """The model is built as on a GPU: megatron-core 0.16 has not bound `te_general_gemm` by then.
 
     The product is held against float64 to n u / (1 - n u) sum |x w|, the bound of any order of a
     sum of n float32 products with unit roundoff u.
     """
     parallel = ParallelConfig()
-    with pretend(0, 1, parallel):  # installs the CPU's stand-ins, if nothing has before
+    with pretend(0, 1, parallel):  # installs the CPU's stand-ins, unless they already are
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
         model = ModelConfig(hf="", layers="torch", dtype="float32")

@@ -23,7 +23,7 @@ SEQUENCES, LENGTH = 3, 17
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_against_torchs_counter_on_transformers(family, tmp_path):
-    """Eager attention multiplies whole squares of scores, and the head sees every token."""
+    """Eager attention multiplies full squares of scores, and the head sees every token."""
     model = FAMILIES[family]()
     shape = Shape.of(read_hf_config(save(model, tmp_path)))
     model.set_attn_implementation("eager")
@@ -36,7 +36,7 @@ def test_against_torchs_counter_on_transformers(family, tmp_path):
         logits.sum().backward()
     num_tokens = SEQUENCES * LENGTH
     expected = FlopCount(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
-    # how transformers makes the rotary embedding's angles is no part of the model
+    # the computation of the rotary embedding's angles in transformers is not part of the model
     with FlopCounterMode(display=False) as angles:
         model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])
     assert forward.get_total_flops() - angles.get_total_flops() == expected
@@ -44,7 +44,7 @@ def test_against_torchs_counter_on_transformers(family, tmp_path):
 
 
 def test_the_actor_takes_the_heads_product_of_scored_tokens_only(tmp_path):
-    """Its attention is one kernel, which torch's counter sees on a CPU from 2.15 on: left out."""
+    """Attention is one kernel, which torch's counter sees on a CPU from 2.15 on: excluded."""
     config = actor_config(save(qwen3(tied=True), tmp_path))
     sequences = [ScoredSequence(tuple(range(LENGTH)), start=6)] * SEQUENCES
     parallel.initialize(config.parallel, seed=0)

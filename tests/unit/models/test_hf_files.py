@@ -16,7 +16,7 @@ from megatron_prepo.models.hf_files import INDEX, HFTensors, HFWriter, carry_ove
 
 
 def random_tensor(shape, dtype, seed=0):
-    """Any bit pattern, NaNs among them; True or False for bool."""
+    """Return any bit pattern, NaNs among them; True or False for bool."""
     count = torch.empty(shape, dtype=dtype, device="meta").nbytes
     generator = torch.Generator().manual_seed(seed)
     highest = 2 if dtype is torch.bool else 256
@@ -31,7 +31,7 @@ def bits(tensor):
 
 @pytest.fixture
 def tensors():
-    """Every type, and every awkward shape."""
+    """Tensors of every type and every awkward shape."""
     by_dtype = {
         f"type.{name}": random_tensor((3, 5), dtype, seed=len(name))
         for name, dtype in hf_files.DTYPES.items()
@@ -46,7 +46,7 @@ def tensors():
 
 @pytest.fixture
 def config(tmp_path):
-    """A directory with the files that are not weights, and weights that are not to be copied."""
+    """Directory with the files that are not weights, and weights that are not to be copied."""
     directory = tmp_path / "config"
     directory.mkdir()
     (directory / "config.json").write_text('{"model_type": "llama"}')
@@ -62,7 +62,7 @@ def shapes_of(tensors):
 
 
 def two_files(directory):
-    """A directory of two files and their index; returns the index."""
+    """Return the index of a directory of two files."""
     directory.mkdir(exist_ok=True)
     save_file({"a": torch.arange(4.0)}, directory / "one.safetensors")
     save_file({"b": torch.arange(6.0)}, directory / "two.safetensors")
@@ -94,7 +94,7 @@ def test_reads_several_files(tmp_path, tensors):
 
 @pytest.mark.parametrize("shard_bytes", [1, 100, 1 << 30])
 def test_safetensors_reads_what_was_written(tmp_path, tensors, config, shard_bytes):
-    """In one file or in several, whatever the order of writing; so does our own reader."""
+    """Tensors are in one file or several, written in any order; our own reader reads them too."""
     out = tmp_path / "out"
     writer = HFWriter(out, shapes_of(tensors), like=config, shard_bytes=shard_bytes)
     for name in reversed(tensors):
@@ -131,7 +131,7 @@ def test_no_file_is_larger_than_asked_for_unless_one_tensor_is(tmp_path, config)
     assert [[n for n in shapes if index[n] == file] for file in files] == [
         ["t0", "t1"],  # 100 bytes: they just fit
         ["t2"],
-        ["t3"],  # 120 bytes: a file of its own
+        ["t3"],  # 120 bytes: a separate file
         ["t4", "t5"],
     ]
 
@@ -250,7 +250,7 @@ def test_what_is_in_the_way_and_not_ours_gets_another_name(tmp_path, config, cap
 
 
 def test_a_marker_is_not_carried_over_with_the_files_of_a_model(tmp_path, config):
-    """Of a model that this program exported: it would list other files."""
+    """The model was exported by this program: its marker would list other files."""
     ownership.mark(config, "model", files=["old"])
     writer = HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=config, kind="model")
     assert "files" not in ownership.marker(writer.aside)
@@ -261,7 +261,7 @@ def test_a_marker_is_not_carried_over_with_the_files_of_a_model(tmp_path, config
 
 
 def test_a_writer_that_could_not_start_leaves_nothing(tmp_path):
-    """Its source of configuration files is gone, or the disk is full."""
+    """The source of its configuration files is gone, or the disk is full."""
     with pytest.raises(OSError):
         HFWriter(tmp_path / "out", {"a": (torch.float32, (2,))}, like=tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
@@ -321,7 +321,8 @@ def test_a_damaged_file_is_named(tmp_path, content, said):
 
 
 def test_tensors_that_share_bytes_are_refused(tmp_path):
-    """As safetensors does: such a header is damaged, and its tensors are not what was saved."""
+    """safetensors refuses them too: the header is damaged, and its tensors are not what was
+    saved."""
     text = f'{{"a":{ENTRY},"b":{ENTRY},"c":{ENTRY.replace("[0,8]", "[8,16]")}}}'
     (tmp_path / "model.safetensors").write_bytes(header(text, b"1" * 16))
     with pytest.raises(Exception):  # noqa: B017 - the library's own error type is private

@@ -1,7 +1,7 @@
 """Splitting and joining over random geometries: exact inverses, and what naive indexing gives.
 
 Tensors are random bit patterns, NaNs among them, and are compared as bits.  The naive rules below
-say row by row, in plain Python, where a rank's part comes from.
+give, row by row and in plain Python, where a rank's part comes from.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def divisors(number):
 
 
 def parts_of(mapping, full, size, rows=None):
-    """All ranks' parts; `rows`: of the padded vocabulary."""
+    """Return all ranks' parts; `rows`: of the padded vocabulary."""
     shape = [rows or full.shape[0], *full.shape[1:]]
     if mapping.split_dim is not None:
         shape[mapping.split_dim] //= size
@@ -50,7 +50,7 @@ def parts_of(mapping, full, size, rows=None):
 
 
 def naive_qkv_row(index, geometry):
-    """(tensor, row) of q, k and v that is the row `index` of Megatron's matrix."""
+    """Return the (tensor, row) of q, k and v that is the row `index` of Megatron's matrix."""
     per_group = geometry.queries_per_group + 2
     head, within = divmod(index, geometry.head_dim)
     group, position = divmod(head, per_group)
@@ -139,7 +139,7 @@ def test_a_rank_has_its_columns_of_a_row_parallel_matrix(size, here, rows, seed)
 def test_a_rank_has_its_rows_of_the_vocabulary_and_zeros_after_its_end(
     size, vocab, more, dtype, seed
 ):
-    """Also where padding takes whole ranks; export cuts it off, whatever is in it."""
+    """Padding may fill entire ranks; export cuts it off, whatever is in it."""
     here = -(-vocab // size) + more
     full = random_bits((vocab, 3), dtype, seed)
     mapping = Mapping("vocab", ("embedding",))
@@ -158,7 +158,7 @@ def test_a_rank_has_its_rows_of_the_vocabulary_and_zeros_after_its_end(
 @quick
 @given(kind=st.sampled_from(["row", "qkv", "gated"]), size=st.integers(2, MAX_TP), seed=seeds)
 def test_a_matrix_that_does_not_divide_is_refused(kind, size, seed):
-    """And never cut into parts of which one is smaller."""
+    """Parts of different sizes are never made."""
     mapping = Mapping(kind, ("t",))
     rows = 2 * (size + 1) if kind == "gated" else 2 * size + 1  # of each half: one too many
     full = random_bits((rows, 2 * size + 1), torch.float32, seed)

@@ -1,4 +1,4 @@
-"""Experts as bytes: back again as they were, and nothing else than experts."""
+"""Experts as bytes: read back as they were, and nothing else than experts."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from megatron_prepo.records import ScoredSequence
 
 @pytest.mark.parametrize(("experts", "bytes_each"), [(8, 1), (256, 1), (257, 2), (512, 2)])
 def test_packed_and_unpacked_it_is_the_same(experts, bytes_each):
-    """Up to the largest number of an expert, in the order that they were chosen in."""
+    """Every number of an expert, up to the largest, in the order in which they were chosen."""
     form, random = RoutingFormat(3, 4, experts), np.random.default_rng(1)
     experts_TLk = random.random((5, 3, experts)).argsort(-1)[..., :4]
     experts_TLk[0, 0] = [experts - 1, 0, 2, 1]
@@ -48,7 +48,7 @@ def test_bytes_that_are_not_shared_out_over_the_tokens_are_refused():
 
 @pytest.mark.parametrize("routed", [True, False])
 def test_a_dump_gives_every_sequence_its_routing_back(routed):
-    """Sequences of other lengths, six bytes a token."""
+    """Sequences are of different lengths, six bytes per token."""
     batch = [
         TrainingSequence(
             ScoredSequence(tokens, 2, bytes(range(n, n + 6 * len(tokens) - 6)) if routed else None),

@@ -16,7 +16,7 @@ from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWr
 
 SHAPE = (4, 7, 6)
 CUTS = ((0, 1, 3, 4), (0, 5, 7), (0, 2, 6))
-"""Where each dimension of the tensor is cut: 12 chunks of different sizes."""
+"""Cuts of each dimension of the tensor: 12 chunks of different sizes."""
 
 
 def whole():
@@ -33,7 +33,7 @@ def region(tensor, offset, shape):
 
 
 def write(directory, *, leave_out=()):
-    """A tensor in 12 chunks, one in one, a scalar, and bfloat16."""
+    """Write a tensor in 12 chunks, one in one, a scalar, and bfloat16."""
     writer = TorchDistWriter(directory)
     for number, chunk in enumerate(chunks_of("cut")):
         if number not in leave_out:
@@ -56,7 +56,7 @@ def checkpoint(tmp_path):
 
 
 def test_any_region_comes_back(checkpoint):
-    """Inside a chunk, across chunks, a whole chunk, the whole tensor."""
+    """Regions lie inside a chunk, across chunks, or are an entire chunk or the entire tensor."""
     reader = TorchDistReader(checkpoint)
     draw = random.Random(0)
     regions = [((0, 0, 0), SHAPE), ((1, 0, 2), (2, 5, 4)), ((3, 6, 5), (1, 1, 1))]
@@ -80,11 +80,11 @@ def test_shapes_types_and_the_rest_come_back(checkpoint):
 
 
 def test_a_chunk_that_shows_a_part_of_a_larger_tensor_is_stored_without_the_rest(tmp_path):
-    """`torch.save` of a view would write all that the view is of."""
+    """`torch.save` of a view would write the entire tensor that is viewed."""
     large = torch.arange(100_000.0).reshape(1000, 100)
     writer = TorchDistWriter(tmp_path / "c")
     writer.write(Chunk("t", (2, 3), (0, 0), (2, 3)), large[5:7, 10:13])
-    writer.write(Chunk("u", (1, 100), (0, 0), (1, 100)), large[5:6])  # contiguous as it is
+    writer.write(Chunk("u", (1, 100), (0, 0), (1, 100)), large[5:6])  # already contiguous
     writer.finish({})
     reader = TorchDistReader(tmp_path / "c")
     assert torch.equal(reader.read("t", (0, 0), (2, 3)), large[5:7, 10:13])
@@ -140,7 +140,7 @@ def test_two_global_shapes_of_one_key_assert(tmp_path):
 
 
 def test_torch_reads_what_was_written(checkpoint):
-    """Whole tensors, and a checkpoint's table as torch's own reader sees it."""
+    """Complete tensors are read, and a checkpoint's table as torch's own reader sees it."""
     state = {
         "cut": torch.zeros(SHAPE),
         "one": torch.zeros(5, 3),
@@ -156,7 +156,7 @@ def test_torch_reads_what_was_written(checkpoint):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_what_torch_wrote_is_read(tmp_path, kind):
-    """Torch notes the directory in its table, as it got it: a name or a `Path`."""
+    """Torch stores the directory in its table as given: a name or a `Path`."""
     state = {"a": {"b": torch.arange(12.0).reshape(3, 4)}, "c": torch.ones(2, dtype=torch.bfloat16)}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(kind(tmp_path / "c")), no_dist=True)
     reader = TorchDistReader(tmp_path / "c")
@@ -177,7 +177,7 @@ def test_what_torch_wrote_of_a_tensor_in_another_order_in_memory_is_read(tmp_pat
 
 
 class MegatronsWriter(dcp.FileSystemWriter):
-    """As Megatron's, it notes no directory in the table."""
+    """Writer that, like Megatron's, stores no directory in the table."""
 
     def storage_meta(self):
         return None
@@ -194,7 +194,7 @@ def one_rank():
 
 
 def sharded(tensor, key, shape):
-    """Megatron's description of a whole tensor."""
+    """Return Megatron's description of a complete tensor."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     return ShardedTensor(
@@ -257,7 +257,7 @@ def test_a_missing_data_file_is_named(checkpoint):
 
 
 def test_a_data_file_of_other_content_is_named(checkpoint):
-    """Of the right length: a disk that lost its blocks."""
+    """The file has the right length: a disk that lost its blocks."""
     (file,) = checkpoint.glob("*.distcp")
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(UserError, match=str(checkpoint)):
@@ -305,13 +305,13 @@ def test_a_damaged_rest_is_named(checkpoint):
 
 
 def reduce(callable_by_name, argument):
-    """A pickle (protocol 4) that calls what a module and a name lead to with one string."""
+    """Return a pickle (protocol 4) that calls a module's function by name with one string."""
     module, name = callable_by_name
     return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
 
 
 def call_the_result_of(callable_by_name, argument, command):
-    """... and calls what that call gave with another string."""
+    """Return one that also calls the result of that call with another string."""
     return reduce(callable_by_name, argument)[:-1] + text(command) + b"\x85R."
 
 
@@ -364,7 +364,7 @@ def test_a_malicious_table_is_refused_and_not_executed(checkpoint, name, make, t
 
 
 def test_the_malicious_tables_would_work(tmp_path):
-    """With pickle as it is: the tests above have something to refuse."""
+    """Plain pickle runs the commands: the tests above have something to refuse."""
     for number, table in enumerate(
         (
             reduce(("torch.distributed.checkpoint.filesystem", "os.system"), f"touch {tmp_path}/0"),

@@ -91,7 +91,7 @@ def test_sensitivities_of_appendix_e(mean):
     """dw_i/dH_j = delta_ij / Hbar - (H_i / Hbar^2) share_j, by central differences.
 
     share_j is |o_j| / sum |o| for the token mean, 1/N for the sequence mean.  Self-sensitivity is
-    positive: it vanishes only for a rollout that owns the whole entropy.
+    positive: it vanishes only for a rollout that owns all the entropy.
     """
     lengths_N = LENGTHS_N.double()
     share_N = lengths_N / lengths_N.sum() if mean == "token" else torch.ones(5).double() / 5
@@ -117,7 +117,8 @@ def test_weights_are_constants():
 
 
 def test_clamp_keeps_weights_within_its_bounds():
-    """Weights 0.22, 1.2, 2.7, 0.05, 0.77: those outside [1/2, 2] are moved, the others are not."""
+    """Weights 0.22, 1.2, 2.7, 0.05, 0.77: those outside [1/2, 2] are clamped, the rest
+    unchanged."""
     free_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N)
     clamped_N = relative_entropy_weights(ENTROPY_N, LENGTHS_N, clamp=2.0)
     assert clamped_N[[0, 2, 3]].tolist() == [0.5, 2.0, 0.5]

@@ -25,7 +25,7 @@ ENGINE_T = torch.tensor([0.2, 0.2, 0.2, 0.1]).log()
 
 
 def importance(settings, old_logprobs_T, engine_logprobs_T):
-    """The weights by the section `loss`."""
+    """Return the weights by the section `loss`."""
     return importance_weights(
         old_logprobs_T,
         engine_logprobs_T,
@@ -64,7 +64,7 @@ def test_the_bands_ends_are_inside():
 
 
 def test_a_ratio_beyond_all_numbers_counts_the_cap_or_nothing():
-    """Of a long rollout, whose product overflows: neither inf nor, times 0, nan."""
+    """The product of a long rollout's ratios overflows: neither inf nor, times 0, nan."""
     ratio_T = sequence_ratios(torch.zeros(1000), torch.full((1000,), -10.0))
     assert ratio_T.eq(math.inf).all()
     assert truncated(ratio_T, 2.0).eq(2).all() and masked(ratio_T, 0.5, 2.0).eq(0).all()
@@ -77,7 +77,7 @@ def test_where_engine_and_actor_agree_nothing_changes():
 
 
 def test_the_sequences_ratio_is_exact_and_the_tokens_is_not():
-    """Two tokens of a Markov chain: E_engine[r f] = E_actor[f] for any f of the whole text."""
+    """Two tokens of a Markov chain: E_engine[r f] = E_actor[f] for any f of the entire text."""
     generator = torch.Generator().manual_seed(0)
     actor_VV, engine_VV = torch.rand(2, 3, 3, generator=generator, dtype=torch.float64)
     actor_VV, engine_VV = actor_VV / actor_VV.sum(-1, True), engine_VV / engine_VV.sum(-1, True)
@@ -96,7 +96,7 @@ def test_the_sequences_ratio_is_exact_and_the_tokens_is_not():
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_gradient_of_a_masked_token_is_zero_and_of_others_unchanged_but_for_the_ratio(level):
-    """No normaliser moves: what is left out adds nothing, and takes nothing from the others."""
+    """No normaliser changes: masked tokens add nothing, and take nothing from unmasked ones."""
     lengths = [4, 4]
     old_N = [OLD_T.double(), OLD_T.double()]
     engine_N = [ENGINE_T.double(), OLD_T.double()]

@@ -24,7 +24,7 @@ def per_token(values_N):
 
 
 def batch(aggregation="seq-mean-token-sum", weight_N=None, seed=0, **optional):
-    """Random log-probabilities and entropies of 4 rollouts, and their terms, in float64."""
+    """Return random log-probabilities and entropies of 4 rollouts, and their terms, in float64."""
     generator = torch.Generator().manual_seed(seed)
     logprobs_T, noise_T, entropy_T = torch.rand(3, 10, generator=generator, dtype=torch.float64)
     logprobs_T = -3 * logprobs_T
@@ -40,7 +40,7 @@ def batch(aggregation="seq-mean-token-sum", weight_N=None, seed=0, **optional):
 
 
 def one_token(ratio, advantage, **settings):
-    """Loss, its gradient by the log-probability, and the sums, at coefficient 1."""
+    """Return the loss, its gradient by the log-probability, and the sums, at coefficient 1."""
     logprobs_T = torch.tensor([math.log(0.3 * ratio)], dtype=torch.float64, requires_grad=True)
     terms = LossTerms(
         old_logprobs_T=torch.tensor([math.log(0.3)], dtype=torch.float64),
@@ -74,7 +74,7 @@ def test_aggregations_in_closed_form():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
-    """Over rollouts (times their length for token sums), or over tokens."""
+    """The mean is over rollouts (times their length for token sums), or over tokens."""
     logprobs_T, entropy_T, terms = batch(aggregation)
     terms = LossTerms(logprobs_T.detach(), terms.advantage_T, terms.coefficient_T)
     loss, _ = policy_loss(logprobs_T, entropy_T, terms)
@@ -88,7 +88,7 @@ def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_losses_of_a_split_batch_add_up(aggregation):
-    """However it is cut: loss, sums and gradients are those of the whole."""
+    """Loss, sums and gradients of any split equal those of the complete batch."""
     weight_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
     optional = {
         "importance_T": torch.linspace(0.5, 2, 10).double(),
@@ -124,7 +124,7 @@ def test_losses_of_a_split_batch_add_up(aggregation):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_equal_entropies_are_grpo_exactly(aggregation, mean):
-    """Loss and gradient bit for bit those without weights."""
+    """Loss and gradient equal those without weights, bit for bit."""
     weight_N = relative_entropy_weights(torch.full((4,), 0.37), LENGTHS_N, mean=mean)
     losses, gradients = [], []
     for weights in (weight_N, torch.ones(4, dtype=torch.float64)):
@@ -145,7 +145,7 @@ def test_a_weight_scales_the_gradient_of_its_rollout_and_of_no_other():
 
 
 def test_weights_are_constants_of_the_loss():
-    """Computed from the logits being trained, they give the gradient of fixed weights."""
+    """Weights computed from the logits being trained give the gradient of fixed weights."""
     generator = torch.Generator().manual_seed(0)
     logits_TV = torch.randn(10, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     tokens_T = torch.randint(0, 6, (10,), generator=generator)
@@ -175,7 +175,7 @@ def test_weights_are_constants_of_the_loss():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_on_policy_gradient_by_hand(aggregation):
-    """At ratio 1: - sum_t c A grad logp, the policy gradient."""
+    """The gradient at ratio 1 is - sum_t c A grad logp, the policy gradient."""
     weight_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
     logprobs_T, entropy_T, terms = batch(aggregation, weight_N)
     terms = LossTerms(logprobs_T.detach(), terms.advantage_T, terms.coefficient_T)
@@ -203,7 +203,7 @@ def test_clipping_kills_the_gradient_where_the_ratio_has_gone_far_enough(ratio, 
 
 @pytest.mark.parametrize(("ratio", "advantage"), NOT_CLIPPED)
 def test_clipping_leaves_the_gradient_everywhere_else(ratio, advantage):
-    """Within the clip, and where the ratio has gone the wrong way: min keeps it pulling back."""
+    """Ratios are within the clip, or have moved in the wrong direction: min keeps the gradient."""
     loss, gradient, sums = one_token(ratio, advantage)
     assert loss == approx(-ratio * advantage)
     assert gradient == approx(-ratio * advantage)
@@ -212,14 +212,15 @@ def test_clipping_leaves_the_gradient_everywhere_else(ratio, advantage):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_two_clips_are_settings_of_their_own(advantage):
-    """1.25 is beyond 1 + 0.2, 0.85 within 1 - 0.2 but beyond 1 - 0.1."""
+    """Lower and upper clip differ: 1.25 is beyond 1 + 0.2, 0.85 within 1 - 0.2 but beyond 1 -
+    0.1."""
     ratio = 1.25 if advantage > 0 else 0.85
     assert one_token(ratio, advantage)[1] != 0
     assert one_token(ratio, advantage, clip_low=0.1, clip_high=0.2)[1] == 0
 
 
 def test_loss_and_gradient_equal_the_formula_by_finite_differences():
-    """All terms at once; random ratios lie within and beyond the clips."""
+    """All terms together; random ratios lie within and beyond the clips."""
     weight_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
     optional = {
         "importance_T": torch.linspace(0.5, 2, 10).double(),
@@ -332,7 +333,7 @@ def test_kl_penalty_in_closed_form():
 def test_kl_to_the_old_policy_is_exact_in_expectation():
     """Tokens are sampled from the old policy: their mean estimates KL(old || new).
 
-    Old probabilities (1/2, 1/4, 1/4), so that the tokens 0, 0, 1, 2 are the whole distribution.
+    Old probabilities (1/2, 1/4, 1/4), so that the tokens 0, 0, 1, 2 are the entire distribution.
     """
     old_V = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     new_V = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)

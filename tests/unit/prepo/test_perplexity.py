@@ -36,7 +36,7 @@ SHAPE = Shape(
 
 
 class Bigram:
-    """Stands in for the actor: log p(next | previous) from a table, a row at a time."""
+    """Stand-in for the actor: log p(next | previous) from a table, one row at a time."""
 
     def __init__(self, logits_VV, budget=8):
         self.logprobs_VV = logits_VV.log_softmax(-1)
@@ -123,7 +123,7 @@ def test_order_and_packing_of_the_batch_do_not_matter(budget):
 
 
 class BigramEngine:
-    """Stands in for an engine that has the weights of a `Bigram`."""
+    """Stand-in for an engine that has the weights of a `Bigram`."""
 
     def __init__(self, bigram):
         self.bigram = bigram
@@ -180,16 +180,16 @@ def test_span_of_content_by_hand(content, expected):
 
 
 def test_content_of_the_first_token_alone_still_scores_something():
-    """It has no predecessor; the token after it stands in, rather than a mean over nothing."""
+    """The first token has no predecessor; the next one stands in, rather than an empty mean."""
     assert span_of(prompt(range(5), (0, 1)), "content") == slice(0, 1)
 
 
 def test_values_that_are_not_finite_are_kept():
-    """An impossible token and a NaN are for selection to sort last, not to be hidden here."""
+    """An impossible token and a NaN are for selection to sort last, and must not be hidden here."""
     assert perplexity(torch.tensor([-1.0, -math.inf])).item() == math.inf
     assert math.isnan(perplexity(torch.tensor([-1.0, math.nan])).item())
 
 
 def test_a_float32_overflow_is_not_one():
-    """In float64: a mean of -200 nats is a large number, not inf."""
+    """A mean of -200 nats is a large number in float64, not inf."""
     assert perplexity(torch.tensor([-200.0])).item() == approx(math.exp(200))
