@@ -1,9 +1,9 @@
 """The skips that a passing `make test` may have: of which tests, where, and why.
 
 Any other skip is a failure (`tests/conftest.py`, with `--only-allowed-skips`).  A condition is
-about the machine: what `make test` installs on such a machine must be there, or the test has not
-run where it should.  The Makefile runs this file with any Python, so it imports nothing but the
-standard library at the top.
+about the machine: if it is installed by `make test` on such a machine but missing, the test was
+skipped where it should have run.  The Makefile runs this file with any Python, so it imports
+nothing but the standard library at the top.
 """
 
 import functools
@@ -21,14 +21,14 @@ class Skip(NamedTuple):
     """Tests that may be skipped."""
 
     tests: str
-    """A pattern of their ids; * is anything, brackets are themselves."""
+    """Pattern of their ids; * is anything, brackets are literal."""
     where: Callable[[], bool]
-    """Whether this machine is one where they may be."""
+    """Whether they may be skipped on this machine."""
     why: str
 
 
 def others_run() -> bool:
-    """Whether `make test` sets up NeMo-Run and SGLang: where both have been tried."""
+    """Return whether `make test` sets up NeMo-Run and SGLang, as on the systems we have tested."""
     tried = sys.version_info[:2] in ((3, 11), (3, 12))
     return tried and (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
@@ -74,7 +74,7 @@ def no_slurm() -> bool:
 
 @functools.cache
 def no_index() -> bool:
-    """Whether a resolver gets no answer from the package index."""
+    """Return whether a resolver gets no answer from the package index."""
     words = ["pip", "compile", "--quiet", "--no-config", "--no-cache", "-"]
     return bool(
         subprocess.run(
@@ -89,7 +89,8 @@ def no_index() -> bool:
 
 
 def public_index() -> dict[str, str]:
-    """The environment less what points a resolver at another index, cache and proxy apart."""
+    """Return the environment without the variables that point a resolver at another index, cache
+    and proxy excepted."""
     kept = ("UV_CACHE_DIR",)
     return {
         name: value
@@ -177,7 +178,7 @@ ALLOWED = (
 
 
 def fault(test: str, reason: str) -> str:
-    """Return why the skip is a failure; empty: it is allowed here."""
+    """Return why the skip is a failure; empty if it is allowed here."""
     rows = [row for row in ALLOWED if fnmatchcase(test, row.tests.replace("[", "[[]"))]
     if any(row.where() for row in rows):
         return ""

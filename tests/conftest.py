@@ -1,4 +1,4 @@
-"""Makes the package, the examples and the tests' helpers importable, wherever pytest is started.
+"""Make the package, the examples and the tests' helpers importable, wherever pytest is started.
 
 With `--only-allowed-skips`, as in `make test`, a skip that is not in allowed_skips.py is a failure.
 """
@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
         patch_tensor = interpreter._patch_lang_tensor
 
         def as_from_3_7(tensor, scope) -> None:
-            """An array of one number is an index, which numpy 2.5 no longer takes it for."""
+            """An array of one number is an index, which numpy 2.5 no longer accepts."""
             patch_tensor(tensor, scope)
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
@@ -61,7 +61,7 @@ def pytest_configure(config) -> None:
 
 
 class OnlyAllowedSkips:
-    """Makes a skip that is not allowed a failure."""
+    """Report a skip that is not allowed as a failure."""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -69,7 +69,7 @@ class OnlyAllowedSkips:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector):
-        """For a module that is skipped as a whole."""
+        """Handle a module that is skipped entirely."""
         return self._judged((yield))
 
     def _judged(self, report):

@@ -1,8 +1,8 @@
 """Plays Kubernetes' training operator on this machine: an API server that knows TrainJobs.
 
-A job's pods are processes here, one a node, with the variables that the operator's runtime
-`torch-distributed` sets for torchrun.  Of the real one it keeps creation, states and the command,
-which no shell reads.
+A job's pods are processes here, one per node, with the variables that the operator's runtime
+`torch-distributed` sets for torchrun.  It reproduces creation, states and the command, which no
+shell reads.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
 
 @contextlib.contextmanager
 def serve(directory: Path, *, cwd: Path) -> Iterator[tuple[dict[str, str], list[dict]]]:
-    """The environment in which it is found, and the TrainJobs that it was sent."""
+    """Serve the API; yield the environment in which it is found, and the TrainJobs received."""
     pods: list[subprocess.Popen] = []
     jobs: list[dict] = []
 
@@ -100,7 +100,7 @@ def _start(job: dict, cwd: Path, environment: dict[str, str], log) -> list[subpr
 
 
 def install(directory: Path, port: int) -> dict[str, str]:
-    """The environment in which the API server at this port is found, and a `kubectl`."""
+    """Write a `kubectl`; return the environment in which the API server at this port is found."""
     named = {"cluster": "here", "user": "me"}
     kubeconfig = {
         "apiVersion": "v1",

@@ -1,15 +1,15 @@
-"""An HTTP server that speaks SGLang's protocol, in this process, and misbehaves when it is told to.
+"""Serve SGLang's protocol over HTTP, in this process, and misbehave on request.
 
     with FakeSGLang() as fake:
         fake.fault = lambda path, body: "hang" if path == "/generate" else None
 
 Its completions are a function of prompt and seed, its prompt log-probabilities of the weights that
-it was given.  Faults: `hang`, `drip` (a byte at a time, for ever), `reset`, `500`, `garbage` (no
+it was given.  Faults: `hang`, `drip` (one byte at a time, forever), `reset`, `500`, `garbage` (no
 JSON), `text`, `short` (a log-probability too few), `stale` (other weights), `nan`, `abort`, `die`
 (this request and all later ones are refused), `refuse` (400), `slow` (answers when asked to abort),
 `unrouted` and `misrouted` (no routing, and one of a token too few).
 
-Run as `python fake_sglang.py --port N ...` it is a server of its own.
+Run as `python fake_sglang.py --port N ...` it is a separate server.
 """
 
 import base64
@@ -46,11 +46,11 @@ ALLOWED = {
     ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
     ("collections", "OrderedDict"),
 }
-"""What SGLang's own unpickler lets through (0.5.21), as far as we use it."""
+"""Names that SGLang's own unpickler allows (0.5.21), as far as we use them."""
 
 
 def completion(input_ids: list[int], seed: int, max_new_tokens: int) -> tuple[list[int], bool]:
-    """Tokens, and whether they end by themselves."""
+    """Return the tokens of a completion, and whether it ended before the limit."""
     state = hashlib.sha256(json.dumps([input_ids, seed]).encode()).digest()
     tokens = [3 + byte % (VOCAB - 3) for byte in state * (max_new_tokens // 32 + 1)]
     length = 1 + state[0] % (2 * max_new_tokens)
@@ -60,12 +60,13 @@ def completion(input_ids: list[int], seed: int, max_new_tokens: int) -> tuple[li
 
 
 def logprob(token: int) -> float:
-    """Of any token anywhere."""
+    """Return the log-probability of any token anywhere in a completion."""
     return -0.5 - token / VOCAB
 
 
 def prompt_logprob(weights: dict) -> float:
-    """Of any token of a prompt: a number that every byte of the weights moves."""
+    """Return the log-probability of any prompt token, which depends on every byte of the
+    weights."""
     total = 0
     for name in sorted(weights):
         total = zlib.crc32(name.encode() + weights[name].contiguous().numpy().tobytes(), total)
@@ -83,7 +84,7 @@ def experts(tokens: list[int], layers: int, experts_per_token: int) -> list[int]
 
 
 class FakeSGLang:
-    """The server; `port=0` takes a free one."""
+    """The server; `port=0` takes a free port."""
 
     def __init__(
         self,
@@ -96,7 +97,8 @@ class FakeSGLang:
         fp32_lm_head: bool = False,
         routing: tuple[int, int] | None = None,
     ):
-        """`routing`: layers and experts a token, of those that are told on request."""
+        """Start; `routing` is the number of layers and of experts per token, returned on
+        request."""
         self.fp32_lm_head, self.routing = fp32_lm_head, routing
         self.architectures, self.sessions, self.num_ranks = list(architectures), sessions, num_ranks
         self.weights: dict = {}
@@ -111,7 +113,7 @@ class FakeSGLang:
         self.under_way = self.most_under_way = 0
         self.aborted: set[str] = set()
         self.seconds = 0.002
-        """How long an answer of /generate takes."""
+        """Seconds that an answer of /generate takes."""
         self.dead, self._closing = False, threading.Event()
         self._lock = threading.Lock()
         self._server = _Listener((host, port), _handler_of(self))
@@ -130,12 +132,12 @@ class FakeSGLang:
         self._server.server_close()
 
     def restart(self) -> None:
-        """Back again, without the weights that it had."""
+        """Serve again, without the weights that it had."""
         self.dead, self.version, self.weights, self.in_session = False, "default", {}, False
         self.fault = lambda path, body: None
 
     def answer(self, path: str, body: dict) -> tuple[int, object]:
-        """Status and content."""
+        """Return status and content."""
         match path.partition("?")[0]:
             case "/health":
                 return 200, {}
@@ -217,7 +219,8 @@ class FakeSGLang:
         return 200, {"success": True, "message": ""}
 
     def _join(self, body: dict) -> tuple[int, object]:
-        """A process can be one member only: for this a fake has to have a process of its own."""
+        """Join a process group; a process can join one only, so the fake needs a separate
+        process."""
         from datetime import timedelta
 
         from megatron_prepo.rollout.sglang.transport import join_group
@@ -266,7 +269,7 @@ class _Strict(pickle.Unpickler):
 
 
 def _as_another_process(rebuild):
-    """It opens the file, where the process that has made it would take its own storage."""
+    """Open the file where the process that created it would use its own storage."""
     from torch.multiprocessing.reductions import shared_cache
 
     def rebuild_anew(kind, manager, handle, *sizes):
@@ -285,7 +288,7 @@ class _Listener(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def handle_error(self, request, client_address) -> None:
-        """Connections end in many ways here; an error of another kind is the fake's, or ours."""
+        """Handle connections that end in various ways; any other error is the fake's, or ours."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -384,10 +387,10 @@ def _handler_of(fake: FakeSGLang):
 
 
 def main() -> None:
-    """As `python -m sglang.launch_server --port N ...` would be called.
+    """Run as `python -m sglang.launch_server --port N ...`.
 
-    With `FAKE_DIES_AT=DIRECTORY/NAME`, whoever is first asked for /NAME is killed, once: it leaves
-    that file.  With `FAKE_DIES_AFTER_OTHERS`, not before another is joining a process group.
+    With `FAKE_DIES_AT=DIRECTORY/NAME`, the first server that is asked for /NAME is killed, once: it
+    leaves that file.  With `FAKE_DIES_AFTER_OTHERS`, only once another is joining a process group.
     """
     host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -1,4 +1,4 @@
-"""A package named `sglang` whose server is the fake one, for what starts servers of its own."""
+"""Package named `sglang` whose server is the fake one, for code that starts its own servers."""
 
 import os
 import time
@@ -42,14 +42,14 @@ class ServerArgs:
 
 
 def install(directory: Path, monkeypatch) -> Path:
-    """Put it on `PYTHONPATH`; returns the file to which a server writes its processes' ids."""
+    """Put it on `PYTHONPATH`; return the file to which a server writes its processes' ids."""
     for name, value in environment(directory).items():
         monkeypatch.setenv(name, value)
     return directory / "pids"
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """The package, written to the directory, and the variables with which Python finds it."""
+    """Write the package to the directory; return the variables with which Python finds it."""
     package = directory / "sglang"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -61,18 +61,18 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def processes(pids: Path, servers: int = 1) -> list[int]:
-    """The ids of all processes of so many servers, waited for."""
+    """Wait for the processes of this many servers; return their ids."""
     wait_for("servers", lambda: pids.is_file() and pids.read_text().count("\n") >= servers)
     return [int(word) for word in pids.read_text().split()]
 
 
 def wait_until_gone(ids: list[int], seconds: float = 60.0) -> None:
-    """Raises if a process is still there at the deadline."""
+    """Raise if a process still exists at the deadline."""
     wait_for(f"the end of {ids}", lambda: not any(alive(pid) for pid in ids), seconds)
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
+    """Return whether the process runs; a zombie does not."""
     status = Path(f"/proc/{pid}/stat")
     return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 

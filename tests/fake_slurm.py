@@ -1,10 +1,10 @@
-"""Plays Slurm on this machine: `sbatch`, `srun`, `scontrol`, `squeue` and `sacct` on `PATH`.
+"""Play Slurm on this machine: `sbatch`, `srun`, `scontrol`, `squeue` and `sacct` on `PATH`.
 
-A job's nodes are addresses of this machine, 127.0.0.1, 127.0.0.2, ...; each task is a process.  Of
-the real one it keeps tasks and their environment, `--relative`, `--kill-on-bad-exit`, dependencies,
-states, and signals to all tasks of a step: `tests/real_slurm` compares the two, and has what this
-one does not play (time limits, requeues, preemption, memory, GPUs, nodes that are lost).  Run as a
-script by the commands that `install` makes.
+A job's nodes are addresses of this machine, 127.0.0.1, 127.0.0.2, ...; each task is a process.  It
+reproduces tasks and their environment, `--relative`, `--kill-on-bad-exit`, dependencies, states,
+and signals to all tasks of a step: `tests/real_slurm` compares the two, and has what this one does
+not play (time limits, requeues, preemption, memory, GPUs, nodes that are lost).  Run as a script by
+the commands that `install` makes.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "sacct")
 
 
 def install(directory: Path) -> dict[str, str]:
-    """Make the commands; returns the environment in which they are found."""
+    """Create the commands; return the environment in which they are found."""
     binaries, state = directory / "bin", directory / "state"
     binaries.mkdir(parents=True)
     state.mkdir()
@@ -35,12 +35,12 @@ def install(directory: Path) -> dict[str, str]:
 
 
 def state_of(environment: dict[str, str], job: str) -> str:
-    """COMPLETED, FAILED, RUNNING or PENDING."""
+    """Return COMPLETED, FAILED, RUNNING or PENDING."""
     return (Path(environment["FAKE_SLURM"]) / f"{job}.state").read_text()
 
 
 def signal_steps(environment: dict[str, str], number: int) -> None:
-    """What `--signal` does: to all processes of the steps that run."""
+    """Send a signal to all processes of the running steps, as `--signal` does."""
     for path in Path(environment["FAKE_SLURM"]).glob("*.step"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(path.stem), number)
@@ -93,14 +93,14 @@ def sbatch(words: list[str]) -> int:
 
 
 def _set_state(directory: Path, job: str, state: str) -> None:
-    """Whole at any moment."""
+    """Write a state atomically."""
     aside = directory / f"{job}.aside"
     aside.write_text(state)
     aside.replace(directory / f"{job}.state")
 
 
 def srun(words: list[str]) -> int:
-    """Run a command as tasks; the largest of their exit codes."""
+    """Run a command as tasks; return the largest of their exit codes."""
     options, command = _options(words)
     if "w" in options:
         return subprocess.run(command).returncode
@@ -148,7 +148,7 @@ def srun(words: list[str]) -> int:
 
 
 def _signal_all(pid: int, number: int) -> None:
-    """A task and all that it has started, as Slurm reaches everything in a step."""
+    """Signal a task and all processes that it started, as Slurm reaches everything in a step."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         os.kill(pid, number)
@@ -157,7 +157,7 @@ def _signal_all(pid: int, number: int) -> None:
 
 
 def scontrol(words: list[str]) -> int:
-    """`show hostnames`, and `requeue`, which is only written down."""
+    """Run `show hostnames`, or `requeue`, which is only recorded."""
     if words[0] == "requeue":
         with open(Path(os.environ["FAKE_SLURM"]) / "requeued", "a") as file:
             file.write(f"{words[1]}\n")
@@ -168,14 +168,14 @@ def scontrol(words: list[str]) -> int:
 
 
 def squeue(words: list[str]) -> int:
-    """Nothing is pending; start and end of a job, as its script asks for them."""
+    """Report no pending job; print start and end of a job, as its script requests them."""
     if "--format=%S %e" in words:
         print("2026-01-01T12:00:00", os.environ.get("FAKE_END", "2026-01-01T16:00:00"))
     return 0
 
 
 def sacct(words: list[str]) -> int:
-    """The state of one job, as NeMo-Run asks for it; without a job, that there is accounting."""
+    """Print the state of one job, as NeMo-Run requests it; without a job, report accounting."""
     if "-j" not in words:
         return 0
     job = words[words.index("-j") + 1]
@@ -185,7 +185,7 @@ def sacct(words: list[str]) -> int:
 
 
 def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Options, the last of a name counting, and the command behind them."""
+    """Return options, the last of a name counting, and the command after them."""
     options, rest = {}, list(words)
     while rest[0].startswith("-"):
         name, equals, value = rest.pop(0).lstrip("-").partition("=")
@@ -196,7 +196,7 @@ def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _end_with_parent() -> None:
-    """A step's tasks do not outlive it."""
+    """End with the parent: a step's tasks do not outlive it."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 

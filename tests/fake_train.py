@@ -1,4 +1,4 @@
-"""Stands in for `megatron-prepo train`: writes a finished run's files, by hand, in no time."""
+"""Stand in for `megatron-prepo train`: write a finished run's files, by hand, immediately."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from megatron_prepo.files import ownership
 
 
 def main() -> None:
-    """As `megatron-prepo train CONFIG key=value ...` would be called."""
+    """Run as `megatron-prepo train CONFIG key=value ...`."""
     config = configuration.load(sys.argv[1], sys.argv[2:])
     directory = Path(config.run.dir)
     name = f"{directory.parent.name}/{directory.name}"

@@ -4,8 +4,8 @@
     python -m tests.loop_record AFTER             # in the other
     python -m tests.loop_record --compare BEFORE AFTER
 
-A record has the ledger byte for byte, and metrics, evaluations, summary and the checkpoints' states
-but for what a clock measures, and the checksums of exported weights and dumps.
+A record has the ledger byte for byte; metrics, evaluations, summary and the checkpoints' states
+without what a clock measures; and the checksums of exported weights and dumps.
 """
 
 import argparse
@@ -67,17 +67,17 @@ CASES = {
     "tp2_pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "dp2_dapo": (2, ["parallel.data=2", "selection.method=dapo"]),
 }
-"""By name: number of ranks, and settings; those that end in `resumed` are stopped and resumed."""
+"""Number of ranks, and settings, by name; those that end in `resumed` are stopped and resumed."""
 CLOCKED = ("seconds", "speed/", "machine")
 
 
 def parity(completion: str, answer: str) -> float:
-    """A reward that the fake servers' completions vary in."""
+    """Return a reward in which the fake servers' completions vary."""
     return float(sum(completion.encode()) % 2)
 
 
 def run(num_ranks: int, directory: str, overrides: list[str], stop: bool) -> None:
-    """In a rank: train, and with `stop` be asked to stop after the first step."""
+    """Train in a rank, and with `stop` be asked to stop after the first step."""
     from ranks import join
 
     from megatron_prepo import config as configuration
@@ -96,7 +96,7 @@ def run(num_ranks: int, directory: str, overrides: list[str], stop: bool) -> Non
     try:
         (train_overlapped if config.train.overlap else train)(config)
     except Stopped:
-        assert stop, "nobody has asked"
+        assert stop, "stopped without a request"
     parallel.shut_down()
 
 
@@ -127,7 +127,7 @@ def record(out: Path, names: list[str]) -> None:
 
 
 def left_behind(directory: Path) -> dict:
-    """What a run has left in its directory that another one like it must leave, too."""
+    """Return what a run leaves in its directory that another one like it must leave, too."""
 
     def lines(name: str) -> list:
         return [timeless(json.loads(line)) for line in (directory / name).read_text().splitlines()]
@@ -152,14 +152,14 @@ def left_behind(directory: Path) -> dict:
 
 
 def timeless(value):
-    """The same without values, but with keys, of what a clock or the machine decides."""
+    """Return the same with keys only for what a clock or the machine decides."""
     if isinstance(value, dict):
         return {k: None if k.startswith(CLOCKED) else timeless(v) for k, v in value.items()}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print what differs; the number of records that do, or are missing on a side."""
+    """Print what differs; return the number of records that do, or are missing on a side."""
     names, differing = {path.name for side in (before, after) for path in side.glob("*.json")}, 0
     for name in sorted(names):
         if missing := [side for side in (before, after) if not (side / name).is_file()]:

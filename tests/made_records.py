@@ -18,7 +18,8 @@ def line(
     tokens_per_rollout: float = 20.0,
     **more,
 ) -> dict:
-    """Pass rate rises evenly, `speed` times as fast as from base to final, and then stays there."""
+    """Return a record whose pass rate rises evenly, `speed` times as fast as from base to final,
+    and then stays there."""
     x = np.linspace(0, budget, points)
     rate = np.minimum(base + speed * (final - base) * x / budget, final)
     return {
@@ -61,7 +62,7 @@ STEPS, GROUP, K, P = 80, 8, 32, 160
 
 
 def lifelike(arm: str, seed: int, comparison: str = "made up", budget: int = 20_480) -> dict:
-    """A record such as `run_record.record` makes, with noise; nothing of it was measured."""
+    """Return a record such as `run_record.record` makes, with noise; nothing in it was measured."""
     speed, final, zero_variance, has_ppl = LIFELIKE.get(arm, (1.2, 0.58, 0.4, True))
     random = np.random.default_rng([seed, *arm.encode()])
     refills = arm in ("dapo", "greso")

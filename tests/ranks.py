@@ -1,18 +1,18 @@
-"""Run a function on several gloo ranks: fresh processes, one deadline, and nothing left behind.
+"""Run a function on several gloo ranks: fresh processes, one deadline, and no leftover processes.
 
     answers = on_ranks(4, measure, "argument")      # [measure("argument") on rank 0, ... on rank 3]
 
 `measure` stands at the top level of a module; arguments and answers have to be picklable.  Ranks
 are forked from a process that has imported torch and Megatron once and has no groups yet: they
-start in hundredths of a second, and a case can have ranks of its own.  (What outlives a group in
-one process, threads and connections among it, adds up.)  Where cases share ranks:
+start in hundredths of a second, and a case can have its own ranks.  (What outlives a group in one
+process, such as threads and connections, accumulates.)  Where cases share ranks:
 
     for case in cases:
         if join(case.num_ranks):        # a new default process group of the first so many ranks
             ...
             torch.distributed.destroy_process_group()
 
-Groups meet in a file, not at a port, so that nothing else on the machine can be in the way.
+Groups connect through a file, not a port, so that nothing else on the machine can interfere.
 """
 
 import contextlib
@@ -37,16 +37,17 @@ import torch.distributed as dist
 
 _groups = itertools.count()
 _starter = multiprocessing.get_context("forkserver")
-if not torch.cuda.is_available():  # a GPU that somebody has asked for cannot be used by his forks
+if not torch.cuda.is_available():  # a GPU in use here cannot be used by forks
     _starter.set_forkserver_preload(["ranks_start"])
 
 
 class RankError(AssertionError):
-    """A rank raised, died, or was still at it when the time was up."""
+    """A rank raised, died, or had not finished at the deadline."""
 
 
 def on_ranks(num_ranks: int, function: Callable, *args, deadline_s: float = 600.0) -> list:
-    """What `function(*args)` returned on each rank; a `RankError` shows the first rank to fail."""
+    """Return what `function(*args)` returned on each rank; a `RankError` shows the first
+    failure."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "call").write_bytes(pickle.dumps((function, args, deadline_s)))
         ranks = [_start(Path(directory), rank, num_ranks) for rank in range(num_ranks)]
@@ -66,7 +67,7 @@ def on_ranks(num_ranks: int, function: Callable, *args, deadline_s: float = 600.
 
 
 def join(num_ranks: int, timeout_s: float = 120.0) -> bool:
-    """In a rank: found a gloo group of the first `num_ranks` ranks; False on a rank that is not in.
+    """Create, in a rank, a gloo group of the first `num_ranks` ranks; False on a rank outside it.
 
     To be called on all ranks in the same order.  `WORLD_SIZE` follows.
     """
@@ -103,7 +104,7 @@ def _start(directory: Path, rank: int, num_ranks: int) -> ForkServerProcess:
 def _wait(
     ranks: list[ForkServerProcess], directory: Path, deadline_s: float
 ) -> tuple[int, str] | None:
-    """The first rank to have failed and how, or None when all have ended well."""
+    """Return the first rank to have failed and how, or None when all have ended well."""
     end = time.monotonic() + deadline_s
     while True:
         codes = [rank.exitcode for rank in ranks]
@@ -124,7 +125,7 @@ def _wait(
 def _end(rank: ForkServerProcess) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended, and has no children left
         os.killpg(rank.pid, signal.SIGKILL)
-    rank.kill()  # one that has not come to have a process group of its own
+    rank.kill()  # a rank that does not have its own process group yet
     rank.join()
 
 
@@ -137,7 +138,7 @@ def _main(directory: Path, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     function, args, deadline_s = pickle.loads((directory / "call").read_bytes())
-    signal.alarm(int(deadline_s) + 30)  # ends this rank even where nobody waits for it any more
+    signal.alarm(int(deadline_s) + 30)  # ends this rank even if no process waits for it any more
     try:
         answer = function(*args)
     except BaseException:

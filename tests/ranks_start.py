@@ -1,6 +1,5 @@
-"""What the ranks of `ranks.py` are forked with: imported once, and left alone by their garbage
-collectors, which would otherwise copy all of it.
-"""
+"""Modules that the ranks of `ranks.py` are forked with: imported once, and excluded from garbage
+collection, which would otherwise copy all of them."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Reward functions as a user may write them, and as no one should: for `FILE.py:FUNCTION`."""
+"""Reward functions for `FILE.py:FUNCTION`, as a user may write them, and as no one should."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ LEAK = []
 
 
 def length(completion: str, answer: str) -> float:
-    """Well behaved."""
+    """Return a well-behaved reward."""
     return len(completion) / 10
 
 
 def misbehave(completion: str, answer: str) -> float:
-    """Does what the completion says; 1 if that leaves it alive."""
+    """Do what the completion names; 1 if that leaves the process alive."""
     match completion.split():
         case ["raise"]:
             raise RuntimeError("no \ud800 such \0 luck")

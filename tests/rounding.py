@@ -1,4 +1,4 @@
-"""What rounding may move in a comparison.  No test chooses it by hand; there are two ways.
+"""Allowances for rounding in a comparison.  No test chooses one by hand; there are two ways.
 
 A bound, where the result is a closed form: each operation rounds by at most half an eps of its
 result, so that n of them in sequence move a number by at most n eps of its size (Higham, Accuracy
@@ -9,8 +9,7 @@ and Stability of Numerical Algorithms, lemma 3.1, which has half of that):
     assert_close(sums_K, zeros_K, scale=8.0)                    # terms of size 8 that cancel
 
 A measurement, where the result is a model's or a long sum's: the reference is computed twice, in
-float64 and in float32, and what the float32 errs by on this machine is what ours may err by, times
-`FACTOR`:
+float64 and in float32, and our error may be `FACTOR` times the float32 error on this machine:
 
     reference = Reference(full_softmax, hidden_TH, weight_VH, targets_T)
     reference.assert_equals(ours)
@@ -23,12 +22,13 @@ import torch
 from torch.utils._pytree import tree_map
 
 FACTOR = {torch.float32: 8, torch.bfloat16: 3}
-"""By how much ours may err more.  One of two correct computations adds in an order that errs more
-than the other's: over 14,635 tensors under all layouts, in float32, it was up to 2.0 times as much.
-In bfloat16, with its larger errors, less room is left for them."""
+"""Ratio by which our error may be larger.  One of two correct computations adds in an order that
+errs more than the other's: over 14,635 tensors under all layouts, in float32, it was up to 2.0
+times as much.  In bfloat16, with its larger errors, less room is left for them."""
 
 NEGLIGIBLE = {torch.float32: 1 / 100, torch.bfloat16: 1 / 2}
-"""Of the compared quantity: an allowance beyond it would let mistakes pass, and fails the test."""
+"""Largest allowance as a fraction of the compared quantity: a larger one would let mistakes pass,
+and fails the test."""
 
 CHAIN = 100
 """Operations from inputs to result, where a test gives no number: more than any of these closed
@@ -36,7 +36,7 @@ forms has.  A library's function counts as four: those in use keep within 2 unit
 """
 
 LEAST = 4
-"""Operations that a measured error is put down to at least."""
+"""Smallest number of operations that a measured error is attributed to."""
 
 
 def bound(operations: int, dtype: torch.dtype = torch.float64) -> float:
@@ -47,7 +47,7 @@ def bound(operations: int, dtype: torch.dtype = torch.float64) -> float:
 def approx(
     expected, operations: int = CHAIN, *, dtype: torch.dtype = torch.float64, scale: float = 0.0
 ):
-    """Return what equals `expected` but for the rounding of this many operations.
+    """Return what equals `expected` up to the rounding of this many operations.
 
     `scale` is the size of terms that cancel: they are rounded relative to their own size.
     """
@@ -56,7 +56,7 @@ def approx(
 
 
 def assert_close(actual, expected, operations: int = CHAIN, *, scale: float = 0.0) -> None:
-    """Assert that tensors, or tuples of them, are equal but for rounding by this many operations.
+    """Assert that tensors, or tuples of them, are equal up to rounding by this many operations.
 
     Entries are compared relative to their own size, and to `scale`, the size of terms that cancel.
     """
@@ -98,7 +98,7 @@ class Reference:
         ]
 
     def assert_equals(self, ours: Sequence[torch.Tensor]) -> None:
-        """Assert that our results, or the first of them, are these but for rounding.
+        """Assert that our results, or the first of them, are these up to rounding.
 
         Rounding errors are proportional to eps: of float64 results 2^-29 of float32's are allowed.
         Of bfloat16 ones, gradients of a head that is computed in float32, two roundings, one of
@@ -133,12 +133,12 @@ def to(dtype: torch.dtype) -> Callable:
 
 
 STEP = torch.finfo(torch.float64).eps ** (1 / 3)
-"""Of central differences: truncation, of the order of its square, is then as small as rounding."""
+"""Step of central differences: truncation, of the order of its square, is then as small as
+rounding."""
 
 DIFFERENCE = bound(CHAIN) / STEP
-"""What a central difference may err by, in parts of the function's values: CHAIN operations round
-these, and the difference of two is divided by twice the step.
-"""
+"""Error of a central difference, in parts of the function's values: CHAIN operations round these,
+and the difference of two is divided by twice the step."""
 
 
 def assert_gradients(function: Callable, inputs: Sequence[torch.Tensor], scale: float) -> None:

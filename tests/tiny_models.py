@@ -1,7 +1,7 @@
 """Tiny random Hugging Face models of each family, and the configuration of an actor for them.
 
 Every parameter is random, norms and biases too: a weight that is read from the wrong place, or not
-at all, is then seen in the logits.
+at all, then shows in the logits.
 """
 
 from pathlib import Path
@@ -44,13 +44,13 @@ LLAMA3_ROPE = {
 
 
 def qwen2(*, tied: bool = True) -> PreTrainedModel:
-    """With biases on query, key and value."""
+    """Return a model with biases on query, key and value."""
     config = Qwen2Config(**SHAPE, tie_word_embeddings=tied, max_position_embeddings=256)
     return randomized(Qwen2ForCausalLM(config))
 
 
 def qwen3(*, tied: bool) -> PreTrainedModel:
-    """With norms on query and key, and heads wider than their share of the hidden size."""
+    """Return a model with norms on query and key, and heads wider than hidden size / heads."""
     config = Qwen3Config(
         **SHAPE, head_dim=12, tie_word_embeddings=tied, max_position_embeddings=256
     )
@@ -58,7 +58,7 @@ def qwen3(*, tied: bool) -> PreTrainedModel:
 
 
 def llama3(*, scaled: bool = True, tied: bool = False, layers: int = 2) -> PreTrainedModel:
-    """Llama 3.1's rope scaling, or none; the same weights either way."""
+    """Return a model with Llama 3.1's rope scaling, or none; the same weights either way."""
     rope = LLAMA3_ROPE if scaled else {"rope_type": "default", "rope_theta": 500000.0}
     shape = SHAPE | {"hidden_size": 64, "num_hidden_layers": layers}
     config = LlamaConfig(
@@ -68,7 +68,7 @@ def llama3(*, scaled: bool = True, tied: bool = False, layers: int = 2) -> PreTr
 
 
 def qwen3_moe(*, tied: bool = False) -> PreTrainedModel:
-    """Qwen3's attention, and 8 experts of which a token takes 2."""
+    """Return a model with Qwen3's attention, and 8 experts of which each token takes 2."""
     config = Qwen3MoeConfig(
         **SHAPE,
         head_dim=12,
@@ -86,7 +86,7 @@ def qwen3_moe(*, tied: bool = False) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """All parameters drawn anew: gains around 1, biases of 0.3, matrices that keep their scale."""
+    """Draw all parameters again: gains around 1, biases of 0.3, matrices that keep their scale."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         draw = torch.randn(parameter.shape, generator=generator)
@@ -106,7 +106,7 @@ def save(model: PreTrainedModel, directory: Path) -> str:
 
 
 def actor_config(hf: str, **sections: dict) -> Config:
-    """The least that an actor needs, in float32, changed by `sections`."""
+    """Return the minimal configuration of an actor, in float32, changed by `sections`."""
     tree = {
         "run": {"dir": "unused"},
         "model": {"hf": hf, "dtype": "float32"},

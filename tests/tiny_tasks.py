@@ -8,5 +8,5 @@ TASKS = ("laptop", "traces", "lists")
 
 
 def load(name: str) -> Task:
-    """The task that `examples/<name>/build.py` builds."""
+    """Return the task that `examples/<name>/build.py` builds."""
     return importlib.import_module(f"{name}.build").TASK

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies by `transformers`, the judge of ours, and what we may err by.
+"""Log-probabilities and entropies by `transformers`, the reference for ours, and our allowed error.
 
 [(scores, allowed)] = judged(directory, sequences, [0.8])
 assert largest_of_all(ours, scores) <= allowed
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_prepo.records import ScoredSequence
 
 ATTENTIONS = ("sdpa", "eager")
-"""Implementations of it: the error of one of them may be small by chance."""
+"""Implementations of attention: the error of one of them may be small by chance."""
 
 
 def model_of(directory: str, dtype=torch.float64, attention: str = "sdpa") -> PreTrainedModel:

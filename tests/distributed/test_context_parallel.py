@@ -48,7 +48,7 @@ def row_of(way, **options):
 
 
 def qkv_and_weights(heads, tokens):
-    """Queries, keys, values, and what the output is multiplied by to be a loss."""
+    """Queries, keys, values, and the weights that turn the output into a loss."""
     generator = torch.Generator().manual_seed(tokens)
     _, queries, groups = HEADS[heads]
     return [
@@ -58,7 +58,7 @@ def qkv_and_weights(heads, tokens):
 
 
 def attend(layout, *tensors):
-    """The output and the gradients of queries, keys and values."""
+    """Return the output and the gradients of queries, keys and values."""
     *qkv, weights = tensors
     qkv = [x.clone().requires_grad_() for x in qkv]
     out = CausalAttention(CONFIG, 1, None, "self")(*qkv, packed_seq_params=layout)
@@ -66,7 +66,7 @@ def attend(layout, *tensors):
 
 
 def slices(results):
-    """What this rank computes of each case, and what it was given of the row."""
+    """Return what this rank computes for each case, and its slice of the row."""
     for heads, way in CASES:
         if not join(HEADS[heads][0]):
             continue

@@ -72,7 +72,7 @@ SAVES = [
     ("moe", "ep4", False),
 ]
 SCORED = ["tp1", "tp2", "pp2", "ep2", "tp2 ep2"]
-"""Layouts in which the mixture of experts computes."""
+"""Layouts in which the mixture-of-experts model is scored."""
 JUDGED = ["tp1", "tp2", "pp2", "tp2 pp2", "ep2", "tp2 ep2"]
 TOLERANCE = 2e-5
 """Nats, as in `parity/test_transformers_logits.py`."""
@@ -90,7 +90,7 @@ def sequences():
 
 
 def load_everything(hf, megatron, scratch):
-    """{case: what differs} of this rank."""
+    """Return {case: what differs} on this rank."""
     from megatron.core import parallel_state
 
     from megatron_prepo.actor import checkpoint, parallel
@@ -138,7 +138,7 @@ def load_everything(hf, megatron, scratch):
 
 
 def from_hf(config):
-    """This rank's model and the parameters that `load_hf_weights` gives it."""
+    """Return this rank's model and the parameters that `load_hf_weights` gives it."""
     from megatron_prepo.actor.model import build_model
     from megatron_prepo.models.hf_to_megatron import load_hf_weights
 
@@ -151,13 +151,13 @@ def from_hf(config):
 
 @torch.no_grad()
 def poison(model):
-    """A parameter that is not loaded, or not wholly, is then seen."""
+    """Fill the parameters with NaN, so that one that is not loaded, or only partly, is detected."""
     for parameter in model.parameters():
         parameter.fill_(float("nan"))
 
 
 def differing(model, expected):
-    """Names of this rank's parameters that are not, bit for bit, what is expected."""
+    """Return the names of this rank's parameters that are not bit-equal to the expected ones."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -166,7 +166,7 @@ def differing(model, expected):
 
 
 def oddities(model, hf):
-    """Names that the model's stream of weights has changed, lacks or has too many."""
+    """Return names that the model's stream of weights has changed, lacks or has in excess."""
     from megatron_prepo.models.megatron_to_hf import hf_weights
 
     source, streamed, changed = load_file(f"{hf}/model.safetensors"), [], []
@@ -179,7 +179,7 @@ def oddities(model, hf):
 
 @torch.no_grad()
 def spoil_padding(model):
-    """Whatever training may have written after the vocabulary's end must not be exported."""
+    """Overwrite the padding after the vocabulary's end, which must never be exported."""
     from megatron.core import parallel_state
 
     for name, parameter in model.named_parameters():
@@ -189,7 +189,7 @@ def spoil_padding(model):
 
 
 def load_by_mbridge(model, hf):
-    """mbridge's own tables and its own way to the ranks, into a model of ours.
+    """Load into one of our models by mbridge's own tables and its own distribution to the ranks.
 
     It knows TransformerEngine's names only: it is shown our parameters under those.  And it takes
     the padded vocabulary from the model that it would have built itself.
@@ -209,7 +209,7 @@ def load_by_mbridge(model, hf):
 
 
 class UnderTransformerEnginesNames:
-    """As much of a model as mbridge looks at."""
+    """The part of a model that mbridge looks at, under TransformerEngine's names."""
 
     def __init__(self, model):
         self.decoder = model.decoder
@@ -266,14 +266,14 @@ def of_ranks(results, case):
 
 @pytest.mark.parametrize(("model", "layout", "cut"), READS)
 def test_an_import_is_read_as_the_weights_of_its_source(results, model, layout, cut):
-    """Every parameter of every rank as from the Hugging Face files, bit for bit, and back."""
+    """Parameters of every rank equal those from the Hugging Face files, bit for bit, and back."""
     for found in of_ranks(results, (model, layout, cut)):
         assert found == {"parameters": [], "export": {"changed": [], "names": True}}
 
 
 @pytest.mark.parametrize(("model", "layout"), [save[:2] for save in SAVES])
 def test_what_megatron_saved_is_exported_bit_for_bit(results, hf, scratch, tmp_path, model, layout):
-    """Also with the optimizer's state beside the weights; the padding of the vocabulary stays."""
+    """The optimizer's state is stored with the weights; the padding of the vocabulary stays."""
     of_ranks(results, (model, layout, "1x1"))
     export_hf(scratch / f"{model} {layout}", tmp_path / "out", hf=hf[model])
     assert_same_tensors(hf[model], tmp_path / "out")
@@ -281,7 +281,7 @@ def test_what_megatron_saved_is_exported_bit_for_bit(results, hf, scratch, tmp_p
 
 @pytest.mark.parametrize(("model", "layout"), [save[:2] for save in SAVES if save[2]])
 def test_a_checkpoint_of_training_records_its_model(results, hf, scratch, tmp_path, model, layout):
-    """It is exported, and loaded again, as no other."""
+    """The checkpoint is exported, and loaded again, as that model only."""
     of_ranks(results, (model, layout, "1x1"))
     other = shutil.copytree(hf[model], tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
@@ -303,7 +303,8 @@ def test_export_is_the_inverse_of_import(hf, tmp_path, model, cut):
 
 @pytest.mark.parametrize("model", ["qwen3", "moe"])
 def test_a_checkpoint_has_the_keys_that_transformer_engines_layers_look_for(hf, tmp_path, model):
-    """Written on a CPU, read on a GPU: Megatron's own torch-native layers name a norm otherwise."""
+    """A checkpoint written on a CPU is read on a GPU: Megatron's torch-native layers use another
+    name for a norm."""
     import_hf(hf[model], tmp_path / "megatron")
     layers = "self_attention.linear_qkv.layer_norm_weight self_attention.linear_qkv.weight "
     layers += "self_attention.q_layernorm.weight self_attention.k_layernorm.weight "
@@ -355,6 +356,6 @@ def test_a_swap_of_two_experts_would_be_seen(hf, expected_scores):
     [(m, at) for m in MODELS for at in JUDGED if any(read[:2] == (m, at) for read in READS)],
 )
 def test_mbridge_gives_every_rank_the_same_parameters(results, model, layout):
-    """A judge that shares no line with us."""
+    """mbridge judges independently: it shares no code with us."""
     for found in of_ranks(results, (model, layout, "mbridge")):
         assert found == []

@@ -1,7 +1,7 @@
 """Two updates of the actor equal those computed in float64 on one rank, under every layout.
 
 The reference is `transformers`, autograd and `torch.optim.AdamW`, with the loss written out below.
-Each layout is run on ranks of its own, when the first test asks for it.
+Each layout is run on separate ranks, when the first test needs it.
 
 What a layout may err by is measured: the reference is computed in float32, too, and ours may be off
 by `rounding.FACTOR` times as much.
@@ -44,9 +44,9 @@ class Scenario:
     start: int = 3
     """Tokens of a prompt."""
     num_prompts: int | None = None
-    """The rollouts take turns at so many prompts; None: each has its own."""
+    """Number of prompts that the rollouts share in turn; None: each has its own."""
     routed: bool = False
-    """Whether all tokens go to experts that are drawn beforehand, those of a prompt in two ways."""
+    """Whether all tokens go to experts that are drawn in advance, in two ways for each prompt."""
     layouts: tuple[str, ...] = ()
 
 
@@ -316,9 +316,8 @@ class Batch:
 
 
 def make_batch(name, model):
-    """Old log-probabilities differ from the model's by 0.1 or 0.4: some ratios are clipped, and in
-    the first update none is near its clip.
-    """
+    """Rollouts whose old log-probabilities differ from the model's by 0.1 or 0.4: some ratios are
+    clipped, and in the first update none is near its clip."""
     scenario, batch = SCENARIOS[name], Batch()
     generator = torch.Generator().manual_seed(8)
     start, num_prompts = scenario.start, scenario.num_prompts or len(scenario.lengths)
@@ -328,7 +327,8 @@ def make_batch(name, model):
             tokens[:start] = batch.sequences[i - num_prompts].tokens[:start]
         batch.sequences.append(ScoredSequence(tuple(tokens), start))
         if scenario.routed:
-            # the first two rollouts of each prompt share its routing; the others' differ
+            # the first two rollouts of each prompt share its routing; that of the remaining ones
+            # differs
             drawn = draw_routing(generator, length - 1)
             if 0 <= i - num_prompts < num_prompts:
                 earlier = batch.sequences[i - num_prompts].routing_of_first(start - 1)
@@ -359,9 +359,8 @@ def draw_routing(generator, num_tokens):
 
 @contextmanager
 def routed_by(model, routing):
-    """Within it, transformers' routers take these experts, or without any those of their largest
-    logits, which are then added to the list.  They compute in the precision of the model.
-    """
+    """Make transformers' routers take these experts, or without any those of their largest logits,
+    which are then added to the list.  The routers compute in the precision of the model."""
     routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
     chosen_by = []
     for number, router in enumerate(routers):
@@ -408,7 +407,7 @@ def wide(tensor):
 
 
 def terms_of(model, scenario, batch, i):
-    """{metric: terms by token} of a rollout, unpadded: the paper's formula and its extra terms.
+    """Return {metric: terms by token} of a rollout, unpadded: the paper's formula and extra terms.
 
     And the logits that routers chose by.
     """
@@ -445,9 +444,9 @@ class Update:
     """Metrics, term by term: the loss is their sum, all others are their mean."""
     gradient: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
-    """After it."""
+    """Weights after the update."""
     router_logits: list[torch.Tensor]
-    """Of every rollout and layer in which a router chose by itself."""
+    """Router logits of every rollout and layer in which a router chose the experts."""
 
     def metrics(self):
         # a mean over no token is no metric
@@ -467,9 +466,8 @@ def difference(one, other):
 
 
 def reference_updates(scenario, batch, model):
-    """The weights before two updates, and the updates.  Gradients add up, and weights are changed,
-    in float32 at least, as Megatron's are.
-    """
+    """Return the weights before two updates, and the updates.  Gradients are accumulated, and
+    weights updated, in float32 at least, as in Megatron."""
     parameters = dict(model.named_parameters())
     mains = {name: wide(p.detach().clone()) for name, p in parameters.items()}
     matrices = [main for main in mains.values() if main.dim() > 1]
@@ -517,7 +515,7 @@ def reference_updates(scenario, batch, model):
 
 
 def expert_by_expert(name, tensor):
-    """As files name them: transformers holds the matrices of all experts in one tensor."""
+    """Return tensors as files name them: transformers holds all experts' matrices in one tensor."""
     if ".experts." not in name:
         return [(name, tensor)]
     prefix, kind = name.rsplit(".", 1)
@@ -636,7 +634,7 @@ def first_update(case, dtype):
 
 
 def mistaken(case, mistake):
-    """The weights after an update with a mistake in it."""
+    """Return the weights after an update that contains a mistake."""
     with case.actor() as actor:
         rollouts = case.rollouts()
         if mistake == "parts of norms are not summed":
@@ -654,7 +652,7 @@ def mistaken(case, mistake):
 
 
 def offloaded_fraction(actor):
-    """Of the numbers that this rank's optimizer updates."""
+    """Return the offloaded fraction of the numbers that this rank's optimizer updates."""
     parts = [part.optimizer for part in actor.optimizer.chained_optimizers]
     all_of_them = sum(p.numel() for o in parts for g in o.param_groups for p in g["params"])
     hosts = [o.gpu_params_map_cpu_copy for o in parts if hasattr(o, "cpu_optimizers")]
@@ -662,7 +660,8 @@ def offloaded_fraction(actor):
 
 
 def recomputed(case):
-    """How often each part of a rank's first layer computes in a backward pass, a micro-batch."""
+    """Count computations of each part of a rank's first layer in a backward pass, per
+    micro-batch."""
     with case.actor() as actor:
         layer, calls = actor.chunks[0].decoder.layers[0], Counter()
         for part in ("input_layernorm", "self_attention.core_attention", "mlp"):
@@ -676,14 +675,14 @@ def recomputed(case):
 
 
 def other_numbers_of_micro_batches(case):
-    """The gradient norms of three updates, of all rollouts, of two and of all."""
+    """Return the gradient norms of three updates: of all rollouts, of two and of all."""
     with case.actor() as actor:
         rollouts = case.rollouts()
         return [actor.update(part)["loss/grad_norm"] for part in (rollouts, rollouts[:2], rollouts)]
 
 
 def own_choice(case):
-    """What a plain actor of one rank computes, and one that replays the plain one's routing."""
+    """Return the results of a plain actor of one rank, and of one that replays its routing."""
     plain = [replace(r, sequence=replace(r.sequence, routing=None)) for r in case.rollouts()]
     results, routings = {}, None
     for name, setting in (("plain", False), ("asked", True), ("replayed", True)):
@@ -706,7 +705,7 @@ def own_choice(case):
 
 
 def recorded_choice(actor, sequences):
-    """The routing of each sequence that the actor chooses, all in one row."""
+    """Return the routing of each sequence that the actor chooses, all in one row."""
     [row] = actor.plan(sequences).ranks[0]
     chosen = []
     for router in actor.router_replay.chunks[0].routers:
@@ -725,8 +724,8 @@ def recorded_choice(actor, sequences):
 
 
 def counted(case, routings):
-    """The share of token and layers that differ, when of all tokens that have a score the last
-    layer's routing is another than the plain actor's choice."""
+    """Return the measured and the expected share of tokens and layers that differ: only the last
+    layer's routing of scored tokens is not the plain actor's choice."""
     with case.actor() as actor:
         sequences = [
             replace(sequence, routing=turned(routing, first=sequence.start - 1))
@@ -738,7 +737,8 @@ def counted(case, routings):
 
 
 def turned(routing, first):
-    """In the last layer, from token `first` on: other experts; before it, in another order."""
+    """Return the routing with other experts in the last layer from token `first` on, and in another
+    order before it."""
     experts_TLk = ROUTING.unpack(routing).copy()
     experts_TLk[:first, -1] = experts_TLk[:first, -1, ::-1]
     for experts_k in experts_TLk[first:, -1]:
@@ -747,7 +747,7 @@ def turned(routing, first):
 
 
 def auxiliary_loss(case):
-    """The gradient norms of the experts' balance, without and with; one row without padding."""
+    """Return gradient norms without and with the experts' balance; one row without padding."""
     norms = []
     for coefficient in (0.0, 10.0):
         megatron = {
@@ -763,7 +763,7 @@ def auxiliary_loss(case):
 
 
 def not_finite(case):
-    """An update with a NaN, then one without."""
+    """Make an update with a NaN, then one without."""
     with case.actor() as actor:
         rollouts = case.rollouts()
         before = exported(actor)
@@ -782,7 +782,7 @@ def not_finite(case):
 
 
 def reference_policy(case):
-    """Scores before and after updates, by the current and by the initial weights."""
+    """Return scores before and after updates, by the current and by the initial weights."""
     with case.actor() as actor:
         rollouts = case.rollouts()
         sequences = [rollout.sequence for rollout in rollouts]
@@ -799,7 +799,7 @@ def reference_policy(case):
 
 
 def saved(case, directory):
-    """The weights that a checkpoint is made of, after an update."""
+    """Save a checkpoint after an update, and return the weights in it."""
     with case.actor() as actor:
         actor.update(case.rollouts())
         actor.save(directory, step=1)
@@ -840,9 +840,8 @@ class Expected:
     dtype: torch.dtype
 
     def metric(self, name, number=0):
-        """A metric of the given update, and what it may err by: by all of its terms, if all their
-        errors have one sign, and by its own rounding to float32.
-        """
+        """Return a metric of the given update and its allowed error: that of all its terms, if all
+        their errors have one sign, and that of rounding to float32."""
         exact, errors = self.updates[number], []
         for other in (updates[number] for updates in self.imprecise):
             terms = {n: e.abs() for n, e in difference(other.terms, exact.terms).items()}
@@ -853,18 +852,19 @@ class Expected:
         return value, allowance(max(errors), abs(value), self.dtype) + rounded
 
     def errors_of_weights(self, number, weights):
-        """{tensor: error of its change, in parts of what is allowed} after the given update."""
+        """Return {tensor: error of its change, as a fraction of what is allowed} after the
+        update."""
         exact = self.updates[number].weights
         others = [updates[number].weights for updates in self.imprecise]
         return self._errors(weights, exact, others, difference(exact, self.before))
 
     def errors_of_gradient(self, gradient):
-        """The same of the first update's gradient."""
+        """Return the same for the first update's gradient."""
         exact = self.updates[0].gradient
         return self._errors(gradient, exact, [u[0].gradient for u in self.imprecise], exact)
 
     def _errors(self, ours, exact, others, sizes):
-        """A tensor may err by what any of its kind does, relative to its size."""
+        """Return the errors; a tensor may err as much as any of its kind, relative to its size."""
         assert ours.keys() == exact.keys()
         size = {name: tensor.norm().item() for name, tensor in sizes.items()}
         relative = {}
@@ -881,13 +881,13 @@ class Expected:
 
 
 def kind(name):
-    """The tensors of all layers and experts that have one name there."""
+    """Return the name that the tensors of all layers and experts of a kind share."""
     return re.sub(r"\d+", "*", name)
 
 
 @pytest.fixture(scope="module")
 def expected(directories, batches):
-    """What the reference computes of a scenario; when it is asked for first."""
+    """Return what the reference computes for a scenario; computed on first use."""
 
     @cache
     def expected(name, dtype=torch.float32):
@@ -903,7 +903,7 @@ def expected(directories, batches):
 
 @pytest.fixture(scope="module")
 def run(directories, batches):
-    """What a function of a case returns on each rank; run when it is asked for first."""
+    """Return the results of a function of a case on each rank; run on first use."""
 
     @cache
     def run(function, name, layout, *args):
@@ -920,7 +920,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_metrics_equal_the_float64_reference(run, expected, name, layout):
-    """Of both updates, on every rank; sums of a hundred terms of either sign."""
+    """Metrics of both updates, on every rank; they are sums of a hundred terms of either sign."""
     for number in range(2):
         reference = expected(name)
         names = reference.updates[number].metrics().keys()
@@ -953,7 +953,7 @@ def too_large(errors):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_hundreds_of_times_what_is_allowed(run, expected, mistake):
-    """In every tensor that it concerns, after one update."""
+    """The mistake shows in every tensor that it concerns, after one update."""
     name, layout, concerned = MISTAKES[mistake]
     errors = expected(name).errors_of_weights(0, run(mistaken, name, layout, mistake)[0])
     found = {tensor: error for tensor, error in errors.items() if concerned in tensor}
@@ -977,7 +977,7 @@ def test_bfloat16_stays_near_the_float64_reference(run, expected, layout):
 
 @pytest.mark.parametrize("layout", BFLOAT16_LAYOUTS)
 def test_bfloat16_weights_are_those_of_the_float32_optimizer(run, directories, layout):
-    """AdamW of our own gradient, in float32 from rounded weights, and rounded again.
+    """Weights equal AdamW's with our gradient, in float32 from rounded weights, rounded again.
 
     Float32 errs by some 2^-24 of a number, which moves it across the middle of two bfloat16
     numbers, 2^-7 of it apart, in a few of 2^17 cases: fewer than one in 2^12 are one number off.
@@ -1068,7 +1068,7 @@ def test_scenarios_cover_what_they_promise(expected):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
-    """Only while both decide alike can the reference judge ours."""
+    """The reference is a judge only while both make the same decisions."""
     clips = torch.tensor([1 - CLIP_LOW, 1 + CLIP_HIGH], dtype=torch.float64).log()
     reference = expected(name)
     for exact, *others in zip(reference.updates, *reference.imprecise, strict=True):
@@ -1101,7 +1101,7 @@ def test_without_advantages_no_weight_moves(run, expected):
 
 
 def test_a_loss_that_is_not_finite_is_refused_on_all_ranks_and_leaves_no_trace(run):
-    """Neither in the weights nor in the next update, under TP2 x PP2."""
+    """No trace in the weights or in the next update, under TP2 x PP2."""
     never = run(two_updates, "plain", "tp2 pp2")
     for refused, other in zip(run(not_finite, "plain", "tp2 pp2"), never, strict=True):
         assert (
@@ -1146,7 +1146,7 @@ def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(run):
 
 @pytest.mark.parametrize("layout", CHOOSING)
 def test_other_choices_are_counted_as_sets_once_a_token_and_layer(run, layout):
-    """Only the last layer is changed, on which no router's input depends."""
+    """No router's input depends on the last layer, the only one that is changed."""
     [own] = run(own_choice, "routed", "tp1 one micro-batch")
     for share, expected in run(counted, "routed", layout, own["routings"]):
         assert 0.05 < expected < 0.25

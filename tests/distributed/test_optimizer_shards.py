@@ -1,7 +1,7 @@
-"""On disk, the distributed optimizer's state is the model's, tensor by tensor, whoever wrote it.
+"""The distributed optimizer's state on disk is the model's, tensor by tensor, whoever wrote it.
 
-Moments are made a function of their weights, so that each of the three says where the others are to
-be.  Megatron's own format is the independent judge.
+Moments are made a function of their weights, so that each of the three determines where the other
+two belong.  Megatron's own format is the independent judge.
 """
 
 import math
@@ -29,7 +29,7 @@ LAYOUTS = {
     "experts tp2 sp dp2 ep2": {"tensor": 2, "sequence": True, "data": 2, "expert": 2},
 }
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-"""Gives a buffer many buckets."""
+"""Settings that give a buffer many buckets."""
 READ = [
     ("tied dp3", "tied tp2 dp2"),
     ("tied tp2 dp2", "tied pp2 x 2 cp2"),
@@ -44,7 +44,7 @@ REFUSED = {
     ("tied dp3", "tied plain"): "with optimizer.use_distributed_optimizer=true, .* without it",
 }
 MEGATRONS = ("tied dp3", "experts dp4 ep2")
-"""Where megatron-core looks its parameters up where they are: buffers of one bucket."""
+"""Layouts in which megatron-core finds its parameters at their positions: buffers of one bucket."""
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -70,7 +70,7 @@ def test_rectangles_are_the_range_once_and_in_order(part):
 
 
 class ActorOn:
-    """An actor of a layout, on the first ranks; None on the others."""
+    """An actor of a layout, on the first ranks; None on all further ranks."""
 
     def __init__(self, hf, layout):
         sections = {name: dict(section) for name, section in SECTIONS.items()}
@@ -98,7 +98,7 @@ class ActorOn:
 
 
 def parts_of(actor):
-    """All ranges of a rank, with their weights and moments."""
+    """Yield all ranges of a rank, with their weights and moments."""
     from megatron_prepo.actor import optimizer_shards
 
     for part in optimizer_shards.distributed_parts(actor.optimizer):
@@ -187,7 +187,7 @@ def results(tmp_path_factory):
 
 
 def whole(path):
-    """All tensors of a checkpoint, put together by torch."""
+    """Return all tensors of a checkpoint, put together by torch."""
     reader = dcp.FileSystemReader(path)
     tensors = {
         name: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)

@@ -1,4 +1,4 @@
-"""A dump of one rank, run again in other layouts; and numbers that are not finite, on one rank.
+"""Replays of one rank's dump in other layouts; and non-finite numbers on one rank.
 
 One start of 2 ranks goes through all of it; the tests look at its results.
 """
@@ -64,7 +64,7 @@ def config_of(hf, **sections):
 
 
 def made_up_step(actor):
-    """Candidates, and 4 groups of 2 rollouts of random tokens to learn from."""
+    """Make up candidates, and 4 groups of 2 rollouts of random tokens to learn from."""
     from megatron_prepo.prepo.advantages import group_advantages
     from megatron_prepo.rewards.pool import Grade
     from megatron_prepo.selection.base import Candidates
@@ -90,7 +90,7 @@ def made_up_step(actor):
 
 
 def update_by(learner, config, batch):
-    """The step's updates by what stands in for the actor."""
+    """Run the step's updates with what stands in for the actor."""
     from megatron_prepo.trainer.policy_update import update_policy
 
     return update_policy(
@@ -102,7 +102,7 @@ def update_by(learner, config, batch):
 
 
 def run_everything(hf, root):
-    """On each rank: what the tests look at."""
+    """Compute, on each rank, what the tests look at."""
     results = {"dumped": dump_of_one_rank(hf, root)}
     for name in LAYOUTS:
         results[name] = replayed(root, LAYOUTS[name])
@@ -141,7 +141,7 @@ def dump_of_one_rank(hf, root):
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -151,7 +151,7 @@ class Evil:
 
 
 def hostile_checkpoints(actor, good, root):
-    """What became of checkpoints that run a command when they are unpickled: (error, was it run).
+    """Return the outcome of loading checkpoints that run a command when unpickled: (error, ran).
 
     One has it in place of the table of tensors, one in place of an object, where Megatron's own
     `load` does run it.
@@ -195,7 +195,7 @@ def hostile_checkpoints(actor, good, root):
 
 
 def put_in_place_of_an_object(directory, evil):
-    """Of `thing`: its place in the table becomes that of other bytes."""
+    """Make the table's entry for `thing` refer to other bytes."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     # megatron-core 0.19 saves what all ranks have in common as an object, too
     ((index, place),) = (
@@ -211,7 +211,7 @@ def put_in_place_of_an_object(directory, evil):
 
 
 def replayed(root, overrides, mutate=None):
-    """The comparison's differing rows and largest errors; None on a rank that is not needed."""
+    """Return the comparison's differing rows and largest errors; None on an unused rank."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.debug.dump import read
@@ -238,7 +238,7 @@ def replayed(root, overrides, mutate=None):
 
 
 def scale_one_shard(actor, backward):
-    """Rank 1's rows of one matrix are 1 % too large."""
+    """Make rank 1's rows of one matrix 1 % too large."""
     gradient = backward()
     if torch.distributed.get_rank() == 1:
         actor.chunks[0].decoder.layers[2].mlp.linear_fc2.weight.main_grad.mul_(1.01)
@@ -246,14 +246,15 @@ def scale_one_shard(actor, backward):
 
 
 def forget_the_norms(actor, backward):
-    """Sequence parallelism without the sum over ranks of what each saw of the sequence."""
+    """Skip sequence parallelism's sum over ranks of the gradients of norms."""
     for parameter in actor.chunks[0].parameters():
         parameter.sequence_parallel = False
     return backward()
 
 
 def poisoned(hf, root, sections, what):
-    """A good update, a NaN on rank 1 alone, a good one, NaN after NaN; the good ones without."""
+    """Make a good update, a NaN on rank 1 alone, a good one, then NaN after NaN; and, for
+    comparison, the good ones without."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.trainer.guarded_update import UpdateGuard
@@ -295,7 +296,7 @@ def poisoned(hf, root, sections, what):
 
 
 class poisoned_rank:
-    """On rank 1: a NaN in an activation, or in a gradient after all reductions."""
+    """Context in which rank 1 has a NaN in an activation, or in a gradient after all reductions."""
 
     def __init__(self, actor, what):
         self.actor, self.what = actor, what
@@ -328,7 +329,7 @@ def with_a_nan(module, inputs, output):
 
 
 def state_of(actor):
-    """All that an update changes, of this rank: weights, moments, schedule, version."""
+    """Return all state of this rank that an update changes: weights, moments, schedule, version."""
     tensors = [p.detach() for p in actor.chunks[0].parameters()]
     tensors += [
         value
@@ -370,7 +371,7 @@ def test_a_hostile_checkpoint_is_refused_and_not_executed(results):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_replay_agrees_with_the_dump_in_any_layout(results, layout):
-    """By the command's own tolerance, which mistakes exceed a thousandfold."""
+    """Agreement is within the command's own tolerance, which mistakes exceed a thousandfold."""
     replay = results[0][layout]
     assert replay["differing"] == []
     assert len(replay["tensors"]) == 2 * 50 and len(replay["numbers"]) == 2 + 2 * 2

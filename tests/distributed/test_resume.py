@@ -1,7 +1,7 @@
-"""An actor that is saved and read again goes on as the one that was never saved.
+"""An actor that is saved and loaded again continues exactly as one that was never saved.
 
-Under the layout that wrote it bit for bit, under another up to rounding.  One start of 2 ranks goes
-through everything that needs a job; the tests look at its results.
+It is equal bit for bit under the layout that wrote it, and up to rounding under another.  One start
+of 2 ranks goes through everything that needs a job; the tests look at its results.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ SECTIONS = {
 
 
 class ActorOn:
-    """An actor under a layout, on the first ranks; None on the others."""
+    """An actor under a layout, on the first ranks; None on all further ranks."""
 
     def __init__(self, hf, layout):
         sections = {name: dict(section) for name, section in SECTIONS.items()}
@@ -146,7 +146,7 @@ def batch():
 
 
 def state_of(actor):
-    """Weights, and the metrics of the last update: what is compared."""
+    """Return weights, and the metrics of the last update: what is compared."""
     return {name: tensor.clone() for name, tensor in actor.hf_weights()}
 
 
@@ -184,7 +184,7 @@ def run_everything(hf, scratch):
 
 
 def from_the_start(hf, layout, scratch):
-    """Metrics of the first updates, without and with a checkpoint before them."""
+    """Return metrics of the first updates, without and with a checkpoint before them."""
     metrics = []
     for reads in (False, True):
         with ActorOn(hf, layout) as actor:
@@ -199,7 +199,7 @@ def from_the_start(hf, layout, scratch):
 
 
 def disk_full(hf, scratch):
-    """A save that runs out of space, then one that does not; a limit on file sizes stands in."""
+    """Run a save that runs out of space, then one that does not; a file-size limit stands in."""
     from megatron_prepo.actor import checkpoint, manifest
 
     with ActorOn(hf, "tp1") as actor:
@@ -222,13 +222,13 @@ def disk_full(hf, scratch):
             "left": list(checkpoint.by_step(directory)),
             "newest": checkpoint.newest(directory) == whole and manifest.problem(whole),
         }
-        os.fork = None  # a fork whose rank is killed may wait for ever
+        os.fork = None  # a fork whose rank is killed may wait forever
         result["later"] = manifest.problem(actor.save(directory, step=3))
         return result
 
 
 def saved_meanwhile(tree, actor, fresh, first):
-    """A step while the one before is written; what a run that is killed then goes on from."""
+    """Make a step while the previous one is written; return what a killed run then resumes from."""
     from megatron_prepo.actor import parallel
 
     tree["checkpoint"]["asynchronous"] = True
@@ -250,7 +250,7 @@ def saved_meanwhile(tree, actor, fresh, first):
                 checkpoints.save()
         torch.distributed.barrier()
         states = parallel.from_rank_zero([line.exists() for line in lines])
-        # at a kill the threads are gone: what is there now is what there will be
+        # a kill ends the threads: the files that exist now are those that remain
         then, run_then, _ = fresh()
         then.restore()
         before = (states, run_then.num_steps, actor.updates)
@@ -264,7 +264,7 @@ def saved_meanwhile(tree, actor, fresh, first):
 
 
 class ParameterCounts:
-    """Threads that write wait, on this rank if so, until they are let go."""
+    """Threads that write wait until they are released, on this rank only if requested."""
 
     def __init__(self, here=True):
         self.here, self.go = here, threading.Event()
@@ -289,7 +289,8 @@ class ParameterCounts:
 
 
 def in_the_background(hf, scratch):
-    """Of a state that changes meanwhile; with a rank that is late; with one whose disk is full."""
+    """Save in the background while the state changes; with a rank that is late; with one whose disk
+    is full."""
     from megatron_prepo.actor import checkpoint, manifest, parallel
 
     result, parallel.SIGN_OF_LIFE_SECONDS = {}, 0.05
@@ -326,13 +327,14 @@ def in_the_background(hf, scratch):
 
 
 def sums_of(path):
-    """Of a checkpoint's files but one, which holds a random number and its own path."""
+    """Return the digests of a checkpoint's files except one, which holds a random number and its
+    own path."""
     files = json.loads((path / "manifest.json").read_text())["files"]
     return {name: entry for name, entry in files.items() if name != ".metadata"}
 
 
 def error_of(call):
-    """What is raised by a call to write."""
+    """Return the error that a call to write raises."""
     try:
         call()
     except OSError as error:
@@ -340,7 +342,7 @@ def error_of(call):
 
 
 def manifests(hf, scratch):
-    """What is said of a checkpoint after each kind of damage."""
+    """Return the reports on a checkpoint after each kind of damage."""
     from megatron_prepo.actor import manifest
 
     with ActorOn(hf, "tp2") as actor:
@@ -380,8 +382,8 @@ def manifests(hf, scratch):
 
 
 def of_another_run(fresh):
-    """What a run with another identity restores: with rollouts of its own, and without; then one
-    whose checkpoints note none, as an older version's."""
+    """Return what a run with another identity restores: with its own rollouts, and without; then
+    one whose checkpoints note none, as an older version's."""
     result = []
     for has_lines in (False, True):
         checkpoints, run, said = fresh("b2")
@@ -398,7 +400,7 @@ def of_another_run(fresh):
 
 
 def lost_directory(actor, fresh):
-    """A run whose directory is lost before a checkpoint is written, and before it has its name."""
+    """Lose a run's directory before a checkpoint is written, and before it has its name."""
     found = []
     for looks in (0, 1):
         checkpoints, run, _ = fresh()
@@ -417,14 +419,14 @@ def lost_directory(actor, fresh):
 
 
 def checkpoint_names(checkpoints):
-    """Of those that have their names."""
+    """Return the names of the complete checkpoints."""
     from megatron_prepo.actor import checkpoint
 
     return list(checkpoint.by_step(checkpoints.directory))
 
 
 class Part:
-    """Something that remembers, and the run."""
+    """Something with state, and the run."""
 
     def __init__(self, identity):
         self.num_steps, self.cut_to = 0, None
@@ -449,7 +451,7 @@ class Part:
 
 
 def run_checkpoints(hf, run_directory):
-    """A run of 6 steps that keeps few checkpoints, and what is restored after damage to them."""
+    """Run 6 steps that keep few checkpoints, and return what is restored after damage to them."""
     from megatron_prepo.actor import checkpoint, parallel
     from megatron_prepo.config import from_tree, to_tree
     from megatron_prepo.rollout.engine import EngineError
@@ -538,7 +540,7 @@ def test_the_same_layout_goes_on_bit_for_bit(results, layout):
 
 
 def test_updates_move_the_weights(results):
-    """Otherwise nothing above is shown."""
+    """Weights must move, or nothing above is shown."""
     norms = [metrics["loss/grad_norm"] for metrics in results[0][1]["tp1"]["metrics"]]
     rates = [metrics["loss/learning_rate"] for metrics in results[0][1]["tp1"]["metrics"]]
     assert norms[0] != norms[1] and min(norms) > 0.01 and rates[0] != rates[1]
@@ -546,9 +548,8 @@ def test_updates_move_the_weights(results):
 
 @pytest.mark.parametrize(("source", "target"), RESHARDED)
 def test_another_layout_goes_on_up_to_rounding(results, source, target):
-    """Further from the run that was not interrupted than uninterrupted runs of other layouts are
-    from each other, it is not, but for a factor.
-    """
+    """The resumed run is no further from the uninterrupted run, up to a factor, than uninterrupted
+    runs of other layouts are from each other."""
     uninterrupted = results[0][1]
     dtype = torch.bfloat16 if "bf16" in source else torch.float32
     alike = [run for name, run in uninterrupted.items() if ("bf16" in name) == ("bf16" in source)]
@@ -572,14 +573,14 @@ def test_another_layout_goes_on_up_to_rounding(results, source, target):
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2 distributed", "cp2", "dp2 bf16 distributed"])
 def test_replicas_share_out_what_both_hold(results, layout):
-    """Each writes a file, and none much more than its half."""
+    """Each replica writes a file, and none much more than half."""
     one, other = results[0][0]["bytes", layout]
     assert 0.4 < one / (one + other) < 0.6
 
 
 @pytest.mark.parametrize(("source", "target"), SAME_NUMBERS)
 def test_an_offloaded_optimizer_is_the_other_bit_for_bit(results, source, target):
-    """Each goes on from the checkpoint of the other as that one does."""
+    """Each resumes from the checkpoint of the other exactly as the other does."""
     for resumed, uninterrupted in results:
         one, other = resumed[source, target], uninterrupted[source]
         assert one["metrics"] == other["metrics"]
@@ -616,7 +617,7 @@ def test_what_keeps_one_rank_from_writing_is_raised_on_all(results):
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(results):
-    """And the rollouts since then, which are dropped when it is whole."""
+    """Rollouts since then remain as well; they are dropped when the checkpoint is complete."""
     for resumed, _ in results:
         updates, killed, finished = resumed["checkpoints"]["asynchronous"]
         assert updates == [7, 8]

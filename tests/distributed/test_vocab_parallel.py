@@ -1,4 +1,4 @@
-"""A sharded output head equals the whole one, over gloo: values, gradients, and what it costs.
+"""A sharded output head equals the complete one, over gloo: values, gradients and communication.
 
 One start of 4 ranks computes all cases; the tests look at its results.
 """
@@ -35,7 +35,8 @@ CASES = {
 
 
 def problem(name: str):
-    """Whole head, hidden states, targets, temperatures and the gradients of both outputs."""
+    """Return the complete head, hidden states, targets, temperatures and gradients of both
+    outputs."""
     ranks, rows, vocab_size = CASES[name]
     generator = torch.Generator().manual_seed(0)
     randn = {"generator": generator, "dtype": torch.float64}
@@ -53,7 +54,7 @@ def problem(name: str):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what goes through torch's process groups, by whichever function it was asked for."""
+    """Count all traffic through torch's process groups, whichever function requested it."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +67,7 @@ class Collectives(TorchDispatchMode):
 
 
 def compute_all():
-    """On each rank: {(case, type): results of the ranks that are in it}."""
+    """Return, on each rank, {(case, type): results of the ranks that take part}."""
     join(4)
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (1, 2, 4)}
     return {
@@ -105,7 +106,7 @@ def compute(name, dtype, group):
 
 
 def compute_loss(hidden_TH, weight_VH, targets_T, grads_2T, settings):
-    """The same gradients, of a loss that is known in forward."""
+    """Compute the same gradients by a loss that is known in the forward pass."""
     a_R, b_R = grads_2T[:, targets_T != IGNORE]
     seen = []
 
@@ -127,7 +128,7 @@ def compute_loss(hidden_TH, weight_VH, targets_T, grads_2T, settings):
 
 
 def full_softmax(name, hidden_TH, whole_VH, temperature_T, grads_2T):
-    """One rank, autograd; impossible words are left out, so that no gradient is NaN.
+    """Compute it on one rank with autograd, without impossible words, so that no gradient is NaN.
 
     Returns log-probabilities, entropies, and the gradients of hidden states and head.
     """
@@ -150,7 +151,7 @@ def full_softmax(name, hidden_TH, whole_VH, temperature_T, grads_2T):
 
 @pytest.fixture(scope="module")
 def results():
-    """{(case, type): [result of each of its ranks]}"""
+    """Return {(case, type): [result of each of its ranks]}."""
     on_each_rank = on_ranks(4, compute_all)
     return {
         (name, dtype): [rank[name, dtype] for rank in on_each_rank[:ranks]]
@@ -162,7 +163,7 @@ def results():
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_equals_the_full_softmax(results, name, dtype):
-    """The gradient of the hidden states is by contract a part on each rank: their sum is it."""
+    """Gradients of hidden states are partial on each rank, by contract: their sum is compared."""
     ranks = results[name, dtype]
     if name.endswith("-inf"):  # 0 * -inf: the hidden gradient is not defined on the rank of -inf
         assert ranks[1]["grad_hidden_TH"].isnan().any()
@@ -200,7 +201,7 @@ def test_all_ranks_have_the_same_values_bit_for_bit(results, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_all_gather_forward_and_nothing_backward(results, name):
-    """However many chunks; one rank alone says nothing at all."""
+    """The number of chunks does not matter; one rank alone communicates nothing."""
     ranks, _, _ = CASES[name]
     assert NUM_TOKENS > 2 * CHUNK
     for rank in results[name, torch.float32]:
@@ -214,7 +215,7 @@ def test_one_all_gather_forward_and_nothing_backward(results, name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_known_gradients_are_the_recomputed_ones_bit_for_bit(results, name, dtype):
-    """On each rank: every token has a gradient here, so that the chunks are the same."""
+    """Every token has a gradient here, so that the chunks are the same on each rank."""
     for rank in results[name, dtype]:
         ours, recomputed = rank["loss"]["grads"], (rank["grad_hidden_TH"], rank["grad_weight_VH"])
         if not ours[0].isnan().any():  # as above: not defined on the rank of -inf

@@ -24,17 +24,17 @@ SHORT = [
 
 
 def train(directory: Path, *overrides: str) -> int:
-    """`megatron-prepo train examples/laptop/prepo.yaml ...`; returns the exit code."""
+    """Run `megatron-prepo train examples/laptop/prepo.yaml ...`; return the exit code."""
     config = str(LAPTOP / "prepo.yaml")
     return main(["train", config, f"run.dir={directory}", *FILES, *overrides])
 
 
 def metrics(directory: Path) -> list[dict]:
-    """The steps of a run."""
+    """Return the steps of a run."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def summary(directory: Path) -> dict:
-    """The result of a run."""
+    """Return the result of a run."""
     return json.loads((directory / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""`python -m megatron_prepo.launch`, by the interpreter that has NeMo-Run."""
+"""Run `python -m megatron_prepo.launch` by the interpreter that has NeMo-Run."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ NEEDED = pytest.mark.skipif(
 
 
 def python(*words: str, home: Path, given: str = "", **variables: str):
-    # the ranks run where torch is: in this environment, which has no NeMo-Run
+    # the ranks run in this environment, which has torch but no NeMo-Run
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         [PYTHON, *words],
@@ -42,6 +42,6 @@ def launch(*words: str, home: Path, **variables: str) -> subprocess.CompletedPro
 
 @functools.cache
 def has(package: str) -> bool:
-    """Whether the launching interpreter has it."""
+    """Return whether the launching interpreter has the package."""
     code = f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)"
     return not subprocess.run([PYTHON, "-c", code], timeout=60).returncode

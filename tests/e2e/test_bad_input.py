@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence that names the culprit, exit code 2, nothing started."""
+"""User errors: a one-line message that names the cause, exit code 2, nothing started."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_missing_megatron_checkpoint(capsys, tmp_path):
 
 
 def test_a_checkpoint_of_another_model(capsys, tmp_path):
-    """Theta shows in no shape: such a run would train, and end with exit code 0."""
+    """Theta shows in no shape: such a run would train, and exit with code 0."""
     import_hf(LAPTOP / "base", tmp_path / "megatron")
     capsys.readouterr()  # its progress
     model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_tokenizer(capsys, tmp_path):
     ],
 )
 def test_weights_that_are_not_those_of_config_json(capsys, tmp_path, changes, expected):
-    """Found by their headers, before a rank reads them."""
+    """The mismatch is found by the files' headers, before a rank reads them."""
     model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
@@ -146,7 +146,7 @@ def test_a_generation_that_cannot_be(capsys, tmp_path, content, expected):
 
 
 def test_a_link_to_nothing_in_the_model(capsys, tmp_path):
-    """It would be missed at the end only, when the model is exported."""
+    """The missing file would otherwise be noticed only at the end, when the model is exported."""
     model = shutil.copytree(LAPTOP / "base", tmp_path / "model")
     (model / "README.md").symlink_to(tmp_path / "absent")
     assert_refused(capsys, tmp_path, ["README.md is a link to"], f"model.hf={model}")

@@ -1,4 +1,4 @@
-"""`megatron-prepo compare` on the laptop task at a reduced size, interrupted and gone on with."""
+"""`megatron-prepo compare` on the laptop task at a reduced size, interrupted and resumed."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_interrupted_and_gone_on_with(tmp_path):
             arguments = Path(f"/proc/{pid}/cmdline").read_text()
         except OSError:
             continue
-        assert str(directory) not in arguments, f"left behind: {arguments}"
+        assert str(directory) not in arguments, f"still running: {arguments}"
 
     assert start(directory).wait() == 0, (tmp_path / "compare.log").read_text()
     assert len(finished(directory)) == 4
@@ -59,7 +59,7 @@ def test_interrupted_and_gone_on_with(tmp_path):
         assert [e["rollouts"] for e in record["evaluations"]] == [0, 32, 64]
         assert record["steps"]["rollout/paid"] == [32, 64]
         assert len(json.dumps(record)) < 12_000
-    # the same seed meets the same evaluation: equal before any training, whatever the arm
+    # both arms of a seed have the same evaluation: equal before any training
     before = [record["evaluations"][0]["pass_rate"] for record in records]
     assert before[0] == before[2] and before[1] == before[3]
 

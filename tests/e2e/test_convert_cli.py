@@ -1,4 +1,4 @@
-"""`python -m checkpoints_convert` as a user meets it: what works, what is refused, what is left."""
+"""`python -m checkpoints_convert` as a user sees it: what works, what is refused, what remains."""
 
 import errno
 import hashlib
@@ -40,7 +40,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoints(models, tmp_path_factory):
-    """What `import` makes of them; not to be changed."""
+    """Checkpoints that `import` makes of them; not to be changed."""
     root = tmp_path_factory.mktemp("megatron")
     for name, hf in models.items():
         convert.import_hf(hf, root / name)
@@ -49,7 +49,7 @@ def checkpoints(models, tmp_path_factory):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
+    """Run a command in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["checkpoints_convert", *map(str, arguments)])
@@ -62,7 +62,7 @@ def cli(monkeypatch, capsys):
 
 
 def command(*arguments):
-    """The same in a process of its own."""
+    """Run a command in a separate process; the same result."""
     return subprocess.run(
         [sys.executable, "-m", "checkpoints_convert", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -73,7 +73,7 @@ def command(*arguments):
 
 
 def assert_refused(result, *said):
-    """Exit code 2 and one line for the user, after a progress bar at most."""
+    """Assert exit code 2 and one line for the user, after a progress bar at most."""
     code, _, err = result
     assert code == 2, err
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
@@ -84,7 +84,7 @@ def assert_refused(result, *said):
 
 
 def copy_of(hf, directory, *, config=None, tensors=None):
-    """A model with other settings in config.json, and with `tensors(dict)` done to its weights."""
+    """Copy a model, with changes to config.json and `tensors(dict)` applied to its weights."""
     shutil.copytree(hf, directory)
     if config:
         path = directory / "config.json"
@@ -115,7 +115,7 @@ def files_below(directory):
 
 
 def test_import_verify_and_export_in_processes_of_their_own(models, tmp_path):
-    """The README's three commands; the export is the source, weights and other files."""
+    """The README's three commands run; the export equals the source, weights and other files."""
     hf, megatron, out = models["qwen2"], tmp_path / "megatron", tmp_path / "out"
 
     imported = command("import", "--hf", hf, "--out", megatron, "--tp", 2, "--pp", 2)
@@ -178,7 +178,7 @@ def test_layers_that_stages_do_not_divide_are_cut_unevenly(cli, tmp_path, stages
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_with_an_exported_model(cli, models, tmp_path, name):
-    """Through a checkpoint that is cut by layers and ranks."""
+    """The export went through a checkpoint that is split by layers and ranks."""
     megatron, out = tmp_path / "megatron", tmp_path / "out"
     assert cli("import", "--hf", models[name], "--out", megatron, "--tp", 2, "--pp", 2)[0] == 0
     assert cli("export", "--megatron", megatron, "--out", out)[0] == 0
@@ -208,7 +208,8 @@ def test_inspect_lists_every_tensor_of_either_format(cli, models, checkpoints):
 
 @pytest.mark.parametrize("name", ["qwen3", "moe"])
 def test_the_size_on_disk_is_that_of_the_weights_however_they_are_cut(cli, models, tmp_path, name):
-    """A chunk is stored without what it was cut from: beside the weights, only its own header."""
+    """A chunk is stored without the tensor it was cut from: in addition to the weights there is
+    only its header."""
     size = sum(file.stat().st_size for file in models[name].glob("*.safetensors"))
     beside = {}
     for tp in (1, 2):
@@ -247,14 +248,15 @@ def test_export_to_another_type_and_back(cli, models, checkpoints, tmp_path):
 
 
 def test_config_json_of_an_export_names_the_type_of_its_tensors(cli, checkpoints, tmp_path):
-    """transformers and the engines load as config.json says."""
+    """transformers and the engines load the type that config.json names."""
     out = tmp_path / "out"
     cli("export", "--megatron", checkpoints["qwen2"], "--out", out, "--dtype", "bfloat16")
     assert AutoModelForCausalLM.from_pretrained(out).dtype is torch.bfloat16
 
 
 def test_an_export_without_a_type_is_described_by_its_tensors(cli, models, checkpoints, tmp_path):
-    """Whatever the folder says that lends its configuration: a bfloat16, quantised base, say."""
+    """The described type does not depend on the directory that lends its configuration, such as a
+    bfloat16, quantised base."""
     base = copy_of(
         models["qwen2"],
         tmp_path / "base",
@@ -272,7 +274,7 @@ def test_an_export_without_a_type_is_described_by_its_tensors(cli, models, check
 
 
 def test_an_import_describes_its_tensors(cli, models, tmp_path):
-    """A float32 model whose config.json says bfloat16."""
+    """The model is in float32, but its config.json names bfloat16."""
     hf = copy_of(models["qwen2"], tmp_path / "hf", config={"dtype": "bfloat16"})
     assert cli("import", "--hf", hf, "--out", tmp_path / "m")[0] == 0
     assert json.loads((tmp_path / "m" / "hf" / "config.json").read_text())["dtype"] == "float32"
@@ -295,7 +297,7 @@ def test_types_that_differ_between_kinds_of_tensors_are_kept(cli, models, tmp_pa
     "name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
 )
 def test_a_type_that_megatron_cannot_keep_is_refused_or_kept(cli, models, tmp_path, name):
-    """In a Megatron checkpoint q, k and v are one tensor, and so are a parameter's layers."""
+    """Megatron checkpoints hold q, k and v in one tensor, and all layers of a parameter too."""
 
     def one_other(weights):
         for other in weights:
@@ -374,7 +376,7 @@ def test_verify_notices_another_setting_than_the_checkpoint_was_made_with(
 def test_verify_notices_a_rope_scaling_that_the_actor_would_lose(
     cli, models, checkpoints, monkeypatch
 ):
-    """By the logits at 2,048 positions alone."""
+    """The loss shows only in the logits at 2,048 positions."""
     from megatron_prepo.actor import model
 
     def without(hf):
@@ -457,21 +459,21 @@ def set_shape(name, *shape):
 
 
 def uneven_gate(weights):
-    """Together of the right shape."""
+    """Make gate and up uneven; together they have the right shape."""
     prefix = "model.layers.0.mlp."
     weights[prefix + "gate_proj.weight"] = torch.zeros(40, 32)
     weights[prefix + "up_proj.weight"] = torch.zeros(56, 32)
 
 
 def heads_moved_from_q_to_k(weights):
-    """Together of the right shape."""
+    """Move heads from q to k; together they have the right shape."""
     prefix = "model.layers.0.self_attn."
     weights[prefix + "q_proj.weight"] = torch.zeros(24, 32)
     weights[prefix + "k_proj.weight"] = torch.zeros(48, 32)
 
 
 BAD_MODELS = {
-    # name: (changes to config.json, what is done to the tensors, what the line says)
+    # name: (changes to config.json, change to the tensors, the error message)
     "unsupported type": ({"model_type": "gpt2"}, None, ["gpt2", "config.json"]),
     "no type": ({"model_type": None}, None, ["config.json"]),
     "unsupported rope": (
@@ -580,7 +582,7 @@ def test_an_output_that_holds_something_is_left_alone(cli, models, checkpoints, 
 def test_an_output_is_named_as_in_a_shell(
     cli, models, checkpoints, tmp_path, monkeypatch, what, out
 ):
-    """Relative, the empty directory that one is in, with a slash at the end, below a new one."""
+    """Paths: relative, the current directory (empty), with a slash at the end, below a new one."""
     source = {
         "import": ("--hf", models["qwen3"]),
         "export": ("--megatron", checkpoints["qwen3"]),
@@ -600,7 +602,7 @@ def without(directory, *names):
 
 
 BAD_CHECKPOINTS = {
-    # what is done to a copy, what the line says
+    # change to a copy, the error message
     "nothing there": (shutil.rmtree, ["megatron"]),
     "no tracker": (
         lambda d: without(d, "latest_checkpointed_iteration.txt"),
@@ -670,7 +672,7 @@ OTHER_MODELS = {
 def test_a_checkpoint_is_exported_as_the_model_that_it_records(
     cli, models, checkpoints, tmp_path, name, record
 ):
-    """By the record in common.pt; without it by the configuration that came with it."""
+    """The record in common.pt decides; without it, the configuration stored with the checkpoint."""
     model, changes, said = OTHER_MODELS[name]
     megatron = checkpoints[model]
     if record == "files":
@@ -692,7 +694,7 @@ def tokenizer_of(directory, tokens):
 
 
 def test_a_tokenizer_whose_numbers_mean_other_tokens_is_refused(cli, models, tmp_path):
-    """More tokens are no other meaning: many models have rows to spare."""
+    """Additional tokens are no conflict: many models have rows to spare."""
     hf, megatron = copy_of(models["qwen3"], tmp_path / "hf"), tmp_path / "megatron"
     tokenizer_of(hf, "abc")
     assert cli("import", "--hf", hf, "--out", megatron)[0] == 0
@@ -704,7 +706,7 @@ def test_a_tokenizer_whose_numbers_mean_other_tokens_is_refused(cli, models, tmp
 
 
 def test_a_width_of_experts_that_does_not_divide_is_refused(cli, tmp_path):
-    """Of the dense layers, which there are not, the width would."""
+    """The width of the dense layers would divide, but the model has none."""
     config = tiny_models.qwen3_moe().config
     config.moe_intermediate_size = 18
     tiny_models.save(tiny_models.randomized(Qwen3MoeForCausalLM(config)), tmp_path / "hf")
@@ -714,7 +716,7 @@ def test_a_width_of_experts_that_does_not_divide_is_refused(cli, tmp_path):
 
 
 def test_verify_refuses_a_model_of_other_shapes(cli, models, tmp_path):
-    """As import does; here without a checkpoint."""
+    """verify refuses it as import does; here without a checkpoint."""
     for problem in ("matrix of another shape", "rows that are no heads", "missing tensor"):
         config, tensors, said = BAD_MODELS[problem]
         hf = copy_of(models["qwen3"], tmp_path / problem, config=config, tensors=tensors)
@@ -741,7 +743,7 @@ def interrupted(*_, **__):
 
 
 def failing_after(function, calls, failure):
-    """A method that works so many times."""
+    """Return a method that works this many times, then fails."""
     done = []
 
     def method(*arguments, **named):
@@ -761,7 +763,7 @@ EXPORT_FAILURES += [(hf_files, "carry_over", 0), (ownership, "rename_tree", 0)]
 def test_a_full_disk_leaves_nothing(
     cli, models, checkpoints, tmp_path, monkeypatch, place, name, calls
 ):
-    """Neither a directory that looks whole nor the beginnings of one; the next try succeeds."""
+    """No directory remains, neither complete in appearance nor partial; the next try succeeds."""
     arguments = ("import", "--hf", models["qwen3"])
     if (place, name, calls) in EXPORT_FAILURES:
         arguments = ("export", "--megatron", checkpoints["qwen3"])
@@ -787,7 +789,7 @@ def test_an_interruption_leaves_nothing(
 
 
 def test_remains_of_a_killed_conversion_do_not_get_into_the_next(cli, models, tmp_path):
-    """A process that was killed could not clean up."""
+    """A killed process could not clean up."""
     left = tmp_path / "out.partial" / "release"
     ownership.create(left.parent, ownership.UNFINISHED)
     left.mkdir()

@@ -33,7 +33,8 @@ def run(tmp_path_factory):
 
 
 def test_a_dump_is_replayed_in_another_layout(run, capfd):
-    """TP2 and other micro-batches; without gradients in the dump, one rank makes them first."""
+    """The dump is replayed at TP2 with other micro-batches; it has no gradients, so one rank
+    computes them first."""
     dump = run / "dumps" / "step_0001"
     bare = shutil.copytree(dump, run.parent / "bare")
     about = json.loads((bare / "step.json").read_text())
@@ -82,7 +83,7 @@ def test_the_table_of_a_dump_is_that_of_the_ledger(run):
     for group in of_dump:
         other = of_run[group.prompt_id]
         assert (group.ppl, group.prompt) == (other.ppl, other.prompt)
-        assert group.rank == other.rank + 16  # the window is at the end, behind 16 of 24
+        assert group.rank == other.rank + 16  # the window is at the end, after 16 of 24
         for line, same in zip(group.rollouts, other.rollouts, strict=True):
             assert (line.reward, line.length) == (same.reward, same.length)
             for name in ("advantage", "weight", "entropy"):
@@ -131,7 +132,7 @@ def test_ranks_that_we_start_listen_on_loopback_only(tmp_path):
 
 
 def test_rollouts_without_updates(tmp_path):
-    """Weights stay, and what was rolled out is in the ledger with its entropies and weights."""
+    """Weights stay, and the rollouts are in the ledger with their entropies and weights."""
     directory = tmp_path / "run"
     assert train(directory, *SHORT, "parallel.tensor=1", "debug.mode=rollout") == 0
     ledger = pandas.read_json(directory / "ledger.jsonl", lines=True)

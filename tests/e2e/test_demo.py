@@ -1,4 +1,4 @@
-"""The demo at a reduced size: it converts, learns, exports, and `transformers` agrees."""
+"""The demo at a reduced size: it converts, learns and exports, and `transformers` agrees."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 def test_it_learns(demo):
-    """Zero learning rate gives a gain of exactly 0, random weights a pass rate of 0."""
+    """The gain is exactly 0 with a zero learning rate, and the pass rate 0 with random weights."""
     result = summary(demo)
     assert result["held_out_prompts"] >= 200
     assert result["pass_rate_before"] == pytest.approx(0.42, abs=0.05)

@@ -41,7 +41,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_its_export_and_its_checkpoint_are_the_same_model(run, tmp_path, capsys):
-    """And avg@k is what the run itself measured, by the same seeds."""
+    """avg@k equals what the run itself measured with the same seeds."""
     words = ["--model", f"run={run}", "--model", f"hf={run / 'hf'}"]
     words += ["--model", f"base={LAPTOP / 'base'}"]
     assert evaluate(tmp_path, *words) == 0
@@ -76,7 +76,7 @@ def whole(tmp_path_factory):
 
 
 def test_an_evaluation_that_was_cut_off_goes_on_where_it_was(whole, tmp_path):
-    """Cut in the middle of a prompt's samples, in the middle of a line."""
+    """The evaluation is cut off in the middle of a prompt's samples, in the middle of a line."""
     path = Path("completions") / "base" / "held_out.jsonl"
     lines = (whole / path).read_text().splitlines(keepends=True)
     assert len(lines) == 12 * 4
@@ -157,7 +157,8 @@ def test_a_hugging_face_directory_needs_no_megatron(tmp_path):
 
 
 def test_sglang_servers_get_the_files_tensors_and_their_answers_are_kept(tmp_path):
-    """A fake server: every tensor of the files arrives, and each prompt is asked for four times."""
+    """Every tensor of the files arrives at a fake server, and each prompt is requested four
+    times."""
     hf, out = tmp_path / "hf", tmp_path / "out"
     model = tiny_models.qwen3(tied=True)
     tiny_models.save(model, hf)

@@ -1,5 +1,5 @@
-"""NeMo-Run itself: what it would submit for every recipe, and runs on this machine and on a Slurm
-that is played there.  Skipped where it is not installed."""
+"""NeMo-Run itself: what it would submit for every recipe, and runs on this machine and on a
+simulated Slurm.  Skipped where NeMo-Run is not installed."""
 
 import json
 import re
@@ -60,7 +60,7 @@ CASES = {name: [name, *SLURM, SGLANG] for name in recipes.recipes()} | {
 
 @pytest.fixture(scope="module")
 def dry_runs(tmp_path_factory) -> dict[str, str]:
-    """What each of CASES printed; one process, since NeMo-Run takes seconds to import."""
+    """Output of each of CASES; one process, since NeMo-Run takes seconds to import."""
     home = tmp_path_factory.mktemp("nemo_run")
     done = python("-c", DRY_RUNS, home=home, given=json.dumps(list(CASES.values())))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -77,7 +77,7 @@ def flags(script: str) -> dict[str, str]:
 
 
 def steps(script: str) -> list[list[str]]:
-    """The words of each `srun`, as the shell splits them."""
+    """Return the words of each `srun`, as the shell splits them."""
     lines = [line for line in script.splitlines() if line.startswith("srun --output")]
     return [shlex.split(line.partition(" & pids")[0]) for line in lines]
 
@@ -97,7 +97,7 @@ def test_a_recipe_asks_slurm_for_what_its_layout_needs(name, dry_runs):
     training = steps(script)[-1]
     assert {f"--nodes={job.nodes}", f"--ntasks={job.ranks}", "--relative=0"} <= set(training)
     assert training[training.index("-m") + 1 :] == job.rank_words()
-    assert len(steps(script)) == (2 if job.nodes > 1 else 1), "servers beside ranks of many nodes"
+    assert len(steps(script)) == (2 if job.nodes > 1 else 1), "servers next to ranks of many nodes"
 
 
 def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
@@ -160,7 +160,7 @@ def test_ranks_of_the_local_executor_train(tmp_path):
 
 
 def test_a_job_that_fails_is_the_launchers_failure(tmp_path):
-    """NeMo-Run's own launcher ends with 0."""
+    """NeMo-Run's own launcher would exit with code 0."""
     done = launch(
         *[LAPTOP, "--executor", "local", f"run.dir={tmp_path / 'run'}", "data.train=absent.jsonl"],
         home=tmp_path,
@@ -171,21 +171,21 @@ def test_a_job_that_fails_is_the_launchers_failure(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The environment of a Slurm that is played."""
+    """Environment of a simulated Slurm."""
     environment = fake_slurm.install(tmp_path / "slurm")
     yield environment
     fake_slurm.end(environment)
 
 
 def states(slurm: dict[str, str]) -> list[str]:
-    """Of all jobs, in the order of their submission."""
+    """Return the states of all jobs, in the order of their submission."""
     jobs = sorted(path.stem for path in Path(slurm["FAKE_SLURM"]).glob("*.state"))
     return [fake_slurm.state_of(slurm, job) for job in jobs]
 
 
 def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
-    """Two nodes of one rank each, a third with a server (the fake one).  Slurm asks the first job
-    to save, the second goes on to the end."""
+    """Two nodes have one rank each, a third has a server (the fake one).  Slurm asks the first job
+    to save; the second resumes and finishes."""
     pids = fake_sglang_package.install(tmp_path / "package", monkeypatch)
     run = tmp_path / "run"
 

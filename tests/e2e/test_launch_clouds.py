@@ -1,4 +1,4 @@
-"""What NeMo-Run submits to Kubernetes and SkyPilot, and runs of just that on this machine.
+"""What NeMo-Run submits to Kubernetes and SkyPilot, and runs of exactly that on this machine.
 
 Skipped where their packages are not installed: `kubernetes` comes with the extra `launch`, SkyPilot
 with `nemo_run[skypilot]`.
@@ -57,8 +57,8 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dry_runs(home) -> dict[str, str]:
-    """What each of CASES printed; one process for all."""
-    cluster = fake_kubernetes.install(home, port=9)  # where nobody is: nothing may be asked
+    """Return what each of CASES printed; one process for all."""
+    cluster = fake_kubernetes.install(home, port=9)  # no server listens: no request may be made
     done = python("-c", DRY_RUNS, home=home, given=json.dumps(list(CASES.values())), **cluster)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = iter(re.findall(r"^error: .*", done.stderr, re.M))
@@ -70,7 +70,7 @@ def dry_runs(home) -> dict[str, str]:
 
 
 def document(printed: str) -> dict:
-    """The YAML below what NeMo-Run says."""
+    """Return the YAML after NeMo-Run's own output."""
     assert "# code 0" in printed, printed
     return yaml.safe_load(re.search(r"^(apiVersion|name): (.|\n)*", printed, re.M).group())
 
@@ -124,7 +124,7 @@ def test_the_script_of_a_volume_has_words_for_a_shell(dry_runs, home):
 
 
 def test_a_train_job_trains(tmp_path):
-    """Two pods of one rank, which find each other by what the training operator sets."""
+    """Two pods of one rank find each other by the variables that the training operator sets."""
     needs("kubernetes")
     with fake_kubernetes.serve(tmp_path, cwd=REPOSITORY) as (cluster, jobs):
         done = launch(
@@ -173,7 +173,7 @@ def test_a_sky_task_asks_for_what_the_layout_needs(dry_runs):
 
 @pytest.mark.slow
 def test_a_sky_task_trains(tmp_path):
-    """Its script on two machines, which are both this one."""
+    """Two machines run the task's script; both are this one."""
     needs("sky")
     done = launch(
         *[LAPTOP, *SKYPILOT, "--with", "gpus=H100", "--nodes", "2", "--gpus-per-node", "1"],

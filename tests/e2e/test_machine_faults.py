@@ -1,4 +1,4 @@
-"""A directory that turns read-only, and a clock that jumps: one sentence, and nothing lost."""
+"""A full disk, a read-only directory, a clock that jumps: one-line errors, nothing lost."""
 
 import os
 import shutil
@@ -15,10 +15,10 @@ from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "parallel.tensor=1", "eval.every=1", "checkpoint.every=1"]
 BACKGROUND = "checkpoint.asynchronous=true"
-"""Which is written under a deadline."""
+"""Setting that saves checkpoints in the background, under a deadline."""
 DEADLINE_SECONDS = 240.0
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-"""For root, whom permissions do not keep from writing."""
+"""Command prefix for root, which permissions do not otherwise keep from writing."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def start(
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
-    """While the process runs."""
+    """Wait for the condition while the process runs."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
@@ -50,7 +50,7 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
 
 
 def ends(process: subprocess.Popen, code: int) -> str:
-    """What it said."""
+    """Wait for the end of the process and check its exit code; return its output."""
     _, said = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == code, said
     return said
@@ -58,7 +58,7 @@ def ends(process: subprocess.Popen, code: int) -> str:
 
 @pytest.fixture
 def unprivileged():
-    """What to start a command with so that permissions hold."""
+    """Prefix of a command that makes permissions hold."""
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:
@@ -95,7 +95,7 @@ def test_read_only_in_the_middle_it_ends_and_goes_on_later(tmp_path, unprivilege
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, and what changes its size."""
+    """Mount a small file system at `tmp_path`, and give the function that changes its size."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a small file system here")
@@ -108,8 +108,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_line_and_with_room_the_run_resumes(
     tmp_path, small_disk, undisturbed, kib
 ):
-    """Before the run has begun, in its first lines, its checkpoints and its export.  A restart
-    finds no room either, and logs it."""
+    """The disk is full before the run begins, in its first lines, its checkpoints or its export.  A
+    restart finds no room either, and logs it."""
     directory, restarts = tmp_path / "run", int(kib == 2000)
     small_disk(kib)
     said = ends(start(directory, command=["--max-restarts", str(restarts)]), code=1)
@@ -168,7 +168,7 @@ time_t time(time_t *out) {
 
 @pytest.fixture(scope="module")
 def jumping_clock(tmp_path_factory):
-    """The environment of a process whose time of day jumps to and fro."""
+    """Environment of a process whose time of day jumps back and forth."""
     if (compiler := shutil.which("cc")) is None:
         pytest.skip("no C compiler to make the clock jump with")
     directory = tmp_path_factory.mktemp("clock")
@@ -190,7 +190,7 @@ def test_the_clock_does_jump(jumping_clock):
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, jumping_clock, undisturbed):
-    """Neither in a run, nor where it is killed and goes on."""
+    """Nothing changes in a run, nor in one that is killed and resumed."""
     directory = tmp_path / "run"
     process = start(directory, BACKGROUND, **jumping_clock)
     wait_for(process, lambda: prove.num_lines(directory / "metrics.jsonl") >= 1)

@@ -1,4 +1,4 @@
-"""Tiny runs of every method of prompt selection: what is paid, what is trained, and two ranks."""
+"""Tiny runs of every method of prompt selection: generated and trained prompts, and two ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,7 +27,7 @@ ON_TWO_RANKS = ["greso", "dapo", "mopps", "foresight"]
 
 
 def run_all(num_ranks: int, runs: dict[str, list[str]]) -> None:
-    """In a rank: one run after the other, by directory."""
+    """Make one run after the other in a rank, by directory."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.train import train
 
@@ -40,7 +40,7 @@ def run_all(num_ranks: int, runs: dict[str, list[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def on_one_rank(tmp_path_factory) -> Path:
-    """Directories `METHOD` with a budget, and `hopeless` without one."""
+    """Directories `METHOD` of runs with a budget, and `hopeless` without one."""
     root = tmp_path_factory.mktemp("one")
     budget = ["train.total_steps=9", f"train.rollout_budget={BUDGET}"]
     runs = {str(root / name): [f"selection.method={name}", *budget] for name in METHODS}
@@ -77,7 +77,7 @@ def test_a_budget_ends_the_run_after_the_step_that_reaches_it(on_one_rank, metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_step_trains_on_k_whole_groups(on_one_rank, method):
-    """The trained ones have an advantage wherever a paid one has."""
+    """The trained groups have an advantage wherever a generated one has."""
     entries = list(read(on_one_rank / method / "ledger.jsonl"))
     for step in range(summary(on_one_rank / method)["steps"]):
         paid = [e for e in entries if e.step == step and e.purpose == "train"]
@@ -90,7 +90,7 @@ def test_each_step_trains_on_k_whole_groups(on_one_rank, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_pay_for_what_they_are_to_pay(on_one_rank, method):
-    """Groups of a step: K; for `dapo` and `greso` K to P; the oracle probes all P candidates."""
+    """Groups per step: K; for `dapo` and `greso` K to P; the oracle probes all P candidates."""
     steps = metrics(on_one_rank / method)
     entries = list(read(on_one_rank / method / "ledger.jsonl"))
     probes = sum(entry.purpose == "probe" for entry in entries)
@@ -101,7 +101,7 @@ def test_methods_pay_for_what_they_are_to_pay(on_one_rank, method):
 
 
 def test_dynamic_sampling_outlives_steps_without_any_advantage(on_one_rank):
-    """A completion of one token never passes: all candidates are paid, in 4 rounds, 3 times."""
+    """Completions of one token never pass: all candidates are generated, in 4 rounds, 3 times."""
     directory = on_one_rank / "hopeless"
     entries = list(read(directory / "ledger.jsonl"))
     assert len(entries) == summary(directory)["rollouts"] == 3 * P * G
@@ -114,7 +114,7 @@ def test_dynamic_sampling_outlives_steps_without_any_advantage(on_one_rank):
 
 @pytest.mark.parametrize("method", ON_TWO_RANKS)
 def test_two_ranks_choose_what_one_chooses(on_one_rank, on_two_ranks, method):
-    """Both ranks chose alike, or the run would have failed; and a rank more changes no choice."""
+    """Both ranks choose alike, or the run would fail; and an additional rank changes no choice."""
     one, two = (
         [(e.step, e.prompt_id, e.sample, e.reward) for e in read(root / method / "ledger.jsonl")]
         for root in (on_one_rank, on_two_ranks)

@@ -1,7 +1,7 @@
-"""Every number of a step in `metrics.jsonl`, computed once more from the step's dump.
+"""All numbers of a step in `metrics.jsonl`, computed again from the step's dump.
 
-By `transformers` from the dumped weights, and from the dumped tokens, rewards and engine's
-log-probabilities; on two data-parallel ranks, and `test_training.py` says that layouts agree.
+They are computed by `transformers` from the dumped weights, and from the dumped tokens, rewards and
+engine's log-probabilities, on two data-parallel ranks; `test_training.py` shows that layouts agree.
 """
 
 import json
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def scores(model, tokens: tuple[int, ...], start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies of a sequence's tokens from `start` on."""
+    """Return log-probabilities and entropies of a sequence's tokens from `start` on."""
     with torch.no_grad():
         logp_TV = model(torch.tensor([tokens])).logits[0, start - 1 : -1].log_softmax(-1)
     chosen_T = torch.tensor(tokens[start:])
@@ -47,7 +47,7 @@ def spread(name: str, values) -> dict[str, float]:
 
 
 def by_the_model(run, dtype: torch.dtype, folders) -> dict[str, float]:
-    """What needs the weights before each of the step's two updates, in one precision."""
+    """Return what needs the weights before each of the step's two updates, in one precision."""
     before, between = (AutoModelForCausalLM.from_pretrained(f, dtype=dtype) for f in folders)
     of = dump.read(run / "dumps" / "step_0001")
     config = configuration.load(run / "config.yaml")
@@ -103,7 +103,7 @@ def by_the_model(run, dtype: torch.dtype, folders) -> dict[str, float]:
 
 
 def by_the_dump(run) -> dict[str, float]:
-    """What follows from the dumped numbers alone."""
+    """Return what follows from the dumped numbers alone."""
     of = dump.read(run / "dumps" / "step_0001")
     engine = of.per_rollout("engine_logprobs_T")
     difference_N = [
@@ -166,7 +166,7 @@ def step(run):
 
 @pytest.fixture(scope="module")
 def by_transformers(run, tmp_path_factory):
-    """In float64 and in float32."""
+    """The numbers in float64 and in float32."""
     folders = [tmp_path_factory.mktemp("exported") / name for name in ("before", "between")]
     for number, folder in enumerate(folders):
         export_hf(run / "dumps" / "step_0001" / f"weights_{number}", folder, hf=LAPTOP / "base")
@@ -174,7 +174,8 @@ def by_transformers(run, tmp_path_factory):
 
 
 def test_numbers_of_the_model_are_those_of_transformers(step, by_transformers):
-    """Within ten times of what `transformers` errs by in float32; less where it errs by chance.
+    """The difference is at most ten times the error of `transformers` in float32; less where its
+    error is small by chance.
 
     Where its own error is below a float32's resolution of numbers of the key's kind, that is the
     unit: log-probabilities of magnitude 4 or less, hence 4 * 2^-23, in each of a mean's terms.
@@ -188,7 +189,7 @@ def test_numbers_of_the_model_are_those_of_transformers(step, by_transformers):
 
 
 def test_all_other_numbers_follow_from_the_dump(run, step):
-    """Sums of float64 in another order; the norm is a sum of a million squares in float32."""
+    """Sums of float64 are in another order; the norm is a sum of a million squares in float32."""
     expected = by_the_dump(run)
     for name, value in expected.items():
         singles = name in ("loss/grad_norm", "reward/mean")
@@ -198,7 +199,7 @@ def test_all_other_numbers_follow_from_the_dump(run, step):
 
 
 def test_no_number_is_without_a_test(run, step, by_transformers):
-    """But for seconds; rates times seconds are in `test_training.py`."""
+    """Seconds are excluded; rates times seconds are in `test_training.py`."""
     known = {*by_transformers[0], *by_the_dump(run)}
     left = {name for name in step if not name.startswith(("seconds/", "speed/"))} - known
     assert left == {"train/balance_ratio"}

@@ -1,4 +1,4 @@
-"""A run that an older tree began is resumed by this one."""
+"""Resume a run that an older tree began."""
 
 import json
 import tarfile
@@ -10,7 +10,7 @@ from megatron_prepo.cli import main
 from tests.e2e.laptop import REPOSITORY, metrics
 
 KILLED = REPOSITORY / "tests" / "data" / "run_of_d7965c3.tar.xz"
-"""Of commit d7965c3, before modules moved into folders: killed in step 5 of 6, checkpoint at 4.
+"""Run of commit d7965c3, before modules moved into folders: killed in step 5 of 6, checkpoint at 4.
 
     megatron-prepo train examples/laptop/prepo.yaml run.dir=runs/begun train.total_steps=6 \\
       parallel.tensor=1 selection.num_candidates=24 selection.num_selected=8 \\
@@ -25,8 +25,9 @@ UNINTERRUPTED = {
 
 
 def test_a_run_of_an_older_tree_resumes(tmp_path, monkeypatch):
-    """With its weights, and with its optimizer's state: step 4 has the killed run's rollouts, from
-    its journal, so that step 5 sees the uninterrupted run's weights on any processor."""
+    """The run resumes with its weights and its optimizer's state: step 4 has the killed run's
+    rollouts, from its journal, so that step 5 sees the uninterrupted run's weights on any
+    processor."""
     monkeypatch.chdir(REPOSITORY)  # the paths in its config.yaml are relative
     with tarfile.open(KILLED) as archive:
         archive.extractall(tmp_path, filter="data")

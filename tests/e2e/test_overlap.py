@@ -1,7 +1,7 @@
-"""The overlapped loop with servers of its own, played by the fake: what it shifts, and what not.
+"""The overlapped loop with its own, fake servers: what overlap shifts, and what it does not.
 
 Without a learning rate no weights ever change, so that who generated a rollout makes no difference:
-the loops must then pay for the same rollouts, and see the same in them.
+the loops must then generate the same rollouts, and compute the same from them.
 """
 
 import json
@@ -31,7 +31,7 @@ SHIFTED = {"weight_version", "staleness"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Both loops, by name; a completion takes the fake a second."""
+    """Runs of both loops, by name; a completion takes the fake a second."""
     directory = tmp_path_factory.mktemp("overlap")
     with pytest.MonkeyPatch.context() as patch:
         fake_sglang_package.install(directory / "package", patch)
@@ -47,7 +47,7 @@ def ledger(directory) -> pandas.DataFrame:
 
 
 def test_the_same_rollouts_by_weights_that_are_a_step_older(runs):
-    """Two updates a step: what step s learns from is by the weights that step s - 1 began with."""
+    """Step s, of two updates, learns from rollouts by the weights that step s - 1 began with."""
     in_turn, overlapped = (ledger(directory) for directory in runs.values())
     same = [name for name in in_turn.columns if name not in SHIFTED]
     pandas.testing.assert_frame_equal(in_turn[same], overlapped[same])
@@ -77,7 +77,8 @@ def test_evaluations_see_the_same_weights(runs):
 
 
 def test_generation_is_waited_for_less_long_than_it_takes(runs):
-    """By the time that the step before it trains; the loop in turn is the control."""
+    """Waiting is shorter by the time that the previous step trains; the sequential loop is the
+    control."""
     steps = metrics(runs["overlapped"])
     for step, coming in pairwise(steps[1:]):
         trains = step["seconds/old_logprobs"] + step["seconds/update"]
@@ -90,7 +91,7 @@ def test_generation_is_waited_for_less_long_than_it_takes(runs):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
-    """Its rollouts ahead are in the journal, its choice in the checkpoint."""
+    """The rollouts of the next step are in the journal, its choice in the checkpoint."""
     fake_sglang_package.install(tmp_path / "package", monkeypatch)
     settings = [*FILES, *SETTINGS, "train.overlap=true", "checkpoint.every=1", "eval.every=2"]
     config, out = str(LAPTOP / "prepo.yaml"), str(tmp_path / "prove")
@@ -100,7 +101,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_when_the_engine_fails_the_step_that_trained_is_saved_and_the_run_goes_on(tmp_path):
-    """All servers gone while step 1 is generated, and step 0 is learnt from."""
+    """All servers are gone while step 1 is generated and step 0 is learnt from."""
     directory = tmp_path / "run"
     with FakeSGLang() as fake:
         fake.fault = lambda path, body: "die" if len(fake.requests) > 8 + 32 + 10 else None
@@ -112,7 +113,7 @@ def test_when_the_engine_fails_the_step_that_trained_is_saved_and_the_run_goes_o
         assert train(directory, *settings) == 0
     whole = ledger(directory)
     assert len(whole) == STEPS * 32 and not whole.duplicated(["step", "prompt_id", "sample"]).any()
-    # what had come of step 1 was kept, and the weights of the day generated the rest
+    # the finished rollouts of step 1 were kept, and the current weights generated the rest
     versions = [whole.weight_version[whole.step == step].value_counts() for step in range(STEPS)]
     kept = versions[1].get(0)
     assert [dict(v) for v in versions] == [{0: 32}, {0: kept, 2: 32 - kept}, {2: 32}, {4: 32}]

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, killed, restarted, or lose their engine, end as undisturbed ones."""
+"""Runs that are stopped, killed, restarted, or lose their engine, equal uninterrupted ones."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def start(directory: Path, *options: str) -> subprocess.Popen:
 
 
 def wait_for_steps(count: int, directory: Path, process: subprocess.Popen) -> None:
-    """Until there are so many, or more; none: until a job that begins again has taken them back."""
+    """Wait until the run has this many steps, or more; 0: until a restarted job truncates them."""
     deadline = time.monotonic() + DEADLINE_SECONDS
 
     def there() -> bool:
@@ -58,7 +58,7 @@ def assert_equal(undisturbed: Path, directory: Path) -> None:
 
 
 def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, undisturbed):
-    """And saves in the background, as the undisturbed run does not."""
+    """The run saves in the background, which the uninterrupted run does not."""
     directory = tmp_path / "run"
     settings = ["run.overwrite=true", "checkpoint.asynchronous=true"]
     process = start(directory, "--max-restarts", "1", *settings)
@@ -100,12 +100,13 @@ def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
 
 
 def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(capfd, tmp_path):
-    """Killed in the first step's rollouts; then all servers die in the second step's; then in the
-    sync after that step.  What had come each time is not asked for again."""
+    """The run is killed in the first step's rollouts; then all servers die in the second step's;
+    then in the sync after that step.  Rollouts that were already received are not requested again.
+    """
     with FakeSGLang() as fake:
         settings = ["rollout.engine=sglang", f"servers.urls=[{fake.url}]", "servers.attempts=1"]
         settings += ["weight_sync.verify=never", "checkpoint.every=0", "servers.connect_seconds=2"]
-        settings += ["servers.concurrency=1"]  # no other answer is on its way when a server dies
+        settings += ["servers.concurrency=1"]  # no other answer is in flight when a server dies
         assert train(tmp_path / "whole", *RUN, *settings) == 0
         whole = Counter(fake.answered)
         rollouts = {asked for asked, count in whole.items() if count == 1}
@@ -116,7 +117,7 @@ def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(ca
         gone, journal = tmp_path / "gone", tmp_path / "gone" / "journal"
 
         def after(num_rollouts: int, fault: str):
-            """From then on; the evaluation's are answered."""
+            """Inject the fault after this many rollouts; the evaluation's are answered."""
 
             def decide(path: str, body: dict) -> str | None:
                 if path == "/generate" and asked_of(body) in rollouts:
@@ -158,12 +159,12 @@ def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(ca
 
 
 def asked_of(body: dict) -> str:
-    """As the fake counts answers."""
+    """Return the key by which the fake counts answers."""
     return f"{body['input_ids']} {body['sampling_params'].get('sampling_seed')}"
 
 
 def test_five_kills(tmp_path):
-    """Of the hundred that `tools/kill_runs.py` makes."""
+    """Five of the hundred kills that `tools/kill_runs.py` makes."""
     out = tmp_path / "kills.json"
     command = [sys.executable, str(REPOSITORY / "tools" / "kill_runs.py"), "--kills", "5"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)

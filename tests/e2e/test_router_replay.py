@@ -1,4 +1,4 @@
-"""Rollouts that bring their routing: a run that is killed and gone on with, a dump replayed."""
+"""Rollouts that include their routing: a run that is killed and resumed, a dump replayed."""
 
 import os
 import shutil
@@ -19,7 +19,8 @@ REWARD = "def even(completion, answer):\n    return 1.0 - sum(completion.encode(
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> list[str]:
-    """A model of 8 experts, a reward that random weights get, too, no checkpoint before the end."""
+    """Settings of a model of 8 experts, a reward that random weights get, too, and no checkpoint
+    before the end."""
     directory = tmp_path_factory.mktemp("experts")
     hf = Path(tiny_models.save(tiny_models.qwen3_moe(), directory / "hf"))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -56,7 +57,7 @@ def test_the_actor_follows_the_embedded_engine(undisturbed):
 def test_a_killed_run_goes_on_with_the_routing_of_what_it_has_paid_for(
     tmp_path, settings, undisturbed
 ):
-    """The first step's rollouts are in the journal, and nothing else is left of it."""
+    """The first step's rollouts are in the journal, and nothing else remains of the step."""
     process = start(tmp_path, *settings)
     wait_for_steps(1, tmp_path, process)
     os.kill(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Folders of the user's are refused before anything is removed; runs move, grow, and run once."""
+"""A user's directories are refused before anything is removed; runs move, grow, and run once."""
 
 import json
 import os
@@ -29,7 +29,7 @@ EVALUATE += ["--suite", "s=absent"]
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A finished run of two steps, which was begun by relative paths from another directory."""
+    """Finished run of two steps that was begun by relative paths from another directory."""
     place = tmp_path_factory.mktemp("short")
     for name in ("base", "train.jsonl", "eval.jsonl"):
         copy = shutil.copytree if name == "base" else shutil.copyfile
@@ -48,7 +48,7 @@ def short(tmp_path_factory):
 
 @pytest.fixture
 def copied(tmp_path, short):
-    """A copy of that run; what it read is elsewhere by now."""
+    """Copy of that run; its inputs have since moved."""
     shutil.copytree(short / "run", tmp_path / "run")
     return tmp_path / "run"
 
@@ -62,7 +62,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def refused(capsys, directory: Path, *words: str) -> str:
-    """The error of a command that leaves the directory as it was."""
+    """Return the error of a command, which must leave the directory unchanged."""
     before = content(directory)
     capsys.readouterr()
     assert main([*words]) == 2
@@ -74,7 +74,7 @@ def refused(capsys, directory: Path, *words: str) -> str:
 
 @pytest.fixture
 def mine(tmp_path):
-    """A folder of the user's, with names that a run has, too."""
+    """A user's directory, with names that a run has, too."""
     for name in ("checkpoints", "hf", "wandb", "tensorboard"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         (tmp_path / "mine" / name / "work").write_text("precious")
@@ -189,7 +189,7 @@ def test_users_files_in_folders_of_a_run(capsys, copied):
 
 
 def test_the_second_of_two_launchers_is_refused_by_name(capsys, tmp_path, copied):
-    """While the first one works; killed, it does not stand in the way."""
+    """The first launcher is still working; once killed, it does not block the second."""
     directory = tmp_path / "both"
     command = [sys.executable, "-m", "megatron_prepo", "train", CONFIG, f"run.dir={directory}"]
     settings = [*FILES, *RUN, "train.total_steps=1000", "checkpoint.every=1"]
@@ -223,7 +223,7 @@ def test_the_second_of_two_launchers_is_refused_by_name(capsys, tmp_path, copied
 
 
 def test_a_live_run_whose_directory_is_taken_leaves_the_next_one_alone(tmp_path, short):
-    """Moved away from two ranks, and a finished run put in its place, which stays as it is."""
+    """Two ranks lose their directory to a finished run, put in its place, which stays as it is."""
     directory, moved = tmp_path / "run", tmp_path / "moved"
     command = [sys.executable, "-m", "megatron_prepo", "train", CONFIG, f"run.dir={directory}"]
     shutil.copytree(short / "run", tmp_path / "next")
@@ -260,8 +260,8 @@ def wait_for_lines(count: int, path: Path, process: subprocess.Popen) -> None:
 def test_a_run_moves_and_is_extended_to_the_run_that_it_would_have_been(
     capfd, tmp_path, short, copied
 ):
-    """From another directory, with its inputs elsewhere, by one step more than it had; against a
-    run that has the settings of the whole from the beginning."""
+    """The run is continued from another directory, with its inputs elsewhere, for one more step
+    than it had; it is compared with a run that has the final settings from the beginning."""
     moved = tmp_path / "moved"
     shutil.copytree(short / "base", moved / "base")
     for name in ("train.jsonl", "eval.jsonl"):
@@ -288,7 +288,7 @@ def test_a_run_moves_and_is_extended_to_the_run_that_it_would_have_been(
 
 
 def assert_on_tensorboard(run: Path, evaluated: list[dict]) -> None:
-    """Of those evaluations that were made since it was asked for."""
+    """Assert that TensorBoard has the evaluations that were made since it was enabled."""
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -301,7 +301,7 @@ def assert_on_tensorboard(run: Path, evaluated: list[dict]) -> None:
 
 
 def test_inputs_that_changed_are_refused_by_name(capsys, tmp_path, copied):
-    """With other advice than to overwrite."""
+    """The advice is not to overwrite."""
     changed = tmp_path / "train.jsonl"
     lines = (LAPTOP / "train.jsonl").read_text().splitlines(keepends=True)
     changed.write_text("".join(lines[:-1]))

@@ -1,7 +1,7 @@
-"""The training loop with servers of its own, played by the fake: `tests/real_sglang` has real ones.
+"""The training loop with its own servers, which are fakes: `tests/real_sglang` has real ones.
 
-The completions are no model's, so nothing is learnt; what counts is that ranks, servers, sync,
-ledger and clean-up fit together.
+No model generates the completions, so nothing is learnt; the test is that ranks, servers, sync,
+ledger and clean-up work together.
 """
 
 import sys

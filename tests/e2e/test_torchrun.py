@@ -1,4 +1,4 @@
-"""The same command as ranks that somebody else has started."""
+"""The same command as ranks that another launcher has started."""
 
 import os
 import socket
@@ -39,7 +39,7 @@ def test_a_users_error_is_said_once(tmp_path):
 
 @pytest.mark.slow
 def test_machines_without_a_scheduler_meet(tmp_path):
-    """`examples/launch/torchrun.sh` on two machines of one rank each, which are this one."""
+    """Two machines of one rank each run `examples/launch/torchrun.sh`; both are this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

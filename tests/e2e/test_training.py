@@ -1,4 +1,4 @@
-"""Short runs in several layouts: the same rollouts, the same numbers, and the engine in step."""
+"""Short runs in several layouts: the same rollouts, the same numbers, and an engine in sync."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Each layout's run directory; settings that are off by default are on, to be run through."""
+    """Run directories of each layout; settings that are off by default are on, to be run."""
     directories = {}
     for name, layout in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("run") / "run"
@@ -54,7 +54,7 @@ def test_same_seed_same_ledger(runs):
 
 
 def metrics_of_layouts(runs):
-    """{layout: metrics by step} that no layout may change."""
+    """Metrics of all steps that no layout may change, by layout."""
     apart = ("seconds/", "speed/", "mismatch/", "train/")
     return {
         name: [
@@ -67,7 +67,7 @@ def metrics_of_layouts(runs):
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one rank"])
 def test_layouts_agree(runs, name):
-    """Rounding apart, a layout changes nothing, nor how sequences are laid into micro-batches.
+    """Layouts and the packing of sequences into micro-batches change nothing except for rounding.
 
     The other layouts show what another order of addition does to a metric, before an update and
     after; to that come the CHAIN float32 operations between the scores of tokens and a metric.
@@ -83,7 +83,7 @@ def test_layouts_agree(runs, name):
 
 
 def test_another_batch_would_be_seen(runs):
-    """The next step's metrics, of which almost none is within a thousand times what is allowed."""
+    """Almost none of the next step's metrics is within a thousand times the allowed difference."""
     found = metrics_of_layouts(runs)
     one = found.pop("one rank")
     seen = [
@@ -97,7 +97,8 @@ def test_another_batch_would_be_seen(runs):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_rates_times_seconds_are_the_same_work(runs, name):
-    """Whatever the layout.  A KL penalty scores twice, and has every rollout learnt from."""
+    """The work does not depend on the layout.  A KL penalty scores twice, and learns from every
+    rollout."""
     ranks = summary(runs[name])["ranks"]
     for one, step in zip(metrics(runs["one rank"]), metrics(runs[name]), strict=True):
         for stage in ("perplexity", "old_logprobs", "update"):
@@ -110,7 +111,7 @@ def test_rates_times_seconds_are_the_same_work(runs, name):
 
 
 def test_traces_of_a_step_are_each_ranks_with_all_stages(runs):
-    """And `test_same_seed_same_ledger` says that nothing comes out otherwise."""
+    """`test_same_seed_same_ledger` shows that tracing changes no result."""
     for rank in range(2):
         file = runs["TP2 again"] / "profile" / f"step_1_rank_{rank}.json.gz"
         trace = json.loads(gzip.decompress(file.read_bytes()))
@@ -120,16 +121,15 @@ def test_traces_of_a_step_are_each_ranks_with_all_stages(runs):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_engine_follows_the_actor(runs, name):
-    """After every weight sync the engine's log-probabilities are the actor's, as far as a sync
-    itself has to find that; their divergence is half of the square of what they differ by.
-    """
+    """The engine's log-probabilities after every weight sync are the actor's, to the accuracy that
+    a sync itself has to achieve; the divergence is half of the square of the difference."""
     for step in metrics(runs[name]):
         assert step["mismatch/logprob_abs_max"] < TOLERANCE["float32"]
         assert step["mismatch/kl"] < step["mismatch/logprob_abs_max"] ** 2
 
 
 def test_engine_is_not_ahead_of_the_first_update(runs):
-    """The first mini-batch is on-policy, the second is not: the ratio leaves 1."""
+    """The first mini-batch is on-policy, the second is not: the ratio differs from 1."""
     first = metrics(runs["TP2"])[0]
     assert 0 < first["loss/kl_to_old"] < 0.1
     assert first["loss/grad_norm"] > 0
@@ -151,7 +151,7 @@ def test_ledger_is_complete_and_readable(runs):
     groups = ledger.groupby(["step", "prompt_id"])
     assert (groups.size() == 4).all()
     assert (groups.zero_variance.first() == (groups.reward.nunique() == 1)).all()
-    assert (ledger.weight_version == 2 * ledger.step).all()  # two mini-batches a step
+    assert (ledger.weight_version == 2 * ledger.step).all()  # two mini-batches per step
     assert ledger.ppl.gt(1).all() and ledger.mean_entropy.ge(0).all()
     result = summary(runs["TP2"])
     assert (result["rollouts"], result["tokens"]) == (len(ledger), ledger.length.sum())
@@ -202,7 +202,8 @@ def test_random_pays_no_perplexity_pass(tmp_path):
 
 
 def test_zero_learning_rate_changes_nothing(tmp_path):
-    """The control of the learning test: without updates before and after are the same numbers."""
+    """Zero learning rate is the control of the learning test: without updates, the numbers before
+    and after are the same."""
     assert train(tmp_path / "run", *SHORT, "optimizer.lr=0", "eval.max_prompts=40") == 0
     result = summary(tmp_path / "run")
     assert result["gain"] == 0.0

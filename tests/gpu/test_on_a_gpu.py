@@ -59,7 +59,7 @@ def head_problem(tokens, words, hidden, *, scale, seed=1):
 @pytest.mark.parametrize(("num_rows", "columns"), [(7, 5000), (1, 1), (3, 4096), (5, 152064)])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 def test_kernels_against_torch_rows(temperature, num_rows, columns, out_dtype):
-    """Compiled, against the torch rows in float64: the numbers that the interpreter gives."""
+    """Compiled kernels against the torch rows in float64: the same numbers as the interpreter's."""
     from megatron_prepo.actor import lm_head_triton as row_kernels
 
     generator = torch.Generator(device="cuda").manual_seed(2)
@@ -96,7 +96,7 @@ def test_kernels_against_torch_rows(temperature, num_rows, columns, out_dtype):
 
 
 def test_offsets_beyond_32_bits():
-    """A workspace of 2.2 billion logits, of which the last row is looked at."""
+    """Rows of a workspace of 2.2 billion logits, of which the last is checked."""
     from megatron_prepo.actor import lm_head_triton as row_kernels
 
     wide_CV = torch.empty(3, 1_100_000_000, device="cuda")
@@ -111,7 +111,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_log_probabilities_of_a_peaked_batch_reach_the_goal():
-    """Against float64 on the same bfloat16 inputs, where logits reach 40."""
+    """Errors are against float64 on the same bfloat16 inputs, where logits reach 40."""
     hidden_TH, weight_VH, targets_T = head_problem(256, 152064, 3584, scale=8)
     logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
         hidden_TH, weight_VH, targets_T, vocab_size=152064, chunk_tokens=128
@@ -127,7 +127,8 @@ def test_log_probabilities_of_a_peaked_batch_reach_the_goal():
 
 @pytest.mark.parametrize("known_gradient", [True, False])
 def test_memory_is_bounded_by_the_chunk(known_gradient):
-    """At most 1 GB beside inputs, gradients and a few numbers a token, for 8,192 tokens and 32,768.
+    """Memory is at most 1 GB more than inputs, gradients and a few numbers per token, for 8,192
+    tokens and 32,768.
 
     Hidden size 256 keeps the inputs small; Qwen2.5-7B's vocabulary decides.
     """
@@ -183,8 +184,8 @@ def test_known_gradient_equals_recomputation(with_main_grad):
 
 @pytest.mark.parametrize("way", [{}, {"share_prefixes": True}], ids=str)
 def test_attention_of_a_packed_row_against_float64(way):
-    """In bfloat16, its gradients too, against each sequence alone in float64: by torch's kernel, or
-    sequence by sequence with a torch that does not have it.
+    """Attention and its gradients in bfloat16, against each sequence alone in float64: by torch's
+    kernel, or sequence by sequence with a torch that does not have it.
 
     Probabilities and the output are rounded to bfloat16, by at most 2^-8 each; in the gradients,
     those of probabilities and of scores are, too.
@@ -215,7 +216,7 @@ def test_attention_of_a_packed_row_against_float64(way):
 
 
 def test_short_run(tmp_path):
-    """Convert, train two steps, export, with CUDA throughout; engine and actor agree in float32."""
+    """A run converts, trains two steps and exports, all on CUDA; both sides agree in float32."""
     from tests.e2e.laptop import SHORT, metrics, train
 
     assert train(tmp_path / "run", *SHORT, "parallel.tensor=1") == 0
@@ -225,7 +226,7 @@ def test_short_run(tmp_path):
 
 
 def offloaded_and_not(directory):
-    """Weights before and after three updates, and after the last of them by a resumed actor."""
+    """Return weights before and after three updates, and after the last by a resumed actor."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from tests import tiny_models
@@ -263,8 +264,8 @@ def offloaded_and_not(directory):
 
 
 def test_an_offloaded_optimizer_updates_and_resumes_as_the_other(tmp_path):
-    """In bfloat16; two Adams may round otherwise, which is a last bit of a weight: much less than
-    half of its change.  A resumed one goes on as itself, bit for bit."""
+    """Two Adams in bfloat16 may round differently by the last bit of a weight: much less than half
+    of its change.  A resumed one continues bit for bit."""
     (results,) = on_ranks(1, offloaded_and_not, tmp_path, deadline_s=150.0)
     assert [results[fraction][0] for fraction in results] == [{"cuda"}, {"cuda", "cpu"}, {"cpu"}]
     _, first, expected, _ = results[0.0]

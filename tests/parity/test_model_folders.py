@@ -1,7 +1,7 @@
-"""A folder means to us what it means to `transformers`: its config.json and its tensors' names.
+"""A model directory means the same to us as to `transformers`: config.json and tensor names.
 
-Either a folder is refused in one line, or the logits are those that `transformers` computes with
-it, up to a multiple of its own rounding.
+Either a directory is refused in one line, or the logits are those that `transformers` computes with
+it, up to a multiple of the rounding of `transformers` itself.
 """
 
 import copy
@@ -38,14 +38,14 @@ LLAMA3 = {k: v for k, v in tiny_models.LLAMA3_ROPE.items() if k != "rope_theta"}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders; not to be changed."""
+    """Directories; not to be changed."""
     root = tmp_path_factory.mktemp("hf")
     return {name: Path(tiny_models.save(make(), root / name)) for name, make in MODELS.items()}
 
 
 @pytest.fixture
 def folder(models, tmp_path):
-    """A copy of a model's folder, with keys of config.json changed, and removed where None."""
+    """Copy a model's directory, with keys of config.json changed, and removed where None."""
 
     def make(name, changes=None, absent=()):
         target = Path(shutil.copytree(models[name], tmp_path / "model", dirs_exist_ok=True))
@@ -68,7 +68,7 @@ def change_tensors(directory, change):
 
 
 def assert_same_logits(directory):
-    """Ours of the folder, and those of `transformers`, at positions that lie far apart.
+    """Assert that our logits and those of `transformers` agree, at positions far apart.
 
     UserError if the folder is refused.
     """
@@ -159,7 +159,7 @@ def test_a_config_json_means_what_transformers_computes(folder, name):
 
 
 REFUSED = {
-    # name: (model, changes, absent keys, what the line says)
+    # name: (model, changes, absent keys, the error message)
     "norm_topk_prob absent": ("moe", {}, ("norm_topk_prob",), ["norm_topk_prob=False"]),
     "norm_topk_prob false": ("moe", {"norm_topk_prob": False}, (), ["norm_topk_prob=False"]),
     "num_local_experts beside num_experts": ("moe", {"num_local_experts": 4}, (), ["mlp.gate"]),
@@ -335,7 +335,7 @@ def with_frequencies(weights):
     ("name", "change"),
     [
         ("tied", without_prefix),
-        ("qwen2", without_prefix),  # but for the head, which has none
+        ("qwen2", without_prefix),  # except for the head, which has none
         ("moe", without_prefix),
         ("qwen3", with_two_prefixes),
         ("tied", head_for_embedding),
@@ -366,7 +366,7 @@ def test_experts_in_one_tensor_are_read(models, tmp_path):
 
 
 def split(directory, names_of):
-    """Move tensors into files of their own, with an index."""
+    """Move tensors into separate files, with an index."""
     weights, weight_map = load_file(directory / SINGLE), {}
     (directory / SINGLE).unlink()
     for number, names in enumerate(names_of(sorted(weights))):
@@ -385,7 +385,7 @@ def test_shards_in_folders_are_read(folder):
 
 
 def test_a_single_file_comes_before_an_index(folder):
-    """Whose files hold other numbers."""
+    """The files of the index hold other numbers."""
     directory = folder("qwen3")
     whole = (directory / SINGLE).read_bytes()
     change_tensors(directory, lambda weights: {n: 2 * t for n, t in weights.items()})
@@ -396,7 +396,7 @@ def test_a_single_file_comes_before_an_index(folder):
 
 
 def test_other_files_of_weights_are_not_read(folder):
-    """Mistral's own format beside that of Hugging Face, say."""
+    """An example is Mistral's own format next to that of Hugging Face."""
     directory = folder("qwen3")
     shutil.copy(directory / SINGLE, directory / "consolidated.safetensors")
     assert_same_logits(directory)

@@ -44,10 +44,11 @@ TEMPERATURES = (1.0, 0.7)
 
 
 def sequences(name):
-    """Of varied lengths, scored from the start or from the middle, three with the same beginning.
+    """Return sequences of varied lengths, scored from the start or the middle, three with the same
+    beginning.
 
     Llama's scaling slows down rotations whose period is thousands of tokens: only a sequence of
-    such a length can tell whether it is there.
+    such a length shows whether it is applied.
     """
     generator = torch.Generator().manual_seed(1)
     lengths = (9, 31, 2, 17, 5, 24, 2100 if name == "llama3" else 60)
@@ -63,7 +64,7 @@ def sequences(name):
 
 
 def score_and_export_all(directories):
-    """{(model, layout): scores by temperature, and what is odd about the exported weights}"""
+    """Return {(model, layout): scores by temperature, and anomalies of the exported weights}."""
     from megatron.core import parallel_state
 
     from megatron_prepo.actor import parallel
@@ -99,7 +100,7 @@ def score_and_export_all(directories):
 
 
 def oddities(weights, hf):
-    """Names that a stream of weights has too often, lacks, has too many, or with other bits."""
+    """Return names that a stream of weights repeats, lacks, adds, or has with other bits."""
     source = load_file(f"{hf}/model.safetensors")
     streamed, changed = Counter(), []
     for name, tensor in weights:
@@ -114,7 +115,7 @@ def oddities(weights, hf):
     }
 
 
-# What transformers says
+# Scores by transformers
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(directories):
-    """{(model, temperature): scores in float64, and what ours may be off by}"""
+    """Scores in float64 and our allowed error, {(model, temperature): (scores, error)}."""
     return {
         (name, temperature): answer
         for name, hf in directories.items()
@@ -140,13 +141,14 @@ def expected(directories):
 
 @pytest.fixture(scope="module")
 def results(directories):
-    """[{(model, layout): ...} of each rank]"""
+    """Results of each rank, [{(model, layout): ...}]."""
     return on_ranks(4, score_and_export_all, directories)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_scores_equal_those_of_transformers(results, expected, name, layout):
-    """On every rank, in the order of the sequences, at two temperatures, alone or in a batch."""
+    """Scores are equal on every rank, in the order of the sequences, at two temperatures, alone or
+    in a batch."""
     in_layout = [rank for rank in results if (name, layout) in rank]
     assert in_layout
     for rank in in_layout:
@@ -159,7 +161,7 @@ def test_scores_equal_those_of_transformers(results, expected, name, layout):
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_exported_weights_are_the_source_bit_for_bit(results, name, layout):
-    """Each name once, on every rank; tied embeddings have no `lm_head`."""
+    """Each name occurs once, on every rank; tied embeddings have no `lm_head`."""
     for rank in results:
         if (name, layout) in rank:
             export = rank[name, layout]["export"]
@@ -196,7 +198,8 @@ def test_a_norm_or_a_bias_left_at_its_default_would_be_seen(expected):
 
 
 def test_entropies_of_the_models_tell_something(expected):
-    """Neither flat nor certain: the weights of the models are neither too small nor too large."""
+    """Entropies neither vanish nor reach the maximum: the weights of the models are neither too
+    small nor too large."""
     for exact, _ in expected.values():
         entropy_T = torch.cat([entropy for _, entropy in exact])
         assert 0.5 < entropy_T.mean() < 5.4 and entropy_T.std() > 0.02

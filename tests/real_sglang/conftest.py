@@ -1,4 +1,4 @@
-"""Everything in this folder talks to real SGLang servers: `make test-sglang`."""
+"""Fixtures; everything in this directory uses real SGLang servers: `make test-sglang`."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session")
 def sglang_python() -> str:
-    """The interpreter that has SGLang: `SGLANG_PYTHON`, or what `make sglang-cpu` set up."""
+    """Interpreter that has SGLang: `SGLANG_PYTHON`, or the one that `make sglang-cpu` set up."""
     python = os.environ.get("SGLANG_PYTHON", REPOSITORY / ".venv-sglang" / "bin" / "python")
     if not Path(python).is_file():
         pytest.skip(f"no SGLang: {python} is missing; `make sglang-cpu`, or set SGLANG_PYTHON")

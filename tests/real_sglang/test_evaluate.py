@@ -1,4 +1,4 @@
-"""`megatron-prepo evaluate` by real SGLang: nearly greedy, it writes what transformers writes."""
+"""Evaluate with real SGLang: nearly greedy, it generates the same text as transformers."""
 
 import json
 

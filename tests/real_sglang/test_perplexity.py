@@ -1,4 +1,4 @@
-"""Prompts scored by a real server: the actor's perplexities, and a cache that the rollouts find."""
+"""Prompts scored by a real server: the actor's perplexities, and a cache that the rollouts hit."""
 
 import pytest
 import tiny_models
@@ -18,7 +18,7 @@ SCORED = [
 
 
 def measure(hf: str, directory: str, python: str) -> dict:
-    """On one rank: perplexities of both, and cached tokens of rollouts in some situations."""
+    """Return, on one rank, perplexities of both, and cached tokens of rollouts in some cases."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.rollout.weight_sync import sync_weights
@@ -84,14 +84,14 @@ def found(sglang_python, tmp_path_factory):
 
 @pytest.mark.parametrize("tokens", ["all", "content"])
 def test_the_servers_perplexities_are_the_actors(found, tokens):
-    """Also of the last token of the vocabulary, whose number SGLang gives as 0."""
+    """This includes the last token of the vocabulary, whose number SGLang gives as 0."""
     engines, actors = found[tokens]
     # their logarithms are means of log-probabilities
     assert engines == pytest.approx(actors, rel=TOLERANCE["float32"])
 
 
 def test_rollouts_find_their_prompt_in_the_cache_of_the_probe(found):
-    """All but its last token, which has to be computed to go on from."""
+    """All prompt tokens are cached but the last, which has to be computed to continue from."""
     assert all(cached == length - 1 for length, cached in found["behind probes"])
     assert sum(cached == 0 for _, cached in found["alone"]) >= len(PROMPTS), "the control"
 

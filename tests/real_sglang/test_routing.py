@@ -1,7 +1,7 @@
-"""Real SGLang servers tell which experts they chose, and the actor that follows them agrees better.
+"""Real SGLang servers return the experts they chose, and an actor that follows them agrees better.
 
-A server of a tiny Qwen3-MoE in float32, where the two hardly ever differ by themselves, and one in
-bfloat16, where they do.
+A server of a tiny Qwen3-MoE in float32, where actor and engine hardly ever choose differently, and
+one in bfloat16, where they do.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def compared(hf: str, directory: str, python: str) -> dict:
-    """How far the actor is from the engine, routed by itself and by it."""
+    """Return how far the actor is from the engine, with its own routing and with the engine's."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.actor.packing import make_pieces
@@ -66,7 +66,7 @@ def generate(engine, max_new_tokens: int) -> list:
 
 
 def difference(actor, rollouts) -> float:
-    """Of a token's log-probability, in nats, in the mean."""
+    """Return the mean difference of a token's log-probability, in nats."""
     from megatron_prepo.records import scored_sequence
 
     scores = actor.score([scored_sequence(r) for r in rollouts], temperature=TEMPERATURE)

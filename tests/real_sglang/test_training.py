@@ -35,7 +35,7 @@ def test_it_learns(sglang_python, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_overlapped_and_from_the_servers_perplexities(sglang_python, tmp_path):
-    """Rollouts a step old, corrected for; the servers choose as the actor would."""
+    """Rollouts are a step old, with importance correction; servers choose as the actor would."""
     directory = tmp_path / "run"
     code = train(
         directory,

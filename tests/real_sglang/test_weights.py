@@ -1,6 +1,6 @@
 """Real SGLang servers have the actor's weights after each kind of sync, from each layout.
 
-A server a family starts with random weights (`load_format: dummy`); each case gives it others.
+One server per family starts with random weights (`load_format: dummy`); each case gives it others.
 `make test` does this with one family, `make test-sglang` with all.
 """
 
@@ -36,7 +36,7 @@ LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
 TRANSPORTS = ("value", "ipc", "disk", "distributed")
 CASES = list(itertools.product(LAYOUTS, TRANSPORTS))
 SCALES = {case: 1 + 0.02 * i for i, case in enumerate(CASES)}
-"""Of the weights, so that no two cases have the same."""
+"""Factors on the weights, so that no two cases have the same."""
 TEMPERATURE = 0.8
 PROMPTS = [
     Prompt(f"p{i}", "", "", tuple(3 + (7 * i + j * j) % 250 for j in range(9 + 4 * i)), (0, 0))
@@ -57,7 +57,7 @@ def config_of(hf: str, directory, python: str, name: str, **sections) -> Config:
 
 
 def every_sync(hf: str, directory: str, url: str, name: str) -> dict:
-    """On each rank: {(layout, transport): what came of the sync and of rollouts after it}."""
+    """Return, on each rank, {(layout, transport): result of the sync and of rollouts after it}."""
     return {
         (layout, transport): one_sync(
             config_of(
@@ -76,7 +76,7 @@ def every_sync(hf: str, directory: str, url: str, name: str) -> dict:
 
 
 def one_sync(config: Config, scale: float) -> dict | None:
-    """Sync an actor whose weights are scaled."""
+    """Sync the weights, scaled, of an actor."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.records import scored_sequence
@@ -139,7 +139,7 @@ def generate(engine):
 
 
 def wait_until_healthy(server: OwnServer, seconds: float = 1200.0) -> None:
-    """The ranks are given a server that is there."""
+    """Wait until the server that the ranks use is healthy."""
     deadline = time.monotonic() + seconds
     while True:
         assert server.ended() is None and time.monotonic() < deadline, server.last_lines()
@@ -172,7 +172,7 @@ def results(request, sglang_python, tmp_path_factory):
 
 
 def rounding(model, answers: dict, directory) -> float:
-    """What a log-probability may err by in float32, by the largest weights and their rollouts."""
+    """Return a log-probability's error in float32, by the largest weights and their rollouts."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(max(SCALES.values()))
@@ -187,9 +187,8 @@ def rounding(model, answers: dict, directory) -> float:
 
 @pytest.mark.parametrize(("layout", "transport"), CASES)
 def test_the_servers_log_probabilities_are_the_actors(results, layout, transport):
-    """Of a prompt, on average, and of its own rollouts at the sampling temperature, one by one;
-    both sides may err.
-    """
+    """Log-probabilities of a prompt, on average, and of the server's own rollouts at the sampling
+    temperature, one by one; both sides may err."""
     answers, allowed = results
     for rank in answers:
         if (answer := rank[layout, transport]) is not None:
@@ -204,7 +203,7 @@ def test_seeds_repeat_a_rollout_and_samples_differ(results):
 
 
 def faults(hf: str, directory: str, python: str) -> dict:
-    """Messages of an engine with a server of its own that is tampered with."""
+    """Return messages of an engine whose own server is tampered with."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.rollout.engine import EngineError
@@ -229,7 +228,7 @@ def faults(hf: str, directory: str, python: str) -> dict:
     )
     urllib.request.urlopen(request, timeout=60)
     found["stale"] = message(lambda: generate(engine))
-    sync_weights(actor, engine, config, PROMPTS[0].tokens)  # it is started anew
+    sync_weights(actor, engine, config, PROMPTS[0].tokens)  # the server is restarted
     found["after a restart"] = message(lambda: generate(engine))
     os.killpg(next(iter(children(server.own.process.pid))), signal.SIGSTOP)
     engine.fleet.settings = config_of(

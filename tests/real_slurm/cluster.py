@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, driven as a user on its login node would (`cluster.sh`)."""
+"""A real Slurm on this machine, used as on a login node (`cluster.sh`)."""
 
 import contextlib
 import os
@@ -28,25 +28,25 @@ PACKAGES = {
     "ps": "procps",
 }
 ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
-"""For `sacct`, without which what needs it is skipped."""
+"""Packages for `sacct`; without them, tests that need it are skipped."""
 SECONDS = 300.0
 """Deadline of each wait: many times what a quiet machine needs."""
 TRAIN = [*FILES, *SHORT, "train.total_steps=12", "checkpoint.every=4", "eval.every=6"]
-"""Short steps of the laptop example, and enough of them to disturb."""
+"""Short steps of the laptop example, enough of them to interrupt."""
 NODES = 3
 EXTRA = """
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=ALL PriorityTier=100 State=UP
 """
-"""Of slurm.conf: jobs of the partition `urgent` take the nodes of others."""
+"""Lines of slurm.conf: jobs of the partition `urgent` preempt others."""
 SINFO = ("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%T")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 """States in which a job stays."""
 
 
 def missing() -> str:
-    """Return why there can be no cluster here; empty: there can."""
+    """Return why there can be no cluster here; empty if there can."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     packages = [package for name, package in PACKAGES.items() if not shutil.which(name, path=path)]
     if sys.platform != "linux":
@@ -59,7 +59,7 @@ def missing() -> str:
 
 
 def has_accounting() -> bool:
-    """Whether `sacct` can be had."""
+    """Return whether `sacct` is available."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     return all(shutil.which(name, path=path) for name in ACCOUNTING)
 
@@ -71,7 +71,7 @@ class Cluster:
         self.home = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.runs = self.home / "runs"
         self.runs.mkdir()
-        # what the launching shell has of Slurm is another cluster's
+        # Slurm's variables in the launching shell belong to another cluster
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment |= {
@@ -94,7 +94,7 @@ class Cluster:
         }
 
     def __enter__(self) -> "Cluster":
-        # takes the cluster down also if this process is killed
+        # stops the cluster even if this process is killed
         code = (
             f"while kill -0 {os.getpid()} 2>/dev/null; do sleep 2; done; "
             f"{SCRIPT} down; rm -rf {self.home}"
@@ -129,7 +129,7 @@ class Cluster:
         return done.stdout
 
     def run(self, *words: str) -> str:
-        """Run a command on the login node; returns what it prints."""
+        """Run a command on the login node; return what it prints."""
         return self._script("run", *words)
 
     def on(self, node: str, *words: str) -> str:
@@ -137,15 +137,15 @@ class Cluster:
         return self._script("on", node, *words)
 
     def cut(self, node: str) -> None:
-        """Pull its cable: its processes live."""
+        """Disconnect a node from the network; its processes live."""
         self._script("cut", node)
 
     def join(self, node: str) -> None:
-        """Put its cable in again."""
+        """Reconnect a node to the network."""
         self._script("join", node)
 
     def power_off(self, node: str) -> None:
-        """End the machine: it does not answer."""
+        """Stop the machine: it does not answer."""
         self._script("power-off", node)
 
     def boot(self, node: str) -> None:
@@ -215,7 +215,7 @@ class Cluster:
         ).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what `scontrol show job` has."""
+        """Return the output of `scontrol show job` as a dictionary."""
         shown = self.run("scontrol", "show", "job", number)
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
@@ -232,7 +232,7 @@ class Cluster:
     def wait_for(
         self, what: str, happened: Callable[[], object], number: str, seconds: float = SECONDS
     ) -> None:
-        """Wait for what a job is to bring about; fails at once when it has ended without."""
+        """Wait for an effect of a job; fail immediately if the job has ended without it."""
 
         def happened_or_ended() -> bool:
             ended = self.state(number) in ENDED
@@ -244,11 +244,11 @@ class Cluster:
         raise AssertionError(f"no {what}, and the job has ended\n{self.text(number)}")
 
     def text(self, number: str) -> str:
-        """Return what there is to know about a job."""
+        """Return all information about a job."""
         return f"{self.job(number)}\n{self.logs(number)}"
 
     def ends(self, number: str, state: str = "COMPLETED", seconds: float = SECONDS) -> str:
-        """Wait for the end of a job; returns its logs.  It must be this one."""
+        """Wait for the end of a job, which must be in this state; return its logs."""
         job = self.wait(number, *ENDED, seconds=seconds)
         assert job["JobState"] == state, self.text(number)
         return self.logs(number)
@@ -259,18 +259,18 @@ class Cluster:
         return sorted([*nemo, *self.home.glob(f"slurm-{number}*")])
 
     def logs(self, number: str) -> str:
-        """Return what a job has printed."""
+        """Return the output of a job."""
         return "\n".join(
             f"--- {path.name}\n{path.read_text(errors='replace')[-60_000:]}"
             for path in self.log_files(number)
         )
 
     def signal(self, number: str, name: str = "USR1") -> None:
-        """Send what Slurm sends before a time limit, to all tasks of all steps."""
+        """Send the signal that Slurm sends before a time limit, to all tasks of all steps."""
         self.run("scancel", f"--signal={name}", number)
 
     def wait_for_steps(self, run: Path, steps: int, number: str) -> None:
-        """Wait until a run has this many steps behind it."""
+        """Wait until a run has completed this many steps."""
         written = run / "metrics.jsonl"
         self.wait_for(f"{steps} steps", lambda: prove.num_lines(written) >= steps, number)
 
@@ -299,7 +299,7 @@ def wait_for(
     seconds: float = SECONDS,
     text: Callable[[], str] = str,
 ) -> None:
-    """Poll until it has happened; fails at the deadline, with `text`."""
+    """Poll until it has happened; fail at the deadline, with `text`."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}\n{text()}"

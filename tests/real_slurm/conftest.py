@@ -1,4 +1,4 @@
-"""Everything here runs on a real Slurm: `make test-slurm` all of it, `make test` a sample."""
+"""Fixtures for a real Slurm: `make test-slurm` runs everything here, `make test` a sample."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def accounted(cluster):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """Give the run that a disturbed one must equal, by its settings; each is made once, here."""
+    """Return the run that an interrupted one must equal, by settings; each is made once, here."""
     made = {}
 
     def run(*settings: str) -> Path:

@@ -1,7 +1,7 @@
-"""Jobs that are asked, cancelled, preempted, or lose a machine: each comes to the same end.
+"""Jobs that are signalled, cancelled, preempted, or lose a machine all reach the same end.
 
-Every disturbed run equals the uninterrupted one bit for bit, so no step is missing, and none was
-made or paid for twice (`prove.compare`).
+Every interrupted run equals the uninterrupted one bit for bit, so no step is missing, and none was
+made or generated twice (`prove.compare`).
 """
 
 import random
@@ -25,7 +25,7 @@ STEPS = 12
 
 @pytest.fixture
 def run(cluster, request):
-    """The directory of a run on the file system that all nodes share."""
+    """Directory of a run on the file system that all nodes share."""
     return cluster.runs / request.node.name.replace("/", "_")
 
 
@@ -37,18 +37,18 @@ def submit(cluster: Cluster, run, *settings: str, train=TRAIN, environment=None)
 
 
 def restarted(cluster: Cluster, job: str, times: int) -> bool:
-    """Whether the job has been started again this often."""
+    """Return whether the job has been restarted this many times."""
     return cluster.job(job)["Restarts"] == str(times)
 
 
 def done(cluster: Cluster, job: str) -> bool:
-    """Whether the job has completed."""
+    """Return whether the job has completed."""
     return cluster.state(job) == "COMPLETED"
 
 
 @pytest.fixture
 def equals(uninterrupted):
-    """Give the check of a run against the uninterrupted one of the same settings."""
+    """Check of a run against the uninterrupted one with the same settings."""
 
     def check(run, *settings: str) -> None:
         checks = prove.compare(uninterrupted(*(settings or (TP2,)), *TRAIN), run)
@@ -64,7 +64,7 @@ def test_data_parallel_over_two_nodes(cluster, run, equals):
 
 
 def test_asked_to_save_at_any_moment_the_job_never_fails(cluster, run, equals):
-    """In the start of ranks, their meeting, loading, steps, saving; and in the end."""
+    """The request comes while ranks start, connect, load, train or save; and at the end."""
     job = submit(cluster, run)
     drawn = random.Random(20)
     for restart in range(1, 6):
@@ -83,7 +83,7 @@ def test_asked_to_save_at_any_moment_the_job_never_fails(cluster, run, equals):
 
 
 def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, run, equals):
-    """The ranks leave in the middle of it; the job is queued again and has not failed."""
+    """The ranks leave in the middle of the step; the job is requeued and has not failed."""
     job = submit(cluster, run, TP2, "checkpoint.grace_seconds=0.01")
     cluster.wait_for_steps(run, 5, job)
     cluster.signal(job)
@@ -93,7 +93,7 @@ def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, r
 
 
 def test_a_second_job_in_the_same_directory_is_refused_and_names_the_first(cluster, run, equals):
-    """From the third node; the first job is not disturbed."""
+    """The second job runs on the third node; the first is not affected."""
     first = submit(cluster, run)
     cluster.wait_for_steps(run, 2, first)
     words = [str(run), str(LAPTOP / "prepo.yaml"), "parallel.tensor=1", *TRAIN]
@@ -124,7 +124,7 @@ def test_requeued_by_an_operator(cluster, run, equals):
 
 
 def test_preempted_by_an_urgent_job(cluster, run, equals):
-    """SIGTERM, then SIGKILL after KillWait."""
+    """Slurm sends SIGTERM, then SIGKILL after KillWait."""
     job = submit(cluster, run)
     cluster.wait_for_steps(run, 3, job)
     cluster.run(
@@ -155,7 +155,7 @@ def test_a_cable_that_is_out_for_seconds_is_not_noticed(cluster, run, equals):
     ("how", "node"), [("power_off", "node1"), ("power_off", "node2"), ("cut", "node2")]
 )
 def test_slurm_queues_a_job_again_whose_node_is_lost(cluster, run, equals, how, node):
-    """The first one has rank 0 and the job's script.
+    """The first node has rank 0 and the job's script.
 
     Its cable is not cut: the nodes here share a kernel, in which rank 0 would keep the run's lock.
     """
@@ -209,7 +209,7 @@ def test_daemons_of_slurm_may_restart(cluster, run, equals, host):
 
 
 def test_a_shared_file_system_that_turns_read_only_fails_the_job(cluster, run, equals):
-    """As far as nodes open files: Linux remounts none that is open for writing."""
+    """Each node gets a read-only bind mount: Linux remounts nothing that is open for writing."""
     job = submit(cluster, run)
     cluster.wait_for_steps(run, 5, job)
     for node in ("node1", "node2"):
@@ -239,7 +239,7 @@ def test_a_shared_file_system_that_is_full_fails_the_job(cluster, equals):
 
 
 def test_an_error_of_one_node_only_is_shown(cluster, run):
-    """A file that only the first node has."""
+    """The file exists on the first node only."""
     cluster.on("node1", "cp", "-r", str(LAPTOP / "base"), "/tmp/base")
     job = submit(cluster, run, TP2, train=(*TRAIN, "model.hf=/tmp/base"))
     assert "error: no Hugging Face model in /tmp/base" in cluster.ends(job, "FAILED")
@@ -247,7 +247,7 @@ def test_an_error_of_one_node_only_is_shown(cluster, run):
 
 
 def test_clocks_of_nodes_that_are_hours_apart_change_nothing(cluster, run, equals, tmp_path):
-    """Of the ranks on node2; Slurm itself refuses a node whose clock is minutes off."""
+    """Clocks differ for the ranks on node2; Slurm refuses nodes whose clock is minutes off."""
     if (compiler := shutil.which("cc")) is None:
         pytest.skip("no C compiler to make the clock jump with")
     source, library = tmp_path / "jumping.c", cluster.home / "jumping.so"

@@ -1,4 +1,4 @@
-"""What `make test` sees of a real Slurm: a chain by NeMo-Run, a job that queues itself again."""
+"""Sample of a real Slurm for `make test`: a chain by NeMo-Run, a job that requeues itself."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_a_chain_over_two_nodes_resumes_bit_equal(cluster, uninterrupted):
 
 
 def test_a_job_that_is_asked_before_its_ranks_listen_queues_itself_again(cluster, uninterrupted):
-    """By default the signal would kill the ranks, and the job would have failed."""
+    """The signal's default action would kill the ranks, and the job would fail."""
     run = cluster.runs / "requeued"
     words = [str(run), str(LAPTOP / "prepo.yaml"), "parallel.tensor=2", *TRAIN]
     job = cluster.sbatch("train.sbatch", *words)
@@ -64,7 +64,7 @@ echo "$?" >{code}
 
 
 def tasks(text: str) -> list[list]:
-    """What each task was told, in order; nodes by their numbers."""
+    """Return the environment of each task, in order; nodes by their numbers."""
     told = []
     for line in sorted(text.splitlines()):
         *numbers, job, step, mine, all_nodes, a_node = line.split()
@@ -74,7 +74,7 @@ def tasks(text: str) -> list[list]:
 
 
 def test_the_slurm_that_tests_play_tells_tasks_what_this_one_does(cluster, tmp_path):
-    """`tests/fake_slurm.py`, where there is no real one."""
+    """The simulation is `tests/fake_slurm.py`, used where there is no real Slurm."""
     played = fake_slurm.install(tmp_path / "fake")
     files = {}
     for kind, place in (("played", tmp_path), ("real", cluster.home / "tasks")):
@@ -94,7 +94,7 @@ def test_the_slurm_that_tests_play_tells_tasks_what_this_one_does(cluster, tmp_p
     fake_slurm.end(played)
     told = {kind: tasks(out.read_text()) for kind, (out, _) in files.items()}
     assert told["played"] == told["real"] and len(told["real"]) == 4
-    # of the tasks that it ends the real one has 143 where a command does not catch SIGTERM
+    # of the tasks that it stops, the real one reports 143 where a command does not catch SIGTERM
     assert files["real"][1].read_text().strip() in ("7", "143")
 
 

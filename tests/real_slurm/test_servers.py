@@ -1,4 +1,4 @@
-"""SGLang servers beside the ranks and on a node of their own: fake ones, and once real ones."""
+"""SGLang servers on the ranks' nodes and on a separate node: fake ones, and once real ones."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ STEPS = 12
 
 @pytest.fixture
 def fake(cluster):
-    """The variables with which the servers' interpreter has the fake package."""
+    """Variables with which the servers' interpreter finds the fake package."""
     directory = cluster.home / "package"
     if not directory.exists():
         fake_sglang_package.environment(directory)
@@ -33,21 +33,21 @@ def fake(cluster):
 
 
 def exactly_once(run: Path) -> None:
-    """No step is missing, none was made twice, and no rollout counted twice."""
+    """Assert that no step is missing, none was made twice, and no rollout counted twice."""
     assert [step["step"] for step in metrics(run)] == list(range(STEPS))
     ledger = (run / "ledger.jsonl").read_text().splitlines()
     assert len(ledger) == len(set(ledger)) == STEPS * 8 * 4
 
 
 def processes_of_servers(cluster: Cluster, node: str) -> str:
-    """The ids of a node's servers."""
+    """Return the ids of a node's servers."""
     return cluster.on(node, "bash", "-c", "pgrep -f sglang.launch_server || true")
 
 
 @launcher.NEEDED
 @pytest.mark.parametrize("server_nodes", [0, 1])
 def test_a_chain_with_servers_of_the_job(cluster, fake, server_nodes):
-    """Beside the ranks on both nodes, or on the third; the first job is asked to save."""
+    """Servers run on both nodes of the ranks, or on the third; the first job is asked to save."""
     run = cluster.runs / f"servers_{server_nodes}"
     where = ["--server-nodes", "1"] if server_nodes else ["servers.release_memory=false"]
     first, second = cluster.launched(
@@ -73,7 +73,7 @@ def submit(cluster: Cluster, run: Path, *settings: str, **environment: str) -> s
 
 
 def test_servers_that_do_not_start_end_the_job(cluster):
-    """The ranks would hold all nodes for servers.start_seconds."""
+    """The ranks would otherwise hold all nodes for servers.start_seconds."""
     job = submit(cluster, cluster.runs / "no_servers", "servers.python=/bin/false")
     said = cluster.ends(job, "FAILED")
     assert f"error: the servers have ended with 2: see slurm-{job}-servers.out" in said
@@ -82,7 +82,7 @@ def test_servers_that_do_not_start_end_the_job(cluster):
 
 
 def test_slurm_queues_a_job_again_whose_node_of_servers_is_lost(cluster, fake):
-    """There is no other: it waits until the node is back."""
+    """There is no other node: the job waits until this one is back."""
     run = cluster.runs / "lost_server"
     job = submit(cluster, run, f"servers.python={sys.executable}", **fake)
     cluster.wait_for_steps(run, 3, job)

@@ -19,7 +19,7 @@ TP2 = ["--nodes", "2", "--gpus-per-node", "1", "parallel.tensor=2"]
 
 @launcher.NEEDED
 def test_waiting_for_a_run_that_is_stopped_is_not_waiting_for_its_end(accounted):
-    """The job has completed; the same command resumes the run, and then it is finished."""
+    """The job has completed; the same command resumes the run, which then finishes."""
     cluster, run = accounted, accounted.runs / "waited"
 
     def ask_to_save() -> None:
@@ -46,7 +46,7 @@ def test_waiting_for_a_job_that_fails_is_a_failure(accounted):
 
 
 def test_a_comparison_is_an_array_of_jobs(cluster):
-    """Two methods x two seeds, three nodes; one job is asked to save, and queues itself again."""
+    """Two methods x two seeds run on three nodes; one job is asked to save, and requeues itself."""
     directory = cluster.home / "odd 'name" / "comparison"
     words = ["compare", str(LAPTOP / "prepo.yaml"), "--methods", "random,prepo", "--seeds", "1-2"]
     slurm = ["--executor", "slurm", "--account", "lab", "--time", "00:30:00"]

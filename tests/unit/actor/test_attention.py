@@ -55,7 +55,7 @@ def expected_output(qkv, layout):
 
 
 def assert_is_attention(ours, qkv, layout):
-    """Output and gradients, of its sum with weights from -1 to 1, are those written out."""
+    """Assert that the output, and gradients of its weighted sum, equal those of the formula."""
 
     def with_gradients(out, qkv):
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -81,7 +81,7 @@ def test_each_sequence_attends_to_itself(way):
 
 
 def test_a_plain_batch_is_what_it_always_was():
-    """[s, b, ...] without a layout: what the checkpoint converter feeds."""
+    """Tensors are [s, b, ...] without a layout, which is what the checkpoint converter feeds."""
     qkv = random_qkv(12)
     batch = [x.view(6, 2, *x.shape[2:]) for x in qkv]
     ours = causal_attention()(*batch)
@@ -91,7 +91,7 @@ def test_a_plain_batch_is_what_it_always_was():
 
 
 class Kernel:
-    """Stands in for torch's variable-length kernel and for TransformerEngine's: same contract."""
+    """Stand-in for torch's variable-length kernel and for TransformerEngine's: same contract."""
 
     def __call__(self, query, key, value, starts_q, starts_k, max_q, max_k, **options):
         assert options == {"window_size": (-1, 0), "enable_gqa": True}
@@ -112,7 +112,7 @@ def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
 
 
 class TransformerEngines(torch.nn.Module):
-    """What `TEDotProductAttention` is given by Megatron, for `thd`."""
+    """Stand-in for `TEDotProductAttention` with the arguments that Megatron passes, for `thd`."""
 
     def __init__(self, config):
         super().__init__()
@@ -160,7 +160,7 @@ def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
     [
         (1, 1, 28, 4, (28, 4)),
         (1, 2, 28, 4, (14, 2)),
-        (4, 7, 28, 4, (4, 4)),  # one head a rank, and its group's keys and values
+        (4, 7, 28, 4, (4, 4)),  # one head per rank, and its group's keys and values
         (2, 4, 32, 8, (8, 2)),
         (1, 8, 32, 4, (4, 1)),
         (8, 2, 64, 8, (32, 8)),

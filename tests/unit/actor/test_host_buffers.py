@@ -1,4 +1,4 @@
-"""Copies of a checkpoint's tensors: equal, apart from the originals, in the room of the last."""
+"""Copies of a checkpoint's tensors: equal, separate from the originals, in reused memory."""
 
 import torch
 

@@ -22,7 +22,7 @@ from megatron_prepo.actor.lm_head import (
 
 
 def problem(*, tokens=11, hidden=16, rows=40, scale=1.0, dtype=torch.float64, seed=0):
-    """Hidden states, head, targets; `scale` is the standard deviation of the logits."""
+    """Return hidden states, head and targets; `scale` is the standard deviation of the logits."""
     generator = torch.Generator().manual_seed(seed)
     hidden_TH = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
     weight_VH = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
@@ -32,7 +32,8 @@ def problem(*, tokens=11, hidden=16, rows=40, scale=1.0, dtype=torch.float64, se
 
 
 def full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, temperature=1.0):
-    """The definition: all logits, less the logarithm of their sum of exponentials; -sum p ln p."""
+    """Compute the definition: logits, less the logarithm of their sum of exponentials; -sum p ln
+    p."""
     if torch.is_tensor(temperature):
         temperature = temperature[:, None]
     logits_TV = hidden_TH @ weight_VH[:vocab_size].T / temperature
@@ -44,7 +45,7 @@ def full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, temperature=1.0):
 
 
 def values_and_gradients(function, hidden_TH, weight_VH, *args, seed=1, **settings):
-    """Both outputs, and the gradients of a random combination of all their entries."""
+    """Return both outputs, and the gradients of a random combination of all their entries."""
     hidden_TH = hidden_TH.detach().clone().requires_grad_()
     weight_VH = weight_VH.detach().clone().requires_grad_()
     logprobs_T, entropy_T = function(hidden_TH, weight_VH, *args, **settings)
@@ -55,7 +56,7 @@ def values_and_gradients(function, hidden_TH, weight_VH, *args, seed=1, **settin
 
 
 def assert_equals_full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, **settings):
-    """Values and gradients, but for what rounding does to the definition."""
+    """Assert that values and gradients are equal, up to what rounding does to the definition."""
     ours = values_and_gradients(
         vocab_parallel_logprobs_and_entropy,
         hidden_TH,
@@ -131,7 +132,7 @@ def test_a_zero_head_is_the_uniform_distribution():
 
 @pytest.mark.parametrize("oracle", ["cross_entropy", "linear_cross_entropy"])
 def test_log_probability_equals_torchs_cross_entropy(oracle):
-    """Oracles that we did not write, with their own `ignore_index`; the second came with 2.13."""
+    """Oracles written by others, with their own `ignore_index`; the second came with 2.13."""
     if not hasattr(F, oracle):
         pytest.skip(f"torch {torch.__version__} has no {oracle}")
     hidden_TH, weight_VH, targets_T = problem(scale=6)
@@ -273,7 +274,7 @@ def test_two_calls_agree_bit_for_bit():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the size of what it makes."""
+    """Record the size of the largest tensor that any operation creates."""
 
     size = 0
 
@@ -301,7 +302,7 @@ def test_no_more_logits_than_those_of_a_chunk_exist_at_once(monkeypatch):
 
 
 class Made(TorchDispatchMode):
-    """Notes the shapes of what named operations make."""
+    """Record the shapes of what named operations create."""
 
     def __init__(self, *names):
         super().__init__()
@@ -315,7 +316,7 @@ class Made(TorchDispatchMode):
 
 
 def test_all_chunks_share_one_workspace():
-    """One for the logits, and in backward one more where the gradient is of another type."""
+    """One workspace holds the logits; in backward, one more holds a gradient of another type."""
     hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500, dtype=torch.bfloat16)
     with Made("new_empty", "empty_like") as made:
         outputs = vocab_parallel_logprobs_and_entropy(
@@ -421,7 +422,7 @@ def test_one_possible_word_has_entropy_zero():
 
 
 def test_all_logits_far_below_minus_100():
-    """A formula that starts its running maximum at -100, or at 0, underflows here."""
+    """Formulas that start their running maximum at -100, or at 0, underflow here."""
     hidden_TH, weight_VH, targets_T = problem(scale=1.0)
     hidden_TH[:, 0], weight_VH[:, 0] = 1.0, -400.0
     assert (hidden_TH @ weight_VH.T).max() < -300
@@ -507,7 +508,7 @@ def test_gradient_of_one_output_alone(wanted):
 
 
 class Unused(torch.autograd.Function):
-    """Uses both values, and passes no gradient back."""
+    """Use both values, and pass no gradient back."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -549,7 +550,7 @@ def test_backward_twice_over_a_retained_graph_gives_the_same():
 
 @pytest.mark.parametrize("known_gradient", [False, True])
 def test_double_backward_raises(known_gradient):
-    """Rather than take the first gradient for a constant."""
+    """An error is raised rather than the first gradient treated as a constant."""
     hidden_TH, weight_VH, targets_T = problem()
     hidden_TH.requires_grad_()
     if known_gradient:
@@ -637,7 +638,7 @@ def both_ways(hidden_TH, weight_VH, targets_T, token_loss, factor=1.0, **setting
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [3, 1024])
 def test_known_gradient_equals_recomputation_bit_for_bit(dtype, entropy, chunk_tokens):
-    """Gradients exactly, for chunks are the same; loss and sums but for rounding."""
+    """Gradients are exactly equal, since chunks are the same; loss and sums except for rounding."""
     hidden_TH, weight_VH, targets_T = problem(scale=3, dtype=dtype)
     targets_T[[0, 6]] = IGNORE
     token_loss = some_loss(9, entropy)

@@ -35,7 +35,7 @@ def rows(request, monkeypatch):
 
 
 def chunk(*, num_rows=7, columns=41, scale=3.0, dtype=torch.float64, seed=0):
-    """Logits, targets of which some are elsewhere, and gradients of both results."""
+    """Return logits, targets of which some are elsewhere, and gradients of both results."""
     generator = torch.Generator().manual_seed(seed)
     z_CV = scale * torch.randn(num_rows, columns, generator=generator, dtype=torch.float64)
     target_C = torch.randint(-5, columns + 5, (num_rows,), generator=generator)
@@ -45,7 +45,7 @@ def chunk(*, num_rows=7, columns=41, scale=3.0, dtype=torch.float64, seed=0):
 
 
 def statistics(z_CV, target_C, temperature):
-    """The definition, row by row, over the logits that are not -inf."""
+    """Compute the definition, row by row, over the logits that are not -inf."""
     expected = []
     for c, z_V in enumerate(z_CV):
         x_V = z_V / (temperature[c] if torch.is_tensor(temperature) else temperature)
@@ -101,7 +101,7 @@ def test_statistics_of_hard_rows(rows, dtype):
 
 
 def value(z_CV, target_C, temperature, lse_C, entropy_C, grad_logprobs_C, grad_entropy_C):
-    """What is differentiated: logp and H where the other ranks' columns, in `lse`, are constants.
+    """Return what is differentiated: logp and H, with other ranks' columns, in `lse`, constant.
 
     Their derivatives by hand are those of softmax; autograd gets them from the full formula with
     a column more, whose logit makes up for the other ranks.
@@ -183,7 +183,7 @@ def test_gradient_at_logits_of_minus_infinity_is_zero(rows):
 
 
 def test_rows_of_a_wider_workspace(rows):
-    """Rows need not be packed: their distance is the workspace's."""
+    """Rows need not be contiguous: their distance is the workspace's."""
     wide_CV, target_C, (g_C, h_C) = chunk(columns=60)
     z_CV = wide_CV[:, :41]
     lse_C = z_CV.logsumexp(1)
@@ -199,7 +199,7 @@ def test_rows_of_a_wider_workspace(rows):
 
 
 def test_the_whole_head_with_these_rows(rows, monkeypatch):
-    """Values and gradients, bfloat16."""
+    """Values and gradients of the complete head, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     hidden_TH = torch.randn(9, 16, generator=generator).bfloat16()
     weight_VH = torch.randn(53, 16, generator=generator).bfloat16()

@@ -33,7 +33,7 @@ quick = settings(max_examples=60, deadline=None, derandomize=True, database=None
 
 @st.composite
 def batches(draw):
-    """Sequences of at most 41 tokens, with few different prompts, each routed in two ways."""
+    """Draw sequences of at most 41 tokens, with few different prompts, each routed in two ways."""
     prompts = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1))
     sequences = []
     for _ in range(draw(st.integers(0, 30))):
@@ -184,7 +184,7 @@ def test_prompts_without_a_prefix_have_nothing_to_share():
 
 
 def rollouts(seed, groups=64, group_size=16, cap=8192):
-    """Log-normal lengths around a mean of their prompt's, as reasoning models write."""
+    """Return rollouts of log-normal lengths around their prompt's mean, as of reasoning models."""
     draw, sequences = random.Random(seed), []
     for group in range(groups):
         prompt = (group,) * draw.randint(60, 400)

@@ -17,7 +17,7 @@ def test_a_router_needs_neither_transformer_engine_nor_the_cpus_stand_ins(monkey
     sum of n float32 products with unit roundoff u.
     """
     parallel = ParallelConfig()
-    with pretend(0, 1, parallel):  # installs the CPU's stand-ins, if nothing has before
+    with pretend(0, 1, parallel):  # installs the CPU's stand-ins, unless they already are
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
         model = ModelConfig(hf="", layers="torch", dtype="float32")

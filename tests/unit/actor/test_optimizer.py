@@ -13,7 +13,7 @@ PEAK, LEAST = 3e-4, 1e-5
 
 
 def rates(**settings) -> list[float]:
-    """The learning rates of all updates of a run."""
+    """Return the learning rates of all updates of a run."""
     train = {name: settings.pop(name) for name in ("total_steps", "mini_batches")}
     config = actor_config("unused", optimizer={"lr": PEAK, "min_lr": LEAST} | settings, train=train)
     optimizer, used = SimpleNamespace(param_groups=[{}]), []
@@ -25,7 +25,8 @@ def rates(**settings) -> list[float]:
 
 
 def expected(update: int, warmup: int, total: int, style: str) -> float:
-    """Linear to the peak in W updates; then the decay, which would end after the last update."""
+    """Return the rate: linear to the peak in W updates; then the decay, which would end after the
+    last update."""
     if update < warmup:
         return PEAK * (update + 1) / warmup
     peak_at = max(0, warmup - 1)
@@ -37,7 +38,7 @@ def expected(update: int, warmup: int, total: int, style: str) -> float:
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("mini_batches", [1, 2])
 def test_every_update_of_every_length_of_warm_up(style, mini_batches):
-    """Float64 against float64: a few roundings apart."""
+    """Float64 is compared with float64: a few roundings apart."""
     for total in range(1, 6):
         for warmup in range(total + 1):
             used = rates(

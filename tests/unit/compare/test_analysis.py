@@ -23,9 +23,9 @@ def lines(arm, *seeds, **options):
 @pytest.mark.parametrize("quota", comparison.QUOTAS)
 @pytest.mark.parametrize("axis", comparison.AXES)
 def test_twice_as_fast_saves_exactly_two(axis, quota):
-    """Both lines go on rising, so smoothing and interpolation must leave them as they are."""
+    """Both lines keep rising, so smoothing and interpolation must leave them as they are."""
     slow, fast = lines("random", 1, 2), lines("prepo", 1, 2, speed=2, final=0.6)
-    for record in fast:  # without the corner at its top, which any smoothing rounds
+    for record in fast:  # without the corner at its top, which any smoothing would round
         for e in record["evaluations"]:
             e["pass_rate"] = 0.4 + 2 * 0.2 * e["rollouts"] / 1000
     saving = only(slow + fast).savings[axis, quota]
@@ -37,7 +37,7 @@ def test_twice_as_fast_saves_exactly_two(axis, quota):
 
 
 def test_tokens_are_counted_for_themselves():
-    """As fast by rollouts, but with half the tokens each."""
+    """The arm is as fast by rollouts, but with half the tokens in each."""
     result = only(lines("random", 1) + lines("prepo", 1, tokens_per_rollout=10))
     assert result.savings["rollouts", 0.75].ratio == approx(1)
     assert result.savings["tokens", 0.75].ratio == approx(2)
@@ -53,7 +53,7 @@ def test_the_baseline_saves_nothing_and_reaches_its_own_target():
 
 @pytest.mark.parametrize(("quota", "missed"), [(0.5, False), (0.75, True), (1.0, True)])
 def test_a_miss_is_a_bound(quota, missed):
-    """Half as fast: at the end of its budget it is half way."""
+    """The arm is half as fast: at the end of its budget it is halfway."""
     saving = only(lines("random", 1, 2) + lines("prepo", 1, 2, speed=0.5)).savings[
         "rollouts", quota
     ]
@@ -64,7 +64,7 @@ def test_a_miss_is_a_bound(quota, missed):
 
 
 def test_some_seeds_miss():
-    """Of three seeds one stays at the base; the mean reaches 50 %, that seed does not."""
+    """One of three seeds stays at the base; the mean reaches 50 %, that seed does not."""
     records = lines("random", 1, 2, 3) + lines("prepo", 1, 2) + lines("prepo", 3, speed=0)
     saving = only(records).savings["rollouts", 0.5]
     assert saving.reached_seeds == 2 and not saving.missed

@@ -27,7 +27,7 @@ UNEQUAL = [
 
 
 def written(tmp_path, *groups: list[dict]) -> list[str]:
-    """Result files of the groups of records."""
+    """Write result files of the groups of records; return their paths."""
     paths = []
     for number, records in enumerate(groups):
         path = tmp_path / f"{number}.jsonl"
@@ -42,7 +42,7 @@ def body_of(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A page of two comparisons: all arms, and arms of unequal seeds."""
+    """Page of two comparisons: all arms, and arms of unequal seeds."""
     directory = tmp_path_factory.mktemp("page")
     paths = page.report(written(directory, ALL, UNEQUAL), directory / "report.html")
     return paths
@@ -188,7 +188,7 @@ def test_names_are_escaped():
 
 @pytest.fixture
 def cluster_run(tmp_path, monkeypatch):
-    """A run of GRESO through SGLang, as its directory is: groups dropped, one completion cut."""
+    """Directory of a run of GRESO through SGLang: groups dropped, one completion cut."""
     model = tmp_path / "model"
     model.mkdir()
     tree = {
@@ -215,7 +215,7 @@ def cluster_run(tmp_path, monkeypatch):
 
 
 def test_a_run_that_goes_on_is_reported_as_far_as_it_is(cluster_run, tmp_path):
-    """Also while a line is being written."""
+    """The report also works while a line is being written."""
     (cluster_run / "summary.json").unlink()
     for name in ("metrics", "ledger", "evaluations"):
         with open(cluster_run / f"{name}.jsonl", "a") as file:

@@ -52,7 +52,7 @@ def run_compare(config_path, tmp_path):
 
 
 def started(tmp_path: Path) -> list[str]:
-    """The runs that the fake was asked for, in the order in which they started."""
+    """Return the runs that the fake was asked for, in the order in which they started."""
     path = tmp_path / "started"
     return path.read_text().split() if path.exists() else []
 
@@ -96,7 +96,7 @@ def test_each_known_arm_is_a_configuration(config_path, tmp_path):
 
 
 def test_the_oracles_probes_come_on_top(config_path, tmp_path):
-    """3 steps of 4 groups of 2, and of 20 probed candidates."""
+    """The oracle counts 3 steps of 4 groups of 2, and of 20 probed candidates."""
     (run,) = comparing.plan(config_path, {"oracle": ARMS["oracle"]}, [1], tmp_path, [])
     assert run.config.train.rollout_budget == 3 * (4 + 20) * 2
     given = ["train.rollout_budget=16"]
@@ -119,7 +119,7 @@ def test_a_run_without_its_record_is_read_again(run_compare, tmp_path):
 
 
 def test_a_record_without_its_run_is_enough(run_compare, tmp_path):
-    """As in a fresh clone, with the committed results."""
+    """This is the case in a fresh clone, which has the committed results."""
     first = run_compare(results=tmp_path / "results.jsonl")
     second = run_compare(
         results=tmp_path / "results.jsonl", directory=tmp_path / "elsewhere", name="runs"
@@ -368,7 +368,7 @@ def test_on_the_command_line(config_path, tmp_path, capsys):
 
 
 def test_the_record(run_compare, tmp_path):
-    """What the fake wrote by hand, taken down."""
+    """The record has the values that the fake wrote."""
     (record,) = run_compare("prepo", "1", command="megatron-prepo compare ...")
     assert record["summary"]["pass_rate_after"] == 0.6 and record["seconds"] == {"update": 1.0}
     assert record["machine"] == {"processor": "fake"}
@@ -379,7 +379,7 @@ def test_the_record(run_compare, tmp_path):
     assert steps["reward/zero_variance_ratio"] == [0.5, 0.25, 0.125]
     assert steps["rollout/paid"] == [8, 16, 24] and "loss/grad_norm" not in steps
     assert steps["ppl/spearman_with_reward"] == [None, 0.1235, None]
-    # 4 groups of 2: the easiest passes always, the next one half of the time
+    # 4 groups of 2: the easiest always passes, the next one half of the time
     assert record["ppl_deciles"] == [1.0, None, 0.5, None, None, 0.0, None, 0.0, None, None]
     assert record["probes"] == 0 and "probes" not in record["evaluations"][0]
     assert len(json.dumps(record)) < 3000
@@ -407,12 +407,12 @@ def test_a_long_run_stays_small():
 
 
 def test_inputs_are_looked_at_once_before_anything_is_started(run_compare, tmp_path):
-    """Arms and seeds that read the same are one; what is wrong with it stops the comparison."""
+    """Arms and seeds with the same inputs are checked once; an error stops the comparison."""
     looked_at = []
     run_compare("random,prepo", "1-2", check=looked_at.append)
     assert len(looked_at) == 1
     run_compare("random,prepo", "1-2", check=looked_at.append)
-    assert len(looked_at) == 1  # nothing is left to run
+    assert len(looked_at) == 1  # no run remains
 
     def refuse(config):
         raise UserError("no such prompt file")

@@ -1,5 +1,5 @@
-"""`compare --executor slurm`: what is submitted, waited for and collected, by commands that play
-Slurm (tests/real_slurm/test_compare.py has the real one)."""
+"""Jobs of `compare --executor slurm`: what is submitted, waited for and collected, by commands that
+simulate Slurm (tests/real_slurm/test_compare.py has the real one)."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ exec "$PYTHON" "$FAKE_TRAIN" "$@" >> "$log" 2>&1
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """The directory in which the commands keep what they know."""
+    """Directory in which the commands keep their state."""
     state, binaries = tmp_path / "slurm", tmp_path / "bin"
     state.mkdir()
     binaries.mkdir()
@@ -137,7 +137,7 @@ def test_a_run_that_fails_is_named_with_its_log(slurm, compare, monkeypatch):
 
 
 def test_what_is_queued_is_not_submitted_again(slurm, compare, tmp_path, monkeypatch, capsys):
-    """The command is interrupted while a job waits; that one runs, and the command is repeated."""
+    """The command is interrupted while a job waits; that job runs, and the command is repeated."""
     monkeypatch.setenv("STAYS", "1")
 
     def interrupt(seconds):
@@ -176,7 +176,7 @@ def test_a_controller_that_does_not_answer_has_not_ended_the_jobs(slurm, compare
 
     monkeypatch.setattr(array, "sleep", down_then_gone)
     with pytest.raises(RunsFailed, match="prepo/1: exit code 1"):
-        compare()  # the queued one has ended without having run
+        compare()  # the queued one has ended without running
     assert len(asked) == 4
     (slurm / "down").touch()
     with pytest.raises(UserError, match="squeue does not answer, and jobs may be queued"):
@@ -184,7 +184,7 @@ def test_a_controller_that_does_not_answer_has_not_ended_the_jobs(slurm, compare
 
 
 def test_a_run_that_is_stopped_queues_itself_again(slurm, compare, tmp_path, monkeypatch):
-    """Its ranks leave with 0 and there is no summary."""
+    """Ranks exit with code 0 and there is no summary."""
     (tmp_path / "bin" / "srun").write_text("#!/bin/bash\n")
     with pytest.raises(RunsFailed):
         compare(methods="random")
@@ -215,7 +215,7 @@ def test_the_script_is_sound(slurm, compare):
     if shellcheck is None:
         pytest.skip('shellcheck is not installed (pip install -e ".[dev]")')
     done = subprocess.run(
-        # "$" within single quotes is meant
+        # "$" within single quotes is intended
         [shellcheck, "--severity=warning", slurm / "script"],
         capture_output=True,
         text=True,

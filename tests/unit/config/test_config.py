@@ -1,4 +1,4 @@
-"""The configuration refuses what is wrong by name, and says what was meant."""
+"""Invalid configurations are refused by the name of the setting, with a suggestion."""
 
 import dataclasses
 
@@ -32,11 +32,11 @@ OVERLAP = {
     "rollout__engine": "sglang",
     "loss__importance": "truncated",
 }
-"""What overlapped training needs."""
+"""Settings that overlapped training needs."""
 
 
 def tree(**changes):
-    """The required settings, changed by `section__key=value` and `section={...}`."""
+    """Return the required settings, changed by `section__key=value` and `section={...}`."""
     result = {section: dict(values) for section, values in REQUIRED.items()}
     for name, value in changes.items():
         section, _, key = name.partition("__")
@@ -54,7 +54,7 @@ def write(tmp_path, content):
 
 
 def all_fields():
-    """(section, field) of every setting; (section, None) for one without fields of its own."""
+    """Yield (section, field) of every setting; (section, None) for a section without fields."""
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type):
             yield from ((section, field) for field in dataclasses.fields(section.type))
@@ -239,7 +239,7 @@ def test_overlap_with_all_that_it_needs_is_no_contradiction():
 
 
 def test_the_edges_of_the_ranges_are_allowed():
-    """K = |B|, a rank a rollout, a mini-batch a group, and no learning rate at all."""
+    """K = |B|, one rank per rollout, one mini-batch per group, and a learning rate of zero."""
     from_tree(tree(selection={"num_candidates": 2, "num_selected": 2, "rho_max": 0.0}))
     from_tree(tree(parallel__data=16))
     from_tree(tree(parallel__data=8, train={"total_steps": 5, "mini_batches": 2}))
@@ -270,7 +270,8 @@ def test_servers_that_cannot_be_are_refused(servers, message):
 
 
 def test_overrides_change_the_file(tmp_path):
-    """Numbers, texts, truth values, nothing, lists of passed-through settings, new sections."""
+    """Values may be numbers, texts, truth values, null, lists for other libraries or new
+    sections."""
     path = write(tmp_path, tree(optimizer__lr=1e-3, parallel__data=2))
     config = load(
         path,
@@ -400,7 +401,7 @@ def test_a_text_typed_in_the_shell_is_taken_as_it_is(tmp_path, name):
 
 
 def test_a_text_in_quotes_is_without_them(tmp_path):
-    """As in a file, and as overrides have always been read."""
+    """The quotes are removed as in a file, and as overrides have always been read."""
     path = write(tmp_path, tree())
     assert load(path, ["run.dir='runs/a #1'"]).run.dir == "runs/a #1"
     assert load(path, ['run.dir="a\\nb"']).run.dir == "a\nb"
@@ -456,7 +457,7 @@ def test_a_variable_or_user_that_is_not_there_is_named(tmp_path, monkeypatch, pa
 
 
 def test_what_a_variable_holds_is_not_expanded_again(tmp_path, monkeypatch):
-    """As in a shell, and neither when the saved configuration is read."""
+    """Expansion happens once, as in a shell, and not when the saved configuration is read."""
     monkeypatch.setenv("OUTER", "/a/$INNER")
     monkeypatch.setenv("INNER", "b")
     config = load(write(tmp_path, tree()), ["run.dir=$OUTER"])
@@ -500,7 +501,7 @@ def test_a_key_with_a_dot_is_a_setting_of_its_section(tmp_path):
 
 @pytest.mark.parametrize("override", ["optimizer=", "optimizer={lr: 1}", "optimizer=3"])
 def test_a_section_is_not_replaced_as_a_whole(tmp_path, override):
-    """What the file says of its other settings would be lost."""
+    """The file's other settings in the section would be lost."""
     with pytest.raises(UserError, match="optimizer is a section; set one of its settings"):
         load(write(tmp_path, tree()), [override])
 
@@ -509,7 +510,7 @@ def test_a_section_is_not_replaced_as_a_whole(tmp_path, override):
 
 
 def other_value(field):
-    """A value that is not the default and that all checks let pass."""
+    """Return a value that is not the default and that passes all checks."""
     special = {
         ("method", "prepo"): "random",
         ("min_lr", 0.0): 1e-7,
@@ -546,18 +547,18 @@ def other_value(field):
 
 
 def test_round_trip_of_every_setting(tmp_path):
-    """Through a tree and through YAML, with no setting at its default that need not be."""
+    """All settings, away from their defaults where possible, survive a tree and YAML."""
     changed = tree(parallel__tensor=2)
     for section, field in all_fields():
         if field is not None and field.default is not dataclasses.MISSING:
             changed.setdefault(section.name, {})[field.name] = other_value(field)
-    changed["train"]["packing"] = True  # asked for by share_prefixes
+    changed["train"]["packing"] = True  # required by share_prefixes
     changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
     config = from_tree(changed)
     assert to_tree(config) == changed
     assert from_tree(to_tree(config)) == config
     assert load(write(tmp_path, to_yaml(config))) == config
-    assert load(write(tmp_path, to_tree(config))) == config  # as PyYAML wrote it
+    assert load(write(tmp_path, to_tree(config))) == config  # as written by PyYAML
     assert config != from_tree(tree())
 
 
@@ -582,7 +583,7 @@ def test_nearest_is_silent_when_nothing_is_near():
 
 @pytest.mark.parametrize("name", ["a $HOME b", "$$", "${x}", "~", "it's #1: $5", "$"])
 def test_a_path_with_any_characters_is_the_same_when_it_is_saved_and_read(tmp_path, name):
-    """As a user's directory may be called; what is typed as a setting is expanded."""
+    """The path may be any name of a user's directory; what is typed as a setting is expanded."""
     tree_of_it = tree()
     tree_of_it["run"]["dir"] = f"{tmp_path}/{name}"
     config = from_tree(tree_of_it)

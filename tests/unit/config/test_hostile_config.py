@@ -1,4 +1,4 @@
-"""Whatever a configuration holds: it is a `Config` that can be saved, or refused in sentences."""
+"""Any content of a configuration gives a `Config` that can be saved, or a readable error."""
 
 import datetime
 import re
@@ -47,7 +47,7 @@ def assert_sentences(message):
 
 
 def accept_or_refuse(make):
-    """What `make` returns; None if it is refused as it should be."""
+    """Return what `make` returns; None if it is refused as it should be."""
     try:
         return make()
     except UserError as error:
@@ -81,7 +81,7 @@ def test_any_tree_is_a_configuration_or_refused(tmp_path, changes, sections):
 
 
 def reads_as_numbers(value):
-    """Whether a text such as 1e-5 or 0o7 is within, which YAML 1.1 writes without quotes."""
+    """Return whether it contains a text such as 1e-5 or 0o7, which YAML 1.1 writes unquoted."""
     if isinstance(value, dict):
         return any(map(reads_as_numbers, [*value, *value.values()]))
     if isinstance(value, list | tuple):
@@ -100,7 +100,7 @@ WORDS = st.one_of(
 
 
 def kind_of(word, kind):
-    """The word as Python reads a number of that kind, or a truth value."""
+    """Return the word as Python reads a number of that kind, or a truth value."""
     if kind is bool:
         return {"true": True, "false": False}[word.lower()]
     assert "_" not in word
@@ -110,7 +110,7 @@ def kind_of(word, kind):
 @settings(max_examples=400, **NO_DEADLINE)
 @given(st.sampled_from([key for key in all_fields() if key[1]]), WORDS)
 def test_any_word_is_what_yaml_1_2_has_for_the_settings_type_or_refused(tmp_path, key, word):
-    """In a file and in an override; numbers as Python reads them."""
+    """The result is the same in a file and in an override; numbers are as Python reads them."""
     section, field = key
     name = f"{section.name}.{field.name}"
     before = tree()
@@ -138,7 +138,7 @@ def test_any_word_is_what_yaml_1_2_has_for_the_settings_type_or_refused(tmp_path
 @settings(max_examples=300, **NO_DEADLINE)
 @given(st.dictionaries(st.text(max_size=5), VALUES, max_size=3))
 def test_what_is_written_is_read_again(tree):
-    """By us, by ruamel.yaml as YAML 1.2 and by PyYAML as YAML 1.1: any JSON value, keys too."""
+    """Readers: ours, ruamel.yaml as YAML 1.2, PyYAML as YAML 1.1; any JSON value, keys too."""
     try:
         from_tree({"megatron": tree})
     except UserError as error:
@@ -167,7 +167,7 @@ def test_any_text_is_yaml_or_refused_in_a_sentence(text):
 @settings(max_examples=150, **NO_DEADLINE)
 @given(st.binary(max_size=30), st.integers(0, 400))
 def test_any_bytes_are_a_configuration_or_refused(tmp_path, noise, position):
-    """A good file with some bytes put into it."""
+    """Input is a valid file with some bytes inserted."""
     good = yaml.safe_dump(tree()).encode()
     file = tmp_path / "config.yaml"
     file.write_bytes(good[:position] + noise + good[position:])
@@ -232,7 +232,7 @@ def test_yaml_that_is_meant_to_harm_is_refused(tmp_path, text, message):
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(change, message):
-    """It would be in config.yaml, in error messages, and in the servers' logs."""
+    """The secret would be in config.yaml, in error messages, and in the servers' logs."""
     with pytest.raises(UserError, match=message) as caught:
         from_tree(tree(**change))
     assert "s3cret" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""pass@k against every draw of k samples there is, and intervals against what they promise."""
+"""Estimates of pass@k against every possible draw of k samples, and the coverage of intervals."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_sample_that_passed(n):
 
 
 def test_pass_at_k_is_unbiased():
-    """Over all outcomes of n samples that pass with probability p, its mean is 1 - (1 - p)^k."""
+    """The mean over all outcomes of n samples that pass with probability p is 1 - (1 - p)^k."""
     n, p = 6, 0.3
     for k in range(1, n + 1):
         mean = sum(
@@ -54,7 +54,7 @@ def test_one_sample_of_each_problem_is_scipys_wilson_interval(num):
 
 
 def test_the_interval_of_many_problems_is_the_normal_one():
-    """Of 10,000 problems: Wilson's differs from it by terms of 1 / P."""
+    """Wilson's interval of 10,000 problems differs from the normal one by terms of 1 / P."""
     values_P = np.random.default_rng(1).binomial(8, 0.7 * np.random.default_rng(2).random(10_000))
     result, mean = mean_with_ci95([values_P / 8], 8), values_P.mean() / 8
     half = 1.96 * values_P.std() / 8 / 100
@@ -63,7 +63,7 @@ def test_the_interval_of_many_problems_is_the_normal_one():
 
 
 def test_problems_and_not_samples_are_counted_where_samples_are_alike():
-    """All 8 samples of a problem pass or none: as wide as one sample's, but for Student's t."""
+    """All samples of a problem pass or none: as wide as one sample's, except for Student's t."""
     passed_P = [1.0] * 30 + [0.0] * 70
     low, high = ci95(passed_P, samples=8)
     t = stats.t.ppf(0.975, 99)
@@ -88,7 +88,7 @@ def test_every_interval_is_within_its_range_holds_its_mean_and_has_a_width():
 
 
 def test_the_mean_over_suites_counts_each_suite_once():
-    """Its limits are as far away as the hypotenuse of the suites' own, over their number."""
+    """Limits are as far away as the hypotenuse of the suites' own, divided by their number."""
     values_P = [0.0, 0.25, 1.0, 0.5]
     alone, other = (mean_with_ci95([suite], 4) for suite in (values_P, [1.0] * 30))
     both = mean_with_ci95([values_P, [1.0] * 30], 4)
@@ -99,9 +99,9 @@ def test_the_mean_over_suites_counts_each_suite_once():
 
 
 def newcombe(a: int, b: int, c: int, d: int) -> tuple[float, float]:
-    """Method 10 of Newcombe (1998) from the table of pairs: a both, b first only, c second only.
+    """Compute method 10 of Newcombe (1998) from the table of pairs: a both, b first, c second only.
 
-    For the second share less the first.
+    The interval is that of the second share less the first.
     """
     n = a + b + c + d
     first, second = (

@@ -1,4 +1,4 @@
-"""A lock that only its holder's life keeps."""
+"""A lock that lasts exactly as long as its holder lives."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ def file(tmp_path):
 
 
 def holder(file, code: str = "print('held', flush=True); time.sleep(600)", **environment):
-    """A process that holds the lock, and then runs the code."""
+    """Start a process that holds the lock, and then runs the code."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD + code, file],
         stdout=subprocess.PIPE,
@@ -67,7 +67,7 @@ def test_a_holder_that_cannot_be_read_is_refused_all_the_same(file, content):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_holders_death_frees_it_though_its_child_lives(file, number):
-    """Such as a server or a grading process that rank 0 has started or forked."""
+    """The child may be a server or a grading process that rank 0 has started or forked."""
     code = (
         "import subprocess, os\n"
         "child = subprocess.Popen(['sleep', '60'], close_fds=False)\n"
@@ -120,7 +120,7 @@ def _in_another_process(file) -> None:
 
 
 def test_it_is_waited_for_a_moment_and_given_back(file):
-    """A launcher hands over to its rank 0."""
+    """A launcher hands the lock over to its rank 0."""
     process = holder(file, "print('held', flush=True); time.sleep(0.5)")
     begin = time.monotonic()
     with lock.held(file, "it"), lock.held(file, "it, twice in one process"):
@@ -137,7 +137,7 @@ def test_looking_takes_nothing_and_writes_nothing(file):
     lock.refuse_if_held(file, "it")
     assert file.read_text() == ""
     with lock.held(file, "it"):
-        lock.refuse_if_held(file, "it")  # it is this process's
+        lock.refuse_if_held(file, "it")  # this process holds it
         with pytest.raises(UserError):
             _in_another_process(file)
 
@@ -153,7 +153,8 @@ def test_a_lock_whose_file_was_removed_is_taken_again(file):
 
 
 def test_it_is_held_only_while_its_file_is_in_its_place(tmp_path):
-    """Even if the file in its place has a holder, or the folder a link to where it went."""
+    """Another holder of a new file does not count; a link to the moved folder counts as its
+    place."""
     folder, moved = tmp_path / "folder", tmp_path / "moved"
     folder.mkdir()
     file = folder / lock.FILE

@@ -1,4 +1,4 @@
-"""Folders that this program made are known by their marker, and only they are removed."""
+"""Directories that this program created are known by their marker, and only they are removed."""
 
 import os
 import shutil
@@ -31,14 +31,14 @@ def test_a_sealed_folder_knows_what_is_its_own(sealed):
 
 
 def replace(path, content: bytes) -> None:
-    """By another file of this name, as an editor or `mv` does."""
+    """Replace a file by another one of this name, as an editor or `mv` does."""
     path.with_name("other").write_bytes(content)
     path.with_name("other").replace(path)
 
 
 @pytest.fixture
 def large(sealed, monkeypatch):
-    """A file of which the digest sees samples only, and a byte that is between them."""
+    """File of which the digest reads samples only, and a byte that is between them."""
     monkeypatch.setattr(digests, "FULL_BYTES", 1 << 12)
     monkeypatch.setattr(digests, "END_BYTES", 1 << 8)
     monkeypatch.setattr(digests, "BLOCK_BYTES", 1 << 4)
@@ -51,7 +51,7 @@ def large(sealed, monkeypatch):
 
 @pytest.mark.parametrize("harm", ["other content", "a link to itself", "a link", "a pipe"])
 def test_a_file_in_the_place_of_a_sealed_one_is_not_ours(sealed, harm):
-    """Of the same name and size, or with the same content behind a link."""
+    """The other file has the same name and size, or is a link to the same content."""
     file = sealed / "inner" / "file"
     match harm:
         case "other content":
@@ -73,7 +73,7 @@ def test_a_file_in_the_place_of_a_sealed_one_is_not_ours(sealed, harm):
 @pytest.mark.parametrize("position", [0, (1 << 13) + 100, (1 << 14) - 1])
 @pytest.mark.parametrize("way", ["replaced", "in place", "with its time"])
 def test_a_large_file_that_changed_is_not_ours(large, position, way):
-    """At an end, or between two samples, whatever its size."""
+    """The change is at an end, or between two samples, at any file size."""
     content, time = bytearray(large.read_bytes()), large.stat().st_mtime_ns
     digest = digests.digest(large)
     content[position] ^= 1
@@ -85,7 +85,7 @@ def test_a_large_file_that_changed_is_not_ours(large, position, way):
     assert seen == (position != (1 << 13) + 100)
     if way == "with its time":
         os.utime(large, ns=(time, time))
-    unseen = way == "with its time" and not seen  # only by a program that is told to
+    unseen = way == "with its time" and not seen  # only by a program that resets the time
     assert ownership.strangers(large.parent, "model") == ([] if unseen else [large])
 
 
@@ -120,7 +120,7 @@ def test_a_list_without_proofs_proves_nothing(sealed, files):
 
 
 def test_a_folder_that_was_never_sealed_proves_nothing(tmp_path):
-    """Its name is given after that; a `.partial` one is what a killed process leaves behind."""
+    """The final name is given after sealing; a killed process leaves a `.partial` directory."""
     for kind, expected in (("model", [tmp_path / "model"]), (ownership.UNFINISHED, [])):
         ownership.create(tmp_path / kind, kind)
         assert ownership.strangers(tmp_path / kind, kind) == expected
@@ -252,7 +252,7 @@ def test_a_folder_is_claimed_once_and_only_if_nothing_is_in_it(tmp_path):
 
 
 def test_text_is_replaced_without_touching_a_neighbour(tmp_path):
-    """A user's file may have the name that a temporary one would have."""
+    """A user's file may have the name that a temporary file would have."""
     (tmp_path / "report.html.partial").write_text("mine")
     durable.write_text(tmp_path / "report.html", "ours")
     assert (tmp_path / "report.html.partial").read_text() == "mine"

@@ -21,7 +21,7 @@ SPOKEN_CHAT = "<user>{{ messages[0]['content'] }}<end><assistant>assistant: "
 
 
 def character_tokenizer(chat_template=CHAT):
-    """A token a character, `<bos>` in front."""
+    """Return a tokenizer with one token per character, after a `<bos>`."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *string.printable, "é"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -176,7 +176,7 @@ def test_a_file_in_another_format_is_named_with_its_line(tmp_path, content, mess
 def test_marks_and_ends_of_lines_of_other_systems_are_read(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"{i}+1", "answer": i}).encode() for i in range(3)]
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))  # and no end of the last one
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))  # and the last line has no end
     assert [(p.id, p.answer) for p in read(path)] == [("1", "0"), ("3", "1"), ("5", "2")]
 
 
@@ -235,7 +235,7 @@ def content(text, tokenizer=TOKENIZER, **settings):
 
 @pytest.mark.parametrize("text", ["2+2", "  2+2\n", "é", "user", "<end>x"])
 def test_content_is_the_users_text_without_the_template(text):
-    """Leading and trailing white space is no content, whether the template strips it or not."""
+    """Leading and trailing white space is not content, whether the template strips it or not."""
     for tokenizer in (TOKENIZER, character_tokenizer(SPOKEN_CHAT)):
         inside, tokens = content(text, tokenizer, chat_template=True)
         assert inside == text.strip()
@@ -250,7 +250,7 @@ def test_without_a_template_the_content_is_all_but_special_tokens():
 
 
 def test_a_template_has_its_own_special_tokens():
-    """No second `<bos>` is put in front of what the template renders."""
+    """No second `<bos>` is put before what the template renders."""
     _, tokens = content("2+2", chat_template=True)
     assert TOKENIZER.convert_ids_to_tokens(tokens) == [
         "<user>", "2", "+", "2", "<end>", "<assistant>",
@@ -258,7 +258,7 @@ def test_a_template_has_its_own_special_tokens():
 
 
 def test_content_is_found_where_the_user_speaks():
-    """Not in the words of the template that come after it."""
+    """The template's later words do not count."""
     _, span = tokenize("assistant", character_tokenizer(SPOKEN_CHAT), chat_template=True)
     assert span == (1, 10)
 
@@ -286,7 +286,7 @@ def ids(batch):
 
 
 def test_an_epoch_deals_each_prompt_at_most_once():
-    """11 prompts in batches of 4: two batches an epoch, and 3 prompts sit out."""
+    """11 prompts in batches of 4: two batches per epoch, and 3 prompts are unused."""
     batches = CandidateBatches(prompts(11), 4, seed=1)
     for _ in range(5):
         epoch = ids(batches.next()) + ids(batches.next())
@@ -301,7 +301,7 @@ def test_each_epoch_is_shuffled_anew():
 
 
 def test_every_prompt_gets_its_turn():
-    """Those that sit one epoch out are not the same in the next."""
+    """Prompts that are unused in one epoch are not the same in the next."""
     batches = CandidateBatches(prompts(11), 4, seed=1)
     assert len({i for _ in range(20) for i in ids(batches.next())}) == 11
 

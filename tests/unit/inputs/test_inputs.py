@@ -1,4 +1,4 @@
-"""What a run reads is known by its content."""
+"""A run's inputs are identified by their content."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def large(tmp_path):
-    """Larger than what is read in full; sparse."""
+    """Sparse file that is larger than what is read in full."""
     path = tmp_path / "weights.safetensors"
     with open(path, "wb") as file:
         file.truncate(digests.FULL_BYTES + 3 * MIB)
@@ -51,7 +51,7 @@ def test_of_a_large_file_ends_size_and_any_long_change_count(large, where):
 
 
 def test_of_a_large_file_a_change_within_a_gap_is_not_seen(large):
-    """As the docstring says; else what it says would have to be changed."""
+    """The docstring documents this limit; if the test fails, change the docstring."""
     before = digests.digest(large)
     change(large, large.stat().st_size // (digests.NUM_BLOCKS + 1) + digests.BLOCK_BYTES + 1)
     assert digests.digest(large) == before

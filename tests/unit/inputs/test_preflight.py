@@ -44,7 +44,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A model in both formats, prompts, and a reward function."""
+    """Model in both formats, prompts, and a reward function."""
     directory = tmp_path_factory.mktemp("inputs")
     shutil.copytree(LAPTOP / "base", directory / "base")
     for name in ("train.jsonl", "eval.jsonl"):
@@ -90,7 +90,7 @@ def test_a_file_that_cannot_be_read_is_one_line_that_names_it(inputs, tmp_path, 
 
 
 def test_a_file_without_permission_is_named(inputs, monkeypatch):
-    """Root may read everything: the system is told to say no."""
+    """Root may read everything, so the system call is replaced by one that refuses."""
     real = Path.open
 
     def refuse(path: Path, *arguments, **options):

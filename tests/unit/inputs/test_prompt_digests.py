@@ -1,4 +1,4 @@
-"""Prompts whose chat template writes the date: the same in a run that resumes, and on all ranks."""
+"""Prompts whose chat template writes the date: the same in a resumed run, and on all ranks."""
 
 import datetime
 import json
@@ -22,11 +22,12 @@ LLAMA32 = (
     '{%- set date_string = "26 07 2024" %}{%- endif %}{%- endif %}'
     "{{ date_string }} . {{ messages[0]['content'] }}"
 )
-"""How Llama 3.2's comes by its date; the month in digits, since no month is in the vocabulary."""
+"""Template that gets the date as Llama 3.2's does; the month in digits, since no month is in the
+vocabulary."""
 
 
 class Calendar(datetime.date):
-    """The date of a machine."""
+    """A machine's date."""
 
     day_of_test = datetime.date(2026, 1, 31)
 
@@ -37,7 +38,7 @@ class Calendar(datetime.date):
 
 @pytest.fixture
 def day(monkeypatch):
-    """Sets the date, for our code and for transformers'."""
+    """Set the date, for our code and for transformers'."""
 
     class Clock(datetime.datetime):
         @classmethod
@@ -58,7 +59,7 @@ def day(monkeypatch):
 
 @pytest.fixture
 def laptop(tmp_path):
-    """A configuration of the laptop experiment whose model has the template."""
+    """Configuration of the laptop experiment whose model has the template."""
     base = shutil.copytree(LAPTOP / "base", tmp_path / "base")
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": LLAMA32}))
@@ -81,8 +82,8 @@ def laptop(tmp_path):
 
 
 def begin(settings: config.Config) -> preflight.Inputs:
-    """What a run does at its first start; without the digests of files, which would see first
-    that one has changed."""
+    """Do what a run does at its first start, without the digests of files, which would detect the
+    change first."""
     inputs = preflight.check(settings)
     directory = Path(settings.run.dir)
     run_directory.begin(settings, print)
@@ -93,7 +94,7 @@ def begin(settings: config.Config) -> preflight.Inputs:
 
 
 def test_a_template_is_told_the_date_and_by_default_todays(laptop, day):
-    """What `transformers` renders by itself on that day is the judge."""
+    """The reference is what `transformers` renders on that day."""
     tokenizer = preflight.read_tokenizer(laptop().model.hf)
     turns = [{"role": "user", "content": "1 + 2"}]
     day("2025-12-24")

@@ -1,4 +1,4 @@
-"""The doctor: what is there is ok, what a run needs and is not there is missing, with a remedy."""
+"""The doctor: installed parts are ok; parts that a run needs and lacks are listed with a remedy."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def from_the_root(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    # W&B keeps for the whole process whether it is offline
+    # W&B keeps its offline mode for the entire process
     monkeypatch.setattr(doctor.dashboards, "check", lambda config: None)
 
 
@@ -163,7 +163,7 @@ def test_what_is_needed_depends_on_the_run():
 
 
 def test_servers_in_another_environment_are_asked_there():
-    """The trainer's own need not have SGLang then."""
+    """The trainer's own environment need not have SGLang then."""
     engine = "rollout.engine=sglang"
     own = doctor.examine(laptop(engine))
     assert "servers" not in [finding.what for finding in own]
@@ -211,7 +211,7 @@ def test_packages_are_the_jobs_and_not_the_login_nodes(monkeypatch):
 
 @pytest.fixture
 def taken():
-    """A port that somebody listens at."""
+    """Port that is in use."""
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -227,7 +227,7 @@ def test_a_taken_port(monkeypatch, taken):
 
 
 def test_the_ports_of_a_slurm_job(monkeypatch, taken):
-    """Those of its ranks and servers follow from its number, so none can be chosen instead."""
+    """Ports of ranks and servers follow from the job's number, so none can be chosen instead."""
     monkeypatch.setenv("SLURM_JOB_ID", "4217")
     finding = doctor._port()
     assert (finding.state, finding.found) == ("ok", "20544 to 20575, this job's, are free")
@@ -293,7 +293,8 @@ def test_gpus_as_torch_tells_of_them(monkeypatch):
 
 
 def test_room_on_the_disk(monkeypatch, tmp_path):
-    """Weights of 1 GiB: as much exported, as much in a checkpoint, and 6 times it for Adam."""
+    """Weights of 1 GiB: as much for the export, as much in a checkpoint, and 6 times it for
+    Adam."""
     (tmp_path / "model.safetensors").touch()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(GIB)

@@ -1,4 +1,4 @@
-"""Recipes, jobs and what Slurm says, without NeMo-Run: a layout that cannot be is refused here."""
+"""Recipes, jobs and Slurm's variables, without NeMo-Run: an impossible layout is refused here."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.e2e.laptop import REPOSITORY
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    # this process is no rank, and signals are not for it
+    # this process is not a rank, and its signals must not change
     monkeypatch.setattr(rank.stop, "leave_when_asked", lambda code: None)
 
 
@@ -142,18 +142,18 @@ def test_servers_are_on_the_last_nodes_or_on_all(monkeypatch):
 
 
 def finish(directory) -> None:
-    """What a finished run of the laptop's configuration has left, as far as a job looks at it."""
+    """Create what a finished run of the laptop's configuration leaves, as far as a job reads it."""
     config = configuration.load("examples/laptop/prepo.yaml", [f"run.dir={directory}"])
     (directory / "config.yaml").write_text(yaml.safe_dump(configuration.to_tree(config)))
     (directory / "summary.json").write_text(json.dumps({"steps": 80, "rollouts": 20480}))
 
 
 def test_a_finished_run_is_left_alone_and_a_saved_one_is_no_failure(tmp_path, monkeypatch, capsys):
-    """What a chain of jobs relies on."""
+    """Chains of jobs rely on this."""
     for name, value in (SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).items():
         monkeypatch.setenv(name, value)
     for name in [*nodes.rank_environment(SLURM), "OMP_NUM_THREADS"]:
-        monkeypatch.setenv(name, "")  # to be restored behind the test
+        monkeypatch.setenv(name, "")  # so that the test's end restores it
     monkeypatch.setattr(peers, "listen", lambda: None)
     codes = iter([75, 3, 0])
     trained = []
@@ -189,14 +189,14 @@ def test_where_servers_log_is_said_only_if_they_have_logged(tmp_path):
 
 @pytest.mark.parametrize(("overdue", "expected"), [(False, 1), (True, 0)])
 def test_what_fails_when_the_time_to_save_is_over_is_a_stop(overdue, expected, monkeypatch):
-    """Another rank has left at its deadline, a moment before this one's."""
+    """Another rank has left at its deadline, shortly before this one's."""
     monkeypatch.setattr(start, "train_rank", lambda *words: 1)
     monkeypatch.setattr(rank.stop, "overdue", lambda: overdue)
     assert rank.train("prepo.yaml", []) == expected
 
 
 def test_a_failed_rank_names_those_that_are_not_there(monkeypatch, capsys):
-    """On this machine: one that lives, one that has ended; and a machine that answers nothing."""
+    """Ranks on this machine: one lives, one has ended; and another machine does not answer."""
     monkeypatch.setenv("SLURM_PROCID", "0")
     with socket.create_server(("127.0.0.1", 0)) as lives:
         port = lives.getsockname()[1]
@@ -250,7 +250,7 @@ def test_the_interface_is_that_of_the_route():
 
 
 def test_a_rank_that_waits_for_servers_leaves_when_asked(tmp_path):
-    """It does not train yet: by default the signal would end it, and with it the job, as failed."""
+    """The rank does not train yet: by default the signal would kill it, and fail the job."""
     slurm = SLURM | {"SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "localhost"}
     slurm |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
     words = ["--servers-a-node=1", "examples/laptop/prepo.yaml", f"run.dir={tmp_path}"]
@@ -268,12 +268,12 @@ def test_a_rank_that_waits_for_servers_leaves_when_asked(tmp_path):
 
 
 def test_the_doctor_comes_before_a_cluster(capsys):
-    """The examples have no weights here; nothing of NeMo-Run is needed to find that out."""
+    """The examples have no weights here; NeMo-Run is not needed to find that out."""
     words = ["qwen2.5-7b", "--executor", "slurm", "--account", "acct"]
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "no tokenizer" in said and "nothing was submitted" in said
-    assert "ok  " not in said, "only what is to be mended"
+    assert "ok  " not in said, "only what has to be fixed"
 
 
 def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
@@ -332,7 +332,7 @@ def test_options_that_cannot_go_together_are_refused(words, expected, capsys):
 
 
 def commands(directory, **scripts: str) -> str:
-    """Shell scripts as the only commands on PATH."""
+    """Write shell scripts as the only commands on PATH."""
     for name, text in scripts.items():
         (directory / name).write_text(f"#!/bin/sh\n{text}\n")
         (directory / name).chmod(0o755)
@@ -372,7 +372,7 @@ def test_jobs_that_ended_well_are_no_finished_run(tmp_path):
     [("481", True), ("8", False), ("8:01", True), ("0:08:00", False), ("1-0", True), ("0", True)],
 )
 def test_a_job_must_be_longer_than_its_warning(limit, fits):
-    """Minutes, minutes:seconds, hours:minutes:seconds, days-hours; 0: no limit."""
+    """Limits are minutes, minutes:seconds, hours:minutes:seconds, days-hours; 0: no limit."""
     signal = slurm_time.warning(grace_seconds=300)
     assert signal == "USR1@360"
     if fits:
@@ -389,7 +389,7 @@ def test_without_nemo_run_there_is_a_sentence(capsys, monkeypatch):
 
 
 class FakeServer:
-    """In place of `OwnServer`: one that ends as often as it is started, or never."""
+    """Replacement for `OwnServer`: a server that ends whenever it is started, or never."""
 
     made: ClassVar[list] = []
     ends = True
@@ -414,7 +414,7 @@ class FakeServer:
 
 @pytest.fixture
 def node(monkeypatch, tmp_path):
-    """Runs the servers of the second node of a step."""
+    """Run the servers of the second node of a step."""
     for name, value in (SLURM | {"SLURM_NODEID": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sglang_launch, "OwnServer", FakeServer)

@@ -1,4 +1,4 @@
-"""The plain scripts: sound shell, and what they start on a Slurm that is played on this machine."""
+"""The plain scripts: valid shell, and what they start on a simulated Slurm on this machine."""
 
 import os
 import re
@@ -29,7 +29,7 @@ until [ -z "${SERVERS:-}" ] || grep -q launch.servers "$CALLS"; do sleep 0.05; d
 def test_the_shell_is_sound(script):
     assert len(SCRIPTS) == 3
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    # beside this Python, where the extra `dev` has it, which need not be on the path
+    # next to this Python, where the extra `dev` has it, which need not be on the path
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=path)
     if shellcheck is None:
@@ -39,7 +39,7 @@ def test_the_shell_is_sound(script):
 
 
 class Cluster:
-    """A Slurm whose `python` is PYTHON."""
+    """Slurm whose `python` is PYTHON."""
 
     def __init__(self, directory):
         self.run_dir, self.calls = directory / "run", directory / "calls"
@@ -51,7 +51,7 @@ class Cluster:
         python.chmod(0o755)
 
     def sbatch(self, *words: str, **variables: str) -> str:
-        """Submit, wait for the end; returns the job's state."""
+        """Submit, wait for the end; return the job's state."""
         environment = self.environment | variables
         done = subprocess.run(
             ["sbatch", *words], env=environment, capture_output=True, text=True, cwd=REPOSITORY
@@ -64,7 +64,7 @@ class Cluster:
         return state
 
     def output(self) -> str:
-        """Of the scripts of all jobs."""
+        """Return the output of the scripts of all jobs."""
         return "".join(path.read_text() for path in self.calls.parent.glob("state/*.out"))
 
     def lines(self) -> list[str]:
@@ -94,7 +94,7 @@ def test_a_saved_run_is_queued_again_and_an_ended_or_failed_one_is_not(cluster):
 
 
 def test_a_job_that_lost_a_machine_is_queued_again(cluster):
-    """Before Slurm itself has noticed, which would do the same."""
+    """The script does it before Slurm itself has noticed, which would do the same."""
     one = ["--nodes=1", "--ntasks-per-node=1"]
     words = [*one, "examples/launch/train.sbatch", str(cluster.run_dir), "run.yaml"]
     assert cluster.sbatch(*words, FAILS="69") == "FAILED" and cluster.requeued() == 1
@@ -102,7 +102,7 @@ def test_a_job_that_lost_a_machine_is_queued_again(cluster):
 
 @pytest.mark.parametrize("script", ["train.sbatch", "servers.sbatch"])
 def test_a_job_that_is_shorter_than_its_warning_is_refused(cluster, script):
-    """Slurm would warn it at its start, and it would queue itself again for ever."""
+    """Slurm would warn it at its start, and it would requeue itself forever."""
     words = ["--nodes=2", f"examples/launch/{script}", str(cluster.run_dir), "run.yaml"]
     short = {"FAKE_END": "2026-01-01T12:08:00"}
     assert cluster.sbatch(*words, **short) == "FAILED"

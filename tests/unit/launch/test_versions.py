@@ -1,4 +1,4 @@
-"""Versions that do not go together are told with the reason, by our metadata and a small list."""
+"""Incompatible versions are reported with the reason, by our metadata and a small list."""
 
 from importlib import metadata
 
@@ -9,7 +9,7 @@ from megatron_prepo.launch import doctor, versions
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Have just these packages installed: name, version and requirements."""
+    """Have exactly these packages installed: name, version and requirements."""
 
     def have(*packages: tuple):
         by_name = {name: rest for name, *rest in packages}

@@ -1,4 +1,4 @@
-"""An exported model describes itself: who loads it gets every number that was written."""
+"""An exported model describes itself: whoever loads it gets every number that was written."""
 
 import json
 import os
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def base(directory, model, described):
-    """A base model in bfloat16, whose config.json has these keys about its type."""
+    """Create a base model in bfloat16, whose config.json has these keys about its type."""
     model.to(torch.bfloat16).save_pretrained(directory)
     path = directory / "config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k != "dtype"}
@@ -51,7 +51,7 @@ def export(weights, like, out):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_number_that_training_moved_is_rounded_away_by_who_loads_it(tmp_path, name):
-    """A bfloat16 base, trained in float32 by less than bfloat16 can show."""
+    """The base is in bfloat16, trained in float32 by less than bfloat16 can represent."""
     model = tiny_models.qwen3(tied=False)
     hf = base(tmp_path / "base", model, CONFIGS[name])
     before = {n: p.detach().float() for n, p in model.named_parameters()}
@@ -125,7 +125,7 @@ def test_experts_are_loaded_for_evaluation(tmp_path):
 
 
 def test_norms_in_float32_make_the_model_float32(tmp_path):
-    """Else they would be rounded; what is bfloat16 already loses nothing."""
+    """Norms in float32 would be rounded otherwise; what is bfloat16 already loses nothing."""
     hf = base(tmp_path / "base", tiny_models.qwen3(tied=True), {"torch_dtype": "bfloat16"})
     weights = dict(AutoModelForCausalLM.from_pretrained(hf).named_parameters())
     weights = {n: p.detach() + (2**-12 if "norm" in n else 0) for n, p in weights.items()}
@@ -209,7 +209,7 @@ def test_all_files_and_folders_of_the_source_are_carried_but_weights_of_any_form
 
 
 def test_links_of_a_cache_are_carried_as_what_they_lead_to(tmp_path):
-    """`huggingface_hub` keeps a snapshot's files, and folders at wish, as links to blobs."""
+    """`huggingface_hub` keeps a snapshot's files, and optionally directories, as links to blobs."""
     blobs, snapshot = fill(tmp_path / "blobs"), tmp_path / "snapshot"
     snapshot.mkdir()
     for path in blobs.iterdir():

@@ -36,7 +36,7 @@ def test_against_torchs_counter_on_transformers(family, tmp_path):
         logits.sum().backward()
     num_tokens = SEQUENCES * LENGTH
     expected = FlopCount(num_tokens, num_tokens, num_tokens * LENGTH).flops(shape)
-    # how transformers makes the rotary embedding's angles is no part of the model
+    # the computation of the rotary embedding's angles in transformers is not part of the model
     with FlopCounterMode(display=False) as angles:
         model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None])
     assert forward.get_total_flops() - angles.get_total_flops() == expected

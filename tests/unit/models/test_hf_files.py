@@ -16,7 +16,7 @@ from megatron_prepo.models.hf_files import INDEX, HFTensors, HFWriter, carry_ove
 
 
 def random_tensor(shape, dtype, seed=0):
-    """Any bit pattern, NaNs among them; True or False for bool."""
+    """Return any bit pattern, NaNs among them; True or False for bool."""
     count = torch.empty(shape, dtype=dtype, device="meta").nbytes
     generator = torch.Generator().manual_seed(seed)
     highest = 2 if dtype is torch.bool else 256
@@ -31,7 +31,7 @@ def bits(tensor):
 
 @pytest.fixture
 def tensors():
-    """Every type, and every awkward shape."""
+    """Tensors of every type and every awkward shape."""
     by_dtype = {
         f"type.{name}": random_tensor((3, 5), dtype, seed=len(name))
         for name, dtype in hf_files.DTYPES.items()
@@ -46,7 +46,7 @@ def tensors():
 
 @pytest.fixture
 def config(tmp_path):
-    """A directory with the files that are not weights, and weights that are not to be copied."""
+    """Directory with the files that are not weights, and weights that are not to be copied."""
     directory = tmp_path / "config"
     directory.mkdir()
     (directory / "config.json").write_text('{"model_type": "llama"}')
@@ -62,7 +62,7 @@ def tensor_shapes(tensors):
 
 
 def two_files(directory):
-    """A directory of two files and their index; returns the index."""
+    """Return the index of a directory of two files."""
     directory.mkdir(exist_ok=True)
     save_file({"a": torch.arange(4.0)}, directory / "one.safetensors")
     save_file({"b": torch.arange(6.0)}, directory / "two.safetensors")

@@ -1,4 +1,4 @@
-"""Prompt files, tokenizers and model configurations that are broken or meant to harm."""
+"""Prompt files, tokenizers and model configurations that are broken or malicious."""
 
 import ast
 import json
@@ -96,9 +96,9 @@ JSON = st.recursive(
 
 
 def meant(field, value):
-    """The text that a value stands for, by another way than the reader's; None if by none."""
+    """Return the text that a value stands for, by another way than the reader's; or None."""
     if value is None and field == "id":
-        return "2"  # the line's number
+        return "2"  # the number of the line
     if isinstance(value, str):
         unicode = not any("\ud800" <= c <= "\udfff" for c in value)
         return value if value.strip() and unicode and (field, value) != ("id", "a") else None
@@ -118,7 +118,7 @@ def meant(field, value):
 def test_any_value_is_an_answer_and_an_id_or_refused_with_its_line(
     tmp_path, tokenizer, field, value, ascii_only
 ):
-    """A text is itself, a number the same number; nothing else becomes a text."""
+    """A text stays itself, a number the same number; nothing else becomes a text."""
     record = {"id": "b", "prompt": "tom has 3 apples", "answer": "1"} | {field: value}
     line = json.dumps(record, ensure_ascii=ascii_only)
     try:
@@ -277,7 +277,7 @@ def test_a_folder_in_place_of_a_file_is_refused_or_no_file(model, name):
 
 
 def calls(names):
-    """(file, call) of every call of a function with such a name in the two packages."""
+    """Yield (file, call) of every call of a function with such a name in the two packages."""
     for package in ("megatron_prepo", "checkpoints_convert"):
         for file in (REPOSITORY / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
@@ -294,7 +294,7 @@ def test_remote_code_is_refused_wherever_something_is_read_by_transformers():
 
 
 def test_who_loads_weights_says_their_type():
-    """Left to config.json, a library rounds them to what somebody wrote there."""
+    """A library that follows config.json would round them to the type it names."""
     found = calls(("from_pretrained", "from_config"))
     found = [(file, call) for file, call in found if "AutoModel" in ast.unparse(call.func)]
     assert len(found) >= 4
@@ -304,7 +304,8 @@ def test_who_loads_weights_says_their_type():
 
 
 def test_nothing_is_unpickled_but_tensors():
-    """`pickle.load` nowhere, `torch.load` with `weights_only`, and Megatron's load in one place."""
+    """There is no `pickle.load`, `torch.load` has `weights_only`, Megatron's load is in one
+    place."""
     assert not list(calls(("pickle.load", "pickle.loads", "allow_pickle")))
     for file, call in calls("torch.load"):
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}

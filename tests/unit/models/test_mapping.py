@@ -19,7 +19,7 @@ HIDDEN, FFN, VOCAB, LAYERS = 12, 20, 29, 3
 HEADS = Heads(num_groups=4, head_dim=5, queries_per_group=3)  # 5 != 12 / 12: Qwen3's freedom
 
 NORMS = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-"""TransformerEngine's names of the two norms that torch-native layers hold on their own."""
+"""TransformerEngine's names of the two norms that are separate in torch-native layers."""
 
 
 def rows(part):
@@ -27,7 +27,7 @@ def rows(part):
 
 
 def hf_tensors(kind, seed=0):
-    """Random tensors of the shapes that a parameter of this kind is made of."""
+    """Return random tensors of the shapes that make up a parameter of this kind."""
     shapes = {
         "copy": [(HIDDEN,)],
         "row": [(HIDDEN, rows("q"))],
@@ -127,7 +127,8 @@ def test_a_shape_that_does_not_fit_raises_and_names_the_tensors(kind):
 
 
 def parameter_names(engine, layers=LAYERS):
-    """All Megatron names of an untied model, with torch-native or TransformerEngine's layers."""
+    """Return all Megatron names of an untied model, with torch-native or TransformerEngine
+    layers."""
     plain = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
     grouped = ("mlp.experts.linear_fc1.weight{expert}", "mlp.experts.linear_fc2.weight{expert}")
     local = tuple(name for name in LAYER if "local_experts" in name)

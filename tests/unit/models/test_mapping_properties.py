@@ -50,7 +50,7 @@ def rank_parts(mapping, full, size, rows=None):
 
 
 def naive_qkv_row(index, geometry):
-    """(tensor, row) of q, k and v that is the row `index` of Megatron's matrix."""
+    """Return the (tensor, row) of q, k and v that is the row `index` of Megatron's matrix."""
     per_group = geometry.queries_per_group + 2
     head, within = divmod(index, geometry.head_dim)
     group, position = divmod(head, per_group)

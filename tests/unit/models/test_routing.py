@@ -1,4 +1,4 @@
-"""Experts as bytes: back again as they were, and nothing else than experts."""
+"""Experts as bytes: read back as they were, and nothing else than experts."""
 
 import numpy as np
 import pytest

@@ -33,7 +33,7 @@ def region(tensor, offset, shape):
 
 
 def write(directory, *, leave_out=()):
-    """A tensor in 12 chunks, one in one, a scalar, and bfloat16."""
+    """Write a tensor in 12 chunks, one in one, a scalar, and bfloat16."""
     writer = TorchDistWriter(directory)
     for number, chunk in enumerate(cut_chunks("cut")):
         if number not in leave_out:
@@ -80,11 +80,11 @@ def test_shapes_types_and_the_rest_come_back(checkpoint):
 
 
 def test_a_chunk_that_shows_a_part_of_a_larger_tensor_is_stored_without_the_rest(tmp_path):
-    """`torch.save` of a view would write all that the view is of."""
+    """`torch.save` of a view would write the entire tensor that is viewed."""
     large = torch.arange(100_000.0).reshape(1000, 100)
     writer = TorchDistWriter(tmp_path / "c")
     writer.write(Chunk("t", (2, 3), (0, 0), (2, 3)), large[5:7, 10:13])
-    writer.write(Chunk("u", (1, 100), (0, 0), (1, 100)), large[5:6])  # contiguous as it is
+    writer.write(Chunk("u", (1, 100), (0, 0), (1, 100)), large[5:6])  # already contiguous
     writer.finish({})
     reader = TorchDistReader(tmp_path / "c")
     assert torch.equal(reader.read("t", (0, 0), (2, 3)), large[5:7, 10:13])
@@ -156,7 +156,7 @@ def test_torch_reads_what_was_written(checkpoint):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_what_torch_wrote_is_read(tmp_path, kind):
-    """Torch notes the directory in its table, as it got it: a name or a `Path`."""
+    """Torch stores the directory in its table as given: a name or a `Path`."""
     state = {"a": {"b": torch.arange(12.0).reshape(3, 4)}, "c": torch.ones(2, dtype=torch.bfloat16)}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(kind(tmp_path / "c")), no_dist=True)
     reader = TorchDistReader(tmp_path / "c")
@@ -305,7 +305,7 @@ def test_a_damaged_rest_is_named(checkpoint):
 
 
 def reduce(callable_by_name, argument):
-    """A pickle (protocol 4) that calls what a module and a name lead to with one string."""
+    """Return a pickle (protocol 4) that calls a module's function by name with one string."""
     module, name = callable_by_name
     return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
 

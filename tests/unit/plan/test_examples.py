@@ -45,7 +45,7 @@ def parameters_in_transformers(hf: str) -> int:
 
 @pytest.mark.parametrize("path", PAPER + CLUSTER, ids=str)
 def test_a_cluster_sized_example_fits_and_counts_parameters_as_transformers_does(path):
-    """On the number of H100s of its layout, shared with SGLang."""
+    """The number of H100s is that of its layout, shared with SGLang."""
     config = configuration.load(path)
     parallel = config.parallel
     gpus = parallel.tensor * parallel.pipeline * parallel.data

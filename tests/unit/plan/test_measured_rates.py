@@ -18,7 +18,7 @@ STEP = {
     "rollout/tokens_paid": 32 * 40,
     "seconds/rollouts": 4.0,
     "seconds/old_logprobs": 2.0,
-    "speed/old_logprobs_tokens": 32 * 64 / 2.0 / 2,  # a rank's
+    "speed/old_logprobs_tokens": 32 * 64 / 2.0 / 2,  # per rank
     "seconds/update": 5.0,
     "speed/update_tokens": 32 * 64 / 5.0 / 2,
     "seconds/weight_sync": 0.5,
@@ -28,7 +28,7 @@ SLOWER = {key: value * 3 if key.startswith("seconds") else value for key, value 
 
 @pytest.fixture
 def run(tmp_path):
-    """The directory of a run on two GPUs: 8 prompts of 24 tokens, with 4 rollouts of 40 each."""
+    """Directory of a run on two GPUs: 8 prompts of 24 tokens, with 4 rollouts of 40 each."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(DENSE))
     tree = {

@@ -1,4 +1,4 @@
-"""The formulas of a plan, held against what autograd and the allocator really keep."""
+"""A plan's formulas against what autograd and the allocator really keep."""
 
 import weakref
 from contextlib import contextmanager
@@ -49,11 +49,11 @@ EXPERTS = NORMED | {
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TOKENS = 128
 MAP_UNSORTED = Version(megatron.core.__version__) < Version("0.17")
-"""Whether megatron-core keeps 3 bytes for a token and an expert, and not 8."""
+"""Whether megatron-core keeps 3 bytes per token and expert, and not 8."""
 
 
 def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers: int) -> int:
-    """Bytes of distinct tensors, weights apart, that a forward pass of a real model saves."""
+    """Return the bytes of distinct tensors, weights excluded, that a real forward pass saves."""
     with pretend(0, parallel.replica, parallel):
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         shape = hf | {"num_hidden_layers": layers}
@@ -64,10 +64,11 @@ def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers:
         def keep(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage  # alive, so that no address comes twice
+                kept[storage.data_ptr()] = storage  # alive, so that no address is reused
             return tensor
 
-        # one sequence is one call of attention, as a GPU's kernel is for any number of them
+        # one sequence is one call of attention, as one call of a GPU's kernel is for any number of
+        # them
         sequence = ScoredSequence(tuple(range(TOKENS + 1)), 1)
         piece = Piece(index=(0,), prefix=0, scored=(TOKENS,))
         batch = micro_batch([sequence], Row((piece,), (0,)), context=context_group())
@@ -97,7 +98,7 @@ def test_a_layers_activations_are_what_autograd_keeps(name, tensor, sequence, co
     predicted = layer_activations(Shape.of(hf), parallel, "torch", tokens=TOKENS)
     if hf is EXPERTS and MAP_UNSORTED:
         predicted -= 5 * hf["num_experts"] * TOKENS / (tensor * context)
-    # routing probabilities of experts are not split over tensor ranks: 2 bytes a token
+    # routing probabilities of experts are not split over tensor ranks: 2 bytes per token
     assert predicted == pytest.approx(three - two, rel=1e-3 if hf is EXPERTS else 0)
 
 
@@ -132,7 +133,7 @@ def test_recomputation_of_groups_and_of_the_first_layers():
 
 
 def test_transformer_engines_layers_by_hand():
-    """One token, all numbers small: 8 h + 4 q + 4 g + 4 a + 6 f, over tensor 2 but for 8 h."""
+    """One token, all numbers small: 8 h + 4 q + 4 g + 4 a + 6 f, over tensor 2 except 8 h."""
     shape = Shape.of(DENSE)
     count = {"tokens": 1}
     assert (shape.queries, shape.keys) == (128, 32)
@@ -158,7 +159,7 @@ def test_experts_spread_over_ranks_get_their_share_of_the_tokens():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of storages alive that were made since it began, and the most there were."""
+    """Count the bytes of live storages that were created since it began, and their maximum."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +214,7 @@ def test_the_heads_workspace_covers_its_peak(chunk, tokens):
 
 
 def test_key_value_cache_by_hand():
-    """Qwen2.5-7B, a published figure: 56 KiB a token; heads are split, but never a head."""
+    """Qwen2.5-7B, a published figure: 56 KiB per token; heads are distributed, never divided."""
     shape = Shape.of(
         DENSE
         | {

@@ -46,7 +46,7 @@ TREE = {
 
 @pytest.fixture
 def configured(tmp_path):
-    """A configuration of a model of which only `config.json` is there."""
+    """Configuration of a model that consists of `config.json` alone."""
 
     def make(hf: dict = SEVEN, **sections: dict) -> Config:
         (tmp_path / "config.json").write_text(json.dumps(hf))
@@ -125,7 +125,7 @@ def test_uneven_pipelines_are_megatrons_own():
     ids=["dense", "experts"],
 )
 def test_the_distributed_optimizer_splits_as_planned(hf, sizes):
-    """Float32 numbers that Megatron's own optimizer holds, over all ranks of a job of 8."""
+    """Float32 numbers are those of Megatron's own optimizer, over all ranks of a job of 8."""
     parallel = ParallelConfig(**sizes)
     (stage,) = stages_of(hf, 8, **sizes)
     exact = sum(buffer.numel / buffer.ranks for buffer in stage.buffers)
@@ -153,7 +153,7 @@ def test_the_distributed_optimizer_splits_as_planned(hf, sizes):
 
 
 def test_bytes_of_a_rank_by_hand(configured):
-    """Tensor 1, pipeline 1, data 8: 2 + 4 bytes a parameter, and 12, or 12 / 8."""
+    """Tensor 1, pipeline 1, data 8: 2 + 4 bytes per parameter, and 12, or 12 / 8."""
     config = configured(parallel={})
     answer = plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang"))
     (rank,) = answer.ranks
@@ -174,7 +174,7 @@ def test_bytes_of_a_rank_by_hand(configured):
     [({}, 1.0), ({"optimizer_offload_fraction": 0.25}, 0.25)],
 )
 def test_an_offloaded_optimizer_takes_host_memory(configured, megatron, fraction):
-    """12 bytes a parameter leave the GPU; 16, with the gradient, arrive."""
+    """12 bytes per parameter leave the GPU; 16, with the gradient, arrive on the host."""
     sections = {"optimizer": {"use_distributed_optimizer": True}}
     offload = {"megatron": {"optimizer_cpu_offload": True, **megatron}}
     request = plan.PlanRequest(gpus=8)
@@ -249,7 +249,7 @@ def test_a_thousand_gpus_and_more(configured):
         .optimizer_split
         for count in (256, 1024)
     ]
-    assert shards[0] == pytest.approx(4 * shards[1], rel=1e-3)  # but for padding
+    assert shards[0] == pytest.approx(4 * shards[1], rel=1e-3)  # except for padding
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_custom_selector_is_planned_by_its_attributes(configured, tmp_path):
 
 
 def test_rollouts_of_a_run(configured):
-    """128 x 8 a step; a refilling method at most 640 x 8; a budget ends with the step it is in."""
+    """128 x 8 per step; at most 640 x 8 with refilling; a budget ends with the step it is in."""
 
     def paid(method: str, **train) -> tuple[int, int]:
         config = configured(selection={"method": method}, train=train)
@@ -343,7 +343,7 @@ def test_a_budget_makes_a_run_of_refills_shorter(configured):
 
 
 def test_seconds_are_the_published_runs_themselves():
-    """Asked for the very step that was published, the prediction contains it, stage by stage."""
+    """The prediction for the very step that was published contains it, stage by stage."""
     for run in step_time.DENSE + step_time.EXPERTS:
         tokens = run.rollouts * run.tokens
         work = step_time.StepWork(run.parameters, run.active, 0, tokens, tokens, tokens, bubble=1.0)
@@ -398,8 +398,8 @@ def test_messages_of_a_pipeline_by_hand():
 
 
 def test_exchanges_of_context_parallelism_by_hand():
-    """Of 32 queries, 8 keys and as many values, and the output, half goes to the other rank: forth
-    and back, 2 layers x 10 tokens x 2 bytes; in a machine however many replicas there are."""
+    """Half of 32 queries, 8 keys and as many values, and the output goes to the other rank: back
+    and forth, 2 layers x 10 tokens x 2 bytes; within a machine for any number of replicas."""
     shape = Shape.of(DENSE | {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8})
     shape = dataclasses.replace(shape, groups=1)
     for context, exchanged in ((1, 0), (2, (32 + 2 * 2 * 8 + 32) / 2)):
@@ -482,7 +482,7 @@ def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
 
 
 def test_suggestions_undo_an_uneven_pipeline(configured):
-    """Its numbers of layers belong to the configured pipeline, not to a suggested one."""
+    """Numbers of layers per stage belong to the configured pipeline, not to a suggested one."""
     uneven = {"num_layers_in_first_pipeline_stage": 13}
     config = configured(parallel={"pipeline": 2}, megatron=uneven)
     best = layouts.suggest(config, plan.PlanRequest(gpus=8, engine="sglang"))[0]
@@ -490,7 +490,7 @@ def test_suggestions_undo_an_uneven_pipeline(configured):
 
 
 def suggested(config: Config) -> dict[tuple[str, ...], layouts.Layout]:
-    """All suggestions for 16 GPUs, by the settings that make the pipeline."""
+    """Return all suggestions for 16 GPUs, by the settings that define the pipeline."""
     found = layouts.suggest(config, plan.PlanRequest(gpus=16, engine="elsewhere"), most=99)
     return {
         tuple(word for word in layout.settings if "tensor" in word or "pipeline" in word): layout
@@ -499,8 +499,8 @@ def suggested(config: Config) -> dict[tuple[str, ...], layouts.Layout]:
 
 
 def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configured, monkeypatch):
-    """Of 2 x 8 longest sequences, two data-parallel ranks have 8 micro-batches each: 1 in 8 is
-    idle, or 1 in 16 with two chunks; of 512 x 8 sequences, too little to be worth it."""
+    """Two data-parallel ranks have 8 micro-batches each of 2 x 8 longest sequences: 1 in 8 is idle,
+    or 1 in 16 with two chunks; with 512 x 8 sequences, too little to be worth it."""
     chunks = "parallel.virtual_pipeline=2"  # of 7 layers; 4 do not divide 14
     tree = {"parallel": {"tensor": 4, "pipeline": 2}, "train": {"mini_batches": 1}}
     few = configured(**tree, selection={"num_selected": 2})
@@ -521,7 +521,7 @@ def test_an_interleaved_pipeline_is_suggested_where_it_saves_idle_time(configure
 
 
 def test_recomputation_is_suggested_only_where_it_is_needed(configured):
-    """On GPUs with memory for everything, it costs a fourth more arithmetic and gains nothing."""
+    """GPUs with memory for everything would compute a fourth more and gain nothing."""
     request = plan.PlanRequest(gpus=8, gpu="b200", engine="sglang")
     best = layouts.suggest(configured(), request)[0]
     assert not any("recompute" in setting for setting in best.settings)

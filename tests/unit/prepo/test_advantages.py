@@ -40,7 +40,7 @@ def test_advantages_of_a_group_add_up_to_zero(std):
 
 
 def test_neither_shift_nor_scale_of_the_rewards_matters():
-    """0/1 and -1/+1 rewards are the same task (but for eps, which is added to their spread)."""
+    """0/1 and -1/+1 rewards are the same task (except for eps, which is added to their spread)."""
     rewards_KG = torch.tensor([[1.0, 0, 0, 1, 1], [0, 0, 1, 0, 0]])
     assert_close(
         group_advantages(rewards_KG, eps=0.0), group_advantages(2 * rewards_KG - 1, eps=0.0)

@@ -24,7 +24,7 @@ def per_token(values_N):
 
 
 def batch(aggregation="seq-mean-token-sum", weight_N=None, seed=0, **optional):
-    """Random log-probabilities and entropies of 4 rollouts, and their terms, in float64."""
+    """Return random log-probabilities and entropies of 4 rollouts, and their terms, in float64."""
     generator = torch.Generator().manual_seed(seed)
     logprobs_T, noise_T, entropy_T = torch.rand(3, 10, generator=generator, dtype=torch.float64)
     logprobs_T = -3 * logprobs_T
@@ -40,7 +40,7 @@ def batch(aggregation="seq-mean-token-sum", weight_N=None, seed=0, **optional):
 
 
 def one_token(ratio, advantage, **settings):
-    """Loss, its gradient by the log-probability, and the sums, at coefficient 1."""
+    """Return the loss, its gradient by the log-probability, and the sums, at coefficient 1."""
     logprobs_T = torch.tensor([math.log(0.3 * ratio)], dtype=torch.float64, requires_grad=True)
     terms = LossTerms(
         old_logprobs_T=torch.tensor([math.log(0.3)], dtype=torch.float64),
@@ -124,7 +124,7 @@ def test_losses_of_a_split_batch_add_up(aggregation):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_equal_entropies_are_grpo_exactly(aggregation, mean):
-    """Loss and gradient bit for bit those without weights."""
+    """Loss and gradient equal those without weights, bit for bit."""
     weight_N = relative_entropy_weights(torch.full((4,), 0.37), LENGTHS_N, mean=mean)
     losses, gradients = [], []
     for weights in (weight_N, torch.ones(4, dtype=torch.float64)):
@@ -145,7 +145,7 @@ def test_a_weight_scales_the_gradient_of_its_rollout_and_of_no_other():
 
 
 def test_weights_are_constants_of_the_loss():
-    """Computed from the logits being trained, they give the gradient of fixed weights."""
+    """Weights computed from the logits being trained give the gradient of fixed weights."""
     generator = torch.Generator().manual_seed(0)
     logits_TV = torch.randn(10, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     tokens_T = torch.randint(0, 6, (10,), generator=generator)
@@ -212,7 +212,8 @@ def test_clipping_leaves_the_gradient_everywhere_else(ratio, advantage):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_two_clips_are_settings_of_their_own(advantage):
-    """1.25 is beyond 1 + 0.2, 0.85 within 1 - 0.2 but beyond 1 - 0.1."""
+    """Lower and upper clip differ: 1.25 is beyond 1 + 0.2, 0.85 within 1 - 0.2 but beyond 1 -
+    0.1."""
     ratio = 1.25 if advantage > 0 else 0.85
     assert one_token(ratio, advantage)[1] != 0
     assert one_token(ratio, advantage, clip_low=0.1, clip_high=0.2)[1] == 0

@@ -36,7 +36,7 @@ SHAPE = Shape(
 
 
 class Bigram:
-    """Stands in for the actor: log p(next | previous) from a table, a row at a time."""
+    """Stand-in for the actor: log p(next | previous) from a table, one row at a time."""
 
     def __init__(self, logits_VV, budget=8):
         self.logprobs_VV = logits_VV.log_softmax(-1)
@@ -123,7 +123,7 @@ def test_order_and_packing_of_the_batch_do_not_matter(budget):
 
 
 class BigramEngine:
-    """Stands in for an engine that has the weights of a `Bigram`."""
+    """Stand-in for an engine that has the weights of a `Bigram`."""
 
     def __init__(self, bigram):
         self.bigram = bigram
@@ -185,7 +185,7 @@ def test_content_of_the_first_token_alone_still_scores_something():
 
 
 def test_values_that_are_not_finite_are_kept():
-    """An impossible token and a NaN are for selection to sort last, not to be hidden here."""
+    """An impossible token and a NaN are for selection to sort last, and must not be hidden here."""
     assert perplexity(torch.tensor([-1.0, -math.inf])).item() == math.inf
     assert math.isnan(perplexity(torch.tensor([-1.0, math.nan])).item())
 

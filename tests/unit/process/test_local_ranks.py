@@ -1,4 +1,4 @@
-"""The launcher: all end well, or all end, and the error shown is that of the first to fail."""
+"""The launcher: all ranks end well, or all are stopped, and the first error is shown."""
 
 import os
 import signal
@@ -150,7 +150,7 @@ sys.exit(run_rank(main))
 
 
 def ask_when_ready(tmp_path, number: int, ask) -> None:
-    """In the background: `ask(number)` once all three ranks listen."""
+    """Call `ask(number)` in the background, once all three ranks listen."""
 
     def wait() -> None:
         deadline = time.monotonic() + 60

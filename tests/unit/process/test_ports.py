@@ -1,4 +1,4 @@
-"""Ports: free, and from where nobody else is given one."""
+"""Free ports, below the range from which the system assigns them to outgoing connections."""
 
 import socket
 

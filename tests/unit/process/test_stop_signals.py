@@ -1,4 +1,4 @@
-"""A request to stop is heard at once, also while C has the main thread, and has a deadline."""
+"""A stop request is noticed immediately, also while C has the main thread, and has a deadline."""
 
 import signal
 import subprocess
@@ -46,7 +46,7 @@ def test_ctrl_c_stays_ctrl_c():
 
 
 def test_the_deadline_ends_a_process_whose_main_thread_is_in_c():
-    """Hashing a password so often takes hours, in which no handler of Python's can run."""
+    """Hashing a password with this many rounds takes hours, in which no Python handler can run."""
     then = "import hashlib\nhashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**31 - 1)"
     process = listening(0.3, then)
     begin = time.monotonic()
@@ -78,7 +78,7 @@ def early(code: int, then: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_before_training_listens_a_request_ends_the_process_with_the_launchers_exit_code(number):
-    """Also while the main thread is in C, as in importing and in waiting for other ranks."""
+    """This holds while the main thread is in C, as in importing and in waiting for other ranks."""
     process = early(7, "import hashlib\nhashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**31 - 1)")
     begin = time.monotonic()
     process.send_signal(number)
@@ -126,7 +126,7 @@ except Stopped as stopped:
 
 
 def test_a_rank_that_was_asked_before_it_listened_is_no_failure_of_the_other_ranks():
-    """The signal reaches all ranks, and not at the same moment."""
+    """The signal reaches all ranks, but not at the same time."""
     process = early(0, MISSING)
     assert process.stdout.readline() == "lost\n", process.stderr.read()
     process.send_signal(signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""A test that is skipped where it should run is a failure; what may be skipped is listed once."""
+"""A test that is skipped where it should run fails; allowed skips are listed in one place."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ HOOKS = "from tests.conftest import pytest_addoption, pytest_configure\n"
 
 
 def run(directory, *words: str) -> subprocess.CompletedProcess:
-    """pytest with our hooks on the files below `directory`."""
+    """Run pytest with our hooks on the files below `directory`."""
     (directory / "conftest.py").write_text(HOOKS)
     (directory / "pytest.ini").write_text("[pytest]")
     return subprocess.run(
@@ -52,7 +52,7 @@ def run(directory, *words: str) -> subprocess.CompletedProcess:
 def test_skips_that_are_not_allowed_fail_whoever_skips(tmp_path):
     (tmp_path / "test_skips.py").write_text(SKIPS)
     (tmp_path / "test_whole.py").write_text("import pytest\npytest.skip('no', True)")
-    (tmp_path / "package").mkdir()  # where conftest.py of the tests has no say
+    (tmp_path / "package").mkdir()  # outside the reach of the tests' conftest.py
     (tmp_path / "package" / "module.py").write_text('""">>> 1  # doctest: +SKIP\n2\n"""')
     words = ["--doctest-modules", "--continue-on-collection-errors", "-n", "2", "--dist=loadfile"]
     done = run(tmp_path, "--only-allowed-skips", *words)

@@ -1,4 +1,4 @@
-"""Every link of README, docs and examples leads somewhere, and the pages build as a site."""
+"""Links of README, docs and examples are valid, and the pages build as a site."""
 
 import doctest
 import re
@@ -75,7 +75,7 @@ def test_the_examples_of_the_check_hold():
 
 
 def test_the_index_lists_every_page_once():
-    """In the sections of which the site's navigation is made."""
+    """Pages are in the sections from which the site's navigation is built."""
     listed = [
         page
         for section in docs_site.navigation(REPOSITORY)[2:]
@@ -92,7 +92,7 @@ def test_the_readme_fits_its_120_lines():
 
 
 def test_pages_that_code_names_exist():
-    """`docs/NAME.md` in docstrings, comments, messages and the configuration reference."""
+    """Names are `docs/NAME.md` in docstrings, comments, messages and the settings reference."""
     named = {
         (name, page)
         for name in docs_site.files_of_git(REPOSITORY)
@@ -114,7 +114,7 @@ OF_OTHERS = {
 
 
 def test_modules_that_pages_name_exist():
-    """In full or by the end of their path, as `actor/model.py`."""
+    """Modules are named in full or by the end of their path, such as `actor/model.py`."""
     paths = [f"/{file}" for file in docs_site.files_of_git(REPOSITORY)]
     named = {
         (page, name)
@@ -128,7 +128,7 @@ def test_modules_that_pages_name_exist():
 
 @pytest.mark.slow
 def test_the_site_builds_and_has_every_page_with_the_diagram(tmp_path):
-    """`make docs-site`, by mkdocs, whose --strict checks links and anchors in its own way."""
+    """`make docs-site` builds it with mkdocs, whose --strict checks links and anchors, too."""
     if not (REPOSITORY / ".venv-docs/ready").exists() and allowed_skips.no_index():
         pytest.skip("no answer from the package index")
     done = subprocess.run(

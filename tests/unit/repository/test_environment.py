@@ -1,4 +1,4 @@
-"""Environments that are odd but plausible: they change nothing, or are named in one line."""
+"""Environments that are odd but plausible: they change nothing, or are reported in one line."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def test_streams_that_are_closed_cost_no_traceback(command, code, printed):
 
 
 def test_a_reader_that_leaves_costs_no_traceback():
-    """`megatron-prepo reference | head`."""
+    """The pipe `megatron-prepo reference | head` closes early."""
     command = [sys.executable, "-m", "megatron_prepo", "reference"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as process:

@@ -1,4 +1,4 @@
-"""What users install resolves: from the public index, for each machine and Python that we name.
+"""Users' installs resolve: from the public index, for each machine and Python that we name.
 
 A resolver reads metadata only.  One machine of each kind is among the quick tests, all are `slow`.
 """
@@ -43,7 +43,7 @@ Requires-Dist: networkx>=2.5.1
 Requires-Dist: jinja2
 Requires-Dist: fsspec>=0.8.5
 """
-"""What torch's build for a CPU says of itself: unlike the index's, it asks for no Triton."""
+"""Metadata of torch's build for a CPU: unlike the index's, it does not require Triton."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +54,7 @@ def index():
 
 @pytest.fixture(scope="module")
 def cpu_wheels(tmp_path_factory) -> Path:
-    """A directory with a wheel of torch for a CPU, as far as a resolver looks at it."""
+    """Directory with a wheel of torch for a CPU, as far as a resolver reads it."""
     directory = tmp_path_factory.mktemp("wheels")
     with zipfile.ZipFile(directory / "torch-2.13.0+cpu-py3-none-any.whl", "w") as wheel:
         files = {
@@ -68,7 +68,7 @@ def cpu_wheels(tmp_path_factory) -> Path:
 
 
 def compile_pins(*words: str, given: str = "") -> subprocess.CompletedProcess:
-    """uv's answer, by the public index and nothing that this machine is configured with."""
+    """Return uv's result, by the public index, without any configuration of this machine."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-config"]
     return subprocess.run(
         [*command, *words],
@@ -82,14 +82,14 @@ def compile_pins(*words: str, given: str = "") -> subprocess.CompletedProcess:
 
 
 def versions(text: str) -> dict[str, Version]:
-    """The versions of a list of pins, without markers."""
+    """Return the versions of a list of pins, without markers."""
     found = re.findall(r"^([\w.-]+)(?:\[.*\])?==([^\s;\\]+)", text, re.M)
     return {canonicalize_name(name): Version(version) for name, version in found}
 
 
 @functools.cache
 def asked(*extras: str) -> list[str]:
-    """The requirements of setup.py, which is run but not built."""
+    """Return the requirements of setup.py, which is run but not built."""
     code = "import json, setuptools; setuptools.setup = lambda **words: print(json.dumps("
     code += "[words['install_requires'], words['extras_require']])); import setup"
     done = subprocess.run(
@@ -100,7 +100,7 @@ def asked(*extras: str) -> list[str]:
 
 
 def resolved(machine: str, python: str, given: list[str], *words: str) -> dict[str, Version]:
-    """What would be installed; AssertionError with the resolver's reasons if nothing can be."""
+    """Return what would be installed; AssertionError with the resolver's reasons if nothing can."""
     # megatron-core has wheels for Linux only; nothing else may have to be built from source
     source = ["--no-binary", "megatron-core"] if machine.startswith("macos") else []
     place = ["--python-platform", MACHINES[machine], "--python-version", python]
@@ -112,7 +112,7 @@ def resolved(machine: str, python: str, given: list[str], *words: str) -> dict[s
 
 
 def cases():
-    """Every machine, Python, extras of `make` and build of torch; the slow ones marked."""
+    """Yield every machine, Python, extras of `make` and build of torch; the slow ones marked."""
     quick = {
         ("linux-x86_64", "3.11", "dev", "index"),
         ("linux-arm64", "3.12", "", "cpu wheel"),
@@ -141,7 +141,7 @@ def test_the_set_up_resolves_and_torchs_triton_is_kept(machine, python, extras, 
 
 
 def test_another_triton_than_torchs_is_a_conflict(tmp_path):
-    """That the test above finds it."""
+    """The test above detects such a conflict."""
     others = CONSTRAINTS.read_text().replace("triton==3.7.1", "triton==3.9.0")
     (tmp_path / "constraints.txt").write_text(others)
     constraint = ["--constraint", str(tmp_path / "constraints.txt")]
@@ -152,7 +152,7 @@ def test_another_triton_than_torchs_is_a_conflict(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_what_sglang_needs_on_a_cpu_resolves(python):
-    """The list of `make sglang-cpu` together with what it finds in .venv."""
+    """Resolved is the list of `make sglang-cpu` together with the packages in .venv."""
     pins = (REPOSITORY / "sglang_cpu.txt").read_text()
     ours = [*asked("dev"), *pins.splitlines()]
     found = resolved("linux-x86_64", python, ours, "--constraint", "constraints.txt")
@@ -162,7 +162,7 @@ def test_what_sglang_needs_on_a_cpu_resolves(python):
 @pytest.mark.slow
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_builds_the_site_resolves(python):
-    """The extra `docs`, without the package itself, as `make docs-site` installs it."""
+    """Resolved is the extra `docs`, without the package itself, as `make docs-site` installs it."""
     extra = sorted(set(asked("docs")) - set(asked()))
     found = resolved("linux-x86_64", python, extra, "--constraint", "constraints.txt")
     pins = versions(CONSTRAINTS.read_text())
@@ -194,7 +194,7 @@ def test_a_lock_is_within_our_ranges_and_for_its_cuda(lock, cuda, extras):
 @pytest.mark.slow
 @pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_is_what_its_command_makes(lock, tmp_path):
-    """By the command in its second line: its versions are on the index and within our ranges."""
+    """The lock's second line has the command: its versions are on the index and in our ranges."""
     text = LOCKS[lock].read_text()
     words = re.match(r"# .*\n#    uv pip compile --no-config (.*) --output-file (\S+)\n", text)
     assert words[2] == f"locks/{lock}"

@@ -1,4 +1,4 @@
-"""Internals of other libraries: what we replace is compared with what is installed."""
+"""Internals of other libraries: what we replace is compared with the installed version."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ OURS = ("megatron_prepo", "checkpoints_convert")
 
 
 class Layer:
-    """Stands for a class of a library."""
+    """Stand-in for a class of a library."""
 
     weight = 1
 
@@ -24,7 +24,7 @@ class Layer:
 
 
 def module(name: str, **parts) -> ModuleType:
-    """A module of a library."""
+    """Return a module of a library."""
     made = ModuleType(name)
     vars(made).update(parts)
     return made
@@ -102,7 +102,7 @@ def test_a_part_that_is_used_must_be_there():
 
 
 def test_a_name_that_a_library_no_longer_has_is_one_line(monkeypatch, capsys):
-    """Of an installed library; one that is not installed is another matter."""
+    """The library is installed but lacks the name; an absent library is a different case."""
 
     def run(options):
         from megatron.core.optimizer import NoSuchOptimizer  # noqa: F401
@@ -118,7 +118,7 @@ def test_a_name_that_a_library_no_longer_has_is_one_line(monkeypatch, capsys):
 
 
 def assignments(tree: ast.Module) -> list[tuple[str, int]]:
-    """Attributes of imported modules and classes that a file assigns to: name and line."""
+    """Return attributes of imported modules and classes that a file assigns to: name and line."""
     imported = {
         (alias.asname or alias.name).split(".")[0]
         for node in ast.walk(tree)
@@ -153,4 +153,4 @@ def test_libraries_are_changed_through_internals_only():
 
 
 ALLOWED = {"megatron_prepo/actor/model.py: moe_utils.te_general_gemm"}
-"""Defined where megatron-core 0.16 leaves it undefined: nothing is replaced."""
+"""Allowed assignments: megatron-core 0.16 leaves the name undefined, so nothing is replaced."""

@@ -1,4 +1,4 @@
-"""What `make lint` checks, and the sizes of the house."""
+"""Checks of `make lint`, and size limits of the code."""
 
 import ast
 import statistics
@@ -23,7 +23,7 @@ def test_the_code_passes(command):
 
 
 def test_functions_are_short():
-    """Lines from `def` to the end, docstring included."""
+    """Length is counted from `def` to the end, docstring included."""
     lengths = {
         f"{path}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
         for package in PACKAGES

@@ -1,4 +1,4 @@
-"""The helper that other tests stand on: answers in order, failures shown, nothing that hangs."""
+"""The helper that other tests build on: answers in order, failures shown, no hangs."""
 
 import os
 import time

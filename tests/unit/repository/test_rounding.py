@@ -1,4 +1,4 @@
-"""No allowance for rounding is a chosen number, and those that are derived see mistakes."""
+"""No allowance for rounding is an arbitrary number, and the derived ones detect mistakes."""
 
 import ast
 from pathlib import Path
@@ -44,7 +44,7 @@ NOT_ROUNDING = {
 
 
 def chosen(source: str) -> set[str]:
-    """Return the functions that compare by a number of their own, or by a library's default."""
+    """Return the functions that compare by an arbitrary number, or by a library's default."""
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return {function.name for function in functions if any(map(chooses, ast.walk(function)))}
 
@@ -67,7 +67,7 @@ def is_number(node: ast.AST) -> bool:
 
 
 def contains_a_number(node: ast.AST) -> bool:
-    """Other than 0, and than a whole number of times something derived."""
+    """Return whether a number occurs, other than 0 and an integer times something derived."""
     numbers = [part.value for part in ast.walk(node) if is_number(part)]
     if any(isinstance(part, ast.Name | ast.Call) for part in ast.walk(node)):
         numbers = [number for number in numbers if isinstance(number, float)]

@@ -1,4 +1,4 @@
-"""Grading processes: every way in which an answer can break one, and what becomes of the others."""
+"""Grading processes: every way in which an answer can break one, and the effect on others."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def grader():
 
 
 def processes(grader) -> set[int]:
-    """Ids of those that wait for answers."""
+    """Return the ids of the processes that wait for answers."""
     workers = [grader.idle.get() for _ in range(grader.processes)]
     for worker in workers:
         grader.idle.put(worker)
@@ -45,7 +45,7 @@ def processes(grader) -> set[int]:
 
 
 def outcome(grader, text: str) -> str:
-    """Of an answer, after which a good one is graded well."""
+    """Return the outcome of an answer, after which a good one is graded well."""
     first, second = grader.grade(rollouts(text, "fine"))
     assert (second.outcome, second.reward) == ("ok", 1.0)
     assert first.outcome == "ok" or first.reward == 0.0
@@ -142,7 +142,7 @@ def test_too_many_failures_end_the_run_and_the_first_few_are_said_once():
 
 
 def test_a_process_that_someone_killed_before_it_was_ready_is_started_again(tmp_path):
-    """The first two kill themselves, as far as anybody can see."""
+    """The first two kill themselves, which looks the same from outside."""
     file = tmp_path / "slow.py"
     file.write_text(
         "import os, pathlib, signal\n"
@@ -226,7 +226,7 @@ f = functools.partial(Length(), extra=1)
 
 
 def test_dataclasses_modules_beside_the_file_and_callables_of_all_kinds_grade(tmp_path):
-    """From another working directory; what it prints is no reply."""
+    """The working directory is another one; printed output is not a reply."""
     (tmp_path / "helper.py").write_text("length = len\n")
     (tmp_path / "reward.py").write_text(WELL)
     grader = Grader(settings("f", tmp_path / "reward.py"))

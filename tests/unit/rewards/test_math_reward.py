@@ -1,7 +1,7 @@
-r"""Hand-made answers against reward.function=math, next to what math-verify alone says of them.
+r"""Handwritten answers against reward.function=math, compared with math-verify's own results.
 
-Its own opinion is that of `parse` and `verify` on `\boxed{...}`, without time limits.  Where the
-two differ the difference is ours and meant; a new release that changes its mind is seen here.
+Its own result is that of `parse` and `verify` on `\boxed{...}`, without time limits.  Where the two
+differ, the difference is ours and intended; a new release with other results is detected here.
 """
 
 import pytest
@@ -138,7 +138,7 @@ AGREED = {
         (r"\text{ellipse}", r"\text{an ellipse}", NO),
     ],
 }
-OURS = [  # answer, given, ours; math-verify says the opposite
+OURS = [  # answer, given, ours; math-verify returns the opposite
     (r"(-\infty, 2]", r"x \le 2", YES),
     (r"(-2,3)", r"-2<x<3", YES),
     (r"1234", r"1\,234", YES),
@@ -157,7 +157,7 @@ LENIENT = [  # accepted by both, though a strict reader would not
     (r"(1,2)", r"\{1,2\}"),
     (r"0.001", r"0.0010004"),
     (r"a+b=3", r"3"),
-    (r"1", r"1\%"),  # and 50 for 50 per cent, which is meant
+    (r"1", r"1\%"),  # and 50 for 50 per cent, which is intended
     (r"no", r"on"),
 ]
 
@@ -187,7 +187,7 @@ def test_forms_of_answers_on_which_we_differ_from_math_verify():
 
 
 def test_per_cent_does_not_depend_on_which_antlr_there_is():
-    """math-verify takes 50 for 50 per cent with ANTLR 4.13, and does not read it with 4.9."""
+    """math-verify reads 50 as 50 per cent with ANTLR 4.13, but not with 4.9."""
     for answer, given_answer in [(r"50\%", "50"), ("50", r"50\%"), (r"50\%", r"50.0\%")]:
         assert boxed_answer(box(given_answer), answer) == 1.0, (answer, given_answer)
 

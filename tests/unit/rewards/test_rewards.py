@@ -85,12 +85,13 @@ def test_the_answer_after_the_only_marker_is_correct(completion, answer):
     ],
 )
 def test_anything_else_is_wrong(completion, answer):
-    """No marker, nothing or more behind it, another number, and all answers one after the other."""
+    """Answers without a marker, with nothing or more after it, with another number, or with all
+    answers in sequence."""
     assert final_number(completion, answer) == 0.0
 
 
 def ways(value):
-    """Texts that write a number exactly: decimals with zeros, commas, signs, fractions."""
+    """Return texts that write a number exactly: decimals with zeros, commas, signs, fractions."""
     sign, size = "-" if value < 0 else "", abs(value)
     texts = [f"{sign}{size.numerator}/{size.denominator}"]
     scaled = size * 10**6
@@ -123,7 +124,7 @@ def test_a_number_is_the_same_in_every_way_to_write_it(value, other, data):
 @settings(max_examples=300, deadline=None)
 @given(st.text("0123456789.,/eE+-$%\\ \u2212\uff15\u0663x", max_size=12))
 def test_what_python_reads_as_a_number_is_that_number(text):
-    """Whatever else is read is written with signs that Python does not know."""
+    """All other texts that are accepted use signs that Python does not know."""
     found = number(text)
     try:
         theirs = Fraction(text)
@@ -184,7 +185,7 @@ def test_a_file_that_is_not_there_is_refused():
     "parameters", ["answer, completion", "ground_truth, solution_str", "a, output"]
 )
 def test_arguments_the_other_way_round_are_refused(tmp_path, parameters):
-    """They go by place: each completion would be looked for in its answer."""
+    """Arguments are positional: each completion would be looked for in its answer."""
     file = tmp_path / "mine.py"
     file.write_text(f"def grade({parameters}):\n    return 0.0\n")
     with pytest.raises(UserError, match="has its parameters in the opposite order"):

@@ -1,4 +1,4 @@
-"""The generators of `examples/`: right answers, of the promised lengths, in disjoint files."""
+"""The generators of `examples/`: correct answers, of the promised lengths, in disjoint files."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from tests.tiny_tasks import TASKS, load
 
 NUM_DRAWN = 300
 WORKED_TOKENS = {"laptop": (19, 40), "traces": (65.0, 92), "lists": (24.0, 60)}
-"""About the mean, and no more than the largest, of the worked answers of the pool."""
+"""Approximate mean and upper limit of the lengths of the pool's worked answers."""
 
 
 @pytest.fixture(params=TASKS)
@@ -45,7 +45,7 @@ def test_an_independent_reading_of_the_prompt_gives_the_answer(name):
 
 
 def read_story(story) -> int:
-    """A story, sentence by sentence, by a list of the words that make it go up or down."""
+    """Compute a story's answer, sentence by sentence, from lists of words that add or subtract."""
     opening, *sentences, _, _ = re.split(r"(?<=[.?]) ", story.prompt)
     (total,) = map(int, re.findall(r"\d+", opening))
     for sentence in sentences:
@@ -75,7 +75,7 @@ DOWN = {
 
 
 def read_program(program) -> int:
-    """A register program as Python statements."""
+    """Run a register program as Python statements."""
     statements = {
         "add": "a += b",
         "swap": "a, b = b, a",
@@ -98,7 +98,7 @@ def read_program(program) -> int:
 
 
 def read_pipeline(pipeline) -> int:
-    """A pipeline in Python's terms, with the operations written another way."""
+    """Run a pipeline in Python's terms, with the operations written another way."""
     opening, text = pipeline.prompt.removesuffix(" =").split(" : ")
     items = [int(digit) for digit in opening.split()[1:]]
     *operations, question = text.split()

@@ -1,4 +1,4 @@
-"""The interface of engines: both have it, and nobody else knows which there are."""
+"""The interface of engines: both implement it, and no other module knows which engines exist."""
 
 import ast
 import inspect
@@ -14,7 +14,7 @@ from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 PACKAGE = Path(megatron_prepo.__file__).parent
 KNOW_SGLANG = {"build.py", "doctor.py", "servers.py"}
-"""Make engines, look for what they need, start servers."""
+"""Modules that create engines, check for what they need, or start servers."""
 
 
 def methods(protocol) -> list[str]:
@@ -33,7 +33,7 @@ def test_an_engine_has_the_methods_of_its_protocol_with_their_parameters(engine,
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, also within functions."""
+    """Return the modules that a file imports, also within functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

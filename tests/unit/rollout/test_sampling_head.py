@@ -39,12 +39,13 @@ def bfloat16_engine(model, directory, fp32_lm_head):
 
 @pytest.mark.parametrize("model", [tiny_models.qwen2, lambda: tiny_models.qwen3(tied=False)])
 def test_equal_heads_agree_and_different_ones_do_not(model, tmp_path):
-    """Of the same bfloat16 hidden states, so that only the head is compared; tied and untied.
+    """Log-probabilities are of the same bfloat16 hidden states, so that only the head is compared;
+    tied and untied.
 
     The head is scaled up to logits of up to 30, as a trained model's.  Those of 16 and more are 1/8
-    apart in bfloat16: rounding moves them by up to 1/16.  Two ways to add may round a few of them
-    otherwise, by 1/8 a token; on average that is less than a tenth of what rounding itself does.
-    In float32 both err as a log-softmax in float32 does.
+    apart in bfloat16: rounding moves them by up to 1/16.  Two orders of addition may round a few of
+    them differently, by 1/8 per token; on average that is less than a tenth of what rounding itself
+    does.  In float32 both err as a log-softmax in float32 does.
     """
     model = model()
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_in_float32_there_is_nothing_to_round():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_products_keep_float32(dtype):
-    """Of bfloat16 inputs the exact products, added in float32: 64 terms, whose sizes add up."""
+    """Products of bfloat16 inputs are exact, and added in float32: 64 terms, whose sizes add up."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(20, 64, generator=generator).to(dtype)
     b = torch.randn(64, 30, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""The SGLang engine over fake servers: what a weight sync does, and what stops it."""
+"""The SGLang engine with fake servers: what a weight sync does, and what stops it."""
 
 import threading
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def fakes():
 
 
 class FakeActor:
-    """Weights under Hugging Face names, and the fake servers' idea of a log-probability."""
+    """Weights under Hugging Face names, and the log-probability that the fakes derive from them."""
 
     def __init__(self, hf: str, updates: int = 0):
         from transformers import AutoModelForCausalLM
@@ -61,7 +61,7 @@ class FakeActor:
 
 @pytest.fixture
 def build(hf, tmp_path):
-    """An engine for some fakes, closed at the end, and its configuration."""
+    """Build an engine for some fakes, closed at the end, and its configuration."""
     engines = []
 
     def build(fakes, servers=None, model=None, router_replay=False, **sync):
@@ -128,7 +128,7 @@ def test_only_what_is_not_paid_is_asked_for_and_all_is_kept_as_it_comes(build, h
     assert sorted(fakes[0].answered.values()).count(2) == 7
     asked = list(fakes[0].calls)
     assert rollouts(engine, cached=kept) == whole
-    assert fakes[0].calls == asked, "with all paid, nothing at all is asked of a server"
+    assert fakes[0].calls == asked, "all rollouts are reused: no request to a server"
 
 
 def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fakes):
@@ -144,7 +144,7 @@ def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fak
 
 
 def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
-    """Asked in another order, which would spread them differently."""
+    """Requests come in another order, which would spread them differently."""
     engine, config = build(fakes, verify="never")
     sync_weights(FakeActor(hf), engine, config, PROBE)
     fakes[0].prompt_logprobs = fakes[1].prompt_logprobs = lambda ids: [-t / 100 for t in ids[1:]]
@@ -342,7 +342,7 @@ def test_a_server_at_fault_in_a_sync_has_no_part_in_the_next_rollouts(
     engine, config = build(fakes, transport=transport, request_seconds=6.0)
     actor = FakeActor(hf)
     fakes[0].fault = lambda called, body: fault if "update_weights" in called else None
-    if fault == "text":  # an answer, and no yes
+    if fault == "text":  # a response that is not a confirmation
         with pytest.raises(EngineError, match=f"{fakes[0].url} answered busy"):
             sync_weights(actor, engine, config, PROBE)
         return
@@ -421,7 +421,7 @@ def test_verification_finds_a_tensor_that_did_not_arrive(build, hf, fakes, verif
 
 
 def lose_a_tensor(fake) -> None:
-    """As SGLang does with a name that it does not know: nothing happens, and all is well."""
+    """Skip a name silently and report success, as SGLang does with a name that it does not know."""
     take = fake._from_tensor
 
     def lossy(body):

@@ -1,4 +1,4 @@
-"""Completions from servers that misbehave: none lost, none counted twice, no fault unnamed."""
+"""Completions from servers that misbehave: none lost, none counted twice, every fault named."""
 
 import base64
 import hashlib
@@ -59,7 +59,7 @@ def expected(job: CompletionJob) -> tuple[int, ...]:
 
 
 class Run:
-    """One generation over some fakes; what came of it, and what the fleet said."""
+    """One generation with some fakes: its results, and the fleet's messages."""
 
     def __init__(
         self, fakes, num_prompts=8, asked=SAMPLING, cached_at=None, on_completion=None, **settings
@@ -95,7 +95,7 @@ class Run:
 
 
 def only_generate(fault, at=None):
-    """The fault at these requests for completions (None: all), counted from 0."""
+    """Return the fault at these requests for completions (None: all), counted from 0."""
     count = iter(range(10**6))
 
     def decide(path, body):
@@ -108,7 +108,7 @@ def only_generate(fault, at=None):
 
 
 def wait_for_requests(fake, number: int) -> None:
-    """No fault, but not before the fake was asked for so many completions."""
+    """Wait until the fake has received this many requests for completions."""
     end = time.monotonic() + 5
     while len(fake.requests) < number and time.monotonic() < end:
         time.sleep(0.001)
@@ -138,7 +138,7 @@ def test_a_prompt_stays_at_a_server_and_servers_share_the_prompts(fakes):
 
 
 def test_a_prompt_goes_where_it_was_scored_as_long_as_that_is_hardly_busier(fakes):
-    """Without a hint the first prompt goes to the first server, the second to the second, ..."""
+    """The first prompt goes to the first server without a hint, the second to the second, ..."""
     hints = {f"p{i}": 1 - i % 2 for i in range(8)}
     followed = Run(fakes, cached_at=hints)
     followed.assert_complete()
@@ -195,7 +195,7 @@ def test_a_server_that_scores_by_other_weights_is_given_up(fakes):
 
 
 def test_a_slow_probe_is_not_cut(fakes):
-    """A part of a score is of no use, and cutting it would only mean to ask again."""
+    """A partial score is of no use, and cutting it would only mean to ask again."""
     for fake in fakes:
         fake.prompt_logprobs = lambda ids: time.sleep(0.5) or [-1.0] * (len(ids) - 1)
     Run(fakes, num_prompts=2, asked=PROBING, straggler_seconds=0.05)
@@ -204,7 +204,7 @@ def test_a_slow_probe_is_not_cut(fakes):
 
 @pytest.mark.parametrize("fault", [None, "unrouted", "misrouted"])
 def test_routings_cover_prompt_and_completion_but_the_last_token(fakes, fault):
-    """And an answer without one, or one of another number of tokens, is mended by another try."""
+    """A response without a routing, or with one of another number of tokens, is retried."""
     for fake in fakes:
         fake.routing = (3, 2)
     fakes[0].fault = only_generate(fault, at={0, 1, 5})
@@ -235,7 +235,7 @@ def test_no_routing_is_asked_for_unless_it_is_wanted(fakes):
     ],
 )
 def test_a_routing_that_is_none_is_refused_by_the_name_of_the_setting(routing, message):
-    """Of two prompt tokens and two new ones, the last of which is not routed: 3 x 3 layers x 2."""
+    """Two prompt tokens and two new ones, the last of which is not routed: 3 x 3 layers x 2."""
     if isinstance(routing, tuple):
         number, count = routing
         routing = base64.b64encode(struct.pack(f"<{count}i", *[int(number)] * count)).decode()
@@ -277,11 +277,11 @@ def test_a_passing_fault_is_mended_by_another_try(fakes, fault):
     ],
 )
 def test_a_bad_servers_work_goes_to_the_other(fakes, fault, reason):
-    """From its third completion on, the first server is of no use."""
+    """The first server fails from its third completion on."""
     bad, good = fakes
     bad.fault = only_generate(fault, at=range(2, 10**6))
     good.fault = lambda path, body: wait_for_requests(bad, 3)
-    good.seconds = 0.05  # the bad one is asked again before there is nothing left to ask
+    good.seconds = 0.05  # the bad server is retried before no server remains
     run = Run(fakes, concurrency=2)
     run.assert_complete()
     assert bad.answered.total() <= 2
@@ -300,7 +300,7 @@ def test_when_no_server_is_left_the_error_says_what_became_of_each(fakes):
 
 
 def test_what_has_come_by_the_end_of_the_last_server_is_kept(fakes):
-    """Seven come while the server is asked for its health, which is not known in time."""
+    """Seven completions arrive while the server's health is checked, which is not known in time."""
     fakes[0].seconds, kept = 0.3, []
     reset = only_generate("reset", at=[2])
     fakes[0].fault = lambda path, body: "hang" if path == "/health" else reset(path, body)
@@ -323,7 +323,7 @@ def test_a_refused_request_is_not_repeated(fakes):
 
 
 def test_a_completion_that_nobody_can_give_ends_the_run(fakes):
-    """One bad request at two servers that otherwise work."""
+    """One request fails at two servers that otherwise work."""
     bad = list(jobs(8)[13].prompt.tokens), seed_of(jobs(8)[13])
 
     def fault(path, body):
@@ -348,7 +348,7 @@ def test_stragglers_are_cut_and_what_they_have_is_kept(fakes):
 
 
 def test_of_a_thousand_faulted_requests_none_is_lost_or_counted_twice():
-    """A tenth of all requests fails in some way; five servers, of which one dies in the middle."""
+    """Ten per cent of all requests fail in some way; one of five servers dies in the middle."""
     draw = random.Random(7)
 
     def fault(path, body):
@@ -368,7 +368,7 @@ def test_of_a_thousand_faulted_requests_none_is_lost_or_counted_twice():
         answers = sum((fake.answered for fake in fakes), Counter())
         seeds = {f"{list(job.prompt.tokens)} {seed_of(job)}" for job in run.jobs}
         assert answers.keys() == seeds
-        # only a server's end may waste a complete answer that was on its way
+        # only a server's end may waste a complete answer in flight
         assert sum(answers.values()) <= len(seeds) + 8
     finally:
         for fake in fakes:

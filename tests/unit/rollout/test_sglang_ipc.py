@@ -1,4 +1,4 @@
-"""Which rank gives which server rank its handle on GPUs; on a CPU: `test_sglang_engine.py`."""
+"""Ranks and the server ranks that open their handles on GPUs; on a CPU: `test_sglang_engine.py`."""
 
 import base64
 import pickle
@@ -23,7 +23,7 @@ def config_of(**servers):
 
 
 def opened(*arguments):
-    """Stands for torch's `rebuild_cuda_tensor`."""
+    """Stand-in for torch's `rebuild_cuda_tensor`."""
     return SimpleNamespace(by_device=arguments[6], given_by=arguments[7])
 
 
@@ -51,7 +51,7 @@ def fleet_of(*indexes):
     "servers", [{"count": 4}, {"count": 2, "tensor": 2}, {"tensor": 2, "first_device": 1}]
 )
 def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers):
-    """Of eight ranks on two machines with four GPUs each, those of the first give handles."""
+    """Eight ranks are on two machines with four GPUs each; those of the first give handles."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = config_of(**servers)
     ipc.check(config.servers, torch.device("cuda", 0))
@@ -71,7 +71,7 @@ def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers):
 
 
 def test_a_lost_server_is_given_nothing(monkeypatch):
-    """What nobody lets go of would stay in the device's memory."""
+    """Memory that no process releases would stay allocated on the device."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     config = config_of(count=2)
     assert not rank_of(config, 0, device=0, fleet=fleet_of(1)).gives

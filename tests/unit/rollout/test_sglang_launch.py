@@ -1,4 +1,4 @@
-"""Servers of our own: how they are started, and that nothing of them is left behind."""
+"""Servers that a run starts itself: how they are started, and that no process of them remains."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def config_of(hf="a model", **sections):
 
 
 def option(words: list[str], name: str) -> str | None:
-    """The word behind an option; None if it is a bare flag or missing."""
+    """Return the word after an option; None if it is a bare flag or missing."""
     value = words[words.index(name) + 1] if name in words[:-1] else "--"
     return None if value.startswith("--") else value
 
@@ -283,7 +283,7 @@ def test_a_server_that_does_not_start_is_shown_with_its_last_lines(tmp_path, pid
 
 
 def test_slurms_warning_before_the_time_limit_is_not_for_servers(tmp_path, pids, hf):
-    """It goes to all processes of a job."""
+    """Slurm sends it to all processes of a job."""
     engine, config = build(hf, tmp_path)
     try:
         sync_weights(FakeActor(hf), engine, config, PROBE)
@@ -346,7 +346,7 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
 def test_a_server_killed_in_the_middle_of_a_sync(
     tmp_path, pids, hf, monkeypatch, transport, path, left
 ):
-    """The others go on without it; what needs all of them, a broadcast, is done anew with all."""
+    """All other servers continue without it; a broadcast, which needs all of them, is repeated."""
     monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / path))
     engine, config = build(hf, tmp_path, transport, count=2)
     actor = FakeActor(hf)
@@ -368,7 +368,7 @@ def test_a_server_killed_in_the_middle_of_a_sync(
 def test_a_server_gone_before_a_broadcast_takes_nothing_along(
     tmp_path, pids, hf, monkeypatch, count, victim
 ):
-    """Without the first, gloo sends nothing to the second: it would wait for its own deadline."""
+    """gloo sends nothing to the second without the first: it would wait for its own deadline."""
     engine, config = build(hf, tmp_path, "distributed", count=count)
     broadcast, gone = torch.distributed.broadcast, []
 
@@ -389,7 +389,8 @@ def test_a_server_gone_before_a_broadcast_takes_nothing_along(
 
 
 def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeypatch):
-    """The other, which waits for it, is told; it is started anew, and the run goes on."""
+    """The other server, which waits for it, gets an error; the dead one is restarted, and the run
+    continues."""
     monkeypatch.setenv("FAKE_DIES_AT", str(tmp_path / "init_weights_update_group"))
     monkeypatch.setenv("FAKE_DIES_AFTER_OTHERS", "1")
     deadline = 60.0

@@ -1,4 +1,4 @@
-"""What a server's process on a CPU mends in other modules, in a process like it."""
+"""What a server's process on a CPU fixes in other modules, in a process like it."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ import torch
 library = torch.library.Library("torchvision", "DEF")
 library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-"""What torchvision's own library does where it loads: next to a torch for CUDA, say."""
+"""Code that torchvision's own library runs where it loads, such as next to a torch for CUDA."""
 
 
 def run(code: str, path) -> subprocess.CompletedProcess:
-    """By an interpreter with nothing of ours but the stand-ins."""
+    """Run by an interpreter with only the stand-ins of ours."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": f"{STAND_INS}{os.pathsep}{path}", "OMP_NUM_THREADS": "1"},
@@ -31,7 +31,7 @@ def run(code: str, path) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("extension", ["", LOADED], ids=["does not load", "loads"])
 def test_torchvisions_operators_are_declared_once(extension, tmp_path):
-    """torch ends the process at a second definition."""
+    """torch aborts the process at a second definition."""
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("from . import extension, _meta_registrations")

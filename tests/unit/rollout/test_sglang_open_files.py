@@ -1,4 +1,4 @@
-"""A trainer with few open files left: its servers are healthy, and are never given up for that."""
+"""A trainer with few open files left: its servers are healthy, and are not given up for that."""
 
 import json
 import os

@@ -25,7 +25,7 @@ from megatron_prepo.rollout.transformers_engine import (
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
 STOP = frozenset(range(0, tiny_models.VOCAB, 16))
-"""About a token in sixteen ends a completion: some at once, some never."""
+"""Tokens that end a completion, about one in sixteen: some end with the first token, some never."""
 MODELS = {
     "qwen2": tiny_models.qwen2,
     "qwen3": lambda: tiny_models.qwen3(tied=False),
@@ -36,14 +36,15 @@ MODELS = {
 
 
 def sliding_window():
-    """Two of four layers look 6 tokens back, less than the prompts are long."""
+    """Return a model of which two of four layers look 6 tokens back, less than a prompt's
+    length."""
     settings = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
     config = Qwen2Config(**tiny_models.SHAPE, **settings, max_position_embeddings=256)
     return tiny_models.randomized(Qwen2ForCausalLM(config))
 
 
 def prompts():
-    """Of 3 to 14 tokens; two have the same."""
+    """Prompts of 3 to 14 tokens; two have the same."""
     generator = torch.Generator().manual_seed(2)
     lengths = (9, 14, 3, 9, 12, 8)
     texts = [tuple(torch.randint(3, 259, (n,), generator=generator).tolist()) for n in lengths]
@@ -52,7 +53,7 @@ def prompts():
 
 
 def engine_of(model, directory, **settings):
-    """An engine with the model's weights."""
+    """Return an engine with the model's weights."""
     engine = EmbeddedEngine(
         tiny_models.save(model, directory),
         SimpleNamespace(eos_token_id=0, decode=lambda tokens, **_: ""),
@@ -88,7 +89,7 @@ def generate(engine, **options):
 
 @torch.no_grad()
 def from_scratch(model):
-    """One completion after the other, without cache, padding or batch."""
+    """Return one completion after the other, without cache, padding or batch."""
     completions = []
     for prompt in prompts():
         for sample in range(SAMPLES):
@@ -105,7 +106,7 @@ def from_scratch(model):
 
 
 def assert_same(ours, theirs, directory):
-    """The same tokens; log-probabilities may both err, as float32 does over these sequences."""
+    """Assert the same tokens; log-probabilities may both err as float32 does over the sequences."""
     assert [c[:2] for c in ours] == [c[:2] for c in theirs]
     start = {prompt.id: prompt.tokens for prompt in prompts()}
     sequences = [ScoredSequence(start[i] + tokens, len(start[i])) for i, tokens, _ in ours]
@@ -143,7 +144,7 @@ def test_a_completion_does_not_depend_on_its_rank(tmp_path):
     for rank in range(3):
         engine = engine_of(model, tmp_path, rank=rank, num_ranks=3, gather=collect)
         if rank < 2:
-            with pytest.raises(KeyError):  # the others' share is still missing
+            with pytest.raises(KeyError):  # the rollouts of other ranks are still missing
                 generate(engine)
     engine.gather = lambda mine: [*shares, mine]
     assert_same(generate(engine), generate(engine_of(model, tmp_path)), tmp_path)
@@ -151,7 +152,7 @@ def test_a_completion_does_not_depend_on_its_rank(tmp_path):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_killed_in_a_batch_of_prompts_it_generates_the_rest_to_the_bit(num_ranks, tmp_path):
-    """Each rank a batch at a time, which was kept whole or not at all; paid for once."""
+    """Each rank generates one batch at a time, kept completely or not at all; none is repeated."""
     model, whole, kept = MODELS["qwen3"](), {}, {}
     for rank in range(num_ranks):
         engine = engine_of(model, tmp_path, rank=rank, num_ranks=num_ranks, batch_size=4)
@@ -160,13 +161,13 @@ def test_killed_in_a_batch_of_prompts_it_generates_the_rest_to_the_bit(num_ranks
         generate(engine, on_rollouts=batches.append)
         whole |= {key: rollout for batch in batches for key, rollout in batch.items()}
         assert [len(batch) for batch in batches[:-1]] == [4] * (len(batches) - 1)
-        kept |= batches[rank]  # the second rank has come to another one
+        kept |= batches[rank]  # the second rank has received another one
     again, shares = {}, []
     for rank in range(num_ranks):
         engine = engine_of(model, tmp_path, rank=rank, num_ranks=num_ranks, batch_size=4)
         engine.gather = lambda mine: shares.append(mine) or shares
         if rank + 1 < num_ranks:
-            with pytest.raises(KeyError):  # the others' share is still missing
+            with pytest.raises(KeyError):  # the rollouts of other ranks are still missing
                 generate(engine, cached=kept, on_rollouts=again.update)
     assert len(whole) == len(prompts()) * SAMPLES and 0 < len(kept) < len(whole)
     rest = generate(engine, cached=kept, on_rollouts=again.update)
@@ -208,7 +209,7 @@ def test_a_prompt_is_computed_once_and_ended_rows_leave(tmp_path):
 
 
 def test_a_routing_is_that_of_the_whole_sequence_but_its_last_token(tmp_path):
-    """Against one pass over each sequence alone; rows leave the batch, and prompts are padded."""
+    """The reference is one pass over each sequence; rows leave the batch, prompts are padded."""
     model = MODELS["qwen3_moe"]()
     engine, form = engine_of(model, tmp_path), RoutingFormat(4, 2, 8)
     plain = engine.generate(request())
@@ -234,7 +235,7 @@ def test_draw_never_takes_a_token_of_probability_0():
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_path):
-    """Rotary frequencies are no weights: rounded to 8 bits, they turn by other angles."""
+    """Rotary frequencies are not weights: rounded to 8 bits, they would turn by other angles."""
     tiny_models.save(MODELS[name](), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     engine = EmbeddedEngine(

@@ -1,4 +1,4 @@
-"""Metrics where they are watched: read back by TensorBoard, kept by W&B without a network."""
+"""Metrics on dashboards: read back by TensorBoard, kept by W&B without a network."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def configured(directory, *overrides: str) -> configuration.Config:
 
 @pytest.fixture(autouse=True)
 def begun(tmp_path):
-    """A run's directory: marked, and locked by this process."""
+    """Directory of a run: marked, and locked by this process."""
     ownership.mark(tmp_path, ownership.RUN, identity="a1")
     with lock.held(tmp_path / lock.FILE, "it"):
         yield
@@ -44,7 +44,7 @@ def write(config: configuration.Config, path, steps: list[dict], first: int = 0)
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
-    """W&B as on a machine where nobody has logged in; what it remembers is forgotten behind."""
+    """W&B as on a machine without a login; its state is reset afterwards."""
     wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -75,7 +75,7 @@ def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(wandb, tmp_path
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = configured(tmp_path, "run.wandb_project=mine")
     write(config, tmp_path / "metrics.jsonl", STEPS)
-    wandb.teardown()  # its own process writes, and now has ended
+    wandb.teardown()  # its own process writes, and has ended by now
     [kept] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert b"reward/mean" in content and b"ppl/spearman_with_reward" not in content
@@ -85,7 +85,7 @@ def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(wandb, tmp_path
 
 
 def evaluate_and_record(config: configuration.Config) -> None:
-    """The evaluation before a run of one step, the step, and the evaluation after it."""
+    """Record the evaluation before a run of one step, the step, and the evaluation after it."""
     run = Run(config, rank=0)
     for step, passes in enumerate(([0.25, 0.5], [0.75, 1.0])):
         found = Evaluation(torch.tensor(passes, dtype=torch.float64), samples_per_prompt=4)

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line a step elsewhere."""
+"""Progress: a bar on a terminal, one line per step elsewhere."""
 
 import sys
 

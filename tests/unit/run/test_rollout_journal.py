@@ -1,4 +1,4 @@
-"""What was paid for is found again, bit for bit, and only as what it was."""
+"""Generated rollouts are found again, bit for bit, and only as what they were."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def test_rollouts_are_found_once_and_as_they_were(tmp_path):
 
 
 def begun(directory, identity: str):
-    """A run's directory."""
+    """Return a run's directory."""
     directory.mkdir(exist_ok=True)
     ownership.mark(directory, ownership.RUN, identity=identity)
     return directory
@@ -65,7 +65,7 @@ def test_rollouts_of_another_run_are_not_taken(tmp_path, capsys):
 
 
 def test_lines_go_where_the_runs_directory_goes(tmp_path):
-    """And not to the run that takes its place, at the same step by the same weights."""
+    """Nothing goes to the run that takes its place, at the same step with the same weights."""
     run = begun(tmp_path / "run", "a1")
     live = journal(run / "j")
     live.add("rollouts/3", rollouts(samples=(0,)))
@@ -80,7 +80,7 @@ def test_lines_go_where_the_runs_directory_goes(tmp_path):
 
 @pytest.mark.parametrize("another", [False, True])
 def test_nothing_is_written_where_the_runs_directory_was_removed(tmp_path, another):
-    """Nor raised, which would leave other ranks waiting."""
+    """No error is raised, which would leave other ranks waiting."""
     run = begun(tmp_path / "run", "a1")
     live = journal(run / "j")
     live.add("rollouts/3", rollouts(samples=(0,)))
@@ -123,7 +123,7 @@ def test_others_are_not_taken(tmp_path, purpose, version, prompts):
 
 
 def test_of_a_batch_that_was_under_way_what_had_come_is_found(tmp_path):
-    """In the order of arrival; the next time, what has come since, too."""
+    """Rollouts are found in the order of arrival; next time, also those that arrived since."""
     first = journal(tmp_path / "j")
     first.add("rollouts/3", rollouts(prompts=PROMPTS[1:], samples=[1]))
     first.add("rollouts/3", rollouts(prompts=PROMPTS[:1], samples=[0]))

@@ -1,4 +1,4 @@
-"""A live run whose directory is taken away writes nothing into what takes its place."""
+"""A live run whose directory is taken away writes nothing into its replacement."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ METRICS = {"reward/mean": 0.5, "entropy/mean": 0.25}
 
 @pytest.fixture
 def live(tmp_path):
-    """A run that has begun, with dashboards, and is in its first step."""
+    """Run that has begun, with dashboards, and is in its first step."""
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     settings = config(tmp_path, run={"tensorboard": True})
     run_directory.begin(settings, pytest.fail)
@@ -50,7 +50,7 @@ def live(tmp_path):
 
 
 def write_a_step(run: Run) -> None:
-    """What a loop writes by itself, without the other ranks."""
+    """Write what a loop writes without the other ranks."""
     run.record(0, [ENTRY], METRICS)
     found = Evaluation(torch.tensor([0.5], dtype=torch.float64), samples_per_prompt=1)
     run.evaluate(lambda **_: found, "during", 1, samples=1)
@@ -58,7 +58,7 @@ def write_a_step(run: Run) -> None:
 
 
 def begin_another(tmp_path, directory: Path) -> Run:
-    """Another run of the same settings in the place, in this process."""
+    """Begin another run of the same settings in the same place, in this process."""
     other = config(tmp_path, run={"dir": str(directory), "tensorboard": True})
     run_directory.begin(other, pytest.fail)
     return Run(other, rank=0)
@@ -109,7 +109,7 @@ def empty(live: Run) -> None:
 
 
 def copy(live: Run) -> None:
-    """As `mv` does between two disks: another directory with the same identity."""
+    """Copy the directory, as `mv` does between two disks: a new directory, the same identity."""
     moved = live.directory.with_name("moved")
     shutil.copytree(live.directory, moved)
     remove(live)
@@ -117,7 +117,7 @@ def copy(live: Run) -> None:
 
 
 def swap_a_link(live: Run) -> None:
-    """The copy is in the place, by a link."""
+    """Replace the directory by a link to the copy."""
     copy(live)
     remove(live)
     live.directory.symlink_to(live.directory.with_name("moved"))
@@ -163,7 +163,7 @@ def test_nothing_is_written_where_the_run_is_not_known_to_be(live, harm, what):
 
 
 def test_a_link_to_where_it_was_moved_is_the_place_still(tmp_path, live):
-    """A disk gets full: `mv run /large/run; ln -s /large/run run`."""
+    """The user makes room on a full disk: `mv run /large/run; ln -s /large/run run`."""
     live.directory.rename(tmp_path / "moved")
     live.directory.symlink_to(tmp_path / "moved")
     assert live.lost() is None
@@ -179,7 +179,7 @@ def test_all_ranks_raise_what_rank_zero_has_found(tmp_path, live):
 
 @pytest.mark.parametrize("failing", [(os, "stat"), (Path, "read_bytes")])
 def test_a_file_system_that_fails_takes_no_directory_away(live, monkeypatch, failing):
-    """It is raised as what it is, on all ranks, and the run can be started again."""
+    """The error is raised unchanged, on all ranks, and the run can be restarted."""
 
     def fails(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "disk")

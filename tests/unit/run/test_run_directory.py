@@ -1,4 +1,4 @@
-"""Whose directory it is: a new run's, one's that is resumed, or one's that is left alone."""
+"""Owners of run directories: a new run, a run that is resumed, or one that is left alone."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ MINIMAL = {
 
 @pytest.fixture(autouse=True)
 def files(tmp_path):
-    """What a run reads."""
+    """Inputs of a run."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
@@ -55,7 +55,7 @@ def prepare(config, log=pytest.fail) -> Path:
 
 
 def make_a_step(directory: Path, steps: int = 1) -> None:
-    """What a run leaves after its first step."""
+    """Create what a run leaves after its first step."""
     lines = "".join(json.dumps({"step": step}) + "\n" for step in range(steps))
     (directory / "metrics.jsonl").write_text(lines)
     (directory / "evaluations.jsonl").write_text('{"pass_rate": 0.5}\n')
@@ -72,7 +72,7 @@ def finish(directory: Path, steps: int = 4, rollouts: int = 128) -> None:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """All that is below, but for the lock."""
+    """Return all files below the directory, except the lock."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -82,7 +82,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def begun(tmp_path):
-    """An unfinished run's directory."""
+    """Directory of an unfinished run."""
     directory = prepare(config(tmp_path))
     make_a_step(directory)
     (directory / "notes.txt").write_text("the user's")
@@ -90,7 +90,7 @@ def begun(tmp_path):
 
 
 def older(directory: Path) -> None:
-    """As a version before the marker left it."""
+    """Remove what versions before the marker did not write."""
     (directory / ownership.MARKER).unlink()
     (directory / "inputs.json").unlink()
 
@@ -192,7 +192,7 @@ def test_a_run_is_extended_and_keeps_its_schedule(tmp_path, begun):
     now = run_directory.prepare(longer, said.append)
     assert (now.train.total_steps, now.selection.horizon, now.optimizer.lr_decay_steps) == (6, 4, 4)
     assert "train.total_steps=4, now 6" in said[0] and "travels for 4 steps" in said[1]
-    # the same command, and the saved configuration, say the same once more
+    # the same command, and the saved configuration, give the same again
     assert run_directory.prepare(longer, pytest.fail) == now
     saved = configuration.load(begun / "config.yaml")
     assert run_directory.prepare(saved, pytest.fail) == now
@@ -309,7 +309,7 @@ def test_paths_are_saved_so_that_they_hold_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run_directory.check(saved) == "unfinished"
     monkeypatch.chdir(tmp_path)
-    prepare(relative)  # named differently, it is the same place
+    prepare(relative)  # under another name, it is the same place
 
 
 @pytest.mark.parametrize("name", ["base", "train.jsonl", "eval.jsonl", "reward.py", "selector.py"])
@@ -428,7 +428,7 @@ def test_a_folder_of_the_users_is_refused_and_left_as_it_was(tmp_path, name, ove
 
 @pytest.mark.parametrize("place", ["base", "base/run"])
 def test_a_run_is_not_begun_in_the_models_folder(tmp_path, place):
-    """An export would carry over checkpoints and ledger as files of the model."""
+    """An export would copy checkpoints and ledger as files of the model."""
     with pytest.raises(UserError, match=r"is in the model's folder"):
         prepare(config(tmp_path, run={"dir": str(tmp_path / place)}))
 
@@ -445,7 +445,8 @@ def test_logs_of_another_launcher_are_refused_and_those_of_a_job_are_not(tmp_pat
 
 
 def test_the_working_directory_of_a_project_stays_as_it_is(tmp_path, monkeypatch):
-    """`run.dir=.`: what a run does not write to is no obstacle, and is there after an overwrite."""
+    """Files that a run with `run.dir=.` does not write are no obstacle, and survive an
+    overwrite."""
     monkeypatch.chdir(tmp_path)
     before = content(tmp_path)
     here = config(tmp_path, run={"dir": ".", "overwrite": True})
@@ -461,7 +462,7 @@ def test_the_working_directory_of_a_project_stays_as_it_is(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_without_its_config_keeps_its_checkpoints(tmp_path, begun, overwrite):
-    """Copied by `cp -r run/[!c]* run/checkpoints copy`, say: the marker did not come along."""
+    """A copy by `cp -r run/[!c]* run/checkpoints copy`, for instance, lacks the marker."""
     (begun / "config.yaml").unlink()
     (begun / ownership.MARKER).unlink()
     before = content(begun)
@@ -559,7 +560,7 @@ def test_an_export_that_was_added_to_is_not_replaced(tmp_path, begun):
 
 @pytest.mark.parametrize("harm", ["a file", "hf", "the marker", "an older marker", "a checkpoint"])
 def test_what_was_replaced_in_a_run_is_not_removed_with_it(tmp_path, begun, harm):
-    """Under the same name and in the same size; by another run's of the same content."""
+    """The file has the same name and size, or is another run's of the same content."""
     for name, kind in (("hf", "model"), ("checkpoints/iter_0000009", "checkpoint")):
         ownership.create(begun / name, kind)
         (begun / name / "model.safetensors").write_text("ours")
@@ -680,7 +681,7 @@ def test_a_run_of_an_older_version_knows_its_inputs_where_they_were(tmp_path, be
 
 
 def test_a_run_whose_marker_stayed_behind_is_known_by_its_checkpoints(tmp_path, begun):
-    """`cp -r run/* copy`: with another identity it would pass over its own checkpoints."""
+    """A run with another identity would ignore its own checkpoints after `cp -r run/* copy`."""
     identity = ownership.marker(begun)["identity"]
     state = begun / "checkpoints" / "iter_0000001" / "run.json"
     state.write_text(json.dumps({"run": {"identity": identity}}))
@@ -763,7 +764,8 @@ def test_an_empty_directory_holds_no_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
 def test_a_command_that_is_started_again_does_not_delete_its_own_progress(monkeypatch, name):
-    """torchrun --max-restarts, and a job that Slurm requeues, with run.overwrite=true."""
+    """Restarts are torchrun --max-restarts, and a job that Slurm requeues, with
+    run.overwrite=true."""
     monkeypatch.setattr(start, "train", lambda path, overrides, _: given.append(overrides))
     given = []
     for count in ("", "0", "1"):
@@ -777,7 +779,7 @@ def test_a_command_that_is_started_again_does_not_delete_its_own_progress(monkey
 
 
 def holding(directory: Path) -> subprocess.Popen:
-    """Another process that has begun to use the directory."""
+    """Return another process that has begun to use the directory."""
     code = (
         "import sys, time\n"
         "from megatron_prepo.files import lock\n"

@@ -1,4 +1,4 @@
-"""What the tests of the selection methods share: selectors, prompts, rewards, and a step."""
+"""Helpers shared by the tests of the selection methods: selectors, prompts, rewards, and a step."""
 
 from collections.abc import Callable
 
@@ -28,19 +28,19 @@ def prompts(num: int, prefix="p") -> list[Prompt]:
 
 
 def passes(*passes_K: int, group_size=4) -> torch.Tensor:
-    """`rewards_KG`: of each group, so many rewards of 1 and zeros behind them."""
+    """Return `rewards_KG`: for each group, this many rewards of 1, followed by zeros."""
     return torch.tensor([[1.0] * s + [0.0] * (group_size - s) for s in passes_K])
 
 
 def grades(rewards_KG: torch.Tensor) -> list[Grade]:
-    """As a grader would have given them."""
+    """Return the grades that a grader would have given."""
     return [Grade(reward) for reward in rewards_KG.flatten().tolist()]
 
 
 def run_step(
     chooser, candidates: Candidates, step: int, reward: Callable[[list[int]], torch.Tensor]
 ) -> list[list[int]]:
-    """The rounds of a step as `train.py` goes through them; `reward` grades a round."""
+    """Run the rounds of a step as `train.py` does; `reward` grades a round."""
     rounds: list[list[int]] = []
     while chosen := chooser.choose(candidates, step):
         chooser.observe([candidates.prompts[i] for i in chosen], reward(chosen))

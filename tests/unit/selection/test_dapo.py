@@ -1,4 +1,4 @@
-"""Dynamic sampling: rounds of K until K groups have an advantage, or no candidate is left."""
+"""Dynamic sampling: rounds of K until K groups have an advantage, or no candidate remains."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_a_step_by_hand():
     | 1 | a b | 0, 3 | b | 1 |
     | 2 | c d | 4, 1 | d | 0 |
 
-    Then nothing; the step trains on b and d, and e and f are never paid for.
+    Then nothing; the step trains on b and d, and e and f are never generated.
     """
     chooser, right = selector("dapo", candidates=6), iter([passes(0, 3), passes(4, 1)])
     paid = Groups()
@@ -81,7 +81,7 @@ def test_what_the_last_round_has_too_much_is_dropped():
 
 
 def test_each_step_starts_anew():
-    """After a step that paid for all, the next has all candidates and all K groups before it."""
+    """A step after one that generated all candidates has all of them, and all K groups missing."""
     chooser = selector("dapo", candidates=5)
     for step in range(3):
         rounds = run_step(chooser, pool(5), step, lambda chosen: passes(*[0] * len(chosen)))

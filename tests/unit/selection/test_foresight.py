@@ -1,4 +1,4 @@
-"""Foresight: the regression, the trust in it, the evidence, and what comes of them."""
+"""Foresight: the regression, how far it is trusted, the evidence, and the resulting choice."""
 
 import math
 
@@ -15,7 +15,7 @@ from tests.unit.selection.selectors import passes, prompts, run_step, selector
 
 
 def rows(num=60, seed=0):
-    """A regression problem: x, passes, rollouts, count."""
+    """Return a regression problem: x, passes, rollouts, count."""
     rng = np.random.default_rng(seed)
     x = np.concatenate([np.ones((num, 1)), rng.normal(size=(num, 3))], axis=1)
     passed = rng.binomial(8, expit(x @ [0.3, -1.0, 0.5, 0.0]))
@@ -28,12 +28,12 @@ def scored(pool, ppl, entropy=None):
 
 
 def alike(num, step=0):
-    """Prompts of one length, of which a candidate's signals can say only what is put in."""
+    """Return prompts of one length, whose signals carry only the information that is put in."""
     return [Prompt(f"{step}/{i}", "q", "1", (1, 2, 3), (0, 3)) for i in range(num)]
 
 
 def test_the_regression_is_the_minimum_that_scipy_finds():
-    """Of the penalised negative log-likelihood, written out here again.
+    """The objective is the penalised negative log-likelihood, written out here again.
 
     Its prior makes it convex at least as w^2 / 2 is: a minimum is no farther from a point than the
     gradient there is long, which is scipy's where scipy stops, and rounding for ours.
@@ -62,7 +62,7 @@ def test_groups_all_alike_do_not_run_away():
 
 
 def test_the_likelihood_is_the_beta_binomials():
-    """scipy's, less the binomial coefficients, which do not depend on m."""
+    """The likelihood equals scipy's without the binomial coefficients, which do not depend on m."""
     mu, passed = np.array([0.2, 0.5, 0.9]), np.array([0.0, 3.0, 8.0])
     rollouts, count = np.full(3, 8.0), np.array([1.0, 0.5, 0.25])
     for prior_strength in (0.5, 4.0, 64.0):
@@ -151,7 +151,7 @@ def test_it_finds_the_prompts_between_easy_and_hard_by_their_perplexity_alone():
 
 
 def test_it_trusts_nothing_where_the_signals_say_nothing():
-    """Pass rates that scatter as widely, but whatever the perplexity: m becomes small, and the
+    """Pass rates scatter as widely, but independently of the perplexity: m becomes small, and the
     choice is no worse than a random one."""
     chooser, mine, everyones = world(slope=0.0, seed=2)
     assert chooser.prior_strength <= 2
@@ -175,7 +175,7 @@ def test_history_finds_what_the_signals_cannot():
 
 
 def test_the_target_can_be_moved():
-    """Towards 0.9, the prompts chosen are those that nearly always pass."""
+    """The prompts chosen towards 0.9 are those that nearly always pass."""
     rates = {}
     for target in (0.5, 0.9):
         chooser = selector(
@@ -204,8 +204,8 @@ def test_it_remembers_a_bounded_number_of_groups(monkeypatch):
 
 
 def test_old_groups_are_forgotten():
-    """At first a low perplexity means easy, 60 steps later the opposite: the later rows decide,
-    though there are as many of the first."""
+    """A low perplexity means easy at first, and hard 60 steps later: the later rows decide, though
+    there are as many early ones."""
     chooser = selector("foresight", candidates=8, selected=4)
     ppl = np.exp(np.linspace(0, 2, 8))
     for step, right in ((0, 4), (60, 0)):

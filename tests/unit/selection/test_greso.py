@@ -1,4 +1,4 @@
-"""GRESO: what a prompt's history does to its chance, and how large a round is."""
+"""GRESO: how a prompt's history changes its probability, and how large a round is."""
 
 import math
 from collections import Counter
@@ -40,7 +40,7 @@ def test_z_counts_the_latest_visits_of_one_kind():
     ],
 )
 def test_only_equal_rewards_are_zero_variance(rewards, kind):
-    """By the rewards, not by their mean: 1 right of 16 is 0.06.  Easy is what passes, at 1."""
+    """Rewards decide, not their mean: 1 right of 16 is 0.06.  Easy means that all pass, at 1."""
     chooser = selector("greso")
     chooser.observe(prompts(1), torch.tensor([rewards]))
     assert z(chooser) == kind

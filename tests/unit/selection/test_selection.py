@@ -25,7 +25,7 @@ def candidates(ppl_P):
 
 
 def window(method="prepo", step=0, ppl_P=None, **settings):
-    """The window's first position at a step."""
+    """Return the window's first position at a step."""
     chooser = selector(method, **settings)
     chooser.choose(candidates(ppl(10) if ppl_P is None else ppl_P), step)
     return chooser.metrics()["selection/window_first"]
@@ -57,7 +57,7 @@ def test_progress_is_a_fraction_because_floats_round_down():
 
 @pytest.mark.parametrize("step", [0, 3, 9])
 def test_k_prompts_of_consecutive_ranks_are_selected(step):
-    """Easiest first; all that are left out on one side are easier, on the other harder."""
+    """Easiest first; all unselected prompts on one side are easier, on the other harder."""
     for num_candidates, num_selected in SIZES:
         ppl_P = ppl(num_candidates)
         chooser = selector(candidates=num_candidates, selected=num_selected, total_steps=10)
@@ -106,7 +106,7 @@ def test_order_of_the_candidates_does_not_matter():
 
 
 def test_rho_max_stops_the_window_early():
-    """At 1/2, the last step of 5 stands where a full schedule is half-way."""
+    """The last step of 5 at rho_max = 1/2 is where a full schedule is halfway."""
     half = [window(rho_max=0.5, step=step) for step in range(5)]
     assert half == [0, 1, 2, 3, 4]
     assert progress(4, 5, 0.7) == Fraction(7, 10)
@@ -149,7 +149,7 @@ def test_random_choice_is_uniform():
 
 
 def test_pacings_keep_the_ends_and_bend_the_middle():
-    """At rho = 1/2 of 8 places: 4, 2 (a quarter) and 5 (0.707 of 8 is 5.66)."""
+    """Positions at rho = 1/2 of 8 are 4, 2 (a quarter) and 5 (0.707 of 8 is 5.66)."""
     for pacing, middle in {"linear": 4, "quadratic": 2, "root": 5}.items():
         places = [window(pacing=pacing, step=step) for step in range(5)]
         assert (places[0], places[2], places[4]) == (0, middle, 8)
@@ -157,7 +157,7 @@ def test_pacings_keep_the_ends_and_bend_the_middle():
 
 
 def test_the_other_way_round():
-    """From the highest perplexities to the lowest; the order within the window stays."""
+    """The window moves from the highest perplexities to the lowest; the order within it stays."""
     places = [window(direction="high-to-low", step=step) for step in range(5)]
     assert places == [8, 6, 4, 2, 0]
     ppl_P = ppl(10)
@@ -166,7 +166,7 @@ def test_the_other_way_round():
 
 
 def test_the_oracle_takes_what_is_nearest_to_one_half():
-    """Distances of 0.5, 0.25, 0, 0.25, 0.5: the middle one, then the first of the two beside it."""
+    """Distances 0.5, 0.25, 0, 0.25, 0.5: the middle one, then the first of the two next to it."""
     oracle = selector("oracle")
     pass_rate_P = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double()
     known = Candidates(prompts(5), ppl(5), ppl(5), pass_rate_P)
@@ -178,7 +178,8 @@ def test_the_oracle_takes_what_is_nearest_to_one_half():
 
 
 def test_a_method_writes_only_what_differs():
-    """Its constructor and `choose`; the rest is the protocol's, and nothing."""
+    """A method defines its constructor and `choose`; everything else is inherited from the protocol
+    and does nothing."""
 
     class Last(Selector):
         def __init__(self, config, **_):
@@ -204,13 +205,13 @@ def test_a_method_that_chooses_nothing_cannot_be_made():
 
 
 def look_at(step: int, num: int = 10) -> Candidates:
-    """Every third of 30 prompts, with all that a method may ask for; it varies with the step."""
+    """Return every third of 30 prompts, with all that a method may use; it varies with the step."""
     pool = prompts(30)[step % 3 :: 3]
     return Candidates(pool, ppl(num, step), ppl(num, 100 + step), ppl(num, 200 + step) / 21)
 
 
 def steps(chooser, numbers) -> list:
-    """What a method chooses and says; a prompt's rewards are random, and the same every time."""
+    """Return a method's choices and metrics; rewards are random, and the same every time."""
 
     def reward(step, chosen):
         draw = random.Random(f"{step}/{chosen}")
@@ -224,9 +225,8 @@ def steps(chooser, numbers) -> list:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_restored_method_goes_on_as_if_nothing_had_happened(method):
-    """Saved through JSON after 7 of 20 steps, in the middle of an epoch of 3 steps; what is saved
-    does not change with the run that goes on.
-    """
+    """The state is saved through JSON after 7 of 20 steps, in the middle of an epoch of 3 steps; it
+    does not change as the original run continues."""
     chooser, restored = (selector(method, selected=3, total_steps=20) for _ in range(2))
     before = steps(chooser, range(7))
     saved = chooser.state_dict()

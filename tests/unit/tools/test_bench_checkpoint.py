@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints at the shape of a given model: what it writes is a whole state."""
+"""The benchmark of checkpoints at the shape of a given model: it writes a complete state."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def test_a_models_shape_is_saved_in_the_background(tmp_path):
     command += ["--background", "--model", str(tmp_path / "model")]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
     result = json.loads(out.read_text())
-    # of float32 models the weights lie there twice: the model's, and the optimizer's
+    # with float32 models the weights are stored twice: the model's, and the optimizer's
     assert 16 * result["parameters"] < result["bytes"] < 16 * result["parameters"] + 1e6
     assert result["seconds"].keys() == {"background", "written", "finish"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json"]

@@ -1,4 +1,4 @@
-"""The head's benchmark, as far as it needs no GPU: its arithmetic, its honesty, and a small run."""
+"""The head's benchmark, as far as it needs no GPU: its arithmetic, its checks, and a small run."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def small_case(group=None, dtype=torch.float32, entropy_gradient=True):
 
 
 def test_flops_by_hand():
-    """2 x 3 tokens x 5 hidden x (8 / 2) columns = 120 a product."""
+    """2 x 3 tokens x 5 hidden x (8 / 2) columns = 120 per product."""
     shape = Shape("hand", 5, 8, 2, 3)
     assert shape.columns == 4
     assert shape.matmul_flops(1) == 120
@@ -68,7 +68,7 @@ def test_exact_answer_is_pytorchs_in_float64():
 
 
 def reference_of(case):
-    """Log-probabilities, entropies, and the gradients of hidden states and head."""
+    """Return log-probabilities, entropies, and the gradients of hidden states and head."""
 
     def function(hidden_TH, weight_VH, grad_logprobs_T, grad_entropy_T):
         leaves = (hidden_TH.requires_grad_(), weight_VH.requires_grad_())
@@ -86,7 +86,7 @@ def reference_of(case):
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("tasks", [tasks_of(head_providers.naive), head_providers.OURS])
 def test_providers_agree_with_float64(one_rank, tasks, entropy_gradient):
-    """Values and gradients; else a faster provider may be a wrong one."""
+    """Values and gradients agree; otherwise a faster provider could be a wrong one."""
     case = small_case(one_rank, entropy_gradient=entropy_gradient)
     reference = reference_of(case)
     for task, run in tasks.items():
@@ -110,7 +110,7 @@ def test_errors_are_against_the_exact_rows(one_rank):
 
 
 def test_peak_memory_counts_what_is_live_together(one_rank):
-    """Two tensors of 1 MiB at once, a third after one of them, and a gradient that is not extra."""
+    """Two tensors of 1 MiB together, a third after one of them, and a gradient that is no extra."""
 
     def task(case):
         a, b = torch.empty(2**18), torch.empty(2**18)
@@ -145,7 +145,7 @@ def test_goals_are_met_missed_or_not_measured():
 
 
 def reference_case(tokens, cut=None, not_finite=0, **medians):
-    """A case where goals are judged: medians by provider, forward and twice that for both ways."""
+    """Return a case where goals are judged: medians by provider, forward, and twice for both."""
     error = {"mean": 1e-6, "max": 1e-5, "not_finite": not_finite}
     return {
         "shape": {"model": "Qwen2.5-7B", "tensor": 1, "tokens": tokens},
@@ -213,7 +213,7 @@ def test_absent_peers_say_why(tmp_path):
 
 
 def test_verls_kernel_is_called_as_verl_calls_it(tmp_path, monkeypatch):
-    """A folder with the same imports and signature, whose kernel is plain PyTorch."""
+    """The directory has the same imports and signature, and its kernel is plain PyTorch."""
     pytest.importorskip("triton")
     for name in ("", ".utils", ".utils.device", ".utils.kernel"):
         monkeypatch.setitem(sys.modules, f"verl{name}", None)  # put back as it was, afterwards
@@ -304,7 +304,7 @@ def test_the_cpu_run_from_end_to_end(tmp_path):
 
 
 def test_a_part_of_the_gpu_check_ends_at_its_deadline_and_keeps_its_output():
-    """Also where a child of its own still holds the output."""
+    """The part ends even if a child process still holds the output."""
     code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
     done = gpu_check.run_within(3.0, [sys.executable, "-c", code])
     assert (done["passed"], done["ended_at_the_deadline"]) == (False, True)

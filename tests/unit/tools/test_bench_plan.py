@@ -1,4 +1,4 @@
-"""The measurements of a plan, on a CPU: as on a GPU, but for the peaks and who counts the bytes."""
+"""The measurements of a plan, on a CPU: as on a GPU, except for peaks and the counter of bytes."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from tools.bench_plan import most_bytes
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """Of a small model, with and without recomputation."""
+    """Result for a small model, with and without recomputation."""
     folder = tmp_path_factory.mktemp("plan")
     qwen2().config.save_pretrained(folder / "tiny")
     out = folder / "result.json"
@@ -28,11 +28,12 @@ def test_a_plans_memory_is_what_an_actor_takes(result):
     kept, recomputed = result["memory"]
     assert (kept["layers"], kept["tokens"]) == (4, 256)
     assert abs(kept["planned_over_measured"] - 1) < bench_plan.WITHIN, kept
-    # with recomputation a plan adds the head to a layer's activations, which are not there at once
+    # with recomputation a plan adds the head to a layer's activations, which do not exist at the
+    # same time
     assert recomputed["planned"] - recomputed["planned_parts"]["head"] < recomputed["peak"]
     assert recomputed["planned"] > 0.9 * recomputed["peak"]
     assert recomputed["peak"] < kept["peak"]
-    assert result["goal"]["verdict"] == "not measured"  # that is for a GPU to say
+    assert result["goal"]["verdict"] == "not measured"  # only a GPU can measure it
 
 
 def test_rates_are_operations_and_bytes_over_seconds(result, monkeypatch):
@@ -58,4 +59,4 @@ def test_the_most_bytes_are_those_alive_at_once():
         del second
         third = torch.zeros(100)
         kept.add_(third[0])
-    assert most.bytes == pytest.approx(2000, abs=64)  # a scalar or two besides
+    assert most.bytes == pytest.approx(2000, abs=64)  # one or two additional scalars

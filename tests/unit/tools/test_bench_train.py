@@ -21,7 +21,7 @@ MEMORY = {"resident_before": 2**20, "resident_peak": 3 * 2**20}
 
 
 def small_case() -> Case:
-    """6 + 7 tokens with an advantage, and 5 + 5 without."""
+    """Return 6 + 7 tokens with an advantage, and 5 + 5 without."""
     groups = [
         Group("a", "1", [5, 6, 7], [[8, 9, 2], [8, 9, 4, 2]], [0.0, 1.0]),
         Group("b", "2", [5, 6], [[8, 9, 2], [9, 9, 2]], [1.0, 1.0]),
@@ -30,7 +30,7 @@ def small_case() -> Case:
 
 
 def answers(seconds: float) -> dict[str, list[dict]]:
-    """Of one trainer: a slow first round, and two of so many seconds."""
+    """Return one trainer's results: a slow first round, and two of this many seconds."""
     return {
         task: [
             {"seconds": {task: spent}, "wall": 2 * spent, **MEMORY, **values}
@@ -82,7 +82,7 @@ def test_stages_add_up_to_the_step_and_ppl_is_priced_by_hand():
     share = bench_train.perplexity_share(
         step, prompt_tokens=3, response_tokens=12, candidates=5, samples=2
     )
-    # scoring 15 tokens a second, learning 6, generating 5: 1 s, and 4.8 + 2 + 5 s
+    # scoring 15 tokens per second, learning 6, generating 5: 1 s, and 4.8 + 2 + 5 s
     assert share["share"] == approx(1.0 / (1.0 + 4.8 + 2.0 + 5.0))
 
 
@@ -132,7 +132,8 @@ def test_whole_steps_and_a_trainer_that_computes_something_else(monkeypatch, tmp
 
 
 def test_utilisation_of_a_tiny_model(monkeypatch, tmp_path, capsys):
-    """As on a GPU, but for the peak: operations are the formula's over the seconds measured."""
+    """Utilisation is measured as on a GPU, except for the peak: operations are the formula's over
+    the seconds measured."""
     qwen2().config.save_pretrained(tmp_path / "tiny")
     out = tmp_path / "result.json"
     argv = ["--model", str(tmp_path / "tiny"), "--sequences", "3", "--response-tokens", "20"]

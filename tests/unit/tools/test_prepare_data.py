@@ -1,4 +1,4 @@
-"""Data sets in their real schemas, made by hand: problems and answers, repeats, contamination."""
+"""Data sets in their real schemas, handwritten: problems and answers, repeats, contamination."""
 
 import json
 import re
@@ -253,7 +253,7 @@ ANYTHING = st.recursive(
 
 
 def leaves(value) -> list:
-    """Texts and numbers within, in order."""
+    """Return texts and numbers within, in order."""
     if isinstance(value, dict | list):
         return [
             x
@@ -429,7 +429,8 @@ def test_a_wrong_name_or_file_is_a_sentence(tmp_path, capsys):
 
 
 def test_perplexities_are_those_of_transformers_and_are_drawn(tmp_path):
-    """exp of its own loss, of the laptop's model on its own prompts and on rows of one prompt."""
+    """Perplexities equal exp of the loss of `transformers`, for the laptop's model on its prompts
+    and on rows of one prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

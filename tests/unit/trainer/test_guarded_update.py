@@ -1,4 +1,4 @@
-"""Updates that are skipped: counted in a row, also over a restart."""
+"""Skipped updates: counted in a row, also across a restart."""
 
 import json
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 
 @pytest.fixture
 def fresh(tmp_path):
-    """Makes the updates of a run that has just been started."""
+    """Factory of the updates of a run that has just been started."""
     config = tiny_models.actor_config(
         str(tmp_path),
         train={"total_steps": 8, "max_skipped_updates": 2},

@@ -1,7 +1,7 @@
-"""Rollouts of groups without an advantage: they count in normalisers, and cost no pass.
+"""Rollouts of groups without an advantage: they count in normalisers, and need no forward pass.
 
-That weights come out the same without them, `tests/distributed/test_layouts.py` holds against
-float64: one rollout of each of its scenarios has an advantage of 0.
+`tests/distributed/test_layouts.py` compares the resulting weights with float64: one rollout of each
+of its scenarios has an advantage of 0.
 """
 
 import math
@@ -33,7 +33,7 @@ LENGTHS = (2, 3, 1, 4)
 
 
 class RecordingActor:
-    """Notes what it is told to learn from."""
+    """Record what it is given to learn from."""
 
     def __init__(self):
         self.batches = []
@@ -44,7 +44,7 @@ class RecordingActor:
 
 
 def learn(config, actor, rollouts, rewards_KG, old_scores):
-    """What the loop does with the old scores."""
+    """Do what the loop does with the old scores."""
     num_mini_batches = config.train.mini_batches
     grades = [Grade(reward) for reward in rewards_KG.flatten().tolist()]
     groups = Groups().extend(range(len(rewards_KG)), rollouts, grades)
@@ -81,7 +81,7 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
 
 
 def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_normaliser():
-    """The actor finds what the engine chose twice, 1/5 times and once as likely."""
+    """The engine's choices are twice, 1/5 times and exactly as likely for the actor."""
     prompt = Prompt("p", "", "", (5, 6), (0, 2))
     rollouts = [Rollout(prompt, (7, 8), (-1.0, -2.0), "", True, 0) for _ in range(2)]
     old_T = torch.tensor([-1.0 + math.log(2), -2.0 - math.log(5)]), torch.tensor([-1.0, -2.0])
@@ -114,7 +114,7 @@ def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_norm
     + [(overlap, -1, False) for overlap in (False, True)],
 )
 def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
-    """Of now; overlapped, those of the step before, which two updates have followed."""
+    """Weights must be current; overlapped, those of the previous step, two updates ago."""
     config = actor_config(
         "unused",
         rollout={"engine": "sglang"},
@@ -161,7 +161,7 @@ def test_a_mini_batch_without_a_token_to_learn_from_is_not_a_ratio_of_0():
         (0.0, {}, None, False),
         (0.1, {}, None, True),
         (-0.1, {}, None, True),
-        (float("nan"), {}, None, True),  # to be seen, and refused
+        (float("nan"), {}, None, True),  # must be detected, and refused
         (0.0, {"importance": "truncated"}, None, False),
         (0.0, {"entropy_coef": 0.01}, None, True),
         (0.0, {"kl_coef": 0.01}, None, True),

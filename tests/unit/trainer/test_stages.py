@@ -1,4 +1,4 @@
-"""The verbs of a step: what they do when a step does not go as planned, and when to evaluate."""
+"""The stages of a step: what they do when a step does not go as planned, and when to evaluate."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ def one_rank(monkeypatch):
 
 @pytest.mark.parametrize(("method", "rounds"), [("random", 1), ("dapo", 3)])
 def test_a_step_selects_once_or_until_a_method_that_refills_has_done(method, rounds):
-    """Of 6 candidates, none of which has an advantage, K = 2."""
+    """There are 6 candidates, none of which has an advantage, K = 2."""
     chooser, candidates = selector(method, candidates=6), Candidates(prompts(6))
     trainer, chosen = SimpleNamespace(selector=chooser), []
     for positions in stages.select(trainer, candidates, step=0):
@@ -31,7 +31,7 @@ def test_a_step_selects_once_or_until_a_method_that_refills_has_done(method, rou
 
 
 def trainer_that_records(monkeypatch) -> tuple[SimpleNamespace, list]:
-    """Its records: step, entries and metrics."""
+    """Return a trainer and its records: step, entries and metrics."""
     records = []
     monkeypatch.setattr(stages, "ledger_entries", lambda *_: ["entry"])
     monkeypatch.setattr(stages, "selection_metrics", lambda *_: {"reward/mean": 0.5})

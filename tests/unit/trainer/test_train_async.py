@@ -1,4 +1,4 @@
-"""A step ahead: what of it is saved, and how it is resumed."""
+"""The step ahead: which of its state is saved, and how it is resumed."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ PROMPTS = [Prompt(f"p{i}", "", "", tuple(range(3, 9 + i)), (0, 0)) for i in rang
 
 
 class Batches:
-    """Four prompts a step, in order."""
+    """Four prompts per step, in order."""
 
     def __init__(self):
         self.position = 0
@@ -38,7 +38,7 @@ class Batches:
 
 
 class Engine:
-    """One rollout a prompt; notes which it has to generate, and comes to so many of them."""
+    """One rollout per prompt; records which it has to generate, and fails after `comes_to`."""
 
     def __init__(self, weight_version):
         self.weight_version, self.generated, self.comes_to = weight_version, [], 99
@@ -64,7 +64,7 @@ class Engine:
 
 @pytest.fixture
 def job_of(monkeypatch, tmp_path):
-    """A job, started anew, whose weights have this version.
+    """Return a restarted job whose weights have this version.
 
     Perplexities follow from prompts and weights.
     """
@@ -95,14 +95,14 @@ def score(trainer, prompts, step):
 
 
 def learn(job, ready):
-    """What the loop does with a step's rollouts, as far as it concerns the selector."""
+    """Do what the loop does with a step's rollouts, as far as it concerns the selector."""
     rewards_KG = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     job.selector.observe(ready.selected, rewards_KG)
 
 
 @pytest.mark.parametrize("method", ["prepo", "foresight", "mopps"])
 def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
-    """As chosen by the old weights, with the rollouts of the journal, and nothing learnt twice."""
+    """The old weights made the choice, the journal has its rollouts; nothing is learnt twice."""
     job = job_of(0, method)
     ahead = Prefetcher(job)
     ahead.start(0)
@@ -127,7 +127,7 @@ def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
 
 
 def test_rollouts_that_never_came_are_generated_by_the_weights_of_the_day(job_of):
-    """The engine failed while the step before was learnt from, which is done and saved."""
+    """The engine failed while the previous step was learnt from, which is done and saved."""
     job = job_of(0)
     ahead = Prefetcher(job)
     ahead.start(1)
@@ -146,7 +146,7 @@ def test_rollouts_that_never_came_are_generated_by_the_weights_of_the_day(job_of
 def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_the_day(
     job_of, killed_again
 ):
-    """And none is paid twice, however often the run stops."""
+    """No rollout is generated twice, however often the run stops."""
     job = job_of(0)
     ahead = Prefetcher(job)
     ahead.start(1)
