@@ -164,13 +164,13 @@ def test_rates_are_per_1000_words_and_docstrings_in_per_cent():
 
 
 def test_the_range_is_that_of_the_four_others():
-    """Idioms to avoid may be rarer than in all four, the field's term may not."""
+    """Idioms to avoid may be rarer than in all four, and the field's terms more frequent."""
     per, says = language.row_named("per"), language.row_named("says")
     assert [language.in_range(per, rate) for rate in (1.96, 1.97, 5.09, 5.1)] == [
         False,
         True,
         True,
-        False,
+        True,
     ]
     assert [language.in_range(says, rate) for rate in (0, 0.07, 0.08)] == [True, True, False]
 
@@ -197,7 +197,6 @@ def test_the_command_lists_sentences_and_folders(tmp_path, capsys):
     assert marked == ["per", "resume", "goes-on"]
 
 
-@pytest.mark.xfail(strict=True, reason="the language pass over the tree is not complete yet")
 def test_this_trees_prose_is_within_the_range_of_the_four_others():
     rates = language.rates(list(language.read_tree(REPOSITORY)))
     outside = {
