@@ -18,8 +18,9 @@ from megatron_prepo.rollout.engine import Engine, Shapes, SyncBroken
 MAX_SYNC_ATTEMPTS = 3
 """Maximum attempts of a weight sync during which servers fail."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Maximum mean absolute difference in nats.  Two correct implementations stay below 1e-6 in float32
-and about 0.02 in bfloat16; a missing or misplaced tensor causes a much larger one."""
+"""Default of `weight_sync.tolerance`, in nats per token, above which a run stops: a threshold for
+monitoring, well above what correct implementations differ by (1e-6 in float32, up to 0.036 in
+bfloat16), and no bound on rounding.  In bfloat16 a missing norm may pass it."""
 
 
 class WeightSource(Protocol):
