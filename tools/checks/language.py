@@ -18,9 +18,9 @@ least; a program with a command `resume` may use that word more often than they 
 `Row.measured` is what this script gave for the same repositories on 2026-11-28, at slime 624b824a,
 prime-rl 559b4477, torchtitan b5bcd76c and nanochat 92d63d4e.
 
-For this project's tree d7965c3, LANGUAGE.md gives 0.16, 1.65, 0.22, 0.96, 0.54, 2.84, 1.83, 1.19 and 16 %,
-in the order of ROWS; this script gives 0.20, 1.44, 0.14, 1.27, 0.74, 2.30, 2.21,
-1.10 and 17 %.  The two differ in which files and strings they take for prose.
+For this project's tree d7965c3, LANGUAGE.md gives 0.16, 1.65, 0.22, 0.96, 0.54, 2.84, 1.83, 1.19
+and 16 %, in the order of ROWS; this script gives 0.20, 1.44, 0.14, 1.27, 0.74, 2.30, 2.21, 1.10 and
+17 %. The two differ in which files and strings they take for prose.
 
 The patterns are regular expressions, not a parser: each row names what it also matches.
 """
