@@ -103,9 +103,13 @@ class BackwardResult:
 
 
 class Actor:
-    """This rank's part of the trained model.  Call `parallel.initialize` first."""
+    """This rank's part of the trained model.  Call `parallel.initialize` first.
 
-    def __init__(self, config: Config) -> None:
+    With `resumes`, call `load` next: the weights that the run started from are then read only as
+    the reference of `loss.kl_coef`.
+    """
+
+    def __init__(self, config: Config, *, resumes: bool = False) -> None:
         self.config = config
         self.hf = read_hf_config(config.model.hf)
         self.shape = Shape.of(self.hf)
@@ -118,10 +122,8 @@ class Actor:
         if config.rollout.router_replay:
             self.routing = RoutingFormat.of(self.hf)
             self.router_replay = RouterReplay(self.chunks, self.device)
-        if config.model.megatron:
-            checkpoint.load_weights(self.chunks, config.model.megatron, self.hf)
-        else:
-            load_hf_weights(self.chunks, config.model.hf)
+        if not resumes or config.loss.kl_coef:
+            self._load_initial_weights()
         ddp = ddp_config(config.optimizer, config.megatron)
         self.ddp = [DistributedDataParallel(mcore, ddp, chunk) for chunk in self.chunks]
         self.optimizer, self.scheduler = build_optimizer(
@@ -377,6 +379,12 @@ class Actor:
     def load(self, path: Path) -> None:
         """Resume from a checkpoint with optimizer state, written under any layout; collective."""
         self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler, self.hf)
+
+    def _load_initial_weights(self) -> None:
+        if self.config.model.megatron:
+            checkpoint.load_weights(self.chunks, self.config.model.megatron, self.hf)
+        else:
+            load_hf_weights(self.chunks, self.config.model.hf)
 
     def _gather_weights(self) -> None:
         """Wait for the weights of the last update.

@@ -204,6 +204,11 @@ def checkpoint_path(directory: str | Path, step: int) -> Path:
     return Path(directory) / f"iter_{step:07d}"
 
 
+def step_number(path: Path) -> int:
+    """Return the step of a checkpoint with this path."""
+    return int(path.name.removeprefix("iter_"))
+
+
 def by_step(directory: str | Path) -> dict[int, Path]:
     """Return the checkpoints below `directory` by step, oldest first, complete or not."""
     names = [path.name.removeprefix("iter_") for path in Path(directory).glob("iter_*")]

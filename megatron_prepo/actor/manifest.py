@@ -37,6 +37,19 @@ def write(directory: Path, known: dict[str, Entry]) -> None:
         )
 
 
+def is_complete(directory: Path) -> bool:
+    """Return whether every file of the manifest exists with its size.
+
+    No other file is read, so that one process can call it; `problem` compares the content.
+    """
+    try:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = {name: entry["bytes"] for name, entry in files.items()}
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def problem(directory: Path) -> str | None:
     """Return why a checkpoint is not complete, as a phrase, or None if it is; collective."""
     text = parallel.from_rank_zero(_text(directory))

@@ -133,8 +133,10 @@ def _collect(
 def check_inputs(config: Config) -> None:
     """Run `preflight.check`; raise UserError if prompts depend on the day an arm starts."""
     from megatron_prepo.inputs import preflight
+    from megatron_prepo.run import directory as run_directory
 
-    tokenizer: Any = preflight.check(config).tokenizer
+    needed = run_directory.needs_initial_weights(config)
+    tokenizer: Any = preflight.check(config, initial_weights=needed).tokenizer
     pinned = not config.data.chat_template or config.data.chat_template_date is not None
     if not pinned and "strftime_now" in str(tokenizer.chat_template):
         raise UserError(

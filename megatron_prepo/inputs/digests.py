@@ -10,6 +10,7 @@ imports.
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,6 +35,8 @@ MODEL_FILES = (
     "metadata.json",
     "common.pt",
 )
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+"""Names of the files of `model.hf` that hold weights, and of their index."""
 TEMPLATES = "additional_chat_templates"
 
 
@@ -76,20 +79,34 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def digests(config: Config) -> dict[str, dict[str, Any]]:
-    """Return `path` and `files` of each compared input: digests by name, none if it is missing."""
-    return {
-        read.setting: {"path": str(read.path), "files": file_digests(read.setting, read.path)}
-        for read in list_inputs(config)
-        if read.setting in COMPARED
-    }
+def digests(config: Config, without_weights: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return `path` and `files` of each compared input: digests by name, none if it is missing.
+
+    `model.megatron` also has `checkpoint`: the one that a run would start from.  Weights of the
+    settings in `without_weights` are not opened.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for read in list_inputs(config):
+        if read.setting not in COMPARED:
+            continue
+        weights = read.setting not in without_weights
+        files = file_digests(read.setting, read.path, weights=weights)
+        found[read.setting] = {"path": str(read.path), "files": files}
+        if read.setting == "model.megatron" and weights:
+            found[read.setting]["checkpoint"] = str(_checkpoint(read.path))
+    return found
 
 
-def file_digests(setting: str, path: Path) -> dict[str, str]:
-    """Return the digests of an input's files that affect numbers, by name."""
+def file_digests(setting: str, path: Path, *, weights: bool = True) -> dict[str, str]:
+    """Return the digests of an input's files that affect numbers, by name.
+
+    Without `weights`, files of weights are skipped.
+    """
     if path.is_file():
         return {"content": digest(path)}
     if setting == "model.megatron":
+        if not weights:
+            return {}  # nothing else of it is read
         path = _checkpoint(path)
     names = {
         file.name
@@ -98,7 +115,14 @@ def file_digests(setting: str, path: Path) -> dict[str, str]:
     }
     names |= {f"{TEMPLATES}/{file.name}" for file in (path / TEMPLATES).glob("*")}
     names |= _in_index(path / "model.safetensors.index.json")
+    if not weights:
+        names = {name for name in names if not is_weights(name)}
     return {name: digest(path / name) for name in sorted(names) if (path / name).is_file()}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of `model.hf` holds weights, or is their index."""
+    return any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)
 
 
 def _in_index(file: Path) -> set[str]:

@@ -3,7 +3,9 @@
 import json
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.inputs import prompt_digests
+from megatron_prepo.inputs.digests import WEIGHT_FILES
 from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
@@ -32,15 +35,22 @@ class Inputs:
     """Digests of all prompts of both files."""
 
 
-def check(config: Config) -> Inputs:
-    """Read and check all inputs; UserError names the invalid one."""
+def check(config: Config, *, initial_weights: bool = True) -> Inputs:
+    """Read and check all inputs; UserError names the invalid one.
+
+    `initial_weights`: whether the run reads the weights of `model.hf` or `model.megatron`
+    (`needs_initial_weights` in `run/directory.py`); otherwise they are not opened.
+    """
     from megatron_prepo.actor.model import check_layout
+    from megatron_prepo.models.hf_files import other_files
     from megatron_prepo.rollout import build
 
-    check_opens(Path(config.model.hf))
+    check_opens(Path(config.model.hf), skip=() if initial_weights else WEIGHT_FILES)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
-    check_weights(config, hf)
+    other_files(config.model.hf)
+    if initial_weights:
+        check_weights(config, hf)
     check_file(config.reward.function)
     check_selector(config)
     if "RANK" not in os.environ:  # ranks load the function before anything else anyway
@@ -137,14 +147,17 @@ def load_prompts(config: Config, tokenizer: Any, name: Literal["train", "eval"])
     )
 
 
-def check_opens(directory: Path) -> None:
+def check_opens(directory: Path, *, skip: Sequence[str] = ()) -> None:
     """Raise UserError for an entry of a model's directory that cannot be read as a file.
 
     Such as a dangling link, as in an incomplete cache; a file without read permission; a directory
-    or a pipe in place of a file.  Other directories are ignored.
+    or a pipe in place of a file.  Other directories, and names that match a pattern of `skip`, are
+    ignored.
     """
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if path.is_dir() and path.suffix not in READ_SUFFIXES:
+            continue
+        if any(fnmatch(path.name, pattern) for pattern in skip):
             continue
         try:
             if not stat.S_ISREG(path.stat().st_mode):
@@ -163,11 +176,10 @@ def check_weights(config: Config, hf: dict[str, Any]) -> None:
     """
     from megatron_prepo.actor.checkpoint import newest
     from megatron_prepo.models.fit import check_fit
-    from megatron_prepo.models.hf_files import HFTensors, other_files
+    from megatron_prepo.models.hf_files import HFTensors
     from megatron_prepo.models.record import check_record, check_tokenizer
     from megatron_prepo.models.torch_dist import TorchDistReader
 
-    other_files(config.model.hf)
     try:
         if config.model.megatron:
             checkpoint = newest(config.model.megatron)

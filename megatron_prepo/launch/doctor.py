@@ -394,7 +394,6 @@ def examine_inputs(config: Config) -> list[Finding]:
 def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.actor import tiny_instance
     from megatron_prepo.actor.model import check_layout, transformer_config
-    from megatron_prepo.inputs import preflight
 
     parallel = config.parallel
     # TransformerEngine has a separate row
@@ -429,7 +428,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
     )
     findings.look(
         "weights",
-        lambda: preflight.check_weights(config, hf),
+        lambda: _check_weights(config, hf),
         lambda _: _weights(config),
         "" if config.model.megatron else WHOLE_MODEL,
     )
@@ -497,7 +496,22 @@ def _servers_are_apart(config: Config) -> bool:
     return bool(config.servers.urls or config.servers.python)
 
 
+def _check_weights(config: Config, hf: dict[str, Any]) -> None:
+    """Raise UserError unless the run can read its weights and the files that it exports."""
+    from megatron_prepo.inputs import preflight
+    from megatron_prepo.models.hf_files import other_files
+    from megatron_prepo.run import directory as run_directory
+
+    other_files(config.model.hf)
+    if run_directory.needs_initial_weights(config):
+        preflight.check_weights(config, hf)
+
+
 def _weights(config: Config) -> str:
+    from megatron_prepo.run import directory as run_directory
+
+    if not run_directory.needs_initial_weights(config):
+        return "in the run's own checkpoint"
     return f"{_weight_bytes(config) / GIB:.1f} GiB in {config.model.megatron or config.model.hf}"
 
 

@@ -23,7 +23,7 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     run_directory.check_config_file(config, path)
     run_directory.check(config)
     dashboards.check(config)
-    preflight.check(config)
+    preflight.check(config, initial_weights=run_directory.needs_initial_weights(config))
     run_directory.begin(config, _log)
     run_directory.end(config)  # rank 0 takes the lock, since it must not run twice
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]

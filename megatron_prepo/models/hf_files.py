@@ -325,7 +325,7 @@ def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[P
     any format and their indices, hidden folders, folders of other formats, of checkpoints and of
     runs, and folders that contain `skip`.
 
-    Raises UserError for a broken link.
+    Raises UserError for a broken link, unless its name is one of weights.
     """
     source, files = Path(source), []
     seen = {source.resolve()}
@@ -338,11 +338,11 @@ def other_files(source: str | Path, *, skip: str | Path | None = None) -> list[P
                 if path.resolve() not in seen and not _is_of_its_own(path):
                     seen.add(path.resolve())
                     walk(folder / path.name)
+            elif _is_weights(path.name):
+                continue
             elif not path.exists():
                 raise UserError(f"{path} is a link to {os.readlink(path)}, which is missing")
-            elif path.is_file() and not (
-                _is_weights(path.name) or path.name in ownership.NOT_CONTENT
-            ):
+            elif path.is_file():
                 files.append(folder / path.name)
 
     walk(Path())

@@ -38,14 +38,23 @@ class WeightSource(Protocol):
         """Return the scores of sequences; collective."""
 
 
-def sync_weights(actor: WeightSource, engine: Engine, config: Config, probe: Sequence[int]) -> None:
+def sync_weights(
+    actor: WeightSource,
+    engine: Engine,
+    config: Config,
+    probe: Sequence[int],
+    *,
+    compare_files: bool = True,
+) -> None:
     """Give the engine the actor's weights; afterwards its version is the actor's update count.
 
     Collective.  Verifies the weights with the tokens of `probe` as configured by
     `weight_sync.verify`.  The engine rejects unknown, repeated, missing and misshapen tensors.
+    With `compare_files`, the first sync compares names and shapes with the files of `model.hf`;
+    set it to False for a run that does not read their weights, which may be gone.
     """
     settings, shapes = config.weight_sync, actor.hf_shapes()
-    if engine.weight_version is None:
+    if engine.weight_version is None and compare_files:
         check_names(shapes, config.model.hf)
     load_weights(actor, engine, settings.bucket_mb << 20, shapes)
     if settings.verify == "always" or (settings.verify == "first" and not engine.verified):

@@ -79,9 +79,13 @@ LOGS = ("rank_*.log", "rank_*.error")
 """Files of `logs/` that a launcher replaces at every start; `run.overwrite` keeps them."""
 
 INPUTS = inputs.COMPARED
+"""Settings whose path may change while the content is the same (`inputs/digests.py`)."""
+
+WEIGHTS = {"model.hf", "model.megatron"}
+"""Inputs with weights, which only a run that starts from them reads (`needs_initial_weights`)."""
+
 USER_CODE = ("selection.method", "reward.function")
 """Settings that name a built-in or `FILE.py:NAME`."""
-"""Settings whose path may change while the content is the same (`inputs/digests.py`)."""
 
 RESUMABLE_SETTINGS = (
     "run",
@@ -230,13 +234,14 @@ def prepare(config: Config, log: Callable[[str], None]) -> Config:
     """
     directory, state = Path(config.run.dir), check(config)
     directory.mkdir(parents=True, exist_ok=True)
-    read = inputs.digests(config)
     if state == "new":
+        read = inputs.digests(config)
         clear(config, log)
         ownership.mark(directory, ownership.RUN, identity=ownership.new_identity())
     else:
         before = saved_config(directory)
         config = resumed(before, config)
+        read = _digests_of_a_resumed_run(before, config, saved_inputs(directory))
         _log_changes(before, config, changes(before, config, saved_inputs(directory)), log)
         if not ours(directory):
             kept = _identity_of_checkpoints(directory)
@@ -246,6 +251,39 @@ def prepare(config: Config, log: Callable[[str], None]) -> Config:
     write_text(directory / "inputs.json", json.dumps(read, indent=1) + "\n")
     write_text(directory / "config.yaml", to_yaml(with_absolute_paths(config)))
     return config
+
+
+def needs_initial_weights(config: Config) -> bool:
+    """Whether the run reads the weights of `model.megatron` or `model.hf` that it starts from.
+
+    A run that resumes from a checkpoint of its own does not, unless they are the reference of
+    `loss.kl_coef`.  Only the sizes of a checkpoint's files are compared: other damage is found when
+    it is read, and `check_initial_weights` is then called before the run starts from the beginning.
+    """
+    from megatron_prepo.actor import checkpoint, manifest
+
+    directory = Path(config.run.dir)
+    if config.run.overwrite or config.loss.kl_coef or not (directory / "config.yaml").is_file():
+        return True
+    own = identity(directory)
+    return not any(
+        manifest.is_complete(path)
+        and (path / checkpoint.RUN_STATE).is_file()
+        and (own is None or _identity_of_checkpoint(path) in (None, own))
+        for path in checkpoint.by_step(directory / "checkpoints").values()
+    )
+
+
+def check_initial_weights(config: Config) -> None:
+    """UserError unless the weights that the run in `run.dir` started from are unchanged."""
+    directory, found = Path(config.run.dir), Changes([], [], [], [])
+    before, read_before = saved_config(directory), saved_inputs(directory)
+    _compare_inputs(before, config, read_before, found, initial_weights=True)
+    if found.forbidden:
+        raise UserError(
+            f"no checkpoint in {directory / 'checkpoints'} can be resumed from, and the run "
+            f"cannot start from the beginning: {'; '.join(found.forbidden)}"
+        )
 
 
 def is_finished(config: Config) -> bool:
@@ -490,18 +528,27 @@ def _identity_of_checkpoints(directory: Path) -> str | None:
 
     `cp -r run/* copy` does not copy the marker.  Raises UserError if they are of several runs.
     """
-    found = set()
-    for path in sorted((directory / "checkpoints").glob("iter_*/run.json")):
-        try:
-            found.add(json.loads(path.read_text(encoding="utf-8"))["run"].get("identity"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            found.add(None)  # damaged, or saved by a version that recorded no identity
+    states = (directory / "checkpoints").glob("iter_*/run.json")
+    found = {_identity_of_checkpoint(state.parent) for state in states}
     if len(found) > 1:
         raise UserError(
             f"run.dir={directory} has no {ownership.MARKER}, and its checkpoints are of "
             f"{len(found)} runs: restore the marker, or move the other runs' checkpoints away"
         )
     return found.pop() if found else None
+
+
+def _identity_of_checkpoint(path: Path) -> str | None:
+    """Return the identity of the run that wrote a checkpoint; None if it is damaged or names none.
+
+    Older versions named none.
+    """
+    try:
+        state = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        found: str | None = state["run"].get("identity")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _check_writable(directory: Path) -> None:
@@ -596,53 +643,115 @@ def changes(before: Config, now: Config, read_before: dict[str, dict[str, Any]] 
             else:
                 reason = FIXED[name] if name in FIXED else FIXED[section.name]
                 found.forbidden.append(f"{change} ({reason})")
-    _compare_inputs(before, now, read_before, found)
+    needed = needs_initial_weights(now)
+    _compare_inputs(before, now, read_before, found, initial_weights=needed)
     return found
 
 
+def _digests_of_a_resumed_run(
+    before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None
+) -> dict[str, dict[str, Any]]:
+    """What `inputs.digests` gives now; for weights that are not read, what it gave before."""
+    needed = needs_initial_weights(now)
+    read = inputs.digests(now, _unread(before, now, read_before, initial_weights=needed))
+    if read_before is None or needed:
+        return read
+    for name in WEIGHTS & read.keys() & read_before.keys():
+        files = read_before[name]["files"] | read[name]["files"]
+        read[name] = read_before[name] | read[name] | {"files": files}
+    return read
+
+
+def _unread(
+    before: Config,
+    now: Config,
+    read_before: dict[str, dict[str, Any]] | None,
+    *,
+    initial_weights: bool,
+) -> set[str]:
+    """Settings whose weights are not opened: they are not needed, and the path is the same."""
+    if initial_weights or read_before is None:
+        return set()
+    paths = {name: (_value(before, name), _value(now, name)) for name in WEIGHTS}
+    return {
+        name
+        for name, (old, new) in paths.items()
+        if name in read_before and old and new and inputs.absolute(old) == inputs.absolute(new)
+    }
+
+
 def _compare_inputs(
-    before: Config, now: Config, read_before: dict[str, dict[str, Any]] | None, found: Changes
+    before: Config,
+    now: Config,
+    read_before: dict[str, dict[str, Any]] | None,
+    found: Changes,
+    *,
+    initial_weights: bool,
 ) -> None:
-    old_paths, new_paths = ({n: _value(config, n) for n in INPUTS} for config in (before, now))
-    read_now = _digests(now)
-    # for a run of an older version: from the files that are still at the old paths
-    read_before = _digests(before) if read_before is None else read_before
+    unread = _unread(before, now, read_before, initial_weights=initial_weights)
+    try:
+        read_now = inputs.digests(now, unread)
+        # of an older version: by what is still at the old place
+        read_before = inputs.digests(before) if read_before is None else read_before
+    except OSError as error:
+        raise UserError(f"an input cannot be read: {error}") from error
     for name in INPUTS:
-        change = f"{name}={old_paths[name]}, now {new_paths[name]}"
-        reason = FIXED[name.partition(".")[0]]
+        if name == "model.megatron" and name in unread:
+            continue  # nothing else of it is read
+        paths = _value(before, name), _value(now, name)
         old, new = read_before.get(name), read_now.get(name)
-        if old is None and new is None:  # such as a built-in reward
-            if old_paths[name] != new_paths[name]:
-                found.forbidden.append(f"{change} ({reason})")
-            continue
-        names = [p.rpartition(":")[2] for p in (old_paths[name] or "", new_paths[name] or "")]
-        if old is None or new is None or (name in USER_CODE and len(set(names)) > 1):
-            found.forbidden.append(f"{change} ({reason})")
-        elif not new["files"]:
-            found.forbidden.append(
-                f"{name}={new_paths[name]} does not exist; give the current path of its content, "
-                f"as {name}=PATH"
-            )
-        elif not old["files"]:
-            if old["path"] != new["path"]:
-                found.forbidden.append(
-                    f"{change}, and the old path no longer exists to compare with ({reason})"
-                )
-        elif different := inputs.differing(old, new):
-            which = "" if different == ["content"] else f" in {', '.join(different[:3])}"
-            found.forbidden.append(
-                f"the content of {name}={new_paths[name]} is not what the run began with{which} "
-                f"({reason})"
-            )
-        elif old["path"] != new["path"]:
+        if problem := _input_problem(name, paths, old, new, initial_weights=initial_weights):
+            found.forbidden.append(problem)
+        elif old and new and old["path"] != new["path"]:
             found.moved.append(f"{name}={old['path']}, now {new['path']}")
 
 
-def _digests(config: Config) -> dict[str, dict[str, Any]]:
-    try:
-        return inputs.digests(config)
-    except OSError as error:
-        raise UserError(f"an input cannot be read: {error}") from error
+def _input_problem(
+    name: str,
+    paths: tuple[str | None, str | None],
+    old: dict[str, Any] | None,
+    new: dict[str, Any] | None,
+    *,
+    initial_weights: bool,
+) -> str | None:
+    """Return why an input is not the one that the run began with, or None."""
+    change, reason = f"{name}={paths[0]}, now {paths[1]}", FIXED[name.partition(".")[0]]
+    if old is None and new is None:  # such as a built-in reward
+        return None if paths[0] == paths[1] else f"{change} ({reason})"
+    names = {(path or "").rpartition(":")[2] for path in paths}
+    if old is None or new is None or (name in USER_CODE and len(names) > 1):
+        return f"{change} ({reason})"
+    if not new["files"]:
+        return (
+            f"{name}={paths[1]} does not exist; give the current path of its content, as "
+            f"{name}=PATH"
+        )
+    if not old["files"]:
+        if old["path"] == new["path"]:
+            return None
+        return f"{change}, and the old path no longer exists to compare with ({reason})"
+    if different := _differing(old, new, initial_weights=initial_weights):
+        which = "" if different == ["content"] else f" in {', '.join(different[:3])}"
+        return (
+            f"the content of {name}={paths[1]} is not what the run began with{which} "
+            f"({reason}){_started_from(name, old)}"
+        )
+    return None
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any], *, initial_weights: bool) -> list[str]:
+    """Return the files that differ; missing weights count only if the run needs them."""
+    missing = set() if initial_weights else old["files"].keys() - new["files"].keys()
+    unneeded = {file for file in missing if inputs.is_weights(file)}
+    return [file for file in inputs.differing(old, new) if file not in unneeded]
+
+
+def _started_from(name: str, old: dict[str, Any]) -> str:
+    """Return which checkpoint of a directory the run started from, for an error message."""
+    place = old.get("checkpoint")  # missing in a run of an older version
+    if place in (None, old["path"]):
+        return ""
+    return f"; it started from {place}: name that while it is there ({name}={place})"
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -21,6 +21,7 @@ from megatron_prepo.config import CheckpointConfig
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.rollout.engine import EngineError
+from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 
 WRITE_ERRORS = (OSError, RuntimeError)
@@ -37,6 +38,52 @@ class StepBoundary:
     """Number of the actor's optimizer updates."""
     parts: str
     """State of the parts, as JSON."""
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """Return the newest complete checkpoint of this run; None if it starts from the beginning.
+
+    Collective; all files are read.  Checkpoints that are damaged, hold weights only, or are another
+    run's, are skipped and logged.  Raises UserError on all ranks if all are another run's and this
+    one has made steps.
+    """
+    run.check_directory()
+    directory, others = run.directory / "checkpoints", []
+    for step in reversed(parallel.from_rank_zero(list(checkpoint.by_step(directory)))):
+        path = checkpoint.checkpoint_path(directory, step)
+        if problem := _problem(path):
+            run.log(f"{path} {problem}; skipped")
+        elif _is_of_another_run(path, run):
+            run.log(
+                f"{path} is another run's and is skipped (a new run can start from its "
+                f"weights: model.megatron={path})"
+            )
+            others.append(path.name)
+        else:
+            return path
+    if others and run.has_lines():
+        raise UserError(
+            f"none of the checkpoints in {directory} can be resumed from, since "
+            f"{', '.join(others)} are another run's, and starting from the beginning would "
+            f"remove this run's ledger: put this run's {ownership.MARKER} or checkpoints back, "
+            "or move the other run's checkpoints away to start from the beginning"
+        )
+    return None
+
+
+def _problem(path: Path) -> str | None:
+    if problem := manifest.problem(path):
+        return problem
+    if not (path / checkpoint.RUN_STATE).is_file():
+        return "holds weights only (checkpoint.optimizer=false)"
+    return None
+
+
+def _is_of_another_run(path: Path, run: Run) -> bool:
+    """Return whether a complete checkpoint names another run; older versions named none."""
+    state = json.loads(parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text()))["run"]
+    own = parallel.from_rank_zero(run.identity)
+    return state.get("identity") not in (None, own)
 
 
 class Checkpoints:
@@ -66,48 +113,23 @@ class Checkpoints:
         self.kept: set[Path] = set()
         """Checkpoints that could not be pruned."""
 
-    def restore(self) -> bool:
-        """Restore the newest usable checkpoint; if there is none, start over and return False.
-
-        Checkpoints that are damaged, hold weights only, or are another run's, are skipped and
-        logged.  Raises UserError on all ranks if none is usable, some are another run's, and this
-        run has rollouts in its ledger.
-        """
+    def restore(self, path: Path | None) -> None:
+        """Restore a checkpoint of this run (`newest_checkpoint`), or the beginning without one."""
         self.parts["run"].check_directory()
-        steps, others = parallel.from_rank_zero(list(checkpoint.by_step(self.directory))), []
-        for step in reversed(steps):
-            path = checkpoint.checkpoint_path(self.directory, step)
-            if problem := self._problem(path):
-                self.log(f"{path} {problem}; skipped")
-                continue
-            if self._is_of_another_run(path):
-                self.log(
-                    f"{path} is another run's and is skipped (a new run can start from its "
-                    f"weights: model.megatron={path})"
-                )
-                others.append(path.name)
-                continue
-            self.actor.load(path)
-            state = parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text())
-            for name, part in json.loads(state).items():
-                self.parts[name].load_state_dict(part)
-            self.steps.append(step)
-            self.log(f"resuming from {path}")
-            num_ranks = len(list(path.glob("random_*.safetensors")))
-            if num_ranks != dist.get_world_size():
-                self.log(f"written by {num_ranks} ranks: numbers are equal up to rounding")
+        if path is None:
+            self.parts["run"].truncate_logs({})
             self.mark()
-            return True
-        if others and self.parts["run"].has_lines():
-            raise UserError(
-                f"none of the checkpoints in {self.directory} can be resumed from, since "
-                f"{', '.join(others)} are another run's, and starting from the beginning would "
-                f"remove this run's ledger: restore this run's {ownership.MARKER} or checkpoints, "
-                "or move the other run's checkpoints away to start from the beginning"
-            )
-        self.parts["run"].truncate_logs({})
+            return
+        self.actor.load(path)
+        state = parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text())
+        for name, part in json.loads(state).items():
+            self.parts[name].load_state_dict(part)
+        self.steps.append(checkpoint.step_number(path))
+        self.log(f"resuming from {path}")
+        num_ranks = len(list(path.glob("random_*.safetensors")))
+        if num_ranks != dist.get_world_size():
+            self.log(f"written by {num_ranks} ranks: numbers are equal up to rounding")
         self.mark()
-        return False
 
     def mark(self) -> None:
         """Take a snapshot of all parts at the boundary between two steps."""
@@ -181,16 +203,3 @@ class Checkpoints:
             )
         if not asynchronous:
             self.finish()
-
-    def _is_of_another_run(self, path: Path) -> bool:
-        """Return whether a complete checkpoint names another run; older versions named no run."""
-        run = json.loads(parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text()))["run"]
-        own = parallel.from_rank_zero(self.parts["run"].identity)
-        return run.get("identity") not in (None, own)
-
-    def _problem(self, path: Path) -> str | None:
-        if problem := manifest.problem(path):
-            return problem
-        if not (path / checkpoint.RUN_STATE).is_file():
-            return "holds weights only (checkpoint.optimizer=false)"
-        return None

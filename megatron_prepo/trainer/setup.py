@@ -4,7 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, evaluate
 from megatron_prepo.inputs import preflight, prompt_digests
+from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process.stop_signals import StopRequests
 from megatron_prepo.records import scored_sequence
 from megatron_prepo.rewards.pool import Grader
@@ -31,8 +33,10 @@ from megatron_prepo.selection.base import Selector
 from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.policy_update import TrainingBatch
-from megatron_prepo.trainer.resume import Checkpoints
+from megatron_prepo.trainer.resume import Checkpoints, newest_checkpoint
 from megatron_prepo.trainer.throughput import Throughput
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -51,6 +55,8 @@ class Trainer:
     batches: CandidateBatches
     selector: Selector
     throughput: Throughput
+    resumes_from: Path | None
+    """The run's own checkpoint; None if it starts from the beginning."""
     checkpoints: Checkpoints = field(init=False)
     """Set by `resumed`."""
     after: Evaluation = field(init=False)
@@ -58,7 +64,7 @@ class Trainer:
 
     @contextmanager
     def resumed(self, **parts: Any) -> Iterator[None]:
-        """Restore actor, engine and parts from the last checkpoint, or start from the beginning.
+        """Restore actor, engine and parts from `resumes_from`, or start from the beginning.
 
         `parts`: further state of the loop in a checkpoint, besides run and updates.  If the engine
         fails, the last complete step is saved and Stopped is raised on all ranks.
@@ -74,7 +80,7 @@ class Trainer:
                 self.run.log,
                 timeout_minutes=self.config.parallel.timeout_minutes,
             )
-            self.checkpoints.restore()
+            self.checkpoints.restore(self.resumes_from)
             try:
                 self.sync()
             except EngineError as error:  # of all ranks
@@ -101,7 +107,13 @@ class Trainer:
         """Give the engine the actor's weights, some by way of the run's directory."""
         self.run.check_directory()
         probe = self.inputs.train_prompts[0].tokens
-        sync_weights(self.actor, self.engine, self.config, probe)
+        sync_weights(
+            self.actor,
+            self.engine,
+            self.config,
+            probe,
+            compare_files=self.resumes_from is None or bool(self.config.loss.kl_coef),
+        )
 
     def evaluate(self, when: str, samples: int) -> Evaluation:
         """Evaluate and record avg@k on held-out prompts, with the same random numbers each time."""
@@ -162,7 +174,7 @@ class Trainer:
 def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     dashboards.check(config)
-    inputs = preflight.check(config)
+    inputs = preflight.check(config, initial_weights=run_directory.needs_initial_weights(config))
     parallel.initialize(config.parallel, config.train.seed)
     prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
@@ -180,12 +192,15 @@ def set_up(config: Config) -> Trainer:
     )
     journal = Journal(run.directory / "journal", dist.get_rank(), share=parallel.from_rank_zero)
     with run.seconds("setup"):
+        resumes_from = newest_checkpoint(run)
+        if resumes_from is None:
+            on_rank_zero(lambda: check_beginning(config))
         grader = build_grader(config, run.log)
         engine = build_engine(
             config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
         )
         preflight.check_engine(config, engine)
-        actor = Actor(config)
+        actor = Actor(config, resumes=resumes_from is not None)
     updates = (SkipUpdates if config.debug.mode == "rollout" else UpdateGuard)(config, actor, run)
     return Trainer(
         config=config,
@@ -205,6 +220,7 @@ def set_up(config: Config) -> Trainer:
             by_actor=config.selection.ppl_from == "actor",
             scorings=2 if config.loss.kl_coef else 1,  # the initial policy's scores, too
         ),
+        resumes_from=resumes_from,
     )
 
 
@@ -213,17 +229,34 @@ def begin(config: Config) -> Config:
 
     Raises UserError on all ranks if it is in use or holds anything but this run.
     """
-    settled: Config | UserError | None = None
+    return on_rank_zero(
+        lambda: run_directory.begin(config, lambda line: print(line, file=sys.stderr))
+    )
+
+
+def check_beginning(config: Config) -> None:
+    """Raise UserError unless the weights that the run started from are unchanged, and fit.
+
+    They have been checked already unless the run has checkpoints, which turned out to be damaged
+    only when they were read.
+    """
+    if not run_directory.needs_initial_weights(config):
+        run_directory.check_initial_weights(config)
+        preflight.check_weights(config, read_hf_config(config.model.hf))
+
+
+def on_rank_zero(call: Callable[[], Result]) -> Result:
+    """Return the result of a call on rank 0, or raise its UserError, on every rank; collective."""
+    result: Result | UserError | None = None
     if dist.get_rank() == 0:
         try:
-            settled = run_directory.begin(config, lambda line: print(line, file=sys.stderr))
+            result = call()
         except UserError as error:
-            settled = error
-    settled = parallel.from_rank_zero(settled)
-    if isinstance(settled, UserError):
-        raise settled
-    assert settled is not None, "rank 0 has shared its settings"
-    return settled
+            result = error
+    result = parallel.from_rank_zero(result)
+    if isinstance(result, UserError):
+        raise result
+    return cast(Result, result)
 
 
 def ranks() -> Ranks:

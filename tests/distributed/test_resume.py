@@ -103,7 +103,8 @@ SECTIONS = {
 class ActorOn:
     """An actor under a layout, on the first ranks; None on all further ranks."""
 
-    def __init__(self, hf, layout):
+    def __init__(self, hf, layout, *, resumes=False):
+        self.resumes = resumes
         sections = {name: dict(section) for name, section in SECTIONS.items()}
         for name, values in LAYOUTS[layout].items():
             sections[name] = sections.get(name, {}) | values
@@ -118,7 +119,7 @@ class ActorOn:
         if not self.taking_part:
             return None
         parallel.initialize(layout, seed=1)
-        return Actor(self.config)
+        return Actor(self.config, resumes=self.resumes)
 
     def __exit__(self, *_):
         from megatron_prepo.actor import parallel
@@ -168,7 +169,7 @@ def run_everything(hf, scratch):
             results["bytes", layout] = [sizes[name] for name in sorted(sizes)]
             uninterrupted[layout] = go_on(actor)
     for source, target in [*((layout, layout) for layout in LAYOUTS), *RESHARDED]:
-        with ActorOn(hf, target) as actor:
+        with ActorOn(hf, target, resumes=True) as actor:
             if actor is None:
                 continue
             path = Path(scratch, source.replace(" ", "-"), "iter_0000001")
@@ -233,7 +234,7 @@ def saved_meanwhile(tree, actor, fresh, first):
 
     tree["checkpoint"]["asynchronous"] = True
     checkpoints, run, _ = fresh()
-    checkpoints.restore()
+    restore(checkpoints)
     lines = [checkpoints.journal.directory / f"rollouts_{step}.0.jsonl" for step in (5, 6)]
     if first:
         checkpoints.journal.directory.mkdir(exist_ok=True)
@@ -252,13 +253,13 @@ def saved_meanwhile(tree, actor, fresh, first):
         states = parallel.from_rank_zero([line.exists() for line in lines])
         # a kill ends the threads: the files that exist now are those that remain
         then, run_then, _ = fresh()
-        then.restore()
+        restore(then)
         before = (states, run_then.num_steps, actor.updates)
         held.go.set()
         checkpoints.finish()
     then, run_then, _ = fresh()
     torch.distributed.barrier()
-    then.restore()
+    restore(then)
     states = parallel.from_rank_zero([line.exists() for line in lines])
     return updates, before, (states, run_then.num_steps, actor.updates)
 
@@ -389,14 +390,14 @@ def of_another_run(fresh):
         checkpoints, run, said = fresh("b2")
         run.has_lines = lambda found=has_lines: found
         try:
-            result.append((checkpoints.restore(), run.cut_to, said))
+            result.append((restore(checkpoints), run.cut_to, said))
         except UserError as error:
             result.append((str(error), run.cut_to, said))
     checkpoints, run, _ = fresh(None)
     checkpoints.save()
     checkpoints, run, _ = fresh("b2")
     torch.distributed.barrier()
-    return [*result, checkpoints.restore()]
+    return [*result, restore(checkpoints)]
 
 
 def lost_directory(actor, fresh):
@@ -404,7 +405,7 @@ def lost_directory(actor, fresh):
     found = []
     for looks in (0, 1):
         checkpoints, run, _ = fresh()
-        checkpoints.restore()
+        restore(checkpoints)
         before = list(checkpoint_names(checkpoints))
         run.num_steps += 5
         run.lost_after = looks
@@ -425,10 +426,20 @@ def checkpoint_names(checkpoints):
     return list(checkpoint.by_step(checkpoints.directory))
 
 
+def restore(checkpoints):
+    """Restore as a run does, and return whether there was a checkpoint."""
+    from megatron_prepo.trainer.resume import newest_checkpoint
+
+    path = newest_checkpoint(checkpoints.parts["run"])
+    checkpoints.restore(path)
+    return path is not None
+
+
 class Part:
     """Something with state, and the run."""
 
-    def __init__(self, identity):
+    def __init__(self, directory, identity, log):
+        self.directory, self.log = Path(directory), log
         self.num_steps, self.cut_to = 0, None
         self.identity, self.lost_after = identity, None
 
@@ -468,7 +479,8 @@ def run_checkpoints(hf, run_directory):
         Path(run_directory).mkdir(exist_ok=True)
 
         def fresh(identity="a1"):
-            said, run = [], Part(identity)
+            said = []
+            run = Part(run_directory, identity, said.append)
             journal = Journal(Path(run_directory, "journal"), rank, parallel.from_rank_zero)
             checkpoints = Checkpoints(
                 from_tree(tree).checkpoint,
@@ -482,7 +494,7 @@ def run_checkpoints(hf, run_directory):
             return checkpoints, run, said
 
         checkpoints, run, _ = fresh()
-        result["nothing there"] = (checkpoints.restore(), run.cut_to)
+        result["nothing there"] = (restore(checkpoints), run.cut_to)
         for _ in range(6):
             actor.update(batch())
             run.num_steps += 1
@@ -494,7 +506,7 @@ def run_checkpoints(hf, run_directory):
         def restored():
             checkpoints, run, said = fresh()
             torch.distributed.barrier()
-            return checkpoints.restore(), run.num_steps, actor.updates, said
+            return restore(checkpoints), run.num_steps, actor.updates, said
 
         result["the newest"] = restored()
         if first:
@@ -505,7 +517,7 @@ def run_checkpoints(hf, run_directory):
         result["the newest is damaged"] = restored()
 
         checkpoints, run, _ = fresh()
-        checkpoints.restore()
+        restore(checkpoints)
         actor.update(batch())
         run.num_steps += 1
         checkpoints.mark()

@@ -99,6 +99,54 @@ def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
     assert "a finished run of 4 steps; extend it by a larger" in capsys.readouterr().err
 
 
+def test_a_run_from_anothers_checkpoints_resumes_without_them(capfd, tmp_path, undisturbed):
+    """Once it has one of its own; before that it is refused, and says from which it began."""
+    first, base = tmp_path / "first", tmp_path / "base"
+    shutil.copytree(undisturbed / "checkpoints", first)
+    shutil.copytree(LAPTOP / "base", base)
+    whole = tmp_path / "whole"
+    settings = [*RUN, "train.total_steps=3", "checkpoint.every=1", f"model.hf={base}"]
+    assert train(whole, *settings, f"model.megatron={first}") == 0
+
+    shutil.rmtree(first / "iter_0000004")  # a newer one would be in its place as well
+    (first / "latest_checkpointed_iteration.txt").write_text("3")
+    killed = killed_after_two_steps(whole, tmp_path / "no_checkpoint")
+    shutil.rmtree(killed / "checkpoints")
+    assert refused(capfd, killed).count(f"model.megatron={first}/iter_0000004") == 1
+    killed = killed_after_two_steps(whole, tmp_path / "damaged")
+    for file in killed.glob("checkpoints/iter_*/__0_0.distcp"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert "cannot start from the beginning: the content of model.megatron" in refused(
+        capfd, killed
+    )
+
+    # its own weights it still reads, of the model only tokenizer and configuration
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to("pruned")
+    began_with = json.loads((whole / "inputs.json").read_text())
+    for name, change in {"replaced": lambda: None, "gone": lambda: shutil.rmtree(first)}.items():
+        change()
+        killed = killed_after_two_steps(whole, tmp_path / name)
+        assert main(["resume", str(killed)]) == 0
+        assert_equal(whole, killed)
+        assert json.loads((killed / "inputs.json").read_text()) == began_with
+
+
+def killed_after_two_steps(whole: Path, directory: Path) -> Path:
+    """A finished run of three steps as it was before the third."""
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints" / "iter_0000003")
+    shutil.rmtree(directory / "hf")
+    (directory / "summary.json").unlink()
+    return directory
+
+
+def refused(capfd, directory: Path) -> str:
+    capfd.readouterr()
+    assert main(["resume", str(directory)]) == 2
+    return capfd.readouterr().err
+
+
 def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(capfd, tmp_path):
     """The run is killed in the first step's rollouts; then all servers die in the second step's;
     then in the sync after that step.  Rollouts that were already received are not requested again.

@@ -365,6 +365,126 @@ def test_other_content_at_the_same_place_is_noticed(tmp_path, file, setting):
         run_directory.check(settings)
 
 
+def complete_checkpoint(directory: Path) -> Path:
+    """Complete the checkpoint of `make_a_step`, which has no manifest."""
+    path = directory / "checkpoints" / "iter_0000001"
+    (path / "__0_0.distcp").write_text("weights")
+    files = {"__0_0.distcp": {"bytes": 7, "sha256": ""}}
+    (path / "manifest.json").write_text(json.dumps({"files": files}))
+    return path
+
+
+@pytest.fixture
+def another(tmp_path) -> Path:
+    """The checkpoints of another run."""
+    for step in (2, 4):
+        path = tmp_path / "another" / f"iter_{step:07d}"
+        path.mkdir(parents=True)
+        (path / "metadata.json").write_text("{}")
+        (path / "__0_0.distcp").write_text(f"weights of step {step}")
+    (tmp_path / "another" / "latest_checkpointed_iteration.txt").write_text("2")
+    return tmp_path / "another"
+
+
+@pytest.mark.parametrize("change", ["newer", "pruned", "gone", "damaged"])
+def test_a_run_with_a_checkpoint_of_its_own_needs_no_other(tmp_path, another, change):
+    settings = config(tmp_path, model={"hf": f"{tmp_path}/base", "megatron": str(another)})
+    directory = prepare(settings)
+    make_a_step(directory)
+    read = (directory / "inputs.json").read_text()
+    tracker = another / "latest_checkpointed_iteration.txt"
+    match change:
+        case "newer":
+            tracker.write_text("4")
+        case "pruned":
+            tracker.write_text("4")
+            shutil.rmtree(another / "iter_0000002")
+        case "gone":
+            shutil.rmtree(another)
+        case "damaged":
+            (another / "iter_0000002" / "__0_0.distcp").write_text("other")
+    with pytest.raises(UserError, match=r"model\.megatron=.*(is not what|is not there)") as error:
+        run_directory.check(settings)
+    if change in ("newer", "pruned"):
+        place = f"{another}/iter_0000002"
+        assert f"name that while it is there (model.megatron={place})" in str(error.value)
+    if change == "newer":  # as the message says
+        named = config(tmp_path, model={"hf": f"{tmp_path}/base", "megatron": place})
+        assert run_directory.check(named) == "unfinished"
+
+    complete_checkpoint(directory)
+    assert run_directory.check(settings) == "unfinished"
+    prepare(settings)
+    assert (directory / "inputs.json").read_text() == read
+    with pytest.raises(UserError, match=r"model\.megatron="):
+        run_directory.check_initial_weights(settings)
+    other = config(
+        tmp_path, model={"hf": f"{tmp_path}/base", "megatron": f"{another}/iter_0000004"}
+    )
+    with pytest.raises(UserError, match=r"model\.megatron=.*iter_0000004"):
+        run_directory.check(other)  # a setting that changed is none that is ignored
+
+
+@pytest.mark.parametrize(
+    "what", ["a manifest", "a file", "a byte", "its state", "its settings", "its run"]
+)
+def test_a_checkpoint_that_cannot_be_resumed_from_does_not_stand_for_the_beginning(
+    tmp_path, begun, what
+):
+    path = complete_checkpoint(begun)
+    settings = config(tmp_path)
+    assert not run_directory.needs_initial_weights(settings)
+    match what:
+        case "a manifest":
+            (path / "manifest.json").unlink()
+        case "a file":
+            (path / "__0_0.distcp").unlink()
+        case "a byte":
+            (path / "__0_0.distcp").write_text("weight")
+        case "its state":
+            (path / "run.json").unlink()
+        case "its settings":
+            (begun / "config.yaml").unlink()
+        case "its run":
+            (path / "run.json").write_text('{"run": {"identity": "of another run"}}')
+    assert run_directory.needs_initial_weights(settings)
+
+
+def test_a_new_run_and_a_penalty_need_the_weights_that_it_began_from(tmp_path, begun):
+    complete_checkpoint(begun)
+    penalty = config(tmp_path, loss={"kl_coef": 0.1})
+    assert run_directory.needs_initial_weights(penalty)
+    assert run_directory.needs_initial_weights(config(tmp_path, run={"overwrite": True}))
+    prepare(config(tmp_path, loss={"kl_coef": 0.1}, run={"dir": f"{tmp_path}/other"}))
+    make_a_step(tmp_path / "other")
+    complete_checkpoint(tmp_path / "other")
+    (tmp_path / "base" / "model.safetensors").write_text("other")
+    reference = config(tmp_path, loss={"kl_coef": 0.1}, run={"dir": f"{tmp_path}/other"})
+    with pytest.raises(UserError, match=r"model\.hf=.* is not what the run began with"):
+        run_directory.check(reference)
+
+
+def test_of_a_model_that_is_not_loaded_the_tokenizer_and_the_settings_count(tmp_path, begun):
+    complete_checkpoint(begun)
+    read = (begun / "inputs.json").read_text()
+    (tmp_path / "base" / "model.safetensors").write_text("other")
+    prepare(config(tmp_path))
+    (tmp_path / "base" / "model.safetensors").unlink()
+    prepare(config(tmp_path))
+    assert (begun / "inputs.json").read_text() == read
+    shutil.copytree(tmp_path / "base", tmp_path / "moved")  # without weights
+    moved = config(tmp_path, model={"hf": f"{tmp_path}/moved"})
+    prepare(moved, lambda line: None)
+    (tmp_path / "moved" / "model.safetensors").write_text("of another model")
+    prepare(moved)  # named as before
+    another = shutil.copytree(tmp_path / "moved", tmp_path / "another")
+    with pytest.raises(UserError, match=r"model\.hf=.*model\.safetensors"):
+        run_directory.check(config(tmp_path, model={"hf": str(another)}))
+    (tmp_path / "moved" / "config.json").write_text('{"other": 1}')
+    with pytest.raises(UserError, match=r"model\.hf=.*config\.json"):
+        run_directory.check(moved)
+
+
 def test_what_moves_no_number_may_be_added_to_a_model(tmp_path, begun):
     (tmp_path / "base" / "README.md").write_text("mine")
     (tmp_path / "base" / "hf").mkdir()
