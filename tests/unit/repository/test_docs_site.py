@@ -109,6 +109,8 @@ OF_OTHERS = {
     "verl/trainer/ppo/ray_trainer.py",
     "recipe/ours/mopps.py",
     "config.py",  # of litgpt
+    "mine.py",  # of a user
+    "megatron_prepo/selection/NAME.py",
 }
 """Python files that pages name and that are not in this repository."""
 
