@@ -41,7 +41,7 @@ setup(
         "dev": [
             "einops>=0.8",  # used by mbridge, which does not ask for it
             "hypothesis>=6.100",
-            "import-linter>=2.5",  # who may import whom
+            'import-linter>=2.17; python_version >= "3.11"',  # who may import whom
             "mbridge==0.15.1",  # a judge of our conversion
             "mypy>=1.18",
             "pandas>=2.2",

@@ -13,12 +13,14 @@ PACKAGES = ("megatron_prepo", "checkpoints_convert")
 
 
 @pytest.mark.parametrize(
-    "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"]],
+    "command", ["ruff check .", "ruff format --check .", "mypy", "lint-imports"]
 )
 def test_the_code_passes(command):
-    script = Path(sys.executable).with_name(command[0])
-    done = subprocess.run([script, *command[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    name, *words = command.split()
+    if name == "lint-imports" and sys.version_info < (3, 11):
+        pytest.skip("import-linter needs Python 3.11")
+    script = Path(sys.executable).with_name(name)
+    done = subprocess.run([script, *words], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
