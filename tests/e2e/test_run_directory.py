@@ -134,7 +134,7 @@ def test_commands_with_a_directory_of_results(capsys, mine, command, option):
 def test_an_evaluation_that_is_none(capsys, mine):
     (mine / "evaluation.json").write_text('{"mine": 1}')
     said = refused(capsys, mine, *EVALUATE, "--out", str(mine))
-    assert "is not what an evaluation has noted" in said
+    assert "is not the record of an evaluation" in said
 
 
 def test_a_comparison_into_folders_of_the_users(capsys, tmp_path, mine):

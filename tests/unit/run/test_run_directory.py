@@ -403,7 +403,7 @@ def test_a_run_with_a_checkpoint_of_its_own_needs_no_other(tmp_path, another, ch
             shutil.rmtree(another)
         case "damaged":
             (another / "iter_0000002" / "__0_0.distcp").write_text("other")
-    with pytest.raises(UserError, match=r"model\.megatron=.*(is not what|is not there)") as error:
+    with pytest.raises(UserError, match=r"model\.megatron=.*(is not what|does not exist)") as error:
         run_directory.check(settings)
     if change in ("newer", "pruned"):
         place = f"{another}/iter_0000002"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from rounding import approx
 
 from tools.checks import language
 
@@ -159,8 +160,8 @@ def test_rates_are_per_1000_words_and_docstrings_in_per_cent():
     source = '"""Of ' + "word " * 498 + 'goes on"""\ndef f():\n    "Return."\n'
     passages = list(language.python_prose(source + "# goes on\n" + "# word\n" * 496, "a.py"))
     rates = language.rates(passages)
-    assert rates["goes-on"] == pytest.approx(1000 * 2 / 1000)
-    assert rates["docstrings"] == pytest.approx(50)
+    assert rates["goes-on"] == approx(1000 * 2 / 1000)
+    assert rates["docstrings"] == approx(50)
 
 
 def test_the_range_is_that_of_the_four_others():
