@@ -332,7 +332,7 @@ def _check_logits(
                 ours_TV = (hidden_TH @ output_weight(ours).t())[:, : settings["vocab_size"]].cpu()
             found = {"tokens": label} | compare_logits(ours_TV, theirs_TV, exact_TV)
             report.logits.append(found)
-            if problem := problem_of(found):
+            if problem := logits_problem(found):
                 report.failures.append(f"logits: {label}: {problem}")
     finally:
         parallel.shut_down()
@@ -366,7 +366,7 @@ def compare_logits(
     }
 
 
-def problem_of(found: dict[str, float]) -> str | None:
+def logits_problem(found: dict[str, float]) -> str | None:
     """Return why the logits are not those of `transformers`, or None; NaN never agrees."""
     ours, theirs = (
         [found[f"{which}_abs_{kind}"] for which in ("max", "mean")]

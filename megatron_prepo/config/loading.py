@@ -232,7 +232,7 @@ def _parts(kind: Any) -> set[Any]:
 def _expanded(path: str) -> str:
     """Expand `~` and `$NAME` in a path; raise UserError for an unknown variable or user."""
 
-    def value_of(variable: re.Match[str]) -> str:
+    def variable_value(variable: re.Match[str]) -> str:
         known = variable[1].strip("{}")
         if known == "$":
             return "$"
@@ -243,7 +243,7 @@ def _expanded(path: str) -> str:
             )
         return os.environ[known]
 
-    expanded = os.path.expanduser(VARIABLE.sub(value_of, path))
+    expanded = os.path.expanduser(VARIABLE.sub(variable_value, path))
     if expanded.startswith("~"):
         raise UserError(
             f"{reprlib.repr(path)} expands to {reprlib.repr(expanded)}, in which ~ names no known "

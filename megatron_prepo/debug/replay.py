@@ -44,7 +44,7 @@ FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
-class Difference:
+class ComparedNumber:
     """A number of the dump next to the replay's."""
 
     name: str
@@ -59,15 +59,15 @@ class Comparison:
     """All compared numbers and tensors."""
 
     tolerance: float
-    numbers: list[Difference] = field(default_factory=list)
-    tensors: list[Difference] = field(default_factory=list)
+    numbers: list[ComparedNumber] = field(default_factory=list)
+    tensors: list[ComparedNumber] = field(default_factory=list)
 
     def add_number(self, name: str, before: float, now: float) -> None:
         """Compare a number by its relative difference; two non-finite numbers do not differ."""
         error = abs(now - before) / max(abs(before), 1e-12)
         if not math.isfinite(error):
             error = math.inf if math.isfinite(before) or math.isfinite(now) else 0.0
-        self.numbers.append(Difference(name, before, now, error))
+        self.numbers.append(ComparedNumber(name, before, now, error))
 
     def add_tensor(self, name: str, before: torch.Tensor, now: torch.Tensor, floor: float) -> None:
         """Compare a tensor by the relative norm of the difference.
@@ -79,9 +79,9 @@ class Comparison:
         difference = (now - before).nan_to_num(0.0, 0.0, 0.0).norm()
         scale = before.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=max(floor, 1e-12))
         error = float(difference / scale) if alike else math.inf
-        self.tensors.append(Difference(name, float(before.norm()), float(now.norm()), error))
+        self.tensors.append(ComparedNumber(name, float(before.norm()), float(now.norm()), error))
 
-    def differing(self) -> list[Difference]:
+    def differing(self) -> list[ComparedNumber]:
         """Return the differences beyond the tolerance: numbers, then tensors, the largest first."""
         return [row for row in (*self.numbers, *self._worst_first()) if row.error > self.tolerance]
 
@@ -99,7 +99,7 @@ class Comparison:
         verdict = f"{len(wrong)} of {len(self.numbers) + len(self.tensors)} differ"
         return "\n".join([*lines, f"{verdict} (tolerance {self.tolerance:g})"])
 
-    def _worst_first(self) -> list[Difference]:
+    def _worst_first(self) -> list[ComparedNumber]:
         return sorted(self.tensors, key=lambda row: -row.error)
 
 
@@ -162,7 +162,7 @@ def compare_scores(dump: Dump, actor: Actor, comparison: Comparison) -> None:
         before_T = dump.tensors[name]
         now_T = torch.cat([getattr(score, column) for score in scores])
         error = float((now_T - before_T).abs().mean())
-        row = Difference(f"mean of {name}", float(before_T.mean()), float(now_T.mean()), error)
+        row = ComparedNumber(f"mean of {name}", float(before_T.mean()), float(now_T.mean()), error)
         comparison.numbers.append(row)
 
 

@@ -411,15 +411,15 @@ def _strangers(entry: Path) -> list[Path]:
     folder, found = FOLDERS[entry.name], []
     for path in sorted(entry.iterdir()):
 
-        def is_one_of(patterns: tuple[str, ...], name: str = path.name) -> bool:
+        def matches_any(patterns: tuple[str, ...], name: str = path.name) -> bool:
             return any(fnmatch(name, pattern.format(identity=run)) for pattern in patterns)
 
-        if is_one_of(folder.whole) and _is_of_our_wandb_run(path):
+        if matches_any(folder.whole) and _is_of_our_wandb_run(path):
             continue
-        if is_one_of(folder.marked):
+        if matches_any(folder.marked):
             kind = ownership.UNFINISHED if path.suffix == ".partial" else folder.kind
             found += ownership.strangers(path, kind, run)
-        elif path.is_symlink() or not path.is_file() or not is_one_of(folder.files):
+        elif path.is_symlink() or not path.is_file() or not matches_any(folder.files):
             found.append(path)
     return found
 

@@ -84,7 +84,7 @@ def test_numbers_of_all_rows_are_those_of_blocks():
 def test_ours_may_err_by_what_theirs_errs_by_times_the_factor(ours, theirs, problem):
     exact_TV = logits(0)
     ours_TV, theirs_TV = exact_TV + logits(1, ours), exact_TV + logits(2, theirs)
-    found = verify.problem_of(verify.compare_logits(ours_TV, theirs_TV, exact_TV))
+    found = verify.logits_problem(verify.compare_logits(ours_TV, theirs_TV, exact_TV))
     assert found is None if problem is None else problem in found
 
 
@@ -92,4 +92,4 @@ def test_one_wrong_row_of_many_is_not_lost_in_the_mean():
     exact_TV = logits(0)
     ours_TV, theirs_TV = exact_TV + logits(1, 1e-6), exact_TV + logits(2, 1e-6)
     ours_TV[-1, 3] += 1e-4
-    assert verify.problem_of(verify.compare_logits(ours_TV, theirs_TV, exact_TV))
+    assert verify.logits_problem(verify.compare_logits(ours_TV, theirs_TV, exact_TV))
