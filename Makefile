@@ -6,6 +6,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 WORKERS ?= 2
+# Files in their order: those with the longest tests come first, and the workers end together.
+XDIST = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo test lint docs docs-site locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
@@ -19,7 +21,7 @@ demo: .venv/ready
 OTHERS_RUN := $(shell $(PYTHON) tests/allowed_skips.py)
 
 test: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --only-allowed-skips
+	.venv/bin/python -m pytest $(XDIST) --only-allowed-skips
 
 # SGLang for a machine without a GPU (docs/sglang.md): 0.4 GB beside .venv.
 sglang-cpu: .venv-sglang/ready
@@ -46,7 +48,7 @@ test-order: .venv/ready-dev
 test-newest: newest $(if $(OTHERS_RUN),newest-launch newest-sglang)
 	LAUNCH_PYTHON=$(CURDIR)/.venv-newest-launch/bin/python \
 	  SGLANG_PYTHON=$(CURDIR)/.venv-newest-sglang/bin/python \
-	  .venv-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	  .venv-newest/bin/python -m pytest $(XDIST)
 
 # On a real Slurm, as root; says which packages of Debian are missing.  A sample is part of `make test`.
 test-slurm: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)

@@ -155,7 +155,7 @@ def _calendar(tokenizer: Any, date: datetime.date | None) -> Iterator[None]:
             )
         yield
     finally:
-        chat_template_utils.datetime = actual
+        internals.replace(chat_template_utils, "datetime", actual)
 
 
 class CandidateBatches:

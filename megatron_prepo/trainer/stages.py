@@ -65,9 +65,9 @@ def probe(trainer: Trainer, candidates: Candidates, step: int) -> tuple[Candidat
 
     For the oracle, which is no method: any other selector gets the candidates as they are.
     """
-    if not trainer.selector.needs_pass_rates:
-        return candidates, Groups()
     with trainer.run.seconds("probes"):
+        if not trainer.selector.needs_pass_rates:
+            return candidates, Groups()
         rollouts = generate(trainer, candidates.prompts, f"probes/{step}")
         grades = trainer.grader.grade(rollouts)
     probes = Groups().extend(range(len(candidates.prompts)), rollouts, grades)

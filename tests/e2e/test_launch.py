@@ -183,6 +183,7 @@ def states(slurm: dict[str, str]) -> list[str]:
     return [fake_slurm.state_of(slurm, job) for job in jobs]
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_with_servers_on_a_node_of_their_own(tmp_path, slurm, monkeypatch):
     """Two nodes have one rank each, a third has a server (the fake one).  Slurm asks the first job
     to save; the second resumes and finishes."""

@@ -211,6 +211,7 @@ def asked_of(body: dict) -> str:
     return f"{body['input_ids']} {body['sampling_params'].get('sampling_seed')}"
 
 
+@pytest.mark.slow
 def test_five_kills(tmp_path):
     """Five of the hundred kills that `tools/kill_runs.py` makes."""
     out = tmp_path / "kills.json"

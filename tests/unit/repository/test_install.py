@@ -30,6 +30,7 @@ CONSTRAINTS = REPOSITORY / "constraints.txt"
 LOCKS = {
     name: REPOSITORY / "locks" / name for name in ("cuda-12.8.txt", "cuda-13.txt")
 }  # `make locks`
+FOR_DEVELOPERS = ("import-linter", "mypy")
 FOR_THE_SITE = ("mkdocs", "mkdocs-material", "pymdown-extensions")
 CPU_BUILD = """\
 Metadata-Version: 2.1
@@ -184,7 +185,7 @@ def test_a_lock_is_within_our_ranges_and_for_its_cuda(lock, cuda, extras):
     if cuda == "13":
         assert pins["cuda-toolkit"].major == 13 and pins["nvidia-nccl-cu13"]
         named = versions(CONSTRAINTS.read_text())
-        others = {"megatron-core", *FOR_THE_SITE}
+        others = {"megatron-core", *FOR_THE_SITE, *FOR_DEVELOPERS}
         assert pins.items() >= {(n, v) for n, v in named.items() if n not in others}
     else:
         assert str(pins["nvidia-cuda-runtime-cu12"]).startswith(cuda)

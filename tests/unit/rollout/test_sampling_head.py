@@ -103,7 +103,7 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     config = actor_config("unused", model={"dtype": "bfloat16"})
     prompts = [SimpleNamespace(tokens=(1, 2))] * config.selection.num_candidates
     inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts, digests=None)
-    monkeypatch.setattr(job.preflight, "check", lambda config: inputs)
+    monkeypatch.setattr(job.preflight, "check", lambda config, **_: inputs)
     monkeypatch.setattr(job.parallel, "initialize", lambda *_: None)
     monkeypatch.setattr(job.prompt_digests, "check_ranks", lambda *_: None)
     monkeypatch.setattr(job, "StopRequests", lambda *_, **__: None)
@@ -115,8 +115,10 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
         log=print, directory=Path(), writes=False, seconds=lambda name: contextlib.nullcontext()
     )
     monkeypatch.setattr(job, "Run", lambda *_, **__: run)
-    monkeypatch.setattr(job, "Actor", lambda config: pytest.fail("the actor was built"))
+    monkeypatch.setattr(job, "Actor", lambda *_, **__: pytest.fail("the actor was built"))
     monkeypatch.setattr(job, "ranks", lambda: None)
+    monkeypatch.setattr(job, "newest_checkpoint", lambda run: None)
+    monkeypatch.setattr(job, "on_rank_zero", lambda call: None)
     fake = SimpleNamespace(fp32_lm_head=False)
     monkeypatch.setattr(job, "build_engine", lambda *_, **__: fake)
     with pytest.raises(UserError, match=r"model\.fp32_lm_head=true"):

@@ -22,7 +22,8 @@ def one_rank(monkeypatch):
 def test_a_step_selects_once_or_until_a_method_that_refills_has_done(method, rounds):
     """There are 6 candidates, none of which has an advantage, K = 2."""
     chooser, candidates = selector(method, candidates=6), Candidates(prompts(6))
-    trainer, chosen = SimpleNamespace(selector=chooser), []
+    config = actor_config("unused", selection={"method": method, "num_candidates": 6})
+    trainer, chosen = SimpleNamespace(selector=chooser, config=config), []
     for positions in stages.select(trainer, candidates, step=0):
         chosen.append(positions)
         chooser.observe(candidates.at(positions), passes(*[0] * len(positions)))
