@@ -6,8 +6,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 WORKERS ?= 2
-# Files in their order: those with the longest tests come first, and the workers end together.
-XDIST = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+XDIST = -n $(WORKERS) --dist loadfile
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo test lint docs docs-site locks clean compare sglang-cpu demo-sglang test-sglang test-slurm

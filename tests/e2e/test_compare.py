@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megatron_prepo.cli import main
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT
 
@@ -27,6 +29,7 @@ def finished(directory: Path) -> list[Path]:
     return sorted(directory.glob("*/*/summary.json"))
 
 
+@pytest.mark.slow
 def test_interrupted_and_gone_on_with(tmp_path):
     directory = tmp_path / "both"
     process = start(directory)

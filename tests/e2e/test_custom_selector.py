@@ -29,6 +29,7 @@ def test_the_page_s_selector_passes_the_trial(method):
     check(TrialRun(config, total_steps=20, seed=1, group_size=4), overlap=True)
 
 
+@pytest.mark.slow
 def test_the_page_s_selector_trains_two_ranks_and_resumes(tmp_path, method, capsys):
     mine = [*SHORT, f"selection.method={method}", "checkpoint.every=1"]
     assert train(tmp_path / "run", *mine) == 0, capsys.readouterr().err
