@@ -3,7 +3,7 @@
 Any other skip is a failure (`tests/conftest.py`, with `--only-allowed-skips`).  A condition is
 about the machine: if it is installed by `make test` on such a machine but missing, the test was
 skipped where it should have run.  The Makefile runs this file with any Python, so it imports
-nothing but the standard library at the top.
+only the standard library at the top.
 """
 
 import functools

@@ -100,7 +100,7 @@ def test_other_settings_do_not_go_on(capsys, tmp_path, undisturbed):
 
 
 def test_a_run_from_anothers_checkpoints_resumes_without_them(capfd, tmp_path, undisturbed):
-    """Once it has one of its own; before that it is refused, and says from which it began."""
+    """Resume once it has its own checkpoint; before that, refuse and name the one it began from."""
     first, base = tmp_path / "first", tmp_path / "base"
     shutil.copytree(undisturbed / "checkpoints", first)
     shutil.copytree(LAPTOP / "base", base)

@@ -1,4 +1,4 @@
-"""A proof that ends early leaves nothing running, and says why it ended."""
+"""A proof that ends early leaves no process running, and reports the reason."""
 
 import os
 import subprocess

@@ -408,7 +408,7 @@ def test_a_run_with_a_checkpoint_of_its_own_needs_no_other(tmp_path, another, ch
     if change in ("newer", "pruned"):
         place = f"{another}/iter_0000002"
         assert f"name that while it is there (model.megatron={place})" in str(error.value)
-    if change == "newer":  # as the message says
+    if change == "newer":  # the remedy that the message names
         named = config(tmp_path, model={"hf": f"{tmp_path}/base", "megatron": place})
         assert run_directory.check(named) == "unfinished"
 
