@@ -25,6 +25,7 @@ from megatron_prepo.config import literal
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import slurm_time
 from megatron_prepo.launch.peers import UNREACHABLE_EXIT_CODE
+from megatron_prepo.rollout import placement
 
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 120.0
@@ -117,24 +118,25 @@ def script(
         raise UserError(
             "--executor slurm: all runs of a comparison must have the same number of ranks"
         )
-    per_node = min(ranks, slurm.gpus_per_node)
-    if ranks % per_node:
-        raise UserError(f"--gpus-per-node {per_node} does not divide the {ranks} ranks of a run")
-    nodes = ranks // per_node
-    if nodes > 1 and config.rollout.engine == "sglang" and not config.servers.urls:
+    where = placement.place(config, gpus_per_node=slurm.gpus_per_node)
+    if ranks != where.ranks:
         raise UserError(
-            f"a run on {nodes} nodes starts no SGLang servers: list them in servers.urls, or use "
-            "python -m megatron_prepo.launch for each run"
+            f"--gpus-per-node {slurm.gpus_per_node} does not divide the {ranks} ranks of a run"
+        )
+    if where.started_by == "job":
+        raise UserError(
+            f"a run on {where.nodes} nodes starts no SGLang servers: list them in servers.urls, or "
+            "use python -m megatron_prepo.launch for each run"
         )
     signal = slurm_time.warning(config.checkpoint.grace_seconds)
     slurm_time.check(slurm.time, signal)
     flags = [
         "--job-name=megatron-prepo-compare",
         f"--array=0-{len(runs) - 1}" + (f"%{jobs}" if jobs else ""),
-        f"--nodes={nodes}",
-        f"--ntasks-per-node={per_node}",
-        f"--gpus-per-node={per_node}",
-        *(["--exclusive", "--mem=0"] if per_node == slurm.gpus_per_node else []),
+        f"--nodes={where.nodes}",
+        f"--ntasks-per-node={where.ranks_per_node}",
+        f"--gpus-per-node={where.gpus_per_node}",
+        *(["--exclusive", "--mem=0"] if where.gpus_per_node == slurm.gpus_per_node else []),
         f"--time={slurm.time}",
         f"--signal={signal}",
         "--requeue",

@@ -300,9 +300,12 @@ class ServersConfig:
 
     urls: tuple[str, ...] = ()
     """Existing servers, such as `[http://10.0.0.7:30000]`; empty: the run starts servers on the
-    machine of rank 0 and stops them when it ends."""
-    count: int = 1
-    """Number of servers to start."""
+    machine of rank 0, or a launched job on each node, and they are stopped when it ends."""
+    count: int | None = None
+    """Number of servers to start on a machine; empty: as many as the actor's GPUs on it hold, one
+    without GPUs."""
+    nodes: int = 0
+    """Additional nodes of a launched job for servers only; 0: they share the GPUs of the ranks."""
     tensor: int = 1
     """Tensor-parallel size per server."""
     first_device: int = 0
@@ -331,11 +334,22 @@ class ServersConfig:
     def __post_init__(self) -> None:
         for name in ("count", "tensor", "concurrency", "attempts"):
             _at_least(f"servers.{name}", getattr(self, name), 1)
-        _at_least("servers.first_device", self.first_device, 0)
+        for name in ("nodes", "first_device"):
+            _at_least(f"servers.{name}", getattr(self, name), 0)
         for name in ("start_seconds", "connect_seconds", "request_seconds", "straggler_seconds"):
             if getattr(self, name) is not None:
                 _deadline(f"servers.{name}", getattr(self, name))
         _host("servers.host", self.host)
+        if self.nodes and self.first_device:
+            raise ValueError(
+                f"servers.nodes={self.nodes} and servers.first_device={self.first_device}: on "
+                "nodes of their own, servers use all GPUs; set servers.first_device=0"
+            )
+        if self.nodes and self.urls:
+            raise ValueError(
+                f"servers.nodes={self.nodes} is for servers that the job starts, but servers.urls "
+                "names existing ones; remove one of the two"
+            )
         for url in self.urls:
             _no_secret(url)
             if not url.startswith(("http://", "https://")):

@@ -299,7 +299,7 @@ def complete(
     at_once = config.rollout.batch_size
     if config.rollout.engine == "sglang":
         servers = config.servers
-        at_once = 4 * servers.concurrency * max(len(servers.urls), servers.count)
+        at_once = 4 * servers.concurrency * (len(servers.urls) or servers.count or 1)
     step = max(1, at_once // samples)
     missing, total = completions.missing(), len(completions.prompts) * samples
     done = total - len(missing) * samples

@@ -79,7 +79,7 @@ OPTIONS = {"mounts": "--mount", "environment": "--env"}
 
 def check(job: Job, place: Place) -> None:
     """Raise UserError for an option that the executor would ignore."""
-    if job.server_nodes and place.executor == "local":
+    if job.place.server_nodes and place.executor == "local":
         raise UserError("--server-nodes has no effect with --executor local: remove it")
     for known in fields(Place):
         name = known.name
@@ -150,7 +150,7 @@ def _local(run: Any, experiment: Any, job: Job, place: Place) -> None:
         run.LocalExecutor,
         place,
         launcher="torchrun",
-        ntasks_per_node=job.ranks,
+        ntasks_per_node=job.place.ranks,
         env_vars=dict(place.environment),
     )
     experiment.add(_script(run, local(job).train_words()), executor=executor, name="train")
@@ -159,12 +159,13 @@ def _local(run: Any, experiment: Any, job: Job, place: Place) -> None:
 def _slurm(run: Any, experiment: Any, job: Job, place: Place) -> None:
     if not place.account:
         raise UserError("--executor slurm needs --account")
-    steps = [(job.rank_words(), job.nodes, job.gpus_per_node, 0)]
+    where = job.place
+    steps = [(job.rank_words(), where.nodes, where.ranks_per_node, 0)]
     if job.starts_servers:
-        first = job.nodes if job.server_nodes else 0
-        steps.insert(0, (job.server_words(), job.server_nodes or job.nodes, 1, first))
+        first = where.nodes if where.server_nodes else 0
+        steps.insert(0, (job.server_words(), where.server_nodes or where.nodes, 1, first))
     tasks = [_script(run, map(shlex.quote, words), place.python) for words, *_ in steps]
-    executors = [_slurm_executor(run, job, place, *where) for _, *where in steps]
+    executors = [_slurm_executor(run, job, place, *step) for _, *step in steps]
     previous: list[str] = []
     for number in range(place.chain):
         name = "train" if place.chain == 1 else f"train_{number + 1}"
@@ -196,9 +197,9 @@ def _slurm_executor(
         account=place.account,
         partition=place.partition,
         time=place.time,
-        nodes=job.nodes + job.server_nodes,
-        ntasks_per_node=job.gpus_per_node,
-        gpus_per_node=job.gpus_per_node,
+        nodes=job.nodes,
+        ntasks_per_node=job.place.ranks_per_node,
+        gpus_per_node=job.place.gpus_per_node,
         exclusive=True,
         mem="0",
         signal=_signal(job),
@@ -226,17 +227,16 @@ def _slurm_executor(
 def _docker(run: Any, experiment: Any, job: Job, place: Place) -> None:
     if not place.image:
         raise UserError("--executor docker needs --image")
-    if job.nodes + job.server_nodes > 1:
+    if job.nodes > 1:
         raise UserError(
-            f"--executor docker supports one machine, but the job has "
-            f"{job.nodes + job.server_nodes} nodes"
+            f"--executor docker supports one machine, but the job has {job.nodes} nodes"
         )
     executor = _build(
         run.DockerExecutor,
         place,
         container_image=place.image,
         launcher="torchrun",
-        ntasks_per_node=job.ranks,
+        ntasks_per_node=job.place.ranks,
         num_gpus=-1,
         ipc_mode="host",
         volumes=[f"{os.getcwd()}:/nemo_run/code", *place.mounts],  # its working directory
@@ -259,7 +259,7 @@ def _skypilot(run: Any, experiment: Any, job: Job, place: Place) -> None:
         place,
         container_image=place.image and f"docker:{place.image.removeprefix('docker:')}",
         num_nodes=job.nodes,
-        gpus_per_node=job.gpus_per_node,
+        gpus_per_node=job.place.gpus_per_node,
         launcher="torchrun",
         env_vars=dict(place.environment),
     )
@@ -277,7 +277,7 @@ def _kubeflow(run: Any, experiment: Any, job: Job, place: Place) -> None:
         place,
         image=place.image,
         num_nodes=job.nodes,
-        gpus_per_node=job.gpus_per_node,
+        gpus_per_node=job.place.gpus_per_node,
         env_vars={name: quote(value) for name, value in place.environment.items()},
     )
     # no launcher: the operator sets PET_NNODES and similar variables, which torchrun reads

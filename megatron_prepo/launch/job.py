@@ -1,10 +1,6 @@
 """Command lines of a job on its nodes, independent of NeMo-Run.
 
-engine                 servers                         started by
-embedded, servers.urls none                            -
-sglang, one node       set by the section `servers`    the run, on the node of rank 0
-sglang, more nodes     one per `servers.tensor` GPUs, on the nodes of the ranks   the job
-the same, with `server_nodes`                          on additional nodes        the job
+What runs on which node is `rollout.placement`'s answer.
 """
 
 import dataclasses
@@ -18,20 +14,17 @@ from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import recipes
 from megatron_prepo.rewards import check_name
+from megatron_prepo.rollout.placement import GPUS_PER_NODE, Placement, place
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run and its nodes."""
+    """A run and where it runs."""
 
     path: Path
     overrides: tuple[str, ...]
     config: Config
-    nodes: int
-    """Number of training nodes."""
-    gpus_per_node: int
-    server_nodes: int = 0
-    """Number of additional nodes, after those of the ranks, for SGLang servers only."""
+    place: Placement
 
     @property
     def name(self) -> str:
@@ -39,20 +32,14 @@ class Job:
         return f"{self.path.parent.name}-{self.path.stem}"
 
     @property
-    def ranks(self) -> int:
-        """Number of training GPUs."""
-        return self.nodes * self.gpus_per_node
+    def nodes(self) -> int:
+        """All nodes of the job."""
+        return self.place.nodes + self.place.server_nodes
 
     @property
     def starts_servers(self) -> bool:
         """Whether the job starts the SGLang servers, instead of the run or the user."""
-        wanted = self.config.rollout.engine == "sglang" and not self.config.servers.urls
-        return wanted and self.nodes + self.server_nodes > 1
-
-    @property
-    def servers_a_node(self) -> int:
-        """Number of SGLang servers that use all GPUs of a node."""
-        return self.gpus_per_node // self.config.servers.tensor
+        return self.place.started_by == "job"
 
     def train_words(self) -> list[str]:
         """Return the arguments of `python -m` for each rank under torchrun."""
@@ -69,7 +56,10 @@ class Job:
     def _where(self) -> list[str]:
         if not self.starts_servers:
             return []
-        return [f"--servers-a-node={self.servers_a_node}", f"--server-nodes={self.server_nodes}"]
+        return [
+            f"--servers-a-node={self.place.servers_per_node}",
+            f"--server-nodes={self.place.server_nodes}",
+        ]
 
     def _what(self) -> list[str]:
         path, here = self.path.resolve(), Path.cwd()
@@ -82,8 +72,8 @@ def make_job(
     overrides: Sequence[str] = (),
     *,
     nodes: int | None = None,
-    gpus_per_node: int = 8,
-    server_nodes: int = 0,
+    gpus_per_node: int = GPUS_PER_NODE,
+    server_nodes: int | None = None,
 ) -> Job:
     """Return the job of a recipe or a file.
 
@@ -91,53 +81,29 @@ def make_job(
     it, `parallel.data` is derived from the nodes unless an override sets it.  Raises UserError for
     a layout that does not fit the nodes, or servers that do not fit a node.
     """
+    from megatron_prepo.actor.parallel import check_world_size
+
+    for option, value, least in (
+        ("--nodes", nodes, 1),
+        ("--gpus-per-node", gpus_per_node, 1),
+        ("--server-nodes", server_nodes, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value} must be at least {least}")
     path = recipes.find(recipe)
     config = configuration.load(path, overrides)
     check_name(config.reward.function)
-    if nodes is None:
-        ranks = config.parallel.num_ranks
-        gpus_per_node = min(gpus_per_node, ranks)
-        nodes = -(-ranks // gpus_per_node)
-    elif not any(override.startswith("parallel.data=") for override in overrides):
-        overrides = (
-            f"parallel.data={max(1, nodes * gpus_per_node // config.parallel.replica)}",
-            *overrides,
-        )
+    if nodes and not any(override.startswith("parallel.data=") for override in overrides):
+        data = max(1, nodes * gpus_per_node // config.parallel.replica)
+        overrides = (f"parallel.data={data}", *overrides)
         config = configuration.load(path, overrides)
-    job = Job(path, tuple(overrides), config, nodes, gpus_per_node, server_nodes)
-    check(job)
-    return job
-
-
-def check(job: Job) -> None:
-    """Raise UserError for a job that cannot run on its nodes."""
-    from megatron_prepo.actor.parallel import check_world_size
-
-    for name in ("nodes", "gpus_per_node", "server_nodes"):
-        least = 0 if name == "server_nodes" else 1
-        if getattr(job, name) < least:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(job, name)} must be at least {least}")
-    check_world_size(job.config.parallel, job.ranks)
-    servers = job.config.servers
-    if job.server_nodes and (job.config.rollout.engine != "sglang" or servers.urls):
-        raise UserError(
-            f"--server-nodes {job.server_nodes} is for SGLang servers of the job: set "
-            "rollout.engine=sglang and leave servers.urls empty, or remove the option"
-        )
-    if job.starts_servers and job.gpus_per_node % servers.tensor:
-        raise UserError(
-            f"servers.tensor={servers.tensor} does not divide the {job.gpus_per_node} GPUs per "
-            "node; choose a divisor"
-        )
-    shared = job.starts_servers and not job.server_nodes
-    if shared and job.config.weight_sync.transport == "distributed":
-        raise UserError(
-            "weight_sync.transport=distributed needs servers on separate GPUs: add "
-            "--server-nodes, or choose value or disk"
-        )
+    where = place(config, nodes=nodes, gpus_per_node=gpus_per_node, server_nodes=server_nodes)
+    check_world_size(config.parallel, where.ranks)
+    return Job(path, tuple(overrides), config, where)
 
 
 def local(job: Job) -> Job:
-    """Return the same job on this machine: all ranks on one node."""
-    return dataclasses.replace(job, nodes=1, gpus_per_node=job.ranks)
+    """Return the same job on this machine: all ranks on one node, which starts the servers."""
+    return dataclasses.replace(
+        job, place=place(job.config, gpus_per_node=job.place.ranks, server_nodes=0)
+    )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from megatron_prepo.config import Config
+from megatron_prepo.errors import UserError
+from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.engine import Engine, Tokenizer, result_here
 from megatron_prepo.rollout.sglang import launch, open_files
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
@@ -34,10 +36,18 @@ def check(config: Config) -> None:
     """Raise UserError unless what the configured engine needs is installed, free and allowed."""
     if config.rollout.engine != "sglang":
         return
+    if config.servers.nodes and not config.servers.urls:
+        raise UserError(
+            f"servers.nodes={config.servers.nodes} is for jobs that start servers: launch this "
+            "configuration by --executor slurm, list running servers in servers.urls, or set "
+            "servers.nodes=0"
+        )
     open_files.make_room(config.servers)
     launch.check_given(config.servers) if config.servers.urls else launch.check(config)
     if not config.servers.urls and os.environ.get("RANK", "0") == "0":
         launch.check_host(config.servers)
+        if gpus := torch.cuda.device_count():
+            placement.servers_per_node(config.servers, ranks=gpus, gpus=gpus)
 
 
 def build_engine(

@@ -26,6 +26,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.engine import (
     Bucket,
     EngineError,
@@ -380,7 +381,8 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
     if config.servers.urls:
         return [Server(url.rstrip("/")) for url in config.servers.urls]
     logs, cuda = Path(config.run.dir) / "logs", device.type == "cuda"
-    owned = [OwnServer(config, i, logs, cuda=cuda) for i in range(config.servers.count)]
+    count = placement.servers_here(config.servers, cuda=cuda)
+    owned = [OwnServer(config, i, logs, cuda=cuda) for i in range(count)]
     return [Server(own.url, own) for own in owned]
 
 

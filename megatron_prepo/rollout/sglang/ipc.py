@@ -19,6 +19,7 @@ from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_
 from megatron_prepo import internals
 from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
+from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.engine import Bucket, EngineError, Shapes
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server
 from megatron_prepo.rollout.sglang.transport import (
@@ -217,7 +218,8 @@ def _num_local_ranks() -> int:
 
 
 def _devices(servers: ServersConfig) -> list[int]:
-    return [d for index in range(servers.count) for d in _server_devices(servers, index)]
+    count = placement.servers_here(servers, cuda=True)
+    return [d for index in range(count) for d in _server_devices(servers, index)]
 
 
 def _server_devices(servers: ServersConfig, index: int) -> range:

@@ -41,15 +41,15 @@ def test_every_example_for_a_cluster_is_a_recipe():
 
 @pytest.mark.parametrize("name", sorted(recipes.recipes()))
 def test_a_recipe_has_the_nodes_that_its_layout_needs(name):
-    job = make_job(name, ["rollout.engine=sglang"])
+    job = make_job(name)
     parallel = job.config.parallel
-    assert job.ranks == parallel.tensor * parallel.pipeline * parallel.data
-    assert job.gpus_per_node == 8
+    assert job.place.ranks == parallel.tensor * parallel.pipeline * parallel.data
+    assert job.place.gpus_per_node == 8
 
 
 def test_data_parallelism_follows_from_the_nodes_unless_it_is_said():
     job = make_job("qwen2.5-7b", nodes=4)
-    assert (job.ranks, job.config.parallel.data) == (32, 8)
+    assert (job.place.ranks, job.config.parallel.data) == (32, 8)
     assert job.train_words()[:4] == [
         "megatron_prepo",
         "train",
@@ -69,7 +69,7 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
     given = [*sglang, "servers.urls=[http://10.0.0.7:30000]"]
     assert not make_job("qwen2.5-72b", given).starts_servers
     beside = make_job("qwen2.5-72b", sglang)
-    assert beside.starts_servers and beside.servers_a_node == 4
+    assert beside.starts_servers and beside.place.servers_per_node == 4
     assert beside.rank_words()[1:3] == ["--servers-a-node=4", "--server-nodes=0"]
     own_nodes = make_job("qwen2.5-7b", sglang, server_nodes=2)
     assert own_nodes.starts_servers
@@ -83,10 +83,13 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
 @pytest.mark.parametrize(
     ("overrides", "server_nodes", "expected"),
     [
-        ([], 1, "--server-nodes 1 is for SGLang"),
+        ([], 1, "1 nodes for servers of the job"),
         (["rollout.engine=sglang", "servers.urls=[http://a:1]"], 1, "servers.urls empty"),
         (["rollout.engine=sglang", "servers.tensor=3"], 1, "servers.tensor=3 does not divide"),
         (["rollout.engine=sglang", "servers.tensor=16"], 0, "servers.tensor=16 does not divide"),
+        (["rollout.engine=sglang", "servers.count=9"], 0, "servers.count=9 .* do not fit a node"),
+        (["rollout.engine=sglang", "servers.first_device=8"], 0, "is for a job of one node"),
+        (["rollout.engine=sglang", "weight_sync.transport=ipc"], 0, "GPUs of ranks on one node"),
         (
             ["rollout.engine=sglang", "weight_sync.transport=distributed"],
             0,

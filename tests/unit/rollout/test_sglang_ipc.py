@@ -48,7 +48,8 @@ def fleet_of(*indexes):
 
 
 @pytest.mark.parametrize(
-    "servers", [{"count": 4}, {"count": 2, "tensor": 2}, {"tensor": 2, "first_device": 1}]
+    "servers",
+    [{"count": 4}, {"count": 2, "tensor": 2}, {"count": 1, "tensor": 2, "first_device": 1}],
 )
 def test_each_server_rank_opens_memory_of_its_own_device(monkeypatch, servers):
     """Eight ranks are on two machines with four GPUs each; those of the first give handles."""
@@ -83,7 +84,7 @@ def test_a_lost_server_is_given_nothing(monkeypatch):
     ("servers", "named"),
     [
         ({"count": 3}, r"devices \[2\]"),
-        ({"first_device": 2, "tensor": 2}, r"devices \[2, 3\]"),
+        ({"count": 1, "first_device": 2, "tensor": 2}, r"devices \[2, 3\]"),
         ({"urls": ["http://127.0.0.1:1"]}, "servers.urls"),
     ],
 )

@@ -1,0 +1,167 @@
+"""What runs where: the ranks and the engines of a run, on its nodes and their GPUs.
+
+`plan`, `launch`, `doctor` and `train` ask this module, so that what is planned is what is started.
+
+| engine | its GPUs | started by |
+|---|---|---|
+| embedded | the ranks', one engine on each | the ranks |
+| SGLang, `servers.urls` | the user's | the user |
+| SGLang, ranks on one node | from `servers.first_device` on | the run |
+| SGLang, ranks on more nodes | the ranks', on each node | the job |
+| SGLang, `servers.nodes` | those of additional nodes, the last ones of the job | the job |
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_prepo.config import Config, ServersConfig
+from megatron_prepo.errors import UserError
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Ranks and engines of a run."""
+
+    nodes: int
+    """Nodes with ranks."""
+    ranks_per_node: int
+    gpus_per_node: int
+    """GPUs that each node of the job must have."""
+    server_nodes: int
+    """Additional nodes, with servers only."""
+    started_by: Literal["ranks", "run", "job", "user"]
+    """Who starts the engines; `ranks`: the embedded engine is a part of them."""
+    engines: int
+    """Number of engines: of ranks with the embedded engine, or of servers."""
+    servers_per_node: int
+    """Servers that run or job start on a node; 0 if neither does."""
+    tensor: int
+    """GPUs per engine."""
+    shared: bool
+    """Whether engines use GPUs of ranks."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks, which is the number of GPUs that train."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def engine_gpus(self) -> int:
+        """Number of GPUs that generate; 0 if they are the user's, whose number is not known."""
+        return 0 if self.started_by == "user" else self.engines * self.tensor
+
+    @property
+    def gpus(self) -> int:
+        """Number of GPUs that the job occupies."""
+        return (self.nodes + self.server_nodes) * self.gpus_per_node
+
+
+def place(
+    config: Config,
+    *,
+    nodes: int | None = None,
+    gpus_per_node: int = GPUS_PER_NODE,
+    server_nodes: int | None = None,
+) -> Placement:
+    """Return what runs where, on nodes that have this many GPUs.
+
+    Without `nodes`, there are as many as the ranks of the layout need, and they may leave GPUs
+    unused; with it, there is a rank for each GPU.  `server_nodes` defaults to `servers.nodes`.
+    Raises UserError for servers that do not fit, or cannot get weights, where they are.
+    """
+    ranks_per_node = gpus_per_node
+    if nodes is None:
+        ranks_per_node = min(gpus_per_node, config.parallel.num_ranks)
+        nodes = -(-config.parallel.num_ranks // ranks_per_node)
+    servers = config.servers
+    server_nodes = servers.nodes if server_nodes is None else server_nodes
+    served = config.rollout.engine == "sglang"
+    if server_nodes and not (served and not servers.urls):
+        raise UserError(
+            f"{server_nodes} nodes for servers of the job (servers.nodes, --server-nodes): set "
+            "rollout.engine=sglang and leave servers.urls empty, or set 0 nodes"
+        )
+    if not served or servers.urls:
+        return Placement(
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            gpus_per_node=ranks_per_node,
+            server_nodes=0,
+            started_by="user" if served else "ranks",
+            engines=len(servers.urls) if served else nodes * ranks_per_node,
+            servers_per_node=0,
+            tensor=servers.tensor if served else 1,
+            shared=not served,
+        )
+    by_job = nodes + server_nodes > 1
+    if by_job and servers.first_device:
+        raise UserError(
+            f"servers.first_device={servers.first_device} is for a job of one node; on more, "
+            "servers share the GPUs of all ranks, or have nodes of their own (servers.nodes)"
+        )
+    ranks_beside = 0 if server_nodes else ranks_per_node
+    count = servers_per_node(servers, ranks=ranks_beside, gpus=gpus_per_node)
+    shared = servers.first_device < ranks_beside
+    _check_transport(config.weight_sync.transport, shared=shared, nodes=nodes)
+    last = servers.first_device + count * servers.tensor
+    return Placement(
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        gpus_per_node=gpus_per_node if server_nodes else max(ranks_per_node, last),
+        server_nodes=server_nodes,
+        started_by="job" if by_job else "run",
+        engines=count * (server_nodes or nodes),
+        servers_per_node=count,
+        tensor=servers.tensor,
+        shared=shared,
+    )
+
+
+def servers_per_node(servers: ServersConfig, *, ranks: int, gpus: int) -> int:
+    """Return the servers that are started on a node of this many GPUs, the first of them ranks'.
+
+    Raises UserError if they do not fit.
+    """
+    first, tensor = servers.first_device, servers.tensor
+    room = (ranks if first < ranks else gpus) - first
+    if servers.count is None and room % tensor:
+        raise UserError(
+            f"servers.tensor={tensor} does not divide the {room} GPUs of a node that "
+            "are for servers; choose a divisor, or set servers.count"
+        )
+    count = servers.count or room // tensor
+    if not count or count * tensor > gpus - first:
+        raise UserError(
+            f"servers.count={servers.count or 'empty'} servers of servers.tensor={tensor} GPUs, "
+            f"from servers.first_device={first} on, do not fit a node of {gpus} GPUs; lower one of "
+            "them"
+        )
+    return count
+
+
+def servers_here(servers: ServersConfig, *, cuda: bool) -> int:
+    """Return the servers that a run starts on this machine, beside its ranks if there are any."""
+    if servers.count or not cuda:
+        return servers.count or 1
+    gpus = torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
+    return servers_per_node(servers, ranks=ranks, gpus=gpus)
+
+
+def _check_transport(transport: str, *, shared: bool, nodes: int) -> None:
+    """Raise UserError for a transport of weights that cannot reach the servers."""
+    if shared and transport == "distributed":
+        raise UserError(
+            "weight_sync.transport=distributed needs servers on separate GPUs: set servers.nodes "
+            "(--server-nodes) or servers.first_device, or choose value or disk"
+        )
+    if transport == "ipc" and not (shared and nodes == 1):
+        raise UserError(
+            "weight_sync.transport=ipc needs servers that share the GPUs of ranks on one node: "
+            "choose distributed for separate GPUs, value or disk for more nodes"
+        )
