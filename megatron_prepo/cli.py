@@ -233,19 +233,26 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from megatron_prepo.launch import recipes
     from megatron_prepo.plan import layout_search as layouts
     from megatron_prepo.plan import measured_rates as measured
     from megatron_prepo.plan import planner as plan
     from megatron_prepo.plan import text as plan_text
 
-    config = configuration.load(options.config, options.overrides)
+    path, overrides = recipes.find(options.config), options.overrides
+    if options.gpus and not any(word.startswith("parallel.data=") for word in overrides):
+        overrides = ["parallel.data=", *overrides]  # follows from the GPUs
+    config = configuration.load(path, overrides)
     question = plan.PlanRequest(
         gpus=options.gpus,
         gpu=options.gpu,
+        gpus_per_node=options.gpus_per_node,
+        server_nodes=options.server_nodes,
         engine=options.engine,
         engine_tensor=options.engine_tensor,
         prompt_tokens=options.prompt_tokens,
         response_tokens=options.response_tokens,
+        eval_prompts=options.eval_prompts,
         rates=measured.read_rates(options.rates) if options.rates else None,
     )
     answer = plan.make_plan(config, question)
@@ -437,18 +444,32 @@ def _add_plan(commands: "Commands") -> None:
     parser = commands.add_parser(
         "plan", help="estimate memory, seconds and layouts, without a GPU (docs/plan.md)"
     )
-    parser.add_argument("config", help="YAML file; only config.json of its model is read")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
+    parser.add_argument(
+        "config", help="recipe such as qwen2.5-7b, or YAML file; of its model config.json is read"
+    )
+    parser.add_argument("--gpus", type=int, help="GPUs that train (default: the layout's ranks)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    parser.add_argument(
+        "--server-nodes", type=int, metavar="N", help="nodes for SGLang (default: servers.nodes)"
+    )
     parser.add_argument(
         "--gpu", default="h100", help="a100, h100, h200 or b200 (default: %(default)s)"
     )
     parser.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
-    parser.add_argument("--engine-tensor", type=int, metavar="N", help="GPUs per SGLang engine")
+    parser.add_argument(
+        "--engine-tensor",
+        type=int,
+        metavar="N",
+        help="GPUs per SGLang server (default: servers.tensor)",
+    )
     parser.add_argument(
         "--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)"
     )
     parser.add_argument(
         "--response-tokens", type=float, metavar="N", help="mean (default: the limit)"
+    )
+    parser.add_argument(
+        "--eval-prompts", type=int, metavar="N", help="per evaluation (default: data.eval's)"
     )
     parser.add_argument(
         "--rates", metavar="RUN", help="directory of a finished run (default: published rates)"

@@ -67,7 +67,7 @@ def _examined(job: Job, options: argparse.Namespace) -> bool:
         if bad:
             print(doctor.text(bad), file=sys.stderr)
         good = not any(finding.state == "missing" for finding in bad)
-    if options.plan and options.gpu:
+    if options.plan:
         good = _fits(job, options.gpu) and good
     if not good and not options.dry_run:
         print("nothing was submitted (--no-doctor, --no-plan)", file=sys.stderr)
@@ -78,16 +78,17 @@ def _fits(job: Job, gpu: str) -> bool:
     from megatron_prepo.plan import planner as plan
     from megatron_prepo.plan import text as plan_text
 
-    elsewhere = job.server_nodes or job.config.servers.urls
+    where = job.place
     question = plan.PlanRequest(
-        gpus=job.ranks,
+        gpus=where.ranks,
         gpu=gpu,
-        engine="elsewhere" if elsewhere else None,
-        engine_tensor=job.config.servers.tensor if job.starts_servers else None,
+        gpus_per_node=max(where.ranks_per_node, where.gpus_per_node),
+        server_nodes=where.server_nodes,
     )
     answer = plan.make_plan(job.config, question)
     if not answer.fits:
         print(plan_text.text(answer, ()), file=sys.stderr)
+        print(f"planned for --gpu {gpu}: name the job's GPUs if they are others", file=sys.stderr)
     return answer.fits
 
 
@@ -123,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
     parser.add_argument(
-        "--server-nodes", type=int, default=0, metavar="N", help="additional nodes for SGLang"
+        "--server-nodes",
+        type=int,
+        metavar="N",
+        help="additional nodes for SGLang (default: servers.nodes)",
     )
     parser.add_argument(
         "--chain", type=int, default=1, metavar="N", help="number of jobs to submit in sequence"
@@ -145,7 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="field of NeMo-Run's executor, such as qos=high",
     )
-    parser.add_argument("--gpu", choices=GPUS, help="GPU type; if given, the plan must fit it")
+    parser.add_argument(
+        "--gpu",
+        choices=GPUS,
+        default="h100",
+        help="GPU type, which the plan must fit (default: %(default)s)",
+    )
     parser.add_argument("--no-doctor", dest="doctor", action="store_false")
     parser.add_argument("--no-plan", dest="plan", action="store_false")
     parser.add_argument("--dry-run", action="store_true", help="print the job without running it")

@@ -28,6 +28,8 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.launch import versions
 from megatron_prepo.process import ports
 from megatron_prepo.process import slurm as nodes
+from megatron_prepo.rollout import placement
+from megatron_prepo.rollout.placement import Placement
 from megatron_prepo.run import dashboards
 
 GIB = 2**30
@@ -229,6 +231,37 @@ def _gpus(config: Config | None) -> list[Finding]:
     return findings
 
 
+def _enough_gpus(where: Placement) -> list[Finding]:
+    """Compare the GPUs of this machine, if it has any, with those that a node of the run needs."""
+    import torch
+
+    count, needed = torch.cuda.device_count(), where.gpus_per_node
+    if not count or needed <= count:
+        return []
+    return [
+        Finding(
+            "GPUs per node",
+            "note",
+            f"{count} here, and {needed} are needed by ranks and engines of a node",
+            "use nodes with more GPUs, or launch with --gpus-per-node",
+        )
+    ]
+
+
+def _describe_placement(where: Placement) -> str:
+    if where.started_by == "user":
+        return f"{where.ranks} ranks; SGLang servers of servers.urls"
+    engines = f"{where.engines} engines of {where.tensor} GPU{'s' * (where.tensor > 1)} each"
+    shared = "on the ranks' GPUs" if where.shared else "on GPUs of their own"
+    nodes = where.nodes + where.server_nodes
+    return (
+        f"{where.ranks} ranks, {engines} {shared}, on {nodes} node{'s' * (nodes > 1)}; engines "
+        + {"ranks": "in the ranks", "run": "started by the run", "job": "started by the job"}[
+            where.started_by
+        ]
+    )
+
+
 def _shared_memory() -> Finding:
     path = Path("/dev/shm")
     if not path.is_dir():
@@ -269,7 +302,10 @@ def _trouble(host: str, port: int) -> str | None:
 
 def _server_ports(config: Config) -> Finding:
     """Check that free ports exist: each server of the run takes one when it starts."""
-    host, count = config.servers.host, config.servers.count
+    import torch
+
+    host = config.servers.host
+    count = placement.servers_here(config.servers, cuda=torch.cuda.is_available())
     if trouble := _trouble(host, 0):
         found = f"servers.host={host} is not an address of this machine: {trouble}"
         remedy = "use 127.0.0.1, or another address of this machine"
@@ -365,6 +401,8 @@ def examine_inputs(config: Config) -> list[Finding]:
     )
     if hf:
         _examine_model(findings, config, hf)
+    where = findings.look("placement", lambda: placement.place(config), _describe_placement)
+    findings += _enough_gpus(where) if where else []
     tokenizer = _examine_tokenizer(findings, config, hf)
     _examine_prompts(findings, config, tokenizer)
 

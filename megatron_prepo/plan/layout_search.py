@@ -19,17 +19,18 @@ from megatron_prepo.config import Config, ParallelConfig, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
+from megatron_prepo.plan import engine_plan, step_time
 from megatron_prepo.plan import planner as plan
-from megatron_prepo.plan import step_time
+from megatron_prepo.plan.engine_plan import EnginePlan
 from megatron_prepo.plan.gpus import GPUS
 from megatron_prepo.plan.memory import exchanged_numbers
 from megatron_prepo.plan.planner import (
-    EnginePlan,
     ParameterCounts,
     PlanRequest,
     RankMemory,
     data_ranks,
     longest,
+    mean_tokens,
     num_micro_batches,
 )
 
@@ -73,6 +74,7 @@ def suggest(config: Config, request: PlanRequest, *, most: int = 5) -> list[Layo
     """Return the best layouts that fit, with the best variant per tensor, pipeline, expert size."""
     hf = read_hf_config(config.model.hf)
     shape = Shape.of(hf)
+    config = plan.as_requested(config, request)
     best: dict[tuple[int, int, int], Layout] = {}
     parts: dict[tuple[int, int], _Parts] = {}
     for variant in _variants(config, hf, request):
@@ -96,13 +98,13 @@ def _variants(config: Config, hf: dict[str, Any], request: PlanRequest) -> Itera
     megatron = {name: value for name, value in config.megatron.items() if name not in uneven}
     micro_batches = dict.fromkeys((config.train.micro_batch_tokens, longest(config)))
     context = config.parallel.context
-    sizes = _sizes(request.gpus, context, hf["num_hidden_layers"], Shape.of(hf))
+    sizes = _sizes(config.parallel.num_ranks, context, hf["num_hidden_layers"], Shape.of(hf))
     for tensor, pipeline, expert in sizes:
         parallel = {
             "tensor": tensor,
             "pipeline": pipeline,
             "expert": expert,
-            "data": request.gpus // (tensor * pipeline * context),
+            "data": config.parallel.num_ranks // (tensor * pipeline * context),
             "sequence": tensor > 1,
         }
         # the first of equal variants wins
@@ -201,10 +203,11 @@ def _ranks(
         return ParameterCounts(dense + experts, dense + experts, shard, parts.gradient_bytes)
 
     parameters = _num_parameters(parallel, shape, parts, tied)
-    engine = plan.plan_engine(config, request, shape, parameters)
+    engine = engine_plan.plan_engine(config, plan.placed(config, request), shape, parameters)
     stages = sorted({0, parallel.pipeline // 2, parallel.pipeline - 1})
     ranks = tuple(
-        plan.rank_memory(config, shape, engine, stage, layers, held(stage)) for stage in stages
+        plan.rank_memory(config, request, shape, engine, stage, layers, held(stage))
+        for stage in stages
     )
     return ranks, plan.with_room(config, request, shape, engine, ranks)
 
@@ -228,14 +231,15 @@ def _seconds(
     runs = plan.reference_runs(request, shape)
     parameters = _num_parameters(parallel, shape, parts, tied=False)
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
-    tokens = rollouts * longest(config)
+    sequence = sum(mean_tokens(config, request))
+    tokens = round(rollouts * sequence)
     full = config.megatron.get("recompute_granularity") == "full"
     slow = max(
         1 / run.rate("old_logprobs") + (4 / 3 if full else 1) / run.rate("update") for run in runs
     )
-    busy = (parameters - shape.idle_parameters) * tokens * slow / request.gpus
+    busy = (parameters - shape.idle_parameters) * tokens * slow / config.parallel.num_ranks
     chunks = parallel.virtual_pipeline
-    busy *= step_time.bubble(parallel.pipeline, num_micro_batches(config), chunks)
+    busy *= step_time.bubble(parallel.pipeline, num_micro_batches(config, sequence), chunks)
     return busy + step_time.communication_seconds(
         gpu=gpu,
         tensor=parallel.tensor,

@@ -16,25 +16,20 @@ Bytes per parameter of a rank that Megatron-Core keeps for bfloat16 weights and 
                fraction, 16 in host memory instead (which includes the gradients)
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_prepo.config import (
-    Config,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    from_tree,
-    to_tree,
-)
+from megatron_prepo.config import Config, ModelConfig, ParallelConfig, from_tree, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
-from megatron_prepo.plan import step_time
-from megatron_prepo.plan.gpus import GIB, GPUS, GPUS_PER_MACHINE, Gpu
-from megatron_prepo.plan.memory import Layers, head_workspace, kv_bytes_per_token, stage_activations
+from megatron_prepo.plan import engine_plan, run_length, step_time
+from megatron_prepo.plan.engine_plan import EnginePlan
+from megatron_prepo.plan.gpus import GIB, GPUS, GPUS_PER_MACHINE
+from megatron_prepo.plan.memory import Layers, head_workspace, stage_activations
+from megatron_prepo.plan.run_length import Evaluations
 from megatron_prepo.plan.step_time import MeasuredRates, ReferenceRun
+from megatron_prepo.rollout.placement import GPUS_PER_NODE, Placement, place
 
 if TYPE_CHECKING:
     from megatron_prepo.actor.dry_run import Stage
@@ -49,23 +44,29 @@ fragmentation: our guess, to be replaced by a measurement."""
 class PlanRequest:
     """What a plan depends on in addition to the configuration."""
 
-    gpus: int
+    gpus: int | None = None
+    """GPUs that train; default: as many as the layout's ranks."""
     gpu: str = "h100"
+    gpus_per_node: int = GPUS_PER_NODE
+    server_nodes: int | None = None
+    """Additional nodes for servers; default: `servers.nodes`."""
     engine: str | None = None
     """`embedded`, `sglang`, or `elsewhere` for servers on GPUs that are not counted; default:
     `rollout.engine`."""
     engine_tensor: int | None = None
-    """GPUs per SGLang engine; default: the fewest whose weights take at most half of the memory."""
+    """GPUs per SGLang engine; default: `servers.tensor`."""
     prompt_tokens: float | None = None
     """Mean tokens of a prompt; default: the maximum, `data.max_prompt_tokens`."""
     response_tokens: float | None = None
     """Mean tokens of a completion; default: the maximum, `rollout.max_new_tokens`."""
+    eval_prompts: int | None = None
+    """Prompts of an evaluation; default: those of `data.eval`, if it is on this machine."""
     reserve: int = RESERVE
     rates: MeasuredRates | None = None
     """Rates of a run of the user's; default: published ones."""
 
     def __post_init__(self) -> None:
-        if self.gpus < 1:
+        if self.gpus is not None and self.gpus < 1:
             raise UserError(f"--gpus {self.gpus} must be at least 1")
         if self.gpu not in GPUS:
             raise UserError(f"--gpu {self.gpu!r} is not one of {', '.join(GPUS)}")
@@ -106,7 +107,9 @@ class RankMemory:
     head: int
     engine_weights: int
     kv_cache: int
-    """The engine's minimum: its complete batch (embedded), or one longest sequence (SGLang)."""
+    """The engine's: its complete batch (embedded), or what `sglang.mem_fraction_static` leaves."""
+    releases: bool
+    """Whether the engine gives its cache back while the actor learns."""
     distributed: bool
     """Whether `optimizer.use_distributed_optimizer` is set."""
 
@@ -117,23 +120,17 @@ class RankMemory:
         return self.weights + self.gradients + optimizer + self.reference
 
     @property
+    def updating(self) -> int:
+        """Bytes of an update in addition."""
+        return self.activations + self.head
+
+    @property
     def total(self) -> int:
-        """Peak bytes: the update and generation alternate, and both sets of weights stay."""
-        return self.actor + self.engine_weights + max(self.activations + self.head, self.kv_cache)
-
-
-@dataclass(frozen=True)
-class EnginePlan:
-    """The engine on the same GPUs."""
-
-    name: str
-    tensor: int
-    weights: int
-    """Bytes of weights per GPU."""
-    sequences_wanted: int
-    """Rollouts per step and engine."""
-    sequences_at_once: int
-    """Number of these that the key-value cache holds at their maximum length."""
+        """Peak bytes: update and generation alternate, and both sets of weights stay."""
+        kept = self.actor + self.engine_weights
+        if self.releases:
+            return kept + max(self.updating, self.kv_cache)
+        return kept + self.updating + self.kv_cache
 
 
 @dataclass(frozen=True)
@@ -150,6 +147,9 @@ class Plan:
     layout: dict[str, int | bool]
     divisions: tuple[str, ...]
     cautions: tuple[str, ...]
+    problems: tuple[str, ...]
+    """Why the engines cannot run where they are."""
+    where: Placement
     ranks: tuple[RankMemory, ...]
     engine: EnginePlan
     micro_batches: int
@@ -160,12 +160,17 @@ class Plan:
     steps: int
     rollouts: tuple[int, int]
     gpu_hours: tuple[float, float]
+    """Without evaluations."""
+    evaluations: Evaluations | None
+    """None if their number of prompts is not known."""
+    evaluation_hours: tuple[float, float]
+    """GPU hours of the evaluations."""
 
     @property
     def fits(self) -> bool:
-        """Whether every rank fits in the GPU's memory minus the reserve."""
+        """Whether every rank fits in the GPU's memory minus the reserve, and the engines do."""
         most = max(rank.total for rank in self.ranks)
-        return most + self.reserve <= self.memory and self.engine.sequences_at_once > 0
+        return most + self.reserve <= self.memory and not self.problems
 
 
 def make_plan(config: Config, request: PlanRequest) -> Plan:
@@ -174,9 +179,10 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
     from megatron_prepo.actor.optimizer import ddp_config
 
     hf = read_hf_config(config.model.hf)
-    shape = Shape.of(hf)
+    shape, gpu = Shape.of(hf), GPUS[request.gpu]
     divisions = check(config, hf)
-    config = with_data(config, request.gpus)
+    config = as_requested(config, request)
+    where = placed(config, request)
     stages = list(
         each_stage(
             hf,
@@ -184,46 +190,104 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
             config.parallel,
             ddp_config(config.optimizer, config.megatron),
             config.megatron,
-            world_size=request.gpus,
+            world_size=where.ranks,
         )
     )
     parameters = count_parameters(hf, stages)
-    engine = plan_engine(config, request, shape, parameters)
+    engine = engine_plan.plan_engine(config, where, shape, parameters)
     ranks = tuple(
-        rank_memory(config, shape, engine, stage.stage, stage.layers, _parameter_counts(stage))
+        rank_memory(
+            config, request, shape, engine, stage.stage, stage.layers, _parameter_counts(stage)
+        )
         for stage in stages
     )
     engine = with_room(config, request, shape, engine, ranks)
     active = parameters - shape.idle_parameters
-    work = _work(config, request, parameters, active)
     seconds = step_time.predict_seconds(
-        work, gpu=GPUS[request.gpu], gpus=request.gpus, runs=reference_runs(request, shape)
+        _work(config, request, where, parameters, active),
+        gpu=gpu,
+        gpus=where.ranks,
+        engine_gpus=where.engine_gpus,
+        runs=reference_runs(request, shape),
     )
-    least, most = rollouts_per_step(config)
-    gpu_hours = _gpu_hours(config.train, request.gpus, seconds, least, most)
+    least, most = run_length.rollouts_per_step(config)
+    evaluations = _evaluations(config, request, least)
+    hours = run_length.gpu_hours(config.train, where.gpus, seconds, least, most)
+    evaluation_hours = (
+        run_length.evaluation_hours(evaluations, where.gpus, seconds["rollouts"], least)
+        if evaluations
+        else (0.0, 0.0)
+    )
     seconds["rollouts"] = (seconds["rollouts"][0], seconds["rollouts"][1] * most / least)
     return Plan(
         model=config.model.hf,
         parameters=parameters,
         active_parameters=active,
-        gpus=request.gpus,
+        gpus=where.ranks,
         gpu=request.gpu,
-        memory=GPUS[request.gpu].memory,
+        memory=gpu.memory,
         reserve=request.reserve,
         layout=layout_sizes(config.parallel),
         divisions=divisions,
         cautions=_cautions(config, hf),
+        problems=engine_plan.problems(engine, shape, gpu, request.reserve, ranks),
+        where=where,
         ranks=ranks,
         engine=engine,
-        micro_batches=num_micro_batches(config),
+        micro_batches=num_micro_batches(config, longest(config)),
         sequence_tokens=longest(config),
         token_budget=config.train.micro_batch_tokens,
         seconds=seconds,
         rates=tuple(run.source for run in reference_runs(request, shape)),
         steps=config.train.total_steps,
-        rollouts=(_until_budget(config.train, least), _until_budget(config.train, most)),
-        gpu_hours=gpu_hours,
+        rollouts=(
+            run_length.until_budget(config.train, least),
+            run_length.until_budget(config.train, most),
+        ),
+        gpu_hours=hours,
+        evaluations=evaluations,
+        evaluation_hours=evaluation_hours,
     )
+
+
+def as_requested(config: Config, request: PlanRequest) -> Config:
+    """Return the configuration with the engine and the number of GPUs of the request."""
+    tree = to_tree(config)
+    if request.engine:
+        served = request.engine != "embedded"
+        tree["rollout"] |= {"engine": "sglang" if served else "embedded"}
+        urls = ["http://elsewhere"] if request.engine == "elsewhere" else []
+        tree["servers"] |= {"urls": urls} if served else {"urls": [], "nodes": 0}
+        if urls:
+            tree["servers"] |= {"nodes": 0}
+    if request.engine_tensor:
+        tree["servers"] |= {"tensor": request.engine_tensor}
+    return with_data(from_tree(tree), request.gpus or config.parallel.num_ranks)
+
+
+def placed(config: Config, request: PlanRequest) -> Placement:
+    """Return where ranks and engines run."""
+    return place(config, gpus_per_node=request.gpus_per_node, server_nodes=request.server_nodes)
+
+
+def with_room(
+    config: Config,
+    request: PlanRequest,
+    shape: Shape,
+    engine: EnginePlan,
+    ranks: tuple[RankMemory, ...],
+) -> EnginePlan:
+    """Return the engine with `sequences_at_once`."""
+    one = engine_plan.sequence_bytes(shape, engine.tensor, longest(config))
+    return engine_plan.with_room(engine, GPUS[request.gpu], request.reserve, one, ranks)
+
+
+def _evaluations(config: Config, request: PlanRequest, per_step: int) -> Evaluations | None:
+    prompts = request.eval_prompts or run_length.eval_prompts(config)
+    if prompts is None:
+        return None
+    steps = run_length.num_steps(config.train, per_step)
+    return run_length.evaluations(config.eval, steps, prompts)
 
 
 def reference_runs(request: PlanRequest, shape: Shape) -> tuple[ReferenceRun, ...]:
@@ -287,9 +351,10 @@ def _cautions(config: Config, hf: dict[str, Any]) -> tuple[str, ...]:
             f"{rollouts} rollouts per step are not a multiple of parallel.data={parallel.data} x "
             f"train.mini_batches={config.train.mini_batches}: some ranks idle"
         )
-    if num_micro_batches(config) < parallel.pipeline:
+    micro_batches = num_micro_batches(config, longest(config))
+    if micro_batches < parallel.pipeline:
         cautions.append(
-            f"{num_micro_batches(config)} micro-batches leave a pipeline of {parallel.pipeline} "
+            f"{micro_batches} micro-batches leave a pipeline of {parallel.pipeline} "
             "mostly idle; lower train.micro_batch_tokens or parallel.pipeline"
         )
     if parallel.tensor > 1 and not parallel.sequence:
@@ -317,13 +382,21 @@ def longest(config: Config) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
-def num_micro_batches(config: Config) -> int:
-    """Return the micro-batches per data-parallel rank and update, if all sequences are longest."""
+def num_micro_batches(config: Config, tokens: float) -> int:
+    """Return the micro-batches per data-parallel rank and update, of sequences this long."""
     train = config.train
     rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
     per_rank = -(-rollouts // (train.mini_batches * data_ranks(config.parallel)))
-    needed = -(-per_rank // (train.micro_batch_tokens // longest(config)))
+    needed = -(-per_rank // int(train.micro_batch_tokens // tokens))
     return needed + (-needed % config.parallel.pipeline if config.parallel.virtual_size else 0)
+
+
+def mean_tokens(config: Config, request: PlanRequest) -> tuple[float, float]:
+    """Return the mean tokens of prompts and of completions; by default the limits."""
+    return (
+        request.prompt_tokens or config.data.max_prompt_tokens,
+        request.response_tokens or config.rollout.max_new_tokens,
+    )
 
 
 def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
@@ -339,22 +412,14 @@ def in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
     return min(2 * later + (chunks - 1) * parallel.pipeline + 1, micro_batches * chunks)
 
 
-def rollouts_per_step(config: Config) -> tuple[int, int]:
-    """Return the least and the most; a method that refills uses between K and P groups."""
-    from megatron_prepo.selection import load
-
-    selection, method = config.selection, load(config.selection.method)
-    least = most = selection.num_selected
-    if method.refills:
-        most = selection.num_candidates
-    if method.needs_pass_rates:
-        least = most = selection.num_selected + selection.num_candidates
-    group = config.rollout.samples_per_prompt
-    return least * group, most * group
-
-
 def rank_memory(
-    config: Config, shape: Shape, engine: EnginePlan, stage: int, layers: int, held: ParameterCounts
+    config: Config,
+    request: PlanRequest,
+    shape: Shape,
+    engine: EnginePlan,
+    stage: int,
+    layers: int,
+    held: ParameterCounts,
 ) -> RankMemory:
     """Return all bytes of a rank of a pipeline stage."""
     from megatron_prepo.actor.cpu_offload import offload_fraction
@@ -365,8 +430,7 @@ def rank_memory(
     # Adam's two moments, and float32 weights if the model's are shorter
     state = 12 if config.model.dtype == "bfloat16" else 8
     last = stage == parallel.pipeline - 1
-    # the embedded engine's batch, one sequence of SGLang's, or nothing
-    at_once = {"embedded": engine.sequences_at_once, "sglang": 1, "elsewhere": 0}[engine.name]
+    one = engine_plan.sequence_bytes(shape, engine.tensor, longest(config))
     return RankMemory(
         stage=stage,
         layers=layers,
@@ -386,13 +450,15 @@ def rank_memory(
                 layer_kind(config.model),
                 config.megatron,
                 num_layers=layers // parallel.virtual_pipeline,
-                in_flight=in_flight(parallel, stage, num_micro_batches(config)),
+                in_flight=in_flight(parallel, stage, num_micro_batches(config, longest(config))),
                 tokens=config.train.micro_batch_tokens,
             )
         ),
         head=head_bytes(config, shape) if last else 0,
-        engine_weights=engine.weights,
-        kv_cache=at_once * longest(config) * kv_bytes_per_token(shape, tensor=engine.tensor),
+        engine_weights=engine.weights if engine.shared else 0,
+        kv_cache=engine_plan.cache_bytes(engine, GPUS[request.gpu], one),
+        # without a fraction, the cache counts as one sequence
+        releases=engine.releases or engine.fraction is None,
         distributed=split,
     )
 
@@ -430,96 +496,27 @@ def _parameter_counts(stage: "Stage") -> ParameterCounts:
     )
 
 
-def plan_engine(config: Config, request: PlanRequest, shape: Shape, parameters: int) -> EnginePlan:
-    """Return the engine on these GPUs; `with_room` adds the capacity of its key-value cache."""
-    name = request.engine or config.rollout.engine
-    width = 2 if config.model.dtype == "bfloat16" else 4
-    rollouts = config.selection.num_selected * config.rollout.samples_per_prompt
-    if name == "embedded":
-        wanted = -(-rollouts // request.gpus)
-        return EnginePlan(
-            name, 1, parameters * width, wanted, min(wanted, config.rollout.batch_size)
-        )
-    if name == "elsewhere":
-        return EnginePlan(name, 1, 0, rollouts, rollouts)
-    tensor = request.engine_tensor or _smallest_tensor(
-        parameters * width, GPUS[request.gpu], request.gpus
-    )
-    if request.gpus % tensor:
-        raise UserError(f"--engine-tensor {tensor} does not divide --gpus {request.gpus}")
-    if shape.heads % tensor:
-        raise UserError(f"--engine-tensor {tensor} does not divide the model's {shape.heads} heads")
-    engines = request.gpus // tensor
-    return EnginePlan(name, tensor, parameters * width // tensor, -(-rollouts // engines), 0)
-
-
-def _smallest_tensor(weights: int, gpu: Gpu, gpus: int) -> int:
-    tensor = 1
-    while weights / tensor > gpu.memory / 2 and gpus % (2 * tensor) == 0:
-        tensor *= 2
-    return tensor
-
-
-def with_room(
-    config: Config,
-    request: PlanRequest,
-    shape: Shape,
-    engine: EnginePlan,
-    ranks: tuple[RankMemory, ...],
-) -> EnginePlan:
-    """Set `sequences_at_once`: SGLang's cache uses the memory that is free on the fullest GPU."""
-    if engine.name != "sglang":
-        return engine
-    busiest = max(rank.actor for rank in ranks)
-    room = GPUS[request.gpu].memory - request.reserve - busiest - engine.weights
-    sequence = longest(config) * kv_bytes_per_token(shape, tensor=engine.tensor)
-    at_once = min(engine.sequences_wanted, max(0, room // sequence))
-    return dataclasses.replace(engine, sequences_at_once=at_once)
-
-
-def _work(config: Config, request: PlanRequest, parameters: int, active: int) -> step_time.StepWork:
+def _work(
+    config: Config, request: PlanRequest, where: Placement, parameters: int, active: int
+) -> step_time.StepWork:
     from megatron_prepo.selection import load
 
     selection, group = config.selection, config.rollout.samples_per_prompt
-    prompt = request.prompt_tokens or config.data.max_prompt_tokens
-    response = request.response_tokens or config.rollout.max_new_tokens
+    prompt, response = mean_tokens(config, request)
     scored = selection.num_candidates if load(selection.method).needs_scores else 0
-    least, _ = rollouts_per_step(config)
+    least, _ = run_length.rollouts_per_step(config)
     trained = selection.num_selected * group * (prompt + response)
     return step_time.StepWork(
         parameters=parameters,
         active_parameters=active,
         prompt_tokens=scored * prompt,
-        generated_tokens=0 if request.engine == "elsewhere" else least * response,
+        generated_tokens=0 if where.started_by == "user" else least * response,
         # with a KL penalty the initial policy scores, too
         scored_tokens=trained * (2 if config.loss.kl_coef else 1),
         trained_tokens=trained,
         bubble=step_time.bubble(
-            config.parallel.pipeline, num_micro_batches(config), config.parallel.virtual_pipeline
+            config.parallel.pipeline,
+            num_micro_batches(config, prompt + response),
+            config.parallel.virtual_pipeline,
         ),
     )
-
-
-def _gpu_hours(
-    train: TrainConfig, gpus: int, seconds: dict[str, tuple[float, float]], least: int, most: int
-) -> tuple[float, float]:
-    """Return the GPU hours of the run, fastest and slowest.
-
-    `seconds` are those of a step of `least` rollouts; a method that refills may generate `most`,
-    and then reaches a budget in fewer steps.
-    """
-
-    def hours(speed: int, per_step: int) -> float:
-        steps = -(-_until_budget(train, per_step) // per_step)
-        refills = seconds["rollouts"][speed] * (per_step / least - 1)
-        return steps * (sum(both[speed] for both in seconds.values()) + refills) * gpus / 3600
-
-    paces = (least, most)
-    return min(hours(0, pace) for pace in paces), max(hours(1, pace) for pace in paces)
-
-
-def _until_budget(train: TrainConfig, per_step: int) -> int:
-    """Return the rollouts of the run; a budget ends it after the step that reaches it."""
-    unlimited = train.total_steps * per_step
-    budget = train.rollout_budget
-    return unlimited if budget is None else min(unlimited, -(-budget // per_step) * per_step)

@@ -137,9 +137,16 @@ def published(experts: bool) -> tuple[Published, ...]:
 
 
 def predict_seconds(
-    work: StepWork, *, gpu: Gpu, gpus: int, runs: Sequence[ReferenceRun]
+    work: StepWork,
+    *,
+    gpu: Gpu,
+    gpus: int,
+    runs: Sequence[ReferenceRun],
+    engine_gpus: int | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Return (fast, slow) seconds of each stage of a step, at the rates of the runs.
+
+    `gpus` train, and `engine_gpus` generate (default: the same).
 
     Work is parameters times tokens.  Rates scale with the number of GPUs; generation also with the
     memory bandwidth relative to the run's GPU, scoring and the update with the arithmetic rate: our
@@ -147,15 +154,17 @@ def predict_seconds(
     Perplexity is predicted at the rate of scoring.
     """
 
-    def seconds(stage: str, tokens: float, peak: str, factor: float = 1.0) -> tuple[float, float]:
-        work_done = work.active_parameters * tokens * factor / (gpus * getattr(gpu, peak))
+    def seconds(
+        stage: str, tokens: float, peak: str, factor: float = 1.0, on: int = gpus
+    ) -> tuple[float, float]:
+        work_done = work.active_parameters * tokens * factor / (on * getattr(gpu, peak))
         ordered = sorted(work_done * getattr(GPUS[run.gpu], peak) / run.rate(stage) for run in runs)
         return ordered[0], ordered[-1]
 
     syncs = sorted(work.parameters * run.seconds["weight_sync"] / run.parameters for run in runs)
     return {
         "perplexity": seconds("old_logprobs", work.prompt_tokens, "flops", work.bubble),
-        "rollouts": seconds("rollouts", work.generated_tokens, "bandwidth"),
+        "rollouts": seconds("rollouts", work.generated_tokens, "bandwidth", on=engine_gpus or gpus),
         "old_logprobs": seconds("old_logprobs", work.scored_tokens, "flops", work.bubble),
         "update": seconds("update", work.trained_tokens, "flops", work.bubble),
         "weight_sync": (syncs[0], syncs[-1]),

@@ -26,6 +26,8 @@ COLUMNS = (
 def text(plan: Plan, layouts: Sequence[Layout]) -> str:
     """Return the plan as tables."""
     parts = [_title(plan), _memory(plan), _engine(plan), _step(plan), _run(plan)]
+    if plan.problems:
+        parts.append("\n".join(_wrapped("problem: " + problem) for problem in plan.problems))
     if plan.cautions:
         parts.append("\n".join(_wrapped("caution: " + caution) for caution in plan.cautions))
     parts.append(_layouts(layouts))
@@ -49,10 +51,12 @@ def _title(plan: Plan) -> str:
     if plan.layout["sequence"]:
         sizes += ", sequence parallel"
     active = plan.parameters != plan.active_parameters
+    beside = plan.where.gpus - plan.gpus
     lines = [
         f"{plan.model}: {plan.parameters:,} parameters"
         + (f", {plan.active_parameters:,} active per token" if active else ""),
-        f"{plan.gpus} {plan.gpu} of {plan.memory / GIB:.1f} GiB: {sizes}",
+        f"{plan.gpus} {plan.gpu} of {plan.memory / GIB:.1f} GiB: {sizes}"
+        + (f"; {beside} more that do not train" if beside else ""),
         *(f"divides: {division}" for division in plan.divisions),
     ]
     return "\n".join(lines)
@@ -88,15 +92,21 @@ def _memory(plan: Plan) -> str:
 
 
 def _engine(plan: Plan) -> str:
-    engine = plan.engine
-    if engine.name == "elsewhere":
+    engine, where = plan.engine, plan.where
+    if where.started_by == "user":
         return "engine: elsewhere, on GPUs that are not counted here, nor in the seconds"
-    shared = "one per GPU" if engine.tensor == 1 else f"one over {engine.tensor} GPUs"
-    return (
-        f"engine: {engine.name} on the same GPUs, {shared}; its cache holds "
-        f"{engine.sequences_at_once:,} of the\n"
-        f"{engine.sequences_wanted:,} sequences of {plan.sequence_tokens:,} tokens that it "
-        "generates per step"
+    each = f"{engine.tensor} GPU" + ("s" if engine.tensor > 1 else "") + " each"
+    if engine.shared:
+        on = "on the ranks' GPUs"
+    elif where.server_nodes:
+        on = f"on {where.server_nodes} nodes of their own"
+    else:
+        on = "on GPUs of their own"
+    starter = {"ranks": "in the ranks", "run": "started by the run", "job": "started by the job"}
+    return _wrapped(
+        f"engines: {engine.count} {engine.name} of {each} {on}, {starter[where.started_by]}; a "
+        f"cache holds {engine.sequences_at_once:,} of the {engine.sequences_wanted:,} sequences of "
+        f"{plan.sequence_tokens:,} tokens that an engine generates per step"
     )
 
 
@@ -115,9 +125,15 @@ def _run(plan: Plan) -> str:
         least, most = (format(value, form) for value in values)
         return least if least == most else f"{least} to {most}"
 
-    return (
+    steps = (
         f"run: {plan.steps:,} steps, {both(plan.rollouts, ',')} rollouts, "
-        f"{both(plan.gpu_hours, ',.0f')} GPU hours without evaluation and grading"
+        f"{both(plan.gpu_hours, ',.0f')} GPU hours"
+    )
+    if plan.evaluations is None:
+        return f"{steps}\nevaluations are not counted: data.eval is not here (--eval-prompts N)"
+    return (
+        f"{steps}\n{plan.evaluations.number:,} evaluations: {plan.evaluations.completions:,} "
+        f"completions, {both(plan.evaluation_hours, ',.0f')} GPU hours more; without grading"
     )
 
 
@@ -125,7 +141,7 @@ def _layouts(layouts: Sequence[Layout]) -> str:
     if not layouts:
         return (
             "no layout fits these GPUs: use more or larger ones, a smaller "
-            "rollout.max_new_tokens,\nor --engine sglang, whose weights are divided"
+            "rollout.max_new_tokens,\nor rollout.engine=sglang and a larger servers.tensor"
         )
     lines = ["layouts that fit, best first: GiB, predicted seconds of scoring and update"]
     for layout in layouts:

@@ -72,12 +72,18 @@ def place(
 
     Without `nodes`, there are as many as the ranks of the layout need, and they may leave GPUs
     unused; with it, there is a rank for each GPU.  `server_nodes` defaults to `servers.nodes`.
-    Raises UserError for servers that do not fit, or cannot get weights, where they are.
+    Raises UserError for ranks that do not fill their nodes, and for servers that do not fit, or
+    cannot get weights, where they are.
     """
     ranks_per_node = gpus_per_node
     if nodes is None:
         ranks_per_node = min(gpus_per_node, config.parallel.num_ranks)
-        nodes = -(-config.parallel.num_ranks // ranks_per_node)
+        nodes, rest = divmod(config.parallel.num_ranks, ranks_per_node)
+        if rest:
+            raise UserError(
+                f"the {config.parallel.num_ranks} ranks of the layout do not fill nodes of "
+                f"{gpus_per_node} GPUs; change the section parallel, or --gpus-per-node"
+            )
     servers = config.servers
     server_nodes = servers.nodes if server_nodes is None else server_nodes
     served = config.rollout.engine == "sglang"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -240,6 +241,86 @@ def test_sglangs_cache_takes_what_the_actor_leaves(configured):
     assert full.engine.sequences_at_once == 256
 
 
+def test_a_fraction_is_the_memory_that_sglang_holds(configured):
+    """0.4 of the GPU: weights and a cache of the rest; released, or kept during the update."""
+    tree = {"parallel": {"tensor": 4, "sequence": True}, "sglang": {"mem_fraction_static": 0.4}}
+    request = plan.PlanRequest(gpus=8, engine="sglang")
+    kept = plan.make_plan(configured(**tree), request)
+    (rank,) = kept.ranks
+    pool = round(0.4 * kept.memory) - 2 * 7_615_616_512
+    assert rank.kv_cache == pool and rank.engine_weights == 2 * 7_615_616_512
+    assert kept.engine.sequences_at_once == pool // (4096 * 56 * 1024) > 0
+    assert rank.total == rank.actor + rank.engine_weights + pool + rank.updating
+    released = plan.make_plan(configured(**tree, servers={"release_memory": True}), request)
+    (free,) = released.ranks
+    assert free.total == rank.total - min(pool, rank.updating)
+    assert kept.fits and released.fits
+
+
+def test_without_a_fraction_the_most_that_fits_is_named(configured):
+    """SGLang would take most of the memory that it shares with a rank."""
+    tree = {"parallel": {"tensor": 4, "sequence": True}, "servers": {"release_memory": True}}
+    request = plan.PlanRequest(gpus=8, engine="sglang")
+    answer = plan.make_plan(configured(**tree), request)
+    assert not answer.fits
+    (problem,) = answer.problems
+    most = float(re.search(r"at most (0\.\d+)", problem)[1])
+    for fraction, fits in ((most, True), (most + 0.01, False)):
+        tried = configured(**tree, sglang={"mem_fraction_static": fraction})
+        assert plan.make_plan(tried, request).fits == fits
+
+
+@pytest.mark.parametrize("where", [{}, {"nodes": 1}, {"first_device": 4}], ids=str)
+def test_an_engine_that_cannot_hold_the_weights_is_a_problem(configured, where):
+    """14.2 GiB of weights in 0.15 of a GPU: beside the ranks, on a node, or on GPUs of its own."""
+    tree = {"parallel": {"data": 4}, "sglang": {"mem_fraction_static": 0.15}}
+    request = plan.PlanRequest(engine="sglang", gpu="h100")
+    small = plan.make_plan(configured(**tree, servers={"tensor": 1, **where}), request)
+    assert small.engine.sequences_at_once == 0 and not small.fits
+    assert any("servers.tensor=1" in problem for problem in small.problems)
+    wide = plan.make_plan(configured(**tree, servers={"tensor": 4, **where}), request)
+    assert wide.engine.sequences_at_once > 0 and not wide.problems
+
+
+def test_engines_of_their_own_gpus_generate_with_these_only(configured):
+    tree = {"parallel": {"data": 8}}
+    request = plan.PlanRequest(engine="sglang")
+    shared, apart = (
+        plan.make_plan(configured(**tree, servers={"nodes": nodes}), request) for nodes in (0, 2)
+    )
+    assert (shared.where.gpus, apart.where.gpus, apart.gpus) == (8, 24, 8)
+    assert apart.engine.count == 16 and apart.ranks[0].engine_weights == 0
+    assert apart.seconds["rollouts"] == approx([t / 2 for t in shared.seconds["rollouts"]])
+    assert apart.seconds["update"] == shared.seconds["update"]
+    seconds = sum(fast for fast, _ in apart.seconds.values())
+    assert apart.gpu_hours[0] == approx(100 * seconds * 24 / 3600)
+
+
+def test_evaluations_are_counted(configured, tmp_path):
+    """100 steps, every 30: 3 during with 2 samples, 2 with 16; of 5 prompts, or of 1,000."""
+    evaluated = {"every": 30, "samples_per_prompt": 16, "samples_during": 2}
+    request = plan.PlanRequest(gpus=8, engine="sglang")
+    config = configured(eval=evaluated)
+    assert plan.make_plan(config, request).evaluations is None
+    asked = dataclasses.replace(request, eval_prompts=1000)
+    answer = plan.make_plan(config, asked)
+    assert (answer.evaluations.number, answer.evaluations.completions) == (5, 38_000)
+    steps = 38_000 / 1024
+    expected = [t * steps * 8 / 3600 for t in answer.seconds["rollouts"]]
+    assert answer.evaluation_hours == approx(expected)
+    prompts = tmp_path / "eval.jsonl"
+    prompts.write_text("{}\n" * 5)
+    here = configured(eval=evaluated, data={"eval": str(prompts)})
+    assert plan.make_plan(here, request).evaluations.completions == 190
+
+
+def test_shorter_completions_are_faster_in_the_table_of_layouts_too(configured):
+    request = plan.PlanRequest(gpus=8, engine="sglang")
+    short = dataclasses.replace(request, prompt_tokens=128, response_tokens=384)
+    limits, means = (layouts.suggest(configured(), asked)[0] for asked in (request, short))
+    assert means.seconds < limits.seconds / 4
+
+
 def test_a_thousand_gpus_and_more(configured):
     """Nothing but group sizes changes: the shard shrinks with the data-parallel ranks."""
     config = configured(parallel={"tensor": 4, "pipeline": 2, "sequence": True})
@@ -292,7 +373,9 @@ def test_tensor_parallelism_has_to_divide_the_width_of_an_expert(configured):
         ({"gpus": 0}, "--gpus 0"),
         ({"gpus": 8, "gpu": "h10"}, "--gpu 'h10' is not one of a100, h100"),
         ({"gpus": 8, "engine": "vllm"}, "--engine 'vllm'"),
-        ({"gpus": 8, "engine": "sglang", "engine_tensor": 3}, "--engine-tensor 3"),
+        ({"gpus": 8, "engine": "sglang", "engine_tensor": 3}, "servers.tensor=3 does not divide"),
+        ({"gpus": 8, "engine": "sglang", "engine_tensor": 8}, "the model's 28 heads"),
+        ({"gpus": 12, "engine": "sglang"}, "12 ranks of the layout do not fill nodes of 8"),
     ],
 )
 def test_a_wrong_question_is_refused(configured, asked, expected):
@@ -413,7 +496,7 @@ def test_exchanges_of_context_parallelism_by_hand():
 
 def test_context_ranks_on_several_machines_are_cautioned_against(configured):
     sizes = {"parallel": {"tensor": 4, "sequence": True, "context": 7}}
-    answer = plan.make_plan(configured(**sizes), plan.PlanRequest(gpus=28, engine="elsewhere"))
+    answer = plan.make_plan(configured(**sizes), plan.PlanRequest(gpus=28, gpus_per_node=7))
     assert any("parallel.tensor=4 x parallel.context=7" in line for line in answer.cautions)
 
 
@@ -450,7 +533,8 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
 
 
 def test_suggestions_fit_and_come_in_order(configured):
-    config = configured()
+    fraction = {"sglang": {"mem_fraction_static": 0.3}, "servers": {"release_memory": True}}
+    config = configured(**fraction)
     request = plan.PlanRequest(gpus=8, engine="sglang")
     found = layouts.suggest(config, request)
     assert len(found) == 5
@@ -462,7 +546,7 @@ def test_suggestions_fit_and_come_in_order(configured):
             name, _, value = setting.partition("=")
             section, _, key = name.partition(".")
             sections.setdefault(section, {})[key] = yaml.safe_load(value)
-        answer = plan.make_plan(configured(**sections), request)
+        answer = plan.make_plan(configured(**fraction, **sections), request)
         assert answer.fits
         assert max(rank.total for rank in answer.ranks) == pytest.approx(layout.total, rel=1e-3)
         assert layout.total + request.reserve <= memory
@@ -532,8 +616,8 @@ def test_the_command_prints_a_narrow_table_and_json(configured, tmp_path, capsys
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(TREE | {"model": {"hf": str(tmp_path)}}))
     words = ["plan", str(path), "--gpus", "8", "--engine", "sglang"]
-    layout = ["parallel.tensor=4", "parallel.sequence=true"]
-    assert main([*words, *layout]) == 0
+    layout = ["parallel.tensor=4", "parallel.sequence=true", "sglang.mem_fraction_static=0.3"]
+    assert main([*words, *layout, "servers.release_memory=true"]) == 0
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines())) <= 100
     for part in (
@@ -551,6 +635,20 @@ def test_the_command_prints_a_narrow_table_and_json(configured, tmp_path, capsys
     assert "num_attention_heads=28" in capsys.readouterr().err
     assert main([*words, "megatron.recompute_granularity=full"]) == 2
     assert "megatron-core rejected" in capsys.readouterr().err
+
+
+def test_the_number_of_gpus_sets_data_parallelism_unless_an_override_does(
+    configured, tmp_path, capsys
+):
+    configured()
+    path = tmp_path / "run.yaml"
+    tree = TREE | {"model": {"hf": str(tmp_path)}, "parallel": {"tensor": 4, "data": 2}}
+    path.write_text(json.dumps(tree))
+    for words, data in (([], 2), (["--gpus", "16"], 4), (["--gpus", "8", "parallel.data=2"], 2)):
+        main(["plan", str(path), *words])
+        assert f"tensor 4 x pipeline 1 x data {data}" in capsys.readouterr().out
+    assert main(["plan", str(path), "--gpus", "16", "parallel.data=2"]) == 2
+    assert "16 ranks do not fit" in capsys.readouterr().err
 
 
 def test_the_table_says_when_nothing_fits(configured, tmp_path, capsys):
