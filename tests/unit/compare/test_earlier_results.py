@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny_base
+from megatron_prepo import config as configuration
 from megatron_prepo.cli import main
 from megatron_prepo.compare import planned_run, record, runner
 from megatron_prepo.errors import UserError
@@ -64,3 +65,11 @@ def test_a_record_without_an_equivalent_is_refused():
         planned_run.refuse_other_settings(
             {"loss.importance_cap": 0.5}, {}, "random/1", "r.jsonl holds"
         )
+
+
+def test_a_list_in_the_settings_is_the_same_in_a_record():
+    """A record is read from JSON, which has no tuples."""
+    path = REPOSITORY / "examples" / "laptop" / "compare.yaml"
+    settings = record.settings(configuration.load(path, ["debug.dump_steps=[1,2]"]))
+    assert settings["debug.dump_steps"] == [1, 2]
+    assert record.differences(json.loads(json.dumps(settings)), settings) == []
