@@ -1,12 +1,62 @@
 """Packaging; the pinned set-up is in constraints.txt (`make demo` and `make test` use it)."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+EXAMPLES = (
+    "*/*.yaml",  # the tiny tasks, with prompts and base models
+    "*/*.jsonl",
+    "*/base/*",
+    "*/*/*.yaml",  # the recipes, with the models' architectures
+    "*/*/model/config.json",  # of a model only this: its weights may lie next to it
+    "*/README.md",
+)
+"""Files of `examples/` that an installed package has, too."""
+
+
+class BuildWithExamples(build_py):
+    """Copies examples to the package; an editable install reads them where they are."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for file in (path for pattern in EXAMPLES for path in ROOT.glob(f"examples/{pattern}")):
+            copy = Path(self.build_lib) / "megatron_prepo" / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
 
 setup(
     name="megatron-prepo",
     version="0.1.0",
     description="PREPO (arXiv 2511.00794): RLVR with fewer rollouts, on Megatron-Core and SGLang",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    url="https://arxiv.org/abs/2511.00794",
+    project_urls={"Paper": "https://arxiv.org/abs/2511.00794"},
+    keywords="reinforcement learning, RLVR, PREPO, Megatron-Core, SGLang, language models",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    cmdclass={"build_py": BuildWithExamples},
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_prepo*", "checkpoints_convert*"]),
     package_data={"megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"]},

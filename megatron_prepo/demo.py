@@ -21,12 +21,12 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.launch import start
+from megatron_prepo.launch.recipes import EXAMPLES
 from megatron_prepo.rewards import load
 from megatron_prepo.run import directory as run_directory
 
 IMPORTED = "imported base model"
 """The kind of `base_megatron/` in its marker (`ownership.py`)."""
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -34,9 +34,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises UserError, before anything is written, if the directory has other contents.
     """
-    laptop = REPOSITORY / "examples" / "laptop"
-    if not (laptop / "prepo.yaml").is_file():
-        raise UserError("the demo needs examples/laptop: run it from a clone of the repository")
+    laptop = EXAMPLES / "laptop"
     decided = ("run.dir=", "run.overwrite=", "model.megatron=")
     if given := [override for override in overrides if override.startswith(decided)]:
         raise UserError(f"{given[0]}: the demo sets this; choose its directory by --dir")
@@ -56,11 +54,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     _headline("1/3  Hugging Face checkpoint -> Megatron checkpoint")
     ownership.make_room(base_megatron, IMPORTED)
     converter = [sys.executable, "-m", "checkpoints_convert", "import"]
-    subprocess.run(
-        [*converter, "--hf", config.model.hf, "--out", str(base_megatron)],
-        check=True,
-        cwd=REPOSITORY,
-    )
+    subprocess.run([*converter, "--hf", config.model.hf, "--out", str(base_megatron)], check=True)
     ownership.seal(base_megatron, IMPORTED)
 
     _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")

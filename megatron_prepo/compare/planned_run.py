@@ -73,7 +73,12 @@ class PlannedRun:
 
 def refuse_other_settings(before: Settings, now: Settings, run: str, where: str) -> None:
     """Raise UserError if the run of this name has other settings."""
-    changed = run_record.differences(before, now)
+    try:
+        changed = run_record.differences(before, now)
+    except UserError as error:
+        raise UserError(
+            f"{where} a run {run} that cannot be compared: {error}, with another --dir and --name"
+        ) from None
     if changed:
         raise UserError(
             f"{where} a run {run} with other settings ({'; '.join(changed)}); "

@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, former
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.run import directory as run_directory
@@ -46,6 +47,14 @@ TOTALS = ("rollout/paid", "rollout/tokens_paid")
 
 MAX_POINTS = 40
 """A longer series is reduced to means over consecutive steps."""
+
+DEFAULTS = {
+    f"{section.name}.{field.name}": field.default
+    for section in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(section.type)
+    for field in dataclasses.fields(section.type)
+}
+"""Default of each setting, MISSING if it is required."""
 
 NOT_COMPARED = ("run", "servers.python", "weight_sync.directory")
 """A section and settings that are places, and do not affect what a run computes."""
@@ -85,9 +94,10 @@ def settings(config: Config) -> Settings:
             changed |= {f"{section.name}.{key}": value[key] for key in sorted(value)}
             continue
         for field in dataclasses.fields(value):
-            key = f"{section.name}.{field.name}"
-            if getattr(value, field.name) != field.default and key not in NOT_COMPARED:
-                changed[key] = getattr(value, field.name)
+            key, setting = f"{section.name}.{field.name}", getattr(value, field.name)
+            if setting != field.default and key not in NOT_COMPARED:
+                # as a record has it after reading, which has no tuples
+                changed[key] = list(setting) if isinstance(setting, tuple) else setting
     for key in run_directory.USER_CODE:
         file, colon, name = str(changed.get(key, "")).rpartition(":")
         if colon:
@@ -102,10 +112,14 @@ def config_hash(of: Settings) -> str:
 
 
 def differences(before: Settings, now: Settings) -> list[str]:
-    """Return `key: before -> now` for each setting that differs; `(default)` if absent."""
+    """Return `key: before -> now` for each setting that differs; `(default)` if absent.
+
+    `before` may be of an earlier version; UserError if it cannot be compared with settings of now.
+    """
+    before = {k: v for k, v in former.replaced(before).items() if v != DEFAULTS.get(k, MISSING)}
     return [
         f"{key}: {before.get(key, '(default)')} -> {now.get(key, '(default)')}"
-        for key in sorted({*before, *now})
+        for key in sorted({*before, *now} - {*former.MEMORY})
         if before.get(key) != now.get(key)
     ]
 

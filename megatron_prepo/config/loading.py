@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_prepo.config import yaml_text
+from megatron_prepo.config import former, yaml_text
 from megatron_prepo.config.schema import Config, FilePath
 from megatron_prepo.config.yaml_text import NULL, Plain
 from megatron_prepo.errors import UserError, one_line
@@ -50,7 +50,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         kind = "list" if isinstance(tree, list) else "text"
         raise UserError(f"{path} must hold sections such as `run:`, not a {kind}")
-    return overridden(_nested(tree, str(path)), overrides)
+    nested = _nested(tree, str(path))
+    given = _flat(nested).keys()
+    for name in former.FORMER.keys() & given:
+        if twice := sorted(given & set(former.FORMER[name].now)):
+            raise UserError(f"{path}: {name} is now {twice[0]}, which is given too; remove {name}")
+    return overridden(nested, overrides)
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
@@ -58,6 +63,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     tree = copy.deepcopy(tree)
     for override in overrides:
         apply(tree, override)
+    _replace_former(tree)
     return from_tree({name: _with_paths_expanded(name, value) for name, value in tree.items()})
 
 
@@ -109,6 +115,9 @@ def apply(tree: dict[str, Any], override: str) -> None:
     """Apply an override such as ``optimizer.lr=1e-6`` to nested dictionaries, in place."""
     key, equals, value = override.partition("=")
     *sections, name = key.split(".")
+    if key in former.FORMER and isinstance(tree.get(sections[0]), dict):
+        for now in former.FORMER[key].now:  # the override is what counts, not the file
+            tree[sections[0]].pop(now.partition(".")[2], None)
     if not equals or not name or not all(sections):
         raise UserError(f"override {reprlib.repr(override)} must have the form section.key=value")
     if not sections and dataclasses.is_dataclass(_SECTIONS.get(name)):
@@ -125,6 +134,26 @@ def apply(tree: dict[str, Any], override: str) -> None:
     section, _, setting = key.partition(".")
     kind = _types(section).get(setting, Any)
     tree[name] = _from_shell(value, kind, f"override {one_line(key)}: the value")
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of nested dictionaries by `section.name`."""
+    sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
+    return {f"{name}.{key}": v for name, values in sections.items() for key, v in values.items()}
+
+
+def _replace_former(tree: dict[str, Any]) -> None:
+    """Replace settings of earlier versions in nested dictionaries, in place."""
+    if not former.FORMER.keys() & _flat(tree).keys():
+        return
+    before = _flat({name: _section(name, values) for name, values in tree.items()})
+    now = former.replaced(before)
+    for name in before.keys() ^ now.keys():
+        section, _, key = name.partition(".")
+        if name in now:
+            tree[section][key] = now[name]
+        else:
+            del tree[section][key]
 
 
 def value_for(text: str, kind: Any, what: str) -> Any:

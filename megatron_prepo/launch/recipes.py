@@ -11,7 +11,12 @@ from pathlib import Path
 from megatron_prepo.config import nearest
 from megatron_prepo.errors import UserError
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PACKAGE = Path(__file__).resolve().parents[1]
+EXAMPLES = next(
+    (folder for folder in (PACKAGE / "examples", PACKAGE.parent / "examples") if folder.is_dir()),
+    PACKAGE / "examples",
+)
+"""`examples/` of the installed package (`setup.py` copies it), or of the clone."""
 FOLDERS = ("paper", "cluster")
 
 
@@ -32,11 +37,12 @@ def find(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     known = recipes()
+    assert known, f"{EXAMPLES} has no recipes"
     words = name.replace("_", "-")
     path = known.get(words) or known.get(f"{words}/prepo")
     if path is None:
         raise UserError(
             f"{name!r} is neither a recipe nor a file{nearest(words, list(known))}; the recipes "
-            f"are {', '.join(known) or 'in examples/ of the repository, which is not installed'}"
+            f"are {', '.join(known)}"
         )
     return path
