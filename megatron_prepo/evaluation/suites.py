@@ -260,10 +260,10 @@ def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
-        date=prompt_digests.template_date(config),
+        date=prompt_digests.template_date(config.data, config.run),
     )[: config.eval.max_prompts]
     hf = read_hf_config(config.model.hf, for_megatron=False)
-    preflight.check_room(config, hf, prompts)
+    preflight.check_room(config.rollout.max_new_tokens, hf, prompts)
     return prompts
 
 

@@ -446,7 +446,7 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
     if tokenizer and hf:
         findings.look(
             "stop tokens",
-            lambda: preflight.check_stop_tokens(config, hf, tokenizer),
+            lambda: preflight.check_stop_tokens(config.model.hf, hf, tokenizer),
             lambda tokens: ", ".join(map(str, sorted(tokens))),
         )
     if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
@@ -475,7 +475,7 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
         elif tokenizer:
             findings.look(
                 f"data.{name}",
-                partial(preflight.load_prompts, config, tokenizer, name),
+                partial(preflight.load_prompts, config.data, config.run, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
 
@@ -504,7 +504,7 @@ def _check_weights(config: Config, hf: dict[str, Any]) -> None:
 
     other_files(config.model.hf)
     if run_directory.needs_initial_weights(config):
-        preflight.check_weights(config, hf)
+        preflight.check_weights(config.model, hf)
 
 
 def _weights(config: Config) -> str:

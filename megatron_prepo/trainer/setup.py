@@ -199,7 +199,7 @@ def set_up(config: Config) -> Trainer:
         engine = build_engine(
             config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
         )
-        preflight.check_engine(config, engine)
+        preflight.check_engine(config.model, config.rollout, engine)
         actor = Actor(config, resumes=resumes_from is not None)
     updates = (SkipUpdates if config.debug.mode == "rollout" else UpdateGuard)(config, actor, run)
     return Trainer(
@@ -242,7 +242,7 @@ def check_beginning(config: Config) -> None:
     """
     if not run_directory.needs_initial_weights(config):
         run_directory.check_initial_weights(config)
-        preflight.check_weights(config, read_hf_config(config.model.hf))
+        preflight.check_weights(config.model, read_hf_config(config.model.hf))
 
 
 def on_rank_zero(call: Callable[[], Result]) -> Result:
