@@ -87,7 +87,9 @@ def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple
     try:
         preflight.check_engine(config.model, config.rollout, engine)
         actor = Actor(config)
-        sync_weights(actor, engine, config, inputs.train_prompts[0].tokens)
+        sync_weights(
+            actor, engine, config.model, config.weight_sync, inputs.train_prompts[0].tokens
+        )
         yield actor, engine
     finally:
         engine.close()

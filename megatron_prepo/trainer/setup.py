@@ -110,7 +110,8 @@ class Trainer:
         sync_weights(
             self.actor,
             self.engine,
-            self.config,
+            self.config.model,
+            self.config.weight_sync,
             probe,
             compare_files=self.resumes_from is None or bool(self.config.loss.kl_coef),
         )
