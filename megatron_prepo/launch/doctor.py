@@ -313,7 +313,7 @@ def _weight_sync(config: Config) -> Finding:
 
 def _login(config: Config) -> Finding:
     try:
-        dashboards.check(config)
+        dashboards.check(config.run)
     except UserError as error:
         return Finding("W&B login", "missing", str(error))
     return Finding("W&B login", "ok", "key found, or W&B is offline")
@@ -503,14 +503,14 @@ def _check_weights(config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.run import directory as run_directory
 
     other_files(config.model.hf)
-    if run_directory.needs_initial_weights(config):
+    if run_directory.needs_initial_weights(config.run, config.loss):
         preflight.check_weights(config.model, hf)
 
 
 def _weights(config: Config) -> str:
     from megatron_prepo.run import directory as run_directory
 
-    if not run_directory.needs_initial_weights(config):
+    if not run_directory.needs_initial_weights(config.run, config.loss):
         return "in the run's own checkpoint"
     return f"{_weight_bytes(config) / GIB:.1f} GiB in {config.model.megatron or config.model.hf}"
 

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, to_tree, to_yaml, yaml_text
+from megatron_prepo.config import (
+    Config,
+    LossConfig,
+    RunConfig,
+    TrainConfig,
+    to_tree,
+    to_yaml,
+    yaml_text,
+)
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
 from megatron_prepo.files.atomic import write_text
@@ -181,9 +189,9 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     _check_writable(directory)
     lock.refuse_if_held(directory / lock.FILE, f"run.dir={directory}")
     if not ours(directory):
-        _refuse_unmarked_files(config)
+        _refuse_unmarked_files(directory, overwrite=config.run.overwrite)
     if not (directory / "config.yaml").exists():
-        _refuse_the_models_folder(config)
+        _refuse_the_models_folder(config.run.dir, config.model.hf)
     if config.run.overwrite:
         to_remove(config)
         return "new"
@@ -203,7 +211,7 @@ def check(config: Config) -> Literal["new", "unfinished"]:
             f"(megatron-prepo resume {directory}), or choose another run.dir for these "
             "(run.overwrite=true deletes the existing run)"
         )
-    _check_length(directory, now)
+    _check_length(directory, now.train)
     return "unfinished"
 
 
@@ -218,13 +226,13 @@ def begin(config: Config, log: Callable[[str], None]) -> Config:
     try:
         return prepare(config, log)
     except BaseException:
-        end(config)
+        end(directory)
         raise
 
 
-def end(config: Config) -> None:
+def end(directory: Path) -> None:
     """Release the lock."""
-    lock.give_back(Path(config.run.dir) / lock.FILE)
+    lock.give_back(directory / lock.FILE)
 
 
 def prepare(config: Config, log: Callable[[str], None]) -> Config:
@@ -253,7 +261,7 @@ def prepare(config: Config, log: Callable[[str], None]) -> Config:
     return config
 
 
-def needs_initial_weights(config: Config) -> bool:
+def needs_initial_weights(run: RunConfig, loss: LossConfig) -> bool:
     """Whether the run reads the weights of `model.megatron` or `model.hf` that it starts from.
 
     A run that resumes from a checkpoint of its own does not, unless they are the reference of
@@ -262,8 +270,8 @@ def needs_initial_weights(config: Config) -> bool:
     """
     from megatron_prepo.actor import checkpoint, manifest
 
-    directory = Path(config.run.dir)
-    if config.run.overwrite or config.loss.kl_coef or not (directory / "config.yaml").is_file():
+    directory = Path(run.dir)
+    if run.overwrite or loss.kl_coef or not (directory / "config.yaml").is_file():
         return True
     own = identity(directory)
     return not any(
@@ -291,7 +299,7 @@ def is_finished(config: Config) -> bool:
     directory = Path(config.run.dir)
     if config.run.overwrite or not (directory / "summary.json").is_file():
         return False
-    return not _is_longer(directory, resumed(saved_config(directory), config))
+    return not _is_longer(directory, resumed(saved_config(directory), config).train)
 
 
 def check_resumable(directory: Path) -> None:
@@ -374,11 +382,11 @@ def to_remove(config: Config) -> list[Path]:
     return found
 
 
-def check_config_file(config: Config, file: str | Path) -> None:
+def check_config_file(run: RunConfig, file: str | Path) -> None:
     """Raise UserError if `run.overwrite` would remove the configuration's own file."""
-    directory = Path(config.run.dir)
+    directory = Path(run.dir)
     names = (*RUN_FILES, *FOLDERS, *MARKED)
-    if config.run.overwrite and any(_touch(Path(file), directory / name) for name in names):
+    if run.overwrite and any(_touch(Path(file), directory / name) for name in names):
         raise UserError(
             f"the configuration {file} is in run.dir={directory}, which run.overwrite=true clears; "
             "copy it to another place, or choose another run.dir"
@@ -448,9 +456,8 @@ def _named(paths: list[Path], directory: Path) -> str:
     return ", ".join(names) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _refuse_unmarked_files(config: Config) -> None:
+def _refuse_unmarked_files(directory: Path, *, overwrite: bool) -> None:
     """Raise UserError if an unmarked directory has files with names to which a run writes."""
-    directory = Path(config.run.dir)
     if content := ownership.marker(directory):
         raise UserError(
             f"run.dir={directory} holds a {content['kind']} that this program wrote, and no run; "
@@ -461,7 +468,7 @@ def _refuse_unmarked_files(config: Config) -> None:
     if not found:
         return
     if _is_of_an_older_version(directory):
-        if not config.run.overwrite:
+        if not overwrite:
             return
         raise UserError(
             f"run.dir={directory} holds a run of an older version, which has no {ownership.MARKER} "
@@ -484,12 +491,12 @@ def _refuse_a_run_without_its_config(directory: Path) -> None:
         )
 
 
-def _refuse_the_models_folder(config: Config) -> None:
+def _refuse_the_models_folder(run_dir: str, hf: str) -> None:
     """Raise UserError for a new run in `model.hf`, whose other files are copied on export."""
-    directory, model = Path(config.run.dir).resolve(), Path(config.model.hf).resolve()
+    directory, model = Path(run_dir).resolve(), Path(hf).resolve()
     if model == directory or model in directory.parents:
         raise UserError(
-            f"run.dir={config.run.dir} is in the model's folder, model.hf={config.model.hf}, whose "
+            f"run.dir={run_dir} is in the model's folder, model.hf={hf}, whose "
             "files are copied to the exported model; choose another run.dir"
         )
 
@@ -797,20 +804,21 @@ def _log_changes(before: Config, now: Config, found: Changes, log: Callable[[str
         )
 
 
-def _check_length(directory: Path, now: Config) -> None:
+def _check_length(directory: Path, train: TrainConfig) -> None:
     """Raise UserError if no work remains, or if the run has more steps than the settings allow."""
     made = _num_lines(directory / "metrics.jsonl")
-    if made > now.train.total_steps:
+    if made > train.total_steps:
         raise UserError(
-            f"train.total_steps={now.train.total_steps}, and the run in run.dir={directory} has "
+            f"train.total_steps={train.total_steps}, and the run in run.dir={directory} has "
             f"completed {made} steps; set train.total_steps={made} or more"
         )
     if not (directory / "summary.json").exists():
         return
-    if not _is_longer(directory, now):
+    if not _is_longer(directory, train):
+        budget = " and train.rollout_budget" if train.rollout_budget is not None else ""
         raise UserError(
             f"run.dir={directory} holds a finished run of {made} steps; extend it by a larger "
-            f"train.total_steps{_or_budget(now)}, or choose another run.dir for a new run "
+            f"train.total_steps{budget}, or choose another run.dir for a new run "
             "(run.overwrite=true deletes the existing run)"
         )
     if not list((directory / "checkpoints").glob("iter_*/run.json")):
@@ -821,11 +829,7 @@ def _check_length(directory: Path, now: Config) -> None:
         )
 
 
-def _or_budget(config: Config) -> str:
-    return " and train.rollout_budget" if config.train.rollout_budget is not None else ""
-
-
-def _is_longer(directory: Path, now: Config) -> bool:
+def _is_longer(directory: Path, train: TrainConfig) -> bool:
     """Return whether these settings extend the finished run."""
     path = directory / "summary.json"
     try:
@@ -833,8 +837,8 @@ def _is_longer(directory: Path, now: Config) -> bool:
         steps, rollouts = summary["steps"], summary["rollouts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: it is not a run's summary") from error
-    budget = now.train.rollout_budget
-    return steps < now.train.total_steps and (budget is None or rollouts < budget)
+    budget = train.rollout_budget
+    return steps < train.total_steps and (budget is None or rollouts < budget)
 
 
 def _withdraw_summary(directory: Path, log: Callable[[str], None]) -> None:

@@ -174,8 +174,9 @@ class Trainer:
 
 def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
-    dashboards.check(config)
-    inputs = preflight.check(config, initial_weights=run_directory.needs_initial_weights(config))
+    dashboards.check(config.run)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    inputs = preflight.check(config, initial_weights=needed)
     parallel.initialize(config.parallel, config.train.seed)
     prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
@@ -241,7 +242,7 @@ def check_beginning(config: Config) -> None:
     They have been checked already unless the run has checkpoints, which turned out to be damaged
     only when they were read.
     """
-    if not run_directory.needs_initial_weights(config):
+    if not run_directory.needs_initial_weights(config.run, config.loss):
         run_directory.check_initial_weights(config)
         preflight.check_weights(config.model, read_hf_config(config.model.hf))
 

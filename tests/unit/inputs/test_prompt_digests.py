@@ -88,7 +88,7 @@ def begin(settings: config.Config) -> preflight.Inputs:
     inputs = preflight.check(settings)
     directory = Path(settings.run.dir)
     run_directory.begin(settings, print)
-    run_directory.end(settings)
+    run_directory.end(Path(settings.run.dir))
     (directory / "inputs.json").unlink()
     prompt_digests.save(directory, inputs.digests)
     return inputs
