@@ -17,8 +17,8 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
-from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import ledger
+from megatron_prepo.run.changes import USER_CODE
 
 Record = dict[str, Any]
 Settings = dict[str, Any]
@@ -88,7 +88,7 @@ def settings(config: Config) -> Settings:
             key = f"{section.name}.{field.name}"
             if getattr(value, field.name) != field.default and key not in NOT_COMPARED:
                 changed[key] = getattr(value, field.name)
-    for key in run_directory.USER_CODE:
+    for key in USER_CODE:
         file, colon, name = str(changed.get(key, "")).rpartition(":")
         if colon:
             changed[key] = f"{_content(file)}:{name}"

@@ -16,6 +16,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.launch import start
+from megatron_prepo.run import changes
 from megatron_prepo.run import directory as run_directory
 
 MINIMAL = {
@@ -170,15 +171,15 @@ def test_what_rounds_differently_is_said(tmp_path, begun, section, key, value):
 def test_every_setting_may_change_or_has_a_reason_why_not(tmp_path):
     tree = configuration.to_tree(config(tmp_path))
     may = (
-        *run_directory.RESUMABLE_SETTINGS,
-        *run_directory.ROUNDING_SETTINGS,
-        *run_directory.INPUTS,
+        *changes.RESUMABLE_SETTINGS,
+        *changes.ROUNDING_SETTINGS,
+        *changes.INPUTS,
     )
-    may += (*run_directory.LENGTH, *run_directory.SCHEDULE)
+    may += (*changes.LENGTH, *changes.SCHEDULE)
     for section, settings in tree.items():
         for name in [f"{section}.{key}" for key in settings] or [section]:
-            assert {name, section} & {*may, *run_directory.FIXED}, name
-    for name in (*may, *run_directory.FIXED):
+            assert {name, section} & {*may, *changes.FIXED}, name
+    for name in (*may, *changes.FIXED):
         section, _, key = name.partition(".")
         assert section in tree and (not key or key in tree[section]), name
 
@@ -940,6 +941,4 @@ def test_what_is_refused_gets_no_lock_file(tmp_path):
 def test_settings_of_a_run_are_not_changed_by_saving_them(tmp_path):
     settings = config(tmp_path, servers={"python": "python3"})
     assert run_directory.with_absolute_paths(settings) == settings
-    assert dataclasses.asdict(run_directory.resumed(settings, settings)) == dataclasses.asdict(
-        settings
-    )
+    assert dataclasses.asdict(changes.resumed(settings, settings)) == dataclasses.asdict(settings)
