@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
 from megatron_prepo.actor.model import describe
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, RewardConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, evaluate
@@ -197,13 +197,15 @@ def set_up(config: Config) -> Trainer:
         resumes_from = newest_checkpoint(run)
         if resumes_from is None:
             on_rank_zero(lambda: check_beginning(config))
-        grader = build_grader(config, run.log)
+        grader = build_grader(config.reward, run.log)
         engine = build_engine(
             config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
         )
         preflight.check_engine(config.model, config.rollout, engine)
         actor = Actor(config, resumes=resumes_from is not None)
-    updates = (SkipUpdates if config.debug.mode == "rollout" else UpdateGuard)(config, actor, run)
+    updates = (
+        SkipUpdates(run) if config.debug.mode == "rollout" else UpdateGuard(config, actor, run)
+    )
     return Trainer(
         config=config,
         inputs=inputs,
@@ -271,11 +273,9 @@ def ranks() -> Ranks:
     )
 
 
-def build_grader(config: Config, log: Callable[[str], None]) -> Grader:
+def build_grader(reward: RewardConfig, log: Callable[[str], None]) -> Grader:
     """Start the grading processes next to rank 0; all ranks get their results."""
-    return Grader(
-        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log
-    )
+    return Grader(reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log)
 
 
 def due(step: int, every: int) -> bool:
