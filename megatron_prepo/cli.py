@@ -218,7 +218,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megatron_prepo.evaluation import suites, table
 
     config = suites.load_settings(options.config, options.model, options.overrides)
-    chosen = options.suite or suites.held_out(config)
+    chosen = options.suite or suites.held_out(config.data.eval)
     results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
     print(table.markdown(results), end="")
     return 0

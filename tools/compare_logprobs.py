@@ -85,9 +85,11 @@ def actor_and_engine(config: Config, inputs: preflight.Inputs) -> Iterator[tuple
         log=lambda line: print(line, file=sys.stderr),
     )
     try:
-        preflight.check_engine(config, engine)
+        preflight.check_engine(config.model, config.rollout, engine)
         actor = Actor(config)
-        sync_weights(actor, engine, config, inputs.train_prompts[0].tokens)
+        sync_weights(
+            actor, engine, config.model, config.weight_sync, inputs.train_prompts[0].tokens
+        )
         yield actor, engine
     finally:
         engine.close()

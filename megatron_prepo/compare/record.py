@@ -18,8 +18,8 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config, former
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
-from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import ledger
+from megatron_prepo.run.changes import USER_CODE
 
 Record = dict[str, Any]
 Settings = dict[str, Any]
@@ -98,7 +98,7 @@ def settings(config: Config) -> Settings:
             if setting != field.default and key not in NOT_COMPARED:
                 # as a record has it after reading, which has no tuples
                 changed[key] = list(setting) if isinstance(setting, tuple) else setting
-    for key in run_directory.USER_CODE:
+    for key in USER_CODE:
         file, colon, name = str(changed.get(key, "")).rpartition(":")
         if colon:
             changed[key] = f"{_content(file)}:{name}"

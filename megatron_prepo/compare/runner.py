@@ -28,7 +28,7 @@ from megatron_prepo.compare import slurm_array as array
 from megatron_prepo.compare.arms import ARMS, parse_arms
 from megatron_prepo.compare.planned_run import LOG, PlannedRun, refuse_other_settings
 from megatron_prepo.compare.record import Record
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, SelectionConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 
@@ -135,7 +135,7 @@ def check_inputs(config: Config) -> None:
     from megatron_prepo.inputs import preflight
     from megatron_prepo.run import directory as run_directory
 
-    needed = run_directory.needs_initial_weights(config)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
     tokenizer: Any = preflight.check(config, initial_weights=needed).tokenizer
     pinned = not config.data.chat_template or config.data.chat_template_date is not None
     if not pinned and "strftime_now" in str(tokenizer.chat_template):
@@ -210,25 +210,25 @@ def rollout_budget(config: Config) -> int:
     budget = config.train.rollout_budget
     if budget is None:
         budget = config.train.total_steps * selection.num_selected * group_size
-    if _is_oracle(config):
+    if _is_oracle(config.selection):
         trained = selection.num_selected
         budget = -(-budget * (selection.num_candidates + trained) // trained)
     return budget
 
 
-def _is_oracle(config: Config) -> bool:
+def _is_oracle(selection: SelectionConfig) -> bool:
     """Return whether the method rolls out all candidates before it chooses."""
-    if not config.selection.is_custom:
-        return config.selection.method == "oracle"
+    if not selection.is_custom:
+        return selection.method == "oracle"
     from megatron_prepo.selection import user_class
 
-    return user_class.load(config.selection.method).needs_pass_rates
+    return user_class.load(selection.method).needs_pass_rates
 
 
 def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_waiting: int) -> str:
     """Describe the runs and what is equal for all arms."""
     arms, seeds = ([*dict.fromkeys(getattr(r, key) for r in planned)] for key in ("arm", "seed"))
-    without_probes = [r for r in planned if not _is_oracle(r.config)] or planned
+    without_probes = [r for r in planned if not _is_oracle(r.config.selection)] or planned
     config = without_probes[0].config
     each = config.selection.num_selected * config.rollout.samples_per_prompt
     return (

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, ModelConfig, overridden
+from megatron_prepo.config import Config, DataConfig, ModelConfig, overridden
 from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation import table
@@ -94,7 +94,8 @@ def load_settings(path: str | None, models: Named, overrides: Sequence[str]) -> 
     source = path or next((file for file in runs if file.is_file()), None)
     if source:
         day = prompt_digests.recorded_date(Path(source).parent)
-        return dated(configuration.load(source, overrides), day)
+        config = configuration.load(source, overrides)
+        return dataclasses.replace(config, data=dated(config.data, day))
     given = any(override.startswith("model.dtype=") for override in overrides)
     own = [] if given else [f"model.dtype={own_dtype(Path(place) for _, place in models)}"]
     return overridden(PLACEHOLDERS, [*own, *overrides])
@@ -124,21 +125,18 @@ def _is_megatron(place: Path) -> bool:
     return any((place / mark).is_file() for mark in MEGATRON_MARKS)
 
 
-def dated(config: Config, day: date | None) -> Config:
-    """Return the configuration with this date for its chat template, unless one is set."""
-    data = config.data
+def dated(data: DataConfig, day: date | None) -> DataConfig:
+    """Return the section with this date for the chat template, unless one is set."""
     if day is None or not data.chat_template or data.chat_template_date is not None:
-        return config
-    return dataclasses.replace(
-        config, data=dataclasses.replace(data, chat_template_date=day.isoformat())
-    )
+        return data
+    return dataclasses.replace(data, chat_template_date=day.isoformat())
 
 
-def held_out(config: Config) -> list[tuple[str, str]]:
-    """Return the run's held-out prompts as the only suite."""
-    if config.data.eval == PLACEHOLDERS["data"]["eval"]:
+def held_out(file: str) -> list[tuple[str, str]]:
+    """Return the run's held-out prompts, `data.eval`, as the only suite."""
+    if file == PLACEHOLDERS["data"]["eval"]:
         raise UserError("no prompts: give --suite NAME=FILE, or a run as a model")
-    return [("held out", config.data.eval)]
+    return [("held out", file)]
 
 
 def evaluate_models(
@@ -152,8 +150,9 @@ def evaluate_models(
     refuse_other_files(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with lock.held(directory / lock.FILE, f"--out {directory}"):
-        config = dated(config, _first_start_date(directory) or date.today())
-        agree(directory, config, dict(models), dict(suites))
+        day = _first_start_date(directory) or date.today()
+        config = dataclasses.replace(config, data=dated(config.data, day))
+        agree(directory, fixed_settings(config), dict(models), dict(suites))
         return _evaluate_models(config, models, suites, directory)
 
 
@@ -167,7 +166,7 @@ def _evaluate_models(
     }
     with closing(Grader(config.reward)) as grader:
         for name, place in models:
-            model = find_model(name, Path(place), directory, config)
+            model = find_model(name, Path(place), directory, config.model.hf)
             results["models"][name] = evaluate_model(config, model, suites, directory, grader)
             write_text(directory / "results.json", json.dumps(results, indent=2) + "\n")
             write_text(directory / "table.md", table.markdown(results))
@@ -188,8 +187,11 @@ def refuse_other_files(directory: Path) -> None:
         )
 
 
-def find_model(name: str, place: Path, directory: Path, config: Config) -> Model:
-    """Return the model in Hugging Face format; a Megatron checkpoint is exported once."""
+def find_model(name: str, place: Path, directory: Path, hf: str) -> Model:
+    """Return the model in Hugging Face format; a Megatron checkpoint is exported once.
+
+    `hf`: `model.hf`, for a checkpoint that is not in a run.
+    """
     if (place / "config.json").is_file():
         return Model(name, place, place)
     if (place / "config.yaml").is_file():
@@ -201,8 +203,8 @@ def find_model(name: str, place: Path, directory: Path, config: Config) -> Model
         exported = export(name, place / "checkpoints", directory, run.model.hf)
         return Model(name, place, exported, rollouts)
     if _is_megatron(place):
-        hf = None if config.model.hf == "-" else config.model.hf
-        return Model(name, place, export(name, place, directory, hf))
+        given = None if hf == PLACEHOLDERS["model"]["hf"] else hf
+        return Model(name, place, export(name, place, directory, given))
     raise UserError(
         f"{place} is neither a Hugging Face directory (config.json), nor a Megatron checkpoint "
         "(latest_checkpointed_iteration.txt), nor a run (config.yaml)"
@@ -260,10 +262,10 @@ def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
-        date=prompt_digests.template_date(config),
+        date=prompt_digests.template_date(config.data, config.run),
     )[: config.eval.max_prompts]
     hf = read_hf_config(config.model.hf, for_megatron=False)
-    preflight.check_room(config, hf, prompts)
+    preflight.check_room(config.rollout.max_new_tokens, hf, prompts)
     return prompts
 
 
@@ -330,17 +332,22 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     return {f"{s}.{name}": tree[s][name] for s, names in FIXED_SETTINGS for name in names}
 
 
-def agree(directory: Path, config: Config, models: dict[str, str], suites: dict[str, str]) -> None:
-    """Record what is evaluated; UserError if the record has other contents under a same name."""
+def agree(
+    directory: Path, settings: dict[str, Any], models: dict[str, str], suites: dict[str, str]
+) -> None:
+    """Record what is evaluated; UserError if the record has other contents under a same name.
+
+    `settings`: see `fixed_settings`.
+    """
     odd = [name for name in [*models, *suites] if not name or "/" in name]
     if odd:
         raise UserError(f"{odd[0]!r} cannot name a model or a suite: it is used as a file name")
     places = {name: _model_digest(Path(place)) for name, place in models.items()}
     files = {name: _file_digest(Path(file)) for name, file in suites.items()}
-    note = {"settings": fixed_settings(config), "models": places, "suites": files}
-    file, colon, function = config.reward.function.rpartition(":")
+    file, colon, function = settings["reward.function"].rpartition(":")
     if colon:
-        note["settings"]["reward.function"] = f"{_file_digest(Path(file))}:{function}"
+        settings = settings | {"reward.function": f"{_file_digest(Path(file))}:{function}"}
+    note = {"settings": settings, "models": places, "suites": files}
     path = directory / "evaluation.json"
     if path.is_file():
         before = _note(path)

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.inputs import prompt_digests
@@ -50,24 +50,24 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     check_layout(config, hf)
     other_files(config.model.hf)
     if initial_weights:
-        check_weights(config, hf)
+        check_weights(config.model, hf)
     check_file(config.reward.function)
     check_selector(config)
     if "RANK" not in os.environ:  # ranks load the function before anything else anyway
         pool.check(config.reward)
     tokenizer = read_tokenizer(config.model.hf)
-    check_stop_tokens(config, hf, tokenizer)
-    train_prompts = load_prompts(config, tokenizer, "train")
-    eval_prompts = load_prompts(config, tokenizer, "eval")
+    check_stop_tokens(config.model.hf, hf, tokenizer)
+    train_prompts = load_prompts(config.data, config.run, tokenizer, "train")
+    eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval")
     digests = PromptDigests.of(
-        config,
-        prompt_digests.template_date(config),
+        config.data,
+        prompt_digests.template_date(config.data, config.run),
         {"train": train_prompts, "eval": eval_prompts},
     )
-    prompt_digests.check_unchanged(config, digests)
+    prompt_digests.check_unchanged(config.run, digests)
     eval_prompts = eval_prompts[: config.eval.max_prompts]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
-    check_room(config, hf, train_prompts + eval_prompts)
+    check_room(config.rollout.max_new_tokens, hf, train_prompts + eval_prompts)
     largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
     if largest >= hf["vocab_size"]:
         raise UserError(
@@ -94,56 +94,61 @@ def check_selector(config: Config) -> None:
         )
 
 
-def check_room(config: Config, hf: dict[str, Any], prompts: list[Prompt]) -> None:
+def check_room(max_new_tokens: int, hf: dict[str, Any], prompts: list[Prompt]) -> None:
     """Raise UserError unless the longest prompt and its completion fit the model's positions."""
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    if len(longest.tokens) > hf["max_position_embeddings"] - config.rollout.max_new_tokens:
+    if len(longest.tokens) > hf["max_position_embeddings"] - max_new_tokens:
         raise UserError(
             f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} does not fit the model's "
+            f"rollout.max_new_tokens={max_new_tokens} does not fit the model's "
             f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
         )
 
 
-def check_stop_tokens(config: Config, hf: dict[str, Any], tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a completion; UserError if none is in the model's vocabulary."""
+def check_stop_tokens(directory: str, hf: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a completion; UserError if none is in the model's vocabulary.
+
+    `hf`: the settings of the model in the directory.
+    """
     from megatron_prepo.rollout.transformers_engine import stop_tokens
 
-    tokens = stop_tokens(config.model.hf, tokenizer)
+    tokens = stop_tokens(directory, tokenizer)
     if min(tokens) >= hf["vocab_size"]:
         raise UserError(
             f"completions would never end: the end-of-sequence token {min(tokens)} of "
-            f"{config.model.hf} is not one of its vocab_size={hf['vocab_size']}"
+            f"{directory} is not one of its vocab_size={hf['vocab_size']}"
         )
     return tokens
 
 
-def check_engine(config: Config, engine: Engine) -> None:
+def check_engine(model: ModelConfig, rollout: RolloutConfig, engine: Engine) -> None:
     """Raise UserError unless the engine rounds logits as the actor does.
 
     Float32 on one side only is worse than on neither: all of the other side's rounding then appears
     as a difference.
     """
-    actor_fp32 = config.model.fp32_lm_head
-    if config.model.dtype != "float32" and engine.fp32_lm_head != actor_fp32:
-        words = {True: "float32", False: config.model.dtype, None: "of unknown type"}
+    actor_fp32 = model.fp32_lm_head
+    if model.dtype != "float32" and engine.fp32_lm_head != actor_fp32:
+        words = {True: "float32", False: model.dtype, None: "of unknown type"}
         raise UserError(
             f"model.fp32_lm_head={str(actor_fp32).lower()}: the actor's logits are "
-            f"{words[actor_fp32]}, but those of rollout.engine={config.rollout.engine} are "
+            f"{words[actor_fp32]}, but those of rollout.engine={rollout.engine} are "
             f"{words[engine.fp32_lm_head]}; set model.fp32_lm_head="
             f"{str(engine.fp32_lm_head).lower()}, or start the engine with its own setting "
             "(SGLang: enable_fp32_lm_head) changed"
         )
 
 
-def load_prompts(config: Config, tokenizer: Any, name: Literal["train", "eval"]) -> list[Prompt]:
+def load_prompts(
+    data: DataConfig, run: RunConfig, tokenizer: Any, name: Literal["train", "eval"]
+) -> list[Prompt]:
     """Return all prompts of `data.train` or `data.eval`, tokenized."""
     return read_prompts(
-        getattr(config.data, name),
+        getattr(data, name),
         tokenizer,
-        max_tokens=config.data.max_prompt_tokens,
-        chat_template=config.data.chat_template,
-        date=prompt_digests.template_date(config),
+        max_tokens=data.max_prompt_tokens,
+        chat_template=data.chat_template,
+        date=prompt_digests.template_date(data, run),
     )
 
 
@@ -169,7 +174,7 @@ def check_opens(directory: Path, *, skip: Sequence[str] = ()) -> None:
             raise UserError(f"{path}{link} cannot be read: {error.strerror}") from error
 
 
-def check_weights(config: Config, hf: dict[str, Any]) -> None:
+def check_weights(model: ModelConfig, hf: dict[str, Any]) -> None:
     """Raise UserError unless the checkpoint or the Hugging Face files to start from match `hf`.
 
     `hf`: the settings of `model.hf`, whose other files are copied to the exported model.
@@ -181,15 +186,15 @@ def check_weights(config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.models.torch_dist import TorchDistReader
 
     try:
-        if config.model.megatron:
-            checkpoint = newest(config.model.megatron)
+        if model.megatron:
+            checkpoint = newest(model.megatron)
             check_opens(checkpoint)
             _check_form(checkpoint)
             TorchDistReader(checkpoint).common()
-            check_record(checkpoint, hf, config.model.hf)
-            check_tokenizer(checkpoint, config.model.hf)
+            check_record(checkpoint, hf, model.hf)
+            check_tokenizer(checkpoint, model.hf)
         else:
-            with HFTensors(config.model.hf, tied=hf["tie_word_embeddings"]) as tensors:
+            with HFTensors(model.hf, tied=hf["tie_word_embeddings"]) as tensors:
                 check_fit(tensors, hf)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error

@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import DataConfig, RunConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.records import Prompt
@@ -43,10 +43,10 @@ class PromptDigests:
 
     @classmethod
     def of(
-        cls, config: Config, day: Day | None, prompts: dict[str, Sequence[Prompt]]
+        cls, data: DataConfig, day: Day | None, prompts: dict[str, Sequence[Prompt]]
     ) -> "PromptDigests":
         """Compute the digests of all prompts of `train` and `eval`."""
-        tree = vars(config.data)
+        tree = vars(data)
         return cls(
             None if day is None else day.isoformat(),
             {f"data.{name}": "".join(map(_digest, of_file)) for name, of_file in prompts.items()},
@@ -74,14 +74,13 @@ class PromptDigests:
         return None
 
 
-def template_date(config: Config) -> date | None:
+def template_date(data: DataConfig, run: RunConfig) -> date | None:
     """Return the chat template's date: as set, as at the run's first start, or today."""
-    if not config.data.chat_template:
+    if not data.chat_template:
         return None
-    if config.data.chat_template_date is not None:
-        return date.fromisoformat(config.data.chat_template_date)
-    recorded = _recorded(config)
-    return recorded_date(Path(config.run.dir)) if recorded else date.today()
+    if data.chat_template_date is not None:
+        return date.fromisoformat(data.chat_template_date)
+    return recorded_date(Path(run.dir)) if _recorded(run) else date.today()
 
 
 def recorded_date(directory: Path) -> date | None:
@@ -90,12 +89,12 @@ def recorded_date(directory: Path) -> date | None:
     return date.fromisoformat(record["date"]) if record and record["date"] else None
 
 
-def check_unchanged(config: Config, now: PromptDigests) -> None:
+def check_unchanged(run: RunConfig, now: PromptDigests) -> None:
     """Raise UserError if a resumed run would have other prompts than at its first start."""
-    record = _recorded(config)
+    record = _recorded(run)
     if record and (difference := now.difference(record["files"])):
         raise UserError(
-            f"run.dir={config.run.dir} began with other prompts: {difference}; {CAUSES} "
+            f"run.dir={run.dir} began with other prompts: {difference}; {CAUSES} "
             "has changed since its first start: restore it, or start a new run"
         )
 
@@ -135,9 +134,9 @@ def read(directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error!r}): restore it, or start a new run") from error
 
 
-def _recorded(config: Config) -> dict[str, Any] | None:
+def _recorded(run: RunConfig) -> dict[str, Any] | None:
     """Return the record of the run in `run.dir`, unless there is none or it would be replaced."""
-    return None if config.run.overwrite else read(Path(config.run.dir))
+    return None if run.overwrite else read(Path(run.dir))
 
 
 def _digest(prompt: Prompt) -> str:

@@ -349,7 +349,7 @@ def _weight_sync(config: Config) -> Finding:
 
 def _login(config: Config) -> Finding:
     try:
-        dashboards.check(config)
+        dashboards.check(config.run)
     except UserError as error:
         return Finding("W&B login", "missing", str(error))
     return Finding("W&B login", "ok", "key found, or W&B is offline")
@@ -484,7 +484,7 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
     if tokenizer and hf:
         findings.look(
             "stop tokens",
-            lambda: preflight.check_stop_tokens(config, hf, tokenizer),
+            lambda: preflight.check_stop_tokens(config.model.hf, hf, tokenizer),
             lambda tokens: ", ".join(map(str, sorted(tokens))),
         )
     if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
@@ -513,7 +513,7 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
         elif tokenizer:
             findings.look(
                 f"data.{name}",
-                partial(preflight.load_prompts, config, tokenizer, name),
+                partial(preflight.load_prompts, config.data, config.run, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
 
@@ -541,14 +541,14 @@ def _check_weights(config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.run import directory as run_directory
 
     other_files(config.model.hf)
-    if run_directory.needs_initial_weights(config):
-        preflight.check_weights(config, hf)
+    if run_directory.needs_initial_weights(config.run, config.loss):
+        preflight.check_weights(config.model, hf)
 
 
 def _weights(config: Config) -> str:
     from megatron_prepo.run import directory as run_directory
 
-    if not run_directory.needs_initial_weights(config):
+    if not run_directory.needs_initial_weights(config.run, config.loss):
         return "in the run's own checkpoint"
     return f"{_weight_bytes(config) / GIB:.1f} GiB in {config.model.megatron or config.model.hf}"
 

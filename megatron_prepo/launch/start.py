@@ -20,12 +20,13 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     from megatron_prepo.run import directory as run_directory
 
     config = configuration.load(path, overrides)
-    run_directory.check_config_file(config, path)
+    run_directory.check_config_file(config.run, path)
     run_directory.check(config)
-    dashboards.check(config)
-    preflight.check(config, initial_weights=run_directory.needs_initial_weights(config))
+    dashboards.check(config.run)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    preflight.check(config, initial_weights=needed)
     run_directory.begin(config, _log)
-    run_directory.end(config)  # rank 0 takes the lock, since it must not run twice
+    run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):
         try:
@@ -50,7 +51,7 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
         from megatron_prepo.train_async import train_overlapped
 
         config = configuration.load(path, overrides)
-        run_directory.check_config_file(config, path)
+        run_directory.check_config_file(config.run, path)
         summary = train_overlapped(config) if config.train.overlap else train(config)
         if os.environ["RANK"] == "0":
             print(report.text(summary))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import ModelConfig, WeightSyncConfig
 from megatron_prepo.models.hf_files import HEAD, INDEX, SINGLE, HFTensors, buckets
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.rollout.engine import Engine, Shapes, SyncBroken
@@ -41,7 +41,8 @@ class WeightSource(Protocol):
 def sync_weights(
     actor: WeightSource,
     engine: Engine,
-    config: Config,
+    model: ModelConfig,
+    settings: WeightSyncConfig,
     probe: Sequence[int],
     *,
     compare_files: bool = True,
@@ -53,12 +54,12 @@ def sync_weights(
     With `compare_files`, the first sync compares names and shapes with the files of `model.hf`;
     set it to False for a run that does not read their weights, which may be gone.
     """
-    settings, shapes = config.weight_sync, actor.hf_shapes()
+    shapes = actor.hf_shapes()
     if engine.weight_version is None and compare_files:
-        check_names(shapes, config.model.hf)
+        check_names(shapes, model.hf)
     load_weights(actor, engine, settings.bucket_mb << 20, shapes)
     if settings.verify == "always" or (settings.verify == "first" and not engine.verified):
-        verify(actor, engine, probe, settings.tolerance or TOLERANCE[config.model.dtype])
+        verify(actor, engine, probe, settings.tolerance or TOLERANCE[model.dtype])
         engine.verified = True
 
 

@@ -11,24 +11,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_prepo.config import Config, to_tree
+from megatron_prepo.config import Config, RunConfig, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.run import directory as run_directory
 
 
-def check(config: Config) -> None:
+def check(run: RunConfig) -> None:
     """Raise UserError if a configured dashboard lacks its package or, on rank 0, its login."""
     for setting, wanted, package in (
-        ("run.tensorboard=true", config.run.tensorboard, "tensorboard"),
-        (f"run.wandb_project={config.run.wandb_project}", config.run.wandb_project, "wandb"),
+        ("run.tensorboard=true", run.tensorboard, "tensorboard"),
+        (f"run.wandb_project={run.wandb_project}", run.wandb_project, "wandb"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(
                 f'{setting} needs the package {package}: pip install -e ".[{package}]", or '
                 "remove the setting"
             )
-    if config.run.wandb_project and os.environ.get("RANK", "0") == "0":
-        _check_login(config.run.wandb_project)
+    if run.wandb_project and os.environ.get("RANK", "0") == "0":
+        _check_login(run.wandb_project)
 
 
 def _check_login(project: str) -> None:

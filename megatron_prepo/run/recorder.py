@@ -319,5 +319,5 @@ class Run:
             self._check_on_rank_zero()
             # last, since a summary marks the run as finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-            run_directory.end(self.config)
+            run_directory.end(self.directory)
         return summary

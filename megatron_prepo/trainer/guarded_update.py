@@ -42,6 +42,12 @@ class UpdateGuard:
         """Resume counting."""
         self.skipped_in_a_row, self.skip_dumps = state["skipped_in_a_row"], state["skip_dumps"]
 
+    def begin_dump(self, record: StepRecord, suffix: str, why: str) -> DumpWriter:
+        """Return the writer of a dump of this step; collective."""
+        self.run.check_directory()
+        directory = self.run.directory / "dumps" / f"step_{record.step:04d}{suffix}"
+        return DumpWriter(directory, self.actor, self.config, record, why=why)
+
     def skip(self, error: FloatingPointError, dump_it: Callable[[], str]) -> None:
         """Count a skipped update; raise the error if there were too many in a row.
 
@@ -65,7 +71,7 @@ class GuardedStep:
 
     def __init__(self, updates: UpdateGuard, record: StepRecord) -> None:
         self.updates, self.record = updates, record
-        self.actor, self.config = updates.actor, updates.config
+        self.actor, self.dump_steps = updates.actor, updates.config.debug.dump_steps
         self.number = 0
         self.asked_for: DumpWriter | None = None
 
@@ -73,8 +79,8 @@ class GuardedStep:
         """Make the actor's update; return None if it was skipped, on all ranks."""
         number, self.number = self.number, self.number + 1
         last = self.number == len(self.record.mini_batches)
-        if number == 0 and self.record.step in self.config.debug.dump_steps:
-            self.asked_for = self._dump("", "debug.dump_steps")
+        if number == 0 and self.record.step in self.dump_steps:
+            self.asked_for = self.updates.begin_dump(self.record, "", "debug.dump_steps")
         gradient = self.actor.backward(batch)
         if self.asked_for:
             self.asked_for.add(number, batch, gradient)
@@ -91,21 +97,16 @@ class GuardedStep:
     def _dump_skipped(
         self, number: int, batch: Sequence[TrainingSequence], gradient: BackwardResult
     ) -> str:
-        dump = self._dump(f"_update_{number}_skipped", "not finite")
+        dump = self.updates.begin_dump(self.record, f"_update_{number}_skipped", "not finite")
         dump.add(number, batch, gradient)
         dump.finish()
         return str(dump.directory)
-
-    def _dump(self, suffix: str, why: str) -> DumpWriter:
-        self.updates.run.check_directory()
-        directory = self.updates.run.directory / "dumps" / f"step_{self.record.step:04d}{suffix}"
-        return DumpWriter(directory, self.actor, self.config, self.record, why=why)
 
 
 class SkipUpdates:
     """A guard that makes no update, for `debug.mode=rollout`."""
 
-    def __init__(self, config: Config, actor: Actor, run: Run) -> None:
+    def __init__(self, run: Run) -> None:
         run.log("debug.mode=rollout: the weights stay unchanged")
 
     def of_step(self, record: StepRecord) -> "SkipUpdates":

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_prepo.actor import parallel
 from megatron_prepo.actor.actor import Actor
 from megatron_prepo.actor.model import describe
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, RewardConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, evaluate
@@ -110,7 +110,8 @@ class Trainer:
         sync_weights(
             self.actor,
             self.engine,
-            self.config,
+            self.config.model,
+            self.config.weight_sync,
             probe,
             compare_files=self.resumes_from is None or bool(self.config.loss.kl_coef),
         )
@@ -173,8 +174,9 @@ class Trainer:
 
 def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
-    dashboards.check(config)
-    inputs = preflight.check(config, initial_weights=run_directory.needs_initial_weights(config))
+    dashboards.check(config.run)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    inputs = preflight.check(config, initial_weights=needed)
     parallel.initialize(config.parallel, config.train.seed)
     prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
@@ -195,13 +197,15 @@ def set_up(config: Config) -> Trainer:
         resumes_from = newest_checkpoint(run)
         if resumes_from is None:
             on_rank_zero(lambda: check_beginning(config))
-        grader = build_grader(config, run.log)
+        grader = build_grader(config.reward, run.log)
         engine = build_engine(
             config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
         )
-        preflight.check_engine(config, engine)
+        preflight.check_engine(config.model, config.rollout, engine)
         actor = Actor(config, resumes=resumes_from is not None)
-    updates = (SkipUpdates if config.debug.mode == "rollout" else UpdateGuard)(config, actor, run)
+    updates = (
+        SkipUpdates(run) if config.debug.mode == "rollout" else UpdateGuard(config, actor, run)
+    )
     return Trainer(
         config=config,
         inputs=inputs,
@@ -240,9 +244,9 @@ def check_beginning(config: Config) -> None:
     They have been checked already unless the run has checkpoints, which turned out to be damaged
     only when they were read.
     """
-    if not run_directory.needs_initial_weights(config):
+    if not run_directory.needs_initial_weights(config.run, config.loss):
         run_directory.check_initial_weights(config)
-        preflight.check_weights(config, read_hf_config(config.model.hf))
+        preflight.check_weights(config.model, read_hf_config(config.model.hf))
 
 
 def on_rank_zero(call: Callable[[], Result]) -> Result:
@@ -269,11 +273,9 @@ def ranks() -> Ranks:
     )
 
 
-def build_grader(config: Config, log: Callable[[str], None]) -> Grader:
+def build_grader(reward: RewardConfig, log: Callable[[str], None]) -> Grader:
     """Start the grading processes next to rank 0; all ranks get their results."""
-    return Grader(
-        config.reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log
-    )
+    return Grader(reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log)
 
 
 def due(step: int, every: int) -> bool:

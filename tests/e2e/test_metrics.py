@@ -52,7 +52,9 @@ def by_the_model(run, dtype: torch.dtype, folders) -> dict[str, float]:
     of = dump.read(run / "dumps" / "step_0001")
     config = configuration.load(run / "config.yaml")
     tokenizer = preflight.read_tokenizer(config.model.hf)
-    tokens_of = {p.id: p.tokens for p in preflight.load_prompts(config, tokenizer, "train")}
+    tokens_of = {
+        p.id: p.tokens for p in preflight.load_prompts(config.data, config.run, tokenizer, "train")
+    }
     ids = [candidate["id"] for candidate in of.about["candidates"]]
     ppl = {i: float(torch.exp(-scores(before, tokens_of[i], 1)[0].mean())) for i in ids}
     rewards = pandas.DataFrame({"id": [r.prompt.id for r in of.rollouts], "reward": of.rewards_N})

@@ -28,7 +28,7 @@ def measure(hf: str, directory: str, python: str) -> dict:
     config = config_of(hf, directory, python, "qwen3")
     parallel.initialize(config.parallel, seed=1)
     actor, engine = Actor(config), engine_of(config)
-    sync_weights(actor, engine, config, PROMPTS[0].tokens)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROMPTS[0].tokens)
     answers, call = [], engine.fleet.call
 
     async def watched(server, path, *arguments, **options):

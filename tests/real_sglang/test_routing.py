@@ -35,7 +35,7 @@ def compared(hf: str, directory: str, python: str) -> dict:
         config = replace(config, rollout=replace(config.rollout, **rollout))
         actor, engine = Actor(config), engine_of(config)
         try:
-            sync_weights(actor, engine, config, PROMPTS[0].tokens)
+            sync_weights(actor, engine, config.model, config.weight_sync, PROMPTS[0].tokens)
             rollouts = generate(engine, NEW_TOKENS)
             engine.fleet.settings = replace(
                 engine.fleet.settings, straggler_seconds=STRAGGLER_SECONDS

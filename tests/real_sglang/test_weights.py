@@ -91,7 +91,7 @@ def one_sync(config: Config, scale: float) -> dict | None:
         for parameter in actor.chunks[0].parameters():
             parameter.mul_(scale)
     engine = engine_of(config, rank=torch.distributed.get_rank())
-    sync_weights(actor, engine, config, PROMPTS[0].tokens)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROMPTS[0].tokens)
     prompt_difference = verify(actor, engine, PROMPTS[-1].tokens, tolerance=TOLERANCE["float32"])
     rollouts = generate(engine)
     scores = actor.score([scored_sequence(r) for r in rollouts], temperature=TEMPERATURE)
@@ -219,7 +219,7 @@ def faults(hf: str, directory: str, python: str) -> dict:
     config = config_of(hf, directory, python, "qwen3", weight_sync={"transport": "distributed"})
     parallel.initialize(config.parallel, seed=1)
     actor, engine, found = Actor(config), engine_of(config), {}
-    sync_weights(actor, engine, config, PROMPTS[0].tokens)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROMPTS[0].tokens)
     [server] = engine.fleet.servers
     request = urllib.request.Request(
         f"{server.url}/update_weight_version",
@@ -228,7 +228,9 @@ def faults(hf: str, directory: str, python: str) -> dict:
     )
     urllib.request.urlopen(request, timeout=60)
     found["stale"] = message(lambda: generate(engine))
-    sync_weights(actor, engine, config, PROMPTS[0].tokens)  # the server is restarted
+    sync_weights(
+        actor, engine, config.model, config.weight_sync, PROMPTS[0].tokens
+    )  # the server is restarted
     found["after a restart"] = message(lambda: generate(engine))
     os.killpg(next(iter(children(server.own.process.pid))), signal.SIGSTOP)
     engine.fleet.settings = config_of(

@@ -103,7 +103,8 @@ class SGLangEngine:
         if settings.transport == "ipc":
             return ByIPC(
                 self.fleet,
-                config,
+                config.servers,
+                settings,
                 device=device,
                 rank=self.rank,
                 share=self.share,
@@ -117,8 +118,8 @@ class SGLangEngine:
             case "distributed":
                 address = settings.address
                 return Distributed(self.fleet, seconds=seconds, address=address, device=device)
-        directory, like = weights_directory(config), config.model.hf
-        return FromDisk(self.fleet, seconds=seconds, directory=directory, like=like)
+        directory = weights_directory(config.run.dir, settings.directory)
+        return FromDisk(self.fleet, seconds=seconds, directory=directory, like=config.model.hf)
 
     def load_weights(self, buckets: Iterable[Bucket], version: int, shapes: Shapes) -> None:
         """Replace the servers' weights with those of the buckets; collective.
@@ -364,16 +365,17 @@ class SGLangEngine:
         )
 
 
-def weights_directory(config: Config) -> Path:
+def weights_directory(run_dir: str, shared: str | None) -> Path:
     """Return the directory for weights with `weight_sync.transport=disk`, used by this run only.
 
-    In `weight_sync.directory`, which runs may share, its name is a digest of host and `run.dir`.
+    In `shared`, the `weight_sync.directory` of several runs, its name is a digest of host and
+    `run.dir`.
     """
-    if config.weight_sync.directory is None:
-        return Path(config.run.dir) / "weight_sync"
-    place = f"{socket.gethostname()}:{Path(config.run.dir).resolve()}"
+    if shared is None:
+        return Path(run_dir) / "weight_sync"
+    place = f"{socket.gethostname()}:{Path(run_dir).resolve()}"
     name = f"megatron-prepo-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
-    return Path(config.weight_sync.directory) / name
+    return Path(shared) / name
 
 
 def _servers(config: Config, device: torch.device) -> list[Server]:

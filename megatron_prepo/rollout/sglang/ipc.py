@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_strategy
 
 from megatron_prepo import internals
-from megatron_prepo.config import Config, ServersConfig
+from megatron_prepo.config import ServersConfig, WeightSyncConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.engine import Bucket, EngineError, Shapes
@@ -49,7 +49,8 @@ class ByIPC:
     def __init__(
         self,
         fleet: Fleet | None,
-        config: Config,
+        servers: ServersConfig,
+        sync: WeightSyncConfig,
         *,
         device: torch.device,
         rank: int,
@@ -57,7 +58,7 @@ class ByIPC:
         gather: Callable[[Any], list[Any]],
     ) -> None:
         self.fleet, self.share, self.gather = fleet, share, gather
-        self.servers, self.sync = config.servers, config.weight_sync
+        self.servers, self.sync = servers, sync
         self.cuda, self.device = device.type == "cuda", device.index or 0
         # the servers are on the machine of rank 0
         self.near = rank < _num_local_ranks() if self.cuda else rank == 0

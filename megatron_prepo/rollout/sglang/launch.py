@@ -62,7 +62,7 @@ def _check_arguments(config: Config, python: str) -> None:
     try:
         done = subprocess.run(
             [*command, json.dumps(words)],
-            env=environment(config, 0, cuda=cuda, base=os.environ),
+            env=environment(config.servers, 0, cuda=cuda, base=os.environ),
             capture_output=True,
             text=True,
             errors="replace",
@@ -174,7 +174,7 @@ def _word(value: object) -> str:
 
 
 def environment(
-    config: Config, index: int, *, cuda: bool, base: Mapping[str, str]
+    servers: ServersConfig, index: int, *, cuda: bool, base: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the environment of the server with this index; `base` is the trainer's.
 
@@ -182,9 +182,9 @@ def environment(
     Raises UserError if there are too few.
     """
     own = {name: value for name, value in base.items() if name not in OF_THE_RANK}
-    tensor = config.servers.tensor
+    tensor = servers.tensor
     if cuda:
-        first = config.servers.first_device + index * tensor
+        first = servers.first_device + index * tensor
         devices = [str(device) for device in range(first, first + tensor)]
         if visible := base.get("CUDA_VISIBLE_DEVICES"):
             devices = visible.split(",")[first : first + tensor]
@@ -247,7 +247,7 @@ class OwnServer:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [python, GUARD, str(os.getpid()), python, "-m", "sglang.launch_server", *words],
-                env=environment(self.config, self.index, cuda=self.cuda, base=os.environ),
+                env=environment(self.config.servers, self.index, cuda=self.cuda, base=os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

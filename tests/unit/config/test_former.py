@@ -8,7 +8,7 @@ import yaml
 from megatron_prepo.config import former, load
 from megatron_prepo.config.loading import _known_keys
 from megatron_prepo.errors import UserError
-from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run import changes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SAVED = REPOSITORY / "tests" / "data" / "config_of_9cda445.yaml"
@@ -49,8 +49,10 @@ def test_a_cap_on_the_importance(tmp_path):
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
     """Its own settings are no change; today's way to set the same is one only of rounding."""
     before = saved(tmp_path)
-    assert run_directory.changes(before, saved(tmp_path), None).forbidden == []
-    found = run_directory.changes(before, saved(tmp_path, "train.micro_batch_tokens=4096"), None)
+    read = {"read_before": None, "initial_weights": False}
+    assert changes.compare(before, saved(tmp_path), **read).forbidden == []
+    smaller = saved(tmp_path, "train.micro_batch_tokens=4096")
+    found = changes.compare(before, smaller, **read)
     assert found.forbidden == []
     assert found.rounding == ["train.micro_batch_tokens=4736, now 4096"]
 

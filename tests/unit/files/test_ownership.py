@@ -306,13 +306,11 @@ def test_checkpoints_of_others_do_not_cost_a_run_its_own(tmp_path, foreign):
 def test_weights_for_servers_get_a_folder_of_the_runs_own(tmp_path):
     """`weight_sync.directory` may be a folder of the user's, and of several runs."""
     from megatron_prepo.rollout.sglang.engine import weights_directory
-    from tests.unit.run.test_run_directory import config
 
-    shared = {"weight_sync": {"directory": str(tmp_path / "shared")}}
     one, other = (
-        weights_directory(config(tmp_path, run={"dir": str(tmp_path / name)}, **shared))
+        weights_directory(str(tmp_path / name), str(tmp_path / "shared"))
         for name in ("one", "other")
     )
     assert one != other and one.parent == other.parent == tmp_path / "shared"
     assert one.name.startswith("megatron-prepo-")
-    assert weights_directory(config(tmp_path)) == tmp_path / "run" / "weight_sync"
+    assert weights_directory(str(tmp_path / "run"), None) == tmp_path / "run" / "weight_sync"

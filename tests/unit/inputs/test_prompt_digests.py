@@ -1,5 +1,6 @@
 """Prompts whose chat template writes the date: the same in a resumed run, and on all ranks."""
 
+import dataclasses
 import datetime
 import json
 import shutil
@@ -87,7 +88,7 @@ def begin(settings: config.Config) -> preflight.Inputs:
     inputs = preflight.check(settings)
     directory = Path(settings.run.dir)
     run_directory.begin(settings, print)
-    run_directory.end(settings)
+    run_directory.end(Path(settings.run.dir))
     (directory / "inputs.json").unlink()
     prompt_digests.save(directory, inputs.digests)
     return inputs
@@ -186,8 +187,9 @@ def test_an_evaluation_has_the_date_of_its_run_or_of_its_first_start(laptop, tmp
     of_run = suites.load_settings(None, [("run", str(tmp_path / "run"))], [])
     assert of_run.data.chat_template_date == "2026-01-31"
     out = tmp_path / "out"
-    first = suites.dated(laptop(), Calendar.today())
-    suites.agree(out, first, {}, {})
+    given = laptop()
+    first = dataclasses.replace(given, data=suites.dated(given.data, Calendar.today()))
+    suites.agree(out, suites.fixed_settings(first), {}, {})
     day("2026-02-02")
     assert suites._first_start_date(out) == datetime.date(2026, 2, 1)
 

@@ -87,7 +87,7 @@ def test_an_engine_with_another_precision_is_refused(actor, engine):
     config = actor_config("unused", model={"dtype": "bfloat16", "fp32_lm_head": actor})
     reports = SimpleNamespace(fp32_lm_head=engine)
     if actor == engine:
-        check_engine(config, reports)
+        check_engine(config.model, config.rollout, reports)
         return
     types = ("float32", "bfloat16") if actor else ("bfloat16", "float32")
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_an_engine_with_another_precision_is_refused(actor, engine):
         rf"those of rollout\.engine=embedded are {types[1]}; set "
         rf"model\.fp32_lm_head={str(engine).lower()}",
     ):
-        check_engine(config, reports)
+        check_engine(config.model, config.rollout, reports)
 
 
 def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
@@ -127,7 +127,7 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
 
 def test_in_float32_there_is_nothing_to_round():
     config = actor_config("unused", model={"dtype": "float32", "fp32_lm_head": True})
-    check_engine(config, SimpleNamespace(fp32_lm_head=False))
+    check_engine(config.model, config.rollout, SimpleNamespace(fp32_lm_head=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -116,7 +116,7 @@ def rollouts(engine, **options):
 
 def test_only_what_is_not_paid_is_asked_for_and_all_is_kept_as_it_comes(build, hf, fakes):
     engine, config = build(fakes[:1], verify="never")
-    sync_weights(FakeActor(hf), engine, config, PROBE)
+    sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     kept = {}
     whole = rollouts(engine, on_rollouts=kept.update)
     keys = [(prompt.id, sample) for prompt in PROMPTS for sample in range(3)]
@@ -133,7 +133,7 @@ def test_only_what_is_not_paid_is_asked_for_and_all_is_kept_as_it_comes(build, h
 
 def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fakes):
     engine, config = build(fakes, verify="never")
-    sync_weights(FakeActor(hf), engine, config, PROBE)
+    sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
 
     def keep(_):
         raise OSError("the disk is full")
@@ -146,7 +146,7 @@ def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fak
 def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
     """Requests come in another order, which would spread them differently."""
     engine, config = build(fakes, verify="never")
-    sync_weights(FakeActor(hf), engine, config, PROBE)
+    sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     fakes[0].prompt_logprobs = fakes[1].prompt_logprobs = lambda ids: [-t / 100 for t in ids[1:]]
     assert engine.score_prompts(PROMPTS) == [[-0.06, -(7 + i) / 100] for i in range(4)]
     scored = [{tuple(body["input_ids"]) for body in fake.requests} for fake in fakes]
@@ -157,7 +157,7 @@ def test_rollouts_go_where_their_prompt_was_scored(build, hf, fakes):
 
 def test_scores_of_other_weights_are_refused(build, hf, fakes):
     engine, config = build(fakes[:1], verify="never")
-    sync_weights(FakeActor(hf), engine, config, PROBE)
+    sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     fakes[0].version = "another"
     with pytest.raises(EngineError, match="by weights another"):
         engine.score_prompts(PROMPTS)
@@ -168,13 +168,13 @@ def test_generation_in_the_background_is_waited_for_and_the_engine_kept_from_all
 ):
     engine, config = build(fakes, verify="never")
     actor, open_gate = FakeActor(hf), threading.Event()
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     expected = rollouts(engine)
     for fake in fakes:
         fake.fault = lambda path, body: path == "/generate" and not open_gate.wait(60)
     under_way = engine.start_generate(request())
     for call in (
-        lambda: sync_weights(actor, engine, config, PROBE),
+        lambda: sync_weights(actor, engine, config.model, config.weight_sync, PROBE),
         lambda: rollouts(engine),
         lambda: engine.score_prompts(PROMPTS),
         lambda: engine.prompt_logprobs(PROBE),
@@ -185,7 +185,7 @@ def test_generation_in_the_background_is_waited_for_and_the_engine_kept_from_all
     open_gate.set()
     assert under_way.result() == expected and under_way.seconds > 0
     assert {rollout.weight_version for rollout in expected} == {0}
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert {rollout.weight_version for rollout in rollouts(engine)} == {1}
 
 
@@ -201,7 +201,7 @@ def test_a_sync_brings_every_tensor_bit_for_bit(build, hf, fakes, transport, mon
     monkeypatch.setattr(weight_sync, "buckets", lambda weights, limit: small_buckets(weights))
     actor = FakeActor(hf)
     for _ in range(2):
-        sync_weights(actor, engine, config, PROBE)
+        sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
         for fake in fakes:
             assert_has_weights(fake, actor)
         assert engine.weight_version == actor.updates
@@ -212,22 +212,22 @@ def test_a_sync_brings_every_tensor_bit_for_bit(build, hf, fakes, transport, mon
 def test_a_server_whose_logits_are_rounded_otherwise_is_refused(build, hf):
     with FakeSGLang(fp32_lm_head=True) as fake:
         equal, config = build([fake], model={"dtype": "bfloat16"}, verify="never")
-        sync_weights(FakeActor(hf), equal, config, PROBE)
+        sync_weights(FakeActor(hf), equal, config.model, config.weight_sync, PROBE)
         engine, config = build([fake], model={"dtype": "bfloat16", "fp32_lm_head": False})
         with pytest.raises(EngineError, match=rf"{fake.url} has enable_fp32_lm_head=true"):
-            sync_weights(FakeActor(hf), engine, config, PROBE)
+            sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
 
 
 def test_a_server_that_does_not_tell_its_experts_is_refused_if_they_are_to_be_replayed(build, hf):
     with FakeSGLang(routing=(2, 2)) as tells, FakeSGLang() as silent:
         engine, config = build([tells], router_replay=True, verify="never")
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
         engine, config = build([silent], verify="never")
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
         engine, config = build([silent], router_replay=True, verify="never")
         words = rf"{silent.url} does not tell .*rollout\.router_replay=.*--enable-return-routed"
         with pytest.raises(EngineError, match=words):
-            sync_weights(FakeActor(hf), engine, config, PROBE)
+            sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
 
 
 def small_buckets(weights):
@@ -241,7 +241,7 @@ def test_bfloat16_and_float32_travel_together(build, hf, fakes):
     actor = FakeActor(hf)
     for name in list(actor.weights)[::3]:
         actor.weights[name] = actor.weights[name].bfloat16()
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     for fake in fakes:
         assert_has_weights(fake, actor)
 
@@ -249,7 +249,7 @@ def test_bfloat16_and_float32_travel_together(build, hf, fakes):
 def test_the_order_of_a_sync(build, hf, fakes):
     with_sessions, without = fakes
     engine, config = build(fakes, verify="never")
-    sync_weights(FakeActor(hf), engine, config, PROBE)
+    sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     steps = [call for call in with_sessions.calls if call not in DESCRIPTION]
     bare = [call for call in without.calls if call not in DESCRIPTION]
     assert steps == [
@@ -284,7 +284,7 @@ def test_a_refusal_names_server_and_culprit(build, hf, fakes, path, transport, c
     engine, config = build(fakes, transport=transport)
     fakes[0].fault = lambda called, body: "refuse" if called == path else None
     with pytest.raises(EngineError) as error:
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     assert fakes[0].url in str(error.value) and culprit in str(error.value)
     assert "the fake will not" in str(error.value)
     if path == "/update_weights_from_tensor":
@@ -300,7 +300,7 @@ def test_an_answer_that_says_no_is_a_refusal(build, hf, fakes):
         (200, {"success": False, "message": "no"}) if "tensor" in path else answer(path, body)
     )
     with pytest.raises(EngineError, match=f"{fakes[1].url} answered .*'message': 'no'"):
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
 
 
 @pytest.mark.parametrize("path", ["/update_weights_from_tensor", "/flush_cache"])
@@ -310,13 +310,13 @@ def test_a_server_that_dies_in_a_sync_is_left_out_and_comes_back_at_the_next(
     engine, config = build(fakes)
     actor = FakeActor(hf)
     fakes[0].fault = lambda called, body: "die" if called == path else None
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert fakes[0].url in engine.said[0] and path in engine.said[0]
     assert len(rollouts(engine)) == 12 and not fakes[0].requests
     assert engine.verified
     fakes[0].restart()
     actor.update()
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert_has_weights(fakes[0], actor)
     assert "serves again" in engine.said[-1]
     assert "logprob_start_len" in fakes[0].requests[0], "a server that came back is verified"
@@ -344,14 +344,14 @@ def test_a_server_at_fault_in_a_sync_has_no_part_in_the_next_rollouts(
     fakes[0].fault = lambda called, body: fault if "update_weights" in called else None
     if fault == "text":  # a response that is not a confirmation
         with pytest.raises(EngineError, match=f"{fakes[0].url} answered busy"):
-            sync_weights(actor, engine, config, PROBE)
+            sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
         return
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert fakes[0].url in engine.said[0] and len(engine.said) == 1
     assert len(rollouts(engine)) == 12 and not fakes[0].requests
     assert_has_weights(fakes[1], actor)
     fakes[0].restart()
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert_has_weights(fakes[0], actor)
 
 
@@ -359,7 +359,7 @@ def test_a_disk_that_takes_nothing_is_an_error_of_the_engine(build, hf, fakes, t
     (tmp_path / "file").touch()
     engine, config = build(fakes, transport="disk", directory=str(tmp_path / "file" / "weights"))
     with pytest.raises(EngineError, match=r"weights to the servers: .*file"):
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     assert not fakes[0].paused and not fakes[1].paused
 
 
@@ -367,7 +367,7 @@ def test_shared_memory_that_does_not_suffice(build, hf, fakes, monkeypatch):
     engine, config = build(fakes, transport="ipc")
     monkeypatch.setattr(ipc.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(EngineError, match=r"0 are free: lower weight_sync.bucket_mb=1"):
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     assert not fakes[0].paused
 
 
@@ -376,11 +376,11 @@ def test_a_server_that_comes_back_with_old_weights_gets_no_work_until_the_next_s
 ):
     engine, config = build(fakes)
     actor = FakeActor(hf)
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     fakes[0].restart()
     assert len(rollouts(engine)) == 12
     assert "by weights default" in engine.said[0]
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert_has_weights(fakes[0], actor)
 
 
@@ -388,8 +388,8 @@ def test_another_runs_weights_of_the_same_number_are_stale(build, hf, fakes):
     engine, config = build(fakes[:1])
     other, other_config = build(fakes[:1])
     actor = FakeActor(hf)
-    sync_weights(actor, engine, config, PROBE)
-    sync_weights(actor, other, other_config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
+    sync_weights(actor, other, other_config.model, other_config.weight_sync, PROBE)
     with pytest.raises(EngineError, match="by weights"):
         rollouts(engine)
 
@@ -399,7 +399,7 @@ def test_all_servers_gone_in_a_sync(build, hf, fakes):
     fakes[0].dead = True
     fakes[1].fault = lambda path, body: "die" if "tensor" in path else None
     with pytest.raises(EngineError) as error:
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     assert "no SGLang server is left" in str(error.value)
     assert all(fake.url in str(error.value) for fake in fakes)
 
@@ -408,16 +408,16 @@ def test_all_servers_gone_in_a_sync(build, hf, fakes):
 def test_verification_finds_a_tensor_that_did_not_arrive(build, hf, fakes, verify):
     engine, config = build(fakes, verify=verify)
     actor = FakeActor(hf)
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     probes = sum("logprob_start_len" in body for fake in fakes for body in fake.requests)
     assert probes == (0 if verify == "never" else 2)
     actor.update()
     lose_a_tensor(fakes[1])
     if verify == "always":
         with pytest.raises(ValueError, match=rf"{fakes[1].url} differ .*weight_sync.tolerance"):
-            sync_weights(actor, engine, config, PROBE)
+            sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     else:
-        sync_weights(actor, engine, config, PROBE)
+        sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
 
 
 def lose_a_tensor(fake) -> None:
@@ -445,7 +445,7 @@ def test_names_and_shapes_are_compared_before_anything_is_sent(build, hf, fakes)
     ):
         actor.weights = wrong
         with pytest.raises(ValueError, match=named):
-            sync_weights(actor, engine, config, PROBE)
+            sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     assert not any(fake.calls for fake in fakes)
     check_names({}, "a directory without weights")
 
@@ -454,16 +454,16 @@ def test_a_server_of_another_model_is_refused(build, hf):
     with FakeSGLang(architectures=("LlamaForCausalLM",)) as fake:
         engine, config = build([fake])
         with pytest.raises(EngineError, match=f"{fake.url} serves .'LlamaForCausalLM'"):
-            sync_weights(FakeActor(hf), engine, config, PROBE)
+            sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
 
 
 def test_memory_is_released_between_rollouts_and_resumed_before_use(build, hf, fakes):
     engine, config = build(fakes, servers={"release_memory": True})
     actor = FakeActor(hf)
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     rollouts(engine)
     rollouts(engine)
-    sync_weights(actor, engine, config, PROBE)
+    sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
     memory = [c for c in fakes[0].calls if "memory" in c or c in ("/generate", "/pause_generation")]
     first = memory.index("/release_memory_occupation")
     kept = [c for n, c in enumerate(memory[first:]) if c != memory[first:][n - 1]]

@@ -32,7 +32,8 @@ def rank_of(config, rank, *, device, fleet=None, alive=None):
     devices = ipc._devices(config.servers) if alive is None else alive
     transport = ByIPC(
         fleet,
-        config,
+        config.servers,
+        config.weight_sync,
         device=torch.device("cuda", device),
         rank=rank,
         share=None,

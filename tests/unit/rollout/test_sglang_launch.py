@@ -110,19 +110,19 @@ def test_each_server_has_its_devices(tensor, first, index, visible, devices):
     config = config_of(servers={"tensor": tensor, "first_device": first, "count": index + 1})
     base = {"RANK": "0", "MASTER_PORT": "1", "PATH": "p"}
     base |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    own = environment(config, index, cuda=True, base=base)
+    own = environment(config.servers, index, cuda=True, base=base)
     assert own == {"PATH": "p", "CUDA_VISIBLE_DEVICES": devices}
 
 
 def test_too_few_devices():
     config = config_of(servers={"tensor": 2, "first_device": 1})
     with pytest.raises(UserError, match="needs 2 devices from number 1 on"):
-        environment(config, 0, cuda=True, base={"CUDA_VISIBLE_DEVICES": "0,1"})
+        environment(config.servers, 0, cuda=True, base={"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 def test_the_stand_ins_are_for_servers_on_a_cpu():
     config = config_of(servers={"tensor": 2})
-    own = environment(config, 0, cuda=False, base={"PYTHONPATH": "mine", "WORLD_SIZE": "2"})
+    own = environment(config.servers, 0, cuda=False, base={"PYTHONPATH": "mine", "WORLD_SIZE": "2"})
     assert own["PYTHONPATH"] == f"{STAND_INS}{os.pathsep}mine" and "WORLD_SIZE" not in own
     assert own["SGLANG_USE_CPU_ENGINE"] == "1" and "|" in own["SGLANG_CPU_OMP_THREADS_BIND"]
     assert (STAND_INS / "sitecustomize.py").is_file()
@@ -276,7 +276,7 @@ def test_a_server_that_does_not_start_is_shown_with_its_last_lines(tmp_path, pid
     monkeypatch.setenv("FAKE_FAILS", "1")
     engine, config = build(hf, tmp_path)
     with pytest.raises(EngineError) as error:
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     engine.close()
     for part in ("ended with code 1", "sglang_0.log", "the fake cannot find its model"):
         assert part in str(error.value)
@@ -286,7 +286,7 @@ def test_slurms_warning_before_the_time_limit_is_not_for_servers(tmp_path, pids,
     """Slurm sends it to all processes of a job."""
     engine, config = build(hf, tmp_path)
     try:
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
         guard = engine.fleet.servers[0].own.process.pid
         for pid in [guard, *processes(pids)]:
             os.kill(pid, signal.SIGUSR1)
@@ -300,7 +300,7 @@ def test_servers_and_rank_0_may_have_ipv6_addresses(tmp_path, pids, hf):
     engine, config = build(hf, tmp_path, "distributed", address="::1", host="::1")
     try:
         launch.check_host(config.servers)
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
         assert len(rollouts(engine)) == 12
         assert engine.fleet.servers[0].url.startswith("http://[::1]:2")
     finally:
@@ -317,7 +317,7 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
     engine, config = build(hf, tmp_path, count=2)
     actor = FakeActor(hf)
     try:
-        sync_weights(actor, engine, config, PROBE)
+        sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
         victim, child = processes(pids, servers=2)[:2]
         os.kill(victim, signal.SIGKILL)
         wait_until_gone([victim, child])
@@ -326,7 +326,7 @@ def test_a_killed_server_is_started_anew_and_brought_to_the_current_weights(tmp_
         assert len(rollouts(engine)) == 12
         assert "is given up" in engine.said[0] and "ended with SIGKILL" in engine.said[0]
         actor.update()
-        sync_weights(actor, engine, config, PROBE)
+        sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
         assert "serves again" in engine.said[-1] and len(engine.fleet.alive()) == 2
         assert {r.weight_version for r in rollouts(engine)} == {1}
     finally:
@@ -351,12 +351,12 @@ def test_a_server_killed_in_the_middle_of_a_sync(
     engine, config = build(hf, tmp_path, transport, count=2)
     actor = FakeActor(hf)
     try:
-        sync_weights(actor, engine, config, PROBE)
+        sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
         assert "is given up" in engine.said[0] and path in engine.said[0]
         assert "ended with SIGKILL" in engine.said[0] and "sglang_" in engine.said[0]
         assert len(engine.fleet.alive()) == left and len(rollouts(engine)) == 12
         actor.update()
-        sync_weights(actor, engine, config, PROBE)
+        sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
         assert len(engine.fleet.alive()) == 2
         assert {r.weight_version for r in rollouts(engine)} == {1}
     finally:
@@ -380,7 +380,7 @@ def test_a_server_gone_before_a_broadcast_takes_nothing_along(
 
     monkeypatch.setattr(torch.distributed, "broadcast", late)
     try:
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
         assert sum("is given up" in sentence for sentence in engine.said) == 1
         assert len(engine.fleet.alive()) == count and len(rollouts(engine)) == 12
     finally:
@@ -397,7 +397,7 @@ def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeyp
     engine, config = build(hf, tmp_path, "distributed", count=2, seconds=deadline)
     started = time.monotonic()
     try:
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
         assert time.monotonic() - started < deadline
         assert "init_weights_update_group" in engine.said[0]
         assert len(engine.fleet.alive()) == 2 and len(rollouts(engine)) == 12

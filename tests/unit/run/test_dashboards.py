@@ -124,12 +124,12 @@ def test_wandb_gets_evaluations(wandb, tmp_path, monkeypatch):
 
 
 def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch):
-    dashboards.check(configured(tmp_path))
+    dashboards.check(configured(tmp_path).run)
     monkeypatch.setattr(dashboards.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run\.tensorboard=true needs the package tensorboard"):
-        dashboards.check(configured(tmp_path, "run.tensorboard=true"))
+        dashboards.check(configured(tmp_path, "run.tensorboard=true").run)
     with pytest.raises(UserError, match=r"run\.wandb_project=mine needs the package wandb"):
-        dashboards.check(configured(tmp_path, "run.wandb_project=mine"))
+        dashboards.check(configured(tmp_path, "run.wandb_project=mine").run)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_a_login_that_is_missing_is_said_before_anything_starts(
     monkeypatch.setenv(variable, value)
     config = configured(tmp_path, "run.wandb_project=mine")
     if expected is None:
-        dashboards.check(config)
+        dashboards.check(config.run)
     else:
         with pytest.raises(UserError, match=f"run.wandb_project=mine: .*{expected}"):
-            dashboards.check(config)
+            dashboards.check(config.run)
 
 
 def test_without_dashboards_there_is_the_file(tmp_path):

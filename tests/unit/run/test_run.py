@@ -46,7 +46,7 @@ def live(tmp_path):
     next(steps)
     yield run
     steps.close()
-    run_directory.end(settings)
+    run_directory.end(Path(settings.run.dir))
 
 
 def write_a_step(run: Run) -> None:

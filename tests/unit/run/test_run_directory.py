@@ -16,6 +16,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.launch import start
+from megatron_prepo.run import changes
 from megatron_prepo.run import directory as run_directory
 
 MINIMAL = {
@@ -170,15 +171,15 @@ def test_what_rounds_differently_is_said(tmp_path, begun, section, key, value):
 def test_every_setting_may_change_or_has_a_reason_why_not(tmp_path):
     tree = configuration.to_tree(config(tmp_path))
     may = (
-        *run_directory.RESUMABLE_SETTINGS,
-        *run_directory.ROUNDING_SETTINGS,
-        *run_directory.INPUTS,
+        *changes.RESUMABLE_SETTINGS,
+        *changes.ROUNDING_SETTINGS,
+        *changes.INPUTS,
     )
-    may += (*run_directory.LENGTH, *run_directory.SCHEDULE)
+    may += (*changes.LENGTH, *changes.SCHEDULE)
     for section, settings in tree.items():
         for name in [f"{section}.{key}" for key in settings] or [section]:
-            assert {name, section} & {*may, *run_directory.FIXED}, name
-    for name in (*may, *run_directory.FIXED):
+            assert {name, section} & {*may, *changes.FIXED}, name
+    for name in (*may, *changes.FIXED):
         section, _, key = name.partition(".")
         assert section in tree and (not key or key in tree[section]), name
 
@@ -433,7 +434,7 @@ def test_a_checkpoint_that_cannot_be_resumed_from_does_not_stand_for_the_beginni
 ):
     path = complete_checkpoint(begun)
     settings = config(tmp_path)
-    assert not run_directory.needs_initial_weights(settings)
+    assert not run_directory.needs_initial_weights(settings.run, settings.loss)
     match what:
         case "a manifest":
             (path / "manifest.json").unlink()
@@ -447,14 +448,15 @@ def test_a_checkpoint_that_cannot_be_resumed_from_does_not_stand_for_the_beginni
             (begun / "config.yaml").unlink()
         case "its run":
             (path / "run.json").write_text('{"run": {"identity": "of another run"}}')
-    assert run_directory.needs_initial_weights(settings)
+    assert run_directory.needs_initial_weights(settings.run, settings.loss)
 
 
 def test_a_new_run_and_a_penalty_need_the_weights_that_it_began_from(tmp_path, begun):
     complete_checkpoint(begun)
     penalty = config(tmp_path, loss={"kl_coef": 0.1})
-    assert run_directory.needs_initial_weights(penalty)
-    assert run_directory.needs_initial_weights(config(tmp_path, run={"overwrite": True}))
+    assert run_directory.needs_initial_weights(penalty.run, penalty.loss)
+    replacing = config(tmp_path, run={"overwrite": True})
+    assert run_directory.needs_initial_weights(replacing.run, replacing.loss)
     prepare(config(tmp_path, loss={"kl_coef": 0.1}, run={"dir": f"{tmp_path}/other"}))
     make_a_step(tmp_path / "other")
     complete_checkpoint(tmp_path / "other")
@@ -757,9 +759,9 @@ def test_a_configuration_in_the_way_is_refused(tmp_path, begun):
     (tmp_path / "link").symlink_to(begun)
     for file in (begun / "config.yaml", tmp_path / "link" / "config.yaml"):
         with pytest.raises(UserError, match=r"the configuration .* copy it to another place"):
-            run_directory.check_config_file(replacing, file)
-    run_directory.check_config_file(replacing, tmp_path / "config.yaml")
-    run_directory.check_config_file(config(tmp_path), begun / "config.yaml")
+            run_directory.check_config_file(replacing.run, file)
+    run_directory.check_config_file(replacing.run, tmp_path / "config.yaml")
+    run_directory.check_config_file(config(tmp_path).run, begun / "config.yaml")
 
 
 def test_a_run_that_made_no_step_does_not_block_its_directory(tmp_path):
@@ -926,7 +928,7 @@ def test_a_directory_in_use_is_refused_and_free_when_the_user_was_killed(tmp_pat
         process.kill()
         process.wait()
     run_directory.begin(config(tmp_path), pytest.fail)
-    run_directory.end(config(tmp_path))
+    run_directory.end(begun)
 
 
 def test_what_is_refused_gets_no_lock_file(tmp_path):
@@ -939,6 +941,4 @@ def test_what_is_refused_gets_no_lock_file(tmp_path):
 def test_settings_of_a_run_are_not_changed_by_saving_them(tmp_path):
     settings = config(tmp_path, servers={"python": "python3"})
     assert run_directory.with_absolute_paths(settings) == settings
-    assert dataclasses.asdict(run_directory.resumed(settings, settings)) == dataclasses.asdict(
-        settings
-    )
+    assert dataclasses.asdict(changes.resumed(settings, settings)) == dataclasses.asdict(settings)

@@ -10,17 +10,21 @@ from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 
 
 @pytest.fixture
-def fresh(tmp_path):
+def run(tmp_path):
+    return SimpleNamespace(
+        directory=tmp_path, log=lambda sentence: None, check_directory=lambda: None
+    )
+
+
+@pytest.fixture
+def fresh(tmp_path, run):
     """Factory of the updates of a run that has just been started."""
     config = tiny_models.actor_config(
         str(tmp_path),
         train={"total_steps": 8, "max_skipped_updates": 2},
         debug={"max_skip_dumps": 2},
     )
-    run = SimpleNamespace(
-        directory=tmp_path, log=lambda sentence: None, check_directory=lambda: None
-    )
-    return lambda kind=UpdateGuard: kind(config, None, run)
+    return lambda: UpdateGuard(config, None, run)
 
 
 def skip(updates: UpdateGuard, dumps: list) -> None:
@@ -37,8 +41,8 @@ def test_a_run_that_goes_on_counts_on(fresh):
     assert len(dumps) == 2
 
 
-def test_without_updates_there_is_nothing_to_count(fresh):
-    updates = fresh(SkipUpdates)
+def test_without_updates_there_is_nothing_to_count(run):
+    updates = SkipUpdates(run)
     updates.load_state_dict(updates.state_dict())
     assert updates.state_dict() == {}
     assert not updates.learns_from(1.0)
