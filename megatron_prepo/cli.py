@@ -10,7 +10,7 @@ megatron-prepo evaluate --model DIR ...          evaluate models on suites, avg@
 megatron-prepo report RUN_OR_RESULTS...          write a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   estimate memory and seconds, suggest layouts
 megatron-prepo doctor [CONFIG]                   check this machine, with a remedy per problem
-megatron-prepo reference                         print the configuration reference, in Markdown
+megatron-prepo reference [metrics]               print all settings, or all metrics, in Markdown
 """
 
 import argparse
@@ -265,8 +265,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _reference(options: argparse.Namespace) -> int:
     from megatron_prepo.config import reference
+    from megatron_prepo.run import metrics_table
 
-    print(reference.markdown(), end="")
+    print((metrics_table if options.of == "metrics" else reference).markdown(), end="")
     return 0
 
 
@@ -468,7 +469,10 @@ def _add_doctor(commands: "Commands") -> None:
 
 
 def _add_reference(commands: "Commands") -> None:
-    parser = commands.add_parser("reference", help="print the configuration reference")
+    parser = commands.add_parser("reference", help="print all settings, or all metrics")
+    parser.add_argument(
+        "of", nargs="?", choices=("configuration", "metrics"), default="configuration"
+    )
     parser.set_defaults(run=_reference)
 
 

@@ -18,7 +18,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.run import directory as run_directory
-from megatron_prepo.run import ledger
+from megatron_prepo.run import ledger, metrics_table
 
 Record = dict[str, Any]
 Settings = dict[str, Any]
@@ -28,8 +28,8 @@ SERIES = (
     "reward/mean",
     "reward/zero_variance_ratio",
     "selection/window_first",
-    "ppl/candidates_q50",
-    "ppl/selected_mean",
+    "ppl/candidates/q50",
+    "ppl/selected/mean",
     "ppl/spearman_with_reward",
     "candidates/spearman_ppl",
     "candidates/spearman_length",
@@ -117,7 +117,7 @@ def record(directory: str | Path) -> Record:
     """
     directory = Path(directory)
     config = read_config(directory)
-    steps = list(read_lines(directory / "metrics.jsonl"))
+    steps = list(metrics_table.read_steps(directory))
     evaluations = list(read_lines(directory / "evaluations.jsonl"))
     if not evaluations:
         raise UserError(f"the run in {directory} has not been evaluated yet")

@@ -19,6 +19,7 @@ from megatron_prepo.compare.record import Record
 from megatron_prepo.compare.style import BOLD, CEILING, Palette
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.run.metrics_table import renamed
 
 
 def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
@@ -101,7 +102,7 @@ def _records(path: Path) -> list[Record]:
         assert all("comparison" in record and "evaluations" in record for record in records)
     except (json.JSONDecodeError, AssertionError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is no results file of `compare`") from None
-    return records
+    return [record | {"steps": renamed(record.get("steps", {}))} for record in records]
 
 
 def page(sections: dict[str, list[Record]]) -> str:
