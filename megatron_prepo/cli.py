@@ -227,8 +227,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from megatron_prepo.compare import report_page as page
 
-    written = page.report(options.sources, options.out)
-    print(f"{written[0]}, with {len(written) - 1} pictures and tables in the same folder")
+    follow = sys.stdout.isatty() if options.follow is None else options.follow
+    page.follow(options.sources, options.out, once=not follow, log=lambda s: print(s, flush=True))
     return 0
 
 
@@ -430,6 +430,12 @@ def _add_report(commands: "Commands") -> None:
     )
     parser.add_argument(
         "--out", default="report.html", help="file of the page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        help="keep the page of a run in progress up to date until the run ends (default: on a "
+        "terminal)",
     )
     parser.set_defaults(run=_report)
 

@@ -36,7 +36,7 @@ extremes and quartiles) are its last part.
 A key is absent if the step has no such value (no update was made, no token had an advantage), and
 `null` if the value is not a finite number; neither is counted as 0. Tokens, rollouts and updates
 are those of all ranks: no value depends on the layout but by rounding, except seconds, speeds and
-the balance of ranks. A selector of your own may add keys that begin with `selection/`
+the balance of ranks. Your own selector may add keys that begin with `selection/`
 ([selection.md](selection.md#your-own-method))."""
 
 SPREAD = "{min,q25,q50,q75,max}"
@@ -110,7 +110,7 @@ STEP: dict[str, Group] = {
     "Rollouts": {
         "rollout/length": Metric("tokens", "mean length of the completions trained on"),
         "rollout/finished_ratio": Metric(
-            "share", "completions that ended by themselves, not by `rollout.max_new_tokens`"
+            "share", "completions that ended with a stop token, not by `rollout.max_new_tokens`"
         ),
         "rollout/staleness": Metric(
             "updates", "most optimizer updates between generating and training (`train.overlap`)"
@@ -234,7 +234,7 @@ RENAMED = {
 """Keys of earlier versions, and the present ones; files of old runs are read by both."""
 
 OWN = "selection/"
-"""Beginning of the keys that a selector of the user's may add."""
+"""Beginning of the keys that a custom selector may add."""
 
 
 def expand(key: str) -> list[str]:
