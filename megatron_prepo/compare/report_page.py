@@ -43,6 +43,7 @@ def follow(
 
     Ctrl-C leaves the page as it is, without its reloading.
     """
+    followed = False
     try:
         while True:
             start = time.monotonic()
@@ -50,7 +51,9 @@ def follow(
             written = report(sources, out, reloads=live)
             if not live:
                 break
-            log(f"{written[0]}, written every {RELOAD_SECONDS} s until the run ends (Ctrl-C)")
+            if not followed:
+                log(f"{written[0]}, written every {RELOAD_SECONDS} s until the run ends (Ctrl-C)")
+            followed = True
             time.sleep(max(RELOAD_SECONDS, (time.monotonic() - start) / BUSY))
     except KeyboardInterrupt:
         written = report(sources, out)
