@@ -61,6 +61,7 @@ lint: .venv/ready-dev
 
 docs: .venv/ready
 	.venv/bin/megatron-prepo reference > docs/configuration.md
+	.venv/bin/megatron-prepo reference metrics > docs/metrics.md
 
 # README.md and docs/ as a site (mkdocs.yml); a link or an anchor that leads nowhere is an error.
 SITE ?= build/docs-site

@@ -10,7 +10,7 @@ megatron-prepo evaluate --model DIR ...          evaluate models on suites, avg@
 megatron-prepo report RUN_OR_RESULTS...          write a page of runs and comparisons
 megatron-prepo plan CONFIG --gpus N --gpu KIND   estimate memory and seconds, suggest layouts
 megatron-prepo doctor [CONFIG]                   check this machine, with a remedy per problem
-megatron-prepo reference                         print the configuration reference, in Markdown
+megatron-prepo reference [metrics]               print all settings, or all metrics, in Markdown
 """
 
 import argparse
@@ -227,8 +227,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from megatron_prepo.compare import report_page as page
 
-    written = page.report(options.sources, options.out)
-    print(f"{written[0]}, with {len(written) - 1} pictures and tables in the same folder")
+    follow = sys.stdout.isatty() if options.follow is None else options.follow
+    page.follow(options.sources, options.out, once=not follow, log=lambda s: print(s, flush=True))
     return 0
 
 
@@ -272,8 +272,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _reference(options: argparse.Namespace) -> int:
     from megatron_prepo.config import reference
+    from megatron_prepo.run import metrics_table
 
-    print(reference.markdown(), end="")
+    print((metrics_table if options.of == "metrics" else reference).markdown(), end="")
     return 0
 
 
@@ -437,6 +438,12 @@ def _add_report(commands: "Commands") -> None:
     parser.add_argument(
         "--out", default="report.html", help="file of the page (default: %(default)s)"
     )
+    parser.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        help="keep the page of a run in progress up to date until the run ends (default: on a "
+        "terminal)",
+    )
     parser.set_defaults(run=_report)
 
 
@@ -489,7 +496,10 @@ def _add_doctor(commands: "Commands") -> None:
 
 
 def _add_reference(commands: "Commands") -> None:
-    parser = commands.add_parser("reference", help="print the configuration reference")
+    parser = commands.add_parser("reference", help="print all settings, or all metrics")
+    parser.add_argument(
+        "of", nargs="?", choices=("configuration", "metrics"), default="configuration"
+    )
     parser.set_defaults(run=_reference)
 
 

@@ -8,7 +8,7 @@ shares no code with this project, measures the pass rate again.
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_prepo.launch import start
 from megatron_prepo.launch.recipes import EXAMPLES
 from megatron_prepo.rewards import load
 from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run.metrics_table import read_steps
 
 IMPORTED = "imported base model"
 """The kind of `base_megatron/` in its marker (`ownership.py`)."""
@@ -70,9 +71,35 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         f"\nheld-out pass rate: {summary['pass_rate_before']:.3f} before, "
         f"{summary['pass_rate_after']:.3f} after, "
         f"{summary['pass_rate_transformers']:.3f} by transformers alone\n"
+        f"{reward_words(list(read_steps(directory)))}"
         f"results are in {directory}; the picture is {directory / 'pass_rate.png'}"
     )
     return summary
+
+
+def reward_words(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return lines that explain a training reward that fell, by the window that moved; or none.
+
+    Compared are the means over the first and over the last tenth of the steps.
+    """
+    tenth = max(1, len(steps) // 10)
+
+    def means(name: str) -> tuple[float, float]:
+        first, last = ([step[name] for step in part] for part in (steps[:tenth], steps[-tenth:]))
+        return sum(first) / tenth, sum(last) / tenth
+
+    if "selection/window_first" not in steps[0]:
+        return ""
+    before, after = means("reward/mean")
+    easy, hard = means("ppl/selected/mean")
+    if after >= before or hard <= easy:
+        return ""
+    return (
+        f"training reward:    {before:.3f} in the first steps, {after:.3f} in the last\n"
+        f"  The window moved to harder prompts, from mean perplexity {easy:.2f} to {hard:.2f}, so "
+        "the reward on them\n  falls. The held-out prompts stay the same: their pass rate measures "
+        "progress.\n"
+    )
 
 
 def plain_transformers_pass_rate(

@@ -118,8 +118,8 @@ def lifelike(arm: str, seed: int, comparison: str = "made up", budget: int = 20_
     if has_ppl:
         first, last = (1.4, 2.4) if arm != "reverse" else (2.4, 1.4)
         columns |= {
-            "ppl/selected_mean": series(first, last, 0.02),
-            "ppl/candidates_q50": series(1.75, 1.85, 0.01),
+            "ppl/selected/mean": series(first, last, 0.02),
+            "ppl/candidates/q50": series(1.75, 1.85, 0.01),
             "ppl/spearman_with_reward": series(-0.4, -0.3, 0.12),
         }
     falling = [0.82, 0.55, 0.43, 0.38, 0.33, 0.31, 0.43, 0.31, 0.26, 0.14]

@@ -156,7 +156,7 @@ def text(comparison: Comparison, tokenizer) -> str:
     lines = [f"{'nats per token':26}{'mean':>10}{'99 %':>10}{'largest':>10}{'KL':>10}"]
     for one, other in combinations(comparison.logprobs_N, 2):
         found = mismatch_metrics(comparison.logprobs_N[other], comparison.logprobs_N[one])
-        values = [found[f"mismatch/logprob_abs_{name}"] for name in ("mean", "q99", "max")]
+        values = [found[f"mismatch/logprob_abs/{name}"] for name in ("mean", "q99", "max")]
         values.append(found["mismatch/kl"])
         lines.append(f"{one + ' - ' + other:26}" + "".join(f"{value:10.2g}" for value in values))
     names = list(comparison.logprobs_N)

@@ -132,7 +132,7 @@ def metric_figures(arms: Sequence[Arm]) -> list[Figure]:
 def window_figures(arms: Sequence[Arm]) -> list[Figure]:
     """Return the figures of the perplexity of the selected prompts."""
     made = []
-    for group, suffix, what in groups(with_series(arms, "ppl/selected_mean")):
+    for group, suffix, what in groups(with_series(arms, "ppl/selected/mean")):
         text = (
             f"Mean perplexity of the selected prompts{what}; dotted, in the same colour: the "
             "median of the candidates."
@@ -263,11 +263,11 @@ def draw_window(figure: Canvas, arms: Sequence[Arm], palette: Palette) -> None:
     axes = panel(figure, palette, UNITS["rollouts"], "prompt perplexity")
     ends: list[End] = []
     for arm in arms:
-        x_M, y_M = mean_series(arm, "ppl/selected_mean")
+        x_M, y_M = mean_series(arm, "ppl/selected/mean")
         axes.plot(x_M, y_M, **palette.line(arm.name))
         ends.append((arm.name, float(x_M[-1]), float(y_M[-1])))
-        if with_series([arm], "ppl/candidates_q50"):
-            x_M, y_M = mean_series(arm, "ppl/candidates_q50")
+        if with_series([arm], "ppl/candidates/q50"):
+            x_M, y_M = mean_series(arm, "ppl/candidates/q50")
             axes.plot(x_M, y_M, color=palette.arm(arm.name), lw=1, ls=(0, (1, 2)), alpha=0.8)
     axes.set_xlim(0)
     label_ends(axes, ends, palette)

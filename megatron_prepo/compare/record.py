@@ -18,7 +18,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config, former
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
-from megatron_prepo.run import ledger
+from megatron_prepo.run import ledger, metrics_table
 from megatron_prepo.run.changes import USER_CODE
 
 Record = dict[str, Any]
@@ -29,8 +29,8 @@ SERIES = (
     "reward/mean",
     "reward/zero_variance_ratio",
     "selection/window_first",
-    "ppl/candidates_q50",
-    "ppl/selected_mean",
+    "ppl/candidates/q50",
+    "ppl/selected/mean",
     "ppl/spearman_with_reward",
     "candidates/spearman_ppl",
     "candidates/spearman_length",
@@ -131,7 +131,7 @@ def record(directory: str | Path) -> Record:
     """
     directory = Path(directory)
     config = read_config(directory)
-    steps = list(read_lines(directory / "metrics.jsonl"))
+    steps = list(metrics_table.read_steps(directory))
     evaluations = list(read_lines(directory / "evaluations.jsonl"))
     if not evaluations:
         raise UserError(f"the run in {directory} has not been evaluated yet")

@@ -1,40 +1,86 @@
 """Runs and comparisons as one page: `megatron-prepo report RUN_OR_RESULTS... [--out report.html]`.
 
-The page is self-contained and needs no network: figures are embedded, and also written next to it
-as PNG for slides.  Its numbers come from `compare/analysis.py`; `docs/compare.md` defines them.
+The page is self-contained and needs no network: figures are embedded; those of comparisons are also
+written next to it as PNG for slides.  Its numbers come from `compare/analysis.py`, which
+`docs/compare.md` defines, and from single runs (`run_page.py`).
 """
 
 import html
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from megatron_prepo.compare import analysis as comparison
-from megatron_prepo.compare import figures
+from megatron_prepo.compare import figures, run_page
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare.analysis import Arm, ArmResult, Estimate, Savings
+from megatron_prepo.compare.page_parts import figure_html, foot
 from megatron_prepo.compare.record import Record
+from megatron_prepo.compare.run_page import OneRun
 from megatron_prepo.compare.style import BOLD, CEILING, Palette
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.run.metrics_table import renamed
+
+Sections: TypeAlias = dict[str, list[Record] | OneRun]
+"""The runs of a comparison, or a single run, by the section's title."""
+
+RELOAD_SECONDS = 20
+"""Time after which the page of a run in progress reloads itself, and at least between writing it
+twice."""
+BUSY = 0.1
+"""Largest share of the time that is spent on writing such a page."""
 
 
-def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Write the page, its pictures and headline tables; return all paths, the page first."""
+def follow(
+    sources: Sequence[str | Path], out: str | Path, *, once: bool, log: Callable[[str], None]
+) -> None:
+    """Write the page; unless `once`, again and again until none of its runs is in progress.
+
+    Ctrl-C leaves the page as it is, without its reloading.
+    """
+    followed = False
+    try:
+        while True:
+            start = time.monotonic()
+            live = not once and any(run_page.is_live(Path(source)) for source in sources)
+            written = report(sources, out, reloads=live)
+            if not live:
+                break
+            if not followed:
+                log(f"{written[0]}, written every {RELOAD_SECONDS} s until the run ends (Ctrl-C)")
+            followed = True
+            time.sleep(max(RELOAD_SECONDS, (time.monotonic() - start) / BUSY))
+    except KeyboardInterrupt:
+        written = report(sources, out)
+    more = f", with {len(written) - 1} pictures and tables in the same folder"
+    log(f"{written[0]}{more * (len(written) > 1)}")
+
+
+def report(sources: Sequence[str | Path], out: str | Path, *, reloads: bool = False) -> list[Path]:
+    """Write the page, its pictures and headline tables; return all paths, the page first.
+
+    `reloads`: the page reloads itself.
+    """
     sections = read(sources)
     out = Path(out)
-    files: dict[Path, Callable[[], None]] = {out: lambda: write_text(out, page(sections))}
+    files: dict[Path, Callable[[], None]] = {
+        out: lambda: write_text(out, page(sections, reloads=reloads))
+    }
     for name, records in sections.items():
+        if isinstance(records, OneRun):
+            continue
         arms = list(comparison.group_by_arm(records).values())
         names = [arm.name for arm in arms]
         for figure in figures.figures(arms):
             path = out.parent / f"{figures.slug(name)[1:]}_{figure.key}.png"
             files[path] = partial(figures.png, figure, names, path)
-        if records[0]["comparison"] is not None:
-            path = out.parent / f"{figures.slug(name)[1:]}.md"
-            files[path] = partial(_write_markdown, path, records)
+        path = out.parent / f"{figures.slug(name)[1:]}.md"
+        files[path] = partial(_write_markdown, path, records)
     for path in files:
         _refuse_another_file(path)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,29 +115,27 @@ def _is_of_a_report(path: Path) -> bool:
     )
 
 
-def read(sources: Sequence[str | Path]) -> dict[str, list[Record]]:
-    """Return records by section: one section per comparison, and one per single run."""
-    sections: dict[str, list[Record]] = {}
+def read(sources: Sequence[str | Path]) -> Sections:
+    """Return what each section shows: one section per comparison, and one per single run."""
+    comparisons: dict[str, list[Record]] = {}
+    runs: dict[str, OneRun] = {}
     for source in map(Path, sources):
         results = source / "results.jsonl" if source.is_dir() else source
         if source.is_dir() and run_record.holds_run(source):
-            config = run_record.read_config(source)
-            arm = {"arm": config.selection.name, "seed": config.train.seed}
-            name = str(source)
-            sections[name] = [{"comparison": None, **arm, **run_record.record(source)}]
+            runs[str(source)] = run_page.read_run(source)
         elif results.is_file():
             for record in _records(results):
-                sections.setdefault(record["comparison"], []).append(record)
+                comparisons.setdefault(record["comparison"], []).append(record)
         else:
             raise UserError(
                 f"{source} is neither a run's directory nor a results file of `compare`"
             )
-    for name, records in sections.items():
+    for name, records in comparisons.items():
         keys = [(record["arm"], record["seed"]) for record in records]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice:
             raise UserError(f"{name} has the run {twice[0]}/{twice[1]} twice")
-    return sections
+    return {**comparisons, **runs}
 
 
 def _records(path: Path) -> list[Record]:
@@ -101,40 +145,48 @@ def _records(path: Path) -> list[Record]:
         assert all("comparison" in record and "evaluations" in record for record in records)
     except (json.JSONDecodeError, AssertionError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is no results file of `compare`") from None
-    return records
+    return [record | {"steps": renamed(record.get("steps", {}))} for record in records]
 
 
-def page(sections: dict[str, list[Record]]) -> str:
-    """Return the page as HTML."""
+def page(sections: Sections, *, reloads: bool = False) -> str:
+    """Return the page as HTML; `reloads`: it reloads itself."""
     title = " and ".join(sections)
     body = "\n".join(
         _section(name, records, i) for i, (name, records) in enumerate(sections.items())
     )
+    reload = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">\n' * reloads
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="generator" content="{figures.WRITTEN_BY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n'
+        f'<meta name="color-scheme" content="light dark">\n{reload}'
         f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         f"{body}\n</main>\n</body>\n</html>\n"
     )
 
 
-def _section(name: str, records: Sequence[Record], number: int) -> str:
-    arms = comparison.group_by_arm(records)
-    names = list(arms)
-    palette = Palette(names, placeholders=True)
+def _section(name: str, content: list[Record] | OneRun, number: int) -> str:
+    """Return a section, whose figures have the colours of its arms."""
     scope = f"s{number}"
+    if isinstance(content, OneRun):
+        names, inside = [content.record["arm"]], run_page.section(name, content)
+    else:
+        names, inside = list(comparison.group_by_arm(content)), _comparison(name, content)
+    palette = Palette(names, placeholders=True)
     style = (
         f"<style>#{scope} {{{palette.css(dark=False)}}} @media (prefers-color-scheme: dark) "
         f"{{#{scope} {{{palette.css(dark=True)}}}}}</style>"
     )
-    single = records[0]["comparison"] is None
-    pictures = "\n".join(_figure(f, names) for f in figures.figures(list(arms.values())))
-    tables = _single_run(records[0]) if single else _tables(comparison.analyse(records))
+    return f'<section id="{scope}">{style}\n{inside}\n</section>'
+
+
+def _comparison(name: str, records: Sequence[Record]) -> str:
+    arms = comparison.group_by_arm(records)
+    pictures = "\n".join(figure_html(f, list(arms)) for f in figures.figures(list(arms.values())))
     return (
-        f'<section id="{scope}">{style}\n<h1>{html.escape(name)}</h1>\n{_what(records)}\n{tables}\n'
-        f'<div class="figures">\n{pictures}\n</div>\n{_foot(records)}\n</section>'
+        f"<h1>{html.escape(name)}</h1>\n{_what(records)}\n"
+        f"{_tables(comparison.analyse(records))}\n"
+        f'<div class="figures">\n{pictures}\n</div>\n{foot(records)}'
     )
 
 
@@ -142,12 +194,10 @@ def _what(records: Sequence[Record]) -> str:
     """Return a paragraph on runs, arms, seeds and prompts."""
     summary = records[0]["summary"]
     arms, seeds = ({record[key] for record in records} for key in ("arm", "seed"))
-    # a run in progress has no summary that counts them
-    prompts = f"{summary['held_out_prompts']} " if "held_out_prompts" in summary else ""
     return (
         f"<p>{len(records)} run{'s' * (len(records) > 1)}: {len(arms)} arm{'s' * (len(arms) > 1)}, "
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Pass rates are avg@"
-        f"{summary['samples_per_prompt']} on {prompts}held-out prompts; "
+        f"{summary['samples_per_prompt']} on {summary['held_out_prompts']} held-out prompts; "
         f"before training {comparison.base_pass_rate(records):.3f}.</p>"
     )
 
@@ -277,68 +327,6 @@ def interval_words(saving: Savings) -> str:
     return f"{'&lt; ' * saving.low_missed}{ratio_words(saving.low)} to {ratio_words(saving.high)}"
 
 
-def _single_run(record: Record) -> str:
-    """Return the result of a run, finished or in progress."""
-    summary = record["summary"]
-    unfinished = "of_steps" in summary
-
-    def rate(key: str) -> str:
-        if summary[key] is None:
-            return "unknown: eval.temperature was changed during the run"
-        if f"{key}_ci95" not in summary:
-            return f"{summary[key]:.3f}"
-        low, high = summary[f"{key}_ci95"]
-        return f"{summary[key]:.3f}<small>{low:.3f} to {high:.3f}</small>"
-
-    rows = {
-        "pass rate before": rate("pass_rate_before"),
-        "pass rate so far" if unfinished else "pass rate after": rate("pass_rate_after"),
-        "gain so far" if unfinished else "gain, prompt by prompt": rate("gain"),
-        "rollouts": f"{summary['rollouts']:,}",
-        "tokens": f"{summary['tokens']:,}",
-        "steps": f"{summary['steps']:,}"
-        + (f" of {summary['of_steps']:,}, unfinished" if unfinished else ""),
-    }
-    lines = "".join(f"<tr><th scope=row>{key}</th><td>{v}</td></tr>" for key, v in rows.items())
-    method = html.escape(f"{summary['method']}, weights {summary['weighting']}")
-    words = (
-        f"<p class=note>{method}, seed {record['seed']}. Small: 95 % intervals over prompts.</p>"
-    )
-    return f"<div class=scroll><table class=narrow><tbody>{lines}</tbody></table></div>{words}"
-
-
-def _figure(figure: figures.Figure, names: Sequence[str]) -> str:
-    drawn = figures.svg(figure, names).replace(
-        "<svg ", f'<svg role="img" aria-label="{html.escape(figure.title)}" ', 1
-    )
-    return (
-        f"<figure><h2>{html.escape(figure.title)}</h2>\n{drawn}\n"
-        f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
-    )
-
-
-def _foot(records: Sequence[Record]) -> str:
-    """Return commands, machines and settings: what reproducing the runs requires."""
-    commands = dict.fromkeys(r["command"] for r in records if r.get("command"))
-    machines = dict.fromkeys(
-        ", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in records
-    )
-    by_arm = comparison.group_by_arm(records)
-    seeds = "; ".join(f"{a.name}: {', '.join(map(str, a.seeds))}" for a in by_arm.values())
-    shared = dict(records[0]["settings"])
-    for record in records:
-        shared = {k: v for k, v in shared.items() if record["settings"].get(k) == v}
-    settings = "\n".join(f"{key}={json.dumps(value)}" for key, value in shared.items())
-    parts = [f"<pre>{html.escape(chr(10).join(commands))}</pre>"] if commands else []
-    parts += [f"<p>{html.escape(machine)}</p>" for machine in machines]
-    parts.append(f"<p>Seeds: {html.escape(seeds)}</p>")
-    parts.append(
-        "<details><summary>Settings that all runs share, except defaults</summary>"
-        f"<pre>{html.escape(settings)}</pre></details>"
-    )
-    return f"<footer><h2>How it was run</h2>{''.join(parts)}</footer>"
-
-
 CSS = """
 :root { color-scheme: light dark; --text: #1f2328; --back: #ffffff; --soft: #59636e;
   --rule: #d0d7de; --shade: #f6f8fa; }
@@ -353,14 +341,17 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 24px 0 8px; overflow-wrap: an
 h2 { font-size: 1.05rem; margin: 20px 0 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-table.narrow { width: auto; }
+dl { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 12px 0; }
+dt { color: var(--soft); font-size: 0.85rem; }
+dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; white-space: nowrap; }
 thead th { font-size: 0.85rem; color: var(--soft); font-weight: 600; white-space: normal;
   vertical-align: bottom; }
 tbody th { position: sticky; left: 0; background: var(--back); font-weight: 500; }
 .ours th, .ours td { background: var(--shade); font-weight: 700; }
-td small, th small { display: block; color: var(--soft); font-size: 0.78rem; font-weight: 400; }
+td small, th small, dd small { display: block; color: var(--soft); font-size: 0.78rem;
+  font-weight: 400; }
 th i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 7px; }
 .note, figcaption, footer { color: var(--soft); font-size: 0.88rem; }
 .figures { display: grid; gap: 8px 32px; margin-top: 8px;

@@ -99,19 +99,25 @@ def is_held(file: str | Path) -> bool:
 
 def refuse_if_held(file: str | Path, what: str) -> None:
     """Raise UserError, with the holder, if another process holds the lock; nothing is written."""
+    if is_held_elsewhere(file):
+        raise UserError(_in_use(_canonical(file), what))
+
+
+def is_held_elsewhere(file: str | Path) -> bool:
+    """Return whether another process holds the lock; False on a file system without locks."""
     file = _canonical(file)
     if _is_mine(file) or not file.is_file():
-        return
+        return False
     descriptor = _open(file, os.O_RDONLY)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in HELD:
-            raise UserError(_in_use(file, what)) from error
-        if error.errno not in NO_LOCKS:
+        if error.errno not in (*HELD, *NO_LOCKS):
             raise
+        return error.errno in HELD
     finally:
         os.close(descriptor)
+    return False
 
 
 def _try(file: Path, what: str) -> int | None:

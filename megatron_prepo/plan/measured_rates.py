@@ -14,6 +14,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.plan.gpus import DEVICE_NAMES
 from megatron_prepo.plan.step_time import MeasuredRates, bubble
+from megatron_prepo.run.metrics_table import read_steps
 
 
 def read_rates(directory: str | Path) -> MeasuredRates:
@@ -41,7 +42,7 @@ def read_rates(directory: str | Path) -> MeasuredRates:
             f"--rates {directory}: servers.urls were on GPUs that the run did not count; give a "
             "run whose engine used the run's GPUs"
         )
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = list(read_steps(directory))
     counted = plan.make_plan(config, plan.PlanRequest(gpus=ranks, gpu=DEVICE_NAMES[device]))
     parallel, active = config.parallel, counted.active_parameters
     # a prediction adds the idle time of its pipeline, so that of the run is removed

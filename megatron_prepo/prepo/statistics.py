@@ -6,12 +6,12 @@ import torch
 
 
 def quantiles(name: str, values: torch.Tensor) -> dict[str, float]:
-    """Return minimum, quartiles and maximum as metrics `NAME_min`, `NAME_q25` and so on."""
+    """Return minimum, quartiles and maximum as metrics `NAME/min`, `NAME/q25` and so on."""
     values, points = values.double(), {"q25": 0.25, "q50": 0.5, "q75": 0.75}
     return {
-        f"{name}_min": float(values.min()),
-        **{f"{name}_{label}": float(torch.quantile(values, q)) for label, q in points.items()},
-        f"{name}_max": float(values.max()),
+        f"{name}/min": float(values.min()),
+        **{f"{name}/{label}": float(torch.quantile(values, q)) for label, q in points.items()},
+        f"{name}/max": float(values.max()),
     }
 
 

@@ -35,6 +35,7 @@ from megatron_prepo.evaluation.held_out import Evaluation
 from megatron_prepo.files.atomic import naming, write_text
 from megatron_prepo.process import machine
 from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run import metrics_table
 from megatron_prepo.run import summary as report
 from megatron_prepo.run.dashboards import dashboards
 from megatron_prepo.run.ledger import Ledger, LedgerEntry
@@ -163,9 +164,11 @@ class Run:
         self.tokens += sum(entry.length for entry in entries)
         totals = {"rollout/paid": self.rollouts, "rollout/tokens_paid": self.tokens}
         seconds = {f"seconds/{stage}": value for stage, value in self.seconds.of_step().items()}
+        row = {**metrics, **totals, **seconds}
+        metrics_table.check_step(row, custom_selector=self.config.selection.is_custom)
         if self.writes and not self.lost():  # all ranks check together before the next stage
             self.ledger.append(entries)
-            self.metrics.write(step, {**metrics, **totals, **seconds})
+            self.metrics.write(step, row)
         self.bar.set_postfix(
             reward=f"{metrics['reward/mean']:.2f}",
             entropy=f"{metrics['entropy/mean']:.2f}",
@@ -192,23 +195,24 @@ class Run:
     def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
         """Write an evaluation after `step` steps to the file and the dashboards."""
         low, high = evaluation.ci95
-        self.evaluations.write(
-            step,
-            {
-                "rollouts": self.rollouts,
-                "tokens": self.tokens,
-                "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
-                "pass_rate": evaluation.pass_rate,
-                "pass_rate_ci95": [low, high],
-                "samples_per_prompt": samples,
-                "prompts": len(evaluation.passes_P),
-                "temperature": self.config.eval.temperature,
-            },
-        )
+        row = {
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
+            "pass_rate": evaluation.pass_rate,
+            "pass_rate_ci95": [low, high],
+            "samples_per_prompt": samples,
+            "prompts": len(evaluation.passes_P),
+            "temperature": self.config.eval.temperature,
+        }
+        assert {"step", *row} == metrics_table.EVALUATION.keys(), "docs/metrics.md lists all"
+        self.evaluations.write(step, row)
         shown = {"pass_rate": evaluation.pass_rate, "ci95_low": low, "ci95_high": high}
         shown |= {"samples_per_prompt": samples, "rollouts": self.rollouts}
+        on_dashboards = {f"eval/{name}": value for name, value in shown.items()}
+        assert on_dashboards.keys() == metrics_table.KEYS_ON_DASHBOARDS, "docs/metrics.md lists all"
         for dashboard in self.dashboards:
-            dashboard.write(step, {f"eval/{name}": value for name, value in shown.items()})
+            dashboard.write(step, on_dashboards)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps: identity, totals, first evaluation, file sizes."""

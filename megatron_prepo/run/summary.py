@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prepo.files.atomic import naming, read_lines
+from megatron_prepo.run.metrics_table import read_steps
 
 
 def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
@@ -14,7 +15,7 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     from matplotlib import pyplot
 
     directory = Path(directory)
-    steps = list(read_lines(directory / "metrics.jsonl"))
+    steps = list(read_steps(directory))
     evaluations = list(read_lines(directory / "evaluations.jsonl"))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     rollouts = [e["rollouts"] for e in evaluations]
@@ -26,7 +27,7 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     axes.yaxis.label.set_color("tab:blue")
     axes.spines[["top"]].set_visible(False)
     window = [
-        (s["rollout/paid"], s["ppl/selected_mean"]) for s in steps if "ppl/selected_mean" in s
+        (s["rollout/paid"], s["ppl/selected/mean"]) for s in steps if "ppl/selected/mean" in s
     ]
     if window:
         other = axes.twinx()

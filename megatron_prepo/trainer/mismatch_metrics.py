@@ -24,9 +24,9 @@ def mismatch_metrics(
     log_ratio_N = torch.stack([-part_T.sum() for part_T in difference_T.split(lengths)])
     return {
         "mismatch/kl": float(k3(difference_T).mean()),
-        "mismatch/logprob_abs_mean": float(difference_T.abs().mean()),
+        "mismatch/logprob_abs/mean": float(difference_T.abs().mean()),
         **{
-            f"mismatch/logprob_abs_{name}": nearest_rank(difference_T.abs(), q)
+            f"mismatch/logprob_abs/{name}": nearest_rank(difference_T.abs(), q)
             for name, q in (("q50", 0.5), ("q90", 0.9), ("q99", 0.99), ("max", 1.0))
         },
         **{

@@ -33,13 +33,13 @@ def selection_metrics(
     if candidates.ppl_P is not None:
         ppl_P, ppl_K = candidates.ppl_P, candidates.ppl_P[list(chosen)]
         metrics |= quantiles("ppl/candidates", ppl_P) | quantiles("ppl/selected", ppl_K)
-        metrics["ppl/selected_mean"] = float(ppl_K.mean())
+        metrics["ppl/selected/mean"] = float(ppl_K.mean())
         metrics["ppl/spearman_with_reward"] = spearman(ppl_K, rewards_KG.mean(dim=1))
         if candidates.pass_rate_P is not None:
             metrics |= candidate_metrics(candidates)
         if candidates.actor_ppl_P is not None:
             relative_P = (ppl_P / candidates.actor_ppl_P - 1).abs()
-            metrics["ppl/engine_actor_relative_max"] = float(relative_P.max())
+            metrics["ppl/engine_actor_relative/max"] = float(relative_P.max())
             metrics["ppl/engine_actor_spearman"] = spearman(ppl_P, candidates.actor_ppl_P)
     return metrics
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_prepo.cli import main
+from megatron_prepo.demo import reward_words
 from tests.e2e.laptop import LAPTOP, summary
 
 
@@ -45,3 +46,15 @@ def test_base_checkpoint_is_whole(demo):
     assert tracker.read_text() == "release"
     metadata = json.loads((demo / "base_megatron" / "release" / "metadata.json").read_text())
     assert metadata["sharded_backend"] == "torch_dist"
+
+
+def test_a_training_reward_that_falls_is_explained():
+    steps = [
+        {"selection/window_first": i, "reward/mean": 0.9 - i / 50, "ppl/selected/mean": 1 + i / 10}
+        for i in range(20)
+    ]
+    words = reward_words(steps)
+    assert "training reward:    0.890 in the first steps, 0.530 in the last" in words
+    assert "to harder prompts, from mean perplexity 1.05 to 2.85" in words
+    assert reward_words(steps[::-1]) == "", "it rises"
+    assert reward_words([{"reward/mean": 0.5}, {"reward/mean": 0.4}]) == "", "there is no window"

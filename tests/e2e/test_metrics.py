@@ -43,7 +43,7 @@ def scores(model, tokens: tuple[int, ...], start: int) -> tuple[torch.Tensor, to
 def spread(name: str, values) -> dict[str, float]:
     values = np.asarray(values, dtype=np.float64)
     points = {"min": 0, "q25": 25, "q50": 50, "q75": 75, "max": 100}
-    return {f"{name}_{label}": np.percentile(values, q) for label, q in points.items()}
+    return {f"{name}/{label}": np.percentile(values, q) for label, q in points.items()}
 
 
 def by_the_model(run, dtype: torch.dtype, folders) -> dict[str, float]:
@@ -62,7 +62,7 @@ def by_the_model(run, dtype: torch.dtype, folders) -> dict[str, float]:
     chosen = list(by_prompt.mean().index)
     found = spread("ppl/candidates", list(ppl.values()))
     found |= spread("ppl/selected", [ppl[i] for i in chosen])
-    found["ppl/selected_mean"] = np.mean([ppl[i] for i in chosen])
+    found["ppl/selected/mean"] = np.mean([ppl[i] for i in chosen])
     pairs = [ppl[i] for i in chosen], by_prompt.mean().to_numpy()
     found["ppl/spearman_with_reward"] = stats.spearmanr(*pairs).statistic
 
@@ -142,7 +142,7 @@ def by_the_dump(run) -> dict[str, float]:
         "rollout/paid": len(ledger),
         "rollout/tokens_paid": ledger.length.sum(),
         "mismatch/kl": float((np.exp(-off_T) - 1 + off_T).mean()),
-        "mismatch/logprob_abs_mean": np.abs(off_T).mean(),
+        "mismatch/logprob_abs/mean": np.abs(off_T).mean(),
         "mismatch/token_ess": share(-off_T),
         "mismatch/sequence_ess": share(log_ratio_N),
         **spread("mismatch/sequence_log_ratio", log_ratio_N),
@@ -155,7 +155,7 @@ def by_the_dump(run) -> dict[str, float]:
     }
     for label, q in (("q50", 50), ("q90", 90), ("q99", 99), ("max", 100)):
         rank = max(1, math.ceil(q * len(off_T) / 100))
-        found[f"mismatch/logprob_abs_{label}"] = np.sort(np.abs(off_T))[rank - 1]
+        found[f"mismatch/logprob_abs/{label}"] = np.sort(np.abs(off_T))[rank - 1]
     for bound in ("0.01", "0.1", "1"):
         found[f"mismatch/share_off_by_{bound}"] = (np.abs(off_T) > float(bound)).mean()
     return found

@@ -18,8 +18,8 @@ KILLED = REPOSITORY / "tests" / "data" / "run_of_d7965c3.tar.xz"
       checkpoint.every=2 checkpoint.keep_last=1
 """
 UNINTERRUPTED = {
-    4: {"ppl/selected_mean": 2.0706343885205927, "selection/window_first": 12},
-    5: {"ppl/selected_mean": 2.1426866115709657, "selection/window_first": 16},
+    4: {"ppl/selected/mean": 2.0706343885205927, "selection/window_first": 12},
+    5: {"ppl/selected/mean": 2.1426866115709657, "selection/window_first": 16},
 }
 """Metrics of the last two steps of the same command, not killed, by that commit."""
 

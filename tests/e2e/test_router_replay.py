@@ -49,7 +49,7 @@ def undisturbed(tmp_path_factory, settings) -> Path:
 
 def test_the_actor_follows_the_embedded_engine(undisturbed):
     for step in metrics(undisturbed):
-        assert step["mismatch/logprob_abs_mean"] < TOLERANCE["float32"]
+        assert step["mismatch/logprob_abs/mean"] < TOLERANCE["float32"]
         assert step["loss/grad_norm"] > 0
         assert 0 <= step["mismatch/routed_differently"] < 0.01
 

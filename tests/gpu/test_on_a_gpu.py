@@ -221,7 +221,7 @@ def test_short_run(tmp_path):
 
     assert train(tmp_path / "run", *SHORT, "parallel.tensor=1") == 0
     for step in metrics(tmp_path / "run"):
-        assert step["mismatch/logprob_abs_mean"] < TOLERANCE["float32"]
+        assert step["mismatch/logprob_abs/mean"] < TOLERANCE["float32"]
         assert step["loss/grad_norm"] > 0
 
 

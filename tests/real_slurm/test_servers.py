@@ -124,5 +124,5 @@ def test_real_sglang_on_a_node_of_its_own_has_weights_by_broadcast(cluster, unin
     cluster.ends(job, seconds=900)
     assert [step["step"] for step in metrics(run)] == [0, 1, 2]
     assert summary(run)["ranks"] == 2
-    assert all(step["mismatch/logprob_abs_mean"] < TOLERANCE["float32"] for step in metrics(run))
+    assert all(step["mismatch/logprob_abs/mean"] < TOLERANCE["float32"] for step in metrics(run))
     assert prove.num_lines(run / "ledger.jsonl") == 3 * 8 * 4

@@ -126,18 +126,18 @@ def test_metrics_by_hand():
     """Two rollouts: differences ln 2, 0, -ln 2, -ln 8 of actor to engine, and one without any."""
     metrics = mismatch_metrics([OLD_T, OLD_T], [ENGINE_T, OLD_T])
     log2 = math.log(2)
-    assert metrics["mismatch/logprob_abs_mean"] == approx(5 * log2 / 8, dtype=torch.float32)
-    assert metrics["mismatch/logprob_abs_max"] == approx(3 * log2, dtype=torch.float32)
-    assert metrics["mismatch/logprob_abs_q50"] == 0
-    assert metrics["mismatch/logprob_abs_q90"] == metrics["mismatch/logprob_abs_max"]
+    assert metrics["mismatch/logprob_abs/mean"] == approx(5 * log2 / 8, dtype=torch.float32)
+    assert metrics["mismatch/logprob_abs/max"] == approx(3 * log2, dtype=torch.float32)
+    assert metrics["mismatch/logprob_abs/q50"] == 0
+    assert metrics["mismatch/logprob_abs/q90"] == metrics["mismatch/logprob_abs/max"]
     shares = [metrics[f"mismatch/share_off_by_{x}"] for x in ("0.01", "0.1", "1")]
     assert shares == [3 / 8, 3 / 8, 1 / 8]
     ratios = [0.5, 1, 2, 8, 1, 1, 1, 1]
     ess = sum(ratios) ** 2 / (8 * sum(r * r for r in ratios))
     assert metrics["mismatch/token_ess"] == approx(ess, dtype=torch.float32)
     assert metrics["mismatch/sequence_ess"] == approx(81 / (2 * 65), dtype=torch.float32)
-    assert metrics["mismatch/sequence_log_ratio_max"] == approx(3 * log2, dtype=torch.float32)
-    assert metrics["mismatch/sequence_log_ratio_min"] == 0
+    assert metrics["mismatch/sequence_log_ratio/max"] == approx(3 * log2, dtype=torch.float32)
+    assert metrics["mismatch/sequence_log_ratio/min"] == 0
     kl = sum(r + math.log(1 / r) - 1 for r in ratios) / 8
     assert metrics["mismatch/kl"] == approx(kl, dtype=torch.float32)
 
