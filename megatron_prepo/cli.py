@@ -29,6 +29,7 @@ from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.config import literal
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock
+from megatron_prepo.files.existing import existing
 from megatron_prepo.launch import start
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import local_ranks
@@ -106,7 +107,7 @@ def _resume(options: argparse.Namespace) -> int:
 
     if options.prove:
         return _prove(options)
-    directory = Path(options.directory)
+    directory = options.directory
     run_directory.check_resumable(directory)
     options.config = directory / "config.yaml"
     # the saved configuration may have run.overwrite=true
@@ -118,7 +119,7 @@ def _resume(options: argparse.Namespace) -> int:
 def _prove(options: argparse.Namespace) -> int:
     from megatron_prepo.debug import resume_check as prove
 
-    run = Path(options.directory)
+    run = options.directory
     checks = prove.prove(
         run / "config.yaml" if run.is_dir() else run,
         options.overrides,
@@ -150,10 +151,10 @@ def _replay(options: argparse.Namespace) -> int:
         return local_ranks.run_rank(rank)
     dump = read(directory, overrides)
     check_layout(dump.config, read_hf_config(dump.config.model.hf))
-    this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
+    this, logs = [sys.executable, "-m", "megatron_prepo"], directory / "logs"
     if not replay.has_gradients(dump) and not options.write_gradients:
         print("the dump has no gradients: one rank computes them first", flush=True)
-        first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
+        first = [*this, "replay", str(directory), *replay.ONE_RANK, "--write-gradients"]
         local_ranks.start(first, 1, logs)
     local_ranks.start([*this, *options.arguments], dump.config.parallel.num_ranks, logs)
     return 0
@@ -216,9 +217,11 @@ def _slurm(options: argparse.Namespace) -> array.Slurm | None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_prepo.evaluation import suites, table
+    from megatron_prepo.inputs import preflight
 
     config = suites.load_settings(options.config, options.model, options.overrides)
     chosen = options.suite or suites.held_out(config)
+    preflight.check_present(config, "reward.function", *([] if options.suite else ["data.eval"]))
     results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
     print(table.markdown(results), end="")
     return 0
@@ -233,12 +236,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from megatron_prepo.inputs import preflight
     from megatron_prepo.plan import layout_search as layouts
     from megatron_prepo.plan import measured_rates as measured
     from megatron_prepo.plan import planner as plan
     from megatron_prepo.plan import text as plan_text
 
     config = configuration.load(options.config, options.overrides)
+    preflight.check_present(config, "model.hf")
     question = plan.PlanRequest(
         gpus=options.gpus,
         gpu=options.gpu,
@@ -270,6 +275,7 @@ def _reference(options: argparse.Namespace) -> int:
     return 0
 
 
+CONFIG = existing("configuration file")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -297,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: "Commands") -> None:
     parser = commands.add_parser("train", help="train with a configuration file")
-    parser.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
+    parser.add_argument("config", type=CONFIG, help="YAML file, such as examples/laptop/prepo.yaml")
     _add_overrides(parser)
     _add_restarts(parser)
     parser.set_defaults(run=_train)
@@ -305,7 +311,7 @@ def _add_train(commands: "Commands") -> None:
 
 def _add_resume(commands: "Commands") -> None:
     parser = commands.add_parser("resume", help="resume an interrupted run")
-    parser.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument("directory", type=existing(), metavar="RUN_DIR", help="the run's directory")
     parser.add_argument(
         "--prove",
         action="store_true",
@@ -334,7 +340,9 @@ def _add_replay(commands: "Commands") -> None:
     parser = commands.add_parser(
         "replay", help="run the updates of a dumped step again, in any layout (docs/debugging.md)"
     )
-    parser.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
+    parser.add_argument(
+        "dump", type=existing(), help="a directory in a run's dumps/ (debug.dump_steps)"
+    )
     parser.add_argument(
         "--tolerance", type=float, help="maximum difference (default: float32 1e-4, bfloat16 0.05)"
     )
@@ -359,7 +367,7 @@ def _add_compare(commands: "Commands") -> None:
     parser = commands.add_parser(
         "compare", help="train with several methods and seeds on equal terms (docs/compare.md)"
     )
-    parser.add_argument("config", help="YAML file that all arms share")
+    parser.add_argument("config", type=CONFIG, help="YAML file that all arms share")
     parser.add_argument(
         "--methods",
         required=True,
@@ -414,7 +422,9 @@ def _add_evaluate(commands: "Commands") -> None:
     parser.add_argument(
         "--out", required=True, help="output directory; existing results are resumed"
     )
-    parser.add_argument("--config", help="YAML file (default: the one of a run among the models)")
+    parser.add_argument(
+        "--config", type=CONFIG, help="YAML file (default: the one of a run among the models)"
+    )
     _add_overrides(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -423,6 +433,7 @@ def _add_report(commands: "Commands") -> None:
     parser = commands.add_parser("report", help="write one page of runs and comparisons")
     parser.add_argument(
         "sources",
+        type=existing(),
         nargs="+",
         metavar="RUN_OR_RESULTS",
         help="a run's directory, a comparison's directory or its results.jsonl",
@@ -437,7 +448,9 @@ def _add_plan(commands: "Commands") -> None:
     parser = commands.add_parser(
         "plan", help="estimate memory, seconds and layouts, without a GPU (docs/plan.md)"
     )
-    parser.add_argument("config", help="YAML file; only config.json of its model is read")
+    parser.add_argument(
+        "config", type=CONFIG, help="YAML file; only config.json of its model is read"
+    )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job")
     parser.add_argument(
         "--gpu", default="h100", help="a100, h100, h200 or b200 (default: %(default)s)"
@@ -451,7 +464,10 @@ def _add_plan(commands: "Commands") -> None:
         "--response-tokens", type=float, metavar="N", help="mean (default: the limit)"
     )
     parser.add_argument(
-        "--rates", metavar="RUN", help="directory of a finished run (default: published rates)"
+        "--rates",
+        type=existing(),
+        metavar="RUN",
+        help="directory of a finished run (default: published rates)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     _add_overrides(parser)
@@ -462,7 +478,9 @@ def _add_doctor(commands: "Commands") -> None:
     parser = commands.add_parser(
         "doctor", help="check versions, GPU, disk, ports, and a run's inputs"
     )
-    parser.add_argument("config", nargs="?", help="YAML file whose requirements are checked, too")
+    parser.add_argument(
+        "config", type=CONFIG, nargs="?", help="YAML file whose requirements are checked, too"
+    )
     _add_overrides(parser)
     parser.set_defaults(run=_doctor)
 
@@ -477,9 +495,15 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _named_place(word: str) -> tuple[str, str]:
-    """Parse NAME=PLACE; the default name is the place's last component."""
+    """Parse NAME=PLACE; the default name is the place's last component.
+
+    Raises NoSuchPath if nothing is at the place.
+    """
     name, equals, place = word.partition("=")
-    return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
+    if not equals:
+        name, place = Path(word).name.removesuffix(".jsonl"), word
+    existing()(place)
+    return name, place
 
 
 def _add_restarts(parser: argparse.ArgumentParser) -> None:

@@ -20,10 +20,12 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     from megatron_prepo.run import directory as run_directory
 
     config = configuration.load(path, overrides)
+    needed = run_directory.needs_initial_weights(config)
+    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
     run_directory.check_config_file(config, path)
     run_directory.check(config)
     dashboards.check(config)
-    preflight.check(config, initial_weights=run_directory.needs_initial_weights(config))
+    preflight.check(config, initial_weights=needed)
     run_directory.begin(config, _log)
     run_directory.end(config)  # rank 0 takes the lock, since it must not run twice
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
