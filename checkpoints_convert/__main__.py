@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_prepo.data import read_records
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
+from megatron_prepo.files.existing import existing
 from megatron_prepo.process.command import in_one_line
 
 
@@ -105,16 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     importer = commands.add_parser("import", help="Hugging Face to Megatron")
-    importer.add_argument("--hf", required=True, help="Hugging Face directory")
+    importer.add_argument("--hf", type=existing(), required=True, help="Hugging Face directory")
     importer.add_argument("--tp", type=int, default=1, help="tensor-parallel chunks (default 1)")
     importer.add_argument("--pp", type=int, default=1, help="pipeline-parallel chunks (default 1)")
     importer.add_argument("--ep", type=int, default=1, help="expert-parallel chunks (default 1)")
     importer.set_defaults(run=_import)
 
     exporter = commands.add_parser("export", help="Megatron to Hugging Face")
-    exporter.add_argument("--megatron", required=True, help="checkpoint, or directory of them")
     exporter.add_argument(
-        "--hf", help="configuration and tokenizer; default: those stored with the checkpoint"
+        "--megatron", type=existing(), required=True, help="checkpoint, or directory of them"
+    )
+    exporter.add_argument(
+        "--hf",
+        type=existing(),
+        help="configuration and tokenizer; default: those stored with the checkpoint",
     )
     exporter.set_defaults(run=_export)
     for converter in (importer, exporter):
@@ -124,13 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     verifier = commands.add_parser("verify", help="check that a conversion lost nothing")
-    verifier.add_argument("--hf", required=True, help="Hugging Face directory")
-    verifier.add_argument("--megatron", help="checkpoint converted from it")
+    verifier.add_argument("--hf", type=existing(), required=True, help="Hugging Face directory")
+    verifier.add_argument("--megatron", type=existing(), help="checkpoint converted from it")
     verifier.add_argument(
         "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"
     )
     verifier.add_argument(
-        "--prompts", help="prompts for the logits: .jsonl as data.train, or one per line"
+        "--prompts",
+        type=existing(),
+        help="prompts for the logits: .jsonl as data.train, or one per line",
     )
     verifier.add_argument("--quick", action="store_true", help="sampled layers, no logits")
     verifier.add_argument("--no-logits", action="store_true", help="do not build the models")
@@ -138,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     verifier.set_defaults(run=_verify)
 
     inspector = commands.add_parser("inspect", help="describe the contents of a directory")
-    inspector.add_argument("directory")
+    inspector.add_argument("directory", type=existing())
     inspector.set_defaults(run=_inspect)
     return parser
 

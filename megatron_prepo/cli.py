@@ -29,7 +29,8 @@ from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.config import literal
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock
-from megatron_prepo.launch import start
+from megatron_prepo.files.existing import existing
+from megatron_prepo.launch import recipes, start
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import local_ranks
 from megatron_prepo.process.command import in_one_line
@@ -106,7 +107,7 @@ def _resume(options: argparse.Namespace) -> int:
 
     if options.prove:
         return _prove(options)
-    directory = Path(options.directory)
+    directory = options.directory
     run_directory.check_resumable(directory)
     options.config = directory / "config.yaml"
     # the saved configuration may have run.overwrite=true
@@ -118,7 +119,7 @@ def _resume(options: argparse.Namespace) -> int:
 def _prove(options: argparse.Namespace) -> int:
     from megatron_prepo.debug import resume_check as prove
 
-    run = Path(options.directory)
+    run = options.directory
     checks = prove.prove(
         run / "config.yaml" if run.is_dir() else run,
         options.overrides,
@@ -150,10 +151,10 @@ def _replay(options: argparse.Namespace) -> int:
         return local_ranks.run_rank(rank)
     dump = read(directory, overrides)
     check_layout(dump.config, read_hf_config(dump.config.model.hf))
-    this, logs = [sys.executable, "-m", "megatron_prepo"], Path(directory) / "logs"
+    this, logs = [sys.executable, "-m", "megatron_prepo"], directory / "logs"
     if not replay.has_gradients(dump) and not options.write_gradients:
         print("the dump has no gradients: one rank computes them first", flush=True)
-        first = [*this, "replay", directory, *replay.ONE_RANK, "--write-gradients"]
+        first = [*this, "replay", str(directory), *replay.ONE_RANK, "--write-gradients"]
         local_ranks.start(first, 1, logs)
     local_ranks.start([*this, *options.arguments], dump.config.parallel.num_ranks, logs)
     return 0
@@ -216,9 +217,11 @@ def _slurm(options: argparse.Namespace) -> array.Slurm | None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_prepo.evaluation import suites, table
+    from megatron_prepo.inputs import preflight
 
     config = suites.load_settings(options.config, options.model, options.overrides)
     chosen = options.suite or suites.held_out(config.data.eval)
+    preflight.check_present(config, "reward.function", *([] if options.suite else ["data.eval"]))
     results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
     print(table.markdown(results), end="")
     return 0
@@ -233,16 +236,17 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from megatron_prepo.launch import recipes
+    from megatron_prepo.inputs import preflight
     from megatron_prepo.plan import layout_search as layouts
     from megatron_prepo.plan import measured_rates as measured
     from megatron_prepo.plan import planner as plan
     from megatron_prepo.plan import text as plan_text
 
-    path, overrides = recipes.find(options.config), options.overrides
+    overrides = options.overrides
     if options.gpus and not any(word.startswith("parallel.data=") for word in overrides):
         overrides = ["parallel.data=", *overrides]  # follows from the GPUs
-    config = configuration.load(path, overrides)
+    config = configuration.load(options.config, overrides)
+    preflight.check_present(config, "model.hf")
     question = plan.PlanRequest(
         gpus=options.gpus,
         gpu=options.gpu,
@@ -278,6 +282,8 @@ def _reference(options: argparse.Namespace) -> int:
     return 0
 
 
+CONFIG = recipes.find
+"""Type of an argument that is the name of a recipe or a YAML file."""
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -305,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: "Commands") -> None:
     parser = commands.add_parser("train", help="train with a configuration file")
-    parser.add_argument("config", help="YAML file, such as examples/laptop/prepo.yaml")
+    parser.add_argument("config", type=CONFIG, help="recipe such as qwen2.5-7b, or YAML file")
     _add_overrides(parser)
     _add_restarts(parser)
     parser.set_defaults(run=_train)
@@ -313,7 +319,7 @@ def _add_train(commands: "Commands") -> None:
 
 def _add_resume(commands: "Commands") -> None:
     parser = commands.add_parser("resume", help="resume an interrupted run")
-    parser.add_argument("directory", metavar="RUN_DIR", help="the run's directory")
+    parser.add_argument("directory", type=existing(), metavar="RUN_DIR", help="the run's directory")
     parser.add_argument(
         "--prove",
         action="store_true",
@@ -342,7 +348,9 @@ def _add_replay(commands: "Commands") -> None:
     parser = commands.add_parser(
         "replay", help="run the updates of a dumped step again, in any layout (docs/debugging.md)"
     )
-    parser.add_argument("dump", help="a directory in a run's dumps/ (debug.dump_steps)")
+    parser.add_argument(
+        "dump", type=existing(), help="a directory in a run's dumps/ (debug.dump_steps)"
+    )
     parser.add_argument(
         "--tolerance", type=float, help="maximum difference (default: float32 1e-4, bfloat16 0.05)"
     )
@@ -367,7 +375,7 @@ def _add_compare(commands: "Commands") -> None:
     parser = commands.add_parser(
         "compare", help="train with several methods and seeds on equal terms (docs/compare.md)"
     )
-    parser.add_argument("config", help="YAML file that all arms share")
+    parser.add_argument("config", type=CONFIG, help="YAML file that all arms share")
     parser.add_argument(
         "--methods",
         required=True,
@@ -422,7 +430,9 @@ def _add_evaluate(commands: "Commands") -> None:
     parser.add_argument(
         "--out", required=True, help="output directory; existing results are resumed"
     )
-    parser.add_argument("--config", help="YAML file (default: the one of a run among the models)")
+    parser.add_argument(
+        "--config", type=CONFIG, help="YAML file (default: the one of a run among the models)"
+    )
     _add_overrides(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -431,6 +441,7 @@ def _add_report(commands: "Commands") -> None:
     parser = commands.add_parser("report", help="write one page of runs and comparisons")
     parser.add_argument(
         "sources",
+        type=existing(),
         nargs="+",
         metavar="RUN_OR_RESULTS",
         help="a run's directory, a comparison's directory or its results.jsonl",
@@ -452,7 +463,9 @@ def _add_plan(commands: "Commands") -> None:
         "plan", help="estimate memory, seconds and layouts, without a GPU (docs/plan.md)"
     )
     parser.add_argument(
-        "config", help="recipe such as qwen2.5-7b, or YAML file; of its model config.json is read"
+        "config",
+        type=CONFIG,
+        help="recipe such as qwen2.5-7b, or YAML file; of its model config.json is read",
     )
     parser.add_argument("--gpus", type=int, help="GPUs that train (default: the layout's ranks)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
@@ -479,7 +492,10 @@ def _add_plan(commands: "Commands") -> None:
         "--eval-prompts", type=int, metavar="N", help="per evaluation (default: data.eval's)"
     )
     parser.add_argument(
-        "--rates", metavar="RUN", help="directory of a finished run (default: published rates)"
+        "--rates",
+        type=existing(),
+        metavar="RUN",
+        help="directory of a finished run (default: published rates)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     _add_overrides(parser)
@@ -490,7 +506,7 @@ def _add_doctor(commands: "Commands") -> None:
     parser = commands.add_parser(
         "doctor", help="check versions, GPU, disk, ports, and a run's inputs"
     )
-    parser.add_argument("config", nargs="?", help="YAML file whose requirements are checked, too")
+    parser.add_argument("config", type=CONFIG, nargs="?", help="recipe or YAML file to check, too")
     _add_overrides(parser)
     parser.set_defaults(run=_doctor)
 
@@ -508,9 +524,15 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _named_place(word: str) -> tuple[str, str]:
-    """Parse NAME=PLACE; the default name is the place's last component."""
+    """Parse NAME=PLACE; the default name is the place's last component.
+
+    Raises NoSuchPath if nothing is at the place.
+    """
     name, equals, place = word.partition("=")
-    return (name, place) if equals else (Path(word).name.removesuffix(".jsonl"), word)
+    if not equals:
+        name, place = Path(word).name.removesuffix(".jsonl"), word
+    existing()(place)
+    return name, place
 
 
 def _add_restarts(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,13 @@ class UserError(ValueError):
     """Invalid setting, file or model; the message names it, its value and the remedy."""
 
 
+class NoSuchPath(Exception):
+    """A file or folder of the command line that does not exist; the message names it.
+
+    No ValueError, which argparse would report as wrong usage of the command.
+    """
+
+
 class Stopped(RuntimeError):
     """The run stopped between two steps and can be resumed; the message has the reason and step."""
 

@@ -114,6 +114,7 @@ class FakeSGLang:
         self.aborted: set[str] = set()
         self.seconds = 0.002
         """Seconds that an answer of /generate takes."""
+        self.moe_runner = "auto"
         self.dead, self._closing = False, threading.Event()
         self._lock = threading.Lock()
         self._server = _Listener((host, port), _handler_of(self))
@@ -144,6 +145,7 @@ class FakeSGLang:
             case "/server_info":
                 info = {"tp_size": self.num_ranks, "dp_size": 1}
                 info["enable_fp32_lm_head"] = self.fp32_lm_head
+                info["moe_runner_backend"] = self.moe_runner
                 return 200, info | {"enable_return_routed_experts": self.routing is not None}
             case "/model_info":
                 return 200, {"architectures": self.architectures, "weight_version": self.version}

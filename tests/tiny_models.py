@@ -67,15 +67,18 @@ def llama3(*, scaled: bool = True, tied: bool = False, layers: int = 2) -> PreTr
     return randomized(LlamaForCausalLM(config))
 
 
-def qwen3_moe(*, tied: bool = False) -> PreTrainedModel:
-    """Return a model with Qwen3's attention, and 8 experts of which each token takes 2."""
+def qwen3_moe(*, tied: bool = False, normalized: bool = True) -> PreTrainedModel:
+    """Return a model with Qwen3's attention, and 8 experts of which each token takes 2.
+
+    `normalized`: whether the probabilities of the two add up to 1.
+    """
     config = Qwen3MoeConfig(
         **SHAPE,
         head_dim=12,
         moe_intermediate_size=20,
         num_experts=8,
         num_experts_per_tok=2,
-        norm_topk_prob=True,
+        norm_topk_prob=normalized,
         decoder_sparse_step=1,
         mlp_only_layers=[],
         tie_word_embeddings=tied,

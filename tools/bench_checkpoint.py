@@ -33,6 +33,7 @@ from megatron_prepo.actor.actor import Actor
 from megatron_prepo.config import from_tree
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import machine
 from megatron_prepo.process.command import in_one_line
@@ -57,8 +58,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=ownership.new_file(), required=True)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--directory", help="directory on the disk to measure (default: temporary)")
-    parser.add_argument("--model", type=Path, help="folder with a config.json")
+    parser.add_argument(
+        "--directory", type=existing(), help="directory on the disk to measure (default: temporary)"
+    )
+    parser.add_argument("--model", type=existing(), help="folder with a config.json")
     parser.add_argument("--background", action="store_true", help="only this save")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no round after this")
     options = parser.parse_args()

@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.process import local_ranks, machine
+from megatron_prepo.process.command import in_one_line
 from tools import head_goals
 from tools.head_case import Case, Shape, describe, make_case
 from tools.head_providers import PRODUCTS, Absent, Outcome, Task, available, naive_bytes
@@ -55,6 +57,7 @@ OWN = ("bare", "ours")
 """Providers whose failure is an error of ours and stops the run."""
 
 
+@in_one_line
 def main() -> int:
     """Run the measurements selected on the command line."""
     options = _options()
@@ -405,7 +408,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--cpu", action="store_true", help="two gloo ranks, no GPU")
     parser.add_argument("--quick", action="store_true", help="only the cases needed for the goals")
-    parser.add_argument("--verl", type=Path, help="folder verl/utils/kernel of a verl checkout")
+    parser.add_argument(
+        "--verl", type=existing(), help="folder verl/utils/kernel of a verl checkout"
+    )
     parser.add_argument(
         "--gradients",
         choices=("logprobs", "both"),

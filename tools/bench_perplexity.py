@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_prepo import config as configuration
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.inputs import preflight
 from megatron_prepo.process import machine
 from megatron_prepo.process.command import in_one_line
@@ -37,7 +38,7 @@ PARTS = ("actor", "engine", "rollouts_alone", "rollouts_behind_probes")
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config")
+    parser.add_argument("config", type=existing("configuration file"))
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument(
         "--out", type=ownership.new_file(), required=True, help="JSON file to write"
@@ -50,7 +51,7 @@ def main() -> int:
         result = measure(config, inputs.train_prompts, actor, engine)
     elsewhere = ("run.", "servers.python")  # paths do not affect the numbers
     settings = [override for override in overrides if not override.startswith(elsewhere)]
-    result |= {"machine": machine.describe(), "config": options.config, "overrides": settings}
+    result |= {"machine": machine.describe(), "config": str(options.config), "overrides": settings}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(options.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

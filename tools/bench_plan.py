@@ -40,6 +40,7 @@ from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import planner as plan
@@ -63,7 +64,9 @@ def main() -> int:
     parser.add_argument(
         "--out", type=ownership.new_file(), required=True, help="JSON file to write"
     )
-    parser.add_argument("--model", type=Path, action="append", help="folder with a config.json")
+    parser.add_argument(
+        "--model", type=existing(), action="append", help="folder with a config.json"
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--sequences", type=int, default=4, help="sequences per micro-batch")
     parser.add_argument("--copy-mib", type=int, default=1024)

@@ -32,6 +32,7 @@ from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.models.flops import FlopCount, layer_parameters
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
@@ -62,7 +63,9 @@ def main() -> int:
     parser.add_argument(
         "--out", type=ownership.new_file(), required=True, help="JSON file to write"
     )
-    parser.add_argument("--model", type=Path, action="append", help="folder with a config.json")
+    parser.add_argument(
+        "--model", type=existing(), action="append", help="folder with a config.json"
+    )
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=700, help="median; at most 6 times")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")

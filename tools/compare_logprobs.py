@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.inputs import preflight
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import Rollout
@@ -214,8 +215,8 @@ def config_of(options: argparse.Namespace) -> Config:
     if options.config:
         return configuration.load(options.config, overrides)
     tree = {
-        "model": {"hf": options.hf},
-        "data": {"train": options.prompts, "eval": options.prompts},
+        "model": {"hf": str(options.hf)},
+        "data": {"train": str(options.prompts), "eval": str(options.prompts)},
         "selection": {"num_candidates": 1, "num_selected": 1},
         "rollout": {"engine": "sglang", "max_new_tokens": 64, "samples_per_prompt": 2},
         "servers": {"urls": [options.url]},
@@ -232,14 +233,23 @@ def one_rank() -> list[str]:
     return [*(f"parallel.{name}=1" for name in names), "parallel.sequence=false"]
 
 
+def _config(word: str) -> str:
+    """Return a word that is an override, or the path of an existing configuration."""
+    return word if "=" in word else str(existing("configuration file")(word))
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config", nargs="?", help="configuration of a run")
+    parser.add_argument("config", type=_config, nargs="?", help="configuration of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--hf", help="without a configuration: directory of the model")
+    parser.add_argument(
+        "--hf", type=existing(), help="without a configuration: directory of the model"
+    )
     parser.add_argument("--url", help="without a configuration: server with this model")
-    parser.add_argument("--prompts", help="without a configuration: prompts (docs/data.md)")
+    parser.add_argument(
+        "--prompts", type=existing(), help="without a configuration: prompts (docs/data.md)"
+    )
     parser.add_argument("--num-prompts", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--tolerance", type=float, help="in nats (default: 1e-4; 0.1 for bfloat16)")
     parser.add_argument("--out", type=Path, required=True, help="directory for logs and figure")

@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
+from megatron_prepo.files.existing import existing
 from megatron_prepo.process import machine
+from megatron_prepo.process.command import in_one_line
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PART_SECONDS = 180.0
@@ -46,14 +48,15 @@ HEAD_SECONDS = 150.0
 """Time after which the benchmark starts nothing new; the remainder is for its current part."""
 
 
+@in_one_line
 def main() -> int:
     """Run all parts; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--out", type=ownership.new_file(), required=True, help="JSON file to write"
     )
-    parser.add_argument("--verl", type=Path, help="as in tools/bench_head.py")
-    parser.add_argument("--sglang", type=Path, help="folder with archives of pack_sglang.py")
+    parser.add_argument("--verl", type=existing(), help="as in tools/bench_head.py")
+    parser.add_argument("--sglang", type=existing(), help="folder with archives of pack_sglang.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device; this check is for a machine that has one", file=sys.stderr)

@@ -21,6 +21,7 @@ from megatron_prepo.data import read_records
 from megatron_prepo.debug import dump
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
+from megatron_prepo.files.existing import existing
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
@@ -208,11 +209,11 @@ def inspect_run(run: Path, step: int, *, width: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", help="directory of a run, or a dump")
+    parser.add_argument("path", type=existing(), help="directory of a run, or a dump")
     parser.add_argument("step", nargs="?", type=int, help="step of a run, counted from 0")
     parser.add_argument("--width", type=int, default=120, help="width of a line (%(default)s)")
     options = parser.parse_args(arguments)
-    path = Path(options.path)
+    path = options.path
     if options.step is None:
         print(inspect_dump(path, width=options.width))
     else:

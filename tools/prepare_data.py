@@ -28,9 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_prepo.errors import UserError, one_line
+from megatron_prepo.errors import NoSuchPath, UserError, one_line
 from megatron_prepo.files import json_lines
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.files.existing import existing
 from megatron_prepo.files.json_lines import answer_field, text_field
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.rewards.boxed import last_boxed
@@ -165,6 +166,11 @@ def read_problems(name: str, place: str) -> list[Problem]:
     return problems
 
 
+def absent(path: str | Path) -> str:
+    """Return the message for a source that does not exist."""
+    return f"no such file or folder: {path}; use `hub` to read it with `datasets`"
+
+
 def _local_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield (`FILE, line N` or `FILE, row N`, row) of a file, or of the files of a folder."""
     if path.is_dir():
@@ -172,7 +178,7 @@ def _local_rows(path: Path) -> Iterator[tuple[str, dict]]:
         for file in files:
             yield from _local_rows(file)
     elif not path.is_file():
-        raise UserError(f"no such file or folder: {path}; use `hub` to read it with `datasets`")
+        raise UserError(absent(path))
     elif path.suffix == ".jsonl":
         for line, row in json_lines.read(path):
             yield f"{path}, line {line}", row
@@ -380,7 +386,7 @@ def prepare(options: argparse.Namespace) -> dict:
         files = {name: entry["file"] for name, entry in statistics["suites"].items()}
         files |= {name: entry["train"]["file"] for name, entry in statistics["train"].items()}
         statistics["perplexity"] = describe_perplexities(
-            options.perplexity, files, out / "perplexity.png"
+            str(options.perplexity), files, out / "perplexity.png"
         )
     write_text(out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
     return statistics
@@ -413,7 +419,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="add the text that asks for a boxed answer, as reward.function=math needs",
     )
     parser.add_argument(
-        "--perplexity", metavar="HF", help="draw the prompts' perplexities under this model"
+        "--perplexity",
+        type=existing(),
+        metavar="HF",
+        help="draw the prompts' perplexities under this model",
     )
     print(json.dumps(prepare(parser.parse_args(arguments)), indent=2))
     return 0
@@ -423,6 +432,8 @@ def _named_place(word: str) -> tuple[str, str]:
     name, equals, place = word.partition("=")
     if not (name and equals and place):
         raise argparse.ArgumentTypeError(f"{word!r} must have the form NAME=FILE")
+    if place != "hub" and not Path(place).exists():
+        raise NoSuchPath(absent(place))
     return name, place
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
+from megatron_prepo.files.existing import existing
 from megatron_prepo.files.ownership import new_file
 from megatron_prepo.inputs.preflight import read_tokenizer
 from megatron_prepo.prepo.perplexity import perplexity
@@ -113,17 +114,21 @@ def describe(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", metavar="FILE", help="prompts, JSON Lines")
-    parser.add_argument("--hf", required=True, help="Hugging Face directory of the model")
+    parser.add_argument(
+        "files", type=existing(), nargs="+", metavar="FILE", help="prompts, JSON Lines"
+    )
+    parser.add_argument(
+        "--hf", type=existing(), required=True, help="Hugging Face directory of the model"
+    )
     parser.add_argument(
         "--out", type=new_file(".json"), required=True, help="PNG file; its numbers go beside it"
     )
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
     parser.add_argument("--tokens", choices=("all", "content"), default="all")
     options = parser.parse_args(arguments)
-    files = {Path(file).name.removesuffix(".jsonl"): file for file in options.files}
+    files = {file.name.removesuffix(".jsonl"): str(file) for file in options.files}
     result = describe(
-        options.hf,
+        str(options.hf),
         files,
         options.out,
         chat_template=options.chat_template,

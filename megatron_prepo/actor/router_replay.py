@@ -2,8 +2,9 @@
 
 Megatron-Core delegates the top-k of a router to an object, if it has one (`router_replay`, the same
 interface from 0.16 to 0.20).  Megatron's implementation keeps one global list of all routers; ours
-get the micro-batch from `replaying`.  Only the choice is replayed: probabilities are computed
-by the actor from the logits of the chosen experts, so that the router is trained as well.
+get the micro-batch from `replaying`.  Only the choice is replayed: the router continues with the
+scores that it asked with, logits or probabilities over all experts (`norm_topk_prob`), so that it
+is trained as well.
 
 T tokens of the rank, k experts per token.
 """

@@ -93,9 +93,9 @@ def compare(
             keep(run)
         else:
             waiting.append(run)
-    log(equal_terms(planned, config_path, len(waiting)))
     for config in distinct_inputs([run.config for run in waiting]):
         check(config)
+    log(equal_terms(planned, config_path, len(waiting)))
     for run in waiting:
         run.check_directory()
     runs = (

@@ -84,7 +84,7 @@ class Model:
     """Rollouts that the run generated for it; None if it is not from a finished run."""
 
 
-def load_settings(path: str | None, models: Named, overrides: Sequence[str]) -> Config:
+def load_settings(path: str | Path | None, models: Named, overrides: Sequence[str]) -> Config:
     """Return the settings of a configuration file with overrides applied.
 
     Without a file, those of the first run among the models are used; without a run, the overrides

@@ -9,9 +9,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_prepo.config import Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_prepo.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    to_tree,
+)
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import user_code
 from megatron_prepo.inputs import prompt_digests
 from megatron_prepo.inputs.digests import WEIGHT_FILES
 from megatron_prepo.inputs.prompt_digests import PromptDigests
@@ -45,6 +53,7 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     from megatron_prepo.models.hf_files import other_files
     from megatron_prepo.rollout import build
 
+    check_present(config, *inputs_read(config, initial_weights=initial_weights))
     check_opens(Path(config.model.hf), skip=() if initial_weights else WEIGHT_FILES)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
@@ -76,6 +85,32 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
         )
     build.check(config)
     return Inputs(tokenizer, train_prompts, eval_prompts, digests)
+
+
+INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval")
+CODE = ("reward.function", "selection.method")
+"""Settings that may be `FILE.py:NAME`."""
+
+
+def inputs_read(config: Config, *, initial_weights: bool = True) -> list[str]:
+    """Return the settings that name a file or folder which a run reads."""
+    unused = [] if initial_weights and config.model.megatron else ["model.megatron"]
+    return [name for name in (*INPUTS, *CODE) if name not in unused]
+
+
+def check_present(config: Config, *names: str) -> None:
+    """Raise UserError with those of the settings whose file or folder does not exist."""
+    tree, absent = to_tree(config), []
+    for name in names:
+        section, _, setting = name.partition(".")
+        value = tree[section][setting]
+        if name in CODE and not user_code.has_form(value):
+            continue
+        place = value.rpartition(":")[0] if name in CODE else value
+        if not Path(place).exists():
+            absent.append(f"{name}={value}")
+    if absent:
+        raise UserError(f"no such file or folder: {', '.join(absent)}")
 
 
 def check_selector(config: Config) -> None:

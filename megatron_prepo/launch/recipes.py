@@ -9,7 +9,7 @@ mine/run.yaml            any file
 from pathlib import Path
 
 from megatron_prepo.config import nearest
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import NoSuchPath, UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXAMPLES = next(
@@ -32,10 +32,13 @@ def recipes() -> dict[str, Path]:
 def find(name: str) -> Path:
     """Return the configuration file of a recipe, or the file with this path.
 
-    Raises UserError that lists the recipes if neither exists.
+    Raises NoSuchPath for the path of an absent file, and UserError with all recipes for another
+    word that is neither.
     """
     if Path(name).is_file():
         return Path(name)
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise NoSuchPath(f"no such configuration file: {name}")
     known = recipes()
     assert known, f"{EXAMPLES} has no recipes"
     words = name.replace("_", "-")

@@ -20,10 +20,11 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     from megatron_prepo.run import directory as run_directory
 
     config = configuration.load(path, overrides)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
     run_directory.check_config_file(config.run, path)
     run_directory.check(config)
     dashboards.check(config.run)
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
     preflight.check(config, initial_weights=needed)
     run_directory.begin(config, _log)
     run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice

@@ -48,9 +48,9 @@ ONLY = {
     "partial_rotary_factor": 1.0,
 }
 """Supported values of settings that the families' configuration classes have."""
-ONLY_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+ONLY_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 """Supported values for mixtures of experts."""
-READ = {*SIZES, *EXPERT_SIZES, *ONLY, *ONLY_EXPERTS, "model_type"}
+READ = {*SIZES, *EXPERT_SIZES, *ONLY, *ONLY_EXPERTS, "norm_topk_prob", "model_type"}
 READ |= {"rms_norm_eps", "tie_word_embeddings"}
 READ |= {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
 READ |= {"layer_types", "use_sliding_window", "num_local_experts"}
@@ -87,8 +87,8 @@ def read_hf_config(
     """Return a model's complete architecture as a `config.json` that gives the same logits.
 
     Keys of SIZES, `model_type`, `architectures`, `rms_norm_eps`, `tie_word_embeddings`,
-    `rope_parameters`, and for mixtures of experts EXPERT_SIZES; all are explicit, as `transformers`
-    reads the file.
+    `rope_parameters`, and for mixtures of experts EXPERT_SIZES and `norm_topk_prob`; all are
+    explicit, as `transformers` reads the file.
     `quantized`: the weights come from another place, so the file may describe quantised ones.
     `for_megatron`: Megatron-Core must compute what `transformers` computes; an engine that only
     generates may support more.
@@ -122,10 +122,10 @@ def read_hf_config(
     if for_megatron:
         _refuse_other_computations(path, hf)
     settings = {name: hf[name] for name in ("model_type", "architectures", *SIZES)}
-    settings |= {name: hf[name] for name in EXPERT_SIZES} if moe else {}
     settings |= {name: hf[name] for name in ("hidden_act", "rms_norm_eps", "tie_word_embeddings")}
     if moe:
-        settings |= {name: hf[name] for name in ONLY_EXPERTS}
+        names = (*EXPERT_SIZES, *ONLY_EXPERTS, "norm_topk_prob")
+        settings |= {name: hf[name] for name in names}
     _check_numbers(path, settings)
     return settings | {
         "rope_parameters": _rope_parameters(path, hf) if for_megatron else hf["rope_parameters"]
@@ -180,8 +180,9 @@ def _experts(hf: dict[str, Any]) -> dict[str, Any]:
         "num_moe_experts": num_experts(hf),
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-        # norm_topk_prob means softmax over the chosen experts' logits
-        "moe_router_pre_softmax": False,
+        # a softmax over all experts, of which each chosen expert keeps its part; or normalised,
+        # which is a softmax over the chosen experts only
+        "moe_router_pre_softmax": not hf["norm_topk_prob"],
         "moe_router_score_function": "softmax",
         "moe_router_load_balancing_type": "none",
     }
@@ -273,10 +274,9 @@ def _check_sizes(path: Path, hf: dict[str, Any]) -> None:
 
 def _check_numbers(path: Path, hf: dict[str, Any]) -> None:
     _check_sizes(path, hf)
-    if type(hf["tie_word_embeddings"]) is not bool:
-        raise UserError(
-            f"{path}: tie_word_embeddings={hf['tie_word_embeddings']!r} is not a boolean"
-        )
+    for name in ("tie_word_embeddings", "norm_topk_prob"):
+        if name in hf and type(hf[name]) is not bool:
+            raise UserError(f"{path}: {name}={reprlib.repr(hf[name])} is not a boolean")
     heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
     if heads % groups:
         raise UserError(

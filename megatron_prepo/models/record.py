@@ -34,6 +34,7 @@ HF_NAMES = {
     "rope_scaling_factor": "factor of the rope",
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_pre_softmax": "not norm_topk_prob",
 }
 """Megatron's name -> the name in `config.json`, if it differs."""
 
@@ -50,7 +51,6 @@ OTHER_FUNCTION = {
     "no_rope_freq": (),
     "multi_latent_attention": (False,),
     "moe_router_score_function": ("softmax",),
-    "moe_router_pre_softmax": (False,),
     "moe_router_topk_scaling_factor": (1.0,),
     "moe_router_enable_expert_bias": (False,),
     "moe_shared_expert_intermediate_size": (0,),
@@ -77,6 +77,7 @@ def architecture_record(settings: dict[str, Any]) -> dict[str, Any]:
         rope_scaling_factor=gpt.get("rope_scaling_factor"),
         moe_router_topk=mcore.get("moe_router_topk"),
         moe_ffn_hidden_size=mcore.get("moe_ffn_hidden_size"),
+        moe_router_pre_softmax=mcore.get("moe_router_pre_softmax"),
         add_qkv_bias=mcore["add_qkv_bias"],
         qk_layernorm=mcore["qk_layernorm"],
         num_experts=mcore.get("num_moe_experts"),
@@ -124,11 +125,13 @@ def comparable(args: Namespace | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(args, Namespace | dict):
         raise UserError(f"the record `args` of a checkpoint is a {type(args).__name__}")
     known = args if isinstance(args, dict) else vars(args)
+    # earlier versions imported only models for which Megatron's default is right, and left it out
+    known = {"moe_router_pre_softmax": False} | known
     dropped = {"max_position_embeddings"}  # a limit
     if not known.get("use_rope_scaling"):
         dropped.add("rope_scaling_factor")
     if not known.get("num_experts"):
-        dropped |= {"moe_router_topk", "moe_ffn_hidden_size"}
+        dropped |= {"moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax"}
     if not known.get("group_query_attention", True):
         dropped.add("num_query_groups")
     return {n: value for n, value in known.items() if value is not None and n not in dropped}

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_prepo import internals
-from megatron_prepo.errors import UserError, no_room
+from megatron_prepo.errors import NoSuchPath, UserError, no_room
 
 
 def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap `main`: a UserError becomes one line on stderr and exit code 2, a full disk exit code 1.
+
+    NoSuchPath is treated as a UserError.
 
     An import that fails because a library changed (`internals.py`) is treated as a UserError.
     """
@@ -19,7 +21,7 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
     def run(*args: Any, **kwargs: Any) -> int:
         try:
             return main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, NoSuchPath) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except ImportError as error:

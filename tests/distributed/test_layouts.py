@@ -250,6 +250,23 @@ SCENARIOS = {
             *CONTEXT_OF_EXPERTS,
         ),
     ),
+    "experts not normalized": Scenario(
+        "qwen3_moe not normalized",
+        (14, 17, 10, 11, 15, 19, 12),
+        start=9,
+        num_prompts=3,
+        layouts=("tp1", "tp2 sp ep2 shared"),
+    ),
+    "routed not normalized": Scenario(
+        "qwen3_moe not normalized",
+        (14, 17, 10, 11, 15, 19, 12, 13),
+        temperature=0.8,
+        start=9,
+        num_prompts=2,
+        kl_coef=0.1,
+        routed=True,
+        layouts=("tp1 shared recompute",),
+    ),
     "fewer rollouts than ranks": Scenario(
         "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped", "dp2 cp2 overlapped")
     ),
@@ -280,6 +297,7 @@ MISTAKES = {
     "stages do not sum the embedding": ("plain", "pp2", "embed_tokens"),
     "one rollout twice": ("all terms", "tp1", ""),
     "advantages of the next rollout": ("groups", "tp1 shared", ""),
+    "probabilities normalized": ("routed not normalized", "tp1 shared recompute", ""),
 }
 CHOOSING = (
     "tp1 shared",
@@ -300,6 +318,7 @@ MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
     "qwen3": lambda: tiny_models.qwen3(tied=False),
     "qwen3_moe": lambda: tiny_models.qwen3_moe(),
+    "qwen3_moe not normalized": lambda: tiny_models.qwen3_moe(normalized=False),
 }
 
 
@@ -383,7 +402,9 @@ def forward_of_router(experts_Tk, chosen_by):
             chosen_Tk = logits_TE.topk(self.top_k).indices
             chosen_by.append(logits_TE.detach())
         probs_Tk = logits_TE.softmax(-1).gather(1, chosen_Tk)
-        return logits_TE, probs_Tk / probs_Tk.sum(-1, keepdim=True), chosen_Tk
+        if self.norm_topk_prob:
+            probs_Tk = probs_Tk / probs_Tk.sum(-1, keepdim=True)
+        return logits_TE, probs_Tk, chosen_Tk
 
     return forward
 
@@ -423,7 +444,7 @@ def terms_of(model, scenario, batch, i):
     kl_T = to_reference_T.exp() - 1 - to_reference_T
     objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
     # statistics are of tokens that there is something to learn from
-    other_terms = scenario.entropy_coef or scenario.kl_coef or scenario.model == "qwen3_moe"
+    other_terms = scenario.entropy_coef or scenario.kl_coef or "moe" in scenario.model
     counts = slice(None if advantage or other_terms else 0)
     terms = {
         "loss/policy": -batch.coefficient[i] * objective_T,
@@ -642,6 +663,8 @@ def mistaken(case, mistake):
                 parameter.sequence_parallel = False
         elif mistake in ("ranks do not sum", "stages do not sum the embedding"):
             actor.mcore.finalize_model_grads_func = lambda *_, **__: None
+        elif mistake == "probabilities normalized":
+            actor.chunks[0].config.moe_router_pre_softmax = False
         elif mistake == "one rollout twice":
             rollouts[0] = replace(rollouts[0], coefficient=2 * rollouts[0].coefficient)
         elif mistake == "advantages of the next rollout":
@@ -1132,9 +1155,10 @@ def test_a_checkpoint_is_read_under_another_layout_bit_for_bit(run, checkpoints,
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(run):
+@pytest.mark.parametrize("name", ["routed", "routed not normalized"])
+def test_a_replay_of_the_actors_own_choice_is_the_plain_pass_bit_for_bit(run, name):
     """Scores, and the gradient of every tensor; and no choice is counted as another."""
-    [own] = run(own_choice, "routed", "tp1 one micro-batch")
+    [own] = run(own_choice, name, "tp1 one micro-batch")
     assert own["plain"]["routed differently"] is None
     for name in ("asked", "replayed"):
         assert own[name]["routed differently"] == 0.0

@@ -78,7 +78,12 @@ def test_wrong_setting(capsys, tmp_path, override, expected):
 
 
 def test_missing_model(capsys, tmp_path):
-    assert_refused(capsys, tmp_path, ["config.json", "absent"], f"model.hf={tmp_path / 'absent'}")
+    assert_refused(
+        capsys,
+        tmp_path,
+        ["no such file or folder: model.hf=", "absent"],
+        f"model.hf={tmp_path / 'absent'}",
+    )
 
 
 def test_missing_megatron_checkpoint(capsys, tmp_path):

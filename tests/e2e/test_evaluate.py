@@ -124,8 +124,11 @@ def test_what_is_there_is_not_mixed_with_something_else(whole, capsys, change, w
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--model", "m=absent", "--suite", SUITE, *SETTINGS], "absent is neither a Hugging Face"),
-        (["--model", "absent", "--suite", "x=absent.jsonl", *SETTINGS], "no such prompt file"),
+        (["--model", "m=absent", "--suite", SUITE], "no such file or folder: absent"),
+        (
+            ["--model", str(LAPTOP / "base"), "--suite", "x=absent.jsonl"],
+            "no such file or folder: absent.jsonl",
+        ),
         (["--model", f"m={LAPTOP / 'base'}", *SETTINGS], "give --suite NAME=FILE"),
         (
             ["--model", f"m={LAPTOP / 'base'}", "--suite", SUITE],

@@ -146,6 +146,9 @@ SAME = {
     "a sliding window that is not used": ("qwen3", {"sliding_window": 4}, ()),
     "no layer_types": ("qwen3", {}, ("layer_types",)),
     "num_local_experts": ("moe", {"num_local_experts": 8}, ("num_experts",)),
+    "norm_topk_prob false": ("moe", {"norm_topk_prob": False}, ()),
+    "no norm_topk_prob": ("moe", {}, ("norm_topk_prob",)),
+    "one expert a token": ("moe", {"norm_topk_prob": False, "num_experts_per_tok": 1}, ()),
     "keys of training tools": ("qwen3", {"unsloth_version": "1", "use_cache": False}, ()),
     "settings of a generation": ("qwen3", {"temperature": 0.6, "top_k": 1, "do_sample": True}, ()),
     "attention_bias of Qwen2, which always has it": ("qwen2", {"attention_bias": False}, ()),
@@ -160,8 +163,8 @@ def test_a_config_json_means_what_transformers_computes(folder, name):
 
 REFUSED = {
     # name: (model, changes, absent keys, the error message)
-    "norm_topk_prob absent": ("moe", {}, ("norm_topk_prob",), ["norm_topk_prob=False"]),
-    "norm_topk_prob false": ("moe", {"norm_topk_prob": False}, (), ["norm_topk_prob=False"]),
+    "norm_topk_prob of null": ("moe", {"norm_topk_prob": None}, (), ["norm_topk_prob"]),
+    "norm_topk_prob that is a text": ("moe", {"norm_topk_prob": "no"}, (), ["norm_topk_prob"]),
     "num_local_experts beside num_experts": ("moe", {"num_local_experts": 4}, (), ["mlp.gate"]),
     "no num_experts_per_tok": ("moe", {}, ("num_experts_per_tok",), ["lacks num_experts_per_tok"]),
     "no moe_intermediate_size": (

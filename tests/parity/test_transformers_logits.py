@@ -23,6 +23,7 @@ MODELS = {
     "llama3": lambda: tiny_models.llama3(),
     "llama3 tied": lambda: tiny_models.llama3(tied=True),
     "qwen3 moe": lambda: tiny_models.qwen3_moe(),
+    "qwen3 moe not normalized": lambda: tiny_models.qwen3_moe(normalized=False),
 }
 PADDED, SHARED = {"packing": False}, {"share_prefixes": True}
 LAYOUTS = {
@@ -38,7 +39,8 @@ LAYOUTS = {
     "pp2 dp2 shared": ({"pipeline": 2, "data": 2}, SHARED),
 }
 EXPERT_LAYOUTS = {"dp2 ep2 shared": ({"data": 2, "expert": 2}, SHARED)}
-CASES = [(name, layout) for name in MODELS for layout in LAYOUTS]
+SOME_LAYOUTS = {"qwen3 moe not normalized": ("tp1", "tp2 sp shared")}
+CASES = [(name, layout) for name in MODELS for layout in SOME_LAYOUTS.get(name, LAYOUTS)]
 CASES += [("qwen3 moe", layout) for layout in EXPERT_LAYOUTS]
 TEMPERATURES = (1.0, 0.7)
 
@@ -175,6 +177,14 @@ def test_leaving_out_the_rope_scaling_would_be_seen(expected):
     unscaled = scores(tiny_models.llama3(scaled=False), sequences("llama3"), 1.0)
     exact, allowed = expected["llama3", 1.0]
     assert largest_of_all(unscaled, exact) > 100 * allowed
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_other_form_of_the_experts_probabilities_would_be_seen(expected, normalized):
+    """Neither form may be taken for the other."""
+    other = scores(tiny_models.qwen3_moe(normalized=normalized), sequences("qwen3 moe"), 1.0)
+    exact, allowed = expected["qwen3 moe not normalized" if normalized else "qwen3 moe", 1.0]
+    assert largest_of_all(other, exact) > 1000 * allowed
 
 
 def test_a_norm_or_a_bias_left_at_its_default_would_be_seen(expected):

@@ -75,8 +75,9 @@ def difference(actor, rollouts) -> float:
 
 
 @pytest.mark.slow
-def test_the_actor_that_is_routed_as_the_engine_agrees_better(sglang_python, tmp_path):
-    hf = tiny_models.save(tiny_models.qwen3_moe(), tmp_path / "hf")
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_actor_that_is_routed_as_the_engine_agrees_better(sglang_python, tmp_path, normalized):
+    hf = tiny_models.save(tiny_models.qwen3_moe(normalized=normalized), tmp_path / "hf")
     [found] = on_ranks(1, compared, hf, str(tmp_path), sglang_python, deadline_s=1500.0)
     within = TOLERANCE["float32"]
     assert found["float32", "replayed"] < within

@@ -91,6 +91,7 @@ class SGLangEngine:
                 log,
                 self.fp32_lm_head,
                 routing=config.rollout.router_replay,
+                normalized=self.hf.get("norm_topk_prob") is not False,
             )
             self._cached_at: dict[str, Server] = {}
             """Server that scored a prompt last, by the prompt's id."""

@@ -20,6 +20,9 @@ from megatron_prepo.rollout.sglang import open_files
 from megatron_prepo.rollout.sglang.launch import OwnServer
 
 POLL_SECONDS = 0.5
+NORMALIZING_RUNNERS = ("flashinfer_trtllm", "experimental_sgl_trtllm")
+"""SGLang's `moe_runner_backend` whose kernel chooses the experts, and always normalises their
+probabilities (0.5.21, 0.5.23); `auto` is the first of them on Blackwell."""
 Result = TypeVar("Result")
 
 
@@ -73,15 +76,17 @@ class Fleet:
         fp32_lm_head: bool | None = None,
         *,
         routing: bool = False,
+        normalized: bool = True,
     ) -> None:
         """`fp32_lm_head`: required type of the servers' logits; None accepts either.
 
         `routing`: whether the experts of tokens will be requested.
+        `normalized`: whether the probabilities of a token's experts add up to 1, or there are none.
         """
         open_files.make_room(settings)
         self.servers, self.settings, self.log = list(servers), settings, log
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
-        self.routing = routing
+        self.routing, self.normalized = routing, normalized
         self.changes = 0
         """Number of times that a server failed or was reconnected."""
         self._clients: dict[str, httpx.AsyncClient] = {}
@@ -262,6 +267,7 @@ class Fleet:
             replicas, architectures = info["dp_size"], model.get("architectures")
             fp32_lm_head = bool(info.get("enable_fp32_lm_head"))
             tells_routing = bool(info.get("enable_return_routed_experts"))
+            runner = info.get("moe_runner_backend")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ServerFailed(f"does not describe itself as SGLang does: {error!r}") from error
         if replicas != 1:
@@ -284,6 +290,13 @@ class Fleet:
                 f"{server.url} does not tell which experts it chooses, as rollout.router_replay="
                 "true needs it to: start it with --enable-return-routed-experts, or set "
                 "rollout.router_replay=false"
+            )
+        if not self.normalized and runner in NORMALIZING_RUNNERS:
+            raise EngineError(
+                f"{server.url} has moe_runner_backend={runner}, which normalises the probabilities "
+                "of a token's experts, and the model has norm_topk_prob=false: start it with "
+                "--moe-runner-backend triton (sglang.moe_runner_backend=triton for servers of the "
+                "run)"
             )
         server.described = True
 

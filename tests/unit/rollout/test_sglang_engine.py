@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from fake_sglang import FakeSGLang
+from safetensors.torch import load_file
 
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout import weight_sync
@@ -228,6 +229,23 @@ def test_a_server_that_does_not_tell_its_experts_is_refused_if_they_are_to_be_re
         words = rf"{silent.url} does not tell .*rollout\.router_replay=.*--enable-return-routed"
         with pytest.raises(EngineError, match=words):
             sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
+
+
+def test_a_server_that_would_normalize_probabilities_is_refused_if_the_model_does_not(
+    build, hf, tmp_path
+):
+    with FakeSGLang() as fake:
+        fake.moe_runner = "flashinfer_trtllm"
+        engine, config = build([fake], verify="never")
+        sync_weights(FakeActor(hf), engine, config, PROBE)
+    moe = tiny_models.save(tiny_models.qwen3_moe(normalized=False), tmp_path / "moe")
+    with FakeSGLang(architectures=["Qwen3MoeForCausalLM"]) as fake:
+        fake.moe_runner = "flashinfer_trtllm"
+        engine, config = build([fake], model={"hf": moe})
+        actor = FakeActor(hf)
+        actor.weights = load_file(f"{moe}/model.safetensors")
+        with pytest.raises(EngineError, match=r"norm_topk_prob=false: .*--moe-runner-backend trit"):
+            sync_weights(actor, engine, config, PROBE)
 
 
 def small_buckets(weights):

@@ -33,4 +33,4 @@ def test_a_model_that_is_not_there_is_said_in_a_line(tool, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", words)
     assert tool.main() == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: no Hugging Face model in") and not list(tmp_path.iterdir())
+    assert line.startswith("error: no such file or folder: ") and not list(tmp_path.iterdir())
