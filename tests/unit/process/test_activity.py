@@ -128,6 +128,6 @@ def test_every_command_shows_it_and_ctrl_c_ends_it_in_one_line(then, code, words
         )
         assert done.returncode == code, done.stderr
         lines = done.stderr.splitlines()
-        assert (lines[:1] == ["... counting, 2 s"]) == (not quiet)
+        assert lines[0].startswith("... counting, ") == (not quiet) if lines else quiet
         assert len(lines) == len(words) + (not quiet)
         assert all(word in lines[-1] for word in words)
