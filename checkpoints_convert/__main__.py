@@ -8,6 +8,7 @@ from megatron_prepo.data import read_records
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
 from megatron_prepo.files.existing import existing
+from megatron_prepo.process import activity, version
 from megatron_prepo.process.command import in_one_line
 
 
@@ -29,16 +30,23 @@ def _import(options: argparse.Namespace) -> int:
 
     tiny_instance.check(options.hf)
     layout = {"tensor": options.tp, "pipeline": options.pp, "expert": options.ep}
-    for warning in import_hf(options.hf, options.out, dtype=options.dtype, **layout):
+    with activity.doing("planning the import"):
+        warnings = import_hf(options.hf, options.out, dtype=options.dtype, **layout)
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"wrote {options.out}")
+    print(f"wrote {options.out}; a run starts from it with model.megatron={options.out}")
+    print(
+        f"to compare: python -m checkpoints_convert verify --hf {options.hf} "
+        f"--megatron {options.out}"
+    )
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from checkpoints_convert.convert import export_hf
 
-    export_hf(options.megatron, options.out, hf=options.hf, dtype=options.dtype)
+    with activity.doing("planning the export"):
+        export_hf(options.megatron, options.out, hf=options.hf, dtype=options.dtype)
     print(f"wrote {options.out}")
     return 0
 
@@ -46,15 +54,16 @@ def _export(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from checkpoints_convert.verify import verify
 
-    report = verify(
-        options.hf,
-        megatron=options.megatron,
-        layouts=[_layout(text) for text in options.layouts.split(",")],
-        quick=options.quick,
-        logits=not options.no_logits,
-        prompts=_prompts(options.prompts) if options.prompts else (),
-        manifest=options.manifest,
-    )
+    with activity.doing("verifying"):
+        report = verify(
+            options.hf,
+            megatron=options.megatron,
+            layouts=[_layout(text) for text in options.layouts.split(",")],
+            quick=options.quick,
+            logits=not options.no_logits,
+            prompts=_prompts(options.prompts) if options.prompts else (),
+            manifest=options.manifest,
+        )
     print(f"\n{'configuration':28} {'Hugging Face':>16} {'Megatron':>16}")
     for name, row in report.config.items():
         mark = "" if row["equal"] else "   <- differs"
@@ -103,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m checkpoints_convert", description="Hugging Face <-> Megatron-Core"
     )
+    version.add_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     importer = commands.add_parser("import", help="Hugging Face to Megatron")

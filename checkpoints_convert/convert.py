@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_prepo.config import ParallelConfig
 from megatron_prepo.errors import UserError
@@ -37,6 +36,7 @@ from megatron_prepo.models.record import (
     check_tokenizer,
 )
 from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWriter
+from megatron_prepo.process import progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKERS = min(4, os.cpu_count() or 1)
@@ -409,7 +409,7 @@ def _in_parallel(
         with budget.use(size), arena.task():
             return convert(parameter)
 
-    bar = tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True)
+    bar = progress.bar(total=sum(sizes), desc=label, unit="B", unit_scale=True)
     with bar, ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(one, p, size) for p, size in zip(plan, sizes, strict=True)]
         try:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from checkpoints_convert.convert import (
     ARENA_BYTES,
@@ -46,6 +45,7 @@ from megatron_prepo.models.mapping import Mapping, shard, to_hf, to_megatron, un
 from megatron_prepo.models.raw import tensor_bytes
 from megatron_prepo.models.record import architecture_record, comparable
 from megatron_prepo.models.torch_dist import TorchDistReader
+from megatron_prepo.process import progress
 
 LONG = 2048
 """Positions of the long sequence."""
@@ -193,7 +193,7 @@ def _check_layouts(
     heads, grids = hf_attention_heads(settings), _fitting_layouts(report, settings, layouts)
     first = next(iter(grids.values()))
     chosen = [names for names in first if not quick or _sampled(names, settings)]
-    for names in tqdm(chosen, "layouts"):
+    for names in progress.bar(chosen, "layouts"):
         mapping = first[names][0]
         sources = [tensors[name] for name in names]
         try:
@@ -274,7 +274,7 @@ def _check_checkpoint(
     chosen: list[PlannedParameter] = [
         p for p in plan if not quick or _sampled(p.mapping.hf_names, settings)
     ]
-    for parameter in tqdm(chosen, "checkpoint"):
+    for parameter in progress.bar(chosen, "checkpoint"):
         with arena.task():
             for name, tensor in hf_tensors(parameter, reader, heads, settings, arena.empty):
                 if not _same_bits(tensors.read(name, arena.empty), tensor):
@@ -322,7 +322,7 @@ def _check_logits(
             checkpoint.load_weights([ours.eval()], megatron, settings)
         else:
             load_hf_weights([ours.eval()], hf)
-        for label, tokens in tqdm(sequences.items(), "logits"):
+        for label, tokens in progress.bar(sequences.items(), "logits"):
             with torch.no_grad():
                 theirs_TV = theirs(tokens[None]).logits[0]
                 with computing_in_float64(theirs):

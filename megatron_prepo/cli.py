@@ -32,7 +32,7 @@ from megatron_prepo.files import lock
 from megatron_prepo.files.existing import existing
 from megatron_prepo.launch import recipes, start
 from megatron_prepo.models.hf_config import read_hf_config
-from megatron_prepo.process import local_ranks
+from megatron_prepo.process import activity, local_ranks, version
 from megatron_prepo.process.command import in_one_line
 
 
@@ -67,9 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
         return 2 if error.exit_code == 2 else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _open_streams() -> None:
@@ -194,6 +191,7 @@ def _compare(options: argparse.Namespace) -> int:
             return 1
     for record in records:
         print(compare.one_line(record))
+    print(f"records: {results}; next: megatron-prepo report {directory}", file=sys.stderr)
     return 0
 
 
@@ -219,11 +217,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megatron_prepo.evaluation import suites, table
     from megatron_prepo.inputs import preflight
 
-    config = suites.load_settings(options.config, options.model, options.overrides)
-    chosen = options.suite or suites.held_out(config.data.eval)
-    preflight.check_present(config, "reward.function", *([] if options.suite else ["data.eval"]))
-    results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
+    with activity.doing("evaluating"):
+        config = suites.load_settings(options.config, options.model, options.overrides)
+        chosen = options.suite or suites.held_out(config.data.eval)
+        read = ["reward.function", *([] if options.suite else ["data.eval"])]
+        preflight.check_present(config, *read)
+        results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
     print(table.markdown(results), end="")
+    print(f"{options.out}: results.json, table.md, completions/", file=sys.stderr)
     return 0
 
 
@@ -231,7 +232,10 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_prepo.compare import report_page as page
 
     follow = sys.stdout.isatty() if options.follow is None else options.follow
-    page.follow(options.sources, options.out, once=not follow, log=lambda s: print(s, flush=True))
+    with activity.doing("writing the page"):
+        page.follow(
+            options.sources, options.out, once=not follow, log=lambda line: print(line, flush=True)
+        )
     return 0
 
 
@@ -259,8 +263,9 @@ def _plan(options: argparse.Namespace) -> int:
         eval_prompts=options.eval_prompts,
         rates=measured.read_rates(options.rates) if options.rates else None,
     )
-    answer = plan.make_plan(config, question)
-    suggestions = layouts.suggest(config, question)
+    with activity.doing("trying layouts"):
+        answer = plan.make_plan(config, question)
+        suggestions = layouts.suggest(config, question)
     print((plan_text.as_json if options.json else plan_text.text)(answer, suggestions))
     return 0 if answer.fits else 1
 
@@ -269,7 +274,8 @@ def _doctor(options: argparse.Namespace) -> int:
     from megatron_prepo.launch import doctor
 
     config = configuration.load(options.config, options.overrides) if options.config else None
-    findings = doctor.examine(config)
+    with activity.doing("checking this machine and the inputs"):
+        findings = doctor.examine(config)
     print(doctor.text(findings))
     return 1 if any(finding.state == "missing" for finding in findings) else 0
 
@@ -292,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="megatron-prepo",
         description="PREPO (arXiv 2511.00794): RLVR with fewer rollouts, on Megatron-Core.",
     )
+    version.add_option(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_demo,

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_prepo import config as configuration
 from megatron_prepo.config import literal
 from megatron_prepo.data import read_prompts
@@ -22,6 +20,7 @@ from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.launch import start
 from megatron_prepo.launch.recipes import EXAMPLES
+from megatron_prepo.process import activity, progress
 from megatron_prepo.rewards import load
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.metrics_table import read_steps
@@ -55,7 +54,10 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     _headline("1/3  Hugging Face checkpoint -> Megatron checkpoint")
     ownership.make_room(base_megatron, IMPORTED)
     converter = [sys.executable, "-m", "checkpoints_convert", "import"]
-    subprocess.run([*converter, "--hf", config.model.hf, "--out", str(base_megatron)], check=True)
+    with activity.handed_over():
+        subprocess.run(
+            [*converter, "--hf", config.model.hf, "--out", str(base_megatron)], check=True
+        )
     ownership.seal(base_megatron, IMPORTED)
 
     _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")
@@ -121,7 +123,7 @@ def plain_transformers_pass_rate(
     grade = load(config.reward.function)
     torch.manual_seed(config.train.seed)
     passed = 0.0
-    for first in tqdm(range(0, len(prompts), 64), "transformers"):
+    for first in progress.bar(range(0, len(prompts), 64), "transformers"):
         batch = prompts[first : first + 64]
         inputs = tokenizer([p.text for p in batch], padding=True, return_tensors="pt")
         with torch.no_grad():

@@ -26,6 +26,9 @@ os.environ.setdefault("TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = os.environ["TEST_THREADS"]
 torch.set_num_threads(int(os.environ["TEST_THREADS"]))
 
+# many tests read all that a command writes; test_activity.py and test_says.py test what is shown
+os.environ.setdefault("MEGATRON_PREPO_QUIET", "1")
+
 # without a GPU, Triton's kernels are interpreted; Triton looks at this when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

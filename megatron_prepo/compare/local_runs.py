@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_prepo import config as configuration
 from megatron_prepo.compare.planned_run import LOG, PlannedRun
+from megatron_prepo.process import activity
 
 GRACE_SECONDS = 10.0
 
@@ -30,7 +31,7 @@ def run_all(
     jobs = jobs or max(1, (len(devices) or os.cpu_count() or 1) // num_ranks)
     queue = list(waiting)
     running: dict[int, tuple[PlannedRun, Process]] = {}
-    with terminated_like_interrupted():
+    with terminated_like_interrupted(), activity.doing(lambda: _names(running)):
         try:
             while queue or running:
                 while queue and len(running) < jobs:
@@ -72,6 +73,10 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def _names(running: Mapping[int, tuple[PlannedRun, Process]]) -> str:
+    return ", ".join(run.name for run, _ in running.values()) or "starting runs"
 
 
 def visible_devices() -> list[str]:

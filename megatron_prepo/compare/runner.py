@@ -19,8 +19,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import local_runs
 from megatron_prepo.compare import record as run_record
@@ -31,6 +29,7 @@ from megatron_prepo.compare.record import Record
 from megatron_prepo.config import Config, SelectionConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.process import activity, progress
 
 TRAIN = (sys.executable, "-m", "megatron_prepo", "train")
 """The command that starts one run."""
@@ -93,8 +92,9 @@ def compare(
             keep(run)
         else:
             waiting.append(run)
-    for config in distinct_inputs([run.config for run in waiting]):
-        check(config)
+    with activity.doing("checking settings, model and prompts"):
+        for config in distinct_inputs([run.config for run in waiting]):
+            check(config)
     log(equal_terms(planned, config_path, len(waiting)))
     for run in waiting:
         run.check_directory()
@@ -118,12 +118,13 @@ def _collect(
 ) -> list[tuple[PlannedRun, int]]:
     """Keep the record of each run that succeeds; return failed runs with exit codes."""
     failed = []
-    bar = tqdm(total=total, initial=done, desc="runs", unit="run")
+    bar = progress.bar(total=total, initial=done, desc="runs", unit="run")
     with bar, closing(runs) as ended:
         for run, exit_code in ended:
             if exit_code == 0:
-                bar.set_postfix_str(one_line(keep(run)))
+                line = one_line(keep(run))
                 bar.update()
+                bar.set_postfix_str(line)
             else:
                 failed.append((run, exit_code))
                 bar.set_postfix_str(f"{run.name} failed")
@@ -192,7 +193,7 @@ def distinct_inputs(configs: Sequence[Config]) -> list[Config]:
     """Return one configuration per set of inputs, since most arms and seeds share theirs."""
     by_inputs = {
         (
-            *(c.model, c.data, c.parallel, c.rollout, c.eval),
+            *(c.model, c.data, c.parallel, c.rollout, c.eval, c.reward),
             (c.selection, c.train) if c.selection.is_custom else c.selection.num_candidates,
         ): c
         for c in configs

@@ -24,6 +24,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
 from megatron_prepo.models.raw import tensor_bytes
 from megatron_prepo.models.torch_dist import TorchDistReader
+from megatron_prepo.process import activity
 from megatron_prepo.run import directory as run_directory
 
 POLL_SECONDS = 0.02
@@ -59,17 +60,25 @@ def _prove(
     whole, killed = directory / "whole", directory / "killed"
     for run in (whole, killed):
         _clear(config, settings, run)
-    _finish(_start(config, settings, whole), whole)
+    with activity.doing(lambda: f"uninterrupted run, {_state(whole, before + after)}"):
+        _finish(_start(config, settings, whole), whole)
     process = _start(config, settings, killed)
+    showing = activity.begin(lambda: f"run to be killed, {_state(killed, before)}")
     try:
         while process.poll() is None and num_lines(killed / "metrics.jsonl") < before:
             time.sleep(POLL_SECONDS)
     finally:  # also at Ctrl-C, which the run, in another session, does not get
         _kill(process)
+        activity.end(showing)
     if process.returncode != -signal.SIGKILL:
         raise UserError(f"the run ended before it could be killed; see {killed}.log")
-    _finish(_start(config, settings, killed), killed)
+    with activity.doing(lambda: f"resumed run, {_state(killed, before + after)}"):
+        _finish(_start(config, settings, killed), killed)
     return compare(whole, killed)
+
+
+def _state(run: Path, num_steps: int) -> str:
+    return f"step {num_lines(run / 'metrics.jsonl')} of {num_steps} (output: {run}.log)"
 
 
 def compare(whole: Path, other: Path) -> list[Check]:

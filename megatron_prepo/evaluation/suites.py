@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config, DataConfig, ModelConfig, overridden
@@ -40,8 +39,10 @@ from megatron_prepo.inputs import digests as inputs
 from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_files import HFTensors, buckets, widest
-from megatron_prepo.process import machine
+from megatron_prepo.process import activity, machine, progress
 from megatron_prepo.records import Prompt
+from megatron_prepo.rewards import FUNCTIONS
+from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout import build
 from megatron_prepo.rollout.engine import Engine, Request
@@ -164,7 +165,10 @@ def _evaluate_models(
         "models": {},
         "machine": machine.describe(),
     }
-    with closing(Grader(config.reward)) as grader:
+    output = directory / "logs" / OUTPUT
+    if config.reward.function not in FUNCTIONS:
+        print(f"reward.function={config.reward.function} prints to {output}", file=sys.stderr)
+    with closing(Grader(config.reward, output=output)) as grader:
         for name, place in models:
             model = find_model(name, Path(place), directory, config.model.hf)
             results["models"][name] = evaluate_model(config, model, suites, directory, grader)
@@ -218,7 +222,13 @@ def export(name: str, megatron: Path, directory: Path, hf: str | None) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "checkpoints_convert", "export", "--megatron", megatron]
         command += ["--out", out, *(["--hf", hf] if hf else [])]
-        done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        with activity.doing(f"exporting {name} to {out}"):
+            done = subprocess.run(
+                list(map(str, command)),
+                env=os.environ | {activity.QUIET: "1"},
+                capture_output=True,
+                text=True,
+            )
         if done.returncode:
             raise UserError(f"{megatron}: {done.stderr.strip().removeprefix('error: ')}")
     return out
@@ -241,7 +251,9 @@ def evaluate_model(
         path = directory / "completions" / model.name / f"{name}.jsonl"
         by_suite[name] = Completions(path, prompts, config.eval.samples_per_prompt)
     if any(completions.missing() for completions in by_suite.values()):
-        with closing(engine_with_files(config, tokenizer)) as engine:
+        with activity.doing(f"loading {model.name}"):
+            loaded = engine_with_files(config, tokenizer)
+        with closing(loaded) as engine:
             for name, completions in by_suite.items():
                 complete(config, engine, grader, completions, f"{model.name} on {name}")
     high = config.reward.high
@@ -305,7 +317,7 @@ def complete(
     step = max(1, at_once // samples)
     missing, total = completions.missing(), len(completions.prompts) * samples
     done = total - len(missing) * samples
-    with tqdm(desc=title, total=total, initial=done) as bar:
+    with progress.bar(desc=title, total=total, initial=done) as bar:
         for first in range(0, len(missing), step):
             prompts = missing[first : first + step]
 

@@ -25,7 +25,7 @@ from megatron_prepo.inputs.digests import WEIGHT_FILES
 from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
-from megatron_prepo.rewards import check_file, pool
+from megatron_prepo.rewards import pool
 from megatron_prepo.rollout.engine import Engine
 from megatron_prepo.selection import user_class
 
@@ -60,10 +60,9 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     other_files(config.model.hf)
     if initial_weights:
         check_weights(config.model, hf)
-    check_file(config.reward.function)
-    check_selector(config)
     if "RANK" not in os.environ:  # ranks load the function before anything else anyway
         pool.check(config.reward)
+    check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
     check_stop_tokens(config.model.hf, hf, tokenizer)
     train_prompts = load_prompts(config.data, config.run, tokenizer, "train")

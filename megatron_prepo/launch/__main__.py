@@ -13,6 +13,7 @@ from megatron_prepo.launch import doctor
 from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
 from megatron_prepo.launch.job import Job, make_job
 from megatron_prepo.plan.gpus import GPUS
+from megatron_prepo.process import version
 from megatron_prepo.process.command import in_one_line
 
 
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m megatron_prepo.launch",
         description="Launch a run by NeMo-Run (docs/launch.md).",
     )
+    version.add_option(parser)
     parser.add_argument("recipe", help="such as qwen2.5-7b or qwen2.5-7b/random; or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
     parser.add_argument("--executor", choices=EXECUTORS, required=True)

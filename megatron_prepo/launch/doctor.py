@@ -390,7 +390,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     """
     from megatron_prepo.inputs import preflight
     from megatron_prepo.models.hf_config import read_hf_config
-    from megatron_prepo.rewards import FUNCTIONS, check_file, pool
+    from megatron_prepo.rewards import pool
     from megatron_prepo.run import directory as run_directory
 
     findings = _Findings()
@@ -406,16 +406,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     tokenizer = _examine_tokenizer(findings, config, hf)
     _examine_prompts(findings, config, tokenizer)
 
-    def load_reward() -> None:
-        check_file(config.reward.function)
-        pool.check(config.reward)
-
-    if config.reward.function not in FUNCTIONS:
-        findings.look(
-            "reward",
-            load_reward,
-            lambda _: config.reward.function,
-        )
+    findings.look("reward", lambda: pool.check(config.reward), lambda _: config.reward.function)
     if config.selection.is_custom:
         findings.look(
             "selector",

@@ -144,7 +144,10 @@ def healthy(url: str, config: "Config") -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options that ranks and servers of a job share."""
+    from megatron_prepo.process import version
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    version.add_option(parser)
     parser.add_argument("--servers-a-node", type=int, default=0, help="SGLang servers per node")
     parser.add_argument(
         "--server-nodes",

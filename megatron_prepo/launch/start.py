@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prepo import config as configuration
-from megatron_prepo.process import local_ranks
+from megatron_prepo.config import Config
+from megatron_prepo.errors import Stopped
+from megatron_prepo.process import activity, local_ranks
 
 
 def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> None:
@@ -15,31 +17,57 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     After a failure that the user cannot fix, the ranks are started again, up to `max_restarts`
     times.
     """
-    from megatron_prepo.inputs import preflight
-    from megatron_prepo.run import dashboards
-    from megatron_prepo.run import directory as run_directory
+    from megatron_prepo.run import opening
 
     config = configuration.load(path, overrides)
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
-    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
-    run_directory.check_config_file(config.run, path)
-    run_directory.check(config)
-    dashboards.check(config.run)
-    preflight.check(config, initial_weights=needed)
-    run_directory.begin(config, _log)
-    run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice
+    _log(opening.text(config, num_ranks=config.parallel.num_ranks, launched=True))
+    with activity.doing("checking settings, model and prompts"):
+        _check(config, path)
+    num_ranks = config.parallel.num_ranks
+    _log(f"the inputs are valid; starting {num_ranks} rank{'s' if num_ranks > 1 else ''}")
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):
         try:
             return local_ranks.start(
                 [*command, "run.overwrite=false"],  # the directory now holds this run
-                num_ranks=config.parallel.num_ranks,
+                num_ranks=num_ranks,
                 log_directory=Path(config.run.dir) / "logs",
             )
         except local_ranks.RanksFailed as error:
             if error.exit_code == 2 or not restarts_left:
                 raise
             _log(f"{error}\nstarted again ({restarts_left} left)")
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}\n{_to_resume(config)}", exit_code=stopped.exit_code) from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {_to_resume(config)}") from None
+
+
+def _check(config: Config, path: str | Path) -> None:
+    """Check the inputs of a run and prepare its directory."""
+    from megatron_prepo.inputs import preflight
+    from megatron_prepo.run import dashboards
+    from megatron_prepo.run import directory as run_directory
+
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
+    run_directory.check_config_file(config.run, path)
+    run_directory.check(config)
+    dashboards.check(config.run)
+    preflight.check(run_directory.as_started(config), initial_weights=needed)
+    run_directory.begin(config, _log)
+    run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice
+
+
+def _to_resume(config: Config) -> str:
+    from megatron_prepo.actor import checkpoint, manifest
+    from megatron_prepo.run import opening
+
+    directory = Path(config.run.dir)
+    found = checkpoint.by_step(directory / "checkpoints").items()
+    return opening.to_resume(
+        directory, [step for step, path in found if manifest.is_complete(path)]
+    )
 
 
 def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
@@ -47,15 +75,21 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
 
     def rank() -> None:
         from megatron_prepo.run import directory as run_directory
+        from megatron_prepo.run import opening
         from megatron_prepo.run import summary as report
         from megatron_prepo.train import train
         from megatron_prepo.train_async import train_overlapped
 
         config = configuration.load(path, overrides)
         run_directory.check_config_file(config.run, path)
+        speaks = os.environ["RANK"] == "0"
+        if speaks and local_ranks.ERROR_PIPE not in os.environ:  # otherwise the launcher has
+            num_ranks = int(os.environ["WORLD_SIZE"])
+            _log(opening.text(config, num_ranks=num_ranks, launched=False))
         summary = train_overlapped(config) if config.train.overlap else train(config)
-        if os.environ["RANK"] == "0":
+        if speaks:
             print(report.text(summary))
+            print(opening.next_steps(config))
 
     return local_ranks.run_rank(rank)
 

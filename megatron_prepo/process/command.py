@@ -1,4 +1,4 @@
-"""Exit codes of commands: a UserError becomes one line on stderr and exit code 2."""
+"""What all commands share: exit codes, errors in one line, no silence, no noise of libraries."""
 
 import functools
 import sys
@@ -7,6 +7,10 @@ from typing import Any
 
 from megatron_prepo import internals
 from megatron_prepo.errors import NoSuchPath, UserError, no_room
+from megatron_prepo.process import activity
+from megatron_prepo.process.progress import no_bars_in_logs
+
+INTERRUPTED = "interrupted; the same command starts again, and resumes what it has saved"
 
 
 def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
@@ -15,12 +19,18 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
     NoSuchPath is treated as a UserError.
 
     An import that fails because a library changed (`internals.py`) is treated as a UserError.
+    Ctrl-C becomes a line and exit code 130.
     """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
+        no_bars_in_logs()
         try:
-            return main(*args, **kwargs)
+            with activity.shown("loading the libraries"):
+                return main(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            print(interrupt.args[0] if interrupt.args else INTERRUPTED, file=sys.stderr)
+            return 130
         except (UserError, NoSuchPath) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

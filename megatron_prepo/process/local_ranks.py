@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prepo.errors import Stopped, UserError, no_room
+from megatron_prepo.process import activity
 from megatron_prepo.process.ports import free_port
 
 ERROR_PIPE = "MEGATRON_PREPO_ERROR_PIPE"
@@ -28,8 +29,13 @@ MAX_ERROR_BYTES = 60_000
 """A pipe holds 65,536 bytes, and the launcher does not read it before the rank has ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals on which ranks save and exit."""
+INTERRUPTED_EXIT_CODE = 130
+"""Exit code of a command that Ctrl-C has stopped, as of a shell."""
 STOPPED_EXIT_CODE = 75
 """Exit code of a run that stopped on request and can be resumed: EX_TEMPFAIL of sysexits.h."""
+STOPPING = (
+    "\nCtrl-C: the ranks stop after this step, and save it; Ctrl-C again stops them immediately"
+)
 LEAVING_SECONDS = 60.0
 """Maximum time between the exits of the first and the last rank after a stop signal."""
 MEETING_FILE = "MEGATRON_PREPO_MEETING_FILE"
@@ -49,9 +55,11 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
 
     If a rank fails, stops all of them and raises RanksFailed with the error of the first that
     failed.  Raises Stopped if the ranks exited on SIGTERM or SIGUSR1, which is passed on to them.
+    They get SIGTERM for a first Ctrl-C; a second one raises KeyboardInterrupt.
     """
     try:
-        codes, asked, errors = _run(command, num_ranks, log_directory)
+        with activity.handed_over():
+            codes, asked, errors = _run(command, num_ranks, log_directory)
     except OSError as error:
         if (line := no_room(error)) is None:
             raise
@@ -66,7 +74,7 @@ def start(command: Sequence[str], num_ranks: int, log_directory: Path) -> None:
             if messages
             else "stopped as asked before a step could be saved; the same command resumes from the "
             "last checkpoint",
-            exit_code=STOPPED_EXIT_CODE,
+            exit_code=INTERRUPTED_EXIT_CODE if signal.SIGINT in asked else STOPPED_EXIT_CODE,
         )
     raise RanksFailed(_first_error(codes, errors, log_directory), exit_code=codes[min(codes)])
 
@@ -104,15 +112,16 @@ def _run(
                 pipes.append(reader)
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_PIPE: str(writer)}
                 try:
-                    processes.append(
-                        subprocess.Popen(
-                            command,
-                            env={**os.environ, **shared, **own},
-                            stdout=log,
-                            stderr=log,
-                            pass_fds=[writer],
+                    with _without_ctrl_c():
+                        processes.append(
+                            subprocess.Popen(
+                                command,
+                                env={**os.environ, **shared, **own},
+                                stdout=log,
+                                stderr=log,
+                                pass_fds=[writer],
+                            )
                         )
-                    )
                 finally:
                     os.close(writer)
             codes = _wait(processes, asked)
@@ -205,7 +214,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _stop_signals_go_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[set[int]]:
-    """Pass stop signals on to the ranks; yield the set of signals received."""
+    """Pass stop signals on to the ranks, a Ctrl-C as SIGTERM; yield the signals known to them."""
     asked: set[int] = set()
 
     def pass_on(number: int, frame: object) -> None:
@@ -214,12 +223,31 @@ def _stop_signals_go_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
             if process.poll() is None:
                 process.send_signal(number)
 
+    def stop(number: int, frame: object) -> None:
+        if number in asked:
+            raise KeyboardInterrupt
+        asked.add(number)
+        print(STOPPING, file=sys.stderr, flush=True)
+        pass_on(signal.SIGTERM, frame)
+
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Start processes that ignore SIGINT, which a terminal sends to the ranks, too."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True, order=True)

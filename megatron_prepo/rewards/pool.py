@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ from typing import Any, Literal
 from megatron_prepo.config import RewardConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Rollout
-from megatron_prepo.rewards import FUNCTIONS
+from megatron_prepo.rewards import FUNCTIONS, check_file
+from megatron_prepo.rewards.output import DROPPED, OutputFile, Tap
 
 START_SECONDS = 120.0
 """Timeout for a process to import its function."""
@@ -54,9 +54,9 @@ class Grade:
 
 
 def check(settings: RewardConfig) -> None:
-    """Raise UserError if a custom function cannot be loaded or called in a grading process."""
-    if settings.function not in FUNCTIONS:
-        Worker(settings).when_ready().end()
+    """Raise UserError if the function cannot be loaded or called in a grading process."""
+    check_file(settings.function)
+    Worker(settings).when_ready().end()
 
 
 def result_here(future: Future[Any] | None) -> Any:
@@ -75,14 +75,19 @@ class Grader:
         rank: int = 0,
         share: Callable[[Future[Any] | None], Any] = result_here,
         log: Callable[[str], None] = print,
+        output: Path | None = None,
     ) -> None:
-        """Start the processes; raises UserError on every rank if the function cannot be loaded."""
+        """Start the processes; raises UserError on every rank if the function cannot be loaded.
+
+        `output`: file for what a custom function prints, which rank 0 replaces.
+        """
         self.settings, self.rank, self.share, self.log = settings, rank, share, log
         self.said_failure = False
         if rank == 0:
             cores = len(os.sched_getaffinity(0))
             self.processes = settings.processes or min(cores, MAX_PROCESSES)
             self.threads = ThreadPoolExecutor(self.processes, "grading")
+            self.output = OutputFile(None if settings.function in FUNCTIONS else output)
             self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.share(self._on_rank_zero(self._start))
 
@@ -107,6 +112,7 @@ class Grader:
                 worker = self.idle.get()
                 if not worker.ended:
                     worker.end()
+            self.output.close()
 
     def _on_rank_zero(
         self, function: Callable[..., object], *arguments: object
@@ -118,7 +124,7 @@ class Grader:
         return future
 
     def _start(self) -> None:
-        for worker in [Worker(self.settings) for _ in range(self.processes)]:
+        for worker in [Worker(self.settings, self.output) for _ in range(self.processes)]:
             self.idle.put(worker.when_ready())
 
     def _grade_all(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
@@ -131,7 +137,7 @@ class Grader:
             # an older one may have been killed by someone else
             for _ in range(2):
                 if worker.ended:
-                    worker = Worker(self.settings).when_ready()
+                    worker = Worker(self.settings, self.output).when_ready()
                 start = time.monotonic()
                 grade = worker.grade(completion, answer)
                 if grade.outcome != "error" or not worker.ended:
@@ -167,11 +173,12 @@ class Grader:
 class Worker:
     """One grading process and the trainer's end of the socket to it."""
 
-    def __init__(self, settings: RewardConfig) -> None:
-        self.settings = settings
+    def __init__(self, settings: RewardConfig, output: OutputFile = DROPPED) -> None:
+        """Start the process; what it prints is appended to `output`."""
+        self.settings, self.output = settings, output
         self.ended = False
         """Whether the process can no longer be used."""
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
+        self.printed = Tap(output)
         self.channel, theirs = socket.socketpair()
         self.replies = self.channel.makefile("r", encoding="ascii")
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
@@ -182,12 +189,14 @@ class Worker:
                 [sys.executable, "-m", "megatron_prepo.rewards.worker", *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self.log,
+                stdout=self.printed.writer,
+                stderr=self.printed.writer,
                 # the order of sets, and with it sympy's work, must not differ between processes
-                env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+                env=os.environ
+                | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # Ctrl-C goes to the trainer, whose exit ends the process
             )
+        os.close(self.printed.writer)
 
     def when_ready(self, starts: int = MAX_STARTS) -> "Worker":
         """Wait for the process and return it, or a replacement if it exits first.
@@ -207,10 +216,11 @@ class Worker:
         if late:
             status = f"the file was not loaded after {START_SECONDS:g} s"
         elif starts > 1 and "error" not in reply:
-            return Worker(self.settings).when_ready(starts - 1)
+            return Worker(self.settings, self.output).when_ready(starts - 1)
         raise UserError(
             f"reward.function={self.settings.function} does not load in a grading process with "
-            f"reward.memory_mb={self.settings.memory_mb}: {reply.get('error', status)}"
+            f"reward.memory_mb={self.settings.memory_mb}: {reply.get('error', status)}; fix the "
+            "file, or name another function (docs/evaluation.md)"
         )
 
     def grade(self, completion: str, answer: str) -> Grade:
@@ -243,10 +253,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             status = self.process.wait()
-        with self.log:
-            self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - 300))
-            words = self.log.read().decode(errors="replace").strip().splitlines()
-        return ": ".join([f"the grading process ended with status {status}", *words[-1:]])
+        how = f"the grading process ended with status {status}"
+        return ": ".join(filter(None, [how, self.printed.last_line()]))
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         """Return the next reply; raises ValueError if there is none."""

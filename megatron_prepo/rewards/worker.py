@@ -16,10 +16,15 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import user_code
 from megatron_prepo.rewards import load
 
+MAX_WORDS = 600
 FULL = 3
 """Exit code of a child that used up half its memory."""
 
@@ -33,7 +38,7 @@ def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
         try:
             function = load(name)
         except UserError as error:
-            send(channel, {"error": " ".join(str(error).split())[:600]})
+            send(channel, {"error": " ".join(str(error).split())[:MAX_WORDS]})
             return
         except Exception as error:  # a missing package, or no memory
             send(channel, {"error": sentence(error)})
@@ -45,7 +50,8 @@ def main(descriptor: str, name: str, seconds: str, memory_mb: str) -> None:
                 send(channel, {"timeout": True})
             child = os.fork()
             if child == 0:
-                serve(channel, function, float(seconds), int(memory_mb) << 20)
+                described = partial(user_code.described, file=user_file(name))
+                serve(channel, function, float(seconds), int(memory_mb) << 20, described)
                 os._exit(0)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status < 0:
@@ -60,12 +66,22 @@ def limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def user_file(name: str) -> Path:
+    """Return the file of the function, without its directory for one of ours."""
+    return Path(name.rpartition(":")[0] or name)
+
+
 def serve(
-    channel: socket.socket, function: Callable[[str, str], float], seconds: float, memory: int
+    channel: socket.socket,
+    function: Callable[[str, str], float],
+    seconds: float,
+    memory: int,
+    described: Callable[[BaseException], str] = str,
 ) -> None:
     """Grade until the socket is closed, or half the memory is in use.
 
     The child then exits, so that memory used by earlier answers does not fail later ones.
+    `described` returns an error of the function with its place.
     """
     for line in channel.makefile("r", encoding="ascii"):
         completion, answer = json.loads(line)
@@ -75,10 +91,12 @@ def serve(
             if isinstance(reward, str | bytes | bytearray):
                 raise TypeError(f"a reward must be a number, not the text {reward!r:.80}")
             reply: dict[str, float | str] = {"reward": float(reward)}
-        except MemoryError:
-            os._exit(1)  # there may be no memory left for a message
-        except Exception as error:  # any error of a function is this answer's grade
-            reply = {"error": sentence(error)}
+        except MemoryError as error:
+            with suppress(MemoryError):  # there may be no memory left for a message
+                print(described(error), file=sys.stderr)
+            os._exit(1)
+        except (Exception, SystemExit) as error:  # any error of a function is this answer's grade
+            reply = {"error": described(error)[:MAX_WORDS]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(channel, reply)
         if address_space() > memory // 2:

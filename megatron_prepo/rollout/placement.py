@@ -150,12 +150,15 @@ def servers_per_node(servers: ServersConfig, *, ranks: int, gpus: int) -> int:
     return count
 
 
-def servers_here(servers: ServersConfig, *, cuda: bool) -> int:
-    """Return the servers that a run starts on this machine, beside its ranks if there are any."""
+def servers_here(servers: ServersConfig, *, cuda: bool, ranks: int | None = None) -> int:
+    """Return the servers that a run starts on this machine, beside its ranks if there are any.
+
+    `ranks` defaults to those that the launcher of this process started here.
+    """
     if servers.count or not cuda:
         return servers.count or 1
     gpus = torch.cuda.device_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
+    ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
     return servers_per_node(servers, ranks=ranks, gpus=gpus)
 
 

@@ -5,6 +5,7 @@ directory's lock (`lock.py`).  Nothing is removed but files that a run wrote to 
 marked, and only by `run.overwrite=true`, or if that run completed no step.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -83,8 +84,8 @@ MARKED = {
 }
 """Folders that have a marker themselves, with its kind."""
 
-LOGS = ("rank_*.log", "rank_*.error")
-"""Files of `logs/` that a launcher replaces at every start; `run.overwrite` keeps them."""
+LOGS = ("rank_*.log", "rank_*.error", "reward.log")
+"""Files of `logs/` that are replaced at every start; `run.overwrite` keeps them."""
 
 SAVED_BY_ALL_VERSIONS = (
     "run.overwrite",
@@ -121,12 +122,12 @@ def check(config: Config) -> Literal["new", "unfinished"]:
     if not (directory / "config.yaml").exists():
         _refuse_a_run_without_its_config(directory)
         return "new"
+    if _is_replaced_without_a_step(config):
+        to_remove(config)
+        return "new"
     before = saved_config(directory)
     now = changes.resumed(before, config)
     found = _changes(before, now)
-    if found.forbidden and not has_made_a_step(directory) and ours(directory):
-        to_remove(config)
-        return "new"
     if found.forbidden:
         raise UserError(
             f"run.dir={directory} holds a run with other settings: "
@@ -136,6 +137,31 @@ def check(config: Config) -> Literal["new", "unfinished"]:
         )
     _check_length(directory, now.train)
     return "unfinished"
+
+
+def as_started(config: Config) -> Config:
+    """Return the configuration with `run.overwrite=true` if it replaces a run that made no step."""
+    if config.run.overwrite or not _is_replaced_without_a_step(config):
+        return config
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=True))
+
+
+def _is_replaced_without_a_step(config: Config) -> bool:
+    """Return whether the directory holds a run that made no step, and these settings cannot resume.
+
+    Such a run may have failed because of what its saved settings or inputs are.
+    """
+    directory = Path(config.run.dir)
+    if not (directory / "config.yaml").exists() or not ours(directory):
+        return False
+    if has_made_a_step(directory):
+        return False
+    try:
+        before = saved_config(directory)
+        found = _changes(before, changes.resumed(before, config))
+    except UserError:
+        return True
+    return bool(found.forbidden)
 
 
 def begin(config: Config, log: Callable[[str], None]) -> Config:

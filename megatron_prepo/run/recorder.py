@@ -33,7 +33,8 @@ from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
 from megatron_prepo.files.atomic import naming, write_text
-from megatron_prepo.process import machine
+from megatron_prepo.process import activity, machine
+from megatron_prepo.process.progress import bar as progress_bar
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import metrics_table
 from megatron_prepo.run import summary as report
@@ -41,7 +42,6 @@ from megatron_prepo.run.dashboards import dashboards
 from megatron_prepo.run.ledger import Ledger, LedgerEntry
 from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.profiling import profiled
-from megatron_prepo.run.progress import bar as progress_bar
 from megatron_prepo.run.stopwatch import Stopwatch
 
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
@@ -138,14 +138,13 @@ class Run:
         first, total = self.num_steps, self.config.train.total_steps
         if first and self.is_last(first - 1):
             return
-        self.bar = progress_bar(
-            range(first, total), "train", total=total, initial=first, disable=not self.writes
-        )
-        for step in self.bar:
+        self.bar = progress_bar(desc="train", total=total, initial=first, disable=not self.writes)
+        for step in range(first, total):
             with profiled(self.config.profile, step, self.rank, self.directory):
                 yield step
             if self.is_last(step):
                 break
+        self.bar.total = self.bar.n  # also if the budget of rollouts was spent earlier
         self.bar.close()
 
     def is_last(self, step: int, to_be_recorded: int = 0) -> bool:
@@ -169,6 +168,7 @@ class Run:
         if self.writes and not self.lost():  # all ranks check together before the next stage
             self.ledger.append(entries)
             self.metrics.write(step, row)
+        self.bar.update()
         self.bar.set_postfix(
             reward=f"{metrics['reward/mean']:.2f}",
             entropy=f"{metrics['entropy/mean']:.2f}",
@@ -179,13 +179,13 @@ class Run:
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
         """Call `held_out(samples_per_prompt, on_progress)` with a progress bar; record it."""
-        bar = progress_bar(desc=f"evaluate {when}", leave=when != "during", disable=not self.writes)
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        with self.seconds("evaluate"), bar:
+        shown = {"leave": when != "during", "disable": not self.writes}
+        with self.seconds("evaluate"), progress_bar(desc=f"evaluate {when}", **shown) as bar:
             evaluation = held_out(samples_per_prompt=samples, on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
         if self.writes and not self.lost():
@@ -319,7 +319,8 @@ class Run:
             for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
                 log.close()
             self._check_on_rank_zero()
-            report.plot(self.directory, summary)
+            with activity.doing("drawing pass_rate.png"):
+                report.plot(self.directory, summary)
             self._check_on_rank_zero()
             # last, since a summary marks the run as finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -8,6 +8,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.profiler import record_function
 
+from megatron_prepo.process import activity
+
+ACTIVITIES = {
+    "setup": "setting up",
+    "perplexity": "perplexity of the candidates",
+    "probes": "probes",
+    "rollouts": "generating rollouts",
+    "rewards": "grading",
+    "old_logprobs": "scoring the rollouts",
+    "update": "update",
+    "weight_sync": "weight sync",
+    "evaluate": "evaluating",
+    "checkpoint": "saving a checkpoint",
+    "export": "exporting the model",
+}
+"""What a stage is called while it lasts."""
+
 
 class Stopwatch:
     """Seconds per stage, in total and since the last step; traces show the stages by name.
@@ -24,7 +41,7 @@ class Stopwatch:
         """Time a stage; repeated calls add up."""
         start = time.perf_counter()
         try:
-            with record_function(stage), _nvtx_range(stage):
+            with activity.doing(ACTIVITIES[stage]), record_function(stage), _nvtx_range(stage):
                 yield
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()

@@ -18,13 +18,15 @@ from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, evaluate
 from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.process import activity
 from megatron_prepo.process.stop_signals import StopRequests
 from megatron_prepo.records import scored_sequence
+from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout.build import Ranks, build_engine
 from megatron_prepo.rollout.engine import Engine, EngineError, Request
 from megatron_prepo.rollout.weight_sync import sync_weights
-from megatron_prepo.run import dashboards
+from megatron_prepo.run import dashboards, opening
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
@@ -80,9 +82,11 @@ class Trainer:
                 self.run.log,
                 timeout_minutes=self.config.parallel.timeout_minutes,
             )
-            self.checkpoints.restore(self.resumes_from)
+            with activity.doing("reading the checkpoint"):
+                self.checkpoints.restore(self.resumes_from)
             try:
-                self.sync()
+                with activity.doing("first weight sync, once the engine is ready"):
+                    self.sync()
             except EngineError as error:  # of all ranks
                 raise Stopped(
                     f"the engine failed before training began: {error}", exit_code=1
@@ -175,15 +179,18 @@ class Trainer:
 def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     dashboards.check(config.run)
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
-    inputs = preflight.check(config, initial_weights=needed)
-    parallel.initialize(config.parallel, config.train.seed)
+    with activity.doing("reading the inputs"):
+        needed = run_directory.needs_initial_weights(config.run, config.loss)
+        inputs = preflight.check(run_directory.as_started(config), initial_weights=needed)
+    with activity.doing("waiting for the other ranks"):
+        parallel.initialize(config.parallel, config.train.seed)
     prompt_digests.check_ranks(inputs.digests, parallel.gather_to_all)
     stop = StopRequests(config.checkpoint.grace_seconds, gather=parallel.gather_to_all)
     config = begin(config)
     run = Run(config, rank=dist.get_rank(), share=parallel.from_rank_zero)
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
+    run.log(opening.prompts(config, inputs.train_prompts, inputs.eval_prompts))
     run.log(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.log("the section sglang: is for servers that the run starts, and is ignored here")
@@ -197,12 +204,15 @@ def set_up(config: Config) -> Trainer:
         resumes_from = newest_checkpoint(run)
         if resumes_from is None:
             on_rank_zero(lambda: check_beginning(config))
-        grader = build_grader(config.reward, run.log)
-        engine = build_engine(
-            config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
-        )
+        with activity.doing("starting the grading processes"):
+            grader = build_grader(config.reward, run.directory, run.log)
+        with activity.doing("starting the engine"):
+            engine = build_engine(
+                config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
+            )
         preflight.check_engine(config.model, config.rollout, engine)
-        actor = Actor(config, resumes=resumes_from is not None)
+        with activity.doing("building the model and reading its weights"):
+            actor = Actor(config, resumes=resumes_from is not None)
     updates = (
         SkipUpdates(run) if config.debug.mode == "rollout" else UpdateGuard(config, actor, run)
     )
@@ -273,9 +283,15 @@ def ranks() -> Ranks:
     )
 
 
-def build_grader(reward: RewardConfig, log: Callable[[str], None]) -> Grader:
+def build_grader(reward: RewardConfig, directory: Path, log: Callable[[str], None]) -> Grader:
     """Start the grading processes next to rank 0; all ranks get their results."""
-    return Grader(reward, rank=dist.get_rank(), share=parallel.from_rank_zero_when_done, log=log)
+    return Grader(
+        reward,
+        rank=dist.get_rank(),
+        share=parallel.from_rank_zero_when_done,
+        log=log,
+        output=directory / "logs" / OUTPUT,
+    )
 
 
 def due(step: int, every: int) -> bool:

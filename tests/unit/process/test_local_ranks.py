@@ -175,6 +175,27 @@ def test_a_signal_to_the_launcher_reaches_all_ranks_and_waits_for_them(
     assert signal.getsignal(number) == before
 
 
+def test_ctrl_c_saves_first_and_ends_the_ranks_when_repeated(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("READY", str(tmp_path))
+    before = signal.getsignal(signal.SIGINT)
+    ask_when_ready(tmp_path, signal.SIGINT, lambda number: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match="saved") as stopped:
+        run(tmp_path, STOPPABLE)
+    assert stopped.value.exit_code == 130
+    assert "stop after this step, and save it" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+    for seconds in (1.5, 2.5):
+        threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"import signal\n{deaf}")
+
+
+def test_ranks_do_not_hear_the_terminals_ctrl_c(tmp_path):
+    run(tmp_path, "import signal\nassert signal.getsignal(signal.SIGINT) == signal.SIG_IGN")
+
+
 def test_a_rank_that_leaves_without_saving_has_not_failed(tmp_path):
     code = "time.sleep(0.2 * rank)\nos._exit(75 if rank == 0 else 1)"
     with pytest.raises(Stopped, match="before a step could be saved"):

@@ -12,7 +12,7 @@ import pytest
 from megatron_prepo.config import RewardConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import Prompt, Rollout
-from megatron_prepo.rewards import pool
+from megatron_prepo.rewards import output, pool
 from megatron_prepo.rewards.pool import WALL_CLOCK_FACTOR, Grader
 
 FILE = Path(__file__).resolve().parents[2] / "reward_functions.py"
@@ -75,13 +75,38 @@ def test_one_that_raises_or_ends_its_process_is_an_error(grader, text):
 
 def test_the_reason_is_what_was_raised(grader):
     (grade,) = grader.grade(rollouts("raise"))
-    assert grade.reason == "RuntimeError: no \ud800 such \0 luck"
+    assert grade.reason == f"{FILE}, line 20: RuntimeError: no \ud800 such \0 luck"
+    (grade,) = grader.grade(rollouts("exit"))
+    assert grade.reason == f"{FILE}, line 22: SystemExit: 0"
     (grade,) = grader.grade(rollouts("kill"))
     assert grade.reason == "the grading process ended with status -9"
 
 
 def test_what_a_function_prints_is_no_reward(grader):
     assert outcome(grader, "print") == "ok"
+
+
+def test_what_a_function_prints_reaches_the_log_of_the_run(tmp_path, monkeypatch):
+    (tmp_path / "reward.py").write_text(
+        "import sys\nprint('loaded')\ndef f(completion, answer):\n"
+        "    print('graded', completion)\n    print('x' * (3 << 20), file=sys.stderr)\n"
+        "    return 1.0\n"
+    )
+    monkeypatch.setattr(output, "MAX_BYTES", 4 << 20)
+    log = tmp_path / "logs" / "reward.log"
+    given = settings("f", tmp_path / "reward.py", seconds=20.0)
+    grader = Grader(given, output=log)
+    grades = grader.grade(rollouts("one", "two"))
+    grader.close()
+    assert [grade.outcome for grade in grades] == ["ok", "ok"]  # above the limit of file sizes, too
+    lines = log.read_text().splitlines()
+    assert {"loaded", "graded one", "graded two"} <= set(lines)
+    assert lines[-1] == "[the limit of this file is reached]"
+
+
+def test_memory_that_runs_out_is_reported_with_its_place(grader):
+    (grade,) = grader.grade(rollouts("memory"))
+    assert grade.outcome == "error" and f"{FILE}, line 34: MemoryError" in grade.reason
 
 
 def test_a_child_that_has_filled_up_is_replaced_and_the_next_answer_does_not_pay():
@@ -178,7 +203,10 @@ def test_a_function_that_does_not_load_is_a_sentence(tmp_path):
         ("import helper\n\nhelper.broken()\n", r"helper\.py, line 3: ZeroDivisionError"),
         ("import absent_helper\n", r"reward\.py, line 1: ModuleNotFoundError: .*absent_helper"),
         ("import sys\nsys.exit(0)\n", r"reward\.py, line 2: SystemExit: 0"),
-        ("def g(completion, answer): ...\n", r"has no function 'f'; its functions: g$"),
+        (
+            "def g(completion, answer): ...\n",
+            r"has no function 'f'; its functions: g; fix the file",
+        ),
         ("def f(completion): ...\n", r"reward\.py:f\(completion\) does not fit \(too many pos"),
         ("def f(a, b, c): ...\n", r"f\(a, b, c\) does not fit \(missing a required argument: 'c'"),
         ("def f(a, *, b): ...\n", r"does not fit"),

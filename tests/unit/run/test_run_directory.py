@@ -99,6 +99,24 @@ def older(directory: Path) -> None:
 # What changes
 
 
+@pytest.mark.parametrize("damage", ["settings", "inputs", "config.yaml", "inputs.json"])
+def test_a_run_without_a_step_blocks_nothing(tmp_path, damage):
+    directory = prepare(config(tmp_path))
+    first = run_directory.identity(directory)
+    (directory / "prompts.json").write_text("{}")
+    now = config(tmp_path, rollout={"temperature": 0.5}) if damage == "settings" else None
+    if damage == "inputs":
+        (tmp_path / "train.jsonl").write_text("mended\n")
+    elif damage != "settings":
+        (directory / damage).write_text("of: another version\n")
+    now = now or config(tmp_path)
+    assert run_directory.as_started(now).run.overwrite and not now.run.overwrite
+    said: list[str] = []
+    run_directory.prepare(now, said.append)
+    assert run_directory.identity(directory) != first and "prompts.json" in said[0]
+    assert not run_directory.as_started(now).run.overwrite
+
+
 def test_the_same_settings_are_resumed(tmp_path, begun):
     before = content(begun)
     assert run_directory.check(config(tmp_path)) == "unfinished"

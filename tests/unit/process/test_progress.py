@@ -1,17 +1,20 @@
 """Progress: a bar on a terminal, one line per step elsewhere."""
 
+import contextlib
 import sys
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from megatron_prepo.run import progress
+from megatron_prepo.process import progress
 
 
 def test_a_log_gets_one_line_a_step_that_says_how_long_yet(monkeypatch, capsys):
     times = iter([0.0, 2.0, 5.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
-    bar = progress.bar(range(7, 80), "train", total=80, initial=7)
-    for step, _ in zip(bar, range(2)):
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    bar = progress.bar(desc="train", total=80, initial=7)
+    for step in (7, 8):
+        bar.update()
         bar.set_postfix(reward=f"{step / 10:.2f}")
     bar.close()
     written = capsys.readouterr().err
@@ -38,3 +41,21 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with progress.bar(range(3), "train", disable=True) as bar:
         assert isinstance(bar, tqdm) and list(bar) == [0, 1, 2]
+
+
+def test_a_loop_writes_one_line_at_its_end_which_is_complete(capsys):
+    assert list(progress.bar(range(3), "layouts")) == [0, 1, 2]
+    with progress.bar(desc="import", total=2500, unit="B", unit_scale=True) as bar:
+        bar.update(2500)
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    first, second = written.splitlines()
+    assert first.startswith("layouts 3/3 [0:00<0:00,")
+    assert second == "import 2.50kB/2.50kB [0:00<0:00]"
+
+
+def test_a_loop_that_fails_claims_no_end(capsys):
+    with contextlib.suppress(RuntimeError), progress.bar(desc="runs", total=3) as bar:
+        bar.update()
+        raise RuntimeError
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,107 @@
+"""What a run tells its user: at its start what it is about to do, at its end what to do next."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_prepo.config import Config, ParallelConfig
+from megatron_prepo.records import Prompt
+from megatron_prepo.rewards import FUNCTIONS
+from megatron_prepo.rewards.output import OUTPUT
+from megatron_prepo.rollout import placement
+
+
+def text(config: Config, *, num_ranks: int, launched: bool) -> str:
+    """Describe a run from its settings alone, before its inputs are read.
+
+    `launched`: whether `process/local_ranks.py` starts the ranks, whose output goes to `logs/`.
+    """
+    run, selection, budget = Path(config.run.dir), config.selection, config.train.rollout_budget
+    logs = (
+        f"; output of all but rank 0: {run}/logs/rank_N.log" if launched and num_ranks > 1 else ""
+    )
+    every = config.checkpoint.every
+    rows = {
+        "run": f"{run}",
+        "model": f"{config.model.megatron or config.model.hf}, {config.model.dtype}",
+        "ranks": f"{num_ranks}: {layout(config.parallel, num_ranks)}{logs}",
+        "engine": engine(config, num_ranks),
+        "steps": f"{config.train.total_steps} of {selection.num_selected} prompts, by "
+        f"{selection.name} out of {selection.num_candidates}, x "
+        f"{config.rollout.samples_per_prompt} rollouts"
+        f"{f'; at most {budget:,} rollouts' if budget else ''}",
+        "reward": f"{config.reward.function}{_output(config)}",
+        "checkpoints": f"every {every} steps, and at the end"
+        if every
+        else "at the end only (checkpoint.every=0)",
+    }
+    return "\n".join(f"{name:<12} {row}" for name, row in rows.items())
+
+
+def layout(parallel: ParallelConfig, num_ranks: int) -> str:
+    """Return the sizes of a layout, without those that are 1 where another is larger."""
+    sizes = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context": parallel.context,
+        "data": num_ranks // (parallel.tensor * parallel.pipeline * parallel.context),
+    }
+    words = [f"{name} {size}" for name, size in sizes.items() if size > 1] or ["one GPU or CPU"]
+    experts = f", expert {parallel.expert}" if parallel.expert > 1 else ""
+    return f"{' x '.join(words)}{experts}"
+
+
+def engine(config: Config, num_ranks: int) -> str:
+    """Return what generates the rollouts, and where it logs."""
+    servers, logs = config.servers, Path(config.run.dir) / "logs"
+    if config.rollout.engine == "embedded":
+        return "transformers, in the ranks"
+    if servers.urls:
+        return f"SGLang servers that run already: {', '.join(servers.urls)}"
+    count = placement.servers_here(servers, cuda=torch.cuda.is_available(), ranks=num_ranks)
+    return (
+        f"{count} SGLang server{'s' if count > 1 else ''} of tensor "
+        f"{servers.tensor}, which may take minutes to start; output: {logs}/sglang_N.log"
+    )
+
+
+def prompts(config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+    """Describe the prompts that were read."""
+    return (
+        f"{'prompts':<12} {len(train):,} of {config.data.train}; held out {len(held_out):,} of "
+        f"{config.data.eval}"
+    )
+
+
+def next_steps(config: Config) -> str:
+    """Return the files of a finished run and the commands that continue with them."""
+    run = config.run.dir
+    return "\n".join(
+        [
+            f"results                     {run}: summary.json, pass_rate.png, metrics.jsonl, "
+            "ledger.jsonl",
+            f"model                       {run}/hf, in Hugging Face format",
+            f"next                        megatron-prepo report {run}",
+            f"                            megatron-prepo evaluate --model {run} --out "
+            f"{run}-evaluation",
+        ]
+    )
+
+
+def to_resume(directory: Path, steps: Sequence[int]) -> str:
+    """Return what an unfinished run has saved and how to resume it.
+
+    `steps`: numbers of steps that its checkpoints include.
+    """
+    saved = f"a checkpoint of {max(steps)} steps" if steps else "no checkpoint yet"
+    return (
+        f"{directory} has {saved}, and the rollouts since; to resume: "
+        f"megatron-prepo resume {directory}"
+    )
+
+
+def _output(config: Config) -> str:
+    if config.reward.function in FUNCTIONS:
+        return ""
+    return f"; what it prints: {Path(config.run.dir) / 'logs' / OUTPUT}"
