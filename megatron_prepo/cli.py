@@ -92,6 +92,9 @@ def _is_reader_gone() -> bool:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        print(start.describe(options.config, options.overrides))
+        return 0
     overrides = start.without_overwriting_again(options.overrides)
     if "RANK" in os.environ:
         return start.train_rank(options.config, overrides)
@@ -109,7 +112,7 @@ def _resume(options: argparse.Namespace) -> int:
     options.config = directory / "config.yaml"
     # the saved configuration may have run.overwrite=true
     given = [f"run.dir={literal(directory)}", "run.overwrite=false"]
-    options.overrides = [*given, *options.overrides]
+    options.overrides, options.dry_run = [*given, *options.overrides], False
     return _train(options)
 
 
@@ -321,6 +324,9 @@ def _add_train(commands: "Commands") -> None:
     parser.add_argument("config", type=CONFIG, help="recipe such as qwen2.5-7b, or YAML file")
     _add_overrides(parser)
     _add_restarts(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be started, and what is missing"
+    )
     parser.set_defaults(run=_train)
 
 

@@ -1,6 +1,7 @@
 """The start of a run on this machine: the launcher that starts its ranks, and one of them."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,48 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
             raise Stopped(f"{stopped}\n{_to_resume(config)}", exit_code=stopped.exit_code) from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {_to_resume(config)}") from None
+
+
+def describe(path: str | Path, overrides: Sequence[str]) -> str:
+    """Return what `train` would start, and what is missing for it here; nothing is started.
+
+    The servers' commands are those for a machine with GPUs.
+    """
+    from megatron_prepo.launch import doctor
+    from megatron_prepo.rollout.placement import place
+    from megatron_prepo.run import opening
+
+    config = configuration.load(path, overrides)
+    num_ranks = config.parallel.num_ranks
+    where = place(config)
+    words = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
+    commands = [f"{num_ranks} rank{'s' if num_ranks > 1 else ''}: {shlex.join(words)}"]
+    if where.started_by == "run":
+        commands.append(_server_command(config, where.servers_per_node))
+    with activity.doing("checking settings, model and prompts"):
+        findings = [one for one in doctor.examine_inputs(config) if one.state != "ok"]
+    return "\n\n".join(
+        [
+            opening.text(
+                config,
+                num_ranks=num_ranks,
+                launched=True,
+                num_servers=where.servers_per_node,
+            ),
+            "\n".join(commands),
+            doctor.text(findings),
+            "nothing was started (--dry-run)",
+        ]
+    )
+
+
+def _server_command(config: Config, count: int) -> str:
+    from megatron_prepo.rollout.sglang import launch
+
+    words = launch.arguments(config, 0, port=30000, cuda=True)
+    words = [launch.interpreter(config.servers), "-m", "sglang.launch_server", *words]
+    others = f"; the other {count - 1} with other ports and seeds" if count > 1 else ""
+    return f"server 0, at a free port{others}: {shlex.join(words)}"
 
 
 def _check(config: Config, path: str | Path) -> None:

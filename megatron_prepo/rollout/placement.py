@@ -15,8 +15,6 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
 
@@ -157,6 +155,8 @@ def servers_here(servers: ServersConfig, *, cuda: bool, ranks: int | None = None
     """
     if servers.count or not cuda:
         return servers.count or 1
+    import torch  # takes seconds, which a plan should not wait for
+
     gpus = torch.cuda.device_count()
     ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
     return servers_per_node(servers, ranks=ranks, gpus=gpus)

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_prepo.config import Config, ParallelConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import FUNCTIONS
@@ -12,10 +10,11 @@ from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rollout import placement
 
 
-def text(config: Config, *, num_ranks: int, launched: bool) -> str:
+def text(config: Config, *, num_ranks: int, launched: bool, num_servers: int | None = None) -> str:
     """Describe a run from its settings alone, before its inputs are read.
 
-    `launched`: whether `process/local_ranks.py` starts the ranks, whose output goes to `logs/`.
+    `launched`: whether `process/local_ranks.py` starts the ranks, whose output goes to `logs/`;
+    `num_servers`: SGLang servers that the run starts; default: those of this machine.
     """
     run, selection, budget = Path(config.run.dir), config.selection, config.train.rollout_budget
     logs = (
@@ -26,7 +25,7 @@ def text(config: Config, *, num_ranks: int, launched: bool) -> str:
         "run": f"{run}",
         "model": f"{config.model.megatron or config.model.hf}, {config.model.dtype}",
         "ranks": f"{num_ranks}: {layout(config.parallel, num_ranks)}{logs}",
-        "engine": engine(config, num_ranks),
+        "engine": engine(config, num_ranks, num_servers),
         "steps": f"{config.train.total_steps} of {selection.num_selected} prompts, by "
         f"{selection.name} out of {selection.num_candidates}, x "
         f"{config.rollout.samples_per_prompt} rollouts"
@@ -52,14 +51,17 @@ def layout(parallel: ParallelConfig, num_ranks: int) -> str:
     return f"{' x '.join(words)}{experts}"
 
 
-def engine(config: Config, num_ranks: int) -> str:
+def engine(config: Config, num_ranks: int, num_servers: int | None = None) -> str:
     """Return what generates the rollouts, and where it logs."""
     servers, logs = config.servers, Path(config.run.dir) / "logs"
     if config.rollout.engine == "embedded":
         return "transformers, in the ranks"
     if servers.urls:
         return f"SGLang servers that run already: {', '.join(servers.urls)}"
-    count = placement.servers_here(servers, cuda=torch.cuda.is_available(), ranks=num_ranks)
+    import torch  # takes seconds, which only servers need here
+
+    cuda = torch.cuda.is_available()
+    count = num_servers or placement.servers_here(servers, cuda=cuda, ranks=num_ranks)
     return (
         f"{count} SGLang server{'s' if count > 1 else ''} of tensor "
         f"{servers.tensor}, which may take minutes to start; output: {logs}/sglang_N.log"
