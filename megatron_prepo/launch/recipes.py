@@ -9,7 +9,7 @@ mine/run.yaml            any file
 from pathlib import Path
 
 from megatron_prepo.config import nearest
-from megatron_prepo.errors import NoSuchPath, UserError
+from megatron_prepo.errors import NoSuchPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EXAMPLES = next(
@@ -32,8 +32,7 @@ def recipes() -> dict[str, Path]:
 def find(name: str) -> Path:
     """Return the configuration file of a recipe, or the file with this path.
 
-    Raises NoSuchPath for the path of an absent file, and UserError with all recipes for another
-    word that is neither.
+    Raises NoSuchPath, which lists the recipes unless the name is that of a YAML file.
     """
     if Path(name).is_file():
         return Path(name)
@@ -44,7 +43,7 @@ def find(name: str) -> Path:
     words = name.replace("_", "-")
     path = known.get(words) or known.get(f"{words}/prepo")
     if path is None:
-        raise UserError(
+        raise NoSuchPath(
             f"{name!r} is neither a recipe nor a file{nearest(words, list(known))}; the recipes "
             f"are {', '.join(known)}"
         )

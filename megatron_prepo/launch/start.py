@@ -18,9 +18,13 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     After a failure that the user cannot fix, the ranks are started again, up to `max_restarts`
     times.
     """
+    from megatron_prepo.inputs import preflight
+    from megatron_prepo.run import directory as run_directory
     from megatron_prepo.run import opening
 
     config = configuration.load(path, overrides)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
     _log(opening.text(config, num_ranks=config.parallel.num_ranks, launched=True))
     with activity.doing("checking settings, model and prompts"):
         _check(config, path)
@@ -92,11 +96,10 @@ def _check(config: Config, path: str | Path) -> None:
     from megatron_prepo.run import dashboards
     from megatron_prepo.run import directory as run_directory
 
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
-    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
     run_directory.check_config_file(config.run, path)
     run_directory.check(config)
     dashboards.check(config.run)
+    needed = run_directory.needs_initial_weights(config.run, config.loss)
     preflight.check(run_directory.as_started(config), initial_weights=needed)
     run_directory.begin(config, _log)
     run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_prepo import config as configuration
-from megatron_prepo.errors import Stopped, UserError
+from megatron_prepo.errors import NoSuchPath, Stopped, UserError
 from megatron_prepo.launch import executors, peers, rank, recipes, servers, slurm_time, start
 from megatron_prepo.launch.__main__ import main
 from megatron_prepo.launch.job import make_job
@@ -35,7 +35,7 @@ def test_every_example_for_a_cluster_is_a_recipe():
     assert recipes.find("qwen2.5_7b") == REPOSITORY / "examples/paper/qwen2.5-7b/prepo.yaml"
     assert recipes.find("llama-3.1-8b/random").name == "random.yaml"
     assert recipes.find("examples/laptop/prepo.yaml").is_file()
-    with pytest.raises(UserError, match=r"'qwen2.5-8b'.*did you mean qwen2.5-7b"):
+    with pytest.raises(NoSuchPath, match=r"'qwen2.5-8b'.*did you mean qwen2.5-7b"):
         recipes.find("qwen2.5-8b")
 
 

@@ -68,7 +68,7 @@ def started_here(monkeypatch, config, where: Placement) -> int:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(where.ranks_per_node))
     count = placement.servers_here(config.servers, cuda=True)
     used = [
-        sglang.environment(config, i, cuda=True, base={})["CUDA_VISIBLE_DEVICES"].split(",")
+        sglang.environment(config.servers, i, cuda=True, base={})["CUDA_VISIBLE_DEVICES"].split(",")
         for i in range(count)
     ]
     devices = [int(device) for own in used for device in own]

@@ -1,5 +1,6 @@
 """The commands of `docs/quickstart_gpu.md`, as far as they go without a GPU, a hub and an index."""
 
+import json
 import re
 import shlex
 
@@ -30,7 +31,7 @@ def test_there_are_twelve():
 
 @pytest.mark.parametrize("number", [8, 10, 11])
 def test_a_command_is_not_refused(number, capsys):
-    """Weights and prompts are not here, which a dry run says; what is planned is what is started."""
+    """A dry run says that weights and prompts are missing; what is planned is what is started."""
     marked = re.search(rf"# {number} \[--dry-run\]", BLOCK)
     words = shlex.split(OURS[number])[1:] + (["--dry-run"] if marked else [])
     assert (marked is None) == (number == 8)
@@ -48,8 +49,6 @@ def test_files_of_other_commands_are_there():
 def test_the_predictions_are_those_of_plan(capsys):
     words = shlex.split(OURS[8])[1:]
     assert main([*words, "--json", "--eval-prompts", "1200"]) == 0
-    import json
-
     answer = json.loads(capsys.readouterr().out)
     step = [sum(both[i] for both in answer["seconds"].values()) for i in (0, 1)]
     assert [round(seconds, -1) for seconds in step] == [450, 1000]

@@ -910,7 +910,7 @@ def test_a_command_that_is_started_again_does_not_delete_its_own_progress(monkey
     given = []
     for count in ("", "0", "1"):
         monkeypatch.setenv(name, count)
-        assert cli.main(["train", "config.yaml", "run.overwrite=true"]) == 0
+        assert cli.main(["train", "qwen2.5-7b", "run.overwrite=true"]) == 0
     assert given[:2] == [["run.overwrite=true"]] * 2
     assert given[2] == ["run.overwrite=true", "run.overwrite=false"]
 
