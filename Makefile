@@ -31,7 +31,7 @@ demo-sglang: .venv-sglang/ready
 
 # The numeric tests as processors with fewer instructions compute, with one thread and with two.
 test-processors: .venv/ready-dev
-	.venv/bin/python tools/emulate_processors.py
+	.venv/bin/python tools/checks/emulate_processors.py
 
 test-sglang: .venv-sglang/ready
 	.venv/bin/python -m pytest -m sglang tests/real_sglang

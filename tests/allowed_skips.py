@@ -127,7 +127,7 @@ ALLOWED = (
         "Triton has Linux wheels only",
     ),
     Skip(
-        "tests/unit/tools/test_bench_head.py::test_verls_kernel_is_called_as_verl_calls_it",
+        "tests/unit/tools/bench/test_head.py::test_verls_kernel_is_called_as_verl_calls_it",
         not_linux,
         "Triton has Linux wheels only",
     ),
@@ -137,7 +137,7 @@ ALLOWED = (
         "the function is a second oracle, which came with torch 2.13",
     ),
     Skip(
-        "tests/unit/tools/test_bench_head.py::test_torchs_own_agrees_with_float64",
+        "tests/unit/tools/bench/test_head.py::test_torchs_own_agrees_with_float64",
         torch_before_2_13,
         "the function that is measured came with torch 2.13",
     ),

@@ -219,11 +219,9 @@ def rollout_budget(config: Config) -> int:
 
 def _is_oracle(selection: SelectionConfig) -> bool:
     """Return whether the method rolls out all candidates before it chooses."""
-    if not selection.is_custom:
-        return selection.method == "oracle"
-    from megatron_prepo.selection import user_class
+    from megatron_prepo.selection import load  # and torch
 
-    return user_class.load(selection.method).needs_pass_rates
+    return load(selection.method).needs_pass_rates
 
 
 def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_waiting: int) -> str:

@@ -499,7 +499,7 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
     }
     for name, file in files.items():
         if not Path(file).is_file():
-            remedy = f"data.{name}=FILE; tools/prepare_data.py creates such files (docs/data.md)"
+            remedy = f"data.{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
             findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
         elif tokenizer:
             findings.look(

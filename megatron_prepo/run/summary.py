@@ -23,7 +23,7 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     low, high = zip(*(e["pass_rate_ci95"] for e in evaluations), strict=True)
     axes.fill_between(rollouts, low, high, color="tab:blue", alpha=0.15, lw=0)
     axes.plot(rollouts, rate, "o-", color="tab:blue", label="held-out pass rate, 95 % interval")
-    axes.set(xlabel="rollouts", ylabel="pass rate")
+    axes.set(xlabel="rollouts generated", ylabel="pass rate")
     axes.yaxis.label.set_color("tab:blue")
     axes.spines[["top"]].set_visible(False)
     window = [
@@ -69,7 +69,7 @@ def text(summary: dict[str, Any]) -> str:
             f"gain, prompt by prompt      {rate('gain')}",
             f"                            avg@{summary['samples_per_prompt']} over "
             f"{summary['held_out_prompts']} prompts",
-            f"rollouts, tokens paid       {summary['rollouts']:,}, {summary['tokens']:,}",
+            f"rollouts, tokens generated  {summary['rollouts']:,}, {summary['tokens']:,}",
             f"seconds by stage            {', '.join(stages)}",
         ]
     )

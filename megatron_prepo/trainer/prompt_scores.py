@@ -47,7 +47,7 @@ def check_agreement(engine_ppl_P: torch.Tensor, actor_ppl_P: torch.Tensor, least
             "selection.ppl_from=engine: the rank correlation of its perplexities with the actor's "
             f"is {agreement:.3f} over {len(actor_ppl_P)} prompts, below selection.ppl_agreement="
             f"{least:g}; set selection.ppl_from=actor, and look for the cause with "
-            "tools/compare_logprobs.py"
+            "tools/inspect/compare_logprobs.py"
         )
 
 

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from ranks import join
+
+from megatron_prepo import config as configuration
 from megatron_prepo.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,6 +30,21 @@ def train(directory: Path, *overrides: str) -> int:
     """Run `megatron-prepo train examples/laptop/prepo.yaml ...`; return the exit code."""
     config = str(LAPTOP / "prepo.yaml")
     return main(["train", config, f"run.dir={directory}", *FILES, *overrides])
+
+
+def train_in_ranks(num_ranks: int, runs: dict[str, list[str]]) -> None:
+    """Make one run after the other, given by directory, in a rank that `on_ranks` has started.
+
+    For tests of what is computed: starting a command for each would take longer than its steps.
+    """
+    from megatron_prepo.actor import parallel
+    from megatron_prepo.train import train
+
+    for directory, overrides in runs.items():
+        join(num_ranks)
+        settings = [*FILES, f"run.dir={directory}", *overrides]
+        train(configuration.load(LAPTOP / "prepo.yaml", settings))
+        parallel.shut_down()
 
 
 def metrics(directory: Path) -> list[dict]:

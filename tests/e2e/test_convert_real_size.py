@@ -4,7 +4,7 @@ import pytest
 
 from checkpoints_convert.convert import export_hf, import_hf
 from checkpoints_convert.verify import verify
-from tools.bench_convert import SHAPES, make_model
+from tools.bench.convert import SHAPES, make_model
 
 
 @pytest.mark.slow

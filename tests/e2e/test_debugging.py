@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from megatron_prepo.cli import main
 from megatron_prepo.process import local_ranks
 from tests.e2e.laptop import LAPTOP, SHORT, metrics, train
-from tools.inspect_step import groups_of_dump, groups_of_run
-from tools.inspect_step import main as inspect_step
+from tools.inspect.step import groups_of_dump, groups_of_run
+from tools.inspect.step import main as inspect_step
 
 CANARY = "canary-5f1d"
 

@@ -15,7 +15,7 @@ from tests.e2e.laptop import LAPTOP, summary
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "demo"
-    assert main(["demo", "--dir", str(directory), "train.total_steps=24", "eval.every=0"]) == 0
+    assert main(["demo", "--dir", str(directory), "train.total_steps=16", "eval.every=0"]) == 0
     return directory
 
 

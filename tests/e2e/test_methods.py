@@ -4,12 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ranks import join, on_ranks
+from ranks import on_ranks
 
-from megatron_prepo import config as configuration
 from megatron_prepo.run.ledger import read
 from megatron_prepo.selection import METHODS
-from tests.e2e.laptop import FILES, LAPTOP, metrics, summary
+from tests.e2e.laptop import metrics, summary, train_in_ranks
 
 P, K, G, BUDGET = 8, 2, 4, 20
 TINY = [
@@ -26,38 +25,30 @@ TINY = [
 ON_TWO_RANKS = ["greso", "dapo", "mopps", "foresight"]
 
 
-def run_all(num_ranks: int, runs: dict[str, list[str]]) -> None:
-    """Make one run after the other in a rank, by directory."""
-    from megatron_prepo.actor import parallel
-    from megatron_prepo.train import train
-
-    for directory, overrides in runs.items():
-        join(num_ranks)
-        settings = [*FILES, *TINY, f"run.dir={directory}", *overrides]
-        train(configuration.load(LAPTOP / "prepo.yaml", settings))
-        parallel.shut_down()
-
-
 @pytest.fixture(scope="module")
 def on_one_rank(tmp_path_factory) -> Path:
     """Directories `METHOD` of runs with a budget, and `hopeless` without one."""
     root = tmp_path_factory.mktemp("one")
-    budget = ["train.total_steps=9", f"train.rollout_budget={BUDGET}"]
+    budget = [*TINY, "train.total_steps=9", f"train.rollout_budget={BUDGET}"]
     runs = {str(root / name): [f"selection.method={name}", *budget] for name in METHODS}
     runs[str(root / "hopeless")] = [
+        *TINY,
         "selection.method=dapo",
         "optimizer.lr=0",
         "rollout.max_new_tokens=1",
     ]
-    on_ranks(1, run_all, 1, runs)
+    on_ranks(1, train_in_ranks, 1, runs)
     return root
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("two")
-    runs = {str(root / name): [f"selection.method={name}"] for name in ON_TWO_RANKS}
-    on_ranks(2, run_all, 2, {name: [*more, "parallel.data=2"] for name, more in runs.items()})
+    runs = {
+        str(root / name): [*TINY, f"selection.method={name}", "parallel.data=2"]
+        for name in ON_TWO_RANKS
+    }
+    on_ranks(2, train_in_ranks, 2, runs)
     return root
 
 

@@ -213,10 +213,11 @@ def asked_of(body: dict) -> str:
 
 @pytest.mark.slow
 def test_five_kills(tmp_path):
-    """Five of the hundred kills that `tools/kill_runs.py` makes."""
+    """Five of the hundred kills that `tools/checks/kill_runs.py` makes."""
     out = tmp_path / "kills.json"
-    command = [sys.executable, str(REPOSITORY / "tools" / "kill_runs.py"), "--kills", "5"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    command = [sys.executable, str(REPOSITORY / "tools" / "checks" / "kill_runs.py")]
+    command += ["--kills", "5", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["kills"] >= 5 and result["runs_that_differ"] == []

@@ -7,13 +7,16 @@ import pandas
 import pytest
 import torch
 import yaml
+from ranks import on_ranks
 from rounding import CHAIN, FACTOR, approx, bound
 
 from megatron_prepo import config as configuration
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 from megatron_prepo.run.recorder import TRAINING_STAGES
-from tests.e2e.laptop import SHORT, metrics, summary, train
+from tests.e2e.laptop import SHORT, metrics, summary, train, train_in_ranks
 
+BY_THE_COMMAND = ("one rank", "TP2", "TP2 again")
+"""Layouts that are trained by a command; the rest share two ranks, started once."""
 LAYOUTS = {
     "one rank": ["parallel.tensor=1", "train.share_prefixes=false"],
     "TP2": ["parallel.tensor=2"],
@@ -38,12 +41,16 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Run directories of each layout; settings that are off by default are on, to be run."""
-    directories = {}
-    for name, layout in LAYOUTS.items():
-        directory = tmp_path_factory.mktemp("run") / "run"
-        more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
-        assert train(directory, *SHORT, *more, *layout) == 0, name
-        directories[name] = directory
+    more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
+    directories = {name: tmp_path_factory.mktemp("run") / "run" for name in LAYOUTS}
+    for name in BY_THE_COMMAND:
+        assert train(directories[name], *SHORT, *more, *LAYOUTS[name]) == 0, name
+    others = {
+        str(directories[name]): [*SHORT, *more, *layout]
+        for name, layout in LAYOUTS.items()
+        if name not in BY_THE_COMMAND
+    }
+    on_ranks(2, train_in_ranks, 2, others)
     return directories
 
 
@@ -180,7 +187,8 @@ def test_run_directory(runs):
 def test_perplexities_of_the_engine_choose_the_same_prompts(runs, tmp_path):
     """Both are computed, and agree, in the first step and where an evaluation follows."""
     overrides = ["selection.ppl_from=engine", "parallel.tensor=1", "parallel.data=2"]
-    assert train(tmp_path / "run", *SHORT, *overrides, "optimizer.lr=0", "eval.every=2") == 0
+    overrides += ["optimizer.lr=0", "eval.every=2"]
+    on_ranks(2, train_in_ranks, 2, {str(tmp_path / "run"): [*SHORT, *overrides]})
     ours, actors = (
         pandas.read_json(directory / "ledger.jsonl", lines=True).query("step == 0")
         for directory in (tmp_path / "run", runs["one rank"])
@@ -196,7 +204,8 @@ def test_perplexities_of_the_engine_choose_the_same_prompts(runs, tmp_path):
 
 def test_random_pays_no_perplexity_pass(tmp_path):
     overrides = ["selection.method=random", "weighting.method=none", "parallel.tensor=1"]
-    assert train(tmp_path / "run", *SHORT, *overrides, "sglang={dtype: auto}") == 0
+    overrides.append("sglang={dtype: auto}")
+    on_ranks(1, train_in_ranks, 1, {str(tmp_path / "run"): [*SHORT, *overrides]})
     ledger = pandas.read_json(tmp_path / "run" / "ledger.jsonl", lines=True)
     assert ledger.ppl.isna().all() and (ledger.weight == 1).all()
 
@@ -204,7 +213,8 @@ def test_random_pays_no_perplexity_pass(tmp_path):
 def test_zero_learning_rate_changes_nothing(tmp_path):
     """Zero learning rate is the control of the learning test: without updates, the numbers before
     and after are the same."""
-    assert train(tmp_path / "run", *SHORT, "optimizer.lr=0", "eval.max_prompts=40") == 0
+    overrides = ["parallel.tensor=1", "optimizer.lr=0", "eval.max_prompts=40"]
+    on_ranks(1, train_in_ranks, 1, {str(tmp_path / "run"): [*SHORT, *overrides]})
     result = summary(tmp_path / "run")
     assert result["gain"] == 0.0
     assert 0 < result["pass_rate_before"] == result["pass_rate_after"]

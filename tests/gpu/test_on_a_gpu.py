@@ -21,7 +21,7 @@ from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 from megatron_prepo.rollout.weight_sync import TOLERANCE
 from tests.unit.actor.test_lm_head import full_softmax, values_and_gradients
-from tools.head_goals import LOGPROB_ERROR
+from tools.bench.head_goals import LOGPROB_ERROR
 
 pytestmark = [
     pytest.mark.gpu,

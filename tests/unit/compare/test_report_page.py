@@ -13,12 +13,12 @@ from megatron_prepo.cli import main
 from megatron_prepo.compare import analysis as comparison
 from megatron_prepo.compare import figures
 from megatron_prepo.compare import report_page as page
-from megatron_prepo.compare.arms import ABLATIONS
+from megatron_prepo.compare.arms import ABLATIONS, ARMS
 from megatron_prepo.config.schema import SELECTION_METHODS as METHODS
 from megatron_prepo.errors import UserError
-from tests.made_records import LIFELIKE, lifelike, line
+from tests.made_records import lifelike, line
 
-ALL = [lifelike(arm, seed, "everything") for arm in LIFELIKE for seed in (1, 2, 3)]
+ALL = [lifelike(arm, seed, "everything") for arm in ARMS for seed in (1, 2, 3)]
 UNEQUAL = [
     lifelike(arm, seed, "unequal")
     for arm, count in (("random", 3), ("prepo", 2), ("mine", 1))

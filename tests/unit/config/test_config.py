@@ -17,6 +17,7 @@ from megatron_prepo.config import (
     to_yaml,
 )
 from megatron_prepo.errors import UserError
+from megatron_prepo.selection import METHODS
 
 REQUIRED = {
     "run": {"dir": "runs/one"},
@@ -220,18 +221,23 @@ def test_a_value_out_of_range_is_refused_by_name(change, message):
         ),
         ({"optimizer__lr_warmup_steps": 6}, r"lr_warmup_steps=6 must be at most .*total_steps=5"),
         (OVERLAP | {"rollout__engine": "embedded"}, r"overlap=true .*rollout\.engine=embedded"),
-        (
-            OVERLAP | {"selection__method": "dapo"},
-            r"overlap=true .*selection\.method=dapo needs rollouts of the step",
-        ),
-        (OVERLAP | {"selection__method": "greso"}, r"selection\.method=greso needs rollouts"),
-        (OVERLAP | {"selection__method": "oracle"}, r"selection\.method=oracle needs rollouts"),
         (OVERLAP | {"loss__importance": "off"}, r"overlap=true .*set loss\.importance=truncated"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         from_tree(tree(**change))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overlap_is_refused_to_methods_that_select_by_rollouts_of_the_step(method):
+    settings = tree(**OVERLAP, selection__method=method)
+    if not (METHODS[method].refills or METHODS[method].needs_pass_rates):
+        assert from_tree(settings).train.overlap
+        return
+    message = rf"overlap=true .*selection\.method={method} needs rollouts of the step"
+    with pytest.raises(UserError, match=message):
+        from_tree(settings)
 
 
 def test_overlap_with_all_that_it_needs_is_no_contradiction():

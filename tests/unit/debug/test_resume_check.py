@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prepo.debug import resume_check as prove
 from megatron_prepo.errors import UserError
-from tools import gpu_check
+from tools.checks import gpu_check
 
 DEADLINE_SECONDS = 60.0
 WITH_A_CHILD = (

@@ -8,18 +8,10 @@ from checkpoints_convert import __main__ as converter
 from megatron_prepo import cli
 from megatron_prepo.launch import __main__ as launch
 from tests.e2e.laptop import LAPTOP
-from tools import (
-    bench_checkpoint,
-    bench_head,
-    bench_perplexity,
-    bench_plan,
-    bench_utilisation,
-    compare_logprobs,
-    gpu_check,
-    inspect_step,
-    prepare_data,
-    prompt_perplexity,
-)
+from tools.bench import checkpoint, head, perplexity, plan, utilisation
+from tools.checks import gpu_check
+from tools.data import prepare, prompt_perplexity
+from tools.inspect import compare_logprobs, step
 
 CONFIG, BASE = str(LAPTOP / "prepo.yaml"), str(LAPTOP / "base")
 COMMANDS = {
@@ -50,15 +42,15 @@ COMMANDS = {
         "inspect ABSENT",
     ),
     launch: ("ABSENT --executor slurm",),
-    bench_checkpoint: ("--model ABSENT", "--directory ABSENT"),
-    bench_head: ("--verl ABSENT",),
-    bench_perplexity: ("ABSENT",),
-    bench_plan: ("--model ABSENT",),
-    bench_utilisation: ("--model ABSENT",),
+    checkpoint: ("--model ABSENT", "--directory ABSENT"),
+    head: ("--verl ABSENT",),
+    perplexity: ("ABSENT",),
+    plan: ("--model ABSENT",),
+    utilisation: ("--model ABSENT",),
     compare_logprobs: ("ABSENT", "--hf ABSENT", "--prompts ABSENT"),
     gpu_check: ("--verl ABSENT", "--sglang ABSENT"),
-    inspect_step: ("ABSENT",),
-    prepare_data: ("--train gsm8k=ABSENT", "--suite gsm8k=ABSENT", "--perplexity ABSENT"),
+    step: ("ABSENT",),
+    prepare: ("--train gsm8k=ABSENT", "--suite gsm8k=ABSENT", "--perplexity ABSENT"),
     prompt_perplexity: ("ABSENT", "--hf ABSENT"),
 }
 SETTINGS = {

@@ -105,7 +105,7 @@ def test_prompts_are_looked_for_without_a_tokenizer_too(tmp_path):
     shutil.copy(LAPTOP / "base" / "config.json", tmp_path)
     findings = doctor.examine(laptop(f"model.hf={tmp_path}", "data.train=absent.jsonl"))
     train = found(findings, "data.train")
-    assert train.state == "missing" and "tools/prepare_data.py" in train.remedy
+    assert train.state == "missing" and "tools/data/prepare.py" in train.remedy
     assert "data.eval" not in [finding.what for finding in findings]
 
 

@@ -9,7 +9,7 @@ import allowed_skips
 import pytest
 
 from tests.e2e.laptop import REPOSITORY
-from tools import docs_site
+from tools.checks import docs_site
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix()

@@ -17,10 +17,10 @@ NOT_ROUNDING = {
         "test_transformers_reaches_the_same_pass_rate": "pass rates of a few hundred samples",
     },
     "e2e/test_machine_faults.py": {"test_the_clock_does_jump": "seconds"},
-    "unit/tools/test_bench_head.py": {
+    "unit/tools/bench/test_head.py": {
         "test_naive_holds_a_few_times_the_float32_logits": "numbers a token",
     },
-    "unit/tools/test_bench_plan.py": {
+    "unit/tools/bench/test_plan.py": {
         "test_the_most_bytes_are_those_alive_at_once": "bytes of scalars"
     },
     "unit/compare/test_analysis.py": {"test_some_seeds_miss": "draws of a bootstrap"},

@@ -1,7 +1,9 @@
-"""No tool writes over a file that it did not write; a new tool with `--out` is tried as well."""
+"""Every tool starts, and writes over no file that it did not write; new tools are tried as well."""
 
 import importlib
+import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,18 +14,42 @@ from checkpoints_convert.verify import Report
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from tests.e2e.laptop import LAPTOP
-from tools import compare_logprobs, pack_sglang, prepare_data
+from tools.checks import pack_sglang
+from tools.data import prepare
+from tools.inspect import compare_logprobs
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FOLDERS = {"compare_logprobs", "prepare_data"}
+FOLDERS = {"inspect.compare_logprobs", "data.prepare"}
 """Tools whose `--out` is a folder."""
-FURTHER = {"bench_train": ["--case", "laptop"]}
+FURTHER = {"bench.train": ["--case", "laptop"]}
 """Required arguments of tools that look at the file after all arguments."""
+MODULES = {
+    f"{path.parent.name}.{path.stem}": path
+    for path in sorted((REPOSITORY / "tools").glob("*/*.py"))
+    if path.stem != "__init__"
+}
+COMMANDS = [name for name, path in MODULES.items() if "__main__" in path.read_text()]
 TOOLS = sorted(
-    path.stem
-    for path in (REPOSITORY / "tools").glob("*.py")
-    if '"--out"' in path.read_text() and path.stem not in FOLDERS
+    name for name, path in MODULES.items() if '"--out"' in path.read_text() and name not in FOLDERS
 )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_what_the_tool_does(capsys, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", [MODULES[name].name, "--help"])
+    monkeypatch.setattr(sys, "path", [str(MODULES[name].parent), *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(MODULES[name]), run_name="__main__")
+    assert ended.value.code == 0
+    summary = MODULES[name].read_text().partition('"""')[2].partition("\n")[0]
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage:") and summary in " ".join(shown.split())
+
+
+def test_no_tool_hides_a_library():
+    """The folder of a script is the first place where its imports are looked for."""
+    libraries = [path for name, path in MODULES.items() if importlib.util.find_spec(path.stem)]
+    assert not libraries and not list((REPOSITORY / "tools").glob("[!_]*.py"))
 
 
 def refused(capsys, monkeypatch, main, *words) -> str:
@@ -52,7 +78,7 @@ def test_a_file_of_the_users_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("bench_head", ".md"), ("prompt_perplexity", ".json")]
+    ("name", "suffix"), [("bench.head", ".md"), ("data.prompt_perplexity", ".json")]
 )
 def test_a_second_file_of_the_same_name_is_refused(capsys, monkeypatch, tmp_path, name, suffix):
     main = importlib.import_module(f"tools.{name}").main
@@ -114,12 +140,12 @@ def test_prepared_data_replaces_what_it_wrote_and_nothing_else(capsys, monkeypat
     source, out = tmp_path / "rows.jsonl", tmp_path / "out"
     source.write_text(json.dumps(row) + "\n")
 
-    def prepare(*words) -> int:
-        return prepare_data.main([*map(str, words), "--out", str(out)])
+    def call(*words) -> int:
+        return prepare.main([*map(str, words), "--out", str(out)])
 
-    assert prepare("--suite", f"aime24={source}") == 0
-    assert prepare("--suite", f"aime24={source}", "--together", "all") == 0
-    assert prepare("--suite", f"aime24={source}") == 0
+    assert call("--suite", f"aime24={source}") == 0
+    assert call("--suite", f"aime24={source}", "--together", "all") == 0
+    assert call("--suite", f"aime24={source}") == 0
     (out / "suites" / "aime25.jsonl").write_text("precious")
     (out / "mine.jsonl").write_text("precious")
     (out / "perplexity.json").write_text("precious")
@@ -128,12 +154,12 @@ def test_prepared_data_replaces_what_it_wrote_and_nothing_else(capsys, monkeypat
         ["--suite", f"aime24={source}", "--together", "mine"],
         ["--suite", f"aime24={source}", "--perplexity", LAPTOP / "base"],
     ):
-        assert prepare(*words) == 2
+        assert call(*words) == 2
         assert "exists, and is not in a statistics.json of this tool" in capsys.readouterr().err
     precious = [
         path for path in out.rglob("*") if path.is_file() and "precious" in path.read_text()
     ]
     assert len(precious) == 3
     # a call that fails on its way leaves its files to the next one
-    assert prepare("--suite", f"aime24={source}", "--train", f"aime24={tmp_path}/absent") == 2
-    assert prepare("--suite", f"aime24={source}") == 0
+    assert call("--suite", f"aime24={source}", "--train", f"aime24={tmp_path}/absent") == 2
+    assert call("--suite", f"aime24={source}") == 0
