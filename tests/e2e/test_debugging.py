@@ -62,8 +62,7 @@ def test_a_gradient_that_differs_is_named_and_the_exit_code_tells(run, capfd):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
-    [("absent", "no such file or folder"), ("damaged", "is damaged: FileNotFoundError")],
+    ("path", "message"), [("absent", "is not a dump"), ("damaged", "is damaged: FileNotFoundError")]
 )
 def test_what_is_no_dump_is_refused(run, capsys, path, message):
     damaged = shutil.copytree(run / "dumps" / "step_0001", run.parent / path / "damaged")

@@ -465,8 +465,8 @@ def test_perplexities_are_those_of_transformers_and_are_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--train", "gsm8k=a", "--train", "gsm8k=b"], "--train gsm8k is given twice"),
-        (["--suite", "math500=a", "--suite", "math500=b"], "--suite math500 is given twice"),
+        (["--train", "gsm8k=hub", "--train", "gsm8k=hub"], "--train gsm8k is given twice"),
+        (["--suite", "math500=hub", "--suite", "math500=hub"], "--suite math500 is given twice"),
         (["--held-out", "-3"], "--held-out -3 must be at least 0"),
         (["--ngram", "0"], "--ngram 0 at least 1"),
     ],

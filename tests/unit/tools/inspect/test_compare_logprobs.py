@@ -39,6 +39,15 @@ def test_the_worst_token_comes_first_with_what_stands_before_it():
     assert third.split()[3] == "0"
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Enter a directory with a configuration, a model and prompts, all empty."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.yaml", "d", "p"):
+        (tmp_path / name).touch()
+
+
+@pytest.mark.usefixtures("files")
 @pytest.mark.parametrize(
     "arguments", [[], ["--hf", "d", "--url", "u"], ["a.yaml", "--hf", "d"], ["x=1"]]
 )
@@ -48,6 +57,7 @@ def test_what_is_to_be_compared_has_to_be_said_in_one_of_two_ways(arguments, cap
     assert "give a configuration, or all of --hf, --url and --prompts" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("files")
 def test_a_directory_and_a_server_make_a_configuration():
     options = compare_logprobs.parse(
         ["model.dtype=float32", "--hf", "d", "--url", "http://a:1", "--prompts", "p", "--out", "o"]
