@@ -6,5 +6,8 @@ import gc
 import tiny_models  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401
 
+import megatron_prepo.actor.actor
+import megatron_prepo.train  # noqa: F401
+
 gc.collect()
 gc.freeze()

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from megatron_prepo.cli import main
 from tests.e2e.laptop import LAPTOP
 
@@ -22,7 +20,6 @@ def texts(out) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-@pytest.mark.slow
 def test_both_engines_give_the_same_answers(sglang_python, tmp_path):
     words = ["--model", f"base={LAPTOP / 'base'}", "--suite", f"held_out={LAPTOP / 'eval.jsonl'}"]
     for engine in ("embedded", "sglang"):

@@ -4,7 +4,6 @@ import os
 import subprocess
 
 import fake_slurm
-import pytest
 
 from megatron_prepo.debug import resume_check as prove
 from megatron_prepo.process import slurm as nodes
@@ -30,7 +29,6 @@ def test_a_chain_over_two_nodes_resumes_bit_equal(cluster, uninterrupted):
     assert all(check.equal for check in checks), prove.text(checks)
 
 
-@pytest.mark.slow
 def test_a_job_that_is_asked_before_its_ranks_listen_queues_itself_again(cluster, uninterrupted):
     """The signal's default action would kill the ranks, and the job would fail."""
     run = cluster.runs / "requeued"

@@ -1,6 +1,7 @@
 """The helper that other tests build on: answers in order, failures shown, no hangs."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -23,6 +24,19 @@ def die():
 
 def hang():
     time.sleep(60)
+
+
+def imported_late():
+    loaded = set(sys.modules)
+    import megatron_prepo.actor.actor
+    import megatron_prepo.train  # noqa: F401
+
+    return sorted(set(sys.modules) - loaded)
+
+
+def test_ranks_have_imported_the_actor_and_megatron_when_they_start():
+    """In each rank, these imports would take two seconds and more."""
+    assert on_ranks(1, imported_late) == [[]]
 
 
 def test_answers_come_in_the_order_of_ranks():
