@@ -47,8 +47,14 @@ TOTALS = ("rollout/paid", "rollout/tokens_paid")
 MAX_POINTS = 40
 """A longer series is reduced to means over consecutive steps."""
 
-NOT_COMPARED = ("run", "servers.python", "weight_sync.directory")
-"""A section and settings that are places, and do not affect what a run computes."""
+NOT_COMPARED = (
+    "run",
+    "servers.python",
+    "weight_sync.directory",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+)
+"""A section and settings that do not affect what a run computes: places, and when it saves."""
 
 FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
 """Settings that are paths; they are compared by the content found there."""
