@@ -7,8 +7,11 @@ import errno
 import os
 import resource
 
+import torch
+
 from megatron_prepo.config import ServersConfig
 from megatron_prepo.errors import UserError
+from megatron_prepo.rollout import placement
 
 OTHERS = 256
 """Other files of a rank: logs, checkpoint shards, libraries, grading processes, collectives."""
@@ -19,7 +22,8 @@ def make_room(settings: ServersConfig) -> None:
 
     Raises UserError with the numbers if the hard limit is lower.
     """
-    servers = len(settings.urls) or settings.count
+    cuda = torch.cuda.is_available()
+    servers = len(settings.urls) or placement.servers_here(settings, cuda=cuda)
     connections = servers * (1 if settings.straggler_seconds is None else 2)  # one to cut it
     needed = OTHERS + connections * settings.concurrency
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
