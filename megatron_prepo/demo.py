@@ -46,6 +46,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         f"model.megatron={literal(base_megatron)}",
         f"data.train={literal(laptop / 'train.jsonl')}",
         f"data.eval={literal(laptop / 'eval.jsonl')}",
+        "checkpoint.every=0",  # the demo starts from the beginning each time
         *overrides,
     ]
     config = configuration.load(laptop / "prepo.yaml", settings)

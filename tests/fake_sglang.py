@@ -50,8 +50,13 @@ ALLOWED = {
 
 
 def completion(input_ids: list[int], seed: int, max_new_tokens: int) -> tuple[list[int], bool]:
-    """Return the tokens of a completion, and whether it ended before the limit."""
+    """Return the tokens of a completion, and whether it ended before the limit.
+
+    With `FAKE_ANSWER`, a JSON list of tokens, half of the completions are these.
+    """
     state = hashlib.sha256(json.dumps([input_ids, seed]).encode()).digest()
+    if state[1] % 2 and (answer := json.loads(os.environ.get("FAKE_ANSWER", "[]"))):
+        return [*answer, STOP], True
     tokens = [3 + byte % (VOCAB - 3) for byte in state * (max_new_tokens // 32 + 1)]
     length = 1 + state[0] % (2 * max_new_tokens)
     if length > max_new_tokens:
@@ -389,14 +394,21 @@ def _handler_of(fake: FakeSGLang):
 
 
 def main() -> None:
-    """Run as `python -m sglang.launch_server --port N ...`.
+    """Run as `python -m sglang.launch_server --port N ...`, a server of `--model-path`.
 
     With `FAKE_DIES_AT=DIRECTORY/NAME`, the first server that is asked for /NAME is killed, once: it
     leaves that file.  With `FAKE_DIES_AFTER_OTHERS`, only once another is joining a process group.
     """
-    host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
+    options = ("--host", "--port", "--model-path")
+    host, port, model = (sys.argv[sys.argv.index(option) + 1] for option in options)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    with FakeSGLang(int(port), host=host) as fake, contextlib.suppress(KeyboardInterrupt):
+    fake = FakeSGLang(
+        int(port),
+        host=host,
+        architectures=json.loads(Path(model, "config.json").read_text())["architectures"],
+        fp32_lm_head="--enable-fp32-lm-head" in sys.argv,
+    )
+    with fake, contextlib.suppress(KeyboardInterrupt):
         fake.seconds = float(os.environ.get("FAKE_SECONDS", fake.seconds))
         fake.fault = _fault_of_the_environment
         fake._closing.wait()

@@ -56,8 +56,14 @@ DEFAULTS = {
 }
 """Default of each setting, MISSING if it is required."""
 
-NOT_COMPARED = ("run", "servers.python", "weight_sync.directory")
-"""A section and settings that are places, and do not affect what a run computes."""
+NOT_COMPARED = (
+    "run",
+    "servers.python",
+    "weight_sync.directory",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+)
+"""A section and settings that do not affect what a run computes: places, and when it saves."""
 
 FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
 """Settings that are paths; they are compared by the content found there."""

@@ -598,13 +598,17 @@ class EvalConfig:
 class CheckpointConfig:
     """Checkpoints of the run."""
 
-    every: int = 0
-    """Interval between Megatron checkpoints, in steps; 0: save only at the end."""
+    every: int | None = None
+    """Interval between Megatron checkpoints, in steps; empty: after the first step, and whenever
+    saving has taken less than 5 % of the run's time (with `checkpoint.optimizer=false`, only at the
+    end); 0: only at the end and when the run is asked to stop, so that a killed run repeats
+    everything except the rollouts in its journal."""
     optimizer: bool = True
     """Save everything needed to resume: the states of the optimizer, the random number generators
     and the loop. If false, only weights are saved and an interrupted run restarts from scratch."""
     keep_last: int | None = None
-    """Number of most recent checkpoints to keep; empty: all."""
+    """Number of most recent checkpoints to keep; empty: all, or 2 while `checkpoint.every` is
+    empty."""
     keep_every: int | None = None
     """Interval of checkpoints to keep in addition to `checkpoint.keep_last`: each whose step is a
     multiple of this."""
@@ -622,9 +626,14 @@ class CheckpointConfig:
         _positive("checkpoint.grace_seconds", self.grace_seconds)
         if self.keep_every and not self.keep_last:
             raise ValueError(
-                f"checkpoint.keep_every={self.keep_every} has no effect without "
-                "checkpoint.keep_last, since all are kept"
+                f"checkpoint.keep_every={self.keep_every} adds to checkpoint.keep_last, which is "
+                "empty; set it, for example to 2"
             )
+
+    @property
+    def num_kept(self) -> int | None:
+        """Number of most recent checkpoints to keep; None: all."""
+        return 2 if self.keep_last is None and self.every is None else self.keep_last
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -6,7 +6,7 @@ prompts, the selector, the totals and files of the run.  They are in the checkpo
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from megatron_prepo.run.rollout_journal import Journal
 WRITE_ERRORS = (OSError, RuntimeError)
 """What Megatron raises where a folder is gone; the latter is torch's."""
 
+MAX_SHARE = 0.05
+"""Largest share of a run's time that checkpoints take while `checkpoint.every` is empty."""
+
 
 @dataclass(frozen=True)
 class StepBoundary:
@@ -38,6 +41,14 @@ class StepBoundary:
     """Number of the actor's optimizer updates."""
     parts: str
     """State of the parts, as JSON."""
+
+
+def is_affordable(seconds: Mapping[str, float]) -> bool:
+    """Return whether checkpoints have taken at most MAX_SHARE of the seconds of all stages.
+
+    The first step is followed by one; if each takes 3 s, the next ones follow every 60 s.
+    """
+    return seconds.get("checkpoint", 0.0) <= MAX_SHARE * sum(seconds.values())
 
 
 def newest_checkpoint(run: Run) -> Path | None:
@@ -160,7 +171,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             kept = checkpoint.prune(
                 self.directory,
-                keep_last=self.settings.keep_last,
+                keep_last=self.settings.num_kept,
                 keep_every=self.settings.keep_every,
             )
             for path in kept.keys() - self.kept:

@@ -35,7 +35,7 @@ from megatron_prepo.selection.base import Selector
 from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.policy_update import TrainingBatch
-from megatron_prepo.trainer.resume import Checkpoints, newest_checkpoint
+from megatron_prepo.trainer.resume import Checkpoints, is_affordable, newest_checkpoint
 from megatron_prepo.trainer.throughput import Throughput
 
 Result = TypeVar("Result")
@@ -150,11 +150,19 @@ class Trainer:
         stopping = self.stop.anywhere()
         with self.run.seconds("checkpoint"):
             self.checkpoints.finish_if_done()
-            if due(step, self.config.checkpoint.every) or self.run.is_last(step) or stopping:
+            if self._checkpoint_is_due(step) or self.run.is_last(step) or stopping:
                 self.checkpoints.save()
             if stopping:
                 self.checkpoints.finish()
                 raise self.stop.stopped(self.run.num_steps)
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        """Return whether the settings ask for a checkpoint; collective, by rank 0's clock."""
+        settings = self.config.checkpoint
+        if settings.every is not None:
+            return due(step, settings.every)
+        affordable = parallel.from_rank_zero(is_affordable(self.run.seconds.total))
+        return settings.optimizer and affordable
 
     def speed(self, batch: TrainingBatch) -> dict[str, float]:
         """Return rates of the actor's passes in the step that is about to be recorded."""

@@ -23,6 +23,7 @@ SHORT = [
     "rollout.samples_per_prompt=4",
     "eval.max_prompts=8",
     "eval.samples_per_prompt=1",
+    "checkpoint.every=0",  # saves nothing that most tests would read
 ]
 
 

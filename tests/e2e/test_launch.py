@@ -37,7 +37,8 @@ for words in json.load(sys.stdin):
 
 SLURM = ["--executor", "slurm", "--account", "acct"]
 SGLANG = "rollout.engine=sglang"
-CASES = {name: [name, *SLURM, SGLANG] for name in recipes.recipes()} | {
+OWN_NODES = ["servers.tensor=4", "weight_sync.transport=distributed"]
+CASES = {name: [name, *SLURM] for name in recipes.recipes()} | {
     "container": [
         *["qwen2.5-7b", *SLURM, "--nodes", "4", "--server-nodes", "2", "--chain", "2"],
         *["--partition", "h100", "--time", "08:00:00"],
@@ -45,14 +46,13 @@ CASES = {name: [name, *SLURM, SGLANG] for name in recipes.recipes()} | {
         *[
             "--env",
             "NCCL_DEBUG=WARN INFO",
-            SGLANG,
-            "servers.tensor=4",
+            *OWN_NODES,
             "checkpoint.grace_seconds=840",
             ODD,
         ],
     ],
     "docker": ["qwen2.5-7b", "--executor", "docker", "--image", "registry/prepo:1", ODD],
-    "docker on two machines": ["qwen2.5-72b", "--executor", "docker", "--image", "x", SGLANG],
+    "docker on two machines": ["qwen2.5-72b", "--executor", "docker", "--image", "x"],
     "no account": ["qwen2.5-7b", "--executor", "slurm"],
     "unknown field": ["qwen2.5-7b", *SLURM, "--with", "qso=high"],
 }
@@ -90,14 +90,15 @@ def test_a_recipe_asks_slurm_for_what_its_layout_needs(name, dry_runs):
         subprocess.run(["bash", "-n"], input=script.partition("code 0")[0], text=True).returncode
         == 0
     )
-    job = make_job(name, [SGLANG])
+    job = make_job(name)
     asked = flags(script)
     assert asked["nodes"] == str(job.nodes) and asked["gpus-per-node"] == "8"
-    assert asked["account"] == "acct" and asked["signal"] == "USR1@360" and "exclusive" in asked
-    training = steps(script)[-1]
-    assert {f"--nodes={job.nodes}", f"--ntasks={job.ranks}", "--relative=0"} <= set(training)
+    assert asked["account"] == "acct" and "exclusive" in asked
+    assert asked["signal"] == f"USR1@{job.config.checkpoint.grace_seconds + 60:.0f}"
+    training, where = steps(script)[-1], job.place
+    assert {f"--nodes={where.nodes}", f"--ntasks={where.ranks}", "--relative=0"} <= set(training)
     assert training[training.index("-m") + 1 :] == job.rank_words()
-    assert len(steps(script)) == (2 if job.nodes > 1 else 1), "servers next to ranks of many nodes"
+    assert len(steps(script)) == (2 if job.nodes > 1 else 1), "servers of many nodes"
 
 
 def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
@@ -105,7 +106,7 @@ def test_servers_of_their_own_a_container_and_a_chain(dry_runs):
     first, second = re.split(r"^# /.*_sbatch\.sh$", dry_runs["container"], flags=re.M)[1:]
     job = make_job(
         "qwen2.5-7b",
-        [SGLANG, "servers.tensor=4", "checkpoint.grace_seconds=840", ODD],
+        [*OWN_NODES, "checkpoint.grace_seconds=840", ODD],
         nodes=4,
         server_nodes=2,
     )

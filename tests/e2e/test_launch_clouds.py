@@ -36,17 +36,17 @@ for words in json.load(sys.stdin):
 """
 KUBEFLOW = ["--executor", "kubeflow", "--image", "registry/prepo:1"]
 SKYPILOT = ["--executor", "skypilot", "--image", "registry/prepo:1"]
-SGLANG = "rollout.engine=sglang"
+EMBEDDED = ["rollout.engine=embedded", "servers.nodes=0"]
 CASES = {
-    "kubeflow": ["qwen2.5-72b", *KUBEFLOW, *VARIABLE, ODD],
+    "kubeflow": ["qwen2.5-72b", *KUBEFLOW, *VARIABLE, *EMBEDDED, ODD],
     "kubeflow with a volume": [
-        *["qwen2.5-72b", *KUBEFLOW, "--with", "workdir_pvc=code", *VARIABLE, ODD]
+        *["qwen2.5-72b", *KUBEFLOW, "--with", "workdir_pvc=code", *VARIABLE, *EMBEDDED, ODD]
     ],
-    "kubeflow without an image": ["qwen2.5-72b", *KUBEFLOW[:2]],
-    "kubeflow with servers": ["qwen2.5-72b", *KUBEFLOW, SGLANG],
-    "skypilot": ["qwen2.5-72b", *SKYPILOT, "--with", "gpus=H100", *VARIABLE, ODD],
-    "skypilot without GPUs": ["qwen2.5-72b", *SKYPILOT],
-    "skypilot with servers": ["qwen2.5-72b", *SKYPILOT, "--with", "gpus=H100", SGLANG],
+    "kubeflow without an image": ["qwen2.5-72b", *KUBEFLOW[:2], *EMBEDDED],
+    "kubeflow with servers": ["qwen2.5-72b", *KUBEFLOW],
+    "skypilot": ["qwen2.5-72b", *SKYPILOT, "--with", "gpus=H100", *VARIABLE, *EMBEDDED, ODD],
+    "skypilot without GPUs": ["qwen2.5-72b", *SKYPILOT, *EMBEDDED],
+    "skypilot with servers": ["qwen2.5-72b", *SKYPILOT, "--with", "gpus=H100"],
 }
 
 
@@ -106,6 +106,7 @@ def test_a_train_job_has_words_that_no_shell_reads(dry_runs):
     assert trainer["image"] == "registry/prepo:1"
     assert trainer["command"] == [
         *["torchrun", "-m", "megatron_prepo", "train", "examples/cluster/qwen2.5-72b/prepo.yaml"],
+        *EMBEDDED,
         ODD,
     ]
     assert trainer["env"] == [{"name": "NCCL_DEBUG", "value": "WARN INFO"}]
@@ -156,7 +157,7 @@ def test_a_pod_that_fails_is_the_launchers_failure(tmp_path):
 def test_a_cluster_that_is_not_named_is_a_sentence(tmp_path):
     needs("kubernetes")
     done = launch(
-        *["qwen2.5-72b", *KUBEFLOW, "--no-doctor"],
+        *["qwen2.5-72b", *KUBEFLOW, "--no-doctor", *EMBEDDED],
         home=tmp_path,
         KUBECONFIG=str(tmp_path / "absent"),
     )

@@ -81,6 +81,19 @@ def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, un
     assert_equal(undisturbed, directory)
 
 
+def test_by_default_a_run_of_a_few_steps_resumes_after_the_steps_that_it_made(
+    capfd, tmp_path, undisturbed
+):
+    process = start(tmp_path, "checkpoint.every=")
+    wait_for_steps(2, tmp_path, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert train(tmp_path, *RUN, "checkpoint.every=") == 0
+    assert f"resuming from {tmp_path / 'checkpoints' / 'iter_000000'}" in capfd.readouterr().err
+    assert_equal(undisturbed, tmp_path)
+    assert len(list(tmp_path.glob("checkpoints/iter_*"))) <= 2
+
+
 def test_a_users_error_is_not_tried_again(capsys, tmp_path):
     code = train(tmp_path / "run", *RUN, "--max-restarts", "3", "train.seed=x")
     assert code == 2 and "started again" not in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_an_error_of_one_node_only_is_shown(cluster, run):
     """The file exists on the first node only."""
     cluster.on("node1", "cp", "-r", str(LAPTOP / "base"), "/tmp/base")
     job = submit(cluster, run, TP2, train=(*TRAIN, "model.hf=/tmp/base"))
-    assert "error: no Hugging Face model in /tmp/base" in cluster.ends(job, "FAILED")
+    assert "error: no such file or folder: model.hf=/tmp/base" in cluster.ends(job, "FAILED")
     assert cluster.job(job)["ExitCode"] == "2:0"
 
 

@@ -39,6 +39,9 @@ def test_every_example_for_a_cluster_is_a_recipe():
         recipes.find("qwen2.5-8b")
 
 
+EMBEDDED = ["rollout.engine=embedded", "servers.nodes=0"]
+
+
 @pytest.mark.parametrize("name", sorted(recipes.recipes()))
 def test_a_recipe_has_the_nodes_that_its_layout_needs(name):
     job = make_job(name)
@@ -48,30 +51,33 @@ def test_a_recipe_has_the_nodes_that_its_layout_needs(name):
 
 
 def test_data_parallelism_follows_from_the_nodes_unless_it_is_said():
-    job = make_job("qwen2.5-7b", nodes=4)
+    disk = "weight_sync.transport=disk"
+    job = make_job("qwen2.5-7b", [disk], nodes=4)
     assert (job.place.ranks, job.config.parallel.data) == (32, 8)
-    assert job.train_words()[:4] == [
+    assert job.train_words() == [
         "megatron_prepo",
         "train",
         "examples/paper/qwen2.5-7b/prepo.yaml",
         "parallel.data=8",
+        disk,
     ]
     with pytest.raises(UserError, match="32 ranks do not fit parallel"):
-        make_job("qwen2.5-7b", ["parallel.data=2"], nodes=4)
+        make_job("qwen2.5-7b", [disk, "parallel.data=2"], nodes=4)
+    embedded = [*EMBEDDED, "parallel.pipeline=1"]
     with pytest.raises(UserError, match="12 ranks do not fit parallel"):
-        make_job("qwen2.5-72b", ["parallel.pipeline=1"], nodes=3, gpus_per_node=4)
+        make_job("qwen2.5-72b", embedded, nodes=3, gpus_per_node=4)
 
 
 def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
-    sglang = ["rollout.engine=sglang", "servers.tensor=2"]
-    assert not make_job("qwen2.5-7b", sglang).starts_servers
-    assert not make_job("qwen2.5-72b").starts_servers, "the embedded engine has none"
-    given = [*sglang, "servers.urls=[http://10.0.0.7:30000]"]
+    beside_ranks = ["servers.nodes=0", "servers.tensor=2", "weight_sync.transport=value"]
+    assert not make_job("qwen2.5-7b", beside_ranks).starts_servers
+    assert not make_job("qwen2.5-72b", EMBEDDED).starts_servers, "the embedded engine has none"
+    given = ["servers.nodes=0", "servers.urls=[http://10.0.0.7:30000]"]
     assert not make_job("qwen2.5-72b", given).starts_servers
-    beside = make_job("qwen2.5-72b", sglang)
+    beside = make_job("qwen2.5-72b", beside_ranks)
     assert beside.starts_servers and beside.place.servers_per_node == 4
     assert beside.rank_words()[1:3] == ["--servers-a-node=4", "--server-nodes=0"]
-    own_nodes = make_job("qwen2.5-7b", sglang, server_nodes=2)
+    own_nodes = make_job("qwen2.5-7b", beside_ranks, server_nodes=2)
     assert own_nodes.starts_servers
     assert own_nodes.server_words()[:3] == [
         "megatron_prepo.launch.servers",
@@ -83,24 +89,20 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
 @pytest.mark.parametrize(
     ("overrides", "server_nodes", "expected"),
     [
-        ([], 1, "1 nodes for servers of the job"),
-        (["rollout.engine=sglang", "servers.urls=[http://a:1]"], 1, "servers.urls empty"),
-        (["rollout.engine=sglang", "servers.tensor=3"], 1, "servers.tensor=3 does not divide"),
-        (["rollout.engine=sglang", "servers.tensor=16"], 0, "servers.tensor=16 does not divide"),
-        (["rollout.engine=sglang", "servers.count=9"], 0, "servers.count=9 .* do not fit a node"),
-        (["rollout.engine=sglang", "servers.first_device=8"], 0, "is for a job of one node"),
-        (["rollout.engine=sglang", "weight_sync.transport=ipc"], 0, "GPUs of ranks on one node"),
-        (
-            ["rollout.engine=sglang", "weight_sync.transport=distributed"],
-            0,
-            "weight_sync.transport=distributed needs servers on separate GPUs",
-        ),
+        (["rollout.engine=embedded"], 1, "1 nodes for servers of the job"),
+        (["servers.urls=[http://a:1]"], 1, "servers.urls empty"),
+        (["servers.tensor=3"], 1, "servers.tensor=3 does not divide"),
+        (["servers.tensor=16"], 0, "servers.tensor=16 does not divide"),
+        (["servers.count=9"], 0, "servers.count=9 .* do not fit a node"),
+        (["servers.first_device=8"], 0, "is for a job of one node"),
+        (["weight_sync.transport=ipc"], 0, "GPUs of ranks on one node"),
+        ([], 0, "weight_sync.transport=distributed needs servers on separate GPUs"),
         ([], -1, "--server-nodes -1 must be at least 0"),
     ],
 )
 def test_servers_that_cannot_be_are_refused(overrides, server_nodes, expected):
     with pytest.raises(UserError, match=expected):
-        make_job("qwen2.5-72b", overrides, server_nodes=server_nodes)
+        make_job("qwen2.5-72b", ["servers.nodes=0", *overrides], server_nodes=server_nodes)
 
 
 SLURM = {
@@ -281,8 +283,8 @@ def test_the_doctor_comes_before_a_cluster(capsys):
 
 def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
     words = ["qwen2.5-72b", "--executor", "slurm", "--account", "acct", "--no-doctor"]
-    small = [*words, "--nodes", "1", "parallel.pipeline=1", "rollout.engine=sglang"]
-    assert main(small) == 1
+    small = [*words, "--nodes", "1", "parallel.pipeline=1", "servers.nodes=0"]
+    assert main([*small, "weight_sync.transport=value"]) == 1
     said = capsys.readouterr().err
     assert "DOES NOT FIT" in said and "planned for --gpu h100" in said
     assert "nothing was submitted" in said
