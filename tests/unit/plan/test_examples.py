@@ -45,12 +45,11 @@ def parameters_in_transformers(hf: str) -> int:
 
 @pytest.mark.parametrize("path", PAPER + CLUSTER, ids=str)
 def test_a_cluster_sized_example_fits_and_counts_parameters_as_transformers_does(path):
-    """The number of H100s is that of its layout, shared with SGLang."""
+    """As it is: its layout, its servers and their memory, on H100s."""
     config = configuration.load(path)
-    parallel = config.parallel
-    gpus = parallel.tensor * parallel.pipeline * parallel.data
-    answer = plan.make_plan(config, plan.PlanRequest(gpus=gpus, engine="sglang"))
+    answer = plan.make_plan(config, plan.PlanRequest())
     assert answer.fits and not answer.cautions, answer
+    assert answer.engine.name == "sglang" and answer.where.started_by in ("run", "job")
     assert answer.parameters == parameters_in_transformers(config.model.hf)
 
 
