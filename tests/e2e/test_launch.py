@@ -30,7 +30,7 @@ import json, sys
 from megatron_prepo.launch.__main__ import main
 for words in json.load(sys.stdin):
     print("=====", " ".join(words))
-    code = main([*words, "--dry-run", "--no-doctor"])
+    code = main([*words, "--dry-run", "--no-doctor", "--no-plan"])
     print(f"code {code}")
 """
 

@@ -31,7 +31,7 @@ import json, sys
 from megatron_prepo.launch.__main__ import main
 for words in json.load(sys.stdin):
     print("=====")
-    code = main([*words, "--dry-run", "--no-doctor"])
+    code = main([*words, "--dry-run", "--no-doctor", "--no-plan"])
     print(f"# code {code}")
 """
 KUBEFLOW = ["--executor", "kubeflow", "--image", "registry/prepo:1"]
