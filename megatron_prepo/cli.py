@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2: an error that the user can fix; 75: a run that stopped when asked to, and can be resumed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    _open_streams()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse accepts no overrides after an option such as --seeds
@@ -67,18 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
         return 2 if error.exit_code == 2 else 1
-
-
-def _open_streams() -> None:
-    """Open /dev/null for standard streams that are closed (`>&-`).
-
-    Otherwise the next file to be opened would get their descriptor, and a child's output.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if vars(sys)[name] is None:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
-            setattr(sys, name, stream)
 
 
 def _is_reader_gone() -> bool:

@@ -119,10 +119,6 @@ def script(
             "--executor slurm: all runs of a comparison must have the same number of ranks"
         )
     where = placement.place(config, gpus_per_node=slurm.gpus_per_node)
-    if ranks != where.ranks:
-        raise UserError(
-            f"--gpus-per-node {slurm.gpus_per_node} does not divide the {ranks} ranks of a run"
-        )
     if where.started_by == "job":
         raise UserError(
             f"a run on {where.nodes} nodes starts no SGLang servers: list them in servers.urls, or "

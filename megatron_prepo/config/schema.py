@@ -343,7 +343,7 @@ class ServersConfig:
         if self.nodes and self.first_device:
             raise ValueError(
                 f"servers.nodes={self.nodes} and servers.first_device={self.first_device}: on "
-                "nodes of their own, servers use all GPUs; set servers.first_device=0"
+                "separate nodes, servers use all GPUs; set servers.first_device=0"
             )
         if self.nodes and self.urls:
             raise ValueError(

@@ -53,7 +53,7 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     from megatron_prepo.models.hf_files import other_files
     from megatron_prepo.rollout import build
 
-    check_present(config, *inputs_read(config, initial_weights=initial_weights))
+    check_present(config, *inputs_read(config.model, initial_weights=initial_weights))
     check_opens(Path(config.model.hf), skip=() if initial_weights else WEIGHT_FILES)
     hf = read_hf_config(config.model.hf)
     check_layout(config, hf)
@@ -91,9 +91,9 @@ CODE = ("reward.function", "selection.method")
 """Settings that may be `FILE.py:NAME`."""
 
 
-def inputs_read(config: Config, *, initial_weights: bool = True) -> list[str]:
+def inputs_read(model: ModelConfig, *, initial_weights: bool = True) -> list[str]:
     """Return the settings that name a file or folder which a run reads."""
-    unused = [] if initial_weights and config.model.megatron else ["model.megatron"]
+    unused = [] if initial_weights and model.megatron else ["model.megatron"]
     return [name for name in (*INPUTS, *CODE) if name not in unused]
 
 

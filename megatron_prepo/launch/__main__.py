@@ -1,6 +1,6 @@
 """The command `python -m megatron_prepo.launch`.
 
-python -m megatron_prepo.launch qwen2.5-7b --executor slurm --account A --nodes 4 [key=value ...]
+python -m megatron_prepo.launch qwen2.5-7b --executor slurm --account A [key=value ...]
 python -m megatron_prepo.launch examples/laptop/prepo.yaml --executor local
 """
 

@@ -252,7 +252,7 @@ def _describe_placement(where: Placement) -> str:
     if where.started_by == "user":
         return f"{where.ranks} ranks; SGLang servers of servers.urls"
     engines = f"{where.engines} engines of {where.tensor} GPU{'s' * (where.tensor > 1)} each"
-    shared = "on the ranks' GPUs" if where.shared else "on GPUs of their own"
+    shared = "on the ranks' GPUs" if where.shared else "on separate GPUs"
     nodes = where.nodes + where.server_nodes
     return (
         f"{where.ranks} ranks, {engines} {shared}, on {nodes} node{'s' * (nodes > 1)}; engines "

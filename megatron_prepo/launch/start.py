@@ -24,11 +24,11 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
 
     config = configuration.load(path, overrides)
     needed = run_directory.needs_initial_weights(config.run, config.loss)
-    preflight.check_present(config, *preflight.inputs_read(config, initial_weights=needed))
+    preflight.check_present(config, *preflight.inputs_read(config.model, initial_weights=needed))
     _log(opening.text(config, num_ranks=config.parallel.num_ranks, launched=True))
     with activity.doing("checking settings, model and prompts"):
         _check(config, path)
-    num_ranks = config.parallel.num_ranks
+    num_ranks, run = config.parallel.num_ranks, Path(config.run.dir)
     _log(f"the inputs are valid; starting {num_ranks} rank{'s' if num_ranks > 1 else ''}")
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):
@@ -36,16 +36,18 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
             return local_ranks.start(
                 [*command, "run.overwrite=false"],  # the directory now holds this run
                 num_ranks=num_ranks,
-                log_directory=Path(config.run.dir) / "logs",
+                log_directory=run / "logs",
             )
         except local_ranks.RanksFailed as error:
             if error.exit_code == 2 or not restarts_left:
                 raise
             _log(f"{error}\nstarted again ({restarts_left} left)")
         except Stopped as stopped:
-            raise Stopped(f"{stopped}\n{_to_resume(config)}", exit_code=stopped.exit_code) from None
+            raise Stopped(
+                f"{stopped}\n{_to_resume(Path(config.run.dir))}", exit_code=stopped.exit_code
+            ) from None
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {_to_resume(config)}") from None
+            raise KeyboardInterrupt(f"interrupted; {_to_resume(run)}") from None
 
 
 def describe(path: str | Path, overrides: Sequence[str]) -> str:
@@ -105,11 +107,10 @@ def _check(config: Config, path: str | Path) -> None:
     run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice
 
 
-def _to_resume(config: Config) -> str:
+def _to_resume(directory: Path) -> str:
     from megatron_prepo.actor import checkpoint, manifest
     from megatron_prepo.run import opening
 
-    directory = Path(config.run.dir)
     found = checkpoint.by_step(directory / "checkpoints").items()
     return opening.to_resume(
         directory, [step for step, path in found if manifest.is_complete(path)]
@@ -135,7 +136,7 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
         summary = train_overlapped(config) if config.train.overlap else train(config)
         if speaks:
             print(report.text(summary))
-            print(opening.next_steps(config))
+            print(opening.next_steps(config.run.dir))
 
     return local_ranks.run_rank(rank)
 

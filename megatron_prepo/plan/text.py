@@ -99,9 +99,9 @@ def _engine(plan: Plan) -> str:
     if engine.shared:
         on = "on the ranks' GPUs"
     elif where.server_nodes:
-        on = f"on {where.server_nodes} nodes of their own"
+        on = f"on {where.server_nodes} separate nodes"
     else:
-        on = "on GPUs of their own"
+        on = "on separate GPUs"
     starter = {"ranks": "in the ranks", "run": "started by the run", "job": "started by the job"}
     return _wrapped(
         f"engines: {engine.count} {engine.name} of {each} {on}, {starter[where.started_by]}; a "

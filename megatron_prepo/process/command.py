@@ -1,6 +1,7 @@
 """What all commands share: exit codes, errors in one line, no silence, no noise of libraries."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
+        _open_streams()
         no_bars_in_logs()
         try:
             with activity.shown("loading the libraries"):
@@ -55,3 +57,15 @@ def in_one_line(main: Callable[..., int]) -> Callable[..., int]:
             return 1
 
     return run
+
+
+def _open_streams() -> None:
+    """Open /dev/null for standard streams that are closed (`>&-`).
+
+    Otherwise the next file to be opened would get their descriptor, and a child's output.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if vars(sys)[name] is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            stream = open(number, "r" if number == 0 else "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)

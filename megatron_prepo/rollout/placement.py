@@ -106,7 +106,7 @@ def place(
     if by_job and servers.first_device:
         raise UserError(
             f"servers.first_device={servers.first_device} is for a job of one node; on more, "
-            "servers share the GPUs of all ranks, or have nodes of their own (servers.nodes)"
+            "servers share the GPUs of all ranks, or have separate nodes (servers.nodes)"
         )
     ranks_beside = 0 if server_nodes else ranks_per_node
     count = servers_per_node(servers, ranks=ranks_beside, gpus=gpus_per_node)

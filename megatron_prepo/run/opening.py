@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prepo.config import Config, ParallelConfig
+from megatron_prepo.config import Config, DataConfig, ParallelConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import FUNCTIONS
 from megatron_prepo.rewards.output import OUTPUT
@@ -30,7 +30,7 @@ def text(config: Config, *, num_ranks: int, launched: bool, num_servers: int | N
         f"{selection.name} out of {selection.num_candidates}, x "
         f"{config.rollout.samples_per_prompt} rollouts"
         f"{f'; at most {budget:,} rollouts' if budget else ''}",
-        "reward": f"{config.reward.function}{_output(config)}",
+        "reward": f"{config.reward.function}{_output(config.reward.function, run)}",
         "checkpoints": f"every {every} steps, and at the end"
         if every
         else "at the end only (checkpoint.every=0)",
@@ -68,17 +68,15 @@ def engine(config: Config, num_ranks: int, num_servers: int | None = None) -> st
     )
 
 
-def prompts(config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
+def prompts(data: DataConfig, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
     """Describe the prompts that were read."""
     return (
-        f"{'prompts':<12} {len(train):,} of {config.data.train}; held out {len(held_out):,} of "
-        f"{config.data.eval}"
+        f"{'prompts':<12} {len(train):,} of {data.train}; held out {len(held_out):,} of {data.eval}"
     )
 
 
-def next_steps(config: Config) -> str:
-    """Return the files of a finished run and the commands that continue with them."""
-    run = config.run.dir
+def next_steps(run: str) -> str:
+    """Return the files of a finished run, a directory, and the commands that continue with them."""
     return "\n".join(
         [
             f"results                     {run}: summary.json, pass_rate.png, metrics.jsonl, "
@@ -103,7 +101,5 @@ def to_resume(directory: Path, steps: Sequence[int]) -> str:
     )
 
 
-def _output(config: Config) -> str:
-    if config.reward.function in FUNCTIONS:
-        return ""
-    return f"; what it prints: {Path(config.run.dir) / 'logs' / OUTPUT}"
+def _output(function: str, run: Path) -> str:
+    return "" if function in FUNCTIONS else f"; what it prints: {run / 'logs' / OUTPUT}"

@@ -198,7 +198,7 @@ def set_up(config: Config) -> Trainer:
     run = Run(config, rank=dist.get_rank(), share=parallel.from_rank_zero)
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
-    run.log(opening.prompts(config, inputs.train_prompts, inputs.eval_prompts))
+    run.log(opening.prompts(config.data, inputs.train_prompts, inputs.eval_prompts))
     run.log(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.log("the section sglang: is for servers that the run starts, and is ignored here")

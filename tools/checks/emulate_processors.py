@@ -22,8 +22,7 @@ from pathlib import Path
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
-from megatron_prepo.process import machine
-from megatron_prepo.run import progress
+from megatron_prepo.process import machine, progress
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUMERIC = (

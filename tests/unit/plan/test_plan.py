@@ -221,7 +221,10 @@ def test_a_kl_penalty_keeps_weights_twice_more(configured):
 def test_the_embedded_engine_is_whole_on_every_rank(configured):
     config = configured(parallel={"tensor": 4}, rollout={"batch_size": 100})
     answer = plan.make_plan(config, plan.PlanRequest(gpus=8))
-    assert answer.engine == plan.EnginePlan("embedded", 1, 2 * 7_615_616_512, 128, 100)
+    engine = answer.engine
+    assert (engine.name, engine.count, engine.tensor) == ("embedded", 8, 1)
+    assert engine.weights == 2 * 7_615_616_512 and engine.releases and engine.shared
+    assert (engine.sequences_wanted, engine.sequences_at_once) == (128, 100)
     assert answer.ranks[0].kv_cache == 100 * 4096 * 56 * 1024
 
 
@@ -272,7 +275,7 @@ def test_without_a_fraction_the_most_that_fits_is_named(configured):
 
 @pytest.mark.parametrize("where", [{}, {"nodes": 1}, {"first_device": 4}], ids=str)
 def test_an_engine_that_cannot_hold_the_weights_is_a_problem(configured, where):
-    """14.2 GiB of weights in 0.15 of a GPU: beside the ranks, on a node, or on GPUs of its own."""
+    """14.2 GiB of weights in 0.15 of a GPU: beside the ranks, on a node, or on other GPUs."""
     tree = {"parallel": {"data": 4}, "sglang": {"mem_fraction_static": 0.15}}
     request = plan.PlanRequest(engine="sglang", gpu="h100")
     small = plan.make_plan(configured(**tree, servers={"tensor": 1, **where}), request)

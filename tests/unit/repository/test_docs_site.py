@@ -110,6 +110,7 @@ OF_OTHERS = {
     "recipe/ours/mopps.py",
     "config.py",  # of litgpt
     "mine.py",  # of a user
+    "my_task/reward.py",  # written on its page
     "megatron_prepo/selection/NAME.py",
 }
 """Python files that pages name and that are not in this repository."""

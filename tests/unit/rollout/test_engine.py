@@ -13,8 +13,8 @@ from megatron_prepo.rollout.sglang.engine import SGLangEngine
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 PACKAGE = Path(megatron_prepo.__file__).parent
-KNOW_SGLANG = {"build.py", "doctor.py", "servers.py"}
-"""Modules that create engines, check for what they need, or start servers."""
+KNOW_SGLANG = {"build.py", "doctor.py", "servers.py", "start.py"}
+"""Modules that create engines, check for what they need, start servers, or show their commands."""
 
 
 def methods(protocol) -> list[str]:

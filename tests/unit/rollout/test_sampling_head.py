@@ -102,7 +102,7 @@ def test_an_engine_with_another_precision_is_refused(actor, engine):
 def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     config = actor_config("unused", model={"dtype": "bfloat16"})
     prompts = [SimpleNamespace(tokens=(1, 2))] * config.selection.num_candidates
-    inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts, digests=None)
+    inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts, eval_prompts=[], digests=None)
     monkeypatch.setattr(job.preflight, "check", lambda config, **_: inputs)
     monkeypatch.setattr(job.parallel, "initialize", lambda *_: None)
     monkeypatch.setattr(job.prompt_digests, "check_ranks", lambda *_: None)

@@ -237,7 +237,7 @@ def test_a_server_that_would_normalize_probabilities_is_refused_if_the_model_doe
     with FakeSGLang() as fake:
         fake.moe_runner = "flashinfer_trtllm"
         engine, config = build([fake], verify="never")
-        sync_weights(FakeActor(hf), engine, config, PROBE)
+        sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
     moe = tiny_models.save(tiny_models.qwen3_moe(normalized=False), tmp_path / "moe")
     with FakeSGLang(architectures=["Qwen3MoeForCausalLM"]) as fake:
         fake.moe_runner = "flashinfer_trtllm"
@@ -245,7 +245,7 @@ def test_a_server_that_would_normalize_probabilities_is_refused_if_the_model_doe
         actor = FakeActor(hf)
         actor.weights = load_file(f"{moe}/model.safetensors")
         with pytest.raises(EngineError, match=r"norm_topk_prob=false: .*--moe-runner-backend trit"):
-            sync_weights(actor, engine, config, PROBE)
+            sync_weights(actor, engine, config.model, config.weight_sync, PROBE)
 
 
 def small_buckets(weights):

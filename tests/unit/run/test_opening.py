@@ -51,5 +51,5 @@ def test_a_layout_in_words(sizes, num_ranks, words):
 def test_an_interrupted_and_a_finished_run_name_the_next_command():
     assert opening.to_resume(Path("runs/a"), [5, 10]).startswith("runs/a has a checkpoint of 10")
     assert "no checkpoint yet" in opening.to_resume(Path("runs/a"), [])
-    words = opening.next_steps(configuration.load(LAPTOP))
+    words = opening.next_steps(configuration.load(LAPTOP).run.dir)
     assert "megatron-prepo evaluate --model runs/laptop --out runs/laptop-evaluation" in words

@@ -110,10 +110,11 @@ def test_an_earlier_result_is_known_by_its_keys(tmp_path):
 def test_a_manifest_is_replaced_and_no_other_file(capsys, monkeypatch, tmp_path):
     file = tmp_path / "manifest.json"
     file.write_text('{"mine": 1}')
-    words = ["verify", "--hf", tmp_path / "absent", "--manifest", file]
+    (tmp_path / "empty").mkdir()  # no model
+    words = ["verify", "--hf", tmp_path / "empty", "--manifest", file]
     assert f"{file} exists" in refused(capsys, monkeypatch, convert, *words)
     file.write_text(Report().as_json())
-    assert "exists" not in refused(capsys, monkeypatch, convert, *words)  # the model is absent
+    assert "exists" not in refused(capsys, monkeypatch, convert, *words)
     assert json.loads(file.read_text())["passed"]
 
 
