@@ -402,11 +402,15 @@ def main() -> None:
     options = ("--host", "--port", "--model-path")
     host, port, model = (sys.argv[sys.argv.index(option) + 1] for option in options)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    config = Path(model, "config.json")
+    known = {}
+    if config.exists():  # tests of the process alone have no model
+        known["architectures"] = json.loads(config.read_text())["architectures"]
     fake = FakeSGLang(
         int(port),
         host=host,
-        architectures=json.loads(Path(model, "config.json").read_text())["architectures"],
         fp32_lm_head="--enable-fp32-lm-head" in sys.argv,
+        **known,
     )
     with fake, contextlib.suppress(KeyboardInterrupt):
         fake.seconds = float(os.environ.get("FAKE_SECONDS", fake.seconds))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -62,7 +63,7 @@ def ci95(values_P: Sequence[float] | np.ndarray, samples: int) -> tuple[float, f
     >>> [[round(limit, 3) for limit in ci95([value] * 20, samples=4)] for value in (0.0, 1.0)]
     [[0.0, 0.18], [0.82, 1.0]]
     """
-    x_P = np.asarray(values_P, dtype=float)
+    x_P: NDArray[np.float64] = np.asarray(values_P, dtype=np.float64)
     num, mean = len(x_P), float(x_P.mean())
     several = num > 1 and samples > 1
     z = float(stats.t.ppf(0.975, num - 1) if several else stats.norm.ppf(0.975))
@@ -94,7 +95,8 @@ def difference_ci95(
     evaluations do not prove a difference of exactly 0.  `samples` has the number of samples per
     problem, before and after.
     """
-    x_P, y_P = (np.asarray(values, dtype=float) for values in (before_P, after_P))
+    x_P: NDArray[np.float64] = np.asarray(before_P, dtype=np.float64)
+    y_P: NDArray[np.float64] = np.asarray(after_P, dtype=np.float64)
     covariance = float(np.mean((x_P - x_P.mean()) * (y_P - y_P.mean())))
     if covariance > 0:
         covariance = max(0.0, covariance - 1 / (2 * len(x_P)))

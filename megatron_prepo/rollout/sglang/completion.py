@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt
@@ -136,7 +137,7 @@ class Sampling:
         assert self.routing is not None, "routing was requested"
         if not isinstance(encoded, str):
             raise ValueError(f"{str(encoded)[:50]}; is enable_return_routed_experts set?")
-        numbers = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")
+        numbers: NDArray[np.int32] = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")
         # the last token's routing would be returned with its successor, which does not exist
         shape = (num_tokens - 1, self.routing.layers, self.routing.experts_per_token)
         return self.routing.pack(numbers.reshape(shape))
