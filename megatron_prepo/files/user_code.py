@@ -22,12 +22,6 @@ def has_form(value: str) -> bool:
     return file.endswith(".py") and name.isidentifier()
 
 
-def with_absolute_path(value: str) -> str:
-    """Return `FILE.py:NAME` with the file's absolute path."""
-    file, _, name = value.rpartition(":")
-    return f"{Path(file).resolve()}:{name}"
-
-
 def load(value: str, *, module: str, kind: str, is_kind: Callable[[object], bool]) -> object:
     """Run the file in `FILE.py:NAME` and return its object NAME.
 
