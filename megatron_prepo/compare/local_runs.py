@@ -76,7 +76,7 @@ def start(
 
 
 def _names(running: Mapping[int, tuple[PlannedRun, Process]]) -> str:
-    return ", ".join(run.name for run, _ in running.values()) or "starting runs"
+    return ", ".join(run.name for run, _ in list(running.values())) or "starting runs"
 
 
 def visible_devices() -> list[str]:

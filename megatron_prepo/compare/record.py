@@ -58,12 +58,14 @@ DEFAULTS = {
 
 NOT_COMPARED = (
     "run",
+    "servers.count",
     "servers.python",
     "weight_sync.directory",
     "checkpoint.every",
     "checkpoint.keep_last",
 )
-"""A section and settings that do not affect what a run computes: places, and when it saves."""
+"""A section and settings that do not affect what a run computes: places, the number of servers,
+and when it saves."""
 
 FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
 """Settings that are paths; they are compared by the content found there."""
@@ -122,7 +124,11 @@ def differences(before: Settings, now: Settings) -> list[str]:
 
     `before` may be of an earlier version; UserError if it cannot be compared with settings of now.
     """
-    before = {k: v for k, v in former.replaced(before).items() if v != DEFAULTS.get(k, MISSING)}
+    before = {
+        key: value
+        for key, value in former.replaced(before).items()
+        if value != DEFAULTS.get(key, MISSING) and not {key, key.split(".")[0]} & {*NOT_COMPARED}
+    }
     return [
         f"{key}: {before.get(key, '(default)')} -> {now.get(key, '(default)')}"
         for key in sorted({*before, *now} - {*former.MEMORY})

@@ -63,7 +63,7 @@ def _examined(job: Job, options: argparse.Namespace) -> bool:
     """Return whether doctor and plan, unless disabled, found no error."""
     good = True
     if options.doctor:
-        findings = doctor.examine_inputs(job.config)
+        findings = doctor.examine_inputs(job.config, job.place)
         bad = [finding for finding in findings if finding.state != "ok"]
         if bad:
             print(doctor.text(bad), file=sys.stderr)
@@ -88,7 +88,7 @@ def _fits(job: Job, gpu: str) -> bool:
     )
     answer = plan.make_plan(job.config, question)
     if not answer.fits:
-        print(plan_text.text(answer, ()), file=sys.stderr)
+        print(plan_text.text(answer, None), file=sys.stderr)
         print(f"planned for --gpu {gpu}: name the job's GPUs if they are others", file=sys.stderr)
     return answer.fits
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_prepo import internals
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import versions
 from megatron_prepo.process import ports
@@ -98,8 +98,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     findings += [_package(name, package, name in needed) for name, package in PACKAGES.items()]
     findings += [*_versions(), *_internals(), *_gpus(config), _shared_memory(), _port()]
     if config and config.rollout.engine == "sglang":
-        findings.append(_open_files(config))
-        findings += [] if config.servers.urls else [_server_ports(config)]
+        findings += _servers_here(config)
         distributed = config.weight_sync.transport == "distributed"
         findings += [_weight_sync(config)] if distributed else []
     if config and config.run.wandb_project and importlib.util.find_spec("wandb"):
@@ -300,12 +299,33 @@ def _trouble(host: str, port: int) -> str | None:
     return None
 
 
-def _server_ports(config: Config) -> Finding:
-    """Check that free ports exist: each server of the run takes one when it starts."""
+def _place_here(config: Config) -> Placement:
     import torch
 
-    host = config.servers.host
-    count = placement.servers_here(config.servers, cuda=torch.cuda.is_available())
+    where = placement.place_here(config)
+    if torch.cuda.is_available():
+        placement.check_transport(config, where)
+    return where
+
+
+def _servers_here(config: Config) -> list[Finding]:
+    """Check what servers that the run starts here, or their connections, take of this machine."""
+    import torch
+
+    servers, ranks = config.servers, config.parallel.num_ranks
+    if servers.urls:
+        return [_open_files(servers, len(servers.urls))]
+    if servers.nodes:
+        return []
+    try:
+        count = placement.servers_here(servers, cuda=torch.cuda.is_available(), ranks=ranks)
+    except UserError as error:
+        return [Finding("servers", "missing", str(error))]
+    return [_open_files(servers, count), _server_ports(servers.host, count)]
+
+
+def _server_ports(host: str, count: int) -> Finding:
+    """Check that free ports exist: each server of the run takes one when it starts."""
     if trouble := _trouble(host, 0):
         found = f"servers.host={host} is not an address of this machine: {trouble}"
         remedy = "use 127.0.0.1, or another address of this machine"
@@ -313,15 +333,15 @@ def _server_ports(config: Config) -> Finding:
     return Finding("server ports", "ok", f"{count} free at {host}")
 
 
-def _open_files(config: Config) -> Finding:
+def _open_files(servers: ServersConfig, count: int) -> Finding:
     """Check that the limit of open files allows a connection per concurrent completion."""
     from megatron_prepo.rollout.sglang import open_files
 
     try:
-        open_files.make_room(config.servers)
+        open_files.make_room(servers, count)
     except UserError as error:
         return Finding("open files", "missing", str(error))
-    return Finding("open files", "ok", f"room for {config.servers.concurrency:,} per server")
+    return Finding("open files", "ok", f"room for {servers.concurrency:,} per server")
 
 
 def _weight_sync(config: Config) -> Finding:
@@ -383,10 +403,11 @@ class _Findings(list[Finding]):
 WHOLE_MODEL = "model.hf=DIR, the complete model from Hugging Face (`hf download NAME`)"
 
 
-def examine_inputs(config: Config) -> list[Finding]:
+def examine_inputs(config: Config, where: Placement | None = None) -> list[Finding]:
     """Check the inputs of a run; checks that need an input that is invalid are skipped.
 
     The machine is not examined, except its disk: a login node, which runs nothing, uses this, too.
+    `where`: a job's placement, which has been checked; default: on this machine.
     """
     from megatron_prepo.inputs import preflight
     from megatron_prepo.models.hf_config import read_hf_config
@@ -401,7 +422,7 @@ def examine_inputs(config: Config) -> list[Finding]:
     )
     if hf:
         _examine_model(findings, config, hf)
-    where = findings.look("placement", lambda: placement.place(config), _describe_placement)
+    where = where or findings.look("placement", lambda: _place_here(config), _describe_placement)
     findings += _enough_gpus(where) if where else []
     tokenizer = _examine_tokenizer(findings, config, hf)
     _examine_prompts(findings, config, tokenizer)

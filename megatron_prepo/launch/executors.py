@@ -35,7 +35,7 @@ from megatron_prepo import internals
 from megatron_prepo.config import nearest, value_for, yaml_text
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.launch import peers, slurm_time
-from megatron_prepo.launch.job import Job, local
+from megatron_prepo.launch.job import Job
 from megatron_prepo.process.local_ranks import STOPPED_EXIT_CODE
 
 EXECUTORS = ("local", "slurm", "docker", "skypilot", "kubeflow")
@@ -80,7 +80,10 @@ OPTIONS = {"mounts": "--mount", "environment": "--env"}
 def check(job: Job, place: Place) -> None:
     """Raise UserError for an option that the executor would ignore."""
     if job.place.server_nodes and place.executor == "local":
-        raise UserError("--server-nodes has no effect with --executor local: remove it")
+        raise UserError(
+            f"servers.nodes={job.place.server_nodes} (--server-nodes) has no effect with "
+            "--executor local: set it to 0"
+        )
     for known in fields(Place):
         name = known.name
         if name in ("executor", "fields", *READS[place.executor]):
@@ -153,7 +156,7 @@ def _local(run: Any, experiment: Any, job: Job, place: Place) -> None:
         ntasks_per_node=job.place.ranks,
         env_vars=dict(place.environment),
     )
-    experiment.add(_script(run, local(job).train_words()), executor=executor, name="train")
+    experiment.add(_script(run, job.train_words()), executor=executor, name="train")
 
 
 def _slurm(run: Any, experiment: Any, job: Job, place: Place) -> None:

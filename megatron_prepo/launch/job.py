@@ -3,7 +3,6 @@
 What runs on which node is `rollout.placement`'s answer.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import recipes
 from megatron_prepo.rewards import check_name
-from megatron_prepo.rollout.placement import GPUS_PER_NODE, Placement, place
+from megatron_prepo.rollout.placement import GPUS_PER_NODE, Placement, check_transport, place
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,15 @@ def make_job(
         if value is not None and value < least:
             raise UserError(f"{option} {value} must be at least {least}")
     path = recipes.find(recipe)
+    if server_nodes is not None:
+        overrides = (*overrides, f"servers.nodes={server_nodes}")  # the option decides
     config = configuration.load(path, overrides)
     check_name(config.reward.function)
     if nodes and not any(override.startswith("parallel.data=") for override in overrides):
         data = max(1, nodes * gpus_per_node // config.parallel.replica)
         overrides = (f"parallel.data={data}", *overrides)
         config = configuration.load(path, overrides)
-    where = place(config, nodes=nodes, gpus_per_node=gpus_per_node, server_nodes=server_nodes)
+    where = place(config, nodes=nodes, gpus_per_node=gpus_per_node)
     check_world_size(config.parallel, where.ranks)
+    check_transport(config, where)
     return Job(path, tuple(overrides), config, where)
-
-
-def local(job: Job) -> Job:
-    """Return the same job on this machine: all ranks on one node, which starts the servers."""
-    return dataclasses.replace(
-        job, place=place(job.config, gpus_per_node=job.place.ranks, server_nodes=0)
-    )

@@ -52,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.servers_a_node:
             urls = server_urls(options.server_nodes, options.servers_a_node)
             wait_for(urls, config)
-            overrides += [
-                f"servers.urls=[{','.join(urls)}]",
-                f"weight_sync.address={os.environ['MASTER_ADDR']}",
-            ]
+            overrides += given_servers(urls, os.environ["MASTER_ADDR"])
     except UserError as error:
         if os.environ.get("SLURM_LOCALID", "0") == "0":  # all ranks of a node have the same error
             print(f"error: {error}", file=sys.stderr)
@@ -98,6 +95,15 @@ def server_urls(server_nodes: int, servers_a_node: int) -> list[str]:
     hosts = nodes.hosts(os.environ["SLURM_JOB_NODELIST"])[-server_nodes:]
     ports = [nodes.server_port(os.environ, i) for i in range(servers_a_node)]
     return [f"http://{host}:{port}" for host in hosts for port in ports]
+
+
+def given_servers(urls: Sequence[str], address: str) -> list[str]:
+    """Return the overrides with which ranks use the job's servers; `address` is rank 0's."""
+    return [
+        "servers.nodes=0",  # a run with servers starts none
+        f"servers.urls=[{','.join(urls)}]",
+        f"weight_sync.address={address}",
+    ]
 
 
 def server(url: str) -> "peers.Peer":

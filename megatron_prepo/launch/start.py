@@ -56,18 +56,23 @@ def describe(path: str | Path, overrides: Sequence[str]) -> str:
     The servers' commands are those for a machine with GPUs.
     """
     from megatron_prepo.launch import doctor
-    from megatron_prepo.rollout.placement import place
+    from megatron_prepo.rollout import build
+    from megatron_prepo.rollout.placement import GPUS_PER_NODE, place
     from megatron_prepo.run import opening
 
     config = configuration.load(path, overrides)
     num_ranks = config.parallel.num_ranks
-    where = place(config)
+    build.check_servers_nodes(config.servers)
+    import torch
+
+    gpus = torch.cuda.device_count() or GPUS_PER_NODE
+    where = place(config, gpus_per_node=max(num_ranks, gpus))
     words = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     commands = [f"{num_ranks} rank{'s' if num_ranks > 1 else ''}: {shlex.join(words)}"]
     if where.started_by == "run":
         commands.append(_server_command(config, where.servers_per_node))
     with activity.doing("checking settings, model and prompts"):
-        findings = [one for one in doctor.examine_inputs(config) if one.state != "ok"]
+        findings = [one for one in doctor.examine_inputs(config, where) if one.state != "ok"]
     return "\n\n".join(
         [
             opening.text(

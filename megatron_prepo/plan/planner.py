@@ -29,7 +29,7 @@ from megatron_prepo.plan.gpus import GIB, GPUS, GPUS_PER_MACHINE
 from megatron_prepo.plan.memory import Layers, head_workspace, stage_activations
 from megatron_prepo.plan.run_length import Evaluations
 from megatron_prepo.plan.step_time import MeasuredRates, ReferenceRun
-from megatron_prepo.rollout.placement import GPUS_PER_NODE, Placement, place
+from megatron_prepo.rollout.placement import GPUS_PER_NODE, Placement, check_transport, place
 
 if TYPE_CHECKING:
     from megatron_prepo.actor.dry_run import Stage
@@ -267,7 +267,9 @@ def as_requested(config: Config, request: PlanRequest) -> Config:
 
 def placed(config: Config, request: PlanRequest) -> Placement:
     """Return where ranks and engines run."""
-    return place(config, gpus_per_node=request.gpus_per_node, server_nodes=request.server_nodes)
+    where = place(config, gpus_per_node=request.gpus_per_node, server_nodes=request.server_nodes)
+    check_transport(config, where)
+    return where
 
 
 def with_room(

@@ -23,14 +23,15 @@ COLUMNS = (
 )
 
 
-def text(plan: Plan, layouts: Sequence[Layout]) -> str:
-    """Return the plan as tables."""
+def text(plan: Plan, layouts: Sequence[Layout] | None) -> str:
+    """Return the plan as tables; layouts that were not looked for are None."""
     parts = [_title(plan), _memory(plan), _engine(plan), _step(plan), _run(plan)]
     if plan.problems:
         parts.append("\n".join(_wrapped("problem: " + problem) for problem in plan.problems))
     if plan.cautions:
         parts.append("\n".join(_wrapped("caution: " + caution) for caution in plan.cautions))
-    parts.append(_layouts(layouts))
+    if layouts is not None:
+        parts.append(_layouts(layouts))
     return "\n\n".join(parts)
 
 
@@ -84,8 +85,11 @@ def _memory(plan: Plan) -> str:
     if host := max(rank.optimizer_host for rank in plan.ranks):
         lines.append(f"in host memory, of the offloaded optimizer: {host / GIB:.1f} GiB per rank")
     most = max(rank.total for rank in plan.ranks)
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    if plan.problems and most + plan.reserve <= plan.memory:
+        verdict = "ranks fit, ENGINES DO NOT (problem below)"
     lines.append(
-        f"{'fits' if plan.fits else 'DOES NOT FIT'}: {most / GIB:.1f} GiB at most, and "
+        f"{verdict}: {most / GIB:.1f} GiB at most, and "
         f"{plan.reserve / GIB:.1f} GiB reserved (our guess), of {plan.memory / GIB:.1f} GiB"
     )
     return "\n".join(lines)

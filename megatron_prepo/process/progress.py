@@ -74,10 +74,12 @@ class Lines:
         self._entry = None if disable else activity.begin(self._count)
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self.iterable:
-            yield item
-            self.n += 1
-        self.close()
+        try:
+            for item in self.iterable:
+                yield item
+                self.n += 1
+        finally:  # also if the loop was left before its end
+            self.close()
 
     def __enter__(self) -> "Lines":
         return self

@@ -1,6 +1,7 @@
 """What grading processes print, in the file `reward.log` next to the logs of the ranks."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -26,7 +27,12 @@ class OutputFile:
                 return
             self._room -= len(words)
             end = b"" if self._room > 0 else b"\n[the limit of this file is reached]\n"
-            self._file.write(words + end)
+            try:
+                self._file.write(words + end)
+            except OSError as error:  # a full disk must not hold up the grading
+                print(f"{self._file.name}: {error}: later output is dropped", file=sys.stderr)
+                self._file.close()
+                self._file = None
 
     def close(self) -> None:
         """Close the file; later output is dropped."""

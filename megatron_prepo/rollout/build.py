@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.engine import Engine, Tokenizer, result_here
@@ -36,18 +36,26 @@ def check(config: Config) -> None:
     """Raise UserError unless what the configured engine needs is installed, free and allowed."""
     if config.rollout.engine != "sglang":
         return
-    if config.servers.nodes and not config.servers.urls:
-        raise UserError(
-            f"servers.nodes={config.servers.nodes} is for jobs that start servers: launch this "
-            "configuration by --executor slurm, list running servers in servers.urls, or set "
-            "servers.nodes=0"
-        )
-    open_files.make_room(config.servers)
+    check_servers_nodes(config.servers)
+    gpus = torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.num_ranks))
+    count = placement.servers_here(config.servers, cuda=gpus > 0, ranks=ranks)
+    open_files.make_room(config.servers, len(config.servers.urls) or count)
     launch.check_given(config.servers) if config.servers.urls else launch.check(config)
     if not config.servers.urls and os.environ.get("RANK", "0") == "0":
         launch.check_host(config.servers)
-        if gpus := torch.cuda.device_count():
-            placement.servers_per_node(config.servers, ranks=gpus, gpus=gpus)
+        if gpus:
+            placement.servers_per_node(config.servers, ranks=min(ranks, gpus), gpus=gpus)
+
+
+def check_servers_nodes(servers: ServersConfig) -> None:
+    """Raise UserError for a run that would need servers which only a job starts."""
+    if servers.nodes:
+        raise UserError(
+            f"servers.nodes={servers.nodes} is for jobs that start servers: launch this "
+            "configuration by --executor slurm, list running servers in servers.urls and set "
+            "servers.nodes=0, or let the run start them with servers.nodes=0"
+        )
 
 
 def build_engine(

@@ -70,8 +70,7 @@ def place(
 
     Without `nodes`, there are as many as the ranks of the layout need, and they may leave GPUs
     unused; with it, there is a rank for each GPU.  `server_nodes` defaults to `servers.nodes`.
-    Raises UserError for ranks that do not fill their nodes, and for servers that do not fit, or
-    cannot get weights, where they are.
+    Raises UserError for ranks that do not fill their nodes, and for servers that do not fit.
     """
     ranks_per_node = gpus_per_node
     if nodes is None:
@@ -111,7 +110,6 @@ def place(
     ranks_beside = 0 if server_nodes else ranks_per_node
     count = servers_per_node(servers, ranks=ranks_beside, gpus=gpus_per_node)
     shared = servers.first_device < ranks_beside
-    _check_transport(config.weight_sync.transport, shared=shared, nodes=nodes)
     last = servers.first_device + count * servers.tensor
     return Placement(
         nodes=nodes,
@@ -159,18 +157,34 @@ def servers_here(servers: ServersConfig, *, cuda: bool, ranks: int | None = None
 
     gpus = torch.cuda.device_count()
     ranks = ranks or int(os.environ.get("LOCAL_WORLD_SIZE", gpus))
-    return servers_per_node(servers, ranks=ranks, gpus=gpus)
+    return servers_per_node(servers, ranks=min(ranks, gpus), gpus=gpus)
 
 
-def _check_transport(transport: str, *, shared: bool, nodes: int) -> None:
-    """Raise UserError for a transport of weights that cannot reach the servers."""
-    if shared and transport == "distributed":
+def check_transport(config: Config, where: Placement) -> None:
+    """Raise UserError if weights cannot reach servers on the GPUs where they are.
+
+    On a CPU every transport reaches every server of the machine.
+    """
+    transport, ours = config.weight_sync.transport, where.started_by in ("run", "job")
+    if ours and where.shared and transport == "distributed":
         raise UserError(
             "weight_sync.transport=distributed needs servers on separate GPUs: set servers.nodes "
             "(--server-nodes) or servers.first_device, or choose value or disk"
         )
-    if transport == "ipc" and not (shared and nodes == 1):
+    if ours and transport == "ipc" and not (where.shared and where.nodes == 1):
         raise UserError(
             "weight_sync.transport=ipc needs servers that share the GPUs of ranks on one node: "
             "choose distributed for separate GPUs, value or disk for more nodes"
         )
+
+
+def place_here(config: Config) -> Placement:
+    """Return what runs where if this machine starts all ranks, or else on nodes like it.
+
+    Without GPUs it stands for one of GPUS_PER_NODE, or of as many as there are ranks if these do
+    not fill such nodes.
+    """
+    import torch
+
+    ranks, gpus = config.parallel.num_ranks, torch.cuda.device_count() or GPUS_PER_NODE
+    return place(config, gpus_per_node=ranks if ranks > gpus and ranks % gpus else gpus)

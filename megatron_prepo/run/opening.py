@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_prepo.config import Config, DataConfig, ParallelConfig
+from megatron_prepo.config import CheckpointConfig, Config, DataConfig, ParallelConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import FUNCTIONS
 from megatron_prepo.rewards.output import OUTPUT
@@ -20,22 +20,28 @@ def text(config: Config, *, num_ranks: int, launched: bool, num_servers: int | N
     logs = (
         f"; output of all but rank 0: {run}/logs/rank_N.log" if launched and num_ranks > 1 else ""
     )
-    every = config.checkpoint.every
     rows = {
         "run": f"{run}",
         "model": f"{config.model.megatron or config.model.hf}, {config.model.dtype}",
         "ranks": f"{num_ranks}: {layout(config.parallel, num_ranks)}{logs}",
-        "engine": engine(config, num_ranks, num_servers),
+        "engine": engine(config, num_ranks if launched else None, num_servers),
         "steps": f"{config.train.total_steps} of {selection.num_selected} prompts, by "
         f"{selection.name} out of {selection.num_candidates}, x "
         f"{config.rollout.samples_per_prompt} rollouts"
         f"{f'; at most {budget:,} rollouts' if budget else ''}",
         "reward": f"{config.reward.function}{_output(config.reward.function, run)}",
-        "checkpoints": f"every {every} steps, and at the end"
-        if every
-        else "at the end only (checkpoint.every=0)",
+        "checkpoints": checkpoints(config.checkpoint),
     }
     return "\n".join(f"{name:<12} {row}" for name, row in rows.items())
+
+
+def checkpoints(settings: CheckpointConfig) -> str:
+    """Return when a run saves."""
+    if settings.every:
+        return f"every {settings.every} steps, and at the end"
+    if settings.every is None and settings.optimizer:
+        return "after the first step, then whenever saving takes less than 5 % of the time"
+    return "at the end only"
 
 
 def layout(parallel: ParallelConfig, num_ranks: int) -> str:
@@ -51,8 +57,8 @@ def layout(parallel: ParallelConfig, num_ranks: int) -> str:
     return f"{' x '.join(words)}{experts}"
 
 
-def engine(config: Config, num_ranks: int, num_servers: int | None = None) -> str:
-    """Return what generates the rollouts, and where it logs."""
+def engine(config: Config, num_ranks: int | None, num_servers: int | None = None) -> str:
+    """Return what generates the rollouts, and where it logs; `num_ranks` are on this machine."""
     servers, logs = config.servers, Path(config.run.dir) / "logs"
     if config.rollout.engine == "embedded":
         return "transformers, in the ranks"

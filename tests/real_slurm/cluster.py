@@ -186,7 +186,7 @@ class Cluster:
         command = [launcher.PYTHON, "-m", "megatron_prepo.launch", "examples/laptop/prepo.yaml"]
         fixed = ["--executor", "slurm", "--account", "lab", "--python", sys.executable]
         done = subprocess.run(
-            [SCRIPT, "run", *command, *fixed, "--no-doctor", *words],
+            [SCRIPT, "run", *command, *fixed, "--no-doctor", "--no-plan", *words],
             env=self.environment | environment,
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,

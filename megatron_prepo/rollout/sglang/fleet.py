@@ -83,8 +83,8 @@ class Fleet:
         `routing`: whether the experts of tokens will be requested.
         `normalized`: whether the probabilities of a token's experts add up to 1, or there are none.
         """
-        open_files.make_room(settings)
         self.servers, self.settings, self.log = list(servers), settings, log
+        open_files.make_room(settings, len(self.servers))
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
         self.routing, self.normalized = routing, normalized
         self.changes = 0

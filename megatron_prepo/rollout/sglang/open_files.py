@@ -7,23 +7,18 @@ import errno
 import os
 import resource
 
-import torch
-
 from megatron_prepo.config import ServersConfig
 from megatron_prepo.errors import UserError
-from megatron_prepo.rollout import placement
 
 OTHERS = 256
 """Other files of a rank: logs, checkpoint shards, libraries, grading processes, collectives."""
 
 
-def make_room(settings: ServersConfig) -> None:
-    """Raise the soft limit so that all completions can be in progress concurrently.
+def make_room(settings: ServersConfig, servers: int) -> None:
+    """Raise the soft limit so that all completions at this many servers can be in progress.
 
     Raises UserError with the numbers if the hard limit is lower.
     """
-    cuda = torch.cuda.is_available()
-    servers = len(settings.urls) or placement.servers_here(settings, cuda=cuda)
     connections = servers * (1 if settings.straggler_seconds is None else 2)  # one to cut it
     needed = OTHERS + connections * settings.concurrency
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

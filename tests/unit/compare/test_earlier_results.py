@@ -73,3 +73,10 @@ def test_a_list_in_the_settings_is_the_same_in_a_record():
     settings = record.settings(configuration.load(path, ["debug.dump_steps=[1,2]"]))
     assert settings["debug.dump_steps"] == [1, 2]
     assert record.differences(json.loads(json.dumps(settings)), settings) == []
+
+
+def test_settings_of_an_earlier_default_that_change_no_result_do_not_differ():
+    """One server was the default, and records hold when a run saved."""
+    before = {"servers.count": 1, "checkpoint.every": 5, "checkpoint.keep_last": 1, "run.dir": "a"}
+    assert record.differences(before, {}) == []
+    assert record.differences(before | {"train.seed": 2}, {}) == ["train.seed: 2 -> (default)"]

@@ -90,7 +90,7 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
     ("overrides", "server_nodes", "expected"),
     [
         (["rollout.engine=embedded"], 1, "1 nodes for servers of the job"),
-        (["servers.urls=[http://a:1]"], 1, "servers.urls empty"),
+        (["servers.urls=[http://a:1]"], 1, "servers.urls names existing ones"),
         (["servers.tensor=3"], 1, "servers.tensor=3 does not divide"),
         (["servers.tensor=16"], 0, "servers.tensor=16 does not divide"),
         (["servers.count=9"], 0, "servers.count=9 .* do not fit a node"),
@@ -328,7 +328,7 @@ def test_a_plan_that_does_not_fit_comes_before_a_cluster(capsys):
         (["--executor", "local", "--image", "x"], "--image has no effect with --executor local"),
         (
             ["--executor", "local", "--server-nodes", "1", "rollout.engine=sglang"],
-            "--server-nodes has no effect with --executor local",
+            "(--server-nodes) has no effect with --executor local",
         ),
     ],
 )

@@ -57,6 +57,9 @@ def test_all_four_agree(monkeypatch, name, variant):
         options = rank.parser().parse_args(words[1:])
         urls = rank.server_urls(options.server_nodes, options.servers_a_node)
         assert len(urls) == where.engines
+        given = rank.given_servers(urls, "n0")
+        inside = configuration.load(job.path, [*job.overrides, *given])
+        assert inside.servers.urls == tuple(urls) and place(inside).started_by == "user"
         return
     assert not any(word.startswith("--servers-a-node") for word in words)
     if where.started_by == "run":
@@ -93,6 +96,38 @@ def test_servers_beside_the_ranks_of_one_node_need_its_other_gpus():
     assert where.gpus == 8 and not where.shared
     job = make_job("qwen2.5-7b", ["parallel.data=1", "servers.first_device=4"][:1])
     assert job.place.gpus_per_node == 4, "without them, four are enough"
+
+
+def test_an_option_takes_the_place_of_the_setting_for_the_job_and_its_ranks():
+    """`--server-nodes`: the ranks and the doctor see the number that the job was placed with."""
+    job = make_job("qwen2.5-72b", ["servers.nodes=0"], server_nodes=2)
+    assert job.place.server_nodes == job.config.servers.nodes == 2
+    assert doctor.examine_inputs(job.config, job.place)[1].what != "placement"
+    none = make_job("qwen2.5-7b", VARIANTS["own nodes"][:1], server_nodes=0)
+    assert none.place.started_by == "run" and "servers.nodes=0" in none.train_words()
+
+
+def test_a_machine_without_gpus_refuses_no_transport(monkeypatch):
+    """On a CPU gloo reaches servers wherever they are."""
+    config = make_job("qwen2.5-7b").config
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    tree = configuration.to_tree(config)
+    tree["weight_sync"]["transport"] = "distributed"
+    distributed = configuration.from_tree(tree)
+    assert doctor._place_here(distributed).shared
+    with pytest.raises(UserError, match="needs servers on separate GPUs"):
+        placement.check_transport(distributed, place(distributed))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "nodes"), [(12, 0, 1), (16, 8, 2), (16, 0, 2), (2, 4, 1)]
+)
+def test_ranks_of_this_machine_or_of_nodes_like_it(monkeypatch, ranks, gpus, nodes):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    parallel = ["parallel.tensor=1", "parallel.sequence=false", f"parallel.data={ranks}"]
+    small = ["weight_sync.transport=value", *parallel]
+    config = configuration.load(recipes.find("qwen2.5-7b"), small)
+    assert placement.place_here(config).nodes == nodes
 
 
 def test_the_doctor_says_what_runs_where(monkeypatch):

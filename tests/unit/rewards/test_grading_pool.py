@@ -294,3 +294,14 @@ def test_a_grading_process_imports_neither_torch_nor_what_needs_it():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_drops_what_rewards_print_and_changes_no_reward(tmp_path, capsys):
+    log = output.OutputFile(Path("/dev/full"))
+    tap = output.Tap(log)
+    for _ in range(3):
+        os.write(tap.writer, b"x" * 50_000)  # more than a pipe holds
+    os.close(tap.writer)
+    assert tap.last_line() == "x" * output.TAIL_BYTES
+    assert capsys.readouterr().err.count("later output is dropped") == 1

@@ -25,6 +25,10 @@ def test_a_run_names_its_directory_ranks_engine_and_checkpoints():
     assert found["steps"] == "80 of 32 prompts, by prepo out of 160, x 8 rollouts"
     assert rows(launched=False)["ranks"] == "2: tensor 2"
     assert rows("checkpoint.every=5")["checkpoints"] == "every 5 steps, and at the end"
+    assert rows("checkpoint.every=0")["checkpoints"] == "at the end only"
+    assert rows("checkpoint.every=")["checkpoints"].startswith("after the first step, then when")
+    weights_only = ("checkpoint.every=", "checkpoint.optimizer=false")
+    assert rows(*weights_only)["checkpoints"] == "at the end only"
 
 
 def test_servers_and_custom_rewards_name_their_logs():
