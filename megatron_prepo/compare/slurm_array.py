@@ -119,7 +119,7 @@ def script(
             "--executor slurm: all runs of a comparison must have the same number of ranks"
         )
     where = placement.place(config, gpus_per_node=slurm.gpus_per_node)
-    placement.check_transport(config, where)
+    placement.check_transport(config.weight_sync.transport, where)
     if where.started_by == "job":
         raise UserError(
             f"a run on {where.nodes} nodes starts no SGLang servers: list them in servers.urls, or "

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_prepo import internals
-from megatron_prepo.config import Config, ServersConfig
+from megatron_prepo.config import CheckpointConfig, Config, ServersConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import versions
 from megatron_prepo.process import ports
@@ -192,7 +192,9 @@ def _gpus(config: Config | None) -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        wants = config is not None and config.model.layers == "te"
+        wants = config is not None and (
+            config.model.layers == "te" or config.servers.release_memory
+        )
         built = torch.version.cuda or "none"
         return [
             Finding(
@@ -304,7 +306,7 @@ def _place_here(config: Config) -> Placement:
 
     where = placement.place_here(config)
     if torch.cuda.is_available():
-        placement.check_transport(config, where)
+        placement.check_transport(config.weight_sync.transport, where)
     return where
 
 
@@ -473,7 +475,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
             "length",
             "ok" if longest <= limit else "note",
             f"up to {longest:,} tokens of the model's {limit:,} positions",
-            "a prompt of data.max_prompt_tokens would be rejected: lower rollout.max_new_tokens",
+            "such prompts would be rejected: lower data.max_prompt_tokens or max_new_tokens",
         )
     )
     findings.look(
@@ -579,13 +581,23 @@ def _disk(config: Config) -> Finding:
     free, weights = shutil.disk_usage(folder).free, _weight_bytes(config)
     # the weights are bfloat16, and Adam's state takes 12 bytes per parameter
     state = 6 * weights if config.checkpoint.optimizer else 0
-    wanted = 2 * weights + state
+    kept = _checkpoints_at_once(config.checkpoint)
+    wanted = kept * (weights + state) + weights
     found = f"{free / GIB:.0f} GiB free at {folder}"
     if not weights:
         return Finding("disk", "ok", found)
-    found += f"; a checkpoint and the exported model take about {wanted / GIB:.1f} GiB"
+    found += f"; {kept} checkpoint{'s' * (kept > 1)} and the exported model take about "
+    found += f"{wanted / GIB:.1f} GiB"
     if free > wanted:
         return Finding("disk", "ok", found)
     return Finding(
         "disk", "missing", found, "choose another run.dir, or checkpoint.optimizer=false"
     )
+
+
+def _checkpoints_at_once(settings: CheckpointConfig) -> int:
+    """Return the checkpoints on disk while one is written; of those kept for good, one."""
+    if settings.every == 0:
+        return 1
+    kept = settings.keep_last or (2 if settings.every is None else 1)
+    return kept + 1

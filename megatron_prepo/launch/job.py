@@ -100,5 +100,5 @@ def make_job(
         config = configuration.load(path, overrides)
     where = place(config, nodes=nodes, gpus_per_node=gpus_per_node)
     check_world_size(config.parallel, where.ranks)
-    check_transport(config, where)
+    check_transport(config.weight_sync.transport, where)
     return Job(path, tuple(overrides), config, where)

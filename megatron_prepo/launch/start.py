@@ -25,10 +25,10 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     config = configuration.load(path, overrides)
     needed = run_directory.needs_initial_weights(config.run, config.loss)
     preflight.check_present(config, *preflight.inputs_read(config.model, initial_weights=needed))
-    _log(opening.text(config, num_ranks=config.parallel.num_ranks, launched=True))
     with activity.doing("checking settings, model and prompts"):
-        _check(config, path)
+        _check(config, path)  # a refusal is one line: nothing is printed before it
     num_ranks, run = config.parallel.num_ranks, Path(config.run.dir)
+    _log(opening.text(config, num_ranks=num_ranks, launched=True))
     _log(f"the inputs are valid; starting {num_ranks} rank{'s' if num_ranks > 1 else ''}")
     command = [sys.executable, "-m", "megatron_prepo", "train", str(path), *overrides]
     for restarts_left in reversed(range(max_restarts + 1)):

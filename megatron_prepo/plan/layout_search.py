@@ -256,13 +256,13 @@ def _seconds(
 
 
 def _overrides(original: Config, config: Config) -> tuple[str, ...]:
-    """Return the settings that differ as overrides; `parallel.data` follows from the GPUs."""
+    """Return the settings that differ, as overrides to paste."""
     before, after = to_tree(original), to_tree(config)
     words = [
         f"{section}.{name}={str(value).lower()}"
         for section in ("parallel", "train", "optimizer", "megatron")
         for name, value in after[section].items()
-        if before[section].get(name) != value and (section, name) != ("parallel", "data")
+        if before[section].get(name) != value
     ]
     gone = [name for name in before["megatron"] if name not in after["megatron"]]
     return (*words, *(f"megatron.{name}=" for name in gone))

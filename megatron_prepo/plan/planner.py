@@ -268,7 +268,7 @@ def as_requested(config: Config, request: PlanRequest) -> Config:
 def placed(config: Config, request: PlanRequest) -> Placement:
     """Return where ranks and engines run."""
     where = place(config, gpus_per_node=request.gpus_per_node, server_nodes=request.server_nodes)
-    check_transport(config, where)
+    check_transport(config.weight_sync.transport, where)
     return where
 
 

@@ -78,8 +78,9 @@ def place(
         nodes, rest = divmod(config.parallel.num_ranks, ranks_per_node)
         if rest:
             raise UserError(
-                f"the {config.parallel.num_ranks} ranks of the layout do not fill nodes of "
-                f"{gpus_per_node} GPUs; change the section parallel, or --gpus-per-node"
+                f"the {config.parallel.num_ranks} ranks of the layout (or --gpus) do not fill "
+                f"nodes of {gpus_per_node} GPUs; use a multiple of {gpus_per_node}, or "
+                "--gpus-per-node"
             )
     servers = config.servers
     server_nodes = servers.nodes if server_nodes is None else server_nodes
@@ -160,12 +161,12 @@ def servers_here(servers: ServersConfig, *, cuda: bool, ranks: int | None = None
     return servers_per_node(servers, ranks=min(ranks, gpus), gpus=gpus)
 
 
-def check_transport(config: Config, where: Placement) -> None:
-    """Raise UserError if weights cannot reach servers on the GPUs where they are.
+def check_transport(transport: str, where: Placement) -> None:
+    """Raise UserError if `weight_sync.transport` cannot reach servers on the GPUs where they are.
 
     On a CPU every transport reaches every server of the machine.
     """
-    transport, ours = config.weight_sync.transport, where.started_by in ("run", "job")
+    ours = where.started_by in ("run", "job")
     if ours and where.shared and transport == "distributed":
         raise UserError(
             "weight_sync.transport=distributed needs servers on separate GPUs: set servers.nodes "
@@ -173,8 +174,10 @@ def check_transport(config: Config, where: Placement) -> None:
         )
     if ours and transport == "ipc" and not (where.shared and where.nodes == 1):
         raise UserError(
-            "weight_sync.transport=ipc needs servers that share the GPUs of ranks on one node: "
-            "choose distributed for separate GPUs, value or disk for more nodes"
+            f"weight_sync.transport=ipc reaches only servers that share the GPUs of ranks on one "
+            f"node, but this run has {where.nodes} nodes with ranks and servers "
+            f"{'on their GPUs' if where.shared else 'on other GPUs'}: set "
+            f"weight_sync.transport={'disk' if where.shared else 'distributed'}"
         )
 
 

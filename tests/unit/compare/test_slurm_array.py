@@ -194,7 +194,9 @@ def test_a_run_that_is_stopped_queues_itself_again(slurm, compare, tmp_path, mon
 def test_what_cannot_be_is_refused_before_a_job(slurm, compare, monkeypatch):
     with pytest.raises(UserError, match="--time 00:05:00 leaves no time to train"):
         compare(time="00:05:00")
-    with pytest.raises(UserError, match="6 ranks of the layout do not fill nodes of 4"):
+    with pytest.raises(
+        UserError, match=r"6 ranks of the layout .or --gpus. do not fill nodes of 4"
+    ):
         compare("parallel.tensor=1", "parallel.data=6", gpus_per_node=4)
     with pytest.raises(UserError, match="starts no SGLang servers"):
         compare("parallel.data=2", "rollout.engine=sglang", gpus_per_node=1)

@@ -298,12 +298,17 @@ def test_room_on_the_disk(monkeypatch, tmp_path):
     (tmp_path / "model.safetensors").touch()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(GIB)
-    config = laptop(f"model.hf={tmp_path}")
 
-    def with_free(gib: float) -> doctor.Finding:
+    def with_free(gib: float, *overrides: str) -> doctor.Finding:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=gib * GIB))
-        return doctor._disk(config)
+        return doctor._disk(laptop(f"model.hf={tmp_path}", *overrides))
 
-    assert with_free(7.9).state == "missing"
-    assert with_free(8.1).state == "ok"
-    assert "8.0 GiB" in with_free(8.1).found
+    once = "checkpoint.every=0"
+    assert with_free(7.9, once).state == "missing"
+    assert with_free(8.1, once).state == "ok"
+    assert "1 checkpoint and the exported model take about 8.0 GiB" in with_free(8.1, once).found
+    # two are kept while a third is written
+    assert with_free(21.9, "checkpoint.every=").state == "missing"
+    assert with_free(22.1, "checkpoint.every=").state == "ok"
+    kept = ("checkpoint.every=5", "checkpoint.keep_last=4")
+    assert "5 checkpoints and" in with_free(22.1, *kept).found

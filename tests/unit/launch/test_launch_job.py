@@ -95,7 +95,7 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
         (["servers.tensor=16"], 0, "servers.tensor=16 does not divide"),
         (["servers.count=9"], 0, "servers.count=9 .* do not fit a node"),
         (["servers.first_device=8"], 0, "is for a job of one node"),
-        (["weight_sync.transport=ipc"], 0, "GPUs of ranks on one node"),
+        (["weight_sync.transport=ipc"], 0, "set weight_sync.transport=disk"),
         ([], 0, "weight_sync.transport=distributed needs servers on separate GPUs"),
         ([], -1, "--server-nodes -1 must be at least 0"),
     ],

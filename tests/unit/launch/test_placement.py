@@ -116,7 +116,7 @@ def test_a_machine_without_gpus_refuses_no_transport(monkeypatch):
     distributed = configuration.from_tree(tree)
     assert doctor._place_here(distributed).shared
     with pytest.raises(UserError, match="needs servers on separate GPUs"):
-        placement.check_transport(distributed, place(distributed))
+        placement.check_transport("distributed", place(distributed))
 
 
 @pytest.mark.parametrize(
@@ -149,5 +149,7 @@ def test_a_machine_with_fewer_gpus_than_a_node_needs_is_noted(monkeypatch):
 
 def test_ranks_that_do_not_fill_their_nodes_are_refused():
     config = make_job("qwen2.5-7b", VARIANTS["shared"]).config
-    with pytest.raises(UserError, match="8 ranks of the layout do not fill nodes of 3 GPUs"):
+    with pytest.raises(
+        UserError, match=r"8 ranks of the layout .or --gpus. do not fill nodes of 3 GPUs"
+    ):
         place(config, gpus_per_node=3)

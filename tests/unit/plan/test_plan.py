@@ -378,7 +378,10 @@ def test_tensor_parallelism_has_to_divide_the_width_of_an_expert(configured):
         ({"gpus": 8, "engine": "vllm"}, "--engine 'vllm'"),
         ({"gpus": 8, "engine": "sglang", "engine_tensor": 3}, "servers.tensor=3 does not divide"),
         ({"gpus": 8, "engine": "sglang", "engine_tensor": 8}, "the model's 28 heads"),
-        ({"gpus": 12, "engine": "sglang"}, "12 ranks of the layout do not fill nodes of 8"),
+        (
+            {"gpus": 12, "engine": "sglang"},
+            "12 ranks of the layout .or --gpus. do not fill nodes of 8",
+        ),
     ],
 )
 def test_a_wrong_question_is_refused(configured, asked, expected):
