@@ -84,7 +84,6 @@ def _fits(job: Job, gpu: str) -> bool:
         gpus=where.ranks,
         gpu=gpu,
         gpus_per_node=max(where.ranks_per_node, where.gpus_per_node),
-        server_nodes=where.server_nodes,
     )
     answer = plan.make_plan(job.config, question)
     if not answer.fits:

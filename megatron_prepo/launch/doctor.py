@@ -250,16 +250,9 @@ def _enough_gpus(where: Placement) -> list[Finding]:
 
 
 def _describe_placement(where: Placement) -> str:
-    if where.started_by == "user":
-        return f"{where.ranks} ranks; SGLang servers of servers.urls"
-    engines = f"{where.engines} engines of {where.tensor} GPU{'s' * (where.tensor > 1)} each"
-    shared = "on the ranks' GPUs" if where.shared else "on separate GPUs"
-    nodes = where.nodes + where.server_nodes
     return (
-        f"{where.ranks} ranks, {engines} {shared}, on {nodes} node{'s' * (nodes > 1)}; engines "
-        + {"ranks": "in the ranks", "run": "started by the run", "job": "started by the job"}[
-            where.started_by
-        ]
+        f"{where.ranks} rank{'s' * (where.ranks > 1)} on {where.nodes} "
+        f"node{'s' * (where.nodes > 1)}; engines: {where.engines_in_words}"
     )
 
 

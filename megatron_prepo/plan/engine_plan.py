@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
@@ -15,18 +13,6 @@ from megatron_prepo.rollout.placement import Placement
 
 FRACTION = "mem_fraction_static"
 """SGLang's setting of the share of a GPU's memory that weights and key-value cache take."""
-
-
-class RankBytes(Protocol):
-    """What engines need to know of a rank on their GPU."""
-
-    @property
-    def actor(self) -> int:
-        """Bytes that are always held."""
-
-    @property
-    def updating(self) -> int:
-        """Bytes of an update in addition."""
 
 
 @dataclass(frozen=True)
@@ -93,51 +79,31 @@ def cache_bytes(engine: EnginePlan, gpu: Gpu, sequence_bytes: int) -> int:
     return max(0, round(engine.fraction * gpu.memory) - engine.weights)
 
 
-def with_room(
-    engine: EnginePlan,
-    gpu: Gpu,
-    reserve: int,
-    sequence_bytes: int,
-    ranks: Sequence[RankBytes],
-) -> EnginePlan:
+def with_room(engine: EnginePlan, gpu: Gpu, sequence_bytes: int, held: int) -> EnginePlan:
     """Set `sequences_at_once` of SGLang: its cache is what the fraction leaves beside weights.
 
-    Without a fraction, it is what the fullest rank leaves, or all of a GPU without ranks.
+    Without a fraction, it is what is left by `held`, the bytes reserved and held by the fullest
+    rank, if it has the GPU of one.
     """
     if engine.name == "embedded" or not engine.counted:
         return engine
-    held = max(rank.actor for rank in ranks) if engine.shared else 0
-    room = gpu.memory - reserve - held - engine.weights
+    room = gpu.memory - held - engine.weights
     if engine.fraction is not None:
         room = round(engine.fraction * gpu.memory) - engine.weights
     at_once = min(engine.sequences_wanted, max(0, room // sequence_bytes))
     return dataclasses.replace(engine, sequences_at_once=at_once)
 
 
-def largest_fraction(
-    engine: EnginePlan, gpu: Gpu, reserve: int, ranks: Sequence[RankBytes]
-) -> float:
-    """Return the largest fraction that the ranks leave, in hundredths."""
-    room = min(
-        gpu.memory - reserve - rank.actor - (0 if engine.releases else rank.updating)
-        for rank in ranks
-    )
-    return math.floor(100 * room / gpu.memory) / 100
+def problems(engine: EnginePlan, shape: Shape, gpu: Gpu, held: int) -> tuple[str, ...]:
+    """Return why the engines cannot run where they are, with the remedies.
 
-
-def problems(
-    engine: EnginePlan,
-    shape: Shape,
-    gpu: Gpu,
-    reserve: int,
-    ranks: Sequence[RankBytes],
-) -> tuple[str, ...]:
-    """Return why the engines cannot run where they are, with the remedies."""
+    `held`: most bytes that are reserved and held by a rank while the engine has its cache.
+    """
     if engine.name == "embedded" or not engine.counted:
         return ()
     found = []
     if engine.shared and engine.fraction is None:
-        most = largest_fraction(engine, gpu, reserve, ranks)
+        most = math.floor(100 * (gpu.memory - held) / gpu.memory) / 100
         found.append(
             f"sglang.{FRACTION} is empty, and SGLang then takes most of each GPU, which it shares "
             f"with a rank: set it to at most {most:.2f}, which the ranks leave"

@@ -175,24 +175,14 @@ class Plan:
 
 def make_plan(config: Config, request: PlanRequest) -> Plan:
     """Build the model without memory and predict; UserError for an impossible layout."""
-    from megatron_prepo.actor.dry_run import count_parameters, each_stage
-    from megatron_prepo.actor.optimizer import ddp_config
+    from megatron_prepo.actor.dry_run import count_parameters
 
     hf = read_hf_config(config.model.hf)
     shape, gpu = Shape.of(hf), GPUS[request.gpu]
     divisions = check(config, hf)
     config = as_requested(config, request)
     where = placed(config, request)
-    stages = list(
-        each_stage(
-            hf,
-            config.model,
-            config.parallel,
-            ddp_config(config.optimizer, config.megatron),
-            config.megatron,
-            world_size=where.ranks,
-        )
-    )
+    stages = _stages(config, hf, where.ranks)
     parameters = count_parameters(hf, stages)
     engine = engine_plan.plan_engine(config, where, shape, parameters)
     ranks = tuple(
@@ -213,10 +203,8 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
     least, most = run_length.rollouts_per_step(config)
     evaluations = _evaluations(config, request, least)
     hours = run_length.gpu_hours(config.train, where.gpus, seconds, least, most)
-    evaluation_hours = (
-        run_length.evaluation_hours(evaluations, where.gpus, seconds["rollouts"], least)
-        if evaluations
-        else (0.0, 0.0)
+    evaluation_hours = run_length.evaluation_hours(
+        evaluations.completions if evaluations else 0, where.gpus, seconds["rollouts"], least
     )
     seconds["rollouts"] = (seconds["rollouts"][0], seconds["rollouts"][1] * most / least)
     return Plan(
@@ -230,7 +218,7 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
         layout=layout_sizes(config.parallel),
         divisions=divisions,
         cautions=_cautions(config, hf),
-        problems=engine_plan.problems(engine, shape, gpu, request.reserve, ranks),
+        problems=_problems(request, shape, engine, ranks),
         where=where,
         ranks=ranks,
         engine=engine,
@@ -250,16 +238,26 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
     )
 
 
+def _stages(config: Config, hf: dict[str, Any], world_size: int) -> "list[Stage]":
+    from megatron_prepo.actor.dry_run import each_stage
+    from megatron_prepo.actor.optimizer import ddp_config
+
+    ddp = ddp_config(config.optimizer, config.megatron)
+    model, parallel = config.model, config.parallel
+    return list(each_stage(hf, model, parallel, ddp, config.megatron, world_size=world_size))
+
+
 def as_requested(config: Config, request: PlanRequest) -> Config:
     """Return the configuration with the engine and the number of GPUs of the request."""
     tree = to_tree(config)
     if request.engine:
-        served = request.engine != "embedded"
-        tree["rollout"] |= {"engine": "sglang" if served else "embedded"}
-        urls = ["http://elsewhere"] if request.engine == "elsewhere" else []
-        tree["servers"] |= {"urls": urls} if served else {"urls": [], "nodes": 0}
-        if urls:
+        elsewhere = request.engine == "elsewhere"
+        tree["rollout"] |= {"engine": "sglang" if elsewhere else request.engine}
+        tree["servers"] |= {"urls": ["http://elsewhere"] if elsewhere else []}
+        if request.engine != "sglang":
             tree["servers"] |= {"nodes": 0}
+    if request.server_nodes is not None:
+        tree["servers"] |= {"nodes": request.server_nodes}
     if request.engine_tensor:
         tree["servers"] |= {"tensor": request.engine_tensor}
     return with_data(from_tree(tree), request.gpus or config.parallel.num_ranks)
@@ -267,7 +265,7 @@ def as_requested(config: Config, request: PlanRequest) -> Config:
 
 def placed(config: Config, request: PlanRequest) -> Placement:
     """Return where ranks and engines run."""
-    where = place(config, gpus_per_node=request.gpus_per_node, server_nodes=request.server_nodes)
+    where = place(config, gpus_per_node=request.gpus_per_node)
     check_transport(config.weight_sync.transport, where)
     return where
 
@@ -281,7 +279,15 @@ def with_room(
 ) -> EnginePlan:
     """Return the engine with `sequences_at_once`."""
     one = engine_plan.sequence_bytes(shape, engine.tensor, longest(config))
-    return engine_plan.with_room(engine, GPUS[request.gpu], request.reserve, one, ranks)
+    held = max(rank.actor for rank in ranks) if engine.shared else 0
+    return engine_plan.with_room(engine, GPUS[request.gpu], one, request.reserve + held)
+
+
+def _problems(
+    request: PlanRequest, shape: Shape, engine: EnginePlan, ranks: tuple[RankMemory, ...]
+) -> tuple[str, ...]:
+    held = max(rank.actor + (0 if engine.releases else rank.updating) for rank in ranks)
+    return engine_plan.problems(engine, shape, GPUS[request.gpu], request.reserve + held)
 
 
 def _evaluations(config: Config, request: PlanRequest, per_step: int) -> Evaluations | None:

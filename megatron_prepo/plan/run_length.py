@@ -77,10 +77,10 @@ def gpu_hours(
     return min(hours(0, pace) for pace in paces), max(hours(1, pace) for pace in paces)
 
 
-def evaluation_hours(found: Evaluations, gpus: int, rollouts: Range, per_step: int) -> Range:
+def evaluation_hours(completions: int, gpus: int, rollouts: Range, per_step: int) -> Range:
     """Return the GPU hours of evaluations, whose completions are as long as rollouts.
 
     `rollouts` are the seconds of a step of `per_step` rollouts.
     """
-    steps = found.completions / per_step
+    steps = completions / per_step
     return rollouts[0] * steps * gpus / 3600, rollouts[1] * steps * gpus / 3600

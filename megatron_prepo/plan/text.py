@@ -98,18 +98,10 @@ def _memory(plan: Plan) -> str:
 def _engine(plan: Plan) -> str:
     engine, where = plan.engine, plan.where
     if where.started_by == "user":
-        return "engine: elsewhere, on GPUs that are not counted here, nor in the seconds"
-    each = f"{engine.tensor} GPU" + ("s" if engine.tensor > 1 else "") + " each"
-    if engine.shared:
-        on = "on the ranks' GPUs"
-    elif where.server_nodes:
-        on = f"on {where.server_nodes} separate nodes"
-    else:
-        on = "on separate GPUs"
-    starter = {"ranks": "in the ranks", "run": "started by the run", "job": "started by the job"}
+        return _wrapped(f"engines: {where.engines_in_words}, nor in the seconds")
     return _wrapped(
-        f"engines: {engine.count} {engine.name} of {each} {on}, {starter[where.started_by]}; a "
-        f"cache holds {engine.sequences_at_once:,} of the {engine.sequences_wanted:,} sequences of "
+        f"engines ({engine.name}): {where.engines_in_words}; a cache holds "
+        f"{engine.sequences_at_once:,} of the {engine.sequences_wanted:,} sequences of "
         f"{plan.sequence_tokens:,} tokens that an engine generates per step"
     )
 

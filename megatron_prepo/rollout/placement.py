@@ -54,6 +54,20 @@ class Placement:
         return 0 if self.started_by == "user" else self.engines * self.tensor
 
     @property
+    def engines_in_words(self) -> str:
+        """Number, GPUs, place and starter of the engines."""
+        if self.started_by == "user":
+            return "SGLang servers of servers.urls, on GPUs that are not counted here"
+        gpus = f"{self.tensor} GPU{'s' * (self.tensor > 1)} each"
+        on = "the ranks' GPUs" if self.shared else "separate GPUs"
+        if self.server_nodes:
+            on = f"{self.server_nodes} separate node{'s' * (self.server_nodes > 1)}"
+        start = (
+            "in the ranks" if self.started_by == "ranks" else f"started by the {self.started_by}"
+        )
+        return f"{self.engines} of {gpus} on {on}, {start}"
+
+    @property
     def gpus(self) -> int:
         """Number of GPUs that the job occupies."""
         return (self.nodes + self.server_nodes) * self.gpus_per_node
@@ -64,12 +78,11 @@ def place(
     *,
     nodes: int | None = None,
     gpus_per_node: int = GPUS_PER_NODE,
-    server_nodes: int | None = None,
 ) -> Placement:
     """Return what runs where, on nodes that have this many GPUs.
 
     Without `nodes`, there are as many as the ranks of the layout need, and they may leave GPUs
-    unused; with it, there is a rank for each GPU.  `server_nodes` defaults to `servers.nodes`.
+    unused; with it, there is a rank for each GPU.
     Raises UserError for ranks that do not fill their nodes, and for servers that do not fit.
     """
     ranks_per_node = gpus_per_node
@@ -82,13 +95,12 @@ def place(
                 f"nodes of {gpus_per_node} GPUs; use a multiple of {gpus_per_node}, or "
                 "--gpus-per-node"
             )
-    servers = config.servers
-    server_nodes = servers.nodes if server_nodes is None else server_nodes
+    servers, server_nodes = config.servers, config.servers.nodes
     served = config.rollout.engine == "sglang"
-    if server_nodes and not (served and not servers.urls):
+    if server_nodes and not served:
         raise UserError(
-            f"{server_nodes} nodes for servers of the job (servers.nodes, --server-nodes): set "
-            "rollout.engine=sglang and leave servers.urls empty, or set 0 nodes"
+            f"servers.nodes={server_nodes} (--server-nodes) is for SGLang: set "
+            "rollout.engine=sglang, or servers.nodes=0"
         )
     if not served or servers.urls:
         return Placement(

@@ -11,6 +11,7 @@ has a version from which no rollout is accepted.
 
 import contextlib
 import hashlib
+import os
 import secrets
 import socket
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, ServersConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.routing import RoutingFormat
@@ -65,7 +66,10 @@ class SGLangEngine:
         gather: Callable[[Any], list[Any]] = lambda value: [value],
         log: Callable[[str], None] = print,
     ) -> None:
-        """Start the run's servers; the first weight sync waits until they are ready."""
+        """Start the run's servers; collective, and waits for those that share the ranks' GPUs.
+
+        The first weight sync waits until all are ready.
+        """
         self.settings, self.tokenizer = config.servers, tokenizer
         self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf, for_megatron=False)
@@ -97,6 +101,10 @@ class SGLangEngine:
             """Server that scored a prompt last, by the prompt's id."""
         self.transport = self.make_transport(config, device)
         """Transport of weights on this rank; None if the rank takes no part."""
+        if shares_gpus(config.servers, device):
+            # SGLang takes for its cache what the weights leave of the memory that was free when it
+            # started: what the actor takes from the same GPU meanwhile would be missing there
+            self.share(self._on_rank_zero(Fleet.reconnect))
 
     def make_transport(self, config: Config, device: torch.device) -> Transport | None:
         """Return the transport of `weight_sync.transport`; None on ranks without a part in it."""
@@ -387,6 +395,12 @@ def _servers(config: Config, device: torch.device) -> list[Server]:
     count = placement.servers_here(config.servers, cuda=cuda)
     owned = [OwnServer(config, i, logs, cuda=cuda) for i in range(count)]
     return [Server(own.url, own) for own in owned]
+
+
+def shares_gpus(servers: ServersConfig, device: torch.device) -> bool:
+    """Return whether the run starts servers on the GPUs of ranks."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return device.type == "cuda" and not servers.urls and servers.first_device < ranks
 
 
 def _failure(step: Callable[..., None], *arguments: object) -> EngineError | None:

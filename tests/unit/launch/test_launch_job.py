@@ -89,7 +89,7 @@ def test_servers_are_of_the_run_on_one_node_and_of_the_job_on_more():
 @pytest.mark.parametrize(
     ("overrides", "server_nodes", "expected"),
     [
-        (["rollout.engine=embedded"], 1, "1 nodes for servers of the job"),
+        (["rollout.engine=embedded"], 1, r"servers.nodes=1 \(--server-nodes\) is for SGLang"),
         (["servers.urls=[http://a:1]"], 1, "servers.urls names existing ones"),
         (["servers.tensor=3"], 1, "servers.tensor=3 does not divide"),
         (["servers.tensor=16"], 0, "servers.tensor=16 does not divide"),

@@ -130,11 +130,21 @@ def test_ranks_of_this_machine_or_of_nodes_like_it(monkeypatch, ranks, gpus, nod
     assert placement.place_here(config).nodes == nodes
 
 
+def test_servers_must_fit_behind_their_first_gpu():
+    """Eight GPUs, four of them the ranks': two servers of two fit on the others, three do not."""
+    beside = ["parallel.data=1", "servers.first_device=4", "servers.tensor=2"]
+    beside.append("weight_sync.transport=distributed")
+    job = make_job("qwen2.5-7b", [*beside, "servers.count=2"])
+    assert (job.place.engines, job.place.gpus_per_node) == (2, 8)
+    with pytest.raises(UserError, match=r"servers\.count=3 .* do not fit a node of 8 GPUs"):
+        make_job("qwen2.5-7b", [*beside, "servers.count=3"])
+
+
 def test_the_doctor_says_what_runs_where(monkeypatch):
     where = make_job("qwen2.5-7b", VARIANTS["two of four"]).place
     said = doctor._describe_placement(where)
-    assert said.startswith("8 ranks, 2 engines of 2 GPUs each on the ranks' GPUs, on 1 node;")
-    assert said.endswith("engines started by the run")
+    assert said.startswith("8 ranks on 1 node; engines: 2 of 2 GPUs each on the ranks' GPUs")
+    assert said.endswith("started by the run")
     given = dataclasses.replace(where, started_by="user")
     assert "servers.urls" in doctor._describe_placement(given)
 

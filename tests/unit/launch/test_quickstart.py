@@ -31,13 +31,13 @@ def test_there_are_twelve():
 
 @pytest.mark.parametrize("number", [8, 10, 11])
 def test_a_command_is_not_refused(number, capsys):
-    """A dry run says that weights and prompts are missing; what is planned is what is started."""
+    """A dry run reports missing weights and prompts; plan and dry run have the same servers."""
     marked = re.search(rf"# {number} \[--dry-run\]", BLOCK)
     words = shlex.split(OURS[number])[1:] + (["--dry-run"] if marked else [])
     assert (marked is None) == (number == 8)
     assert main(words) == 0, capsys.readouterr()
     said = capsys.readouterr().out
-    assert "8 sglang of 1 GPU each" in said if number == 8 else "8 SGLang servers" in said
+    assert "(sglang): 8 of 1 GPU each" in said if number == 8 else "8 SGLang servers" in said
 
 
 def test_files_of_other_commands_are_there():

@@ -1,4 +1,4 @@
-"""Functions that take all of a run's configuration need it; the others take sections or numbers.
+"""Only functions that need all of a run's configuration take it; others take sections or numbers.
 
 A function may take `Config` if it reads at least three of its sections, or sections by their names,
 or hands it on to a function that may take it.

@@ -15,7 +15,7 @@ from megatron_prepo.records import Prompt
 from megatron_prepo.rollout import weight_sync
 from megatron_prepo.rollout.engine import EngineError, Request
 from megatron_prepo.rollout.sglang import ipc
-from megatron_prepo.rollout.sglang.engine import SGLangEngine
+from megatron_prepo.rollout.sglang.engine import SGLangEngine, shares_gpus
 from megatron_prepo.rollout.weight_sync import check_names, sync_weights
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
@@ -493,3 +493,30 @@ def test_memory_is_released_between_rollouts_and_resumed_before_use(build, hf, f
         "/resume_memory_occupation",
         "/pause_generation",
     ]
+
+
+def test_servers_on_the_ranks_gpus_have_their_memory_before_the_actor_takes_any(
+    build, fakes, monkeypatch
+):
+    """SGLang sizes its cache by the memory that is free before and after it loads its weights."""
+    engine, _ = build(fakes)
+    assert not any(server.described for server in engine.fleet.servers), "it does not wait"
+    monkeypatch.setattr("megatron_prepo.rollout.sglang.engine.shares_gpus", lambda *_: True)
+    engine, _ = build(fakes)
+    assert all(server.described for server in engine.fleet.servers)
+
+
+@pytest.mark.parametrize(
+    ("device", "servers", "shared"),
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"first_device": 2}, False),
+        ("cuda", {"first_device": 1}, True),
+        ("cuda", {"urls": ["http://a:1"]}, False),
+    ],
+)
+def test_which_servers_share_the_ranks_gpus(monkeypatch, device, servers, shared):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings = tiny_models.actor_config("unused", servers=servers).servers
+    assert shares_gpus(settings, torch.device(device)) == shared
