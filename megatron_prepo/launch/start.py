@@ -72,7 +72,7 @@ def describe(path: str | Path, overrides: Sequence[str]) -> str:
     if where.started_by == "run":
         commands.append(_server_command(config, where.servers_per_node))
     with activity.doing("checking settings, model and prompts"):
-        findings = [one for one in doctor.examine_inputs(config, where) if one.state != "ok"]
+        findings = [one for one in doctor.examine(config) if one.state == "missing"]
     return "\n\n".join(
         [
             opening.text(

@@ -310,6 +310,8 @@ def test_evaluations_are_counted(configured, tmp_path):
     asked = dataclasses.replace(request, eval_prompts=1000)
     answer = plan.make_plan(config, asked)
     assert (answer.evaluations.number, answer.evaluations.completions) == (5, 38_000)
+    last = configured(eval=evaluated | {"every": 50})  # the last step's is the one after the run
+    assert plan.make_plan(last, asked).evaluations.number == 3
     steps = 38_000 / 1024
     expected = [t * steps * 8 / 3600 for t in answer.seconds["rollouts"]]
     assert answer.evaluation_hours == approx(expected)
