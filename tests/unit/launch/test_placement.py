@@ -130,6 +130,15 @@ def test_ranks_of_this_machine_or_of_nodes_like_it(monkeypatch, ranks, gpus, nod
     assert placement.place_here(config).nodes == nodes
 
 
+def test_a_run_starts_as_many_servers_as_its_ranks_gpus_hold(monkeypatch):
+    """Four ranks on a machine of eight GPUs; without GPUs, one server."""
+    servers = make_job("qwen2.5-7b").config.servers
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert placement.servers_here(servers, cuda=True) == 4
+    assert placement.servers_here(servers, cuda=True, ranks=2) == 2
+    assert placement.servers_here(servers, cuda=False) == 1
+
+
 def test_servers_must_fit_behind_their_first_gpu():
     """Eight GPUs, four of them the ranks': two servers of two fit on the others, three do not."""
     beside = ["parallel.data=1", "servers.first_device=4", "servers.tensor=2"]
