@@ -40,8 +40,8 @@ def exactly_once(run: Path) -> None:
 
 
 def processes_of_servers(cluster: Cluster, node: str) -> str:
-    """Return the ids of a node's servers."""
-    return cluster.on(node, "bash", "-c", "pgrep -f sglang.launch_server || true")
+    """Return the ids of a node's servers; the brackets keep the shell itself out."""
+    return cluster.on(node, "bash", "-c", "pgrep -f [s]glang.launch_server || true")
 
 
 @launcher.NEEDED

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -300,8 +301,15 @@ def test_a_grading_process_imports_neither_torch_nor_what_needs_it():
 def test_a_full_disk_drops_what_rewards_print_and_changes_no_reward(tmp_path, capsys):
     log = output.OutputFile(Path("/dev/full"))
     tap = output.Tap(log)
-    for _ in range(3):
-        os.write(tap.writer, b"x" * 50_000)  # more than a pipe holds
-    os.close(tap.writer)
+
+    def print_more_than_a_pipe_holds():
+        for _ in range(3):
+            os.write(tap.writer, b"x" * 50_000)
+        os.close(tap.writer)
+
+    printing = threading.Thread(target=print_more_than_a_pipe_holds, daemon=True)
+    printing.start()
+    printing.join(timeout=10)
+    assert not printing.is_alive(), "nobody reads what is printed"
     assert tap.last_line() == "x" * output.TAIL_BYTES
     assert capsys.readouterr().err.count("later output is dropped") == 1
