@@ -312,3 +312,10 @@ def test_room_on_the_disk(monkeypatch, tmp_path):
     assert with_free(22.1, "checkpoint.every=").state == "ok"
     kept = ("checkpoint.every=5", "checkpoint.keep_last=4")
     assert "5 checkpoints and" in with_free(22.1, *kept).found
+
+
+@pytest.mark.parametrize(("release", "state"), [("false", "note"), ("true", "missing")])
+def test_a_run_whose_servers_share_gpus_misses_them(monkeypatch, release, state):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (finding,) = doctor._gpus(laptop(*SGLANG, f"servers.release_memory={release}"))
+    assert finding.what == "GPU" and finding.state == state

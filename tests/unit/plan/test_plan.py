@@ -562,6 +562,18 @@ def test_suggestions_fit_and_come_in_order(configured):
         assert layout.total + request.reserve <= memory
 
 
+def test_suggestions_can_be_pasted_over_a_layout_that_has_its_data_parallelism(configured):
+    fraction = {"sglang": {"mem_fraction_static": 0.3}, "servers": {"release_memory": True}}
+    tree = {**fraction, "rollout": {"engine": "sglang"}}
+    known = {"tensor": 4, "data": 2, "sequence": True}
+    found = layouts.suggest(configured(parallel=known, **tree), plan.PlanRequest())
+    changed = next(layout for layout in found if "parallel.data=" in " ".join(layout.settings))
+    words = dict(word.split("=") for word in changed.settings if word.startswith("parallel."))
+    pasted = {name.partition(".")[2]: yaml.safe_load(value) for name, value in words.items()}
+    answer = plan.make_plan(configured(parallel=known | pasted, **tree), plan.PlanRequest())
+    assert answer.where.ranks == 8
+
+
 def test_an_engine_elsewhere_takes_no_memory_and_no_seconds_here(configured):
     here, elsewhere = (
         plan.make_plan(configured(), plan.PlanRequest(gpus=8, engine=engine))
