@@ -60,9 +60,9 @@ def test_an_interrupted_and_a_finished_run_name_the_next_command():
 
 
 def test_servers_of_a_run_on_two_machines_are_those_of_this_one(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     config = configuration.load(LAPTOP, ["rollout.engine=sglang"])
-    assert "8 SGLang servers" in opening.text(config, num_ranks=16, launched=False)
+    assert "2 SGLang servers" in opening.text(config, num_ranks=4, launched=False)
     assert "4 SGLang servers" in opening.text(config, num_ranks=4, launched=True)
