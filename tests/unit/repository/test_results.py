@@ -61,3 +61,12 @@ def test_the_tables_of_the_tiny_tasks_are_those_of_the_raw_results(task, file, a
     text = (REPOSITORY / "examples" / task / "README.md").read_text()
     for arm in arms:
         assert mean_row(RESULTS / file, arm) in text, arm
+
+
+def test_the_rates_of_the_page_of_an_own_task_are_its_raw_result():
+    result = json.loads((RESULTS / "own_task.json").read_text())
+    page = (REPOSITORY / "docs" / "own_task.md").read_text()
+    for when in ("before", "after"):
+        low, high = result[f"pass_rate_{when}_ci95"]
+        line = f"{result[f'pass_rate_{when}']:.3f}  (95 % interval {low:.3f} to {high:.3f})"
+        assert f"held-out pass rate {when:<8} {line}" in page
