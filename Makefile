@@ -50,8 +50,11 @@ test-newest: newest $(if $(OTHERS_RUN),newest-launch newest-sglang)
 	  .venv-newest/bin/python -m pytest $(XDIST)
 
 # On a real Slurm, as root; says which packages of Debian are missing.  A sample is part of `make test`.
+# Each fault is injected TIMES times, at different steps of a run.
+TIMES ?= 1
+
 test-slurm: .venv/ready-dev $(if $(OTHERS_RUN),.venv-launch/ready .venv-sglang/ready)
-	.venv/bin/python -m pytest -m slurm -rs tests/real_slurm
+	TIMES=$(TIMES) .venv/bin/python -m pytest -m slurm -rs tests/real_slurm
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .

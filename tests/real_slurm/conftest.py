@@ -1,5 +1,7 @@
 """Fixtures for a real Slurm: `make test-slurm` runs everything here, `make test` a sample."""
 
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,14 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slurm)
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Repeat each fault TIMES times, at different steps (`make test-slurm TIMES=5`)."""
+    if "moment" in metafunc.fixturenames:
+        drawn = random.Random(20)
+        later = [drawn.randint(1, 8) for _ in range(int(os.environ.get("TIMES", "1")) - 1)]
+        metafunc.parametrize("moment", [5, *later], ids=lambda step: f"step{step}")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from megatron_prepo.debug import resume_check as prove
-from tests.e2e.laptop import LAPTOP
+from tests.e2e import launcher
+from tests.e2e.laptop import LAPTOP, metrics, summary
 from tests.e2e.test_machine_faults import JUMPING
 from tests.real_slurm.cluster import TRAIN, Cluster
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 TP2 = "parallel.tensor=2"
 DP2 = ("parallel.tensor=1", "parallel.data=2")
 STEPS = 12
+LONG = 120
 
 
 @pytest.fixture
@@ -29,11 +31,11 @@ def run(cluster, request):
     return cluster.runs / request.node.name.replace("/", "_")
 
 
-def submit(cluster: Cluster, run, *settings: str, train=TRAIN, environment=None) -> str:
+def submit(cluster: Cluster, run, *settings: str, train=TRAIN, options=(), environment=None) -> str:
     """Queue the run on two nodes; returns the job's number."""
     settings = settings or (TP2,)
     words = [str(run), str(LAPTOP / "prepo.yaml"), *settings, *train]
-    return cluster.sbatch("train.sbatch", *words, **(environment or {}))
+    return cluster.sbatch("train.sbatch", *words, options=options, **(environment or {}))
 
 
 def restarted(cluster: Cluster, job: str, times: int) -> bool:
@@ -63,6 +65,29 @@ def test_data_parallel_over_two_nodes(cluster, run, equals):
     equals(run, *DP2)
 
 
+def test_two_ranks_on_each_of_two_nodes(cluster, run, equals):
+    layout = ("parallel.tensor=2", "parallel.data=2")
+    cluster.ends(submit(cluster, run, *layout, options=["--ntasks-per-node=2"]))
+    assert summary(run)["ranks"] == 4
+    equals(run, *layout)
+
+
+@launcher.NEEDED
+def test_a_chain_past_a_real_time_limit(cluster, run):
+    """Slurm itself sends the signal; the second job goes on from the step that the first saved."""
+    settings = [TP2, f"run.dir={run}", *TRAIN, "train.total_steps=100000", "eval.every=0"]
+    words = ["--nodes", "2", "--gpus-per-node", "1", "--chain", "2", "--time", "00:04:00"]
+    first, second = cluster.launched(*words, *settings, "checkpoint.grace_seconds=10")
+    assert "stopped as asked" in cluster.ends(first)
+    assert cluster.job(first)["ExitCode"] == "0:0"
+    saved = prove.num_lines(run / "metrics.jsonl")
+    assert saved > STEPS
+    cluster.wait_for_steps(run, saved + 5, second)
+    cluster.run("scancel", second)
+    cluster.ends(second, "CANCELLED")
+    assert [step["step"] for step in metrics(run)[: saved + 5]] == list(range(saved + 5))
+
+
 def test_asked_to_save_at_any_moment_the_job_never_fails(cluster, run, equals):
     """The request comes while ranks start, connect, load, train or save; and at the end."""
     job = submit(cluster, run)
@@ -82,51 +107,51 @@ def test_asked_to_save_at_any_moment_the_job_never_fails(cluster, run, equals):
     equals(run)
 
 
-def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, run, equals):
+def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, run, moment, equals):
     """The ranks leave in the middle of the step; the job is requeued and has not failed."""
     job = submit(cluster, run, TP2, "checkpoint.grace_seconds=0.01")
-    cluster.wait_for_steps(run, 5, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.signal(job)
     cluster.wait_for("another start", lambda: restarted(cluster, job, 1), job)
     cluster.ends(job)
     equals(run)
 
 
-def test_a_second_job_in_the_same_directory_is_refused_and_names_the_first(cluster, run, equals):
-    """The second job runs on the third node; the first is not affected."""
-    first = submit(cluster, run)
-    cluster.wait_for_steps(run, 2, first)
+def test_a_second_job_in_the_same_directory_is_refused_and_names_the_first(cluster, run, moment):
+    """The second job runs on the third node; the first, which has steps for a minute, goes on."""
+    first = submit(cluster, run, TP2, train=(*TRAIN, f"train.total_steps={LONG}"))
+    cluster.wait_for_steps(run, moment, first)
     words = [str(run), str(LAPTOP / "prepo.yaml"), "parallel.tensor=1", *TRAIN]
     second = cluster.sbatch("train.sbatch", *words, options=["--nodes=1"])
     said = cluster.ends(second, "FAILED")
     assert "is in use by process" in said and f"Slurm job {first} on node node1" in said
     assert cluster.job(second)["ExitCode"] == "2:0"
     cluster.ends(first)
-    equals(run)
+    assert [step["step"] for step in metrics(run)] == list(range(LONG))
 
 
-def test_cancelled_and_submitted_again(cluster, run, equals):
+def test_cancelled_and_submitted_again(cluster, run, moment, equals):
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 3, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.run("scancel", job)
     cluster.ends(job, "CANCELLED")
     cluster.ends(submit(cluster, run))
     equals(run)
 
 
-def test_requeued_by_an_operator(cluster, run, equals):
+def test_requeued_by_an_operator(cluster, run, moment, equals):
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 3, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.run("scontrol", "requeue", job)
     cluster.ends(job)
     assert cluster.job(job)["Restarts"] == "1"
     equals(run)
 
 
-def test_preempted_by_an_urgent_job(cluster, run, equals):
+def test_preempted_by_an_urgent_job(cluster, run, moment, equals):
     """Slurm sends SIGTERM, then SIGKILL after KillWait."""
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 3, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.run(
         "sbatch",
         "--partition=urgent",
@@ -140,9 +165,9 @@ def test_preempted_by_an_urgent_job(cluster, run, equals):
     equals(run)
 
 
-def test_a_cable_that_is_out_for_seconds_is_not_noticed(cluster, run, equals):
+def test_a_cable_that_is_out_for_seconds_is_not_noticed(cluster, run, moment, equals):
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 3, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.cut("node2")
     time.sleep(5)
     cluster.join("node2")
@@ -154,13 +179,13 @@ def test_a_cable_that_is_out_for_seconds_is_not_noticed(cluster, run, equals):
 @pytest.mark.parametrize(
     ("how", "node"), [("power_off", "node1"), ("power_off", "node2"), ("cut", "node2")]
 )
-def test_slurm_queues_a_job_again_whose_node_is_lost(cluster, run, equals, how, node):
+def test_slurm_queues_a_job_again_whose_node_is_lost(cluster, run, moment, equals, how, node):
     """The first node has rank 0 and the job's script.
 
     Its cable is not cut: the nodes here share a kernel, in which rank 0 would keep the run's lock.
     """
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 6, job)
+    cluster.wait_for_steps(run, moment, job)
     getattr(cluster, how)(node)
     try:
         cluster.wait_for("another start", lambda: restarted(cluster, job, 1), job)
@@ -172,11 +197,11 @@ def test_slurm_queues_a_job_again_whose_node_is_lost(cluster, run, equals, how, 
 
 
 def test_ranks_that_notice_a_lost_machine_before_slurm_name_it_and_queue_the_job_again(
-    cluster, run, equals
+    cluster, run, moment, equals
 ):
     with cluster.slurm_notices_late():
         job = submit(cluster, run, TP2, "parallel.timeout_minutes=0.2")
-        cluster.wait_for_steps(run, 6, job)
+        cluster.wait_for_steps(run, moment, job)
         cluster.power_off("node2")
         try:
             named = "rank 0: rank 1 on node2 does not answer; machine or network lost"
@@ -188,9 +213,9 @@ def test_ranks_that_notice_a_lost_machine_before_slurm_name_it_and_queue_the_job
     equals(run)
 
 
-def test_a_rank_that_is_killed_is_named_and_fails_the_job(cluster, run, equals):
+def test_a_rank_that_is_killed_is_named_and_fails_the_job(cluster, run, moment, equals):
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 6, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.on("node2", "pkill", "-KILL", "-f", "megatron_prepo.launch.rank")
     said = cluster.ends(job, "FAILED")
     assert "node2: task 1: Killed" in said or "rank 1 on node2 has ended" in said
@@ -199,19 +224,19 @@ def test_a_rank_that_is_killed_is_named_and_fails_the_job(cluster, run, equals):
 
 
 @pytest.mark.parametrize("host", ["node1", "node2", "login"])
-def test_daemons_of_slurm_may_restart(cluster, run, equals, host):
+def test_daemons_of_slurm_may_restart(cluster, run, moment, equals, host):
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 3, job)
+    cluster.wait_for_steps(run, moment, job)
     cluster.restart(host)
     cluster.ends(job)
     assert cluster.job(job)["Restarts"] == "0"
     equals(run)
 
 
-def test_a_shared_file_system_that_turns_read_only_fails_the_job(cluster, run, equals):
+def test_a_shared_file_system_that_turns_read_only_fails_the_job(cluster, run, moment, equals):
     """Each node gets a read-only bind mount: Linux remounts nothing that is open for writing."""
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 5, job)
+    cluster.wait_for_steps(run, moment, job)
     for node in ("node1", "node2"):
         mount = f"mount --bind {run} {run} && mount -o remount,bind,ro {run}"
         cluster.on(node, "bash", "-c", mount)
@@ -224,11 +249,11 @@ def test_a_shared_file_system_that_turns_read_only_fails_the_job(cluster, run, e
     equals(run)
 
 
-def test_a_shared_file_system_that_is_full_fails_the_job(cluster, equals):
+def test_a_shared_file_system_that_is_full_fails_the_job(cluster, moment, equals):
     disk = cluster.home / "disk"
     run = disk / "run_full"
     job = submit(cluster, run)
-    cluster.wait_for_steps(run, 2, job)
+    cluster.wait_for_steps(run, moment, job)
     with open(disk / "filler", "wb") as filler, pytest.raises(OSError, match="No space left"):
         while True:
             filler.write(b"x" * 65536)
