@@ -2,9 +2,9 @@
 
 A job's nodes are addresses of this machine, 127.0.0.1, 127.0.0.2, ...; each task is a process.  It
 reproduces tasks and their environment, `--relative`, `--kill-on-bad-exit`, dependencies, states,
-and signals to all tasks of a step: `tests/real_slurm/test_played_slurm.py` compares the two, and the
-tests beside it have what this one does not play (time limits, requeues, preemption, memory, GPUs,
-nodes that are lost).  Run as a script by the commands that `install` makes.
+and signals to all tasks of a step: `tests/real_slurm/test_played_slurm.py` compares the two, and
+the tests beside it have what this one does not play (time limits, requeues, preemption, memory,
+GPUs, nodes that are lost).  Run as a script by the commands that `install` makes.
 """
 
 import contextlib
