@@ -66,6 +66,8 @@ PROCESSORS = {
 CAPABILITIES = {"AVX2": "AVX2", "SSE4": "DEFAULT"}
 """Capability that torch must report in each setting."""
 
+THREADS = ("TEST_THREADS", "OMP_NUM_THREADS")
+
 PROBE = """
 import hashlib, torch
 torch.manual_seed(0)
@@ -81,7 +83,10 @@ def environment(processor: str, threads: int) -> dict[str, str]:
     """Return the environment variables of a Python process for a processor and threads."""
     kept = {name: value for name, value in os.environ.items() if name not in PROCESSORS["AVX2"]}
     count = str(threads)
-    return kept | PROCESSORS[processor] | {"TEST_THREADS": count, "OMP_NUM_THREADS": count}
+    # idle threads sleep: tests have more ranks than there are cores, and those that spin for the
+    # next product keep the others from computing it
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | PROCESSORS[processor] | waiting | dict.fromkeys(THREADS, count)
 
 
 def probed(processor: str, threads: int) -> dict[str, str]:
