@@ -27,9 +27,11 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def running_cluster():
-    """A cluster for all tests of a process."""
+def running_cluster(pytestconfig):
+    """A cluster for all tests of a process; without Slurm, `make test-slurm` fails, others skip."""
     if why := slurm.missing():
+        if pytestconfig.option.markexpr == "slurm":
+            pytest.exit(why, returncode=2)
         pytest.skip(why)
     with slurm.Cluster() as cluster:
         yield cluster
