@@ -12,10 +12,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_prepo.data import read_prompts
@@ -24,6 +26,7 @@ from megatron_prepo.files.ownership import new_file
 from megatron_prepo.inputs.preflight import read_tokenizer
 from megatron_prepo.prepo.perplexity import perplexity
 from megatron_prepo.process.command import in_one_line
+from megatron_prepo.records import Prompt
 from megatron_prepo.trainer.prompt_scores import prompt_span
 
 matplotlib.use("Agg")
@@ -35,11 +38,20 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 INK, BARS = "#1f2328", "#0e7490"
 
 
+class Scores(NamedTuple):
+    """What the scoring pass of a step computes of each prompt of a file, and the prompts."""
+
+    prompts: list[Prompt]
+    ppl_P: NDArray[np.float64]
+    entropy_P: NDArray[np.float64]
+    """Mean entropy over the same tokens, in nats."""
+
+
 @torch.inference_mode()
-def perplexities(
+def scores(
     hf: str, files: Sequence[str | Path], *, chat_template: bool = False, tokens: str = "all"
-) -> dict[str, np.ndarray]:
-    """Return `ppl_P` of each file's prompts; `tokens` is `selection.ppl_tokens`."""
+) -> dict[str, Scores]:
+    """Return the scores of each file's prompts; `tokens` is `selection.ppl_tokens`."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,8 +71,12 @@ def perplexities(
             tokens_S = torch.tensor(prompt.tokens, device=device)
             logprobs_SV = torch.log_softmax(model(tokens_S[None]).logits[0, :-1].float(), dim=-1)
             logprobs_T = logprobs_SV.gather(1, tokens_S[1:, None])[:, 0]
-            values.append(float(perplexity(logprobs_T, prompt_span(prompt, tokens))))
-        result[file] = np.array(values)
+            entropy_T = torch.special.entr(logprobs_SV.exp()).sum(-1)
+            span = prompt_span(prompt, tokens)
+            mean_entropy = entropy_T[span].double().mean()
+            values.append((float(perplexity(logprobs_T, span)), float(mean_entropy)))
+        ppl_P, entropy_P = np.array(values).T
+        result[file] = Scores(prompts, ppl_P, entropy_P)
     return result
 
 
@@ -102,8 +118,8 @@ def describe(
     hf: str, files: dict[str, str | Path], out: str | Path, **options
 ) -> dict[str, dict[str, float]]:
     """Measure the named files, draw, write; returns the quantiles of each."""
-    measured = perplexities(hf, list(files.values()), **options)
-    ppl_of = {name: measured[str(file)] for name, file in files.items()}
+    measured = scores(hf, list(files.values()), **options)
+    ppl_of = {name: measured[str(file)].ppl_P for name, file in files.items()}
     draw(ppl_of, out, f"under {hf}")
     result = {name: quantiles(ppl_P) for name, ppl_P in ppl_of.items()}
     Path(out).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")

@@ -11,7 +11,7 @@ from tests.e2e.laptop import LAPTOP
 from tools.bench import checkpoint, head, perplexity, plan, utilisation
 from tools.checks import gpu_check
 from tools.data import prepare, prompt_perplexity
-from tools.inspect import compare_logprobs, step
+from tools.inspect import compare_logprobs, difficulty, step
 
 CONFIG, BASE = str(LAPTOP / "prepo.yaml"), str(LAPTOP / "base")
 COMMANDS = {
@@ -52,6 +52,7 @@ COMMANDS = {
     step: ("ABSENT",),
     prepare: ("--train gsm8k=ABSENT", "--suite gsm8k=ABSENT", "--perplexity ABSENT"),
     prompt_perplexity: ("ABSENT", "--hf ABSENT"),
+    difficulty: ("--hf ABSENT", "--prompts ABSENT", "--completions ABSENT"),
 }
 SETTINGS = {
     # a later check has something to report as well: a layout that does not fit the model

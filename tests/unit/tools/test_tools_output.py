@@ -78,12 +78,17 @@ def test_a_file_of_the_users_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("name", "suffix"), [("bench.head", ".md"), ("data.prompt_perplexity", ".json")]
+    ("name", "suffix"),
+    [
+        ("bench.head", ".md"),
+        ("data.prompt_perplexity", ".json"),
+        ("inspect.difficulty", ".png"),
+    ],
 )
 def test_a_second_file_of_the_same_name_is_refused(capsys, monkeypatch, tmp_path, name, suffix):
     main = importlib.import_module(f"tools.{name}").main
     (tmp_path / f"result{suffix}").write_text("precious")
-    said = refused(capsys, monkeypatch, main, "--out", tmp_path / "result.png")
+    said = refused(capsys, monkeypatch, main, "--out", tmp_path / "result.out")
     assert f"result{suffix} exists" in said
 
 
