@@ -280,6 +280,14 @@ class RolloutConfig:
     temperature."""
     max_new_tokens: int
     """Maximum length of a completion; longer ones are truncated."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """Treatment of truncated completions: train on them like on any other; exclude them from the
+    update, but not from their group's mean and standard deviation (DAPO's overlong filtering); or
+    lower the reward of completions within `overlong_buffer` of the limit (DAPO's soft overlong
+    punishment, `docs/method.md`)."""
+    overlong_buffer: int | None = None
+    """Tokens before `max_new_tokens` over which the penalty grows from 0 to 1; empty: a fifth of
+    `max_new_tokens` (DAPO: 4,096 of 20,480)."""
     batch_size: int = 256
     """Completions per rank that are generated concurrently (embedded engine)."""
     router_replay: bool = False
@@ -292,6 +300,22 @@ class RolloutConfig:
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         _at_least("rollout.batch_size", self.batch_size, 1)
         _positive("rollout.temperature", self.temperature)
+        _at_least("rollout.overlong_buffer", self.overlong_buffer, 1)
+        if self.overlong_buffer is not None and self.overlong != "penalty":
+            raise ValueError(
+                f"rollout.overlong_buffer={self.overlong_buffer} is used by rollout.overlong="
+                f"penalty only, not by {self.overlong}; remove it or set rollout.overlong=penalty"
+            )
+        if self.penalty_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"rollout.overlong_buffer={self.overlong_buffer} must be at most "
+                f"rollout.max_new_tokens={self.max_new_tokens}"
+            )
+
+    @property
+    def penalty_buffer(self) -> int:
+        """Tokens over which the penalty of `overlong=penalty` grows."""
+        return self.overlong_buffer or max(1, self.max_new_tokens // 5)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

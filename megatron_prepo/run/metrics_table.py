@@ -53,6 +53,11 @@ STEP: dict[str, Group] = {
         "reward/failed_ratio": Metric(
             "share", "answers that broke a limit or made the reward function raise"
         ),
+        "reward/overlong_penalty": Metric(
+            "reward",
+            "mean of what `rollout.overlong=penalty` adds to the rewards trained on; "
+            "`reward/mean` is without it",
+        ),
     },
     "Selection": {
         "selection/groups_paid": Metric(
@@ -111,6 +116,13 @@ STEP: dict[str, Group] = {
         "rollout/length": Metric("tokens", "mean length of the completions trained on"),
         "rollout/finished_ratio": Metric(
             "share", "completions that ended with a stop token, not by `rollout.max_new_tokens`"
+        ),
+        "rollout/masked": Metric(
+            "rollouts",
+            "excluded from the updates since they were cut off (`rollout.overlong=mask`)",
+        ),
+        "rollout/penalised": Metric(
+            "rollouts", "whose reward was lowered (`rollout.overlong=penalty`)"
         ),
         "rollout/staleness": Metric(
             "updates", "most optimizer updates between generating and training (`train.overlap`)"

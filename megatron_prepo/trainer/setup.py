@@ -34,6 +34,7 @@ from megatron_prepo.selection import load as load_selector
 from megatron_prepo.selection.base import Selector
 from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
+from megatron_prepo.trainer.overlong import Overlong
 from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints, is_affordable, newest_checkpoint
 from megatron_prepo.trainer.throughput import Throughput
@@ -57,6 +58,7 @@ class Trainer:
     batches: CandidateBatches
     selector: Selector
     throughput: Throughput
+    overlong: Overlong
     resumes_from: Path | None
     """The run's own checkpoint; None if it starts from the beginning."""
     checkpoints: Checkpoints = field(init=False)
@@ -167,8 +169,11 @@ class Trainer:
     def speed(self, batch: TrainingBatch) -> dict[str, float]:
         """Return rates of the actor's passes in the step that is about to be recorded."""
         sequences = [scored_sequence(rollout) for rollout in batch.groups.rollouts]
-        advantages = batch.advantages_KG.flatten().tolist()
-        learnt = [self.updates.learns_from(advantage) for advantage in advantages]
+        advantages, masked = batch.advantages_KG.flatten().tolist(), batch.groups.masked
+        learnt = [
+            self.updates.learns_from(advantage) and not excluded
+            for advantage, excluded in zip(advantages, masked, strict=True)
+        ]
         return self.throughput.of_step(self.run.seconds, sequences, learnt)
 
     def finish(self) -> dict[str, Any]:
@@ -242,6 +247,7 @@ def set_up(config: Config) -> Trainer:
             by_actor=config.selection.ppl_from == "actor",
             scorings=2 if config.loss.kl_coef else 1,  # the initial policy's scores, too
         ),
+        overlong=Overlong.of(config.rollout),
         resumes_from=resumes_from,
     )
 
