@@ -27,6 +27,7 @@ STRICT = ConfigDict(
     allow_inf_nan=False,
 )
 MAX_DEADLINE = 10_000_000
+MAX_STOP_TEXTS = 32
 
 SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle")
 """Values of `selection.method` besides `FILE.py:CLASS`."""
@@ -290,6 +291,12 @@ class RolloutConfig:
     `max_new_tokens` (DAPO: 4,096 of 20,480)."""
     batch_size: int = 256
     """Completions per rank that are generated concurrently (embedded engine)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, such as `["\\n\\n", "Question:"]`, to the end of the token that
+    completes one. The text and its tokens stay in the completion, and rewards see it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion besides the model's own (generation_config.json, else
+    config.json): the text of a token as in the tokenizer's files, or its number."""
     router_replay: bool = False
     """Mixtures of experts: the actor's passes over rollouts route each token to the experts that
     the engine's forward pass chose, so that both compute the same function
@@ -300,6 +307,11 @@ class RolloutConfig:
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         _at_least("rollout.batch_size", self.batch_size, 1)
         _positive("rollout.temperature", self.temperature)
+        if "" in self.stop or len(self.stop) > MAX_STOP_TEXTS:
+            raise ValueError(
+                f"rollout.stop={list(self.stop)} must be at most {MAX_STOP_TEXTS} texts (SGLang's "
+                "limit), none of them empty"
+            )
         _at_least("rollout.overlong_buffer", self.overlong_buffer, 1)
         if self.overlong_buffer is not None and self.overlong != "penalty":
             raise ValueError(

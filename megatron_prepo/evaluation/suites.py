@@ -46,6 +46,7 @@ from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout import build
 from megatron_prepo.rollout.engine import Engine, Request
+from megatron_prepo.rollout.stopping import unused_end_token
 
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "run": {"dir": "-"},
@@ -58,7 +59,7 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
 FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
     ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
-    ("rollout", ("engine", "max_new_tokens")),
+    ("rollout", ("engine", "max_new_tokens", "stop", "stop_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
     ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
     ("train", ("seed",)),
@@ -245,6 +246,10 @@ def evaluate_model(
     )
     preflight.check_opens(model.hf)
     tokenizer = preflight.read_tokenizer(config.model.hf)
+    hf = read_hf_config(config.model.hf, for_megatron=False)
+    stops = preflight.check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
+    if warning := unused_end_token(stops, tokenizer):
+        print(f"{model.name}: {'; '.join(warning)}", file=sys.stderr)
     by_suite: dict[str, Completions] = {}
     for name, file in suites:
         prompts = suite_prompts(config, tokenizer, file)

@@ -27,6 +27,7 @@ from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import pool
 from megatron_prepo.rollout.engine import Engine
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.selection import user_class
 
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
@@ -37,6 +38,8 @@ class Inputs:
     """The inputs of a run, except weights."""
 
     tokenizer: Any
+    stop_tokens: frozenset[int]
+    """Tokens that end a completion."""
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     digests: PromptDigests
@@ -64,7 +67,7 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
         pool.check(config.reward)
     check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
-    check_stop_tokens(config.model.hf, hf, tokenizer)
+    stops = check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
     train_prompts = load_prompts(config.data, config.run, tokenizer, "train")
     eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval")
     digests = PromptDigests.of(
@@ -83,7 +86,7 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
             f"is {hf['vocab_size']}"
         )
     build.check(config)
-    return Inputs(tokenizer, train_prompts, eval_prompts, digests)
+    return Inputs(tokenizer, stops, train_prompts, eval_prompts, digests)
 
 
 INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval")
@@ -139,18 +142,25 @@ def check_room(max_new_tokens: int, hf: dict[str, Any], prompts: list[Prompt]) -
         )
 
 
-def check_stop_tokens(directory: str, hf: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+def check_stop_tokens(
+    directory: str, hf: dict[str, Any], tokenizer: Any, rollout: RolloutConfig
+) -> frozenset[int]:
     """Return the tokens that end a completion; UserError if none is in the model's vocabulary.
 
-    `hf`: the settings of the model in the directory.
+    `hf`: the settings of the model in the directory.  Also raises UserError if SGLang would end
+    completions elsewhere: for stop strings it reads the tokenizer, and obeys its end token, too.
     """
-    from megatron_prepo.rollout.transformers_engine import stop_tokens
-
-    tokens = stop_tokens(directory, tokenizer)
+    tokens = Stops.of(rollout, directory, tokenizer).tokens
     if min(tokens) >= hf["vocab_size"]:
         raise UserError(
             f"completions would never end: the end-of-sequence token {min(tokens)} of "
             f"{directory} is not one of its vocab_size={hf['vocab_size']}"
+        )
+    if rollout.engine == "sglang" and rollout.stop and tokenizer.eos_token_id not in tokens:
+        raise UserError(
+            f"rollout.stop with rollout.engine=sglang: SGLang would end completions with the "
+            f"tokenizer's end token {tokenizer.eos_token_id} as well, which is none of the model's "
+            f"stop tokens {sorted(tokens)}; add it: rollout.stop_tokens=[{tokenizer.eos_token_id}]"
         )
     return tokens
 

@@ -481,6 +481,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
 
 def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] | None) -> Any:
     from megatron_prepo.inputs import preflight
+    from megatron_prepo.rollout.stopping import unused_end_token
 
     tokenizer = findings.look(
         "tokenizer",
@@ -489,11 +490,13 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
         WHOLE_MODEL,
     )
     if tokenizer and hf:
-        findings.look(
+        stops = findings.look(
             "stop tokens",
-            lambda: preflight.check_stop_tokens(config.model.hf, hf, tokenizer),
+            lambda: preflight.check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout),
             lambda tokens: ", ".join(map(str, sorted(tokens))),
         )
+        if stops and (unused := unused_end_token(stops, tokenizer)):
+            findings.append(Finding("end token", "note", *unused))
     if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
         findings.append(
             Finding(

@@ -7,7 +7,6 @@ float rounding in a batch of another shape.
 """
 
 import hashlib
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,13 +25,13 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from megatron_prepo import internals
-from megatron_prepo.errors import UserError
 from megatron_prepo.models.fp32_matmul import product
-from megatron_prepo.models.hf_config import read_hf_config, read_json
+from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import Bucket, Request, Shapes, Tokenizer
 from megatron_prepo.rollout.routing_recorder import ChosenExperts
+from megatron_prepo.rollout.stopping import Stops
 
 Decoded = tuple[list[int], list[float], bytes | None]
 """Tokens, their log-probabilities, and the routing of prompt and tokens if requested."""
@@ -48,6 +47,7 @@ class EmbeddedEngine:
         hf_directory: str | Path,
         tokenizer: Tokenizer,
         *,
+        stops: Stops,
         dtype: torch.dtype,
         fp32_lm_head: bool = True,
         device: torch.device,
@@ -70,9 +70,9 @@ class EmbeddedEngine:
             head = self.model.get_output_embeddings()
             assert head.bias is None, "no supported family has a bias on its output layer"
             internals.replace(head, "forward", MethodType(_fp32_logits, head))
-        self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
+        self.tokenizer, self.stops = tokenizer, stops
+        self.device, self.batch_size = device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
-        self.stop_tokens = stop_tokens(hf_directory, tokenizer)
         self.weight_version: int | None = None
         """Number of optimizer updates in the weights; None before the first sync."""
         self.verified = False
@@ -177,7 +177,7 @@ class EmbeddedEngine:
             tokens=tuple(tokens),
             engine_logprobs=tuple(logprobs),
             text=self.tokenizer.decode(tokens, skip_special_tokens=True),
-            finished=tokens[-1] in self.stop_tokens,
+            finished=self.stops.end(tokens),
             weight_version=self.weight_version,
             routing=routing,
         )
@@ -199,7 +199,7 @@ class EmbeddedEngine:
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
         logprobs_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
-        stop = torch.tensor(sorted(self.stop_tokens), device=self.device)
+        lengths_B = torch.full((len(prompts),), max_new_tokens, device=self.device)
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         running_R = torch.arange(len(prompts), device=self.device)
         decoder = Decoder(self.model, prompts, self.device, experts)
@@ -207,7 +207,9 @@ class EmbeddedEngine:
         for t in range(max_new_tokens):
             token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
-            ended_B[running_R] |= torch.isin(token_R, stop)
+            ended_R = self._ended(tokens_BT[running_R, : t + 1])
+            lengths_B[running_R[ended_R & ~ended_B[running_R]]] = t + 1
+            ended_B[running_R] |= ended_R
             going = (~ended_B[running_R]).nonzero().squeeze(1)
             if len(going) == 0 or t + 1 == max_new_tokens:
                 break
@@ -218,11 +220,12 @@ class EmbeddedEngine:
             if decoder.experts_RSLk is not None:
                 chosen_BSLk.append(torch.zeros_like(chosen_BSLk[0][:, :1]))
                 chosen_BSLk[-1][running_R] = decoder.experts_RSLk
-        completions = []
-        for tokens, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-            ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
-            length = next(ends, len(tokens))
-            completions.append((tokens[:length], logprobs[:length]))
+        completions = [
+            (tokens[:length], logprobs[:length])
+            for tokens, logprobs, length in zip(
+                tokens_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True
+            )
+        ]
         routings: list[bytes | None] = [None] * len(prompts)
         if experts:
             form, width = RoutingFormat.of(self.hf), max(map(len, prompts))  # padded on the left
@@ -233,6 +236,15 @@ class EmbeddedEngine:
                 )
             ]
         return [(*both, routing) for both, routing in zip(completions, routings, strict=True)]
+
+    def _ended(self, tokens_RT: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the rows that end with their last token."""
+        stop = torch.tensor(sorted(self.stops.tokens), device=self.device)
+        ended_R = torch.isin(tokens_RT[:, -1], stop)
+        if self.stops.texts:
+            last = tokens_RT[:, -self.stops.window :].tolist()
+            ended_R |= torch.tensor([self.stops.end(tokens) for tokens in last]).to(self.device)
+        return ended_R
 
 
 SHRINK_AT = 0.9
@@ -363,29 +375,6 @@ def _fp32_logits(
     """Replace `torch.nn.Linear.forward`, whose result would have the type of the weight."""
     logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
     return logits.view(*hidden_BSH.shape[:2], -1)
-
-
-def stop_tokens(hf_directory: str | Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokens that end a completion.
-
-    They are read from generation_config.json, else config.json, else the tokenizer.  Raises
-    UserError for a file that cannot be read or whose `eos_token_id` names no token.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = Path(hf_directory) / name
-        if not path.is_file():
-            continue
-        ids = read_json(path).get("eos_token_id")
-        if ids is not None:
-            listed = ids if isinstance(ids, list) else [ids]
-            if not listed or any(type(t) is not int or not 0 <= t < 1 << 31 for t in listed):
-                raise UserError(
-                    f"{path}: eos_token_id={reprlib.repr(ids)} names no token, and completions "
-                    "would never end; name one or several, or remove it for the tokenizer's"
-                )
-            return frozenset(listed)
-    assert tokenizer.eos_token_id is not None, "preflight checks that there is a stop token"
-    return frozenset([tokenizer.eos_token_id])
 
 
 def _uniform(seed: str, count: int) -> torch.Tensor:

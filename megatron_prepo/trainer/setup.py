@@ -25,6 +25,7 @@ from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout.build import Ranks, build_engine
 from megatron_prepo.rollout.engine import Engine, EngineError, Request
+from megatron_prepo.rollout.stopping import unused_end_token
 from megatron_prepo.rollout.weight_sync import sync_weights
 from megatron_prepo.run import dashboards, opening
 from megatron_prepo.run import directory as run_directory
@@ -204,6 +205,8 @@ def set_up(config: Config) -> Trainer:
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
     run.log(opening.prompts(config.data, inputs.train_prompts, inputs.eval_prompts))
+    if warning := unused_end_token(inputs.stop_tokens, inputs.tokenizer):
+        run.log("; ".join(warning))
     run.log(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.log("the section sglang: is for servers that the run starts, and is ignored here")

@@ -21,8 +21,9 @@ from megatron_prepo.rollout.sglang.completion import CompletionJob, Sampling
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
+from megatron_prepo.rollout.stopping import Stops
 
-SAMPLING = Sampling(0.7, 12, frozenset({2}), "run.3", fake_sglang.VOCAB)
+SAMPLING = Sampling(0.7, 12, Stops(frozenset({2})), "run.3", fake_sglang.VOCAB)
 ROUTED = replace(SAMPLING, routing=RoutingFormat(3, 2, 8))
 PROBING = Probing("run.3", fake_sglang.VOCAB)
 GROUP = 4

@@ -1,6 +1,5 @@
 """The embedded engine against a loop that computes every token of every completion from scratch."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers_scores import judged
 
-from megatron_prepo.errors import UserError
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.rollout.engine import Request
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.rollout.transformers_engine import (
     SHRINK_AT,
     EmbeddedEngine,
     _uniform,
     draw,
-    stop_tokens,
 )
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
@@ -57,11 +55,11 @@ def engine_of(model, directory, **settings):
     engine = EmbeddedEngine(
         tiny_models.save(model, directory),
         SimpleNamespace(eos_token_id=0, decode=lambda tokens, **_: ""),
+        stops=Stops(STOP),
         dtype=torch.float32,
         device=torch.device("cpu"),
         **{"batch_size": 256} | settings,
     )
-    engine.stop_tokens = STOP
     files = load_file(directory / "model.safetensors")
     engine.load_weights([list(files.items())], 1)
     for (name, theirs), (_, ours) in zip(
@@ -241,6 +239,7 @@ def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_pat
     engine = EmbeddedEngine(
         tmp_path,
         SimpleNamespace(eos_token_id=0),
+        stops=Stops(STOP),
         dtype=torch.bfloat16,
         fp32_lm_head=False,
         device=torch.device("cpu"),
@@ -250,45 +249,3 @@ def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_pat
     tokens_1S = torch.arange(200)[None]
     with torch.no_grad():
         assert torch.equal(engine.model(tokens_1S).logits, theirs(tokens_1S).logits)
-
-
-# Where a completion ends
-
-TOKENIZER = SimpleNamespace(eos_token_id=7)
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ({"eos_token_id": [4, 5]}, {"eos_token_id": 3}, {4, 5}),
-        ({"eos_token_id": 4}, {}, {4}),
-        ({"temperature": 0.6}, {"eos_token_id": [3, 6]}, {3, 6}),
-        (None, {"eos_token_id": [3, 6]}, {3, 6}),
-        (None, {"eos_token_id": 3}, {3}),
-        ({"eos_token_id": None}, {"eos_token_id": None}, {7}),
-        (None, {}, {7}),
-    ],
-)
-def test_stop_tokens_are_the_generations_else_the_models_else_the_tokenizers(
-    tmp_path, generation, config, expected
-):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert stop_tokens(tmp_path, TOKENIZER) == expected
-
-
-@pytest.mark.parametrize("ids", [[], [[]], ["2"], "2", -1, [2, -1], 1.5, True, {}, {"a": 1}])
-@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_what_would_never_stop_a_completion_is_refused(tmp_path, file, ids):
-    (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(UserError, match=f"{file}: eos_token_id=.* names no token"):
-        stop_tokens(tmp_path, TOKENIZER)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100_000])
-def test_a_generation_config_that_is_no_json_object_is_named(tmp_path, content):
-    (tmp_path / "generation_config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"generation_config.json is not") as caught:
-        stop_tokens(tmp_path, TOKENIZER)
-    assert len(str(caught.value).splitlines()) == 1
