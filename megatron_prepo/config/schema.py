@@ -162,8 +162,10 @@ class DataConfig:
     """Current date for chat templates that use it (Llama 3.2's), such as `2026-01-31`; empty: the
     day on which the run was first started, also after it resumes."""
     max_prompt_tokens: int = 1024
-    """Maximum prompt length; a longer prompt is an error that names it (prompts are never
-    truncated)."""
+    """Maximum prompt length (prompts are never truncated)."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """Longer prompts are an error that names the first, or are skipped in both files: the run logs
+    their number, and `prompts.json` holds it."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)

@@ -58,7 +58,7 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
 """Settings that a configuration requires and an evaluation does not read."""
 FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
-    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
+    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens", "overlong_prompts")),
     ("rollout", ("engine", "max_new_tokens", "stop", "stop_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
     ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
@@ -274,13 +274,18 @@ def evaluate_model(
 
 def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
     """Read a suite's prompts; UserError if their completions exceed the model's positions."""
+    dropped: list[str] = []
     prompts = read_prompts(
         file,
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
         date=prompt_digests.template_date(config.data, config.run),
+        dropped=dropped if config.data.overlong_prompts == "drop" else None,
     )[: config.eval.max_prompts]
+    if dropped:
+        limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
+        print(f"{file}: dropped {len(dropped):,} prompts longer than {limit}", file=sys.stderr)
     hf = read_hf_config(config.model.hf, for_megatron=False)
     preflight.check_room(config.rollout.max_new_tokens, hf, prompts)
     return prompts

@@ -45,6 +45,11 @@ class Inputs:
     digests: PromptDigests
     """Digests of all prompts of both files."""
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of prompts that are too long and were skipped, by setting, if any were."""
+        return self.digests.dropped
+
 
 def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     """Read and check all inputs; UserError names the invalid one.
@@ -68,12 +73,14 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
     stops = check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
-    train_prompts = load_prompts(config.data, config.run, tokenizer, "train")
-    eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval")
+    dropped: dict[str, list[str]] = {"data.train": [], "data.eval": []}
+    train_prompts = load_prompts(config.data, config.run, tokenizer, "train", dropped["data.train"])
+    eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval", dropped["data.eval"])
     digests = PromptDigests.of(
         config.data,
         prompt_digests.template_date(config.data, config.run),
         {"train": train_prompts, "eval": eval_prompts},
+        {name: len(ids) for name, ids in dropped.items() if ids},
     )
     prompt_digests.check_unchanged(config.run, digests)
     eval_prompts = eval_prompts[: config.eval.max_prompts]
@@ -184,15 +191,23 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig, engine: Engine) -> 
 
 
 def load_prompts(
-    data: DataConfig, run: RunConfig, tokenizer: Any, name: Literal["train", "eval"]
+    data: DataConfig,
+    run: RunConfig,
+    tokenizer: Any,
+    name: Literal["train", "eval"],
+    dropped: list[str],
 ) -> list[Prompt]:
-    """Return all prompts of `data.train` or `data.eval`, tokenized."""
+    """Return all prompts of `data.train` or `data.eval`, tokenized.
+
+    `dropped` gets the ids of those that are skipped (`data.overlong_prompts`).
+    """
     return read_prompts(
         getattr(data, name),
         tokenizer,
         max_tokens=data.max_prompt_tokens,
         chat_template=data.chat_template,
         date=prompt_digests.template_date(data, run),
+        dropped=dropped if data.overlong_prompts == "drop" else None,
     )
 
 

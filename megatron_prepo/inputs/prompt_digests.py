@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,16 @@ class PromptDigests:
     """The file, by setting."""
     ids: dict[str, list[str]]
     """The prompts' ids, by setting."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Number of skipped prompts, by setting, if any were (`data.overlong_prompts`)."""
 
     @classmethod
     def of(
-        cls, data: DataConfig, day: Day | None, prompts: dict[str, Sequence[Prompt]]
+        cls,
+        data: DataConfig,
+        day: Day | None,
+        prompts: dict[str, Sequence[Prompt]],
+        dropped: dict[str, int],
     ) -> "PromptDigests":
         """Compute the digests of all prompts of `train` and `eval`."""
         tree = vars(data)
@@ -52,6 +58,7 @@ class PromptDigests:
             {f"data.{name}": "".join(map(_digest, of_file)) for name, of_file in prompts.items()},
             {f"data.{name}": tree[name] for name in prompts},
             {f"data.{name}": [p.id for p in of_file] for name, of_file in prompts.items()},
+            dropped,
         )
 
     @property
@@ -119,7 +126,10 @@ def check_ranks(now: PromptDigests, gather: Callable[[Any], list[Any]]) -> None:
 def save(directory: Path, now: PromptDigests) -> None:
     """Save the digests of a first start; called by one process."""
     if not (directory / FILE).exists():
-        write_text(directory / FILE, json.dumps({"date": now.date, "files": now.files}) + "\n")
+        record: dict[str, Any] = {"date": now.date, "files": now.files}
+        if now.dropped:
+            record["dropped"] = now.dropped
+        write_text(directory / FILE, json.dumps(record) + "\n")
 
 
 def read(directory: Path) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.launch import versions
 from megatron_prepo.process import ports
 from megatron_prepo.process import slurm as nodes
+from megatron_prepo.records import Prompt
 from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.placement import Placement
 from megatron_prepo.run import dashboards
@@ -521,11 +522,17 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
             remedy = f"data.{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
             findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
         elif tokenizer:
+            dropped: list[str] = []
             findings.look(
                 f"data.{name}",
-                partial(preflight.load_prompts, config.data, config.run, tokenizer, name),
-                lambda prompts: f"{len(prompts):,} prompts",
+                partial(preflight.load_prompts, config.data, config.run, tokenizer, name, dropped),
+                partial(_describe_prompts, dropped),
             )
+
+
+def _describe_prompts(dropped: list[str], prompts: list[Prompt]) -> str:
+    too_long = f", {len(dropped):,} too long and dropped" if dropped else ""
+    return f"{len(prompts):,} prompts{too_long}"
 
 
 def _examine_servers(findings: _Findings, config: Config) -> None:

@@ -1,6 +1,6 @@
 """What a run tells its user: at its start what it is about to do, at its end what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_prepo.config import CheckpointConfig, Config, DataConfig, ParallelConfig
@@ -74,10 +74,22 @@ def engine(config: Config, num_ranks: int | None, num_servers: int | None = None
     )
 
 
-def prompts(data: DataConfig, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
-    """Describe the prompts that were read."""
-    return (
+def prompts(
+    data: DataConfig,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    dropped: Mapping[str, int],
+) -> str:
+    """Describe the prompts that were read; `dropped`: numbers of skipped ones by setting."""
+    read = (
         f"{'prompts':<12} {len(train):,} of {data.train}; held out {len(held_out):,} of {data.eval}"
+    )
+    if not dropped:
+        return read
+    numbers = ", ".join(f"{number:,} of {name}" for name, number in dropped.items())
+    return (
+        f"{read}\n{'dropped':<12} {numbers}: longer than data.max_prompt_tokens="
+        f"{data.max_prompt_tokens}"
     )
 
 

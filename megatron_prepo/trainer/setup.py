@@ -204,7 +204,7 @@ def set_up(config: Config) -> Trainer:
     run = Run(config, rank=dist.get_rank(), share=parallel.from_rank_zero)
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
-    run.log(opening.prompts(config.data, inputs.train_prompts, inputs.eval_prompts))
+    run.log(opening.prompts(config.data, inputs.train_prompts, inputs.eval_prompts, inputs.dropped))
     if warning := unused_end_token(inputs.stop_tokens, inputs.tokenizer):
         run.log("; ".join(warning))
     run.log(describe(config))
