@@ -622,14 +622,53 @@ class EvalConfig:
     max_prompts: int | None = None
     """Number of held-out prompts to use, from the start of the file; empty: all."""
     temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
+    """Sampling temperature of the evaluation; 0: greedy, the most probable token at each place (one
+    sample per prompt, since all would be equal)."""
+    top_p: float = 1.0
+    """Sample among the most probable tokens only that together have this probability; 1: all. Both
+    limits apply to the full distribution at `eval.temperature`, as in SGLang."""
+    top_k: int | None = None
+    """Sample among this many most probable tokens only; empty: all."""
+    pass_at: tuple[int, ...] = ()
+    """Values of k, such as `[2, 4]`, for which evaluations report the unbiased pass@k as well, up
+    to their number of samples (`docs/evaluation.md`)."""
 
     def __post_init__(self) -> None:
         _at_least("eval.every", self.every, 0)
         _at_least("eval.samples_per_prompt", self.samples_per_prompt, 1)
         _at_least("eval.samples_during", self.samples_during, 1)
         _at_least("eval.max_prompts", self.max_prompts, 1)
-        _positive("eval.temperature", self.temperature)
+        _at_least("eval.temperature", self.temperature, 0)
+        _at_least("eval.top_k", self.top_k, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"eval.top_p={self.top_p} must be above 0 and at most 1")
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples_per_prompt:
+                raise ValueError(
+                    f"eval.pass_at={list(self.pass_at)}: pass@{k} needs k from 1 to "
+                    f"eval.samples_per_prompt={self.samples_per_prompt}; change one of the two"
+                )
+        if self.temperature == 0:
+            self._check_greedy()
+
+    def _check_greedy(self) -> None:
+        """Raise ValueError for settings of random numbers where there are none."""
+        for name in ("samples_per_prompt", "samples_during"):
+            if (samples := getattr(self, name)) > 1:
+                raise ValueError(
+                    f"eval.temperature=0 decodes greedily, so the eval.{name}={samples} samples of "
+                    f"a prompt would be equal; set eval.{name}=1, or a temperature above 0"
+                )
+        if self.top_p != 1 or self.top_k is not None:
+            raise ValueError(
+                f"eval.temperature=0 decodes greedily, so eval.top_p={self.top_p} and eval.top_k="
+                f"{self.top_k} would change nothing; remove them, or set a temperature above 0"
+            )
+
+    @property
+    def sampling(self) -> dict[str, float | None]:
+        """The settings of the distribution from which an evaluation samples."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

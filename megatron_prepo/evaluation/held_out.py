@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from megatron_prepo.evaluation.pass_at_k import ci95, difference_ci95
+from megatron_prepo.evaluation.pass_at_k import (
+    ci95,
+    difference_ci95,
+    mean_with_ci95,
+    pass_at_k,
+)
 from megatron_prepo.records import Rollout
 from megatron_prepo.rollout.engine import Engine, Request
 
@@ -31,6 +37,13 @@ class Evaluation:
     def ci95(self) -> tuple[float, float]:
         """95 % interval of the pass rate over prompts of this kind."""
         return ci95(self.passes_P.tolist(), self.samples_per_prompt)
+
+    def pass_at(self, k: int) -> dict[str, Any]:
+        """Return `mean` and `ci95` of the unbiased pass@k, for k up to the number of samples."""
+        samples = self.samples_per_prompt
+        passed_P = (self.passes_P * samples).round().int().tolist()
+        # n samples are n / k independent draws of k
+        return mean_with_ci95([[pass_at_k(samples, n, k) for n in passed_P]], samples // k)
 
     def gain_ci95(self, before: "Evaluation") -> tuple[float, float]:
         """95 % interval of the gain over an evaluation of the same prompts."""

@@ -61,7 +61,7 @@ FIXED_SETTINGS = (
     ("data", ("chat_template", "chat_template_date", "max_prompt_tokens", "overlong_prompts")),
     ("rollout", ("engine", "max_new_tokens", "stop", "stop_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
-    ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
+    ("eval", ("samples_per_prompt", "temperature", "top_p", "top_k", "max_prompts")),
     ("train", ("seed",)),
 )
 """Settings that must not change when an evaluation is resumed."""
@@ -338,6 +338,8 @@ def complete(
                 prompts=prompts,
                 samples_per_prompt=samples,
                 temperature=config.eval.temperature,
+                top_p=config.eval.top_p,
+                top_k=config.eval.top_k,
                 max_new_tokens=config.rollout.max_new_tokens,
                 seed=f"{config.train.seed}/evaluation",
                 on_progress=show,

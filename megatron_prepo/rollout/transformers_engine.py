@@ -143,8 +143,7 @@ class EmbeddedEngine:
             completions: list[Decoded] = self._complete(
                 [prompt.tokens for prompt, _ in batch],
                 [f"{request.seed}/{prompt.id}/{sample}" for prompt, sample in batch],
-                request.temperature,
-                request.max_new_tokens,
+                request,
                 experts,
             )
         return completions
@@ -187,8 +186,7 @@ class EmbeddedEngine:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[str],
-        temperature: float,
-        max_new_tokens: int,
+        request: Request,
         experts: ChosenExperts | None,
     ) -> list[Decoded]:
         """Return tokens, their log-probabilities and, with `experts`, the routing of each text.
@@ -196,6 +194,7 @@ class EmbeddedEngine:
         One completion per prompt and seed.  Letters: B completions, of which R are in the running
         batch; T new tokens; V vocabulary; S tokens, L layers and k experts per token.
         """
+        max_new_tokens = request.max_new_tokens
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
         logprobs_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
@@ -205,7 +204,13 @@ class EmbeddedEngine:
         decoder = Decoder(self.model, prompts, self.device, experts)
         chosen_BSLk = [decoder.experts_RSLk] if decoder.experts_RSLk is not None else []
         for t in range(max_new_tokens):
-            token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
+            token_R, logprob_R = draw(
+                decoder.logits_RV,
+                uniform_BT[running_R, t],
+                request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+            )
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
             ended_R = self._ended(tokens_BT[running_R, : t + 1])
             lengths_B[running_R[ended_R & ~ended_B[running_R]]] = t + 1
@@ -328,19 +333,44 @@ def _parameters_by_file_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def draw(
-    logits_RV: torch.Tensor, uniform_R: torch.Tensor, temperature: float
+    logits_RV: torch.Tensor,
+    uniform_R: torch.Tensor,
+    temperature: float,
+    *,
+    top_p: float = 1.0,
+    top_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row; returns tokens and their log-probabilities.
+    """Draw one token per row; returns tokens and their log-probabilities in the full distribution.
 
-    A token is the inverse of the cumulative distribution at the row's uniform number.
+    A token is the inverse of the cumulative distribution at the row's uniform number.  At
+    temperature 0 it is the most probable one, with its log-probability at temperature 1.
     """
-    logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
-    cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
+    logprobs_RV = torch.log_softmax(logits_RV.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        logprob_R, token_R = logprobs_RV.max(dim=-1)
+        return token_R, logprob_R
+    chosen_RV = most_probable(logprobs_RV, top_p, top_k) if top_p < 1 or top_k else logprobs_RV
+    cumulative_RV = chosen_RV.double().exp().cumsum(dim=-1)
     target_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
     # right=True: a token of probability 0 is never drawn, even for a uniform number of 0
     token_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
     token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)
     return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
+
+
+def most_probable(logprobs_RV: torch.Tensor, top_p: float, top_k: int | None) -> torch.Tensor:
+    """Return the log-probabilities with -inf for all but the most probable tokens of each row.
+
+    A token stays if fewer than `top_k` tokens, which together have at most `top_p`, are more
+    probable; the most probable one always does.  Of equal ones the first counts as more probable.
+    """
+    sorted_RV, order_RV = logprobs_RV.double().exp().sort(dim=-1, descending=True, stable=True)
+    outside_RV = torch.zeros_like(sorted_RV, dtype=torch.bool)
+    if top_p < 1:
+        outside_RV |= sorted_RV.cumsum(dim=-1) - sorted_RV > top_p
+    if top_k is not None:
+        outside_RV[:, top_k:] = True
+    return logprobs_RV.masked_fill(outside_RV.scatter(1, order_RV, outside_RV), -torch.inf)
 
 
 def _grouped(

@@ -221,15 +221,27 @@ EVALUATION: Group = {
     "pass_rate_ci95": Metric("share", "its 95 % interval, a list of two"),
     "samples_per_prompt": Metric("samples", "k"),
     "prompts": Metric("prompts", "held-out prompts evaluated"),
-    "temperature": Metric("temperature", "at which they were sampled"),
+    "temperature": Metric("temperature", "at which they were sampled; 0: greedily"),
 }
 """Values of an evaluation, in `evaluations.jsonl`."""
+
+IF_SET: Group = {
+    "top_p": Metric("probability", "`eval.top_p`, if it is below 1"),
+    "top_k": Metric("tokens", "`eval.top_k`, if it is set"),
+    "pass_at": Metric(
+        "share",
+        "unbiased pass@k by k, each with `mean` and `ci95` (`eval.pass_at`, up to the number of "
+        "samples)",
+    ),
+}
+"""Further values of an evaluation, which depend on settings."""
 
 ON_DASHBOARDS: Group = {
     "eval/pass_rate": EVALUATION["pass_rate"],
     "eval/{ci95_low,ci95_high}": Metric("share", "bounds of its 95 % interval"),
     "eval/samples_per_prompt": EVALUATION["samples_per_prompt"],
     "eval/rollouts": EVALUATION["rollouts"],
+    "eval/pass_at_K": Metric("share", "pass@k for each k of `eval.pass_at`"),
 }
 """What dashboards show of an evaluation."""
 
@@ -284,6 +296,18 @@ def check_step(keys: Collection[str], *, custom_selector: bool) -> None:
     assert not missing, f"metrics that megatron_prepo/run/metrics_table.py does not list: {missing}"
 
 
+def check_evaluation(keys: Collection[str]) -> None:
+    """Raise AssertionError unless an evaluation has all values of the table, and no other."""
+    known, found = EVALUATION.keys(), set(keys)
+    assert known <= found <= known | IF_SET.keys(), f"docs/metrics.md does not list {sorted(found)}"
+
+
+def check_on_dashboards(keys: Collection[str]) -> None:
+    """Raise AssertionError for what dashboards would show without a line in the table."""
+    unlisted = {re.sub(r"pass_at_\d+$", "pass_at_K", key) for key in keys} - KEYS_ON_DASHBOARDS
+    assert not unlisted, f"docs/metrics.md does not list {sorted(unlisted)}"
+
+
 def renamed(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return metrics of any version under the present keys.
 
@@ -306,7 +330,7 @@ def markdown() -> str:
     lines = [INTRODUCTION]
     for title, group in STEP.items():
         lines += [f"\n## {title}\n", *_table(group)]
-    lines += ["\n## Evaluations\n", IN_EVALUATIONS, "", *_table(EVALUATION)]
+    lines += ["\n## Evaluations\n", IN_EVALUATIONS, "", *_table(EVALUATION | IF_SET)]
     lines += ["\nDashboards show:\n", *_table(ON_DASHBOARDS)]
     lines += ["\n## Keys of earlier versions\n", OF_EARLIER_VERSIONS, ""]
     lines += ["| earlier | now |", "|---|---|"]

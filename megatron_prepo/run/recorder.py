@@ -29,7 +29,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, EvalConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
 from megatron_prepo.files.atomic import naming, write_text
@@ -79,8 +79,8 @@ class Run:
         """Totals so far: rollouts generated, their tokens, and steps completed."""
         self.before: Evaluation | None = None
         """The evaluation before the first step."""
-        self.temperature_before = config.eval.temperature
-        """The temperature of that evaluation: `eval` may change when a run is resumed."""
+        self.sampling_before = config.eval.sampling
+        """How that evaluation was sampled: `eval` may change when a run is resumed."""
         self.identity = run_directory.identity(self.directory) if self.writes else None
         """The run's identity, from the directory's marker."""
         if self.writes:
@@ -195,7 +195,7 @@ class Run:
     def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
         """Write an evaluation after `step` steps to the file and the dashboards."""
         low, high = evaluation.ci95
-        row = {
+        row: dict[str, Any] = {
             "rollouts": self.rollouts,
             "tokens": self.tokens,
             "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
@@ -205,12 +205,18 @@ class Run:
             "prompts": len(evaluation.passes_P),
             "temperature": self.config.eval.temperature,
         }
-        assert {"step", *row} == metrics_table.EVALUATION.keys(), "docs/metrics.md lists all"
+        settings = self.config.eval
+        row |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
+        row |= {"top_k": settings.top_k} if settings.top_k else {}
+        pass_at = {k: evaluation.pass_at(k) for k in settings.pass_at if k <= samples}
+        row |= {"pass_at": {str(k): value for k, value in pass_at.items()}} if pass_at else {}
+        metrics_table.check_evaluation({"step", *row})
         self.evaluations.write(step, row)
         shown = {"pass_rate": evaluation.pass_rate, "ci95_low": low, "ci95_high": high}
         shown |= {"samples_per_prompt": samples, "rollouts": self.rollouts}
+        shown |= {f"pass_at_{k}": value["mean"] for k, value in pass_at.items()}
         on_dashboards = {f"eval/{name}": value for name, value in shown.items()}
-        assert on_dashboards.keys() == metrics_table.KEYS_ON_DASHBOARDS, "docs/metrics.md lists all"
+        metrics_table.check_on_dashboards(on_dashboards)
         for dashboard in self.dashboards:
             dashboard.write(step, on_dashboards)
 
@@ -225,7 +231,7 @@ class Run:
             "before": None
             if self.before is None
             else vars(self.before) | {"passes_P": self.before.passes_P.tolist()},
-            "temperature_before": self.temperature_before,
+            "sampling_before": self.sampling_before,
             "files": {name: os.fstat(file.fileno()).st_size for name, file in self._logs().items()}
             if self.writes
             else None,
@@ -242,7 +248,10 @@ class Run:
                 before = {"passes_P": before, "samples_per_prompt": samples}
             passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
             self.before = Evaluation(passes_P, before["samples_per_prompt"])
-            self.temperature_before = state.get("temperature_before", self.temperature_before)
+            if "temperature_before" in state:  # of an older version, which sampled from all tokens
+                earlier = EvalConfig(temperature=state["temperature_before"])
+                self.sampling_before = earlier.sampling
+            self.sampling_before = state.get("sampling_before", self.sampling_before)
         self.truncate_logs(state["files"])
 
     def truncate_logs(self, sizes: dict[str, int]) -> None:
@@ -278,15 +287,22 @@ class Run:
         """Return the gain, its interval, and the number of prompts that both evaluations share.
 
         `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's prompts
-        are among the longer one's.  Gain and interval are None if the temperatures differ, since
-        such pass rates are not comparable.
+        are among the longer one's.  Gain and interval are None if they were sampled differently,
+        since such pass rates are not comparable.
         """
         assert self.before is not None, "every run evaluates before its first step"
         both = min(len(self.before.passes_P), len(after.passes_P))
-        if self.temperature_before != self.config.eval.temperature:
+        if self.sampling_before != self.config.eval.sampling:
+            names = [
+                n for n, v in self.config.eval.sampling.items() if v != self.sampling_before[n]
+            ]
+            before, now = (
+                ", ".join(f"{name} {sampling[name]}" for name in names)
+                for sampling in (self.sampling_before, self.config.eval.sampling)
+            )
             self.log(
-                f"no gain is computed: the evaluation before the run was sampled at temperature "
-                f"{self.temperature_before}, and this one at {self.config.eval.temperature}"
+                f"no gain is computed: the evaluation before the run was sampled at {before}, and "
+                f"this one at {now}"
             )
             return None, None, both
         first, last = self.before.first(both), after.first(both)

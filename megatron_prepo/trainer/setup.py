@@ -131,6 +131,8 @@ class Trainer:
             request = Request(
                 prompts=self.inputs.eval_prompts,
                 temperature=config.eval.temperature,
+                top_p=config.eval.top_p,
+                top_k=config.eval.top_k,
                 max_new_tokens=config.rollout.max_new_tokens,
                 seed=f"{config.train.seed}/evaluation",
                 **options,

@@ -52,6 +52,8 @@ class Sampling:
     vocab_size: int
     routing: RoutingFormat | None = None
     """Format of the routing to request; None: request none."""
+    top_p: float = 1.0
+    top_k: int | None = None
     can_be_cut = True
     """Whether a partial completion is usable."""
 
@@ -69,8 +71,8 @@ class Sampling:
             **({"return_routed_experts": True} if self.routing else {}),
             "sampling_params": {
                 "temperature": self.temperature,
-                "top_p": 1.0,
-                "top_k": -1,
+                "top_p": self.top_p,
+                "top_k": -1 if self.top_k is None else self.top_k,
                 "min_p": 0.0,
                 "max_new_tokens": self.max_new_tokens,
                 "stop_token_ids": sorted(self.stops.tokens),

@@ -181,6 +181,8 @@ class SGLangEngine:
             weight_version=self._version_name(self.weight_version),
             vocab_size=self.hf["vocab_size"],
             routing=RoutingFormat.of(self.hf) if request.routing else None,
+            top_p=request.top_p,
+            top_k=request.top_k,
         )
 
         def on_completion(job: CompletionJob, completion: Completion) -> None:

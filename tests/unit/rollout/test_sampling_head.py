@@ -110,6 +110,7 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
         train_prompts=prompts,
         eval_prompts=[],
         digests=None,
+        dropped={},
     )
     monkeypatch.setattr(job.preflight, "check", lambda config, **_: inputs)
     monkeypatch.setattr(job.parallel, "initialize", lambda *_: None)

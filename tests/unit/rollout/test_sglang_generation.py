@@ -131,6 +131,14 @@ def test_completions_come_in_order_with_their_own_random_numbers(fakes):
         assert 0 <= params["sampling_seed"] < 2**63
 
 
+def test_an_evaluation_is_greedy_or_of_the_most_probable_tokens():
+    """SGLang takes temperature 0 as greedy."""
+    job = CompletionJob(0, Prompt("p", "", "", (5, 6), (0, 2)), "seed")
+    sampling = replace(SAMPLING, temperature=0.0, top_p=0.9, top_k=20)
+    params = sampling.request(job, "r")["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (0.0, 0.9, 20)
+
+
 def test_a_prompt_stays_at_a_server_and_servers_share_the_prompts(fakes):
     Run(fakes, num_prompts=12)
     prompts = [Counter(tuple(body["input_ids"]) for body in fake.requests) for fake in fakes]

@@ -19,6 +19,7 @@ from megatron_prepo.rollout.transformers_engine import (
     EmbeddedEngine,
     _uniform,
     draw,
+    most_probable,
 )
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
@@ -231,6 +232,42 @@ def test_draw_never_takes_a_token_of_probability_0():
     assert logprob_R[0].exp() == approx(float(probability), dtype=torch.float32)
 
 
+def test_the_most_probable_tokens_are_those_of_the_full_distribution():
+    """Two tokens are equally probable; of these the first counts as more probable."""
+    logprobs_RV = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1]]).log()
+
+    def kept(top_p=1.0, top_k=None):
+        chosen_RV = most_probable(logprobs_RV, top_p, top_k)
+        assert chosen_RV[chosen_RV > -torch.inf].equal(logprobs_RV[chosen_RV > -torch.inf])
+        return (chosen_RV[0] > -torch.inf).nonzero().flatten().tolist()
+
+    assert kept() == [0, 1, 2, 3, 4]
+    assert [kept(top_k=k) for k in (1, 2, 9)] == [[1], [1, 2], [0, 1, 2, 3, 4]]
+    assert [kept(top_p=p) for p in (0.01, 0.5, 0.7, 0.85)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3]]
+    # of the full distribution: among three tokens alone, two would have a probability of 0.75
+    assert kept(top_p=0.7, top_k=3) == [1, 2, 3]
+    assert kept(top_p=0.7, top_k=2) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"temperature": 0.0}, [1, 1, 1, 1]),
+        ({"temperature": 1.0, "top_k": 1}, [1, 1, 1, 1]),
+        # 0.4 and 0.2 become 2/3 and 1/3
+        ({"temperature": 1.0, "top_k": 2}, [1, 1, 2, 2]),
+        ({"temperature": 1.0}, [0, 1, 2, 4]),
+    ],
+)
+def test_tokens_are_drawn_from_what_is_left(settings, tokens):
+    logits_RV = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1]]).log().repeat(4, 1) + 3
+    uniform_R = torch.tensor([0.0, 0.45, 0.69, 0.95], dtype=torch.float64)
+    token_R, logprob_R = draw(logits_RV, uniform_R, **settings)
+    assert token_R.tolist() == tokens
+    expected_R = logits_RV.log_softmax(-1).gather(1, token_R[:, None])[:, 0]
+    assert logprob_R.equal(expected_R), "in the full distribution"
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_path):
     """Rotary frequencies are not weights: rounded to 8 bits, they would turn by other angles."""
@@ -249,3 +286,20 @@ def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_pat
     tokens_1S = torch.arange(200)[None]
     with torch.no_grad():
         assert torch.equal(engine.model(tokens_1S).logits, theirs(tokens_1S).logits)
+
+
+def test_greedy_completions_are_those_of_transformers(tmp_path):
+    model = tiny_models.qwen3(tied=False)
+    engine = engine_of(model, tmp_path)
+    greedy = Request(
+        prompts=prompts(), samples_per_prompt=1, temperature=0.0, max_new_tokens=12, seed="any"
+    )
+    for rollout in engine.generate(greedy):
+        generated = model.generate(
+            torch.tensor([rollout.prompt.tokens]),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=sorted(STOP),
+            pad_token_id=0,
+        )
+        assert tuple(generated[0, len(rollout.prompt.tokens) :].tolist()) == rollout.tokens
