@@ -154,8 +154,10 @@ class DataConfig:
 
     train: FilePath
     """Training prompts."""
-    eval: FilePath
-    """Held-out prompts."""
+    eval: FilePath | dict[str, FilePath]
+    """Held-out prompts: a file, or several by name, such as `{math: a.jsonl, code: b.jsonl}`. Each
+    set is evaluated on its own, as if it were the only one; the pass rate of the run is that of all
+    their prompts together (`docs/evaluation.md`)."""
     chat_template: bool = False
     """Wrap each prompt as a user turn with the tokenizer's chat template."""
     chat_template_date: str | None = None
@@ -169,8 +171,27 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
+        names = self.eval if isinstance(self.eval, dict) else ["one"]
+        if not names or not all(re.fullmatch(r"\w[\w-]*", name) for name in names):
+            raise ValueError(
+                f"data.eval={self.eval} must be a file, or a mapping of names to files, with names "
+                "of letters, digits, - and _: they become parts of metrics' names"
+            )
         if self.chat_template_date is not None:
             _day("data.chat_template_date", self.chat_template_date)
+
+    @property
+    def eval_files(self) -> dict[str, str]:
+        """The held-out files by name; a single file has an empty name."""
+        return self.eval if isinstance(self.eval, dict) else {"": self.eval}
+
+    @property
+    def eval_settings(self) -> dict[str, str]:
+        """The held-out files by setting: `data.eval`, or `data.eval.NAME` for each."""
+        return {
+            f"data.eval.{name}" if name else "data.eval": file
+            for name, file in self.eval_files.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -666,7 +687,7 @@ class EvalConfig:
             )
 
     @property
-    def sampling(self) -> dict[str, float | None]:
+    def sampling(self) -> dict[str, Any]:
         """The settings of the distribution from which an evaluation samples."""
         return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 

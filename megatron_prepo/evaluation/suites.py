@@ -134,11 +134,11 @@ def dated(data: DataConfig, day: date | None) -> DataConfig:
     return dataclasses.replace(data, chat_template_date=day.isoformat())
 
 
-def held_out(file: str) -> list[tuple[str, str]]:
-    """Return the run's held-out prompts, `data.eval`, as the only suite."""
-    if file == PLACEHOLDERS["data"]["eval"]:
+def held_out(data: DataConfig) -> list[tuple[str, str]]:
+    """Return the run's held-out prompts, `data.eval`, as suites."""
+    if data.eval == PLACEHOLDERS["data"]["eval"]:
         raise UserError("no prompts: give --suite NAME=FILE, or a run as a model")
-    return [("held out", file)]
+    return [(name or "held out", file) for name, file in data.eval_files.items()]
 
 
 def evaluate_models(
@@ -337,9 +337,7 @@ def complete(
             request = Request(
                 prompts=prompts,
                 samples_per_prompt=samples,
-                temperature=config.eval.temperature,
-                top_p=config.eval.top_p,
-                top_k=config.eval.top_k,
+                **config.eval.sampling,
                 max_new_tokens=config.rollout.max_new_tokens,
                 seed=f"{config.train.seed}/evaluation",
                 on_progress=show,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_prepo.config import (
     Config,
@@ -41,9 +41,10 @@ class Inputs:
     stop_tokens: frozenset[int]
     """Tokens that end a completion."""
     train_prompts: list[Prompt]
-    eval_prompts: list[Prompt]
+    eval_sets: dict[str, list[Prompt]]
+    """Held-out prompts by the name of their set; a single file has an empty name."""
     digests: PromptDigests
-    """Digests of all prompts of both files."""
+    """Digests of all prompts of all files."""
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -73,27 +74,33 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
     stops = check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
-    dropped: dict[str, list[str]] = {"data.train": [], "data.eval": []}
-    train_prompts = load_prompts(config.data, config.run, tokenizer, "train", dropped["data.train"])
-    eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval", dropped["data.eval"])
+    files = {"data.train": config.data.train, **config.data.eval_settings}
+    dropped: dict[str, list[str]] = {name: [] for name in files}
+    prompts = {
+        name: load_prompts(config.data, config.run, tokenizer, file, dropped[name])
+        for name, file in files.items()
+    }
     digests = PromptDigests.of(
-        config.data,
+        files,
         prompt_digests.template_date(config.data, config.run),
-        {"train": train_prompts, "eval": eval_prompts},
+        prompts,
         {name: len(ids) for name, ids in dropped.items() if ids},
     )
     prompt_digests.check_unchanged(config.run, digests)
-    eval_prompts = eval_prompts[: config.eval.max_prompts]
+    train_prompts, *of_sets = prompts.values()
+    held_out = [of_set[: config.eval.max_prompts] for of_set in of_sets]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
-    check_room(config.rollout.max_new_tokens, hf, train_prompts + eval_prompts)
-    largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
+    everything = [prompt for some in (train_prompts, *held_out) for prompt in some]
+    check_room(config.rollout.max_new_tokens, hf, everything)
+    largest = max(max(prompt.tokens) for prompt in everything)
     if largest >= hf["vocab_size"]:
         raise UserError(
             f"the tokenizer of {config.model.hf} gives token {largest}, but the model's vocab_size "
             f"is {hf['vocab_size']}"
         )
     build.check(config)
-    return Inputs(tokenizer, stops, train_prompts, eval_prompts, digests)
+    eval_sets = dict(zip(config.data.eval_files, held_out, strict=True))
+    return Inputs(tokenizer, stops, train_prompts, eval_sets, digests)
 
 
 INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval")
@@ -115,9 +122,11 @@ def check_present(config: Config, *names: str) -> None:
         value = tree[section][setting]
         if name in CODE and not user_code.has_form(value):
             continue
-        place = value.rpartition(":")[0] if name in CODE else value
-        if not Path(place).exists():
-            absent.append(f"{name}={value}")
+        places = config.data.eval_settings if name == "data.eval" else {name: value}
+        for key, given in places.items():
+            place = given.rpartition(":")[0] if name in CODE else given
+            if not Path(place).exists():
+                absent.append(f"{key}={given}")
     if absent:
         raise UserError(f"no such file or folder: {', '.join(absent)}")
 
@@ -191,18 +200,14 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig, engine: Engine) -> 
 
 
 def load_prompts(
-    data: DataConfig,
-    run: RunConfig,
-    tokenizer: Any,
-    name: Literal["train", "eval"],
-    dropped: list[str],
+    data: DataConfig, run: RunConfig, tokenizer: Any, file: str, dropped: list[str]
 ) -> list[Prompt]:
-    """Return all prompts of `data.train` or `data.eval`, tokenized.
+    """Return all prompts of a file, tokenized.
 
     `dropped` gets the ids of those that are skipped (`data.overlong_prompts`).
     """
     return read_prompts(
-        getattr(data, name),
+        file,
         tokenizer,
         max_tokens=data.max_prompt_tokens,
         chat_template=data.chat_template,

@@ -9,7 +9,7 @@ and answer, which must be the same at every later start and on all ranks.
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -46,18 +46,17 @@ class PromptDigests:
     @classmethod
     def of(
         cls,
-        data: DataConfig,
+        files: dict[str, str],
         day: Day | None,
-        prompts: dict[str, Sequence[Prompt]],
+        prompts: Mapping[str, Sequence[Prompt]],
         dropped: dict[str, int],
     ) -> "PromptDigests":
-        """Compute the digests of all prompts of `train` and `eval`."""
-        tree = vars(data)
+        """Compute the digests of all prompts; all arguments but `day` are by setting."""
         return cls(
             None if day is None else day.isoformat(),
-            {f"data.{name}": "".join(map(_digest, of_file)) for name, of_file in prompts.items()},
-            {f"data.{name}": tree[name] for name in prompts},
-            {f"data.{name}": [p.id for p in of_file] for name, of_file in prompts.items()},
+            {name: "".join(map(_digest, of_file)) for name, of_file in prompts.items()},
+            files,
+            {name: [prompt.id for prompt in of_file] for name, of_file in prompts.items()},
             dropped,
         )
 
@@ -70,7 +69,7 @@ class PromptDigests:
         """Describe the first prompt whose digest differs in `files`; None if all agree."""
         for name, digests in self.files.items():
             where = f"{name}={self.paths[name]}"
-            mine, others = _cut(digests), _cut(files[name])
+            mine, others = _cut(digests), _cut(files.get(name, ""))
             if len(mine) != len(others):
                 return f"{where} has {len(mine):,} prompts, not {len(others):,}"
             odd = [i for i, pair in enumerate(zip(mine, others, strict=True)) if pair[0] != pair[1]]

@@ -513,19 +513,15 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
 def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> None:
     from megatron_prepo.inputs import preflight
 
-    files: dict[Literal["train", "eval"], str] = {
-        "train": config.data.train,
-        "eval": config.data.eval,
-    }
-    for name, file in files.items():
+    for name, file in {"data.train": config.data.train, **config.data.eval_settings}.items():
         if not Path(file).is_file():
-            remedy = f"data.{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
-            findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
+            remedy = f"{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
+            findings.append(Finding(name, "missing", f"no such file: {file}", remedy))
         elif tokenizer:
             dropped: list[str] = []
             findings.look(
-                f"data.{name}",
-                partial(preflight.load_prompts, config.data, config.run, tokenizer, name, dropped),
+                name,
+                partial(preflight.load_prompts, config.data, config.run, tokenizer, file, dropped),
                 partial(_describe_prompts, dropped),
             )
 

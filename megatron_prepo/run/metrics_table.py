@@ -233,6 +233,10 @@ IF_SET: Group = {
         "unbiased pass@k by k, each with `mean` and `ci95` (`eval.pass_at`, up to the number of "
         "samples)",
     ),
+    "sets": Metric(
+        "by name",
+        "`pass_rate`, `pass_rate_ci95`, `pass_at` and `prompts` of each named set of `data.eval`",
+    ),
 }
 """Further values of an evaluation, which depend on settings."""
 
@@ -242,6 +246,9 @@ ON_DASHBOARDS: Group = {
     "eval/samples_per_prompt": EVALUATION["samples_per_prompt"],
     "eval/rollouts": EVALUATION["rollouts"],
     "eval/pass_at_K": Metric("share", "pass@k for each k of `eval.pass_at`"),
+    "eval/NAME/{pass_rate,ci95_low,ci95_high,pass_at_K}": Metric(
+        "share", "the same of each named set of `data.eval`"
+    ),
 }
 """What dashboards show of an evaluation."""
 
@@ -304,7 +311,12 @@ def check_evaluation(keys: Collection[str]) -> None:
 
 def check_on_dashboards(keys: Collection[str]) -> None:
     """Raise AssertionError for what dashboards would show without a line in the table."""
-    unlisted = {re.sub(r"pass_at_\d+$", "pass_at_K", key) for key in keys} - KEYS_ON_DASHBOARDS
+
+    def general(key: str) -> str:
+        subject, *name, quantity = re.sub(r"pass_at_\d+$", "pass_at_K", key).split("/")
+        return "/".join([subject, "NAME", quantity] if name else [subject, quantity])
+
+    unlisted = set(map(general, keys)) - KEYS_ON_DASHBOARDS
     assert not unlisted, f"docs/metrics.md does not list {sorted(unlisted)}"
 
 

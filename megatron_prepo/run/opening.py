@@ -77,13 +77,15 @@ def engine(config: Config, num_ranks: int | None, num_servers: int | None = None
 def prompts(
     data: DataConfig,
     train: Sequence[Prompt],
-    held_out: Sequence[Prompt],
+    held_out: Mapping[str, Sequence[Prompt]],
     dropped: Mapping[str, int],
 ) -> str:
-    """Describe the prompts that were read; `dropped`: numbers of skipped ones by setting."""
-    read = (
-        f"{'prompts':<12} {len(train):,} of {data.train}; held out {len(held_out):,} of {data.eval}"
+    """Describe the prompts that were read: `held_out` by set, `dropped` numbers by setting."""
+    sets = ", ".join(
+        f"{name} {len(held_out[name]):,} of {file}".lstrip()
+        for name, file in data.eval_files.items()
     )
+    read = f"{'prompts':<12} {len(train):,} of {data.train}; held out {sets}"
     if not dropped:
         return read
     numbers = ", ".join(f"{number:,} of {name}" for name, number in dropped.items())

@@ -126,5 +126,5 @@ def test_dropped_prompts_are_counted_and_recorded(inputs, tmp_path):
     prompt_digests.save(tmp_path, found.digests)
     assert json.loads((tmp_path / "prompts.json").read_text())["dropped"] == found.dropped
     assert preflight.check(short).digests == found.digests
-    shown = opening.prompts(short.data, found.train_prompts, found.eval_prompts, found.dropped)
+    shown = opening.prompts(short.data, found.train_prompts, found.eval_sets, found.dropped)
     assert f"{found.dropped['data.train']} of data.train" in shown.splitlines()[1]

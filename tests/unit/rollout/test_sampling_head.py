@@ -108,7 +108,7 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
         tokenizer=SimpleNamespace(eos_token_id=2),
         stop_tokens={2},
         train_prompts=prompts,
-        eval_prompts=[],
+        eval_sets={"": []},
         digests=None,
         dropped={},
     )
