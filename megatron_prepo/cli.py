@@ -209,7 +209,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with activity.doing("evaluating"):
         config = suites.load_settings(options.config, options.model, options.overrides)
-        chosen = options.suite or suites.held_out(config.data.eval)
+        chosen = options.suite or suites.held_out(config.data)
         read = ["reward.function", *([] if options.suite else ["data.eval"])]
         preflight.check_present(config, *read)
         results = suites.evaluate_models(config, options.model, chosen, Path(options.out))

@@ -23,19 +23,25 @@ def read_prompts(
     max_tokens: int,
     chat_template: bool = False,
     date: datetime.date | None = None,
+    dropped: list[str] | None = None,
 ) -> list[Prompt]:
     """Return the tokenized prompts of a JSON Lines file.
 
     Each line is an object with a text `prompt`, an `answer` that is a text or a finite number, and
     optionally an `id` (by default the line number); other fields are ignored.  `tokenizer` is one
     of `transformers`.  `date` is passed to its chat template as the current date; None: today.
+    Prompts of more than `max_tokens` tokens are skipped if there is a list `dropped`, which gets
+    their ids.
 
     Raises `UserError` naming file and line for an invalid line, a missing or empty prompt or
-    answer, a repeated id, and a prompt of more than `max_tokens` tokens.
+    answer, a repeated id, and a prompt of more than `max_tokens` tokens without `dropped`.
     """
     prompts: list[Prompt] = []
     for where, prompt_id, text, answer in read_records(path):
         if len(text) > MAX_CHARACTERS_A_TOKEN * max_tokens:
+            if dropped is not None:
+                dropped.append(prompt_id)
+                continue
             raise UserError(
                 f"{where}: prompt {prompt_id[:80]!r} has {len(text):,} characters, too many for "
                 f"data.max_prompt_tokens={max_tokens}"
@@ -47,9 +53,13 @@ def read_prompts(
         except Exception as error:  # `tokenizers` raises this type for an unknown word
             raise UserError(f"{where}: the tokenizer rejects the prompt: {error}") from error
         if len(tokens) > max_tokens:
+            if dropped is not None:
+                dropped.append(prompt_id)
+                continue
             raise UserError(
                 f"{where}: prompt {prompt_id!r} has {len(tokens)} tokens, more than "
-                f"data.max_prompt_tokens={max_tokens}; shorten it or raise the limit"
+                f"data.max_prompt_tokens={max_tokens}; shorten it, raise the limit, or drop such "
+                "prompts by data.overlong_prompts=drop"
             )
         if len(tokens) < 2:
             raise UserError(
@@ -58,7 +68,8 @@ def read_prompts(
             )
         prompts.append(Prompt(prompt_id, text, answer, tokens, content))
     if not prompts:
-        raise UserError(f"{path} contains no prompts")
+        longer = f" of up to data.max_prompt_tokens={max_tokens} tokens" if dropped else ""
+        raise UserError(f"{path} contains no prompts{longer}")
     return prompts
 
 

@@ -118,9 +118,9 @@ def plain_transformers_pass_rate(
     model = AutoModelForCausalLM.from_pretrained(
         hf_directory, dtype=getattr(torch, config.model.dtype), trust_remote_code=False
     ).eval()
-    prompts = read_prompts(config.data.eval, tokenizer, max_tokens=config.data.max_prompt_tokens)[
-        : config.eval.max_prompts
-    ]
+    [file] = config.data.eval_files.values()
+    prompts = read_prompts(file, tokenizer, max_tokens=config.data.max_prompt_tokens)
+    prompts = prompts[: config.eval.max_prompts]
     grade = load(config.reward.function)
     torch.manual_seed(config.train.seed)
     passed = 0.0

@@ -35,13 +35,13 @@ def train(config: Config) -> dict[str, Any]:
         for step in trainer.steps():
             candidates = score_candidates(trainer, step)
             candidates, probes = probe(trainer, candidates, step)  # for the oracle only
-            generated = Groups()
+            generated = Groups(overlong=trainer.overlong)
             for chosen in select(trainer, candidates, step):  # once, unless the method refills
                 rollouts = roll_out(trainer, candidates.at(chosen), f"rollouts/{step}")
                 generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
             groups = generated.select_for_training(config.selection.num_selected)
             advantages_KG = group_advantages(
-                groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
+                groups.shaped_rewards_KG, std=config.advantage.std, eps=config.advantage.eps
             )
             old_scores = score_old_policy(trainer, groups)
             weight_N = weigh_by_entropy(

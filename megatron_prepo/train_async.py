@@ -46,11 +46,11 @@ def train_overlapped(config: Config) -> dict[str, Any]:
         for step in trainer.steps():
             ready = prefetcher.take(step)  # selected and rolled out during the step before
             grades = grade(trainer, ready.rollouts)
-            groups = Groups().extend(ready.chosen, ready.rollouts, grades)
+            groups = Groups(overlong=trainer.overlong).extend(ready.chosen, ready.rollouts, grades)
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
             advantages_KG = group_advantages(
-                groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
+                groups.shaped_rewards_KG, std=config.advantage.std, eps=config.advantage.eps
             )
             old_scores = score_old_policy(trainer, groups)
             weight_N = weigh_by_entropy(

@@ -110,7 +110,10 @@ def settings(config: Config) -> Settings:
         file, colon, name = str(changed.get(key, "")).rpartition(":")
         if colon:
             changed[key] = f"{_content(file)}:{name}"
-    return {key: _content(v) if key in FILES else v for key, v in changed.items()}
+    return {
+        key: configuration.with_paths(value, _content) if key in FILES else value
+        for key, value in changed.items()
+    }
 
 
 def config_hash(of: Settings) -> str:
@@ -170,6 +173,10 @@ def record(directory: str | Path) -> Record:
     return made
 
 
+SAMPLED = ("prompts", "temperature", "top_p", "top_k")
+"""Values of an evaluation that must agree for two pass rates to be comparable."""
+
+
 def _summary_so_far(
     config: Config, steps: Sequence[Record], evaluations: Sequence[Record]
 ) -> Record:
@@ -179,7 +186,7 @@ def _summary_so_far(
     """
     first, last = evaluations[0], evaluations[-1]
     # `eval` may have changed when the run was resumed; older versions did not record these
-    comparable = all(first.get(key) == last.get(key) for key in ("prompts", "temperature"))
+    comparable = all(first.get(key) == last.get(key) for key in SAMPLED)
     totals = steps[-1] if steps else {name: 0 for name in TOTALS}
     stages = {name for step in steps for name in step if name.startswith("seconds/")}
     return {

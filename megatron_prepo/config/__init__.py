@@ -10,6 +10,7 @@ from megatron_prepo.config.loading import (
     to_tree,
     to_yaml,
     value_for,
+    with_paths,
 )
 from megatron_prepo.config.schema import (
     AdvantageConfig,
@@ -64,4 +65,5 @@ __all__ = [
     "to_tree",
     "to_yaml",
     "value_for",
+    "with_paths",
 ]

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -91,7 +91,7 @@ def to_yaml(config: Config) -> str:
     for name, values in tree.items():
         for key, kind in _types(name).items():
             if FilePath in _parts(kind) and values[key] is not None:
-                values[key] = literal(values[key])
+                values[key] = with_paths(values[key], literal)
     return yaml_text.write(tree)
 
 
@@ -103,6 +103,13 @@ def literal(path: str | Path) -> str:
     """
     text = str(path)
     return ("./" + text if text.startswith("~") else text).replace("$", "$$")
+
+
+def with_paths(value: Any, change: Callable[[str], Any]) -> Any:
+    """Return the value of a setting that is a path, or several by name, with each one changed."""
+    if isinstance(value, dict):
+        return {name: change(path) for name, path in value.items()}
+    return change(value)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -217,13 +224,22 @@ def _with_paths_expanded(name: str, values: Any) -> Any:
         return values
     types, settings = _types(name), dict(values)
     for key, value in values.items():
-        empty = isinstance(value, Plain) and value in NULL
-        if isinstance(value, str) and not empty and FilePath in _parts(types.get(key)):
-            try:
-                settings[key] = _expanded(value)
-            except UserError as error:
-                raise UserError(f"setting {one_line(f'{name}.{key}')}: {error}") from None
+        if not _is_path(value, types.get(key)):
+            continue
+        try:
+            settings[key] = with_paths(value, _expanded)
+        except UserError as error:
+            raise UserError(f"setting {one_line(f'{name}.{key}')}: {error}") from None
     return settings
+
+
+def _is_path(value: Any, kind: Any) -> bool:
+    """Return whether a setting holds a path, or several by name."""
+    if isinstance(value, dict):
+        by_name = dict[str, FilePath] in _parts(kind)
+        return by_name and all(isinstance(path, str) for path in value.values())
+    empty = isinstance(value, Plain) and value in NULL
+    return isinstance(value, str) and not empty and FilePath in _parts(kind)
 
 
 def _types(section: str) -> dict[str, Any]:
@@ -236,7 +252,8 @@ def _types(section: str) -> dict[str, Any]:
 def _typed(value: Any, kind: Any) -> Any:
     """Convert a value to a setting's type: an unquoted word is text if the type allows text."""
     if isinstance(value, dict):
-        return {key: _typed(inner, Any) for key, inner in value.items()}
+        inside = FilePath if dict[str, FilePath] in _parts(kind) else Any
+        return {key: _typed(inner, inside) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         items = [get_args(part)[0] for part in _parts(kind) if get_origin(part) in (tuple, list)]
         return [_typed(inner, items[0] if items else Any) for inner in value]

@@ -49,6 +49,8 @@ def _type_name(kind: Any) -> str:
         return " or ".join(f"`{choice}`" for choice in kind.__args__)
     if kind == FilePath:
         return "path"
+    if get_origin(kind) is dict:
+        return f"mapping of names to {_type_name(get_args(kind)[1])}"
     if get_origin(kind) is tuple:
         return f"list of {_type_name(get_args(kind)[0])}"
     if isinstance(kind, type):

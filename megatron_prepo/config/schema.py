@@ -27,6 +27,7 @@ STRICT = ConfigDict(
     allow_inf_nan=False,
 )
 MAX_DEADLINE = 10_000_000
+MAX_STOP_TEXTS = 32
 
 SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle")
 """Values of `selection.method` besides `FILE.py:CLASS`."""
@@ -153,21 +154,44 @@ class DataConfig:
 
     train: FilePath
     """Training prompts."""
-    eval: FilePath
-    """Held-out prompts."""
+    eval: FilePath | dict[str, FilePath]
+    """Held-out prompts: a file, or several by name, such as `{math: a.jsonl, code: b.jsonl}`. Each
+    set is evaluated on its own, as if it were the only one; the pass rate of the run is that of all
+    their prompts together (`docs/evaluation.md`)."""
     chat_template: bool = False
     """Wrap each prompt as a user turn with the tokenizer's chat template."""
     chat_template_date: str | None = None
     """Current date for chat templates that use it (Llama 3.2's), such as `2026-01-31`; empty: the
     day on which the run was first started, also after it resumes."""
     max_prompt_tokens: int = 1024
-    """Maximum prompt length; a longer prompt is an error that names it (prompts are never
-    truncated)."""
+    """Maximum prompt length (prompts are never truncated)."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """Longer prompts are an error that names the first, or are skipped in both files: the run logs
+    their number, and `prompts.json` holds it."""
 
     def __post_init__(self) -> None:
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
+        names = self.eval if isinstance(self.eval, dict) else ["one"]
+        if not names or not all(re.fullmatch(r"\w[\w-]*", name) for name in names):
+            raise ValueError(
+                f"data.eval={self.eval} must be a file, or a mapping of names to files, with names "
+                "of letters, digits, - and _: they become parts of metrics' names"
+            )
         if self.chat_template_date is not None:
             _day("data.chat_template_date", self.chat_template_date)
+
+    @property
+    def eval_files(self) -> dict[str, str]:
+        """The held-out files by name; a single file has an empty name."""
+        return self.eval if isinstance(self.eval, dict) else {"": self.eval}
+
+    @property
+    def eval_settings(self) -> dict[str, str]:
+        """The held-out files by setting: `data.eval`, or `data.eval.NAME` for each."""
+        return {
+            f"data.eval.{name}" if name else "data.eval": file
+            for name, file in self.eval_files.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -280,8 +304,22 @@ class RolloutConfig:
     temperature."""
     max_new_tokens: int
     """Maximum length of a completion; longer ones are truncated."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """Treatment of truncated completions: train on them like on any other; exclude them from the
+    update, but not from their group's mean and standard deviation (DAPO's overlong filtering); or
+    lower the reward of completions within `overlong_buffer` of the limit (DAPO's soft overlong
+    punishment, `docs/method.md`)."""
+    overlong_buffer: int | None = None
+    """Tokens before `max_new_tokens` over which the penalty grows from 0 to 1; empty: a fifth of
+    `max_new_tokens` (DAPO: 4,096 of 20,480)."""
     batch_size: int = 256
     """Completions per rank that are generated concurrently (embedded engine)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, such as `["\\n\\n", "Question:"]`, to the end of the token that
+    completes one. The text and its tokens stay in the completion, and rewards see it."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a completion besides the model's own (generation_config.json, else
+    config.json): the text of a token as in the tokenizer's files, or its number."""
     router_replay: bool = False
     """Mixtures of experts: the actor's passes over rollouts route each token to the experts that
     the engine's forward pass chose, so that both compute the same function
@@ -292,6 +330,27 @@ class RolloutConfig:
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         _at_least("rollout.batch_size", self.batch_size, 1)
         _positive("rollout.temperature", self.temperature)
+        if "" in self.stop or len(self.stop) > MAX_STOP_TEXTS:
+            raise ValueError(
+                f"rollout.stop={list(self.stop)} must be at most {MAX_STOP_TEXTS} texts (SGLang's "
+                "limit), none of them empty"
+            )
+        _at_least("rollout.overlong_buffer", self.overlong_buffer, 1)
+        if self.overlong_buffer is not None and self.overlong != "penalty":
+            raise ValueError(
+                f"rollout.overlong_buffer={self.overlong_buffer} is used by rollout.overlong="
+                f"penalty only, not by {self.overlong}; remove it or set rollout.overlong=penalty"
+            )
+        if self.penalty_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"rollout.overlong_buffer={self.overlong_buffer} must be at most "
+                f"rollout.max_new_tokens={self.max_new_tokens}"
+            )
+
+    @property
+    def penalty_buffer(self) -> int:
+        """Tokens over which the penalty of `overlong=penalty` grows."""
+        return self.overlong_buffer or max(1, self.max_new_tokens // 5)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -584,14 +643,53 @@ class EvalConfig:
     max_prompts: int | None = None
     """Number of held-out prompts to use, from the start of the file; empty: all."""
     temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
+    """Sampling temperature of the evaluation; 0: greedy, the most probable token at each place (one
+    sample per prompt, since all would be equal)."""
+    top_p: float = 1.0
+    """Sample among the most probable tokens only that together have this probability; 1: all. Both
+    limits apply to the full distribution at `eval.temperature`, as in SGLang."""
+    top_k: int | None = None
+    """Sample among this many most probable tokens only; empty: all."""
+    pass_at: tuple[int, ...] = ()
+    """Values of k, such as `[2, 4]`, for which evaluations report the unbiased pass@k as well, up
+    to their number of samples (`docs/evaluation.md`)."""
 
     def __post_init__(self) -> None:
         _at_least("eval.every", self.every, 0)
         _at_least("eval.samples_per_prompt", self.samples_per_prompt, 1)
         _at_least("eval.samples_during", self.samples_during, 1)
         _at_least("eval.max_prompts", self.max_prompts, 1)
-        _positive("eval.temperature", self.temperature)
+        _at_least("eval.temperature", self.temperature, 0)
+        _at_least("eval.top_k", self.top_k, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"eval.top_p={self.top_p} must be above 0 and at most 1")
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples_per_prompt:
+                raise ValueError(
+                    f"eval.pass_at={list(self.pass_at)}: pass@{k} needs k from 1 to "
+                    f"eval.samples_per_prompt={self.samples_per_prompt}; change one of the two"
+                )
+        if self.temperature == 0:
+            self._check_greedy()
+
+    def _check_greedy(self) -> None:
+        """Raise ValueError for settings of random numbers where there are none."""
+        for name in ("samples_per_prompt", "samples_during"):
+            if (samples := getattr(self, name)) > 1:
+                raise ValueError(
+                    f"eval.temperature=0 decodes greedily, so the eval.{name}={samples} samples of "
+                    f"a prompt would be equal; set eval.{name}=1, or a temperature above 0"
+                )
+        if self.top_p != 1 or self.top_k is not None:
+            raise ValueError(
+                f"eval.temperature=0 decodes greedily, so eval.top_p={self.top_p} and eval.top_k="
+                f"{self.top_k} would change nothing; remove them, or set a temperature above 0"
+            )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of the distribution from which an evaluation samples."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

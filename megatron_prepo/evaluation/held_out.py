@@ -1,11 +1,17 @@
 """Held-out pass rate: avg@k, the mean over prompts of the share of k samples that pass."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from megatron_prepo.evaluation.pass_at_k import ci95, difference_ci95
+from megatron_prepo.evaluation.pass_at_k import (
+    ci95,
+    difference_ci95,
+    mean_with_ci95,
+    pass_at_k,
+)
 from megatron_prepo.records import Rollout
 from megatron_prepo.rollout.engine import Engine, Request
 
@@ -17,6 +23,16 @@ class Evaluation:
     passes_P: torch.Tensor
     """Share of each prompt's samples that pass."""
     samples_per_prompt: int
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Number of prompts of each named set, in the order of `passes_P`; empty: one set, unnamed."""
+
+    def sets(self) -> dict[str, "Evaluation"]:
+        """Return the evaluation of each named set."""
+        parts = self.passes_P.split(list(self.sizes.values())) if self.sizes else ()
+        return {
+            name: Evaluation(passes_P, self.samples_per_prompt)
+            for name, passes_P in zip(self.sizes, parts, strict=True)
+        }
 
     def first(self, count: int) -> "Evaluation":
         """Return the same of the first prompts only."""
@@ -32,10 +48,43 @@ class Evaluation:
         """95 % interval of the pass rate over prompts of this kind."""
         return ci95(self.passes_P.tolist(), self.samples_per_prompt)
 
+    def pass_at(self, k: int) -> dict[str, Any]:
+        """Return `mean` and `ci95` of the unbiased pass@k, for k up to the number of samples."""
+        samples = self.samples_per_prompt
+        passed_P = (self.passes_P * samples).round().int().tolist()
+        # n samples are n / k independent draws of k
+        return mean_with_ci95([[pass_at_k(samples, n, k) for n in passed_P]], samples // k)
+
     def gain_ci95(self, before: "Evaluation") -> tuple[float, float]:
         """95 % interval of the gain over an evaluation of the same prompts."""
         samples = before.samples_per_prompt, self.samples_per_prompt
         return difference_ci95(before.passes_P.tolist(), self.passes_P.tolist(), samples)
+
+
+def pooled(sets: Mapping[str, Evaluation]) -> Evaluation:
+    """Return the evaluation of all prompts together; a single set without a name stays as it is."""
+    first, *_ = sets.values()
+    if "" in sets:
+        return first
+    return Evaluation(
+        torch.cat([of_set.passes_P for of_set in sets.values()]),
+        first.samples_per_prompt,
+        {name: len(of_set.passes_P) for name, of_set in sets.items()},
+    )
+
+
+def shared(before: Evaluation, after: Evaluation) -> tuple[Evaluation, Evaluation]:
+    """Return both evaluations of the prompts that they share.
+
+    `eval.max_prompts` takes the first prompts of each file, so the shorter evaluation's prompts of
+    a set are among the longer one's.
+    """
+    sets = [evaluation.sets() or {"": evaluation} for evaluation in (before, after)]
+    both = {name: min(len(of[name].passes_P) for of in sets) for name in sets[0]}
+    first, last = (
+        pooled({name: of[name].first(count) for name, count in both.items()}) for of in sets
+    )
+    return first, last
 
 
 def evaluate(

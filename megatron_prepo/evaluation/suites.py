@@ -46,6 +46,7 @@ from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout import build
 from megatron_prepo.rollout.engine import Engine, Request
+from megatron_prepo.rollout.stopping import unused_end_token
 
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "run": {"dir": "-"},
@@ -57,10 +58,10 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
 """Settings that a configuration requires and an evaluation does not read."""
 FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
-    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens")),
-    ("rollout", ("engine", "max_new_tokens")),
+    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens", "overlong_prompts")),
+    ("rollout", ("engine", "max_new_tokens", "stop", "stop_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
-    ("eval", ("samples_per_prompt", "temperature", "max_prompts")),
+    ("eval", ("samples_per_prompt", "temperature", "top_p", "top_k", "max_prompts")),
     ("train", ("seed",)),
 )
 """Settings that must not change when an evaluation is resumed."""
@@ -133,11 +134,11 @@ def dated(data: DataConfig, day: date | None) -> DataConfig:
     return dataclasses.replace(data, chat_template_date=day.isoformat())
 
 
-def held_out(file: str) -> list[tuple[str, str]]:
-    """Return the run's held-out prompts, `data.eval`, as the only suite."""
-    if file == PLACEHOLDERS["data"]["eval"]:
+def held_out(data: DataConfig) -> list[tuple[str, str]]:
+    """Return the run's held-out prompts, `data.eval`, as suites."""
+    if data.eval == PLACEHOLDERS["data"]["eval"]:
         raise UserError("no prompts: give --suite NAME=FILE, or a run as a model")
-    return [("held out", file)]
+    return [(name or "held out", file) for name, file in data.eval_files.items()]
 
 
 def evaluate_models(
@@ -245,6 +246,10 @@ def evaluate_model(
     )
     preflight.check_opens(model.hf)
     tokenizer = preflight.read_tokenizer(config.model.hf)
+    hf = read_hf_config(config.model.hf, for_megatron=False)
+    stops = preflight.check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
+    if warning := unused_end_token(stops, tokenizer):
+        print(f"{model.name}: {'; '.join(warning)}", file=sys.stderr)
     by_suite: dict[str, Completions] = {}
     for name, file in suites:
         prompts = suite_prompts(config, tokenizer, file)
@@ -269,13 +274,18 @@ def evaluate_model(
 
 def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
     """Read a suite's prompts; UserError if their completions exceed the model's positions."""
+    dropped: list[str] = []
     prompts = read_prompts(
         file,
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
         date=prompt_digests.template_date(config.data, config.run),
+        dropped=dropped if config.data.overlong_prompts == "drop" else None,
     )[: config.eval.max_prompts]
+    if dropped:
+        limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
+        print(f"{file}: dropped {len(dropped):,} prompts longer than {limit}", file=sys.stderr)
     hf = read_hf_config(config.model.hf, for_megatron=False)
     preflight.check_room(config.rollout.max_new_tokens, hf, prompts)
     return prompts
@@ -327,7 +337,7 @@ def complete(
             request = Request(
                 prompts=prompts,
                 samples_per_prompt=samples,
-                temperature=config.eval.temperature,
+                **config.eval.sampling,
                 max_new_tokens=config.rollout.max_new_tokens,
                 seed=f"{config.train.seed}/evaluation",
                 on_progress=show,

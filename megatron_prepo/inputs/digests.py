@@ -55,7 +55,7 @@ def list_inputs(config: Config) -> list[Input]:
         "model.hf": config.model.hf,
         "model.megatron": config.model.megatron,
         "data.train": config.data.train,
-        "data.eval": config.data.eval,
+        **config.data.eval_settings,
         "selection.method": config.selection.method.rpartition(":")[0],
         "reward.function": config.reward.function.rpartition(":")[0],
         "servers.python": config.servers.python if "/" in (config.servers.python or "") else None,
@@ -71,7 +71,7 @@ COMPARED = (
     "selection.method",
     "reward.function",
 )
-"""Inputs that affect numbers."""
+"""Inputs that affect numbers; `data.eval` stands for `data.eval.NAME`, too."""
 
 
 def absolute(path: str | Path) -> Path:
@@ -87,7 +87,7 @@ def digests(config: Config, without_weights: Collection[str] = ()) -> dict[str, 
     """
     found: dict[str, dict[str, Any]] = {}
     for read in list_inputs(config):
-        if read.setting not in COMPARED:
+        if ".".join(read.setting.split(".")[:2]) not in COMPARED:
             continue
         weights = read.setting not in without_weights
         files = file_digests(read.setting, read.path, weights=weights)

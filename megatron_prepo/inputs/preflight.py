@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_prepo.config import (
     Config,
@@ -27,6 +27,7 @@ from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import pool
 from megatron_prepo.rollout.engine import Engine
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.selection import user_class
 
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".distcp", ".pt")
@@ -37,10 +38,18 @@ class Inputs:
     """The inputs of a run, except weights."""
 
     tokenizer: Any
+    stop_tokens: frozenset[int]
+    """Tokens that end a completion."""
     train_prompts: list[Prompt]
-    eval_prompts: list[Prompt]
+    eval_sets: dict[str, list[Prompt]]
+    """Held-out prompts by the name of their set; a single file has an empty name."""
     digests: PromptDigests
-    """Digests of all prompts of both files."""
+    """Digests of all prompts of all files."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of prompts that are too long and were skipped, by setting, if any were."""
+        return self.digests.dropped
 
 
 def check(config: Config, *, initial_weights: bool = True) -> Inputs:
@@ -64,26 +73,34 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
         pool.check(config.reward)
     check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
-    check_stop_tokens(config.model.hf, hf, tokenizer)
-    train_prompts = load_prompts(config.data, config.run, tokenizer, "train")
-    eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval")
+    stops = check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
+    files = {"data.train": config.data.train, **config.data.eval_settings}
+    dropped: dict[str, list[str]] = {name: [] for name in files}
+    prompts = {
+        name: load_prompts(config.data, config.run, tokenizer, file, dropped[name])
+        for name, file in files.items()
+    }
     digests = PromptDigests.of(
-        config.data,
+        files,
         prompt_digests.template_date(config.data, config.run),
-        {"train": train_prompts, "eval": eval_prompts},
+        prompts,
+        {name: len(ids) for name, ids in dropped.items() if ids},
     )
     prompt_digests.check_unchanged(config.run, digests)
-    eval_prompts = eval_prompts[: config.eval.max_prompts]
+    train_prompts, *of_sets = prompts.values()
+    held_out = [of_set[: config.eval.max_prompts] for of_set in of_sets]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
-    check_room(config.rollout.max_new_tokens, hf, train_prompts + eval_prompts)
-    largest = max(max(p.tokens) for p in train_prompts + eval_prompts)
+    everything = [prompt for some in (train_prompts, *held_out) for prompt in some]
+    check_room(config.rollout.max_new_tokens, hf, everything)
+    largest = max(max(prompt.tokens) for prompt in everything)
     if largest >= hf["vocab_size"]:
         raise UserError(
             f"the tokenizer of {config.model.hf} gives token {largest}, but the model's vocab_size "
             f"is {hf['vocab_size']}"
         )
     build.check(config)
-    return Inputs(tokenizer, train_prompts, eval_prompts, digests)
+    eval_sets = dict(zip(config.data.eval_files, held_out, strict=True))
+    return Inputs(tokenizer, stops, train_prompts, eval_sets, digests)
 
 
 INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval")
@@ -105,9 +122,11 @@ def check_present(config: Config, *names: str) -> None:
         value = tree[section][setting]
         if name in CODE and not user_code.has_form(value):
             continue
-        place = value.rpartition(":")[0] if name in CODE else value
-        if not Path(place).exists():
-            absent.append(f"{name}={value}")
+        places = config.data.eval_settings if name == "data.eval" else {name: value}
+        for key, given in places.items():
+            place = given.rpartition(":")[0] if name in CODE else given
+            if not Path(place).exists():
+                absent.append(f"{key}={given}")
     if absent:
         raise UserError(f"no such file or folder: {', '.join(absent)}")
 
@@ -139,18 +158,25 @@ def check_room(max_new_tokens: int, hf: dict[str, Any], prompts: list[Prompt]) -
         )
 
 
-def check_stop_tokens(directory: str, hf: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+def check_stop_tokens(
+    directory: str, hf: dict[str, Any], tokenizer: Any, rollout: RolloutConfig
+) -> frozenset[int]:
     """Return the tokens that end a completion; UserError if none is in the model's vocabulary.
 
-    `hf`: the settings of the model in the directory.
+    `hf`: the settings of the model in the directory.  Also raises UserError if SGLang would end
+    completions elsewhere: for stop strings it reads the tokenizer, and obeys its end token, too.
     """
-    from megatron_prepo.rollout.transformers_engine import stop_tokens
-
-    tokens = stop_tokens(directory, tokenizer)
+    tokens = Stops.of(rollout, directory, tokenizer).tokens
     if min(tokens) >= hf["vocab_size"]:
         raise UserError(
             f"completions would never end: the end-of-sequence token {min(tokens)} of "
             f"{directory} is not one of its vocab_size={hf['vocab_size']}"
+        )
+    if rollout.engine == "sglang" and rollout.stop and tokenizer.eos_token_id not in tokens:
+        raise UserError(
+            f"rollout.stop with rollout.engine=sglang: SGLang would end completions with the "
+            f"tokenizer's end token {tokenizer.eos_token_id} as well, which is none of the model's "
+            f"stop tokens {sorted(tokens)}; add it: rollout.stop_tokens=[{tokenizer.eos_token_id}]"
         )
     return tokens
 
@@ -174,15 +200,19 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig, engine: Engine) -> 
 
 
 def load_prompts(
-    data: DataConfig, run: RunConfig, tokenizer: Any, name: Literal["train", "eval"]
+    data: DataConfig, run: RunConfig, tokenizer: Any, file: str, dropped: list[str]
 ) -> list[Prompt]:
-    """Return all prompts of `data.train` or `data.eval`, tokenized."""
+    """Return all prompts of a file, tokenized.
+
+    `dropped` gets the ids of those that are skipped (`data.overlong_prompts`).
+    """
     return read_prompts(
-        getattr(data, name),
+        file,
         tokenizer,
         max_tokens=data.max_prompt_tokens,
         chat_template=data.chat_template,
         date=prompt_digests.template_date(data, run),
+        dropped=dropped if data.overlong_prompts == "drop" else None,
     )
 
 

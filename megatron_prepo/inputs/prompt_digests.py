@@ -9,8 +9,8 @@ and answer, which must be the same at every later start and on all ranks.
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,24 @@ class PromptDigests:
     """The file, by setting."""
     ids: dict[str, list[str]]
     """The prompts' ids, by setting."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Number of skipped prompts, by setting, if any were (`data.overlong_prompts`)."""
 
     @classmethod
     def of(
-        cls, data: DataConfig, day: Day | None, prompts: dict[str, Sequence[Prompt]]
+        cls,
+        files: dict[str, str],
+        day: Day | None,
+        prompts: Mapping[str, Sequence[Prompt]],
+        dropped: dict[str, int],
     ) -> "PromptDigests":
-        """Compute the digests of all prompts of `train` and `eval`."""
-        tree = vars(data)
+        """Compute the digests of all prompts; all arguments but `day` are by setting."""
         return cls(
             None if day is None else day.isoformat(),
-            {f"data.{name}": "".join(map(_digest, of_file)) for name, of_file in prompts.items()},
-            {f"data.{name}": tree[name] for name in prompts},
-            {f"data.{name}": [p.id for p in of_file] for name, of_file in prompts.items()},
+            {name: "".join(map(_digest, of_file)) for name, of_file in prompts.items()},
+            files,
+            {name: [prompt.id for prompt in of_file] for name, of_file in prompts.items()},
+            dropped,
         )
 
     @property
@@ -63,7 +69,7 @@ class PromptDigests:
         """Describe the first prompt whose digest differs in `files`; None if all agree."""
         for name, digests in self.files.items():
             where = f"{name}={self.paths[name]}"
-            mine, others = _cut(digests), _cut(files[name])
+            mine, others = _cut(digests), _cut(files.get(name, ""))
             if len(mine) != len(others):
                 return f"{where} has {len(mine):,} prompts, not {len(others):,}"
             odd = [i for i, pair in enumerate(zip(mine, others, strict=True)) if pair[0] != pair[1]]
@@ -119,7 +125,10 @@ def check_ranks(now: PromptDigests, gather: Callable[[Any], list[Any]]) -> None:
 def save(directory: Path, now: PromptDigests) -> None:
     """Save the digests of a first start; called by one process."""
     if not (directory / FILE).exists():
-        write_text(directory / FILE, json.dumps({"date": now.date, "files": now.files}) + "\n")
+        record: dict[str, Any] = {"date": now.date, "files": now.files}
+        if now.dropped:
+            record["dropped"] = now.dropped
+        write_text(directory / FILE, json.dumps(record) + "\n")
 
 
 def read(directory: Path) -> dict[str, Any] | None:

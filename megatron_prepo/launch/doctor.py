@@ -28,6 +28,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.launch import versions
 from megatron_prepo.process import ports
 from megatron_prepo.process import slurm as nodes
+from megatron_prepo.records import Prompt
 from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.placement import Placement
 from megatron_prepo.run import dashboards
@@ -481,6 +482,7 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
 
 def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] | None) -> Any:
     from megatron_prepo.inputs import preflight
+    from megatron_prepo.rollout.stopping import unused_end_token
 
     tokenizer = findings.look(
         "tokenizer",
@@ -489,11 +491,13 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
         WHOLE_MODEL,
     )
     if tokenizer and hf:
-        findings.look(
+        stops = findings.look(
             "stop tokens",
-            lambda: preflight.check_stop_tokens(config.model.hf, hf, tokenizer),
+            lambda: preflight.check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout),
             lambda tokens: ", ".join(map(str, sorted(tokens))),
         )
+        if stops and (unused := unused_end_token(stops, tokenizer)):
+            findings.append(Finding("end token", "note", *unused))
     if tokenizer and hf and len(tokenizer) > hf["vocab_size"]:
         findings.append(
             Finding(
@@ -509,20 +513,22 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
 def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> None:
     from megatron_prepo.inputs import preflight
 
-    files: dict[Literal["train", "eval"], str] = {
-        "train": config.data.train,
-        "eval": config.data.eval,
-    }
-    for name, file in files.items():
+    for name, file in {"data.train": config.data.train, **config.data.eval_settings}.items():
         if not Path(file).is_file():
-            remedy = f"data.{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
-            findings.append(Finding(f"data.{name}", "missing", f"no such file: {file}", remedy))
+            remedy = f"{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
+            findings.append(Finding(name, "missing", f"no such file: {file}", remedy))
         elif tokenizer:
+            dropped: list[str] = []
             findings.look(
-                f"data.{name}",
-                partial(preflight.load_prompts, config.data, config.run, tokenizer, name),
-                lambda prompts: f"{len(prompts):,} prompts",
+                name,
+                partial(preflight.load_prompts, config.data, config.run, tokenizer, file, dropped),
+                partial(_describe_prompts, dropped),
             )
+
+
+def _describe_prompts(dropped: list[str], prompts: list[Prompt]) -> str:
+    too_long = f", {len(dropped):,} too long and dropped" if dropped else ""
+    return f"{len(prompts):,} prompts{too_long}"
 
 
 def _examine_servers(findings: _Findings, config: Config) -> None:

@@ -44,7 +44,13 @@ def num_steps(train: TrainConfig, per_step: int) -> int:
 
 def eval_prompts(config: Config) -> int | None:
     """Return the prompts of an evaluation; None if `data.eval` is not on this machine."""
-    path, most = Path(config.data.eval), config.eval.max_prompts
+    numbers = [_prompts_of(Path(file), config.eval) for file in config.data.eval_files.values()]
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _prompts_of(path: Path, settings: EvalConfig) -> int | None:
+    most = settings.max_prompts
     if not path.is_file():
         return most
     with path.open(errors="replace") as lines:

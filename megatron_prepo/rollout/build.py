@@ -14,6 +14,7 @@ from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.engine import Engine, Tokenizer, result_here
 from megatron_prepo.rollout.sglang import launch, open_files
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 
@@ -80,6 +81,7 @@ def build_engine(
     return EmbeddedEngine(
         config.model.hf,
         tokenizer,
+        stops=Stops.of(config.rollout, config.model.hf, tokenizer),
         dtype=getattr(torch, config.model.dtype),
         fp32_lm_head=config.model.fp32_lm_head,
         device=device,

@@ -50,9 +50,14 @@ class Request:
     prompts: Sequence[Prompt]
     samples_per_prompt: int
     temperature: float
+    """0: greedy.  Log-probabilities are then those at temperature 1."""
     max_new_tokens: int
     seed: str
     """Text from which the random numbers of each prompt and sample are derived."""
+    top_p: float = 1.0
+    """Probability of the most probable tokens among which to choose; 1: all."""
+    top_k: int | None = None
+    """Number of the most probable tokens among which to choose; None: all."""
     routing: bool = False
     """Whether rollouts must record the experts of their tokens (`Rollout.routing`)."""
     cached: Mapping[Sample, Rollout] = field(default_factory=dict)

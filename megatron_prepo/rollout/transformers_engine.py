@@ -7,7 +7,6 @@ float rounding in a batch of another shape.
 """
 
 import hashlib
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,13 +25,13 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from megatron_prepo import internals
-from megatron_prepo.errors import UserError
 from megatron_prepo.models.fp32_matmul import product
-from megatron_prepo.models.hf_config import read_hf_config, read_json
+from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import Bucket, Request, Shapes, Tokenizer
 from megatron_prepo.rollout.routing_recorder import ChosenExperts
+from megatron_prepo.rollout.stopping import Stops
 
 Decoded = tuple[list[int], list[float], bytes | None]
 """Tokens, their log-probabilities, and the routing of prompt and tokens if requested."""
@@ -48,6 +47,7 @@ class EmbeddedEngine:
         hf_directory: str | Path,
         tokenizer: Tokenizer,
         *,
+        stops: Stops,
         dtype: torch.dtype,
         fp32_lm_head: bool = True,
         device: torch.device,
@@ -70,9 +70,9 @@ class EmbeddedEngine:
             head = self.model.get_output_embeddings()
             assert head.bias is None, "no supported family has a bias on its output layer"
             internals.replace(head, "forward", MethodType(_fp32_logits, head))
-        self.tokenizer, self.device, self.batch_size = tokenizer, device, batch_size
+        self.tokenizer, self.stops = tokenizer, stops
+        self.device, self.batch_size = device, batch_size
         self.rank, self.num_ranks, self.gather = rank, num_ranks, gather
-        self.stop_tokens = stop_tokens(hf_directory, tokenizer)
         self.weight_version: int | None = None
         """Number of optimizer updates in the weights; None before the first sync."""
         self.verified = False
@@ -143,8 +143,7 @@ class EmbeddedEngine:
             completions: list[Decoded] = self._complete(
                 [prompt.tokens for prompt, _ in batch],
                 [f"{request.seed}/{prompt.id}/{sample}" for prompt, sample in batch],
-                request.temperature,
-                request.max_new_tokens,
+                request,
                 experts,
             )
         return completions
@@ -177,7 +176,7 @@ class EmbeddedEngine:
             tokens=tuple(tokens),
             engine_logprobs=tuple(logprobs),
             text=self.tokenizer.decode(tokens, skip_special_tokens=True),
-            finished=tokens[-1] in self.stop_tokens,
+            finished=self.stops.end(tokens),
             weight_version=self.weight_version,
             routing=routing,
         )
@@ -187,8 +186,7 @@ class EmbeddedEngine:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[str],
-        temperature: float,
-        max_new_tokens: int,
+        request: Request,
         experts: ChosenExperts | None,
     ) -> list[Decoded]:
         """Return tokens, their log-probabilities and, with `experts`, the routing of each text.
@@ -196,18 +194,27 @@ class EmbeddedEngine:
         One completion per prompt and seed.  Letters: B completions, of which R are in the running
         batch; T new tokens; V vocabulary; S tokens, L layers and k experts per token.
         """
+        max_new_tokens = request.max_new_tokens
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
         logprobs_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
-        stop = torch.tensor(sorted(self.stop_tokens), device=self.device)
+        lengths_B = torch.full((len(prompts),), max_new_tokens, device=self.device)
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         running_R = torch.arange(len(prompts), device=self.device)
         decoder = Decoder(self.model, prompts, self.device, experts)
         chosen_BSLk = [decoder.experts_RSLk] if decoder.experts_RSLk is not None else []
         for t in range(max_new_tokens):
-            token_R, logprob_R = draw(decoder.logits_RV, uniform_BT[running_R, t], temperature)
+            token_R, logprob_R = draw(
+                decoder.logits_RV,
+                uniform_BT[running_R, t],
+                request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+            )
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
-            ended_B[running_R] |= torch.isin(token_R, stop)
+            ended_R = self._ended(tokens_BT[running_R, : t + 1])
+            lengths_B[running_R[ended_R & ~ended_B[running_R]]] = t + 1
+            ended_B[running_R] |= ended_R
             going = (~ended_B[running_R]).nonzero().squeeze(1)
             if len(going) == 0 or t + 1 == max_new_tokens:
                 break
@@ -218,11 +225,12 @@ class EmbeddedEngine:
             if decoder.experts_RSLk is not None:
                 chosen_BSLk.append(torch.zeros_like(chosen_BSLk[0][:, :1]))
                 chosen_BSLk[-1][running_R] = decoder.experts_RSLk
-        completions = []
-        for tokens, logprobs in zip(tokens_BT.tolist(), logprobs_BT.tolist(), strict=True):
-            ends = (t for t, token in enumerate(tokens, 1) if token in self.stop_tokens)
-            length = next(ends, len(tokens))
-            completions.append((tokens[:length], logprobs[:length]))
+        completions = [
+            (tokens[:length], logprobs[:length])
+            for tokens, logprobs, length in zip(
+                tokens_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True
+            )
+        ]
         routings: list[bytes | None] = [None] * len(prompts)
         if experts:
             form, width = RoutingFormat.of(self.hf), max(map(len, prompts))  # padded on the left
@@ -233,6 +241,15 @@ class EmbeddedEngine:
                 )
             ]
         return [(*both, routing) for both, routing in zip(completions, routings, strict=True)]
+
+    def _ended(self, tokens_RT: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the rows that end with their last token."""
+        stop = torch.tensor(sorted(self.stops.tokens), device=self.device)
+        ended_R = torch.isin(tokens_RT[:, -1], stop)
+        if self.stops.texts:
+            last = tokens_RT[:, -self.stops.window :].tolist()
+            ended_R |= torch.tensor([self.stops.end(tokens) for tokens in last]).to(self.device)
+        return ended_R
 
 
 SHRINK_AT = 0.9
@@ -316,19 +333,44 @@ def _parameters_by_file_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def draw(
-    logits_RV: torch.Tensor, uniform_R: torch.Tensor, temperature: float
+    logits_RV: torch.Tensor,
+    uniform_R: torch.Tensor,
+    temperature: float,
+    *,
+    top_p: float = 1.0,
+    top_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row; returns tokens and their log-probabilities.
+    """Draw one token per row; returns tokens and their log-probabilities in the full distribution.
 
-    A token is the inverse of the cumulative distribution at the row's uniform number.
+    A token is the inverse of the cumulative distribution at the row's uniform number.  At
+    temperature 0 it is the most probable one, with its log-probability at temperature 1.
     """
-    logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
-    cumulative_RV = logprobs_RV.double().exp().cumsum(dim=-1)
+    logprobs_RV = torch.log_softmax(logits_RV.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        logprob_R, token_R = logprobs_RV.max(dim=-1)
+        return token_R, logprob_R
+    chosen_RV = most_probable(logprobs_RV, top_p, top_k) if top_p < 1 or top_k else logprobs_RV
+    cumulative_RV = chosen_RV.double().exp().cumsum(dim=-1)
     target_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
     # right=True: a token of probability 0 is never drawn, even for a uniform number of 0
     token_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
     token_R1 = token_R1.clamp(max=logits_RV.shape[1] - 1)
     return token_R1[:, 0], logprobs_RV.gather(1, token_R1)[:, 0]
+
+
+def most_probable(logprobs_RV: torch.Tensor, top_p: float, top_k: int | None) -> torch.Tensor:
+    """Return the log-probabilities with -inf for all but the most probable tokens of each row.
+
+    A token stays if fewer than `top_k` tokens, which together have at most `top_p`, are more
+    probable; the most probable one always does.  Of equal ones the first counts as more probable.
+    """
+    sorted_RV, order_RV = logprobs_RV.double().exp().sort(dim=-1, descending=True, stable=True)
+    outside_RV = torch.zeros_like(sorted_RV, dtype=torch.bool)
+    if top_p < 1:
+        outside_RV |= sorted_RV.cumsum(dim=-1) - sorted_RV > top_p
+    if top_k is not None:
+        outside_RV[:, top_k:] = True
+    return logprobs_RV.masked_fill(outside_RV.scatter(1, order_RV, outside_RV), -torch.inf)
 
 
 def _grouped(
@@ -363,29 +405,6 @@ def _fp32_logits(
     """Replace `torch.nn.Linear.forward`, whose result would have the type of the weight."""
     logits = product(hidden_BSH.flatten(0, 1), self.weight.t())
     return logits.view(*hidden_BSH.shape[:2], -1)
-
-
-def stop_tokens(hf_directory: str | Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokens that end a completion.
-
-    They are read from generation_config.json, else config.json, else the tokenizer.  Raises
-    UserError for a file that cannot be read or whose `eos_token_id` names no token.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = Path(hf_directory) / name
-        if not path.is_file():
-            continue
-        ids = read_json(path).get("eos_token_id")
-        if ids is not None:
-            listed = ids if isinstance(ids, list) else [ids]
-            if not listed or any(type(t) is not int or not 0 <= t < 1 << 31 for t in listed):
-                raise UserError(
-                    f"{path}: eos_token_id={reprlib.repr(ids)} names no token, and completions "
-                    "would never end; name one or several, or remove it for the tokenizer's"
-                )
-            return frozenset(listed)
-    assert tokenizer.eos_token_id is not None, "preflight checks that there is a stop token"
-    return frozenset([tokenizer.eos_token_id])
 
 
 def _uniform(seed: str, count: int) -> torch.Tensor:

@@ -187,7 +187,7 @@ def compare_inputs(
     except OSError as error:
         raise UserError(f"an input cannot be read: {error}") from error
     forbidden, moved = [], []
-    for name in INPUTS:
+    for name in _input_names(before, now):
         if name == "model.megatron" and name in unread:
             continue  # nothing else of it is read
         paths = _value(before, name), _value(now, name)
@@ -276,7 +276,16 @@ def _settings(config: Config, section: str) -> dict[str, Any]:
     return values
 
 
+def _input_names(*configs: Config) -> list[str]:
+    """Return INPUTS, with the settings of held-out files that any of the configurations has."""
+    held_out = dict.fromkeys(name for c in configs for name in c.data.eval_settings)
+    at = INPUTS.index("data.eval")
+    return [*INPUTS[:at], *held_out, *INPUTS[at + 1 :]]
+
+
 def _value(config: Config, name: str) -> str | None:
+    if name.startswith("data.eval"):
+        return config.data.eval_settings.get(name)
     section, key = name.split(".")
     value: str | None = getattr(getattr(config, section), key)
     return value

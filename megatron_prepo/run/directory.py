@@ -582,7 +582,9 @@ def with_absolute_paths(config: Config) -> Config:
         ("weight_sync", "directory"),
     ):
         if tree[section][key] is not None:
-            tree[section][key] = str(inputs.absolute(tree[section][key]))
+            tree[section][key] = configuration.with_paths(
+                tree[section][key], lambda path: str(inputs.absolute(path))
+            )
     for section, key in (name.split(".") for name in changes.USER_CODE):
         file, colon, name = tree[section][key].rpartition(":")
         if colon:

@@ -24,7 +24,8 @@ class LedgerEntry:
     purpose: Literal["train", "probe"]
     """Whether it was generated for training, or as a probe of the oracle."""
     trained: bool
-    """Whether the policy was trained on it: methods that refill drop groups."""
+    """Whether the policy was trained on it: methods that refill drop groups, and
+    `rollout.overlong=mask` excludes completions that are cut off."""
     ppl: float | None
     """The prompt's perplexity when it was chosen; None for a method that does not score prompts."""
     reward: float
@@ -33,7 +34,8 @@ class LedgerEntry:
     finished: bool
     """Whether it ended with a stop token."""
     mean_entropy: float | None
-    """Mean full-vocabulary entropy of its tokens before the update, in nats; None if untrained."""
+    """Mean full-vocabulary entropy of its tokens before the update, in nats; None if its group was
+    dropped."""
     weight: float | None
     """Weight in the loss; None if it was not trained on."""
     zero_variance: bool

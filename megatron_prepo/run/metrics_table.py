@@ -53,6 +53,11 @@ STEP: dict[str, Group] = {
         "reward/failed_ratio": Metric(
             "share", "answers that broke a limit or made the reward function raise"
         ),
+        "reward/overlong_penalty": Metric(
+            "reward",
+            "mean of what `rollout.overlong=penalty` adds to the rewards trained on; "
+            "`reward/mean` is without it",
+        ),
     },
     "Selection": {
         "selection/groups_paid": Metric(
@@ -111,6 +116,13 @@ STEP: dict[str, Group] = {
         "rollout/length": Metric("tokens", "mean length of the completions trained on"),
         "rollout/finished_ratio": Metric(
             "share", "completions that ended with a stop token, not by `rollout.max_new_tokens`"
+        ),
+        "rollout/masked": Metric(
+            "rollouts",
+            "excluded from the updates since they were cut off (`rollout.overlong=mask`)",
+        ),
+        "rollout/penalised": Metric(
+            "rollouts", "whose reward was lowered (`rollout.overlong=penalty`)"
         ),
         "rollout/staleness": Metric(
             "updates", "most optimizer updates between generating and training (`train.overlap`)"
@@ -209,15 +221,34 @@ EVALUATION: Group = {
     "pass_rate_ci95": Metric("share", "its 95 % interval, a list of two"),
     "samples_per_prompt": Metric("samples", "k"),
     "prompts": Metric("prompts", "held-out prompts evaluated"),
-    "temperature": Metric("temperature", "at which they were sampled"),
+    "temperature": Metric("temperature", "at which they were sampled; 0: greedily"),
 }
 """Values of an evaluation, in `evaluations.jsonl`."""
+
+IF_SET: Group = {
+    "top_p": Metric("probability", "`eval.top_p`, if it is below 1"),
+    "top_k": Metric("tokens", "`eval.top_k`, if it is set"),
+    "pass_at": Metric(
+        "share",
+        "unbiased pass@k by k, each with `mean` and `ci95` (`eval.pass_at`, up to the number of "
+        "samples)",
+    ),
+    "sets": Metric(
+        "by name",
+        "`pass_rate`, `pass_rate_ci95`, `pass_at` and `prompts` of each named set of `data.eval`",
+    ),
+}
+"""Further values of an evaluation, which depend on settings."""
 
 ON_DASHBOARDS: Group = {
     "eval/pass_rate": EVALUATION["pass_rate"],
     "eval/{ci95_low,ci95_high}": Metric("share", "bounds of its 95 % interval"),
     "eval/samples_per_prompt": EVALUATION["samples_per_prompt"],
     "eval/rollouts": EVALUATION["rollouts"],
+    "eval/pass_at_K": Metric("share", "pass@k for each k of `eval.pass_at`"),
+    "eval/NAME/{pass_rate,ci95_low,ci95_high,pass_at_K}": Metric(
+        "share", "the same of each named set of `data.eval`"
+    ),
 }
 """What dashboards show of an evaluation."""
 
@@ -272,6 +303,23 @@ def check_step(keys: Collection[str], *, custom_selector: bool) -> None:
     assert not missing, f"metrics that megatron_prepo/run/metrics_table.py does not list: {missing}"
 
 
+def check_evaluation(keys: Collection[str]) -> None:
+    """Raise AssertionError unless an evaluation has all values of the table, and no other."""
+    known, found = EVALUATION.keys(), set(keys)
+    assert known <= found <= known | IF_SET.keys(), f"docs/metrics.md does not list {sorted(found)}"
+
+
+def check_on_dashboards(keys: Collection[str]) -> None:
+    """Raise AssertionError for what dashboards would show without a line in the table."""
+
+    def general(key: str) -> str:
+        subject, *name, quantity = re.sub(r"pass_at_\d+$", "pass_at_K", key).split("/")
+        return "/".join([subject, "NAME", quantity] if name else [subject, quantity])
+
+    unlisted = set(map(general, keys)) - KEYS_ON_DASHBOARDS
+    assert not unlisted, f"docs/metrics.md does not list {sorted(unlisted)}"
+
+
 def renamed(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return metrics of any version under the present keys.
 
@@ -294,7 +342,7 @@ def markdown() -> str:
     lines = [INTRODUCTION]
     for title, group in STEP.items():
         lines += [f"\n## {title}\n", *_table(group)]
-    lines += ["\n## Evaluations\n", IN_EVALUATIONS, "", *_table(EVALUATION)]
+    lines += ["\n## Evaluations\n", IN_EVALUATIONS, "", *_table(EVALUATION | IF_SET)]
     lines += ["\nDashboards show:\n", *_table(ON_DASHBOARDS)]
     lines += ["\n## Keys of earlier versions\n", OF_EARLIER_VERSIONS, ""]
     lines += ["| earlier | now |", "|---|---|"]

@@ -1,6 +1,6 @@
 """What a run tells its user: at its start what it is about to do, at its end what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_prepo.config import CheckpointConfig, Config, DataConfig, ParallelConfig
@@ -74,10 +74,24 @@ def engine(config: Config, num_ranks: int | None, num_servers: int | None = None
     )
 
 
-def prompts(data: DataConfig, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> str:
-    """Describe the prompts that were read."""
+def prompts(
+    data: DataConfig,
+    train: Sequence[Prompt],
+    held_out: Mapping[str, Sequence[Prompt]],
+    dropped: Mapping[str, int],
+) -> str:
+    """Describe the prompts that were read: `held_out` by set, `dropped` numbers by setting."""
+    sets = ", ".join(
+        f"{name} {len(held_out[name]):,} of {file}".lstrip()
+        for name, file in data.eval_files.items()
+    )
+    read = f"{'prompts':<12} {len(train):,} of {data.train}; held out {sets}"
+    if not dropped:
+        return read
+    numbers = ", ".join(f"{number:,} of {name}" for name, number in dropped.items())
     return (
-        f"{'prompts':<12} {len(train):,} of {data.train}; held out {len(held_out):,} of {data.eval}"
+        f"{read}\n{'dropped':<12} {numbers}: longer than data.max_prompt_tokens="
+        f"{data.max_prompt_tokens}"
     )
 
 

@@ -29,9 +29,9 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, EvalConfig
 from megatron_prepo.errors import UserError
-from megatron_prepo.evaluation.held_out import Evaluation
+from megatron_prepo.evaluation.held_out import Evaluation, shared
 from megatron_prepo.files.atomic import naming, write_text
 from megatron_prepo.process import activity, machine
 from megatron_prepo.process.progress import bar as progress_bar
@@ -79,8 +79,8 @@ class Run:
         """Totals so far: rollouts generated, their tokens, and steps completed."""
         self.before: Evaluation | None = None
         """The evaluation before the first step."""
-        self.temperature_before = config.eval.temperature
-        """The temperature of that evaluation: `eval` may change when a run is resumed."""
+        self.sampling_before = config.eval.sampling
+        """How that evaluation was sampled: `eval` may change when a run is resumed."""
         self.identity = run_directory.identity(self.directory) if self.writes else None
         """The run's identity, from the directory's marker."""
         if self.writes:
@@ -178,7 +178,7 @@ class Run:
     def evaluate(
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
-        """Call `held_out(samples_per_prompt, on_progress)` with a progress bar; record it."""
+        """Call `held_out(on_progress)`, of `samples` per prompt, with a progress bar; record it."""
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
@@ -186,7 +186,7 @@ class Run:
 
         shown = {"leave": when != "during", "disable": not self.writes}
         with self.seconds("evaluate"), progress_bar(desc=f"evaluate {when}", **shown) as bar:
-            evaluation = held_out(samples_per_prompt=samples, on_progress=on_progress)
+            evaluation = held_out(on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
         if self.writes and not self.lost():
             self._record_evaluation(step, evaluation, samples)
@@ -194,23 +194,30 @@ class Run:
 
     def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
         """Write an evaluation after `step` steps to the file and the dashboards."""
-        low, high = evaluation.ci95
-        row = {
+        settings = self.config.eval
+        row: dict[str, Any] = {
             "rollouts": self.rollouts,
             "tokens": self.tokens,
             "seconds": sum(self.seconds.total[stage] for stage in TRAINING_STAGES),
-            "pass_rate": evaluation.pass_rate,
-            "pass_rate_ci95": [low, high],
+            **_rates(evaluation, settings.pass_at),
             "samples_per_prompt": samples,
             "prompts": len(evaluation.passes_P),
-            "temperature": self.config.eval.temperature,
+            "temperature": settings.temperature,
         }
-        assert {"step", *row} == metrics_table.EVALUATION.keys(), "docs/metrics.md lists all"
+        row |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
+        row |= {"top_k": settings.top_k} if settings.top_k else {}
+        of_sets = {
+            name: _rates(of_set, settings.pass_at) | {"prompts": len(of_set.passes_P)}
+            for name, of_set in evaluation.sets().items()
+        }
+        row |= {"sets": of_sets} if of_sets else {}
+        metrics_table.check_evaluation({"step", *row})
         self.evaluations.write(step, row)
-        shown = {"pass_rate": evaluation.pass_rate, "ci95_low": low, "ci95_high": high}
-        shown |= {"samples_per_prompt": samples, "rollouts": self.rollouts}
+        shown = _shown(row) | {"samples_per_prompt": samples, "rollouts": self.rollouts}
+        for name, of_set in of_sets.items():
+            shown |= {f"{name}/{key}": value for key, value in _shown(of_set).items()}
         on_dashboards = {f"eval/{name}": value for name, value in shown.items()}
-        assert on_dashboards.keys() == metrics_table.KEYS_ON_DASHBOARDS, "docs/metrics.md lists all"
+        metrics_table.check_on_dashboards(on_dashboards)
         for dashboard in self.dashboards:
             dashboard.write(step, on_dashboards)
 
@@ -225,7 +232,7 @@ class Run:
             "before": None
             if self.before is None
             else vars(self.before) | {"passes_P": self.before.passes_P.tolist()},
-            "temperature_before": self.temperature_before,
+            "sampling_before": self.sampling_before,
             "files": {name: os.fstat(file.fileno()).st_size for name, file in self._logs().items()}
             if self.writes
             else None,
@@ -241,8 +248,12 @@ class Run:
                 samples = self.config.eval.samples_per_prompt
                 before = {"passes_P": before, "samples_per_prompt": samples}
             passes_P = torch.tensor(before["passes_P"], dtype=torch.float64)
-            self.before = Evaluation(passes_P, before["samples_per_prompt"])
-            self.temperature_before = state.get("temperature_before", self.temperature_before)
+            sizes = before.get("sizes", {})  # older versions had one set
+            self.before = Evaluation(passes_P, before["samples_per_prompt"], sizes)
+            if "temperature_before" in state:  # of an older version, which sampled from all tokens
+                earlier = EvalConfig(temperature=state["temperature_before"])
+                self.sampling_before = earlier.sampling
+            self.sampling_before = state.get("sampling_before", self.sampling_before)
         self.truncate_logs(state["files"])
 
     def truncate_logs(self, sizes: dict[str, int]) -> None:
@@ -274,41 +285,58 @@ class Run:
         logs = (self.ledger, self.metrics, self.evaluations)
         return dict(zip(LOGS, (log.file for log in logs), strict=True))
 
-    def _gain(self, after: Evaluation) -> tuple[float | None, list[float] | None, int]:
-        """Return the gain, its interval, and the number of prompts that both evaluations share.
+    def _gain(
+        self, before: Evaluation, after: Evaluation
+    ) -> tuple[float | None, list[float] | None]:
+        """Return the gain and its interval, by two evaluations of the same prompts.
 
-        `eval.max_prompts` takes the first prompts of the file, so the shorter evaluation's prompts
-        are among the longer one's.  Gain and interval are None if the temperatures differ, since
-        such pass rates are not comparable.
+        Both are None if they were sampled differently, since such pass rates are not comparable.
         """
-        assert self.before is not None, "every run evaluates before its first step"
-        both = min(len(self.before.passes_P), len(after.passes_P))
-        if self.temperature_before != self.config.eval.temperature:
-            self.log(
-                f"no gain is computed: the evaluation before the run was sampled at temperature "
-                f"{self.temperature_before}, and this one at {self.config.eval.temperature}"
-            )
-            return None, None, both
-        first, last = self.before.first(both), after.first(both)
-        return last.pass_rate - first.pass_rate, list(last.gain_ci95(first)), both
+        if self.sampling_before != self.config.eval.sampling:
+            return None, None
+        return after.pass_rate - before.pass_rate, list(after.gain_ci95(before))
 
-    def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
-        """Return the summary, after closing the files and writing the summary and the plot."""
-        assert self.before is not None, "every run evaluates before its first step"
-        gain, gain_ci95, num_prompts = self._gain(after)
-        before, after = self.before.first(num_prompts), after.first(num_prompts)
-        summary = {
-            "method": self.config.selection.name,
-            "weighting": self.config.weighting.method,
-            "steps": self.num_steps,
-            "ranks": ranks,
+    def _log_other_sampling(self) -> None:
+        """Log how the two evaluations were sampled if there is no gain."""
+        now = self.config.eval.sampling
+        if names := [name for name, value in now.items() if value != self.sampling_before[name]]:
+            before, after = (
+                ", ".join(f"{name} {sampling[name]}" for name in names)
+                for sampling in (self.sampling_before, now)
+            )
+            self.log(
+                f"no gain is computed: the evaluation before the run was sampled at {before}, and "
+                f"this one at {after}"
+            )
+
+    def _change(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        """Return two evaluations of the same prompts, and the gain, as the summary has them."""
+        gain, gain_ci95 = self._gain(before, after)
+        return {
             "pass_rate_before": before.pass_rate,
             "pass_rate_before_ci95": list(before.ci95),
             "pass_rate_after": after.pass_rate,
             "pass_rate_after_ci95": list(after.ci95),
             "gain": gain,
             "gain_ci95": gain_ci95,
-            "held_out_prompts": num_prompts,
+            "held_out_prompts": len(after.passes_P),
+        }
+
+    def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
+        """Return the summary, after closing the files and writing the summary and the plot."""
+        assert self.before is not None, "every run evaluates before its first step"
+        self._log_other_sampling()
+        before, after = shared(self.before, after)
+        of_sets = {
+            name: self._change(of_set, after.sets()[name]) for name, of_set in before.sets().items()
+        }
+        summary = {
+            "method": self.config.selection.name,
+            "weighting": self.config.weighting.method,
+            "steps": self.num_steps,
+            "ranks": ranks,
+            **self._change(before, after),
+            **({"sets": of_sets} if of_sets else {}),
             "samples_per_prompt": self.config.eval.samples_per_prompt,
             "rollouts": self.rollouts,
             "tokens": self.tokens,
@@ -326,3 +354,18 @@ class Run:
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             run_directory.end(self.directory)
         return summary
+
+
+def _rates(evaluation: Evaluation, pass_at: Sequence[int]) -> dict[str, Any]:
+    """Return pass rate and pass@k with their intervals, as a line of evaluations has them."""
+    low, high = evaluation.ci95
+    rates = {"pass_rate": evaluation.pass_rate, "pass_rate_ci95": [low, high]}
+    known = {str(k): evaluation.pass_at(k) for k in pass_at if k <= evaluation.samples_per_prompt}
+    return rates | ({"pass_at": known} if known else {})
+
+
+def _shown(rates: dict[str, Any]) -> dict[str, float]:
+    """Return what dashboards show of `_rates`."""
+    low, high = rates["pass_rate_ci95"]
+    shown = {"pass_rate": rates["pass_rate"], "ci95_low": low, "ci95_high": high}
+    return shown | {f"pass_at_{k}": at["mean"] for k, at in rates.get("pass_at", {}).items()}

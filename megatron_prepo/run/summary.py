@@ -59,6 +59,11 @@ def text(summary: dict[str, Any]) -> str:
         low, high = summary[f"{when}_ci95"]
         return f"{summary[when]:.3f}  (95 % interval {low:.3f} to {high:.3f})"
 
+    sets = [
+        f"  {name:<26}{of_set['pass_rate_before']:.3f} -> {of_set['pass_rate_after']:.3f}  "
+        f"({of_set['held_out_prompts']} prompts)"
+        for name, of_set in summary.get("sets", {}).items()
+    ]
     seconds = summary["seconds"]
     stages = [f"{name} {value:.0f}" for name, value in seconds.items() if value >= 0.5]
     stages.append(f"together {sum(seconds.values()):.0f}")
@@ -69,6 +74,7 @@ def text(summary: dict[str, Any]) -> str:
             f"gain, prompt by prompt      {rate('gain')}",
             f"                            avg@{summary['samples_per_prompt']} over "
             f"{summary['held_out_prompts']} prompts",
+            *sets,
             f"rollouts, tokens generated  {summary['rollouts']:,}, {summary['tokens']:,}",
             f"seconds by stage            {', '.join(stages)}",
         ]

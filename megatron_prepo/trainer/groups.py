@@ -4,13 +4,14 @@ Letters: K selected prompts, G rollouts each, N = K*G rollouts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.records import Rollout
 from megatron_prepo.rewards.pool import Grade
+from megatron_prepo.trainer.overlong import KEEP, Overlong
 
 
 def reward_tensor(grades: Sequence[Grade]) -> torch.Tensor:
@@ -27,36 +28,73 @@ class Groups:
     rollouts: tuple[Rollout, ...] = ()
     grades: tuple[Grade, ...] = ()
     """One per rollout."""
+    overlong: Overlong = KEEP
+    """Treatment of completions that are cut off."""
 
     @property
     def rewards_KG(self) -> torch.Tensor:
-        """Rewards of the groups."""
+        """Rewards of the groups, as the reward function returned them."""
         return reward_tensor(self.grades).view(len(self.chosen), -1)
+
+    @property
+    def penalties(self) -> list[float]:
+        """What `rollout.overlong=penalty` adds to each rollout's reward, from -1 to 0."""
+        return [self.overlong.penalty(len(rollout.tokens)) for rollout in self.rollouts]
+
+    @property
+    def shaped_rewards_KG(self) -> torch.Tensor:
+        """Rewards from which advantages are computed: penalties are added."""
+        if self.overlong.method != "penalty":
+            return self.rewards_KG
+        return self.rewards_KG + torch.tensor(self.penalties).view(len(self.chosen), -1)
+
+    @property
+    def masked(self) -> list[bool]:
+        """Whether each rollout is removed from the update (`rollout.overlong=mask`)."""
+        if self.overlong.method != "mask":
+            return [False] * len(self.rollouts)
+        return [self.overlong.masks(rollout.finished) for rollout in self.rollouts]
 
     def extend(
         self, chosen: Sequence[int], rollouts: Sequence[Rollout], grades: Sequence[Grade]
     ) -> "Groups":
         """Return these groups followed by others."""
-        return Groups((*self.chosen, *chosen), (*self.rollouts, *rollouts), (*self.grades, *grades))
+        return replace(
+            self,
+            chosen=(*self.chosen, *chosen),
+            rollouts=(*self.rollouts, *rollouts),
+            grades=(*self.grades, *grades),
+        )
 
     def select_for_training(self, num_groups: int) -> "Groups":
         """Return the first `num_groups` with an advantage; others fill up where there are too few.
 
         Those add nothing to the gradient, but the batch and so the loss's normaliser stay as large.
         """
-        useless_K, group_size = zero_variance(self.rewards_KG), self.rewards_KG.shape[1]
+        rewards_KG = self.shaped_rewards_KG
+        all_masked_K = torch.tensor(self.masked).view(rewards_KG.shape).all(dim=1)
+        useless_K, group_size = zero_variance(rewards_KG) | all_masked_K, rewards_KG.shape[1]
         kept = sorted(useless_K.int().argsort(stable=True)[:num_groups].tolist())
         members = [k * group_size + g for k in kept for g in range(group_size)]
-        return Groups(
-            tuple(self.chosen[k] for k in kept),
-            tuple(self.rollouts[i] for i in members),
-            tuple(self.grades[i] for i in members),
+        return replace(
+            self,
+            chosen=tuple(self.chosen[k] for k in kept),
+            rollouts=tuple(self.rollouts[i] for i in members),
+            grades=tuple(self.grades[i] for i in members),
         )
 
     def mini_batches(self, count: int) -> list[list[int]]:
-        """Return the rollouts of each optimizer update, as positions in `rollouts`."""
+        """Return the rollouts of each optimizer update, as positions in `rollouts`.
+
+        Without those that are masked; a mini-batch of which nothing is left is no update.
+        """
         num_groups, group_size = self.rewards_KG.shape
-        return mini_batches(num_groups, group_size, count)
+        masked = self.masked
+        unmasked = (
+            [i for i in index if not masked[i]]
+            for index in mini_batches(num_groups, group_size, count)
+        )
+        return [index for index in unmasked if index]
 
 
 def mini_batches(num_groups: int, group_size: int, count: int) -> list[list[int]]:

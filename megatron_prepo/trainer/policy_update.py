@@ -21,7 +21,7 @@ from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.guarded_update import Learner
 from megatron_prepo.trainer.mismatch_metrics import importance_metrics, mismatch_metrics
-from megatron_prepo.trainer.step_metrics import rollout_metrics
+from megatron_prepo.trainer.step_metrics import overlong_metrics, rollout_metrics
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class TrainingBatch:
         """Return entropies, weights and the mismatch between engine and actor."""
         old_scores, rollouts = self.old_scores, self.groups.rollouts
         finished_N = [rollout.finished for rollout in rollouts]
+        trained_N = ~torch.tensor(self.groups.masked)
         metrics = rollout_metrics(
-            old_scores.entropy_N, self.weight_N, old_scores.lengths_N, finished_N
+            old_scores.entropy_N, self.weight_N[trained_N], old_scores.lengths_N, finished_N
         )
+        metrics |= overlong_metrics(self.groups)
         metrics["rollout/staleness"] = max(old_scores.staleness_N, default=0)
         metrics |= mismatch_metrics(
             [score.logprobs_T for score in old_scores.scores],
@@ -181,14 +183,15 @@ def weigh_by_entropy(
 ) -> torch.Tensor:
     """Return `weight_N`, each rollout's entropy relative to the mean of its optimizer batch.
 
-    The mean is over the rollouts of all ranks.  Ones for `weighting.method=none`.
+    The mean is over the rollouts of all ranks.  Ones for `weighting.method=none`, and for masked
+    rollouts, which are in no optimizer batch.
     """
     weight_N = torch.ones_like(old_scores.entropy_N)
     if settings.method == "none":
         return weight_N
     include_N = None
     if not settings.include_zero_variance:
-        rewards_KG = groups.rewards_KG
+        rewards_KG = groups.shaped_rewards_KG
         include_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])
     for index in groups.mini_batches(num_mini_batches):
         weight_N[index] = relative_entropy_weights(

@@ -1,7 +1,7 @@
 """Set-up of a training loop on each rank, from checked inputs to the export."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +15,17 @@ from megatron_prepo.actor.model import describe
 from megatron_prepo.config import Config, RewardConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.evaluation.held_out import Evaluation, evaluate
+from megatron_prepo.evaluation.held_out import Evaluation, evaluate, pooled
 from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import activity
 from megatron_prepo.process.stop_signals import StopRequests
-from megatron_prepo.records import scored_sequence
+from megatron_prepo.records import Prompt, scored_sequence
 from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout.build import Ranks, build_engine
 from megatron_prepo.rollout.engine import Engine, EngineError, Request
+from megatron_prepo.rollout.stopping import unused_end_token
 from megatron_prepo.rollout.weight_sync import sync_weights
 from megatron_prepo.run import dashboards, opening
 from megatron_prepo.run import directory as run_directory
@@ -34,6 +35,7 @@ from megatron_prepo.selection import load as load_selector
 from megatron_prepo.selection.base import Selector
 from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
+from megatron_prepo.trainer.overlong import Overlong
 from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints, is_affordable, newest_checkpoint
 from megatron_prepo.trainer.throughput import Throughput
@@ -57,6 +59,7 @@ class Trainer:
     batches: CandidateBatches
     selector: Selector
     throughput: Throughput
+    overlong: Overlong
     resumes_from: Path | None
     """The run's own checkpoint; None if it starts from the beginning."""
     checkpoints: Checkpoints = field(init=False)
@@ -122,24 +125,40 @@ class Trainer:
 
     def evaluate(self, when: str, samples: int) -> Evaluation:
         """Evaluate and record avg@k on held-out prompts, with the same random numbers each time."""
-        config = self.config
+        sets = self.inputs.eval_sets
+        total = samples * sum(map(len, sets.values()))
 
-        def held_out(**options: Any) -> Evaluation:
-            request = Request(
-                prompts=self.inputs.eval_prompts,
-                temperature=config.eval.temperature,
-                max_new_tokens=config.rollout.max_new_tokens,
-                seed=f"{config.train.seed}/evaluation",
-                **options,
-            )
-            return evaluate(
-                self.engine,
-                request,
-                lambda rollouts: reward_tensor(self.grader.grade(rollouts)),
-                pass_reward=config.reward.high,
-            )
+        def held_out(on_progress: Callable[[int, int], None]) -> Evaluation:
+            found: dict[str, Evaluation] = {}
+            for name, prompts in sets.items():
+                before = samples * sum(len(sets[earlier]) for earlier in found)
+
+                def show(done: int, _: int, before: int = before) -> None:
+                    on_progress(before + done, total)
+
+                found[name] = self._evaluate_set(prompts, samples, show)
+            return pooled(found)
 
         return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+
+    def _evaluate_set(
+        self, prompts: Sequence[Prompt], samples: int, on_progress: Callable[[int, int], None]
+    ) -> Evaluation:
+        config = self.config
+        request = Request(
+            prompts=prompts,
+            samples_per_prompt=samples,
+            **config.eval.sampling,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=f"{config.train.seed}/evaluation",
+            on_progress=on_progress,
+        )
+        return evaluate(
+            self.engine,
+            request,
+            lambda rollouts: reward_tensor(self.grader.grade(rollouts)),
+            pass_reward=config.reward.high,
+        )
 
     def save_if_due(self, step: int) -> None:
         """Finish a pending checkpoint, and save one if settings or a signal ask for it.
@@ -167,8 +186,11 @@ class Trainer:
     def speed(self, batch: TrainingBatch) -> dict[str, float]:
         """Return rates of the actor's passes in the step that is about to be recorded."""
         sequences = [scored_sequence(rollout) for rollout in batch.groups.rollouts]
-        advantages = batch.advantages_KG.flatten().tolist()
-        learnt = [self.updates.learns_from(advantage) for advantage in advantages]
+        advantages, masked = batch.advantages_KG.flatten().tolist(), batch.groups.masked
+        learnt = [
+            self.updates.learns_from(advantage) and not excluded
+            for advantage, excluded in zip(advantages, masked, strict=True)
+        ]
         return self.throughput.of_step(self.run.seconds, sequences, learnt)
 
     def finish(self) -> dict[str, Any]:
@@ -198,7 +220,9 @@ def set_up(config: Config) -> Trainer:
     run = Run(config, rank=dist.get_rank(), share=parallel.from_rank_zero)
     if run.writes:
         prompt_digests.save(run.directory, inputs.digests)
-    run.log(opening.prompts(config.data, inputs.train_prompts, inputs.eval_prompts))
+    run.log(opening.prompts(config.data, inputs.train_prompts, inputs.eval_sets, inputs.dropped))
+    if warning := unused_end_token(inputs.stop_tokens, inputs.tokenizer):
+        run.log("; ".join(warning))
     run.log(describe(config))
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.log("the section sglang: is for servers that the run starts, and is ignored here")
@@ -242,6 +266,7 @@ def set_up(config: Config) -> Trainer:
             by_actor=config.selection.ppl_from == "actor",
             scorings=2 if config.loss.kl_coef else 1,  # the initial policy's scores, too
         ),
+        overlong=Overlong.of(config.rollout),
         resumes_from=resumes_from,
     )
 

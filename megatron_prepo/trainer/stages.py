@@ -167,7 +167,7 @@ def recorded(
         trainer.run.record(
             step,
             entries,
-            selection_metrics(candidates, generated.chosen, generated.rewards_KG)
+            selection_metrics(candidates, generated)
             | grading_metrics(generated.grades)
             | batch.metrics(trainer.config.loss)
             | metrics

@@ -3,7 +3,7 @@
 from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.run.ledger import LedgerEntry
 from megatron_prepo.selection.base import Candidates
-from megatron_prepo.trainer.groups import Groups, reward_tensor
+from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.policy_update import TrainingBatch
 
 
@@ -15,7 +15,7 @@ def ledger_entries(
     probes: Groups,
     batch: TrainingBatch,
 ) -> list[LedgerEntry]:
-    """Return one entry for each rollout of the step: trained on, dropped, or a probe.
+    """Return one entry for each rollout of the step: trained on, dropped, masked, or a probe.
 
     `method` is the selector's name.
     """
@@ -24,10 +24,17 @@ def ledger_entries(
     trained = {id(rollout): i for i, rollout in enumerate(batch.groups.rollouts)}
     rollouts = [*generated.rollouts, *probes.rollouts]
     grades = [*generated.grades, *probes.grades]
-    zero_variance_K = zero_variance(reward_tensor(grades).view(-1, group_size)).tolist()
+    masked = batch.groups.masked
+    zero_variance_K = [
+        equal
+        for groups in (generated, probes)
+        if groups.rollouts
+        for equal in zero_variance(groups.shaped_rewards_KG).tolist()
+    ]
     entries = []
     for n, rollout in enumerate(rollouts):
         i = trained.get(id(rollout))
+        learnt = i is not None and not masked[i]
         ppl_P, p = candidates.ppl_P, position_of[rollout.prompt.id]
         entries.append(
             LedgerEntry(
@@ -36,14 +43,14 @@ def ledger_entries(
                 sample=n % group_size,
                 selector=method,
                 purpose="probe" if n >= len(generated.rollouts) else "train",
-                trained=i is not None,
+                trained=learnt,
                 ppl=None if ppl_P is None else float(ppl_P[p]),
                 reward=grades[n].reward,
                 graded=grades[n].outcome,
                 length=len(rollout.tokens),
                 finished=rollout.finished,
                 mean_entropy=None if i is None else float(batch.old_scores.entropy_N[i]),
-                weight=None if i is None else float(batch.weight_N[i]),
+                weight=float(batch.weight_N[i]) if learnt else None,
                 zero_variance=zero_variance_K[n // group_size],
                 weight_version=rollout.weight_version,
                 aborted=rollout.aborted,

@@ -16,18 +16,19 @@ from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.prepo.statistics import quantiles
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.base import Candidates
+from megatron_prepo.trainer.groups import Groups
 
 Metrics = dict[str, float | None]
 """Values by name; None if a value cannot be computed."""
 
 
-def selection_metrics(
-    candidates: Candidates, chosen: Sequence[int], rewards_KG: torch.Tensor
-) -> Metrics:
+def selection_metrics(candidates: Candidates, generated: Groups) -> Metrics:
     """Return rewards and perplexities of all generated groups, and their correlation."""
+    chosen, rewards_KG = generated.chosen, generated.rewards_KG
+    useless_K = zero_variance(generated.shaped_rewards_KG)
     metrics: Metrics = {
         "reward/mean": float(rewards_KG.mean()),
-        "reward/zero_variance_ratio": float(zero_variance(rewards_KG).double().mean()),
+        "reward/zero_variance_ratio": float(useless_K.double().mean()),
         "selection/groups_paid": len(chosen),
     }
     if candidates.ppl_P is not None:
@@ -75,16 +76,33 @@ def rollout_metrics(
     lengths_N: torch.Tensor,
     finished_N: Sequence[bool],
 ) -> dict[str, float]:
-    """Return entropies, weights and lengths."""
+    """Return entropies, weights and lengths; `weight_N` is without masked rollouts."""
+    weights, quartiles = {}, {}
+    if len(weight_N):
+        weights = {"weight/mean": float(weight_N.mean()), "weight/std": float(weight_N.std())}
+        quartiles = quantiles("weight", weight_N)
     return {
         "entropy/mean": float((entropy_N * lengths_N).sum() / lengths_N.sum()),
-        "weight/mean": float(weight_N.mean()),
-        "weight/std": float(weight_N.std()),
+        **weights,
         **quantiles("entropy/sequence", entropy_N),
-        **quantiles("weight", weight_N),
+        **quartiles,
         "rollout/length": float(lengths_N.double().mean()),
         "rollout/finished_ratio": sum(finished_N) / len(finished_N),
     }
+
+
+def overlong_metrics(groups: Groups) -> dict[str, float]:
+    """Return what `rollout.overlong` did to the rollouts trained on; nothing for `keep`."""
+    match groups.overlong.method:
+        case "mask":
+            return {"rollout/masked": sum(groups.masked)}
+        case "penalty":
+            penalties = groups.penalties
+            return {
+                "rollout/penalised": sum(penalty < 0 for penalty in penalties),
+                "reward/overlong_penalty": sum(penalties) / len(penalties),
+            }
+    return {}
 
 
 def spearman(x_K: torch.Tensor, y_K: torch.Tensor) -> float | None:

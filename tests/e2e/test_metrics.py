@@ -53,7 +53,8 @@ def by_the_model(run, dtype: torch.dtype, folders) -> dict[str, float]:
     config = configuration.load(run / "config.yaml")
     tokenizer = preflight.read_tokenizer(config.model.hf)
     tokens_of = {
-        p.id: p.tokens for p in preflight.load_prompts(config.data, config.run, tokenizer, "train")
+        p.id: p.tokens
+        for p in preflight.load_prompts(config.data, config.run, tokenizer, config.data.train, [])
     }
     ids = [candidate["id"] for candidate in of.about["candidates"]]
     ppl = {i: float(torch.exp(-scores(before, tokens_of[i], 1)[0].mean())) for i in ids}

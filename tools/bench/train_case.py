@@ -20,6 +20,7 @@ from megatron_prepo.files import atomic as durable
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.final_number import final_number
 from megatron_prepo.rollout.engine import Request
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -115,6 +116,7 @@ def laptop(directory: Path, num_prompts: int, *, rows: int = 32) -> Case:
     engine = EmbeddedEngine(
         config.model.hf,
         tokenizer,
+        stops=Stops.of(config.rollout, config.model.hf, tokenizer),
         dtype=torch.float32,
         device=torch.device("cpu"),
         batch_size=256,

@@ -26,6 +26,7 @@ from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
+from megatron_prepo.trainer.overlong import Overlong
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
     rank = {prompt_id: r for r, prompt_id in enumerate(sorted(ppl, key=ppl.get), 1)}
     prompts, groups = prompt_texts(config), []
     for (purpose, prompt_id), group in by_prompt.items():
-        rewards_KG = torch.tensor([[entry.reward for entry in group]])
+        overlong = Overlong.of(config.rollout)
+        rewards_KG = torch.tensor([[e.reward + overlong.penalty(e.length) for e in group]])
         advantages = group_advantages(
             rewards_KG, std=config.advantage.std, eps=config.advantage.eps
         )[0].tolist()

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout.sglang.fleet import ServerFailed, StaleWeights
+from megatron_prepo.rollout.stopping import Stops
 
 FINISHES = ("stop", "length", "abort")
 
@@ -34,7 +35,7 @@ class Completion:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: str
-    """`stop`: by a stop token; `length`: at the limit of new tokens; `abort`: aborted by us."""
+    """`stop`: by a stop token or string; `length`: at the limit of new tokens; `abort`: by us."""
     routing: bytes | None = None
     """Experts of prompt and completion, if requested."""
 
@@ -45,12 +46,14 @@ class Sampling:
 
     temperature: float
     max_new_tokens: int
-    stop_tokens: frozenset[int]
+    stops: Stops
     weight_version: str
     """The servers' name for the actor's weights."""
     vocab_size: int
     routing: RoutingFormat | None = None
     """Format of the routing to request; None: request none."""
+    top_p: float = 1.0
+    top_k: int | None = None
     can_be_cut = True
     """Whether a partial completion is usable."""
 
@@ -68,11 +71,12 @@ class Sampling:
             **({"return_routed_experts": True} if self.routing else {}),
             "sampling_params": {
                 "temperature": self.temperature,
-                "top_p": 1.0,
-                "top_k": -1,
+                "top_p": self.top_p,
+                "top_k": -1 if self.top_k is None else self.top_k,
                 "min_p": 0.0,
                 "max_new_tokens": self.max_new_tokens,
-                "stop_token_ids": sorted(self.stop_tokens),
+                "stop_token_ids": sorted(self.stops.tokens),
+                **({"stop": self.stops.texts, "no_stop_trim": True} if self.stops.texts else {}),
                 "sampling_seed": int.from_bytes(digest[:8], "little") >> 1,
             },
         }
@@ -126,7 +130,29 @@ class Sampling:
                 routing = self._routing(meta.get("routed_experts"), num_prompt_tokens + len(tokens))
             except ValueError as error:
                 require(False, f"a routing (rollout.router_replay) that is none: {error}")
-        return Completion(tokens, tuple(map(float, logprobs)), finish, routing)
+        completion = Completion(tokens, tuple(map(float, logprobs)), finish, routing)
+        return self._until_stop(completion, num_prompt_tokens)
+
+    def _until_stop(self, completion: Completion, num_prompt_tokens: int) -> Completion:
+        """Return a completion up to its first stop string.
+
+        SGLang looks for one in the last tokens, as many as its own encoding of the string has, and
+        misses it where the policy wrote it in more.
+        """
+        length = self.stops.length(completion.tokens) if self.stops.texts else None
+        if length is None:
+            return completion
+        routing = completion.routing
+        if routing is not None:
+            one = len(routing) // (num_prompt_tokens + len(completion.tokens) - 1)
+            routing = routing[: one * (num_prompt_tokens + length - 1)]
+        return replace(
+            completion,
+            tokens=completion.tokens[:length],
+            logprobs=completion.logprobs[:length],
+            finish="stop",
+            routing=routing,
+        )
 
     def _routing(self, encoded: object, num_tokens: int) -> bytes:
         """Return the routing in a response; raises ValueError unless it has this many tokens.

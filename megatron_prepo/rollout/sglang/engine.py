@@ -45,7 +45,7 @@ from megatron_prepo.rollout.sglang.ipc import ByIPC
 from megatron_prepo.rollout.sglang.launch import OwnServer
 from megatron_prepo.rollout.sglang.perplexity import Probing
 from megatron_prepo.rollout.sglang.transport import ByValue, Distributed, FromDisk, Transport
-from megatron_prepo.rollout.transformers_engine import stop_tokens
+from megatron_prepo.rollout.stopping import Stops
 
 
 class SGLangEngine:
@@ -73,7 +73,7 @@ class SGLangEngine:
         self.settings, self.tokenizer = config.servers, tokenizer
         self.rank, self.share, self.gather = rank, share, gather
         self.hf = read_hf_config(config.model.hf, for_megatron=False)
-        self.stop_tokens = stop_tokens(config.model.hf, tokenizer)
+        self.stops = Stops.of(config.rollout, config.model.hf, tokenizer)
         self.weight_version: int | None = None
         """Number of optimizer updates in the weights; None without a complete sync."""
         self.verified = False
@@ -95,6 +95,7 @@ class SGLangEngine:
                 log,
                 self.fp32_lm_head,
                 routing=config.rollout.router_replay,
+                decodes=bool(self.stops.texts),
                 normalized=self.hf.get("norm_topk_prob") is not False,
             )
             self._cached_at: dict[str, Server] = {}
@@ -176,10 +177,12 @@ class SGLangEngine:
         sampling = Sampling(
             temperature=request.temperature,
             max_new_tokens=request.max_new_tokens,
-            stop_tokens=self.stop_tokens,
+            stops=self.stops,
             weight_version=self._version_name(self.weight_version),
             vocab_size=self.hf["vocab_size"],
             routing=RoutingFormat.of(self.hf) if request.routing else None,
+            top_p=request.top_p,
+            top_k=request.top_k,
         )
 
         def on_completion(job: CompletionJob, completion: Completion) -> None:

@@ -76,17 +76,19 @@ class Fleet:
         fp32_lm_head: bool | None = None,
         *,
         routing: bool = False,
+        decodes: bool = False,
         normalized: bool = True,
     ) -> None:
         """`fp32_lm_head`: required type of the servers' logits; None accepts either.
 
         `routing`: whether the experts of tokens will be requested.
+        `decodes`: whether stop strings will be, for which a server needs its tokenizer.
         `normalized`: whether the probabilities of a token's experts add up to 1, or there are none.
         """
         self.servers, self.settings, self.log = list(servers), settings, log
         open_files.make_room(settings, len(self.servers))
         self.architectures, self.fp32_lm_head = list(architectures), fp32_lm_head
-        self.routing, self.normalized = routing, normalized
+        self.routing, self.decodes, self.normalized = routing, decodes, normalized
         self.changes = 0
         """Number of times that a server failed or was reconnected."""
         self._clients: dict[str, httpx.AsyncClient] = {}
@@ -268,6 +270,7 @@ class Fleet:
             fp32_lm_head = bool(info.get("enable_fp32_lm_head"))
             tells_routing = bool(info.get("enable_return_routed_experts"))
             runner = info.get("moe_runner_backend")
+            decodes = not info.get("skip_tokenizer_init")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ServerFailed(f"does not describe itself as SGLang does: {error!r}") from error
         if replicas != 1:
@@ -290,6 +293,11 @@ class Fleet:
                 f"{server.url} does not tell which experts it chooses, as rollout.router_replay="
                 "true needs it to: start it with --enable-return-routed-experts, or set "
                 "rollout.router_replay=false"
+            )
+        if self.decodes and not decodes:
+            raise EngineError(
+                f"{server.url} has no tokenizer, which the stop strings of rollout.stop need: "
+                "start it without --skip-tokenizer-init, or use rollout.stop_tokens"
             )
         if not self.normalized and runner in NORMALIZING_RUNNERS:
             raise EngineError(

@@ -139,7 +139,7 @@ def arguments(config: Config, index: int, *, port: int, cuda: bool) -> list[str]
         "dtype": config.model.dtype,
         "load_format": "dummy",
         "random_seed": config.train.seed + index,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not config.rollout.stop,
         "skip_server_warmup": True,
         "enable_fp32_lm_head": bool(fp32_lm_head(config)),
         "enable_return_routed_experts": config.rollout.router_replay,

@@ -51,6 +51,20 @@ def read(path, max_tokens=100, **settings):
 # Files
 
 
+def test_prompts_that_are_too_long_are_dropped_and_change_no_other(tmp_path):
+    """Ids, which are line numbers, and the order of the others stay."""
+    texts = ("short", "x" * 30, "long enough", "y" * 200_000, "end")
+    path = write(tmp_path, *({"prompt": text, "answer": 1} for text in texts))
+    dropped = []
+    prompts = read(path, max_tokens=12, dropped=dropped)
+    assert ([prompt.id for prompt in prompts], dropped) == (["1", "3", "5"], ["2", "4"])
+    for limit in (12, 31):
+        with pytest.raises(UserError, match=r"line [24].*data\.max_prompt_tokens"):
+            read(path, max_tokens=limit)
+    with pytest.raises(UserError, match=r"no prompts of up to data\.max_prompt_tokens=2 tokens"):
+        read(path, max_tokens=2, dropped=[])
+
+
 def test_prompts_are_read_in_order(tmp_path):
     path = write(
         tmp_path,

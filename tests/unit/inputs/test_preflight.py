@@ -1,5 +1,6 @@
 """Every file that a rank will read is opened before one is started."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 from checkpoints_convert.convert import import_hf
 from megatron_prepo import config
 from megatron_prepo.errors import UserError
-from megatron_prepo.inputs import preflight
+from megatron_prepo.inputs import preflight, prompt_digests
+from megatron_prepo.run import opening
 
 LAPTOP = Path(__file__).resolve().parents[3] / "examples" / "laptop"
 HF_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -101,3 +103,28 @@ def test_a_file_without_permission_is_named(inputs, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read: Permission denied"):
         check(inputs, megatron=False)
+
+
+def test_dropped_prompts_are_counted_and_recorded(inputs, tmp_path):
+    """In both files; a resumed run drops the same, since settings and digests must be the same."""
+    names = {"model.hf": "base", "data.train": "train.jsonl", "data.eval": "eval.jsonl"}
+    overrides = [f"{key}={inputs / name}" for key, name in names.items()]
+    overrides += [f"run.dir={tmp_path}", "selection.num_candidates=2", "selection.num_selected=2"]
+    long = config.load(LAPTOP / "prepo.yaml", overrides)
+    everything = preflight.check(long)
+    assert everything.dropped == {}
+    lengths = sorted(len(prompt.tokens) for prompt in everything.train_prompts)
+    limit = lengths[len(lengths) // 2]
+    short = [*overrides, f"data.max_prompt_tokens={limit}"]
+    with pytest.raises(UserError, match=r"data\.overlong_prompts=drop"):
+        preflight.check(config.load(LAPTOP / "prepo.yaml", short))
+    short = config.load(LAPTOP / "prepo.yaml", [*short, "data.overlong_prompts=drop"])
+    found = preflight.check(short)
+    kept = [p.id for p in everything.train_prompts if len(p.tokens) <= limit]
+    assert [p.id for p in found.train_prompts] == kept
+    assert found.dropped["data.train"] == len(lengths) - len(kept) > 0
+    prompt_digests.save(tmp_path, found.digests)
+    assert json.loads((tmp_path / "prompts.json").read_text())["dropped"] == found.dropped
+    assert preflight.check(short).digests == found.digests
+    shown = opening.prompts(short.data, found.train_prompts, found.eval_sets, found.dropped)
+    assert f"{found.dropped['data.train']} of data.train" in shown.splitlines()[1]

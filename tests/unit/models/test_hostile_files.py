@@ -18,7 +18,7 @@ from megatron_prepo.inputs.preflight import read_tokenizer
 from megatron_prepo.models.fit import check_fit
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_files import INDEX, HFTensors, other_files
-from megatron_prepo.rollout.transformers_engine import stop_tokens
+from megatron_prepo.rollout.stopping import stop_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BASE = REPOSITORY / "examples" / "laptop" / "base"

@@ -33,7 +33,7 @@ def from_the_root(monkeypatch):
 def test_a_laptops_example_passes_all_checks_that_come_before_a_run(path):
     config = configuration.load(path)
     inputs = preflight.check(config)
-    assert len(inputs.train_prompts) == 800 and len(inputs.eval_prompts) == 400
+    assert len(inputs.train_prompts) == 800 and len(inputs.eval_sets[""]) == 400
 
 
 @functools.cache

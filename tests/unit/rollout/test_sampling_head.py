@@ -17,6 +17,7 @@ from megatron_prepo.actor.model import describe
 from megatron_prepo.errors import UserError
 from megatron_prepo.inputs.preflight import check_engine
 from megatron_prepo.models.fp32_matmul import add_product, product
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.rollout.transformers_engine import EmbeddedEngine
 from megatron_prepo.trainer import setup as job
 from tests.unit.actor.test_lm_head import full_softmax
@@ -28,6 +29,7 @@ def bfloat16_engine(model, directory, fp32_lm_head):
     engine = EmbeddedEngine(
         tiny_models.save(model, directory),
         SimpleNamespace(eos_token_id=0),
+        stops=Stops(frozenset([0])),
         dtype=torch.bfloat16,
         fp32_lm_head=fp32_lm_head,
         device=torch.device("cpu"),
@@ -102,7 +104,14 @@ def test_an_engine_with_another_precision_is_refused(actor, engine):
 def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     config = actor_config("unused", model={"dtype": "bfloat16"})
     prompts = [SimpleNamespace(tokens=(1, 2))] * config.selection.num_candidates
-    inputs = SimpleNamespace(tokenizer=None, train_prompts=prompts, eval_prompts=[], digests=None)
+    inputs = SimpleNamespace(
+        tokenizer=SimpleNamespace(eos_token_id=2),
+        stop_tokens={2},
+        train_prompts=prompts,
+        eval_sets={"": []},
+        digests=None,
+        dropped={},
+    )
     monkeypatch.setattr(job.preflight, "check", lambda config, **_: inputs)
     monkeypatch.setattr(job.parallel, "initialize", lambda *_: None)
     monkeypatch.setattr(job.prompt_digests, "check_ranks", lambda *_: None)

@@ -21,8 +21,9 @@ from megatron_prepo.rollout.sglang.completion import CompletionJob, Sampling
 from megatron_prepo.rollout.sglang.fleet import Fleet, Server, ServerFailed
 from megatron_prepo.rollout.sglang.generation import Generation
 from megatron_prepo.rollout.sglang.perplexity import Probing
+from megatron_prepo.rollout.stopping import Stops
 
-SAMPLING = Sampling(0.7, 12, frozenset({2}), "run.3", fake_sglang.VOCAB)
+SAMPLING = Sampling(0.7, 12, Stops(frozenset({2})), "run.3", fake_sglang.VOCAB)
 ROUTED = replace(SAMPLING, routing=RoutingFormat(3, 2, 8))
 PROBING = Probing("run.3", fake_sglang.VOCAB)
 GROUP = 4
@@ -128,6 +129,14 @@ def test_completions_come_in_order_with_their_own_random_numbers(fakes):
         assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 1.0, -1)
         assert (params["max_new_tokens"], params["stop_token_ids"]) == (12, [2])
         assert 0 <= params["sampling_seed"] < 2**63
+
+
+def test_an_evaluation_is_greedy_or_of_the_most_probable_tokens():
+    """SGLang takes temperature 0 as greedy."""
+    job = CompletionJob(0, Prompt("p", "", "", (5, 6), (0, 2)), "seed")
+    sampling = replace(SAMPLING, temperature=0.0, top_p=0.9, top_k=20)
+    params = sampling.request(job, "r")["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (0.0, 0.9, 20)
 
 
 def test_a_prompt_stays_at_a_server_and_servers_share_the_prompts(fakes):

@@ -1,6 +1,5 @@
 """The embedded engine against a loop that computes every token of every completion from scratch."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -12,16 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers_scores import judged
 
-from megatron_prepo.errors import UserError
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.rollout.engine import Request
+from megatron_prepo.rollout.stopping import Stops
 from megatron_prepo.rollout.transformers_engine import (
     SHRINK_AT,
     EmbeddedEngine,
     _uniform,
     draw,
-    stop_tokens,
+    most_probable,
 )
 
 SAMPLES, NEW_TOKENS, TEMPERATURE, SEED = 5, 24, 0.9, "7/rollouts/3"
@@ -58,11 +57,11 @@ def engine_of(model, directory, **settings):
     engine = EmbeddedEngine(
         tiny_models.save(model, directory),
         SimpleNamespace(eos_token_id=0, decode=lambda tokens, **_: ""),
+        stops=Stops(STOP),
         dtype=torch.float32,
         device=torch.device("cpu"),
         **{"batch_size": 256} | settings,
     )
-    engine.stop_tokens = STOP
     files = load_file(directory / "model.safetensors")
     engine.load_weights([list(files.items())], 1)
     for (name, theirs), (_, ours) in zip(
@@ -254,6 +253,42 @@ def test_draw_never_takes_a_token_of_probability_0():
     assert logprob_R[0].exp() == approx(float(probability), dtype=torch.float32)
 
 
+def test_the_most_probable_tokens_are_those_of_the_full_distribution():
+    """Two tokens are equally probable; of these the first counts as more probable."""
+    logprobs_RV = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1]]).log()
+
+    def kept(top_p=1.0, top_k=None):
+        chosen_RV = most_probable(logprobs_RV, top_p, top_k)
+        assert chosen_RV[chosen_RV > -torch.inf].equal(logprobs_RV[chosen_RV > -torch.inf])
+        return (chosen_RV[0] > -torch.inf).nonzero().flatten().tolist()
+
+    assert kept() == [0, 1, 2, 3, 4]
+    assert [kept(top_k=k) for k in (1, 2, 9)] == [[1], [1, 2], [0, 1, 2, 3, 4]]
+    assert [kept(top_p=p) for p in (0.01, 0.5, 0.7, 0.85)] == [[1], [1, 2], [1, 2, 3], [0, 1, 2, 3]]
+    # of the full distribution: among three tokens alone, two would have a probability of 0.75
+    assert kept(top_p=0.7, top_k=3) == [1, 2, 3]
+    assert kept(top_p=0.7, top_k=2) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({"temperature": 0.0}, [1, 1, 1, 1]),
+        ({"temperature": 1.0, "top_k": 1}, [1, 1, 1, 1]),
+        # 0.4 and 0.2 become 2/3 and 1/3
+        ({"temperature": 1.0, "top_k": 2}, [1, 1, 2, 2]),
+        ({"temperature": 1.0}, [0, 1, 2, 4]),
+    ],
+)
+def test_tokens_are_drawn_from_what_is_left(settings, tokens):
+    logits_RV = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1]]).log().repeat(4, 1) + 3
+    uniform_R = torch.tensor([0.0, 0.45, 0.69, 0.95], dtype=torch.float64)
+    token_R, logprob_R = draw(logits_RV, uniform_R, **settings)
+    assert token_R.tolist() == tokens
+    expected_R = logits_RV.log_softmax(-1).gather(1, token_R[:, None])[:, 0]
+    assert logprob_R.equal(expected_R), "in the full distribution"
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_path):
     """Rotary frequencies are not weights: rounded to 8 bits, they would turn by other angles."""
@@ -262,6 +297,7 @@ def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_pat
     engine = EmbeddedEngine(
         tmp_path,
         SimpleNamespace(eos_token_id=0),
+        stops=Stops(STOP),
         dtype=torch.bfloat16,
         fp32_lm_head=False,
         device=torch.device("cpu"),
@@ -273,43 +309,18 @@ def test_in_bfloat16_it_computes_what_transformers_does_to_the_bit(name, tmp_pat
         assert torch.equal(engine.model(tokens_1S).logits, theirs(tokens_1S).logits)
 
 
-# Where a completion ends
-
-TOKENIZER = SimpleNamespace(eos_token_id=7)
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ({"eos_token_id": [4, 5]}, {"eos_token_id": 3}, {4, 5}),
-        ({"eos_token_id": 4}, {}, {4}),
-        ({"temperature": 0.6}, {"eos_token_id": [3, 6]}, {3, 6}),
-        (None, {"eos_token_id": [3, 6]}, {3, 6}),
-        (None, {"eos_token_id": 3}, {3}),
-        ({"eos_token_id": None}, {"eos_token_id": None}, {7}),
-        (None, {}, {7}),
-    ],
-)
-def test_stop_tokens_are_the_generations_else_the_models_else_the_tokenizers(
-    tmp_path, generation, config, expected
-):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert stop_tokens(tmp_path, TOKENIZER) == expected
-
-
-@pytest.mark.parametrize("ids", [[], [[]], ["2"], "2", -1, [2, -1], 1.5, True, {}, {"a": 1}])
-@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_what_would_never_stop_a_completion_is_refused(tmp_path, file, ids):
-    (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
-    with pytest.raises(UserError, match=f"{file}: eos_token_id=.* names no token"):
-        stop_tokens(tmp_path, TOKENIZER)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100_000])
-def test_a_generation_config_that_is_no_json_object_is_named(tmp_path, content):
-    (tmp_path / "generation_config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"generation_config.json is not") as caught:
-        stop_tokens(tmp_path, TOKENIZER)
-    assert len(str(caught.value).splitlines()) == 1
+def test_greedy_completions_are_those_of_transformers(tmp_path):
+    model = tiny_models.qwen3(tied=False)
+    engine = engine_of(model, tmp_path)
+    greedy = Request(
+        prompts=prompts(), samples_per_prompt=1, temperature=0.0, max_new_tokens=12, seed="any"
+    )
+    for rollout in engine.generate(greedy):
+        generated = model.generate(
+            torch.tensor([rollout.prompt.tokens]),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=sorted(STOP),
+            pad_token_id=0,
+        )
+        assert tuple(generated[0, len(rollout.prompt.tokens) :].tolist()) == rollout.tokens

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +162,19 @@ def test_without_dashboards_there_is_the_file(tmp_path):
     assert json.loads(lines[1]) == {"step": 1, "reward/mean": 0.5}
     names = {path.name for path in tmp_path.iterdir()} - set(ownership.NOT_CONTENT)
     assert names == {"metrics.jsonl"}
+
+
+def test_pass_at_k_is_recorded_for_the_ks_that_the_samples_allow(tmp_path):
+    settings = ["eval.pass_at=[2, 8]", "eval.samples_per_prompt=8", "eval.top_p=0.9"]
+    config = configured(tmp_path, *settings)
+    shown = []
+    run = Run(config, rank=0)
+    run.dashboards = [SimpleNamespace(write=lambda step, values: shown.append(values))]
+    for samples, passes in ((4, [0.25, 0.5]), (8, [0.75, 1.0])):
+        found = Evaluation(torch.tensor(passes, dtype=torch.float64), samples)
+        run.evaluate(lambda found=found, **_: found, "during", 0, samples=samples)
+    lines = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [list(line["pass_at"]) for line in lines] == [["2"], ["2", "8"]]
+    assert lines[0]["pass_at"]["2"]["mean"] == approx((1 / 2 + 5 / 6) / 2)
+    assert [line["top_p"] for line in lines] == [0.9, 0.9] and "top_k" not in lines[0]
+    assert shown[1]["eval/pass_at_8"] == 1.0 and "eval/pass_at_8" not in shown[0]
