@@ -1,12 +1,14 @@
 """Set-up of a training loop on each rank, from checked inputs to the export."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from megatron_prepo.actor import parallel
@@ -20,7 +22,7 @@ from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import activity
 from megatron_prepo.process.stop_signals import StopRequests
-from megatron_prepo.records import scored_sequence
+from megatron_prepo.records import Rollout, scored_sequence
 from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout.build import Ranks, build_engine
@@ -36,6 +38,7 @@ from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints, is_affordable, newest_checkpoint
+from megatron_prepo.trainer.step_texts import evaluation_texts
 from megatron_prepo.trainer.throughput import Throughput
 
 Result = TypeVar("Result")
@@ -122,7 +125,14 @@ class Trainer:
 
     def evaluate(self, when: str, samples: int) -> Evaluation:
         """Evaluate and record avg@k on held-out prompts, with the same random numbers each time."""
-        config = self.config
+        config, step = self.config, self.run.num_steps
+
+        def rewards_of(rollouts: Sequence[Rollout]) -> torch.Tensor:
+            grades = self.grader.grade(rollouts)
+            if (count := config.texts.evaluations) != 0:
+                texts = partial(evaluation_texts, step, when, rollouts, grades, count)
+                self.run.keep("evaluations", texts)
+            return reward_tensor(grades)
 
         def held_out(**options: Any) -> Evaluation:
             request = Request(
@@ -132,14 +142,9 @@ class Trainer:
                 seed=f"{config.train.seed}/evaluation",
                 **options,
             )
-            return evaluate(
-                self.engine,
-                request,
-                lambda rollouts: reward_tensor(self.grader.grade(rollouts)),
-                pass_reward=config.reward.high,
-            )
+            return evaluate(self.engine, request, rewards_of, pass_reward=config.reward.high)
 
-        return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+        return self.run.evaluate(held_out, when, step, samples)
 
     def save_if_due(self, step: int) -> None:
         """Finish a pending checkpoint, and save one if settings or a signal ask for it.
