@@ -97,10 +97,13 @@ const has = (text, wanted) => text.toLowerCase().includes(wanted);
 const isAbout = (prompt, wanted) =>
   has(prompt.id, wanted) || has(prompt.text, wanted) || has(prompt.answer, wanted);
 
+const nameOf = (prompt) => `${prompt.step}/${prompt.id}`;
+
 // Prompts, the first of them at once and more on demand; the body of one is made when it is opened.
 function list(state, place, prompts, summary, body) {
   place.replaceChildren();
   const open = new Set(state.get("open", []));
+  if (prompts.length && !prompts.some((prompt) => open.has(nameOf(prompt)))) open.add(nameOf(prompts[0]));
   const more = element("button", { type: "button", class: "more" });
   let shown = 0;
   const add = () => {
@@ -113,7 +116,7 @@ function list(state, place, prompts, summary, body) {
   };
   const entry = (prompt) => {
     const details = element("details", { class: "prompt" }, summary(prompt));
-    const name = `${prompt.step}/${prompt.id}`;
+    const name = nameOf(prompt);
     details.dataset.name = name;
     details.addEventListener("toggle", () => {
       if (details.open && details.children.length === 1) details.append(...body(prompt));
@@ -273,7 +276,7 @@ function showRollouts(root, lines, state) {
     count.textContent = `${found.length} of ${kept.length} kept prompts, ${completions} completions`;
     list(state, place, found, summary, (prompt) => [question(prompt), ...prompt.rollouts.map(rollout)]);
     const pick = (prompt) => {
-      const entry = [...place.children].find((e) => e.dataset.name === `${shown[0].step}/${prompt.id}`);
+      const entry = [...place.children].find((e) => e.dataset.name === nameOf({ ...prompt, step: shown[0].step }));
       if (entry) entry.open = true;
       if (entry) entry.scrollIntoView({ block: "nearest" });
     };
