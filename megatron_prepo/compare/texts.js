@@ -222,13 +222,14 @@ function strip(step, pick) {
 
 function showRollouts(root, lines, state) {
   const last = lines.length - 1;
-  const options = [["all", "all steps"], ...lines.steps.map((step, i) => [String(i), `step ${step}`])];
-  const steps = choice(state, "step", options, String(last));
+  const options = [["all", "all steps"], ...lines.steps.map((step) => [String(step), `step ${step}`])];
+  const steps = choice(state, "step", options, String(lines.steps[last]));
+  const selected = () => lines.steps.indexOf(Number(steps.value));
   const turn = (by) => {
     const button = element("button", { type: "button", "aria-label": by < 0 ? "previous step" : "next step" }, by < 0 ? "‹" : "›");
     button.addEventListener("click", () => {
-      const now = steps.value === "all" ? last + (by < 0) : Number(steps.value);
-      steps.value = String(Math.max(0, Math.min(last, now + by)));
+      const now = steps.value === "all" ? last + (by < 0) : selected();
+      steps.value = String(lines.steps[Math.max(0, Math.min(last, now + by))]);
       state.set("step", steps.value);
       update();
     });
@@ -259,7 +260,7 @@ function showRollouts(root, lines, state) {
     const wanted = search.value.trim().toLowerCase();
     const within = (reward) =>
       (low.value === "" || reward >= Number(low.value)) && (high.value === "" || reward <= Number(high.value));
-    const shown = steps.value === "all" ? lines.steps.map((_, i) => lines.at(i)) : [lines.at(Number(steps.value))];
+    const shown = steps.value === "all" ? lines.steps.map((_, i) => lines.at(i)) : [lines.at(selected())];
     const kept = shown.flatMap((step) =>
       step.prompts.map((prompt) => ({
         ...prompt,
