@@ -103,7 +103,8 @@ const nameOf = (prompt) => `${prompt.step}/${prompt.id}`;
 function list(state, place, prompts, summary, body) {
   place.replaceChildren();
   const open = new Set(state.get("open", []));
-  if (prompts.length && !prompts.some((prompt) => open.has(nameOf(prompt)))) open.add(nameOf(prompts[0]));
+  if (prompts.length && !prompts.some((prompt) => open.has(nameOf(prompt))))
+    open.add(nameOf(prompts[0]));
   const more = element("button", { type: "button", class: "more" });
   let shown = 0;
   const add = () => {
@@ -172,14 +173,18 @@ function rollout(of) {
   const picked = element("output", { class: "facts" });
   text.addEventListener("click", (event) => {
     const i = [...text.children].indexOf(event.target);
-    if (i >= 0) picked.textContent = `token ${i + 1} ${JSON.stringify(of.pieces[i])}: ${event.target.title}`;
+    if (i >= 0)
+      picked.textContent = `token ${i + 1} ${JSON.stringify(of.pieces[i])}: ${event.target.title}`;
   });
   return element("article", {}, facts(of, weights), text, picked);
 }
 
 function legend() {
   const ends = NATS.map((low) => String(low));
-  const words = [`below ${ends[0]}`, ...ends.map((low, i) => (ends[i + 1] ? `${low} to ${ends[i + 1]}` : `${low} and more`))];
+  const words = [
+    `below ${ends[0]}`,
+    ...ends.map((low, i) => (ends[i + 1] ? `${low} to ${ends[i + 1]}` : `${low} and more`)),
+  ];
   return element(
     "p",
     { class: "legend note" },
@@ -190,12 +195,17 @@ function legend() {
 
 // The window: all candidates by perplexity, those that were rolled out coloured, kept ones marked.
 function strip(step, pick) {
-  if (!step.ppl) return [element("p", { class: "note" }, "This method chooses without perplexity.")];
+  if (!step.ppl)
+    return [element("p", { class: "note" }, "This method chooses without perplexity.")];
   const known = step.ppl.filter((ppl) => ppl !== null);
   const [low, high] = [known[0] ?? 1, known[known.length - 1] ?? 1];
   const height = (ppl) =>
     ppl === null ? 40 : high > low ? 6 + (34 * Math.log(ppl / low)) / Math.log(high / low) : 20;
-  const svg = shape("svg", { viewBox: `0 0 ${step.ppl.length} 48`, preserveAspectRatio: "none", role: "img" });
+  const svg = shape("svg", {
+    viewBox: `0 0 ${step.ppl.length} 48`,
+    preserveAspectRatio: "none",
+    role: "img",
+  });
   const chosen = new Set(step.chosen);
   const kept = new Map(step.prompts.map((prompt) => [prompt.position, prompt]));
   step.ppl.forEach((ppl, x) => {
@@ -214,7 +224,7 @@ function strip(step, pick) {
   const [first, last] = [step.chosen[0], step.chosen[step.chosen.length - 1]];
   const words =
     `${step.ppl.length} candidates by perplexity, ${number(low)} to ${number(high)}. Coloured: ` +
-    `the ${step.chosen.length} that were rolled out, positions ${first} to ${last}; marked below: ` +
+    `the ${step.chosen.length} rolled out, between positions ${first} and ${last}; marked below: ` +
     `the ${kept.size} whose rollouts are kept. Height: logarithm of the perplexity.`;
   svg.setAttribute("aria-label", words);
   return [svg, element("p", { class: "note" }, words)];
@@ -222,11 +232,18 @@ function strip(step, pick) {
 
 function showRollouts(root, lines, state) {
   const last = lines.length - 1;
-  const options = [["all", "all steps"], ...lines.steps.map((step) => [String(step), `step ${step}`])];
+  const options = [
+    ["all", "all steps"],
+    ...lines.steps.map((step) => [String(step), `step ${step}`]),
+  ];
   const steps = choice(state, "step", options, String(lines.steps[last]));
   const selected = () => lines.steps.indexOf(Number(steps.value));
   const turn = (by) => {
-    const button = element("button", { type: "button", "aria-label": by < 0 ? "previous step" : "next step" }, by < 0 ? "‹" : "›");
+    const button = element(
+      "button",
+      { type: "button", "aria-label": by < 0 ? "previous step" : "next step" },
+      by < 0 ? "‹" : "›",
+    );
     button.addEventListener("click", () => {
       const now = steps.value === "all" ? last + (by < 0) : selected();
       steps.value = String(lines.steps[Math.max(0, Math.min(last, now + by))]);
@@ -237,16 +254,28 @@ function showRollouts(root, lines, state) {
   };
   const search = input(state, "search", { type: "search", placeholder: "text, answer or id" });
   const [low, high] = ["low", "high"].map((end) =>
-    input(state, end, { type: "number", step: "any", "aria-label": `${end === "low" ? "least" : "largest"} reward` }),
+    input(state, end, {
+      type: "number",
+      step: "any",
+      "aria-label": `${end === "low" ? "least" : "largest"} reward`,
+    }),
   );
   const count = element("p", { class: "note", role: "status" });
   const [figure, place] = [element("div", { class: "strip" }), element("div")];
 
   const summary = (prompt) => {
     const rewards = prompt.all.map((r) => r.reward);
-    const position = prompt.position === undefined ? [] : [`position ${prompt.position}`, `perplexity ${number(prompt.ppl, 4)}`];
-    const words = [...(steps.value === "all" ? [`step ${prompt.step}`] : []), ...position, `mean reward ${number(mean(rewards))}`];
-    if (prompt.rollouts.length < rewards.length) words.push(`${prompt.rollouts.length} of ${rewards.length} match`);
+    const position =
+      prompt.position === undefined
+        ? []
+        : [`position ${prompt.position}`, `perplexity ${number(prompt.ppl, 4)}`];
+    const words = [
+      ...(steps.value === "all" ? [`step ${prompt.step}`] : []),
+      ...position,
+      `mean reward ${number(mean(rewards))}`,
+    ];
+    if (prompt.rollouts.length < rewards.length)
+      words.push(`${prompt.rollouts.length} of ${rewards.length} match`);
     return element(
       "summary",
       {},
@@ -259,8 +288,10 @@ function showRollouts(root, lines, state) {
   const update = () => {
     const wanted = search.value.trim().toLowerCase();
     const within = (reward) =>
-      (low.value === "" || reward >= Number(low.value)) && (high.value === "" || reward <= Number(high.value));
-    const shown = steps.value === "all" ? lines.steps.map((_, i) => lines.at(i)) : [lines.at(selected())];
+      (low.value === "" || reward >= Number(low.value)) &&
+      (high.value === "" || reward <= Number(high.value));
+    const shown =
+      steps.value === "all" ? lines.steps.map((_, i) => lines.at(i)) : [lines.at(selected())];
     const kept = shown.flatMap((step) =>
       step.prompts.map((prompt) => ({
         ...prompt,
@@ -275,9 +306,14 @@ function showRollouts(root, lines, state) {
     found.sort((a, b) => a.step - b.step || (a.position ?? 0) - (b.position ?? 0));
     const completions = sum(found.map((prompt) => prompt.rollouts.length));
     count.textContent = `${found.length} of ${kept.length} kept prompts, ${completions} completions`;
-    list(state, place, found, summary, (prompt) => [question(prompt), ...prompt.rollouts.map(rollout)]);
+    list(state, place, found, summary, (prompt) => [
+      question(prompt),
+      ...prompt.rollouts.map(rollout),
+    ]);
     const pick = (prompt) => {
-      const entry = [...place.children].find((e) => e.dataset.name === nameOf({ ...prompt, step: shown[0].step }));
+      const entry = [...place.children].find(
+        (e) => e.dataset.name === nameOf({ ...prompt, step: shown[0].step }),
+      );
       if (entry) entry.open = true;
       if (entry) entry.scrollIntoView({ block: "nearest" });
     };
@@ -295,11 +331,22 @@ function showRollouts(root, lines, state) {
 }
 
 function showEvaluations(root, lines, state) {
-  const name = (i) => (lines.at(i).when === "during" ? `step ${lines.steps[i]}` : `${lines.at(i).when}, step ${lines.steps[i]}`);
+  const name = (i) =>
+    lines.at(i).when === "during"
+      ? `step ${lines.steps[i]}`
+      : `${lines.at(i).when}, step ${lines.steps[i]}`;
   const options = lines.steps.map((_, i) => [String(i), name(i)]);
-  const [left, right] = [choice(state, "left", options, "0"), choice(state, "right", options, String(lines.length - 1))];
+  const [left, right] = [
+    choice(state, "left", options, "0"),
+    choice(state, "right", options, String(lines.length - 1)),
+  ];
   const search = input(state, "search", { type: "search", placeholder: "text, answer or id" });
-  const outcome = choice(state, "outcome", ["all", "better", "worse", "equal"].map((word) => [word, word]), "all");
+  const outcome = choice(
+    state,
+    "outcome",
+    ["all", "better", "worse", "equal"].map((word) => [word, word]),
+    "all",
+  );
   const count = element("p", { class: "note", role: "status" });
   const place = element("div");
   const reward = (samples) => (samples ? mean(samples.map((c) => c.reward)) : null);
@@ -309,7 +356,15 @@ function showEvaluations(root, lines, state) {
       "summary",
       {},
       element("strong", {}, prompt.id),
-      element("span", { class: "facts" }, element("span", {}, `mean reward ${prompt.sides.map((side) => number(reward(side))).join(" → ")}`)),
+      element(
+        "span",
+        { class: "facts" },
+        element(
+          "span",
+          {},
+          `mean reward ${prompt.sides.map((side) => number(reward(side))).join(" → ")}`,
+        ),
+      ),
       element("span", { class: "first" }, prompt.text),
     );
 
@@ -319,7 +374,9 @@ function showEvaluations(root, lines, state) {
         "div",
         {},
         element("h4", {}, name(Number((i ? right : left).value))),
-        ...(samples ?? []).map((c) => element("article", {}, facts(c), element("div", { class: "verbatim" }, c.text))),
+        ...(samples ?? []).map((c) =>
+          element("article", {}, facts(c), element("div", { class: "verbatim" }, c.text)),
+        ),
       ),
     );
     return [question(prompt), element("div", { class: "sides" }, ...columns)];
@@ -328,20 +385,44 @@ function showEvaluations(root, lines, state) {
   const update = () => {
     const wanted = search.value.trim().toLowerCase();
     const sides = [...new Set([left.value, right.value])].map((i) => lines.at(Number(i)));
-    const samples = sides.map((side) => new Map(side.prompts.map((prompt) => [prompt.id, prompt.completions])));
-    const prompts = new Map(sides.flatMap((side) => side.prompts.map((prompt) => [prompt.id, prompt])));
-    const all = [...prompts.values()].map((prompt) => ({ ...prompt, step: "evaluation", sides: samples.map((of) => of.get(prompt.id)) }));
+    const samples = sides.map(
+      (side) => new Map(side.prompts.map((prompt) => [prompt.id, prompt.completions])),
+    );
+    const prompts = new Map(
+      sides.flatMap((side) => side.prompts.map((prompt) => [prompt.id, prompt])),
+    );
+    const all = [...prompts.values()].map((prompt) => ({
+      ...prompt,
+      step: "evaluation",
+      sides: samples.map((of) => of.get(prompt.id)),
+    }));
     const found = all.filter((prompt) => {
-      const [before, after] = [reward(prompt.sides[0]), reward(prompt.sides[prompt.sides.length - 1])];
-      const is = { all: true, better: after > before, worse: after < before, equal: after === before };
+      const [before, after] = [
+        reward(prompt.sides[0]),
+        reward(prompt.sides[prompt.sides.length - 1]),
+      ];
+      const is = {
+        all: true,
+        better: after > before,
+        worse: after < before,
+        equal: after === before,
+      };
       const texts = prompt.sides.flatMap((side) => (side ?? []).map((c) => c.text));
-      return is[outcome.value] && (isAbout(prompt, wanted) || texts.some((text) => has(text, wanted)));
+      return (
+        is[outcome.value] && (isAbout(prompt, wanted) || texts.some((text) => has(text, wanted)))
+      );
     });
     count.textContent = `${found.length} of ${all.length} kept prompts`;
     list(state, place, found, summary, body);
   };
 
-  const tools = toolbar(update, labelled("Left", left), labelled("Right", right), labelled("Search", search), labelled("Mean reward", outcome));
+  const tools = toolbar(
+    update,
+    labelled("Left", left),
+    labelled("Right", right),
+    labelled("Search", search),
+    labelled("Mean reward", outcome),
+  );
   root.append(tools, count, place);
   update();
 }
