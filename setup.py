@@ -59,7 +59,10 @@ setup(
     cmdclass={"build_py": BuildWithExamples},
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_prepo*", "checkpoints_convert*"]),
-    package_data={"megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"]},
+    package_data={
+        "megatron_prepo.compare": ["*.css", "*.js"],
+        "megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"],
+    },
     install_requires=[
         "httpx>=0.27",
         "math-verify>=0.9,<0.10",  # with sympy, which torch brings, and latex2sympy2

@@ -70,6 +70,10 @@ def no_c_compiler() -> bool:
     return shutil.which("cc") is None
 
 
+def no_chromium() -> bool:
+    return shutil.which("chromium") is None
+
+
 def no_slurm() -> bool:
     from tests.real_slurm import cluster
 
@@ -140,6 +144,11 @@ ALLOWED = (
         "tests/unit/tools/bench/test_head.py::test_torchs_own_agrees_with_float64",
         torch_before_2_13,
         "the function that is measured came with torch 2.13",
+    ),
+    Skip(
+        "tests/unit/compare/test_texts_section.py::test_a_browser_*",
+        no_chromium,
+        "Chromium is no Python package; all else about the page is tested without it",
     ),
     Skip("tests/real_sglang/*", others_do_not_run, "`make test` has no SGLang there"),
     Skip("tests/real_slurm/*", no_slurm, "Slurm is installed by root, from Debian's packages"),

@@ -58,14 +58,15 @@ DEFAULTS = {
 
 NOT_COMPARED = (
     "run",
+    "texts",
     "servers.count",
     "servers.python",
     "weight_sync.directory",
     "checkpoint.every",
     "checkpoint.keep_last",
 )
-"""A section and settings that do not affect what a run computes: places, the number of servers,
-and when it saves."""
+"""Sections and settings that do not affect what a run computes: places, the number of servers,
+and what and when it saves."""
 
 FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
 """Settings that are paths; they are compared by the content found there."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from megatron_prepo.compare import analysis as comparison
-from megatron_prepo.compare import figures, run_page
+from megatron_prepo.compare import figures, run_page, texts_section
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare.analysis import Arm, ArmResult, Estimate, Savings
 from megatron_prepo.compare.page_parts import figure_html, foot
@@ -155,13 +155,17 @@ def page(sections: Sections, *, reloads: bool = False) -> str:
         _section(name, records, i) for i, (name, records) in enumerate(sections.items())
     )
     reload = f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}">\n' * reloads
+    css, policy, script = CSS, "", ""
+    if any(isinstance(content, OneRun) and content.texts for content in sections.values()):
+        css, policy = CSS + texts_section.CSS, texts_section.policy()
+        script = f"<script>{texts_section.SCRIPT}</script>\n"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="generator" content="{figures.WRITTEN_BY}">\n'
-        f'<meta name="color-scheme" content="light dark">\n{reload}'
-        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"{body}\n</main>\n</body>\n</html>\n"
+        f'<meta name="color-scheme" content="light dark">\n{reload}{policy}'
+        f"<title>{html.escape(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n{script}</body>\n</html>\n"
     )
 
 

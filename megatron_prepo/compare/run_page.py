@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prepo.compare import record as run_record
+from megatron_prepo.compare import texts_section
 from megatron_prepo.compare.analysis import Arm
 from megatron_prepo.compare.page_parts import figure_html, foot
 from megatron_prepo.compare.record import Record
 from megatron_prepo.compare.run_figures import run_figures
+from megatron_prepo.compare.texts_section import KeptTexts
 from megatron_prepo.files import lock
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.run.metrics_table import read_steps
@@ -30,6 +32,8 @@ class OneRun:
     evaluations: list[dict[str, Any]]
     is_live: bool
     """Whether a process was training it."""
+    texts: list[KeptTexts]
+    """Its rollouts and evaluations, as far as they are kept."""
 
 
 def is_live(directory: Path) -> bool:
@@ -50,6 +54,7 @@ def read_run(directory: Path) -> OneRun:
         list(read_steps(directory)),
         list(read_lines(directory / "evaluations.jsonl")),
         live,
+        texts_section.read_texts(directory),
     )
 
 
@@ -62,9 +67,10 @@ def section(name: str, run: OneRun) -> str:
         figure_html(figure, [arm])
         for figure in run_figures(Arm(arm, (record,)), run.steps, run.evaluations)
     )
+    texts = "".join(f"{texts_section.section(kept)}\n" for kept in run.texts)
     return (
         f"<h1>{html.escape(name)}</h1>\n<p>{html.escape(method)}. {_state(name, run)}</p>\n"
-        f'{_result(summary)}\n<div class="figures">\n{pictures}\n</div>\n{foot([record])}'
+        f'{_result(summary)}\n<div class="figures">\n{pictures}\n</div>\n{texts}{foot([record])}'
     )
 
 

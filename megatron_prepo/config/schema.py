@@ -735,6 +735,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TextsConfig:
+    """Texts kept in `texts/` of the run, shown by `megatron-prepo report` (`docs/training.md`)."""
+
+    rollouts: int | None = 0
+    """Number of prompts per step whose rollouts are kept with the entropy of each token: spread
+    over the prompts rolled out, which a window sorts by perplexity; 0: none; empty: all."""
+    evaluations: int | None = 0
+    """Number of held-out prompts whose completions are kept at each evaluation, spread over the
+    file; 0: none; empty: all."""
+
+    def __post_init__(self) -> None:
+        _at_least("texts.rollouts", self.rollouts, 0)
+        _at_least("texts.evaluations", self.evaluations, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DebugConfig:
     """Debugging aids (`docs/debugging.md`)."""
 
@@ -790,6 +806,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    texts: TextsConfig = dataclasses.field(default_factory=TextsConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
     megatron: dict[str, Any] = dataclasses.field(default_factory=dict)

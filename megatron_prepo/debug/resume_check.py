@@ -26,6 +26,7 @@ from megatron_prepo.models.raw import tensor_bytes
 from megatron_prepo.models.torch_dist import TorchDistReader
 from megatron_prepo.process import activity
 from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run.texts import FOLDER
 
 POLL_SECONDS = 0.02
 
@@ -82,7 +83,10 @@ def _state(run: Path, num_steps: int) -> str:
 
 
 def compare(whole: Path, other: Path) -> list[Check]:
-    """Compare two finished runs: weights, optimizer, random states, choices, ledger, metrics."""
+    """Compare two finished runs: weights, optimizer, random states, choices, ledger, metrics.
+
+    Texts are compared if either run keeps them.
+    """
 
     def newest(run: Path) -> Path:
         return max((run / "checkpoints").glob("iter_???????"))
@@ -108,6 +112,10 @@ def compare(whole: Path, other: Path) -> list[Check]:
         ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
         return [(entry["step"], entry["prompt_id"], entry["sample"]) for entry in ledger]
 
+    def texts(run: Path) -> list[bytes]:
+        paths = sorted((run / FOLDER).glob("*.jsonl"))
+        return [line for path in paths for line in path.read_bytes().splitlines()]
+
     def exported(run: Path) -> list[tuple[str, bytes]]:
         # except the marker, which has the identity of the run
         files = sorted(p for p in (run / "hf").rglob("*") if p.name not in ownership.NOT_CONTENT)
@@ -123,6 +131,8 @@ def compare(whole: Path, other: Path) -> list[Check]:
         "metrics, but seconds": lambda run: without_seconds(run / "metrics.jsonl"),
         "evaluations, but seconds": lambda run: without_seconds(run / "evaluations.jsonl"),
     }
+    if (whole / FOLDER).is_dir() or (other / FOLDER).is_dir():
+        reads["texts"] = texts
     return [_check(what, read(whole), read(other)) for what, read in reads.items()]
 
 

@@ -13,6 +13,17 @@ Record = dict[str, Any]
 """One completion, as a line of the file holds it."""
 
 
+def completion(rollout: Rollout, grade: Grade) -> Record:
+    """Return a graded completion: text, number of tokens, whether it ended with a stop token."""
+    return {
+        "reward": grade.reward,
+        "graded": grade.outcome,
+        "tokens": len(rollout.tokens),
+        "finished": rollout.finished,
+        "text": rollout.text,
+    }
+
+
 class Completions:
     """A suite's completions in a file, which has all samples of a prompt or none."""
 
@@ -43,11 +54,7 @@ class Completions:
             {
                 "prompt": rollout.prompt.id,
                 "sample": i % self.samples,
-                "reward": grade.reward,
-                "graded": grade.outcome,
-                "tokens": len(rollout.tokens),
-                "finished": rollout.finished,
-                "text": rollout.text,
+                **completion(rollout, grade),
             }
             for i, (rollout, grade) in enumerate(zip(rollouts, grades, strict=True))
         ]

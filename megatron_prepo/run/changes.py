@@ -31,6 +31,7 @@ RESUMABLE_SETTINGS = (
     "weight_sync",
     "checkpoint",
     "eval",
+    "texts",
     "sglang",
     "reward.processes",
     "reward.max_failed",

@@ -67,6 +67,7 @@ FOLDERS = {
     ),
     "dumps": Folder(marked=("step_*",), kind="dump"),
     "journal": Folder(files=("*_*.*.jsonl",)),
+    "texts": Folder(files=("rollouts.jsonl", "evaluations.jsonl")),
     "tensorboard": Folder(files=("events.out.tfevents.*.{identity}",)),
     "wandb": Folder(
         files=("run_id", "settings", "wandb-resume.json"),

@@ -12,6 +12,7 @@
 | `pass_rate.png` | the result as a picture |
 | `checkpoints/` | Megatron checkpoints, with the rest of the state that the run resumes from |
 | `journal/` | rollouts that no checkpoint covers yet |
+| `texts/` | texts of rollouts and evaluations, if `texts` asks for them |
 | `dumps/` | steps dumped for debugging (`debug.dump_steps`), and skipped updates |
 | `hf/` | the trained model in Hugging Face format |
 | `profile/` | traces of `profile.steps` |
@@ -22,7 +23,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,9 +44,10 @@ from megatron_prepo.run.ledger import Ledger, LedgerEntry
 from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.profiling import profiled
 from megatron_prepo.run.stopwatch import Stopwatch
+from megatron_prepo.run.texts import FOLDER, Kind, TextFiles
 
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
-"""Files to which lines are appended."""
+"""Files to which lines are appended; those of `texts/` are more, if there are any."""
 
 TRAINING_STAGES = (
     "perplexity",
@@ -88,6 +90,7 @@ class Run:
             self.ledger = Ledger(self.directory / "ledger.jsonl")
             self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.dashboards)
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
+            self.texts = TextFiles(self.directory, config.texts)
 
     def lost(self) -> str | None:
         """Return an error message if the directory is no longer this run's; only for rank 0."""
@@ -175,6 +178,11 @@ class Run:
             rollouts=self.rollouts,
         )
 
+    def keep(self, kind: Kind, line: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep the texts of a step or an evaluation; only rank 0 calls `line`, which takes time."""
+        if self.writes and not self.lost():
+            self.texts.append(kind, line())
+
     def evaluate(
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
     ) -> Evaluation:
@@ -259,13 +267,15 @@ class Run:
     def truncate_logs(self, sizes: dict[str, int]) -> None:
         """Truncate the files of lines to these sizes in bytes; files without a size are emptied.
 
-        Raises UserError if a file is shorter than its size.
+        Raises UserError if a file is shorter than its size, except that texts may be removed.
         """
         if not self.writes:
             return
         for name, file in self._logs().items():
-            size = sizes.get(name, 0)
-            if os.fstat(file.fileno()).st_size < size:
+            size, found = sizes.get(name, 0), os.fstat(file.fileno()).st_size
+            if name.startswith(FOLDER):
+                size = min(size, found)
+            if found < size:
                 raise UserError(
                     f"{file.name} has lost lines that its checkpoints need ({size} bytes); restore "
                     "it, or start a new run in another run.dir from the last checkpoint "
@@ -283,7 +293,7 @@ class Run:
     def _logs(self) -> dict[str, TextIO]:
         """Return the open files by name, since their paths may be another run's by now."""
         logs = (self.ledger, self.metrics, self.evaluations)
-        return dict(zip(LOGS, (log.file for log in logs), strict=True))
+        return dict(zip(LOGS, (log.file for log in logs), strict=True)) | self.texts.files
 
     def _gain(
         self, before: Evaluation, after: Evaluation
@@ -344,7 +354,8 @@ class Run:
             "machine": machine.describe(),
         }
         if self.writes:
-            for log in (self.ledger, self.metrics, self.evaluations, *self.dashboards):
+            logs = (self.ledger, self.metrics, self.evaluations, self.texts)
+            for log in (*logs, *self.dashboards):
                 log.close()
             self._check_on_rank_zero()
             with activity.doing("drawing pass_rate.png"):

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from megatron_prepo.actor import parallel
@@ -20,9 +22,9 @@ from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import activity
 from megatron_prepo.process.stop_signals import StopRequests
-from megatron_prepo.records import Prompt, scored_sequence
+from megatron_prepo.records import Prompt, Rollout, scored_sequence
 from megatron_prepo.rewards.output import OUTPUT
-from megatron_prepo.rewards.pool import Grader
+from megatron_prepo.rewards.pool import Grade, Grader
 from megatron_prepo.rollout.build import Ranks, build_engine
 from megatron_prepo.rollout.engine import Engine, EngineError, Request
 from megatron_prepo.rollout.stopping import unused_end_token
@@ -38,6 +40,7 @@ from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.overlong import Overlong
 from megatron_prepo.trainer.policy_update import TrainingBatch
 from megatron_prepo.trainer.resume import Checkpoints, is_affordable, newest_checkpoint
+from megatron_prepo.trainer.step_texts import evaluation_texts
 from megatron_prepo.trainer.throughput import Throughput
 
 Result = TypeVar("Result")
@@ -125,8 +128,9 @@ class Trainer:
 
     def evaluate(self, when: str, samples: int) -> Evaluation:
         """Evaluate and record avg@k on held-out prompts, with the same random numbers each time."""
-        sets = self.inputs.eval_sets
+        sets, step = self.inputs.eval_sets, self.run.num_steps
         total = samples * sum(map(len, sets.values()))
+        graded: dict[str, list[tuple[Rollout, Grade]]] = {}
 
         def held_out(on_progress: Callable[[int, int], None]) -> Evaluation:
             found: dict[str, Evaluation] = {}
@@ -136,15 +140,26 @@ class Trainer:
                 def show(done: int, _: int, before: int = before) -> None:
                     on_progress(before + done, total)
 
-                found[name] = self._evaluate_set(prompts, samples, show)
+                found[name], graded[name] = self._evaluate_set(prompts, samples, show)
             return pooled(found)
 
-        return self.run.evaluate(held_out, when, self.run.num_steps, samples)
+        evaluation = self.run.evaluate(held_out, when, step, samples)
+        if (count := self.config.texts.evaluations) != 0:
+            self.run.keep("evaluations", partial(evaluation_texts, step, when, graded, count))
+        return evaluation
 
     def _evaluate_set(
         self, prompts: Sequence[Prompt], samples: int, on_progress: Callable[[int, int], None]
-    ) -> Evaluation:
+    ) -> tuple[Evaluation, list[tuple[Rollout, Grade]]]:
+        """Return the evaluation of a set, and its completions with their grades."""
         config = self.config
+        graded: list[tuple[Rollout, Grade]] = []
+
+        def rewards_of(rollouts: Sequence[Rollout]) -> torch.Tensor:
+            grades = self.grader.grade(rollouts)
+            graded.extend(zip(rollouts, grades, strict=True))
+            return reward_tensor(grades)
+
         request = Request(
             prompts=prompts,
             samples_per_prompt=samples,
@@ -153,12 +168,8 @@ class Trainer:
             seed=f"{config.train.seed}/evaluation",
             on_progress=on_progress,
         )
-        return evaluate(
-            self.engine,
-            request,
-            lambda rollouts: reward_tensor(self.grader.grade(rollouts)),
-            pass_reward=config.reward.high,
-        )
+        evaluation = evaluate(self.engine, request, rewards_of, pass_reward=config.reward.high)
+        return evaluation, graded
 
     def save_if_due(self, step: int) -> None:
         """Finish a pending checkpoint, and save one if settings or a signal ask for it.

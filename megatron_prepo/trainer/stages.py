@@ -32,6 +32,7 @@ from megatron_prepo.trainer.prompt_scores import check_agreement, engine_perplex
 from megatron_prepo.trainer.setup import Trainer, due
 from megatron_prepo.trainer.step_ledger import ledger_entries
 from megatron_prepo.trainer.step_metrics import grading_metrics, selection_metrics
+from megatron_prepo.trainer.step_texts import rollout_texts
 
 
 def score_candidates(trainer: Trainer, step: int) -> Candidates:
@@ -173,6 +174,9 @@ def recorded(
             | metrics
             | trainer.speed(batch),
         )
+        if (count := trainer.config.texts.rollouts) != 0:
+            texts = partial(rollout_texts, trainer.inputs.tokenizer, step, candidates)
+            trainer.run.keep("rollouts", lambda: texts(generated, batch, count))
         trainer.checkpoints.mark()
 
 

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY"):
             patch.setenv(name, CANARY)
-        overrides = ["parallel.tensor=1", "debug.dump_steps=[1]"]
+        overrides = ["parallel.tensor=1", "debug.dump_steps=[1]", "texts.rollouts=4"]
         assert train(directory, *SHORT, *overrides) == 0
     return directory
 
@@ -89,7 +89,9 @@ def test_the_table_of_a_dump_is_that_of_the_ledger(run):
             for name in ("advantage", "weight", "entropy"):
                 value = getattr(same, name)
                 assert getattr(line, name) == approx(value, dtype=torch.float32)
-            assert line.completion and same.completion is None
+            assert same.completion in (line.completion, None)
+    kept = [group for group in of_run.values() if group.rollouts[0].completion]
+    assert len(kept) == 4 and all(line.completion for group in kept for line in group.rollouts)
 
 
 def test_the_inspector_says_what_there_is(run, capsys):

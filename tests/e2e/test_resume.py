@@ -18,6 +18,7 @@ from megatron_prepo.debug import resume_check as prove
 from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
 
 RUN = [*SHORT, "train.total_steps=4", "parallel.tensor=1", "eval.every=1", "checkpoint.every=3"]
+RUN += ["texts.rollouts=2", "texts.evaluations=3"]
 DEADLINE_SECONDS = 240.0
 
 
@@ -54,6 +55,7 @@ def wait_for_steps(count: int, directory: Path, process: subprocess.Popen) -> No
 def assert_equal(undisturbed: Path, directory: Path) -> None:
     checks = prove.compare(undisturbed, directory)
     assert all(check.equal for check in checks), prove.text(checks)
+    assert checks[-1].what == "texts" and checks[-1].detail.startswith("9 ")  # 4 steps, before each
     assert not (directory / "journal").exists()
 
 

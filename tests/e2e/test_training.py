@@ -12,7 +12,9 @@ from rounding import CHAIN, FACTOR, approx, bound
 
 from megatron_prepo import config as configuration
 from megatron_prepo.rollout.weight_sync import TOLERANCE
+from megatron_prepo.run import ledger
 from megatron_prepo.run.recorder import TRAINING_STAGES
+from megatron_prepo.run.texts import ENTROPY_DIGITS, file_name
 from tests.e2e.laptop import SHORT, metrics, summary, train, train_in_ranks
 
 BY_THE_COMMAND = ("one rank", "TP2", "TP2 again")
@@ -42,6 +44,7 @@ LAYOUTS = {
 def runs(tmp_path_factory):
     """Run directories of each layout; settings that are off by default are on, to be run."""
     more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
+    more += ["texts.rollouts=4", "texts.evaluations="]
     directories = {name: tmp_path_factory.mktemp("run") / "run" for name in LAYOUTS}
     for name in BY_THE_COMMAND:
         assert train(directories[name], *SHORT, *more, *LAYOUTS[name]) == 0, name
@@ -58,6 +61,9 @@ def test_same_seed_same_ledger(runs):
     ledgers = [(runs[name] / "ledger.jsonl").read_bytes() for name in ("TP2", "TP2 again")]
     assert ledgers[0] == ledgers[1]
     assert ledgers[0].count(b"\n") == 2 * 8 * 4
+    for kind in ("rollouts", "evaluations"):
+        texts = [(runs[name] / file_name(kind)).read_bytes() for name in ("TP2", "TP2 again")]
+        assert texts[0] == texts[1] and texts[0].count(b"\n") == 2
 
 
 def metrics_of_layouts(runs):
@@ -87,6 +93,59 @@ def test_layouts_agree(runs, name):
             others = max(abs(other[step][key] - value) for other in found.values())
             allowed = FACTOR[torch.float32] * others + bound(CHAIN, torch.float32) * abs(value)
             assert abs(mine[key] - value) <= allowed, f"step {step}, {key}"
+
+
+def texts_of(directory) -> tuple[list, list[float]]:
+    """Return the kept texts of a run: all of them with None for fractions, and the fractions."""
+    fractions = []
+
+    def without_fractions(value):
+        if isinstance(value, float):
+            return fractions.append(value)
+        if isinstance(value, dict):
+            return {key: without_fractions(inner) for key, inner in value.items()}
+        return [without_fractions(inner) for inner in value] if isinstance(value, list) else value
+
+    paths = [directory / file_name(kind) for kind in ("rollouts", "evaluations")]
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return without_fractions(lines), fractions
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "one rank"])
+def test_layouts_keep_the_same_texts(runs, name):
+    """Entropies, weights and perplexities differ by rounding, as in `test_layouts_agree`, and an
+    entropy by a unit of its last decimal."""
+    found = {layout: texts_of(directory) for layout, directory in runs.items()}
+    (ours, mine), (one, theirs) = found.pop(name), found.pop("one rank")
+    assert ours == one and len(mine) == len(theirs) > 200
+    others = zip(*(fractions for _, fractions in found.values()), strict=True)
+    for number, value, rest in zip(mine, theirs, others, strict=True):
+        allowed = FACTOR[torch.float32] * max(abs(other - value) for other in rest)
+        allowed += bound(CHAIN, torch.float32) * abs(value) + 10**-ENTROPY_DIGITS
+        assert abs(number - value) <= allowed
+
+
+def test_kept_texts_are_those_of_the_ledger(runs):
+    """The mean of a completion's entropies is the ledger's, to their decimals."""
+    entries = {
+        (entry.step, entry.prompt_id, entry.sample): entry
+        for entry in ledger.read(runs["TP2"] / "ledger.jsonl")
+    }
+    for line in (runs["TP2"] / file_name("rollouts")).read_text().splitlines():
+        step = json.loads(line)
+        assert step["chosen"] == [*range(16 * step["step"], 16 * step["step"] + 8)]
+        assert [p["position"] - step["chosen"][0] for p in step["prompts"]] == [0, 2, 4, 7]
+        assert len(step["ppl"]) == 24 and step["ppl"] == sorted(step["ppl"])
+        for prompt in step["prompts"]:
+            assert prompt["ppl"] == step["ppl"][prompt["position"]]
+            assert len(prompt["rollouts"]) == 4
+            for sample, rollout in enumerate(prompt["rollouts"]):
+                entry = entries[step["step"], prompt["id"], sample]
+                assert prompt["ppl"] == entry.ppl
+                assert len(rollout["pieces"]) == len(rollout["entropy"]) == entry.length
+                assert (rollout["reward"], rollout["weight"]) == (entry.reward, entry.weight)
+                mean = sum(rollout["entropy"]) / entry.length
+                assert abs(mean - entry.mean_entropy) <= 10**-ENTROPY_DIGITS
 
 
 def test_another_batch_would_be_seen(runs):
@@ -153,15 +212,15 @@ def test_what_is_packed_has_no_padding_and_what_is_shared_is_less(runs):
 
 
 def test_ledger_is_complete_and_readable(runs):
-    ledger = pandas.read_json(runs["TP2"] / "ledger.jsonl", lines=True)
-    assert list(ledger.step.unique()) == [0, 1]
-    groups = ledger.groupby(["step", "prompt_id"])
+    table = pandas.read_json(runs["TP2"] / "ledger.jsonl", lines=True)
+    assert list(table.step.unique()) == [0, 1]
+    groups = table.groupby(["step", "prompt_id"])
     assert (groups.size() == 4).all()
     assert (groups.zero_variance.first() == (groups.reward.nunique() == 1)).all()
-    assert (ledger.weight_version == 2 * ledger.step).all()  # two mini-batches per step
-    assert ledger.ppl.gt(1).all() and ledger.mean_entropy.ge(0).all()
+    assert (table.weight_version == 2 * table.step).all()  # two mini-batches per step
+    assert table.ppl.gt(1).all() and table.mean_entropy.ge(0).all()
     result = summary(runs["TP2"])
-    assert (result["rollouts"], result["tokens"]) == (len(ledger), ledger.length.sum())
+    assert (result["rollouts"], result["tokens"]) == (len(table), table.length.sum())
 
 
 def test_the_window_slides_from_low_to_high(runs):

@@ -3,8 +3,8 @@
     python tools/inspect/step.py runs/demo 3                       # from ledger and metrics
     python tools/inspect/step.py runs/demo/dumps/step_0003         # with the completions
 
-A run without a dump of the step (`debug.dump_steps`) has no completions and no order of candidates:
-perplexities are then ranked among the prompts that were rolled out.
+Without a dump of the step (`debug.dump_steps`) the completions are those that the run keeps
+(`texts.rollouts`), and perplexities are ranked among the prompts that were rolled out.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
+from megatron_prepo.run.texts import file_name
 from megatron_prepo.trainer.overlong import Overlong
 
 
@@ -90,7 +91,7 @@ def weights(of: dump.Dump) -> torch.Tensor:
 
 
 def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
-    """Read groups from the ledger; advantages are recomputed from the rewards."""
+    """Read groups from ledger and kept texts; advantages are recomputed from the rewards."""
     entries = [e for e in ledger.read(run / "ledger.jsonl") if e.step == step]
     if not entries:
         raise UserError(f"{run / 'ledger.jsonl'} has no rollouts of step {step}")
@@ -99,7 +100,7 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
         by_prompt.setdefault((entry.purpose, entry.prompt_id), []).append(entry)
     ppl = {i: e[0].ppl for (_, i), e in by_prompt.items() if e[0].ppl is not None}
     rank = {prompt_id: r for r, prompt_id in enumerate(sorted(ppl, key=ppl.get), 1)}
-    prompts, groups = prompt_texts(config), []
+    prompts, completions, groups = prompt_texts(config), kept_completions(run, step), []
     for (purpose, prompt_id), group in by_prompt.items():
         overlong = Overlong.of(config.rollout)
         rewards_KG = torch.tensor([[e.reward + overlong.penalty(e.length) for e in group]])
@@ -115,6 +116,7 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
                 entropy=entry.mean_entropy,
                 weight=entry.weight,
                 trained=entry.trained,
+                completion=completions.get((purpose, prompt_id, entry.sample)),
             )
             for entry, advantage in zip(group, advantages, strict=True)
         ]
@@ -123,6 +125,19 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
             Group(name, ppl.get(prompt_id), rank.get(prompt_id), prompts.get(prompt_id), lines)
         )
     return groups
+
+
+def kept_completions(run: Path, step: int) -> dict[tuple[str, str, int], str]:
+    """Return the completions of a step that the run keeps, by purpose, prompt and sample."""
+    path = run / file_name("rollouts")
+    lines = read_lines(path) if path.is_file() else ()
+    return {
+        ("train", prompt["id"], sample): rollout["text"]
+        for line in lines
+        if line["step"] == step
+        for prompt in line["prompts"]
+        for sample, rollout in enumerate(prompt["rollouts"])
+    }
 
 
 def prompt_texts(config: Config) -> dict[str, str]:
@@ -203,7 +218,10 @@ def inspect_run(run: Path, step: int, *, width: int) -> str:
         return "\n\n".join([*parts, inspect_dump(dumped, width=width)])
     config = configuration.load(run / "config.yaml")
     groups = groups_of_run(run, step, config)
-    note = "no dump of this step: no completions, and ranks are among the prompts paid for"
+    note = (
+        "no dump of this step: completions as far as the run keeps them (texts.rollouts), and "
+        "ranks are among the prompts that were rolled out"
+    )
     return "\n\n".join([*parts, note, table(groups, width=width)])
 
 

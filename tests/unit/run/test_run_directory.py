@@ -642,13 +642,15 @@ def test_overwriting_removes_what_a_run_wrote_names_it_and_nothing_else(tmp_path
     (begun / "wandb" / "offline-run-1" / "file").touch()
     (begun / "wandb" / "latest-run").symlink_to("offline-run-1")
     (begun / "checkpoints" / "latest_checkpointed_iteration.txt").touch()
+    (begun / "texts").mkdir()
+    (begun / "texts" / "rollouts.jsonl").touch()
     ownership.create(begun / "checkpoints" / "iter_0000009.partial", ownership.UNFINISHED)
     other = config(tmp_path, run={"overwrite": True}, train={"seed": 2})
     assert run_directory.check(other) == "new"
     said = []
     prepare(other, said.append)
     names = "config.yaml, evaluations.jsonl, inputs.json, ledger.jsonl, metrics.jsonl, "
-    names += "checkpoints, journal, tensorboard, wandb"
+    names += "checkpoints, journal, texts, tensorboard, wandb"
     assert said == [f"removed from {begun}: {names}"]
     assert sorted(content(begun)) == [ownership.MARKER, "config.yaml", "inputs.json", "notes.txt"]
     assert ownership.marker(begun)["identity"] != identity
@@ -671,6 +673,7 @@ MINE = {
     "wandb/sweep.yaml": "wandb/sweep.yaml",
     "wandb/run-20260101_000000-notebook/files/model.pt": "wandb/run-20260101_000000-notebook",
     "profile/flame.svg": "profile/flame.svg",
+    "texts/poem.txt": "texts/poem.txt",
     "weight_sync/mine": "weight_sync",
     "pass_rate.png/mine": "pass_rate.png",
 }
