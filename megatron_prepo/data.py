@@ -10,6 +10,7 @@ from typing import Any
 from megatron_prepo import internals
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
+from megatron_prepo.prompt_context import NONE, Context
 from megatron_prepo.records import Prompt
 
 MAX_CHARACTERS_A_TOKEN = 1000
@@ -23,6 +24,7 @@ def read_prompts(
     max_tokens: int,
     chat_template: bool = False,
     date: datetime.date | None = None,
+    context: Context = NONE,
     dropped: list[str] | None = None,
 ) -> list[Prompt]:
     """Return the tokenized prompts of a JSON Lines file.
@@ -30,6 +32,7 @@ def read_prompts(
     Each line is an object with a text `prompt`, an `answer` that is a text or a finite number, and
     optionally an `id` (by default the line number); other fields are ignored.  `tokenizer` is one
     of `transformers`.  `date` is passed to its chat template as the current date; None: today.
+    `context` stands before each prompt, and counts as a part of it.
     Prompts of more than `max_tokens` tokens are skipped if there is a list `dropped`, which gets
     their ids.
 
@@ -47,7 +50,9 @@ def read_prompts(
                 f"data.max_prompt_tokens={max_tokens}"
             )
         try:
-            tokens, content = tokenize(text, tokenizer, chat_template=chat_template, date=date)
+            tokens, content = tokenize(
+                text, tokenizer, chat_template=chat_template, date=date, context=context
+            )
         except UserError:
             raise
         except Exception as error:  # `tokenizers` raises this type for an unknown word
@@ -90,14 +95,22 @@ def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
 
 
 def tokenize(
-    text: str, tokenizer: Any, *, chat_template: bool, date: datetime.date | None = None
+    text: str,
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    date: datetime.date | None = None,
+    context: Context = NONE,
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Return the token ids of a prompt, and the span of tokens that hold its text.
 
     With `chat_template` the text becomes a user turn followed by the generation prompt.
     """
-    indent = len(text) - len(text.lstrip())
-    rendered, begin = _as_user_turn(text, tokenizer, date) if chat_template else (text, indent)
+    if chat_template:
+        rendered, begin = _as_user_turn(text, tokenizer, date, context)
+    else:
+        rendered = context.text + text
+        begin = len(rendered) - len(text.lstrip())
     encoded = tokenizer(
         rendered, add_special_tokens=not chat_template, return_offsets_mapping=True, verbose=False
     )
@@ -109,7 +122,9 @@ def tokenize(
     return tokens, (inside[0], inside[-1] + 1) if begin >= 0 and inside else (0, len(tokens))
 
 
-def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tuple[str, int]:
+def _as_user_turn(
+    text: str, tokenizer: Any, date: datetime.date | None, context: Context
+) -> tuple[str, int]:
     """Return the rendered chat and the offset of the text's first word; -1 if it was rewritten."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -118,10 +133,12 @@ def _as_user_turn(text: str, tokenizer: Any, date: datetime.date | None) -> tupl
         )
 
     def render(content: str) -> str:
-        turns = [{"role": "user", "content": content}]
         with _calendar(tokenizer, date):
             chat: str = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                context.turns(content),
+                tokenize=False,
+                add_generation_prompt=True,
+                **context.arguments,
             )
         return chat
 

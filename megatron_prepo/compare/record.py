@@ -68,7 +68,7 @@ NOT_COMPARED = (
 """Sections and settings that do not affect what a run computes: places, the number of servers,
 and what and when it saves."""
 
-FILES = ("data.train", "data.eval", "model.hf", "model.megatron")
+FILES = ("data.train", "data.eval", "data.few_shot", "model.hf", "model.megatron")
 """Settings that are paths; they are compared by the content found there."""
 
 

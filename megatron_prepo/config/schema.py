@@ -160,6 +160,14 @@ class DataConfig:
     their prompts together (`docs/evaluation.md`)."""
     chat_template: bool = False
     """Wrap each prompt as a user turn with the tokenizer's chat template."""
+    chat_template_arguments: dict[str, Any] | None = None
+    """Variables of the chat template, such as `{enable_thinking: false}`; one that the template
+    does not use is an error."""
+    system: str | None = None
+    """System message before each prompt; needs `data.chat_template`."""
+    few_shot: FilePath | None = None
+    """JSON Lines file with `prompt` and `answer` per line, put before each prompt: as turns with
+    `data.chat_template`, else as text, with an empty line after each answer (`docs/data.md`)."""
     chat_template_date: str | None = None
     """Current date for chat templates that use it (Llama 3.2's), such as `2026-01-31`; empty: the
     day on which the run was first started, also after it resumes."""
@@ -177,6 +185,12 @@ class DataConfig:
                 f"data.eval={self.eval} must be a file, or a mapping of names to files, with names "
                 "of letters, digits, - and _: they become parts of metrics' names"
             )
+        for name in ("system", "chat_template_arguments"):
+            if (value := getattr(self, name)) and not self.chat_template:
+                raise ValueError(
+                    f"data.{name}={value!r} needs a chat template; set data.chat_template=true, or "
+                    f"remove data.{name}"
+                )
         if self.chat_template_date is not None:
             _day("data.chat_template_date", self.chat_template_date)
 

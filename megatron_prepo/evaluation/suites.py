@@ -40,6 +40,7 @@ from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_files import HFTensors, buckets, widest
 from megatron_prepo.process import activity, machine, progress
+from megatron_prepo.prompt_context import read_context
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import FUNCTIONS
 from megatron_prepo.rewards.output import OUTPUT
@@ -58,7 +59,8 @@ PLACEHOLDERS: dict[str, dict[str, Any]] = {
 """Settings that a configuration requires and an evaluation does not read."""
 FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
-    ("data", ("chat_template", "chat_template_date", "max_prompt_tokens", "overlong_prompts")),
+    ("data", ("chat_template", "chat_template_arguments", "chat_template_date")),
+    ("data", ("system", "few_shot", "max_prompt_tokens", "overlong_prompts")),
     ("rollout", ("engine", "max_new_tokens", "stop", "stop_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
     ("eval", ("samples_per_prompt", "temperature", "top_p", "top_k", "max_prompts")),
@@ -281,6 +283,7 @@ def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
         date=prompt_digests.template_date(config.data, config.run),
+        context=read_context(config.data, tokenizer),
         dropped=dropped if config.data.overlong_prompts == "drop" else None,
     )[: config.eval.max_prompts]
     if dropped:
@@ -369,6 +372,8 @@ def agree(
     file, colon, function = settings["reward.function"].rpartition(":")
     if colon:
         settings = settings | {"reward.function": f"{_file_digest(Path(file))}:{function}"}
+    if settings["data.few_shot"] is not None:
+        settings = settings | {"data.few_shot": _file_digest(Path(settings["data.few_shot"]))}
     note = {"settings": settings, "models": places, "suites": files}
     path = directory / "evaluation.json"
     if path.is_file():

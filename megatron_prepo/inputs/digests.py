@@ -56,6 +56,7 @@ def list_inputs(config: Config) -> list[Input]:
         "model.megatron": config.model.megatron,
         "data.train": config.data.train,
         **config.data.eval_settings,
+        "data.few_shot": config.data.few_shot,
         "selection.method": config.selection.method.rpartition(":")[0],
         "reward.function": config.reward.function.rpartition(":")[0],
         "servers.python": config.servers.python if "/" in (config.servers.python or "") else None,
@@ -68,6 +69,7 @@ COMPARED = (
     "model.megatron",
     "data.train",
     "data.eval",
+    "data.few_shot",
     "selection.method",
     "reward.function",
 )

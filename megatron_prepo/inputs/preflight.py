@@ -24,6 +24,7 @@ from megatron_prepo.inputs import prompt_digests
 from megatron_prepo.inputs.digests import WEIGHT_FILES
 from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.prompt_context import read_context
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import pool
 from megatron_prepo.rollout.engine import Engine
@@ -103,7 +104,7 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     return Inputs(tokenizer, stops, train_prompts, eval_sets, digests)
 
 
-INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval")
+INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval", "data.few_shot")
 CODE = ("reward.function", "selection.method")
 """Settings that may be `FILE.py:NAME`."""
 
@@ -120,7 +121,7 @@ def check_present(config: Config, *names: str) -> None:
     for name in names:
         section, _, setting = name.partition(".")
         value = tree[section][setting]
-        if name in CODE and not user_code.has_form(value):
+        if value is None or (name in CODE and not user_code.has_form(value)):
             continue
         places = config.data.eval_settings if name == "data.eval" else {name: value}
         for key, given in places.items():
@@ -212,6 +213,7 @@ def load_prompts(
         max_tokens=data.max_prompt_tokens,
         chat_template=data.chat_template,
         date=prompt_digests.template_date(data, run),
+        context=read_context(data, tokenizer),
         dropped=dropped if data.overlong_prompts == "drop" else None,
     )
 

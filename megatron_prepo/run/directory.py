@@ -580,6 +580,7 @@ def with_absolute_paths(config: Config) -> Config:
         ("model", "megatron"),
         ("data", "train"),
         ("data", "eval"),
+        ("data", "few_shot"),
         ("weight_sync", "directory"),
     ):
         if tree[section][key] is not None:

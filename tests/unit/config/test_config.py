@@ -445,8 +445,8 @@ def test_home_and_variables_are_expanded_in_paths(tmp_path, monkeypatch):
     paths = [f"{s.name}.{f.name}" for s, f in all_fields() if f and FilePath in (
         f.type, *getattr(f.type, "__args__", ()))]  # fmt: skip
     assert paths == [
-        *("run.dir", "model.hf", "model.megatron", "data.train", "data.eval", "selection.method"),
-        *("servers.python", "weight_sync.directory", "reward.function"),
+        *("run.dir", "model.hf", "model.megatron", "data.train", "data.eval", "data.few_shot"),
+        *("selection.method", "servers.python", "weight_sync.directory", "reward.function"),
     ]
 
 
@@ -540,6 +540,7 @@ def other_value(field):
         ("stop_tokens", ()): ("010", "</s>"),
         ("pass_at", ()): (1, 2),
         ("top_p", 1.0): 0.5,
+        ("chat_template_arguments", None): {"enable_thinking": False},
         ("dump_steps", ()): (3, 7),
         ("host", "127.0.0.1"): "10.0.0.1",
         ("address", "127.0.0.1"): "10.0.0.1",

@@ -8,8 +8,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_prepo.config import DataConfig
 from megatron_prepo.data import CandidateBatches, read_prompts, tokenize
 from megatron_prepo.errors import UserError
+from megatron_prepo.prompt_context import read_context, read_shots
 from megatron_prepo.records import Prompt
 
 SPECIAL = ["<unk>", "<bos>", "<user>", "<assistant>", "<end>"]
@@ -341,3 +343,85 @@ def test_more_candidates_than_prompts_are_refused():
     assert len(CandidateBatches(prompts(4), 4, seed=1).next()) == 4
     with pytest.raises(UserError, match=r"selection\.num_candidates=5 is more than the 4"):
         CandidateBatches(prompts(4), 5, seed=1)
+
+
+# What stands before a prompt
+
+SYSTEM_CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}<bos>{% elif m['role'] == 'user' %}<user>"
+    "{% else %}<assistant>{% endif %}{{ m['content'] | trim }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if not enable_thinking | default(true) %}no{% endif %}"
+)
+REJECTING_CHAT = "{{ raise_exception('System role not supported') }}"
+USERS_CHAT = "{% for m in messages if m['role'] == 'user' %}<user>{{ m['content'] }}{% endfor %}"
+
+
+def context(tmp_path, template, **settings):
+    """Return a tokenizer with the template, and the context of the settings with one shot."""
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text('{"prompt": "1+1=", "answer": 2}\n')
+    data = DataConfig(train="-", eval="-", few_shot=str(shots), **settings)
+    tokenizer = character_tokenizer(template)
+    return tokenizer, read_context(data, tokenizer)
+
+
+def test_a_chat_begins_with_the_system_message_and_the_shots(tmp_path):
+    tokenizer, before = context(
+        tmp_path,
+        SYSTEM_CHAT,
+        chat_template=True,
+        system="be short",
+        chat_template_arguments={"enable_thinking": False},
+    )
+    tokens, (begin, end) = tokenize(" 2+2=", tokenizer, chat_template=True, context=before)
+    assert tokenizer.decode(tokens).replace(" ", "") == (
+        "<bos>beshort<end><user>1+1=<end><assistant>2<end><user>2+2=<end><assistant>no"
+    )
+    assert tokenizer.convert_ids_to_tokens(list(tokens[begin:end])) == list("2+2=")
+
+
+def test_without_a_template_the_shots_are_text(tmp_path):
+    tokenizer, before = context(tmp_path, None)
+    path = write(tmp_path, {"prompt": "1+1=", "answer": 2})
+    [prompt] = read_prompts(path, tokenizer, max_tokens=100, context=before)
+    assert tokenizer.convert_ids_to_tokens(list(prompt.tokens)) == ["<bos>", *"1+1=2\n\n1+1="]
+    assert prompt.content == (8, 12), "the prompt's own text, though a shot has the same"
+    assert prompt.text == "1+1="
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "message"),
+    [
+        (REJECTING_CHAT, {"system": "x"}, r"data\.system: .* rejects it \(System role not supp"),
+        (USERS_CHAT, {"system": "be short"}, r"data\.system: .* leaves out 'be short'; remove"),
+        (USERS_CHAT, {}, r"data\.few_shot: .* leaves out '2'; remove data\.few_shot, or put"),
+        (
+            SYSTEM_CHAT,
+            {"chat_template_arguments": {"enable_thinkin": False}},
+            r"data\.chat_template_arguments: .* does not use enable_thinkin",
+        ),
+        (
+            SYSTEM_CHAT,
+            {"chat_template_arguments": {"tokenize": False}},
+            "tokenize is set by the run itself",
+        ),
+    ],
+)
+def test_what_a_template_rejects_or_ignores_is_an_error(tmp_path, template, settings, message):
+    with pytest.raises(UserError, match=message):
+        context(tmp_path, template, chat_template=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"system": "x"}, {"chat_template_arguments": {"a": 1}}])
+def test_parts_of_a_chat_need_a_template(settings):
+    with pytest.raises(ValueError, match=r"set data\.chat_template=true, or remove data\."):
+        DataConfig(train="-", eval="-", **settings)
+
+
+def test_a_file_of_shots_is_read_as_strictly_as_prompts(tmp_path):
+    path = write(tmp_path, {"prompt": "1+1="})
+    with pytest.raises(UserError, match=r"prompts\.jsonl, line 1: field `answer` is missing"):
+        read_shots(str(path))
+    with pytest.raises(UserError, match=r"data\.few_shot=.* contains no prompts"):
+        read_shots(str(write(tmp_path, "")))
