@@ -48,6 +48,7 @@ class Completions:
                 "tokens": len(rollout.tokens),
                 "finished": rollout.finished,
                 "text": rollout.text,
+                **({"metrics": grade.metrics} if grade.metrics else {}),
             }
             for i, (rollout, grade) in enumerate(zip(rollouts, grades, strict=True))
         ]

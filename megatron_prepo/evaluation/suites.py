@@ -247,7 +247,7 @@ def evaluate_model(
     tokenizer = preflight.read_tokenizer(config.model.hf)
     by_suite: dict[str, Completions] = {}
     for name, file in suites:
-        prompts = suite_prompts(config, tokenizer, file)
+        prompts = suite_prompts(config, tokenizer, file, needs_answer="answer" in grader.takes)
         path = directory / "completions" / model.name / f"{name}.jsonl"
         by_suite[name] = Completions(path, prompts, config.eval.samples_per_prompt)
     if any(completions.missing() for completions in by_suite.values()):
@@ -267,7 +267,9 @@ def evaluate_model(
     }
 
 
-def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
+def suite_prompts(
+    config: Config, tokenizer: Any, file: str, *, needs_answer: bool = True
+) -> list[Prompt]:
     """Read a suite's prompts; UserError if their completions exceed the model's positions."""
     prompts = read_prompts(
         file,
@@ -275,6 +277,7 @@ def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
         date=prompt_digests.template_date(config.data, config.run),
+        needs_answer=needs_answer,
     )[: config.eval.max_prompts]
     hf = read_hf_config(config.model.hf, for_megatron=False)
     preflight.check_room(config.rollout.max_new_tokens, hf, prompts)

@@ -60,13 +60,15 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     other_files(config.model.hf)
     if initial_weights:
         check_weights(config.model, hf)
-    if "RANK" not in os.environ:  # ranks load the function before anything else anyway
-        pool.check(config.reward)
+    # ranks load the function anyway, and check then whether it finds its answers
+    takes = () if "RANK" in os.environ else pool.check(config.reward)
     check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
     check_stop_tokens(config.model.hf, hf, tokenizer)
-    train_prompts = load_prompts(config.data, config.run, tokenizer, "train")
-    eval_prompts = load_prompts(config.data, config.run, tokenizer, "eval")
+    train_prompts, eval_prompts = (
+        load_prompts(config.data, config.run, tokenizer, name, needs_answer="answer" in takes)
+        for name in ("train", "eval")
+    )
     digests = PromptDigests.of(
         config.data,
         prompt_digests.template_date(config.data, config.run),
@@ -174,15 +176,24 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig, engine: Engine) -> 
 
 
 def load_prompts(
-    data: DataConfig, run: RunConfig, tokenizer: Any, name: Literal["train", "eval"]
+    data: DataConfig,
+    run: RunConfig,
+    tokenizer: Any,
+    name: Literal["train", "eval"],
+    *,
+    needs_answer: bool = True,
 ) -> list[Prompt]:
-    """Return all prompts of `data.train` or `data.eval`, tokenized."""
+    """Return all prompts of `data.train` or `data.eval`, tokenized.
+
+    `needs_answer`: whether the reward takes the answer, so that each line must have one.
+    """
     return read_prompts(
         getattr(data, name),
         tokenizer,
         max_tokens=data.max_prompt_tokens,
         chat_template=data.chat_template,
         date=prompt_digests.template_date(data, run),
+        needs_answer=needs_answer,
     )
 
 

@@ -420,9 +420,10 @@ def examine_inputs(config: Config, where: Placement | None = None) -> list[Findi
     where = where or findings.look("placement", lambda: _place_here(config), _describe_placement)
     findings += _enough_gpus(where) if where else []
     tokenizer = _examine_tokenizer(findings, config, hf)
-    _examine_prompts(findings, config, tokenizer)
-
-    findings.look("reward", lambda: pool.check(config.reward), lambda _: config.reward.function)
+    takes = findings.look(
+        "reward", lambda: pool.check(config.reward), lambda _: config.reward.function
+    )
+    _examine_prompts(findings, config, tokenizer, needs_answer="answer" in (takes or ()))
     if config.selection.is_custom:
         findings.look(
             "selector",
@@ -506,9 +507,12 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
     return tokenizer
 
 
-def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> None:
+def _examine_prompts(
+    findings: _Findings, config: Config, tokenizer: Any, *, needs_answer: bool
+) -> None:
     from megatron_prepo.inputs import preflight
 
+    load = partial(preflight.load_prompts, config.data, config.run, needs_answer=needs_answer)
     files: dict[Literal["train", "eval"], str] = {
         "train": config.data.train,
         "eval": config.data.eval,
@@ -520,7 +524,7 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
         elif tokenizer:
             findings.look(
                 f"data.{name}",
-                partial(preflight.load_prompts, config.data, config.run, tokenizer, name),
+                partial(load, tokenizer, name),
                 lambda prompts: f"{len(prompts):,} prompts",
             )
 

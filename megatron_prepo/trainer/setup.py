@@ -214,6 +214,7 @@ def set_up(config: Config) -> Trainer:
             on_rank_zero(lambda: check_beginning(config))
         with activity.doing("starting the grading processes"):
             grader = build_grader(config.reward, run.directory, run.log)
+        grader.check_answers(inputs.train_prompts + inputs.eval_prompts)
         with activity.doing("starting the engine"):
             engine = build_engine(
                 config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log
