@@ -23,14 +23,17 @@ from megatron_prepo.files import user_code
 FUNCTIONS = {
     "final_number": "megatron_prepo.rewards.final_number:final_number",
     "math": "megatron_prepo.rewards.math:boxed_answer",
+    "reasoning_gym": "megatron_prepo.rewards.reasoning_gym:task_score",
 }
 """Built-in values of `reward.function`, as module:function."""
+EXTRAS = {"reasoning_gym": 'pip install -e ".[tasks]"'}
+"""Commands that install what a built-in function needs besides this package."""
 ARGUMENTS = ("completion", "answer")
 """Positional arguments of a reward function; the second may be absent if it asks for others."""
 BY_NAME = ("record", "num_tokens", "finished")
 """Arguments that a function may ask for by name: the prompt's line as a dict, the number of tokens
-of the completion (its end token included), and whether it ended by itself, before
-`rollout.max_new_tokens`."""
+of the completion (its end token included), and whether it ended with a stop token,
+before `rollout.max_new_tokens`."""
 MODULE = "__reward_file__"
 """Module name of a user's file; no module next to the file can have this name."""
 
@@ -60,7 +63,12 @@ def load(name: str) -> Callable[..., Any]:
     """
     if name in FUNCTIONS:
         place, _, function_name = FUNCTIONS[name].rpartition(":")
-        module = importlib.import_module(place)
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            if name not in EXTRAS:
+                raise
+            raise UserError(f"{name} needs a package ({error}): {EXTRAS[name]}") from error
         built_in: Callable[..., Any] = getattr(module, function_name)
         return built_in
     function = user_code.load(name, module=MODULE, kind="function", is_kind=inspect.isfunction)
