@@ -87,6 +87,7 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "launch": ["nemo-run[kubeflow]==0.11.1", "leptonai>=0.26.6,<0.28"],
         "data": ["datasets>=2.19"],  # brings pyarrow
+        "tasks": ["reasoning-gym>=0.1.25,<0.2"],  # reward.function=reasoning_gym
         "bench": ["trl==1.16.0"],  # tools/bench/train.py times methods that have no public name
         "docs": ["mkdocs-material>=9.7"],  # make docs-site
         "tensorboard": ["tensorboard>=2.14"],

@@ -96,7 +96,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _prompts(path: str) -> list[str]:
     """Return the prompts of a file such as `data.train`, or the lines of a text file."""
     if Path(path).suffix == ".jsonl":
-        return [text for _, _, text, _ in read_records(path)]
+        return [record.prompt for record in read_records(path, needs_answer=False)]
     return [line for _, line in json_lines.lines(path)]
 
 

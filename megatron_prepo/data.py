@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_prepo import internals
 from megatron_prepo.errors import UserError
@@ -24,23 +24,24 @@ def read_prompts(
     max_tokens: int,
     chat_template: bool = False,
     date: datetime.date | None = None,
+    needs_answer: bool = True,
     context: Context = NONE,
     dropped: list[str] | None = None,
 ) -> list[Prompt]:
     """Return the tokenized prompts of a JSON Lines file.
 
     Each line is an object with a text `prompt`, an `answer` that is a text or a finite number, and
-    optionally an `id` (by default the line number); other fields are ignored.  `tokenizer` is one
-    of `transformers`.  `date` is passed to its chat template as the current date; None: today.
-    `context` stands before each prompt, and counts as a part of it.
-    Prompts of more than `max_tokens` tokens are skipped if there is a list `dropped`, which gets
-    their ids.
+    optionally an `id` (by default the line number); other fields are for a reward that takes the
+    record.  `tokenizer` is one of `transformers`.  `date` is passed to its chat template as the
+    current date; None: today.  `needs_answer`: see `read_records`.  `context` stands before each
+    prompt, and counts as a part of it.  Prompts of more than `max_tokens` tokens are skipped if
+    there is a list `dropped`, which gets their ids.
 
     Raises `UserError` naming file and line for an invalid line, a missing or empty prompt or
     answer, a repeated id, and a prompt of more than `max_tokens` tokens without `dropped`.
     """
     prompts: list[Prompt] = []
-    for where, prompt_id, text, answer in read_records(path):
+    for where, prompt_id, text, answer, line in read_records(path, needs_answer=needs_answer):
         if len(text) > MAX_CHARACTERS_A_TOKEN * max_tokens:
             if dropped is not None:
                 dropped.append(prompt_id)
@@ -71,27 +72,48 @@ def read_prompts(
                 f"{where}: prompt {prompt_id!r} has {len(tokens)} token; perplexity needs at least "
                 "one token with a predecessor"
             )
-        prompts.append(Prompt(prompt_id, text, answer, tokens, content))
+        prompts.append(Prompt(prompt_id, text, answer, tokens, content, line))
     if not prompts:
         longer = f" of up to data.max_prompt_tokens={max_tokens} tokens" if dropped else ""
         raise UserError(f"{path} contains no prompts{longer}")
     return prompts
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (`FILE, line N`, id, prompt, answer) per line; the default id is the line number."""
+class Record(NamedTuple):
+    """A line of a prompt file."""
+
+    where: str
+    """`FILE, line N`."""
+    id: str
+    """By default the line's number."""
+    prompt: str
+    answer: str
+    """Empty if the line has none."""
+    line: str
+    """Its JSON text."""
+
+
+def read_records(path: str | Path, *, needs_answer: bool = True) -> Iterator[Record]:
+    """Yield the record of each line.
+
+    `needs_answer`: whether a line must have an `answer`.  If not, one that is no text or number,
+    such as a list, counts as absent: only a reward that takes the record sees it.
+    """
     seen: dict[str, int] = {}
-    for number, record in json_lines.read(path):
+    for number, line in json_lines.lines(path):
         where = f"{path}, line {number}"
+        record = json_lines.parsed(line, where)
         text = json_lines.text_field(record, "prompt", where)
-        answer = json_lines.answer_field(record, "answer", where)
+        answer = ""
+        if needs_answer or json_lines.has_answer(record, "answer"):
+            answer = json_lines.answer_field(record, "answer", where)
         prompt_id = str(number)
         if record.get("id") is not None:
             prompt_id = json_lines.answer_field(record, "id", where)
         if prompt_id in seen:
             raise UserError(f"{where}: id {prompt_id!r} is also that of line {seen[prompt_id]}")
         seen[prompt_id] = number
-        yield where, prompt_id, text, answer
+        yield Record(where, prompt_id, text, answer, line)
 
 
 def tokenize(

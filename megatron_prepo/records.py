@@ -16,11 +16,13 @@ class Prompt:
     text: str
     """The user's text."""
     answer: str
-    """The answer with which the reward function compares."""
+    """The answer with which the reward function compares; empty if its line has none."""
     tokens: tuple[int, ...]
     """The model's input: the text with special tokens and, if configured, the chat template."""
     content: tuple[int, int]
     """Span of `tokens` that holds the user's text."""
+    record: str = "{}"
+    """Its line of the prompt file, a JSON object, for a reward function that takes the record."""
 
 
 @dataclass(frozen=True)

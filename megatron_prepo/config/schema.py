@@ -469,9 +469,10 @@ class RewardConfig:
 
     function: FilePath = "final_number"
     """`final_number`: 1 if the number after the only `####` is the answer (GSM8K's convention);
-    `math`: 1 if the last `\\boxed{}` equals the answer (`docs/evaluation.md`); or a custom function
-    `FILE.py:FUNCTION`, which takes completion and answer and returns a number and may import
-    modules from the file's directory."""
+    `math`: 1 if the last `\\boxed{}` equals the answer; `reasoning_gym`: the score of
+    reasoning-gym, for prompts made of its tasks; or a custom function `FILE.py:FUNCTION`, which
+    takes completion and answer, asks for more by name, and returns a number or a dict; it may
+    import modules from the file's directory (`docs/evaluation.md`)."""
     low: float = 0.0
     """Smallest reward that the function may return."""
     high: float = 1.0

@@ -21,6 +21,7 @@ def completion(rollout: Rollout, grade: Grade) -> Record:
         "tokens": len(rollout.tokens),
         "finished": rollout.finished,
         "text": rollout.text,
+        **({"metrics": grade.metrics} if grade.metrics else {}),
     }
 
 

@@ -254,7 +254,7 @@ def evaluate_model(
         print(f"{model.name}: {'; '.join(warning)}", file=sys.stderr)
     by_suite: dict[str, Completions] = {}
     for name, file in suites:
-        prompts = suite_prompts(config, tokenizer, file)
+        prompts = suite_prompts(config, tokenizer, file, needs_answer="answer" in grader.takes)
         path = directory / "completions" / model.name / f"{name}.jsonl"
         by_suite[name] = Completions(path, prompts, config.eval.samples_per_prompt)
     if any(completions.missing() for completions in by_suite.values()):
@@ -274,7 +274,9 @@ def evaluate_model(
     }
 
 
-def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
+def suite_prompts(
+    config: Config, tokenizer: Any, file: str, *, needs_answer: bool = True
+) -> list[Prompt]:
     """Read a suite's prompts; UserError if their completions exceed the model's positions."""
     dropped: list[str] = []
     prompts = read_prompts(
@@ -285,6 +287,7 @@ def suite_prompts(config: Config, tokenizer: Any, file: str) -> list[Prompt]:
         date=prompt_digests.template_date(config.data, config.run),
         context=read_context(config.data, tokenizer),
         dropped=dropped if config.data.overlong_prompts == "drop" else None,
+        needs_answer=needs_answer,
     )[: config.eval.max_prompts]
     if dropped:
         limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"

@@ -33,18 +33,26 @@ def read(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Fractions are `Decimal`, with all their digits.  Raises UserError naming file and line.
     """
     for number, line in lines(path):
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(
-                line, object_pairs_hook=_object, parse_float=_fraction, parse_constant=_no_number
-            )
-        except RecursionError:
-            raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
-        except ValueError as error:  # also raised for integers of thousands of digits
-            raise UserError(f"{where}: not valid JSON ({one_line(error)})") from error
-        if not isinstance(record, dict):
-            raise UserError(f'{where}: must be an object, such as {{"prompt": ...}}')
-        yield number, record
+        yield number, parsed(line, f"{path}, line {number}")
+
+
+def parsed(line: str, where: str) -> dict[str, Any]:
+    """Return the object of a line; fractions are `Decimal`.  Raises UserError that begins `where`.
+
+    >>> parsed('{"prompt": "1 + 0.5", "answer": 1.50}', "FILE, line 1")
+    {'prompt': '1 + 0.5', 'answer': Decimal('1.50')}
+    """
+    try:
+        record = json.loads(
+            line, object_pairs_hook=_object, parse_float=_fraction, parse_constant=_no_number
+        )
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # also raised for integers of thousands of digits
+        raise UserError(f"{where}: not valid JSON ({one_line(error)})") from error
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: must be an object, such as {{"prompt": ...}}')
+    return record
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -81,7 +89,7 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
 def answer_field(record: dict[str, Any], field: str, where: str) -> str:
     """Return an answer or id, a text or a finite number: 18.0 is 18; no digits are lost."""
     value = _given(record, field, where)
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+    if not has_answer(record, field):
         raise UserError(
             f"{where}: field `{field}` must be a text or a number, but is {_kind(value)}; write "
             "it as a text, or remove the line"
@@ -95,6 +103,12 @@ def answer_field(record: dict[str, Any], field: str, where: str) -> str:
             f"1e-{MAX_EXPONENT} and 1e{MAX_EXPONENT}; correct or remove the line"
         )
     return number
+
+
+def has_answer(record: dict[str, Any], field: str) -> bool:
+    """Return whether a record has an answer of a kind that `answer_field` reads."""
+    value = record.get(field)
+    return isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
 
 
 def digits(number: int | float | Decimal) -> str | None:

@@ -70,15 +70,18 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     other_files(config.model.hf)
     if initial_weights:
         check_weights(config.model, hf)
-    if "RANK" not in os.environ:  # ranks load the function before anything else anyway
-        pool.check(config.reward)
+    # ranks load the function anyway, and check then whether it finds its answers
+    takes = () if "RANK" in os.environ else pool.check(config.reward)
     check_selector(config)
     tokenizer = read_tokenizer(config.model.hf)
     stops = check_stop_tokens(config.model.hf, hf, tokenizer, config.rollout)
     files = {"data.train": config.data.train, **config.data.eval_settings}
     dropped: dict[str, list[str]] = {name: [] for name in files}
+    needs_answer = "answer" in takes
     prompts = {
-        name: load_prompts(config.data, config.run, tokenizer, file, dropped[name])
+        name: load_prompts(
+            config.data, config.run, tokenizer, file, dropped[name], needs_answer=needs_answer
+        )
         for name, file in files.items()
     }
     digests = PromptDigests.of(
@@ -201,11 +204,18 @@ def check_engine(model: ModelConfig, rollout: RolloutConfig, engine: Engine) -> 
 
 
 def load_prompts(
-    data: DataConfig, run: RunConfig, tokenizer: Any, file: str, dropped: list[str]
+    data: DataConfig,
+    run: RunConfig,
+    tokenizer: Any,
+    file: str,
+    dropped: list[str],
+    *,
+    needs_answer: bool = True,
 ) -> list[Prompt]:
     """Return all prompts of a file, tokenized.
 
-    `dropped` gets the ids of those that are skipped (`data.overlong_prompts`).
+    `dropped` gets the ids of those that are skipped (`data.overlong_prompts`).  `needs_answer`:
+    whether the reward takes the answer, so that each line must have one.
     """
     return read_prompts(
         file,
@@ -215,6 +225,7 @@ def load_prompts(
         date=prompt_digests.template_date(data, run),
         context=read_context(data, tokenizer),
         dropped=dropped if data.overlong_prompts == "drop" else None,
+        needs_answer=needs_answer,
     )
 
 

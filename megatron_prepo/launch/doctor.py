@@ -421,9 +421,10 @@ def examine_inputs(config: Config, where: Placement | None = None) -> list[Findi
     where = where or findings.look("placement", lambda: _place_here(config), _describe_placement)
     findings += _enough_gpus(where) if where else []
     tokenizer = _examine_tokenizer(findings, config, hf)
-    _examine_prompts(findings, config, tokenizer)
-
-    findings.look("reward", lambda: pool.check(config.reward), lambda _: config.reward.function)
+    takes = findings.look(
+        "reward", lambda: pool.check(config.reward), lambda _: config.reward.function
+    )
+    _examine_prompts(findings, config, tokenizer, needs_answer="answer" in (takes or ()))
     if config.selection.is_custom:
         findings.look(
             "selector",
@@ -510,9 +511,12 @@ def _examine_tokenizer(findings: _Findings, config: Config, hf: dict[str, Any] |
     return tokenizer
 
 
-def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> None:
+def _examine_prompts(
+    findings: _Findings, config: Config, tokenizer: Any, *, needs_answer: bool
+) -> None:
     from megatron_prepo.inputs import preflight
 
+    load = partial(preflight.load_prompts, config.data, config.run, needs_answer=needs_answer)
     for name, file in {"data.train": config.data.train, **config.data.eval_settings}.items():
         if not Path(file).is_file():
             remedy = f"{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
@@ -521,7 +525,7 @@ def _examine_prompts(findings: _Findings, config: Config, tokenizer: Any) -> Non
             dropped: list[str] = []
             findings.look(
                 name,
-                partial(preflight.load_prompts, config.data, config.run, tokenizer, file, dropped),
+                partial(load, tokenizer, file, dropped),
                 partial(_describe_prompts, dropped),
             )
 

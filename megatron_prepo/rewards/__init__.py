@@ -1,4 +1,11 @@
-"""Verifiable rewards: pure functions of a completion's text and the answer that return a number.
+"""Verifiable rewards: pure functions of a completion that return a number, or a dict with one.
+
+A function takes completion and answer by position; what else it needs, it asks for by name, as
+keyword-only parameters:
+
+    def reward(completion, answer): ...
+    def reward(completion, *, record): ...
+    def reward(completion, answer, *, num_tokens, finished): ...
 
 They run in grading processes (`pool`) that import them by name and nothing else of this project:
 modules of this package must not import torch.
@@ -6,8 +13,9 @@ modules of this package must not import torch.
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import user_code
@@ -15,10 +23,17 @@ from megatron_prepo.files import user_code
 FUNCTIONS = {
     "final_number": "megatron_prepo.rewards.final_number:final_number",
     "math": "megatron_prepo.rewards.math:boxed_answer",
+    "reasoning_gym": "megatron_prepo.rewards.reasoning_gym:task_score",
 }
 """Built-in values of `reward.function`, as module:function."""
+EXTRAS = {"reasoning_gym": 'pip install -e ".[tasks]"'}
+"""Commands that install what a built-in function needs besides this package."""
 ARGUMENTS = ("completion", "answer")
-"""Positional arguments of a reward function."""
+"""Positional arguments of a reward function; the second may be absent if it asks for others."""
+BY_NAME = ("record", "num_tokens", "finished")
+"""Arguments that a function may ask for by name: the prompt's line as a dict, the number of tokens
+of the completion (its end token included), and whether it ended with a stop token,
+before `rollout.max_new_tokens`."""
 MODULE = "__reward_file__"
 """Module name of a user's file; no module next to the file can have this name."""
 
@@ -40,17 +55,21 @@ def check_file(function: str) -> None:
         raise UserError(f"reward.function={function}: no such file: {file}")
 
 
-def load(name: str) -> Callable[[str, str], float]:
-    """Return the function of completion and answer that `reward.function` names.
+def load(name: str) -> Callable[..., Any]:
+    """Return the function that `reward.function` names; `arguments` lists what it takes.
 
     Raises UserError for a file that fails, with the line, and for a function with another
     signature; a MemoryError is not converted.
     """
     if name in FUNCTIONS:
         place, _, function_name = FUNCTIONS[name].rpartition(":")
-        built_in: Callable[[str, str], float] = getattr(
-            importlib.import_module(place), function_name
-        )
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            if name not in EXTRAS:
+                raise
+            raise UserError(f"{name} needs a package ({error}): {EXTRAS[name]}") from error
+        built_in: Callable[..., Any] = getattr(module, function_name)
         return built_in
     function = user_code.load(name, module=MODULE, kind="function", is_kind=inspect.isfunction)
     return checked_function(function, name)
@@ -61,32 +80,71 @@ COMPLETIONS = ("completion", "completions", "solution_str", "response", "output"
 """Parameter names that show which of the two arguments a user expects."""
 
 
-def checked_function(function: object, name: str) -> Callable[[str, str], float]:
-    """Return a function that can be called with `ARGUMENTS` and may return a number.
+CONTRACT = (
+    f"a reward function takes ({', '.join(ARGUMENTS)}) and returns a number; it may ask for "
+    f"{', '.join(BY_NAME)} by name, as in (completion, *, record)"
+)
+
+
+def checked_function(function: object, name: str) -> Callable[..., Any]:
+    """Return a function that can be called with its `arguments` and may return a number.
 
     Raises UserError for anything else.
     """
-    contract = f"a reward function takes ({', '.join(ARGUMENTS)}) and returns a number"
     if not callable(function):
-        raise UserError(f"{name} is a {type(function).__name__}; {contract}")
+        raise UserError(f"{name} is a {type(function).__name__}; {CONTRACT}")
     if kind := _other_kind(function):
-        raise UserError(f"{name} is {kind}; {contract}")
+        raise UserError(f"{name} is {kind}; {CONTRACT}")
     try:
         signature = inspect.signature(function)
     except ValueError:  # written in C, without a signature
         return function
+    _check_order(signature, name)
+    takes = arguments(function)
     try:
-        signature.bind(*ARGUMENTS)
+        signature.bind(
+            *(argument for argument in ARGUMENTS if argument in takes),
+            **{argument: None for argument in BY_NAME if argument in takes},
+        )
     except TypeError as error:
-        raise UserError(f"{name}{signature} does not fit ({error}); {contract}") from None
-    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in signature.parameters.values() if p.kind in by_place]
+        raise UserError(f"{name}{signature} does not fit ({error}); {CONTRACT}") from None
+    return function
+
+
+def arguments(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return those of `ARGUMENTS` and `BY_NAME` that a function is called with.
+
+    >>> arguments(lambda text, gold: 0.0), arguments(lambda completion, *, record: 0.0)
+    (('completion', 'answer'), ('completion', 'record'))
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # written in C, without a signature
+        return ARGUMENTS
+    named = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    by_name = tuple(name for name in BY_NAME if name in named)
+    one_place = len(_by_place(parameters)) == 1
+    any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return (*(ARGUMENTS[:1] if by_name and one_place and not any_number else ARGUMENTS), *by_name)
+
+
+def _by_place(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in places]
+
+
+def _check_order(signature: inspect.Signature, name: str) -> None:
+    """Raise UserError if names of positional parameters show that others are expected there."""
+    names = _by_place(signature.parameters.values())
     if (names[:1] and names[0] in ANSWERS) or (names[1:] and names[1] in COMPLETIONS):
         raise UserError(
             f"{name}{signature} has its parameters in the opposite order: arguments are passed by "
-            f"position; {contract}"
+            f"position; {CONTRACT}"
         )
-    return function
+    if by_place := [argument for argument in BY_NAME if argument in names]:
+        raise UserError(
+            f"{name}{signature} takes {by_place[0]} by position: put a * before it; {CONTRACT}"
+        )
 
 
 def _other_kind(function: Callable[..., object]) -> str | None:

@@ -18,13 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_prepo.config import RewardConfig
 from megatron_prepo.errors import UserError
-from megatron_prepo.records import Rollout
+from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards import FUNCTIONS, check_file
 from megatron_prepo.rewards.output import DROPPED, OutputFile, Tap
 
@@ -51,12 +51,19 @@ class Grade:
     """Exception that was raised, or exit status of the process."""
     seconds: float = 0.0
     """Wall-clock time spent on the answer by its process."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further numbers that the function returned, by name."""
 
 
-def check(settings: RewardConfig) -> None:
-    """Raise UserError if the function cannot be loaded or called in a grading process."""
+def check(settings: RewardConfig) -> tuple[str, ...]:
+    """Return the names of the arguments that the function takes.
+
+    Raises UserError if it cannot be loaded or called in a grading process.
+    """
     check_file(settings.function)
-    Worker(settings).when_ready().end()
+    worker = Worker(settings).when_ready()
+    worker.end()
+    return worker.takes
 
 
 def result_here(future: Future[Any] | None) -> Any:
@@ -83,13 +90,15 @@ class Grader:
         """
         self.settings, self.rank, self.share, self.log = settings, rank, share, log
         self.said_failure = False
+        self.takes: tuple[str, ...]
+        """Names of the arguments that the function takes."""
         if rank == 0:
             cores = len(os.sched_getaffinity(0))
             self.processes = settings.processes or min(cores, MAX_PROCESSES)
             self.threads = ThreadPoolExecutor(self.processes, "grading")
             self.output = OutputFile(None if settings.function in FUNCTIONS else output)
             self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self.share(self._on_rank_zero(self._start))
+        self.takes = self.share(self._on_rank_zero(self._start))
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Grade]:
         """Return one grade per rollout; a rollout truncated at the length limit is graded as it is.
@@ -97,12 +106,21 @@ class Grader:
         Collective.  Raises UserError for a reward outside `reward.low` to `reward.high`, and if
         more than the share `reward.max_failed` of the answers failed.
         """
-        pairs = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
-        grades: list[Grade] = self.share(self._on_rank_zero(self._grade_all, pairs))
+        grades: list[Grade] = self.share(self._on_rank_zero(self._grade_all, rollouts))
         for rollout, grade in zip(rollouts, grades, strict=True):
             self._check_range(rollout, grade.reward)
         self._check_failures(rollouts, grades)
         return grades
+
+    def check_answers(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError if the function takes the answer and a prompt has none."""
+        without = [prompt.id for prompt in prompts if not prompt.answer]
+        if without and "answer" in self.takes:
+            raise UserError(
+                f"reward.function={self.settings.function} takes the answer, but {len(without)} of "
+                f"{len(prompts)} prompts have none, such as {without[0]!r}; add the field `answer` "
+                "to their lines, or let the function take (completion, *, record)"
+            )
 
     def close(self) -> None:
         """Stop the processes."""
@@ -123,14 +141,18 @@ class Grader:
         threading.Thread(target=_run, args=(future, function, *arguments), daemon=True).start()
         return future
 
-    def _start(self) -> None:
+    def _start(self) -> tuple[str, ...]:
+        takes: tuple[str, ...] = ()
         for worker in [Worker(self.settings, self.output) for _ in range(self.processes)]:
-            self.idle.put(worker.when_ready())
+            ready = worker.when_ready()
+            self.idle.put(ready)
+            takes = ready.takes
+        return takes
 
-    def _grade_all(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        return list(self.threads.map(lambda pair: self._grade_one(*pair), pairs))
+    def _grade_all(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+        return list(self.threads.map(self._grade_one, rollouts))
 
-    def _grade_one(self, completion: str, answer: str) -> Grade:
+    def _grade_one(self, rollout: Rollout) -> Grade:
         worker = self.idle.get()
         try:
             # twice: an answer is blamed for the end of a process only if the process was a new one;
@@ -139,7 +161,7 @@ class Grader:
                 if worker.ended:
                     worker = Worker(self.settings, self.output).when_ready()
                 start = time.monotonic()
-                grade = worker.grade(completion, answer)
+                grade = worker.grade(rollout)
                 if grade.outcome != "error" or not worker.ended:
                     break
             return replace(grade, seconds=time.monotonic() - start)
@@ -178,6 +200,8 @@ class Worker:
         self.settings, self.output = settings, output
         self.ended = False
         """Whether the process can no longer be used."""
+        self.takes: tuple[str, ...] = ()
+        """Names of the arguments that the function takes, once it is loaded."""
         self.printed = Tap(output)
         self.channel, theirs = socket.socketpair()
         self.replies = self.channel.makefile("r", encoding="ascii")
@@ -211,6 +235,7 @@ class Worker:
         except (OSError, ValueError):
             pass
         if "ready" in reply:
+            self.takes = tuple(reply["ready"])
             return self
         status = self.end()
         if late:
@@ -223,12 +248,13 @@ class Worker:
             "file, or name another function (docs/evaluation.md)"
         )
 
-    def grade(self, completion: str, answer: str) -> Grade:
+    def grade(self, rollout: Rollout) -> Grade:
         """Return the grade of a completion; a process that does not reply has ended."""
         low, seconds = self.settings.low, self.settings.seconds * WALL_CLOCK_FACTOR
+        given = {name: value for name, value in values(rollout).items() if name in self.takes}
         try:
             self.channel.settimeout(seconds)
-            self.channel.sendall(json.dumps([completion, answer]).encode("ascii") + b"\n")
+            self.channel.sendall(json.dumps(given).encode("ascii") + b"\n")
             reply = self._receive(seconds)
         except TimeoutError:
             self.end()
@@ -237,7 +263,7 @@ class Worker:
             return Grade(low, "error", self.end())
         match reply:
             case {"reward": reward}:
-                return Grade(reward)
+                return Grade(reward, metrics=reply.get("metrics", {}))
             case {"error": reason}:
                 return Grade(low, "error", reason)
         assert reply == {"timeout": True}, f"unknown reply {reply}"
@@ -261,6 +287,17 @@ class Worker:
         self.channel.settimeout(seconds)
         reply: dict[str, Any] = json.loads(self.replies.readline())
         return reply
+
+
+def values(rollout: Rollout) -> dict[str, Any]:
+    """Return the values of all arguments that a function may take; the record as JSON text."""
+    return {
+        "completion": rollout.text,
+        "answer": rollout.prompt.answer,
+        "record": rollout.prompt.record,
+        "num_tokens": len(rollout.tokens),
+        "finished": rollout.finished,
+    }
 
 
 def absolute(function: str) -> str:

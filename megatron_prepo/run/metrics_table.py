@@ -37,7 +37,9 @@ A key is absent if the step has no such value (no update was made, no token had 
 `null` if the value is not a finite number; neither is counted as 0. Tokens, rollouts and updates
 are those of all ranks: no value depends on the layout but by rounding, except seconds, speeds and
 the balance of ranks. Your own selector may add keys that begin with `selection/`
-([selection.md](selection.md#your-own-method))."""
+([selection.md](selection.md#your-own-method)). A reward function that returns a dict adds
+`reward/NAME` for each of its further numbers: the mean over those answers of the step for which it
+returned that name ([evaluation.md](evaluation.md#what-a-function-receives-and-returns))."""
 
 SPREAD = "{min,q25,q50,q75,max}"
 
@@ -266,6 +268,8 @@ RENAMED = {
 
 OWN = "selection/"
 """Beginning of the keys that a custom selector may add."""
+OF_REWARD = "reward/"
+"""Beginning of the keys of numbers that a reward function returns besides its reward."""
 
 
 def expand(key: str) -> list[str]:
@@ -295,11 +299,11 @@ NEW_KEY = {
 def check_step(keys: Collection[str], *, custom_selector: bool) -> None:
     """Raise AssertionError for a step's key without a line in the table.
 
-    A custom selector may add keys that begin with `selection/`.
+    Reward functions may add keys that begin with `reward/`, and a custom selector those that begin
+    with `selection/`.
     """
-    missing = sorted(set(keys) - KEYS)
-    if custom_selector:
-        missing = [key for key in missing if not key.startswith(OWN)]
+    others = (OF_REWARD, OWN) if custom_selector else (OF_REWARD,)
+    missing = sorted(key for key in set(keys) - KEYS if not key.startswith(others))
     assert not missing, f"metrics that megatron_prepo/run/metrics_table.py does not list: {missing}"
 
 

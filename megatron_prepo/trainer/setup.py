@@ -249,6 +249,8 @@ def set_up(config: Config) -> Trainer:
             on_rank_zero(lambda: check_beginning(config))
         with activity.doing("starting the grading processes"):
             grader = build_grader(config.reward, run.directory, run.log)
+        for prompts in (inputs.train_prompts, *inputs.eval_sets.values()):
+            grader.check_answers(prompts)
         with activity.doing("starting the engine"):
             engine = build_engine(
                 config, inputs.tokenizer, device=parallel.device(), ranks=ranks(), log=run.log

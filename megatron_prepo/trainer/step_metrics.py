@@ -8,6 +8,7 @@ are tokens of all ranks, so that the layout changes no value but by rounding.
 
 import warnings
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from scipy import stats
@@ -15,6 +16,7 @@ from scipy import stats
 from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.prepo.statistics import quantiles
 from megatron_prepo.rewards.pool import Grade
+from megatron_prepo.run.metrics_table import OF_REWARD
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
 
@@ -46,10 +48,18 @@ def selection_metrics(candidates: Candidates, generated: Groups) -> Metrics:
 
 
 def grading_metrics(grades: Sequence[Grade]) -> dict[str, float]:
-    """Return the share of answers that exceeded a limit or made the reward function raise."""
+    """Return the share of answers that failed, and the means of what the function returned besides.
+
+    A mean `reward/NAME` is over the answers for which the function returned NAME.
+    """
+    names = sorted({name for grade in grades for name in grade.metrics})
     return {
         "reward/failed_ratio": sum(grade.outcome != "ok" for grade in grades) / len(grades),
         "seconds/slowest_answer": max(grade.seconds for grade in grades),
+        **{
+            f"{OF_REWARD}{name}": fmean(g.metrics[name] for g in grades if name in g.metrics)
+            for name in names
+        },
     }
 
 

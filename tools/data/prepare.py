@@ -13,12 +13,13 @@ one is kept; if their answers differ, none is.  A training problem is removed if
 sequence of `--ngram` words (13, as in GPT-3, arXiv 2005.14165, appendix C; signs are not words)
 with a problem of any suite; a problem with fewer words is removed if it is equal.  The suites are
 not modified.
+
+`prepare.py reasoning-gym` generates tasks instead (`reasoning_gym_tasks.py`).
 """
 
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from megatron_prepo.files.json_lines import answer_field, text_field
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.rewards.boxed import last_boxed
 from megatron_prepo.rewards.number import number
+from tools.data.own_files import refuse_other_files, written_before
 
 DAPO_BEFORE = re.compile(r"^Solve the following math problem step by step\..*?\n\n", re.DOTALL)
 DAPO_AFTER = re.compile(r'\n\nRemember to put your answer on its own line after "Answer:"\.?\s*$')
@@ -313,25 +315,6 @@ def to_write(options: argparse.Namespace) -> set[str]:
     return names | ({"perplexity.png", "perplexity.json"} if options.perplexity else set())
 
 
-def written_before(out: Path) -> set[str]:
-    """Return the files of earlier calls, from the record that they keep."""
-    try:
-        statistics = json.loads((out / "statistics.json").read_text(encoding="utf-8"))
-        return {"statistics.json", *statistics["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
-def refuse_other_files(out: Path, options: argparse.Namespace) -> None:
-    """Raise UserError if an output would replace a file that this tool did not write."""
-    for name in sorted(to_write(options) - written_before(out)):
-        if os.path.lexists(out / name):
-            raise UserError(
-                f"{out / name} exists, and is not in a statistics.json of this tool; nothing was "
-                "written: choose another --out, or move it away"
-            )
-
-
 def prepare(options: argparse.Namespace) -> dict:
     """Write all files; returns the statistics, which are also written."""
     for kind in ("train", "suite"):
@@ -346,7 +329,7 @@ def prepare(options: argparse.Namespace) -> dict:
             "least 1"
         )
     out, statistics = Path(options.out), {"train": {}, "suites": {}}
-    refuse_other_files(out, options)
+    refuse_other_files(out, to_write(options))
     suites = {name: read_problems(name, place) for name, place in options.suite}
     out.mkdir(parents=True, exist_ok=True)
     # before the files: should this call fail, the next one knows them
@@ -395,6 +378,11 @@ def prepare(options: argparse.Namespace) -> dict:
 @in_one_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["reasoning-gym"]:
+        from tools.data import reasoning_gym_tasks
+
+        return reasoning_gym_tasks.main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for kind in ("train", "suite"):
         parser.add_argument(
@@ -424,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="HF",
         help="draw the prompts' perplexities under this model",
     )
-    print(json.dumps(prepare(parser.parse_args(arguments)), indent=2))
+    print(json.dumps(prepare(parser.parse_args(words)), indent=2))
     return 0
 
 

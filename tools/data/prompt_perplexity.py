@@ -58,7 +58,11 @@ def scores(
     tokenizer = read_tokenizer(hf)
     prompts_of = {
         str(file): read_prompts(
-            file, tokenizer, max_tokens=sys.maxsize, chat_template=chat_template
+            file,
+            tokenizer,
+            max_tokens=sys.maxsize,
+            chat_template=chat_template,
+            needs_answer=False,
         )
         for file in files
     }

@@ -145,7 +145,7 @@ def prompt_texts(config: Config) -> dict[str, str]:
     path = Path(config.data.train)
     if not path.is_file():
         return {}
-    return {prompt_id: text for _, prompt_id, text, _ in read_records(path)}
+    return {record.id: record.prompt for record in read_records(path, needs_answer=False)}
 
 
 def table(groups: Sequence[Group], *, width: int) -> str:

@@ -84,6 +84,27 @@ def test_prompts_are_read_in_order(tmp_path):
     assert TOKENIZER.convert_ids_to_tokens(prompts[0].tokens) == ["<bos>", "2", "+", "2"]
 
 
+def test_a_prompt_keeps_its_whole_line(tmp_path):
+    line = {"id": "a", "prompt": "2+2", "answer": 4.5, "level": {"of": [1, 0.1]}, "x": None}
+    (prompt,) = read(write(tmp_path, json.dumps(line) + " \r"))
+    assert json.loads(prompt.record) == line and prompt.answer == "4.5"
+
+
+def test_an_answer_may_be_absent_if_the_reward_does_not_take_it(tmp_path):
+    path = write(
+        tmp_path,
+        {"prompt": "2+2"},
+        {"prompt": "2+3", "answer": ["4", "5"]},
+        {"prompt": "2+4", "answer": 6},
+    )
+    assert [prompt.answer for prompt in read(path, needs_answer=False)] == ["", "", "6"]
+    with pytest.raises(UserError, match="line 1: field `answer` is missing; the line has prompt"):
+        read(path)
+    odd = write(tmp_path, {"prompt": "2+2", "answer": " "})
+    with pytest.raises(UserError, match="line 1: field `answer` is empty"):
+        read(odd, needs_answer=False)
+
+
 GOOD = {"id": "a", "prompt": "2+2", "answer": "4"}
 
 

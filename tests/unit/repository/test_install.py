@@ -31,6 +31,9 @@ LOCKS = {
     name: REPOSITORY / "locks" / name for name in ("cuda-12.8.txt", "cuda-13.txt")
 }  # `make locks`
 FOR_DEVELOPERS = ("import-linter", "mypy")
+FOR_TASKS = ("reasoning-gym",)
+FROM_SOURCE = ("cellpylib", "pycosat", "zss")
+"""Requirements of reasoning-gym that the index has without wheels."""
 FOR_THE_SITE = ("mkdocs", "mkdocs-material", "pymdown-extensions")
 CPU_BUILD = """\
 Metadata-Version: 2.1
@@ -170,6 +173,15 @@ def test_what_builds_the_site_resolves(python):
     assert found.items() >= {(name, pins[name]) for name in FOR_THE_SITE}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_the_tasks_need_resolves(machine, python):
+    source = [word for name in FROM_SOURCE for word in ("--no-binary", name)]
+    found = resolved(machine, python, asked("tasks"), *source, "--constraint", "constraints.txt")
+    assert found["reasoning-gym"] == versions(CONSTRAINTS.read_text())["reasoning-gym"]
+
+
 @pytest.mark.parametrize(
     ("lock", "cuda", "extras"), [("cuda-12.8.txt", "12.8", ()), ("cuda-13.txt", "13", ("sglang",))]
 )
@@ -185,7 +197,7 @@ def test_a_lock_is_within_our_ranges_and_for_its_cuda(lock, cuda, extras):
     if cuda == "13":
         assert pins["cuda-toolkit"].major == 13 and pins["nvidia-nccl-cu13"]
         named = versions(CONSTRAINTS.read_text())
-        others = {"megatron-core", *FOR_THE_SITE, *FOR_DEVELOPERS}
+        others = {"megatron-core", *FOR_THE_SITE, *FOR_DEVELOPERS, *FOR_TASKS}
         assert pins.items() >= {(n, v) for n, v in named.items() if n not in others}
     else:
         assert str(pins["nvidia-cuda-runtime-cu12"]).startswith(cuda)

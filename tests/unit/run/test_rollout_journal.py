@@ -11,7 +11,7 @@ from megatron_prepo.files import ownership
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.run.rollout_journal import Journal
 
-PROMPTS = [Prompt(name, "how many ?", "1", (3, 4), (0, 2)) for name in ("a", "b")]
+PROMPTS = [Prompt(name, "how many ?", "1", (3, 4), (0, 2), '{"n": 1}') for name in ("a", "b")]
 
 
 def rollouts(version: int = 5, prompts=PROMPTS, samples=(0, 1)) -> dict[tuple[str, int], Rollout]:
