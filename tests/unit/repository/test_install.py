@@ -30,7 +30,7 @@ CONSTRAINTS = REPOSITORY / "constraints.txt"
 LOCKS = {
     name: REPOSITORY / "locks" / name for name in ("cuda-12.8.txt", "cuda-13.txt")
 }  # `make locks`
-FOR_DEVELOPERS = ("import-linter", "mypy")
+FOR_DEVELOPERS = ("accelerate", "import-linter", "mypy")
 FOR_THE_SITE = ("mkdocs", "mkdocs-material", "pymdown-extensions")
 CPU_BUILD = """\
 Metadata-Version: 2.1
