@@ -185,6 +185,7 @@ def _fields(model: PreTrainedModel, words: PreTrainedTokenizerFast, rule: str) -
     unused = [f"[PAD{number}]" for number in range(len(tokens), config.vocab_size)]
     kinds = [special.get(token, 1) for token in tokens] + [5] * len(unused)
     return {
+        "general.name": "Tiny",
         "ARCH.block_count": config.num_hidden_layers,
         "ARCH.context_length": config.max_position_embeddings,
         "ARCH.embedding_length": config.hidden_size,

@@ -102,7 +102,9 @@ def write_hf(file: Path, folder: Path) -> None:
         _check_fields(file, fields)
         _check_tensors(file, fields, {tensor.name for tensor in reader.tensors})
         words = tokenizer(file, fields)
-    except (IndexError, TypeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever wrong types, numbers and bytes lead to
         raise UserError(f"{file} is damaged: {one_line(error)}") from error
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -158,8 +160,8 @@ def _check_fields(file: Path, fields: Mapping[str, Any]) -> None:
     own = {n.removeprefix(prefix): v for n, v in fields.items() if n.startswith(prefix)}
     if missing := sorted(REQUIRED - own.keys()):
         raise UserError(f"{file} lacks {listed(prefix + name for name in missing)}")
-    unread = own.keys() - REQUIRED - HEAD_SIZES - {"vocab_size"}
-    if unread := sorted(name for name in unread if NO_CHANGE.get(name) != own[name]):
+    others = own.keys() - REQUIRED - HEAD_SIZES - {"vocab_size"}
+    if unread := sorted(name for name in others if NO_CHANGE.get(name) != own[name]):
         raise UserError(
             f"{file}: transformers' reader ignores {listed(prefix + name for name in unread)}, "
             f"which may change what the model computes; {REMEDY}"
@@ -181,7 +183,8 @@ def _check_tensors(file: Path, fields: Mapping[str, Any], names: set[str]) -> No
     """Raise UserError unless the file has just the tensors of its architecture."""
     family = fields["general.architecture"]
     expected = {"token_embd.weight", "output_norm.weight"} | (names & {"output.weight"})
-    for layer in range(fields[f"{family}.block_count"]):
+    layers = min(fields[f"{family}.block_count"], len(names))  # more are missing in any case
+    for layer in range(layers):
         expected |= {f"blk.{layer}.{part}" for part in (*LAYER, *OF_FAMILY[family])}
     if missing := sorted(expected - names):
         raise UserError(f"{file} lacks {listed(missing)}")

@@ -190,6 +190,9 @@ REFUSED = {
     "sentencepiece": ({"tokenizer.ggml.model": "llama"}, {}, "'llama' and rule 'smollm'"),
     "unknown rule": ({"tokenizer.ggml.pre": "tekken"}, {}, "rule 'tekken'"),
     "token outside": ({"tokenizer.ggml.bos_token_id": 9999}, {}, "damaged"),
+    "types of two tokens": ({"tokenizer.ggml.token_type": [1, 1]}, {}, "damaged"),
+    "an unknown merge": ({"tokenizer.ggml.merges": ["qqq zzz"]}, {}, "damaged"),
+    "layers without end": ({"ARCH.block_count": 4_000_000_000}, {}, "lacks blk.10"),
     "one of two": ({"split.count": 2}, {}, "one of 2 files"),
 }
 
