@@ -9,11 +9,15 @@ WORKERS ?= 2
 XDIST = -n $(WORKERS) --dist loadfile
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test lint docs docs-site locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
+.PHONY: demo real test lint docs docs-site locks clean compare sglang-cpu demo-sglang test-sglang test-slurm
 .PHONY: test-processors test-order test-newest newest newest-launch newest-sglang
 
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
+
+# A pretrained model of 135M parameters learns tasks of reasoning-gym (docs/real_model.md).
+real: .venv/ready-real
+	.venv/bin/python examples/real/run.py
 
 # With a real SGLang server and NeMo-Run, where both have been tried.  A test that is skipped, and is
 # not allowed to be on such a machine, fails.
@@ -134,6 +138,10 @@ SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .venv/ready-dev: .venv/ready
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+.venv/ready-real: .venv/ready
+	$(PIP) --editable ".[real,tasks]"
 	touch $@
 
 # The extra `docs` without the package itself: pages are built without torch.

@@ -89,11 +89,14 @@ setup(
         "data": ["datasets>=2.19"],  # brings pyarrow
         "tasks": ["reasoning-gym>=0.1.25,<0.2"],  # reward.function=reasoning_gym
         "bench": ["trl==1.16.0"],  # tools/bench/train.py times methods that have no public name
+        "real": ["accelerate>=1.2", "gguf>=0.19"],  # transformers reads GGUF files with them
         "docs": ["mkdocs-material>=9.7"],  # make docs-site
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.31"],
         "dev": [
+            "accelerate>=1.2",
             "einops>=0.8",  # used by mbridge, which does not ask for it
+            "gguf>=0.19",
             "hypothesis>=6.100",
             'import-linter>=2.17; python_version >= "3.11"',  # who may import whom
             "mbridge==0.15.1",  # a judge of our conversion

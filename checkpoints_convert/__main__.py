@@ -11,6 +11,8 @@ from megatron_prepo.files.existing import existing
 from megatron_prepo.process import activity, version
 from megatron_prepo.process.command import in_one_line
 
+SOURCE = "Hugging Face directory; or a GGUF file, or a directory with one"
+
 
 @in_one_line
 def main() -> int:
@@ -25,16 +27,21 @@ def main() -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from checkpoints_convert.convert import import_hf
+    from checkpoints_convert.convert import import_hf, must_be_empty
     from megatron_prepo.actor import tiny_instance
+    from megatron_prepo.models.gguf_to_hf import hf_folder
+    from megatron_prepo.models.record import HF_FILES
 
-    tiny_instance.check(options.hf)
+    must_be_empty(Path(options.out))
     layout = {"tensor": options.tp, "pipeline": options.pp, "expert": options.ep}
-    with activity.doing("planning the import"):
-        warnings = import_hf(options.hf, options.out, dtype=options.dtype, **layout)
+    with activity.doing("reading the model"), hf_folder(options.hf, options.out) as hf:
+        tiny_instance.check(hf)
+        with activity.doing("planning the import"):
+            warnings = import_hf(hf, options.out, dtype=options.dtype, **layout)
+        source = "" if hf == options.hf else f"model.hf={Path(options.out) / HF_FILES} "
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"wrote {options.out}; a run starts from it with model.megatron={options.out}")
+    print(f"wrote {options.out}; a run starts from it with {source}model.megatron={options.out}")
     print(
         f"to compare: python -m checkpoints_convert verify --hf {options.hf} "
         f"--megatron {options.out}"
@@ -53,10 +60,12 @@ def _export(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from checkpoints_convert.verify import verify
+    from megatron_prepo.models.gguf_to_hf import hf_folder
 
-    with activity.doing("verifying"):
+    beside = options.megatron or options.hf
+    with activity.doing("verifying"), hf_folder(options.hf, beside) as hf:
         report = verify(
-            options.hf,
+            hf,
             megatron=options.megatron,
             layouts=[_layout(text) for text in options.layouts.split(",")],
             quick=options.quick,
@@ -116,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     importer = commands.add_parser("import", help="Hugging Face to Megatron")
-    importer.add_argument("--hf", type=existing(), required=True, help="Hugging Face directory")
+    importer.add_argument("--hf", type=existing(), required=True, help=SOURCE)
     importer.add_argument("--tp", type=int, default=1, help="tensor-parallel chunks (default 1)")
     importer.add_argument("--pp", type=int, default=1, help="pipeline-parallel chunks (default 1)")
     importer.add_argument("--ep", type=int, default=1, help="expert-parallel chunks (default 1)")
@@ -139,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     verifier = commands.add_parser("verify", help="check that a conversion lost nothing")
-    verifier.add_argument("--hf", type=existing(), required=True, help="Hugging Face directory")
+    verifier.add_argument("--hf", type=existing(), required=True, help=SOURCE)
     verifier.add_argument("--megatron", type=existing(), help="checkpoint converted from it")
     verifier.add_argument(
         "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"

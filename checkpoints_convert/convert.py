@@ -82,7 +82,7 @@ def import_hf(
     exists only when it is complete.
     """
     out = Path(out).absolute().resolve()
-    _must_be_empty(out)
+    must_be_empty(out)
     settings = read_hf_config(hf)
     warnings: list[str] = []
     with HFTensors(hf, tied=settings["tie_word_embeddings"]) as tensors, _aside(out) as aside:
@@ -139,7 +139,7 @@ def export_hf(
     from megatron_prepo.actor.checkpoint import newest
 
     out = Path(out).absolute().resolve()
-    _must_be_empty(out)
+    must_be_empty(out)
     checkpoint, hf = newest(megatron), find_hf_files(megatron, hf)
     settings = read_hf_config(hf, quantized=True)
     check_record(checkpoint, settings, hf)
@@ -325,6 +325,12 @@ def find_hf_files(megatron: str | Path, hf: str | Path | None) -> Path:
     )
 
 
+def must_be_empty(out: Path) -> None:
+    """Raise UserError unless `out` is absent or an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists and is not an empty directory; choose another")
+
+
 def _megatron_tensor(
     parameter: PlannedParameter, sources: list[torch.Tensor], heads: Heads, settings: dict[str, Any]
 ) -> list[torch.Tensor]:
@@ -450,8 +456,3 @@ def _aside(out: Path) -> Iterator[Path]:
     except BaseException:
         ownership.abandon(aside)
         raise
-
-
-def _must_be_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty directory; choose another")

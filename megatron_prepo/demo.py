@@ -6,9 +6,11 @@ shares no code with this project, measures the pass rate again.
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from megatron_prepo.files.atomic import write_text
 from megatron_prepo.launch import start
 from megatron_prepo.launch.recipes import EXAMPLES
 from megatron_prepo.process import activity, progress
-from megatron_prepo.rewards import load
+from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.metrics_table import read_steps
 
@@ -35,41 +38,12 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises UserError, before anything is written, if the directory has other contents.
     """
     laptop = EXAMPLES / "laptop"
-    decided = ("run.dir=", "run.overwrite=", "model.megatron=")
-    if given := [override for override in overrides if override.startswith(decided)]:
-        raise UserError(f"{given[0]}: the demo sets this; choose its directory by --dir")
-    base_megatron = directory / "base_megatron"
     settings = [
-        f"run.dir={literal(directory)}",
-        "run.overwrite=true",
         f"model.hf={literal(laptop / 'base')}",
-        f"model.megatron={literal(base_megatron)}",
         f"data.train={literal(laptop / 'train.jsonl')}",
         f"data.eval={literal(laptop / 'eval.jsonl')}",
-        "checkpoint.every=0",  # the demo starts from the beginning each time
-        *overrides,
     ]
-    config = configuration.load(laptop / "prepo.yaml", settings)
-    run_directory.check(config)
-
-    _headline("1/3  Hugging Face checkpoint -> Megatron checkpoint")
-    ownership.make_room(base_megatron, IMPORTED)
-    converter = [sys.executable, "-m", "checkpoints_convert", "import"]
-    with activity.handed_over():
-        subprocess.run(
-            [*converter, "--hf", config.model.hf, "--out", str(base_megatron)], check=True
-        )
-    ownership.seal(base_megatron, IMPORTED)
-
-    _headline(f"2/3  {config.train.total_steps} steps of PREPO at tensor parallel 2")
-    start.train(laptop / "prepo.yaml", settings)
-
-    _headline("3/3  the exported model in plain transformers")
-    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
-    summary["pass_rate_transformers"] = plain_transformers_pass_rate(
-        directory / "hf", config, samples_per_prompt=config.eval.samples_per_prompt
-    )
-    write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = run_line(directory, laptop / "prepo.yaml", laptop / "base", settings, overrides)
     print(
         f"\nheld-out pass rate: {summary['pass_rate_before']:.3f} before, "
         f"{summary['pass_rate_after']:.3f} after, "
@@ -77,6 +51,54 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         f"{reward_words(list(read_steps(directory)))}"
         f"results are in {directory}; the picture is {directory / 'pass_rate.png'}"
     )
+    return summary
+
+
+def run_line(
+    directory: Path,
+    recipe: Path,
+    model: Path,
+    settings: Sequence[str],
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Import `model`, train it by a recipe, export it, evaluate the export; return the summary.
+
+    All of it is in `directory`, and replaces an earlier line there.  `model`: what the converter
+    imports, to `base_megatron`.  Raises UserError, before anything is written, if the directory has
+    other contents, and for `overrides` of what the line decides.
+    """
+    decided = ("run.dir=", "run.overwrite=", "model.megatron=")
+    if given := [override for override in overrides if override.startswith(decided)]:
+        raise UserError(f"{given[0]}: this is set already; choose the directory by --dir")
+    imported = directory / "base_megatron"
+    settings = [
+        f"run.dir={literal(directory)}",
+        "run.overwrite=true",
+        f"model.megatron={literal(imported)}",
+        "checkpoint.every=0",  # the line starts from the beginning each time
+        *settings,
+        *overrides,
+    ]
+    config = configuration.load(recipe, settings)
+    run_directory.check(config)
+
+    _headline(f"1/3  {model} -> Megatron checkpoint")
+    ownership.make_room(imported, IMPORTED)
+    converter = [sys.executable, "-m", "checkpoints_convert", "import"]
+    with activity.handed_over():
+        subprocess.run([*converter, "--hf", str(model), "--out", str(imported)], check=True)
+    ownership.seal(imported, IMPORTED)
+
+    steps, tensor = config.train.total_steps, config.parallel.tensor
+    _headline(f"2/3  {steps} steps of PREPO at tensor parallel {tensor}")
+    start.train(recipe, settings)
+
+    _headline("3/3  the exported model in plain transformers")
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    summary["pass_rate_transformers"] = plain_transformers_pass_rate(
+        directory / "hf", config, samples_per_prompt=config.eval.samples_per_prompt
+    )
+    write_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -112,21 +134,29 @@ def plain_transformers_pass_rate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from megatron_prepo.rollout.stopping import Stops
+
     tokenizer = AutoTokenizer.from_pretrained(
         hf_directory, padding_side="left", trust_remote_code=False
     )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what pads is masked
     model = AutoModelForCausalLM.from_pretrained(
         hf_directory, dtype=getattr(torch, config.model.dtype), trust_remote_code=False
     ).eval()
     [file] = config.data.eval_files.values()
-    prompts = read_prompts(file, tokenizer, max_tokens=config.data.max_prompt_tokens)
-    prompts = prompts[: config.eval.max_prompts]
-    grade = load(config.reward.function)
+    prompts = read_prompts(
+        file,
+        tokenizer,
+        max_tokens=config.data.max_prompt_tokens,
+        chat_template=config.data.chat_template,
+    )[: config.eval.max_prompts]
+    stop = Stops.of(config.rollout, hf_directory, tokenizer).tokens
     torch.manual_seed(config.train.seed)
-    passed = 0.0
+    rollouts: list[Rollout] = []
     for first in progress.bar(range(0, len(prompts), 64), "transformers"):
         batch = prompts[first : first + 64]
-        inputs = tokenizer([p.text for p in batch], padding=True, return_tensors="pt")
+        inputs = _inputs(batch, tokenizer, chat_template=config.data.chat_template)
         with torch.no_grad():
             outputs = model.generate(
                 inputs.input_ids,
@@ -137,13 +167,31 @@ def plain_transformers_pass_rate(
                 max_new_tokens=config.rollout.max_new_tokens,
                 num_return_sequences=samples_per_prompt,
             )
-        texts = tokenizer.batch_decode(
-            outputs[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
-        )
-        answers = [p.answer for p in batch for _ in range(samples_per_prompt)]
-        rewards = [grade(text, answer) for text, answer in zip(texts, answers, strict=True)]
-        passed += sum(reward >= config.reward.high for reward in rewards)
-    return passed / (len(prompts) * samples_per_prompt)
+        completions = outputs[:, inputs.input_ids.shape[1] :]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        asked = [prompt for prompt in batch for _ in range(samples_per_prompt)]
+        rows = zip(asked, completions.tolist(), texts, strict=True)
+        rollouts += [_rollout(*row, stop) for row in rows]
+    with closing(Grader(config.reward)) as grader:
+        rewards = [grade.reward for grade in grader.grade(rollouts)]
+    return sum(reward >= config.reward.high for reward in rewards) / len(rewards)
+
+
+def _inputs(prompts: Sequence[Prompt], tokenizer: Any, *, chat_template: bool) -> Any:
+    """Return the padded tokens of prompts, as `transformers` makes them from their texts."""
+    texts = [prompt.text for prompt in prompts]
+    if chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not chat_template)
+
+
+def _rollout(prompt: Prompt, tokens: list[int], text: str, stop: frozenset[int]) -> Rollout:
+    """Return the rollout of a row, without what follows its first stop token."""
+    ends = (count for count, token in enumerate(tokens, 1) if token in stop)
+    tokens = tokens[: next(ends, len(tokens))]
+    unknown = (math.nan,) * len(tokens)
+    return Rollout(prompt, tuple(tokens), unknown, text, tokens[-1] in stop, weight_version=0)
 
 
 def _headline(text: str) -> None:

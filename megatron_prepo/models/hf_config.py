@@ -70,6 +70,7 @@ NO_INFLUENCE = {
     *("embd_pdrop", "resid_pdrop", "attn_pdrop", "router_aux_loss_coef", "pretraining_tp"),
     *("max_window_layers", "use_mrope", "use_flash_attn", "use_flash_attention_2", "seq_length"),
     "transformers.js_config",
+    "_model_name_or_path",  # of a GGUF file
 }
 """Keys that do not change logits of these families, in addition to generation settings."""
 NO_CHANGE = {
