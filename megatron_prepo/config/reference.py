@@ -50,7 +50,8 @@ def _type_name(kind: Any) -> str:
     if kind == FilePath:
         return "path"
     if get_origin(kind) is dict:
-        return f"mapping of names to {_type_name(get_args(kind)[1])}"
+        of_values = get_args(kind)[1]
+        return f"mapping of names to {'values' if of_values is Any else _type_name(of_values)}"
     if get_origin(kind) is tuple:
         return f"list of {_type_name(get_args(kind)[0])}"
     if isinstance(kind, type):
