@@ -27,6 +27,7 @@ DATASETS = {
     "time_intervals": 'max_date=2001-01-01,task_types=["date"]',
     "mini_sudoku": "",
     "countdown": "",
+    "n_queens": "",
     "spiral_matrix": "",
     "polynomial_multiplication": "",
     "rearc": "",
