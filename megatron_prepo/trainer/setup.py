@@ -140,6 +140,7 @@ class Trainer:
                 def show(done: int, _: int, before: int = before) -> None:
                     on_progress(before + done, total)
 
+                show(0, 0)  # a bar with its total, before the first batch is complete
                 found[name], graded[name] = self._evaluate_set(prompts, samples, show)
             return pooled(found)
 

@@ -6,8 +6,8 @@
 
 Spearman's rank correlations over all prompts, within each task, within all tasks at once (ranks
 less their task's mean), and with the prompt's length held fixed (partial correlation of the ranks),
-each with a 95 % interval by bootstrap over prompts.  The task of a prompt is the field `--task` of
-its line.  A plot, `.png`, is written next to the numbers.
+each with a 95 % interval by bootstrap over prompts.  The task of a prompt is its id up to a slash,
+as `tools/data/prepare.py` writes them.  A plot, `.png`, is written next to the numbers.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from megatron_prepo.errors import UserError
-from megatron_prepo.files import json_lines
 from megatron_prepo.files.atomic import read_lines, write_text
 from megatron_prepo.files.existing import existing
 from megatron_prepo.files.ownership import new_file
@@ -126,19 +125,6 @@ def pass_rates(completions: Path, ids: Sequence[str]) -> Numbers:
     return np.array([np.mean(rewards[name]) for name in ids])
 
 
-def tasks(prompts: Path, field: str) -> NDArray[np.str_]:
-    """Return the task of each prompt.
-
-    Raises UserError for a line without the field.
-    """
-    return np.array(
-        [
-            json_lines.text_field(record, field, f"{prompts}, line {number}")
-            for number, record in json_lines.read(prompts)
-        ]
-    )
-
-
 def draw(
     task_P: NDArray[np.str_],
     x_of: dict[str, Numbers],
@@ -187,17 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--completions", type=existing(), required=True, help="of `megatron-prepo evaluate`"
     )
     parser.add_argument("--out", type=new_file(".png"), required=True, help="JSON file")
-    parser.add_argument("--task", default="dataset", help="field with a prompt's task")
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
     parser.add_argument("--tokens", choices=("all", "content"), default="all")
     options = parser.parse_args(arguments)
-    task_P = tasks(options.prompts, options.task)
     scored = scores(
         str(options.hf),
         [options.prompts],
         chat_template=options.chat_template,
         tokens=options.tokens,
     )[str(options.prompts)]
+    task_P = np.array([prompt.id.partition("/")[0] for prompt in scored.prompts])
     pass_P = pass_rates(options.completions, [prompt.id for prompt in scored.prompts])
     length_P = np.array([len(prompt.tokens) for prompt in scored.prompts], dtype=np.float64)
     x_of = dict(zip(QUANTITIES, (scored.ppl_P, scored.entropy_P), strict=True))

@@ -68,9 +68,9 @@ def test_scores_are_those_of_transformers_and_all_is_written(tmp_path, capsys):
     records = [json.loads(line) for line in lines]
     prompts, completions = tmp_path / "prompts.jsonl", tmp_path / "completions.jsonl"
     tasks = ["add", "multiply"] * 6
-    prompts.write_text(
-        "".join(json.dumps(r | {"dataset": t}) + "\n" for r, t in zip(records, tasks, strict=True))
-    )
+    for record, task in zip(records, tasks, strict=True):
+        record["id"] = f"{task}/{record['id']}"
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
     completions.write_text(
         "".join(
             json.dumps({"prompt": r["id"], "reward": float(n < k % 5)}) + "\n"
@@ -83,6 +83,7 @@ def test_scores_are_those_of_transformers_and_all_is_written(tmp_path, capsys):
     assert difficulty.main([str(word) for word in words]) == 0
     result = json.loads(out.read_text())
     assert result == json.loads(capsys.readouterr().out)
+    assert set(result["pass_rate"]) == {"all", "add", "multiply"}
     assert result["pass_rate"]["all"] == round(sum(k % 5 for k in range(12)) / 48, 4)
     assert out.with_suffix(".png").stat().st_size > 10_000
 
