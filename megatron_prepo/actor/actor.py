@@ -52,7 +52,7 @@ from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
 from megatron_prepo.actor.packing import PackingPlan, plan_rows
 from megatron_prepo.actor.router_replay import RouterReplay
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, LossConfig
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_to_megatron import load_hf_weights
 from megatron_prepo.models.megatron_to_hf import (
@@ -65,7 +65,7 @@ from megatron_prepo.models.megatron_to_hf import (
 )
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.models.shape import Shape
-from megatron_prepo.prepo.loss import LossTerms, policy_loss
+from megatron_prepo.prepo.loss import LossTerms, Objective, clipped, dual_clipped, policy_loss
 from megatron_prepo.records import ScoredSequence
 
 
@@ -214,6 +214,7 @@ class Actor:
             batch: MicroBatch, hidden: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
+            objective = _objective(settings)
 
             def token_loss(
                 logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice
@@ -222,6 +223,7 @@ class Actor:
                     logprobs_T,
                     entropy_T,
                     terms[scored],
+                    objective=objective,
                     clip_low=settings.clip_low,
                     clip_high=settings.clip_high,
                     entropy_coef=settings.entropy_coef,
@@ -577,6 +579,14 @@ class Actor:
     def _set_weights(self, weights: list[torch.Tensor]) -> None:
         for parameter, weight in zip(self._parameters(), weights, strict=True):
             parameter.copy_(weight)
+
+
+def _objective(settings: LossConfig) -> Objective:
+    """Return the objective of `loss.policy`."""
+    if settings.policy == "dual-clip":
+        return partial(dual_clipped, dual_clip=settings.dual_clip)
+    assert settings.policy == "clipped", f"unknown policy {settings.policy!r}"
+    return clipped
 
 
 def _loss_terms(rollouts: Sequence[TrainingSequence], device: torch.device) -> LossTerms:

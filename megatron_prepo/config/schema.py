@@ -442,10 +442,16 @@ class AdvantageConfig:
 class LossConfig:
     """The clipped policy loss."""
 
+    policy: Literal["clipped", "dual-clip"] = "clipped"
+    """Objective of a token (`docs/method.md`): PPO's clipped ratio (paper), or the same with a
+    bound where the advantage is negative (`dual-clip`)."""
     clip_low: float = 0.2
     """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative."""
     clip_high: float = 0.28
     """Upper clip (DAPO's clip-higher)."""
+    dual_clip: float = 3.0
+    """Bound c > 1 of `policy=dual-clip`: ratios above c give no gradient where the advantage is
+    negative."""
     aggregation: Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"] = (
         "seq-mean-token-sum"
     )
@@ -476,6 +482,8 @@ class LossConfig:
         if not 0 < self.clip_low < 1:
             raise ValueError(f"loss.clip_low={self.clip_low} must lie between 0 and 1")
         _positive("loss.clip_high", self.clip_high)
+        if not self.dual_clip > 1:
+            raise ValueError(f"loss.dual_clip={self.dual_clip} must be above 1")
         _at_least("loss.entropy_coef", self.entropy_coef, 0)
         _at_least("loss.kl_coef", self.kl_coef, 0)
         if self.head_memory_mib is not None:

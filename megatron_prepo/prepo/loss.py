@@ -7,8 +7,11 @@ group-relative advantage, and c_i the coefficient from `rollout_coefficients`: t
 weight w_i divided by the normaliser of the aggregation.  The coefficients contain all normalisers,
 over the complete optimizer batch, so that the losses of micro-batches and data-parallel ranks are
 added without further division.
+
+`loss.policy` replaces the term after c_i by another objective.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +60,54 @@ def rollout_coefficients(
     return weight_N / lengths_N.sum()
 
 
+Objective = Callable[[torch.Tensor, LossTerms, float, float], tuple[torch.Tensor, torch.Tensor]]
+"""Type of `objective(logprobs_T, terms, clip_low, clip_high)`.
+
+It returns `objective_T`, which is maximised, and a mask of the tokens whose ratio is clipped.
+"""
+
+
+def clipped(
+    logprobs_T: torch.Tensor, terms: LossTerms, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return PPO's objective min(s A, clip(s) A), and where the clip is the smaller one."""
+    ratio_T = (logprobs_T - terms.old_logprobs_T).exp()
+    return _smaller(ratio_T, terms.advantage_T, clip_low, clip_high)
+
+
+def dual_clipped(
+    logprobs_T: torch.Tensor,
+    terms: LossTerms,
+    clip_low: float,
+    clip_high: float,
+    *,
+    dual_clip: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return max(`clipped`, c A) where A < 0, with c = `dual_clip`, and `clipped` elsewhere.
+
+    A token that has become much likelier although its advantage is negative would otherwise have a
+    gradient without bound (Ye et al., arXiv 1912.09729, equation 5).
+    """
+    objective_T, clipped_T = clipped(logprobs_T, terms, clip_low, clip_high)
+    least_T = dual_clip * terms.advantage_T
+    bounded_T = (terms.advantage_T < 0) & (objective_T < least_T)
+    return torch.where(bounded_T, least_T, objective_T), clipped_T | bounded_T
+
+
+def _smaller(
+    ratio_T: torch.Tensor, advantage_T: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    plain_T = ratio_T * advantage_T
+    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantage_T
+    return torch.minimum(plain_T, clipped_T), clipped_T < plain_T
+
+
 def policy_loss(
     logprobs_T: torch.Tensor,
     entropy_T: torch.Tensor,
     terms: LossTerms,
     *,
+    objective: Objective = clipped,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     entropy_coef: float = 0.0,
@@ -73,19 +119,17 @@ def policy_loss(
     scalar; the metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of
     KL(old || new): the tokens are the old policy's), and `reference_kl` if there is a KL penalty.
     """
-    log_ratio_T = logprobs_T - terms.old_logprobs_T
-    ratio_T = log_ratio_T.exp()
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    objective_T = torch.minimum(ratio_T * terms.advantage_T, clipped_T * terms.advantage_T)
+    objective_T, clipped_T = objective(logprobs_T, terms, clip_low, clip_high)
     if terms.importance_T is not None:
         objective_T = objective_T * terms.importance_T
     if entropy_coef:
         objective_T = objective_T + entropy_coef * entropy_T
+    log_ratio_T = logprobs_T.detach() - terms.old_logprobs_T
     sums = {
         "tokens": torch.tensor(float(logprobs_T.numel()), device=logprobs_T.device),
-        "clipped": (clipped_T * terms.advantage_T < ratio_T * terms.advantage_T).float().sum(),
-        "ratio": ratio_T.detach().sum(),
-        "kl": k3(-log_ratio_T.detach()).sum(),
+        "clipped": clipped_T.float().sum(),
+        "ratio": log_ratio_T.exp().sum(),
+        "kl": k3(-log_ratio_T).sum(),
     }
     if kl_coef:
         kl_T = k3(logprobs_T - terms.reference_logprobs_T)

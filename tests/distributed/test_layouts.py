@@ -39,6 +39,7 @@ class Scenario:
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     importance: bool = False
+    policy: str = "clipped"
     clip_grad: float = 100.0
     weight_decay: float = 0.0
     start: int = 3
@@ -51,6 +52,7 @@ class Scenario:
 
 
 LR, EPS, BETAS, CLIP_LOW, CLIP_HIGH = 1e-2, 1e-2, (0.9, 0.95), 0.2, 0.28
+DUAL_CLIP = 1.4
 MICRO_BATCH_TOKENS = 24
 SHARED = {"train": {"share_prefixes": True, "micro_batch_tokens": 40}}
 FULL_RECOMPUTATION = {
@@ -199,6 +201,9 @@ CONTEXT = {
 CONTEXT_OF_DENSE = tuple(CONTEXT)[:9]
 CONTEXT_OF_GROUPS = ("cp2", "tp2 cp2 sp", "cp2 shared", "cp4 shared")
 CONTEXT_OF_EXPERTS = tuple(CONTEXT)[-3:]
+LENGTHS = (14, 9, 7, 20, 11)
+FEW_LAYOUTS = ("tp2", "cp2")
+MORE_LAYOUTS = ("tp1 chunks of 3 tokens", "tp2 pp2 sp", "dp2 padded", "dp2 cp2 overlapped")
 SCENARIOS = {
     "plain": Scenario(
         "qwen2",
@@ -271,6 +276,11 @@ SCENARIOS = {
         "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped", "dp2 cp2 overlapped")
     ),
     "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4", "cp4")),
+    "dual clip": Scenario("qwen2", LENGTHS, policy="dual-clip", layouts=FEW_LAYOUTS),
+}
+SLOW = {
+    # layouts of a scenario that only the slow tests run
+    "dual clip": MORE_LAYOUTS,
 }
 RESHARDED = {
     # layout that writes a checkpoint: layouts that read it
@@ -313,6 +323,11 @@ BFLOAT16_LAYOUTS = (
     *("tp1 offloaded", "pp2 dp2 offloaded"),
 )
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
+CASES += [
+    pytest.param(name, layout, marks=pytest.mark.slow)
+    for name, layouts in SLOW.items()
+    for layout in layouts
+]
 ROUTING = RoutingFormat(layers=4, experts_per_token=2, experts=8)
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
@@ -427,6 +442,18 @@ def wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def policy_terms(policy, logprobs_T, old_T, advantage):
+    """Return the objective of each token, and whether its ratio is clipped."""
+    ratio_T = (logprobs_T - old_T).exp()
+    plain_T = ratio_T * advantage
+    clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
+    objective_T = torch.minimum(plain_T, clipped_T)
+    if policy == "dual-clip" and advantage < 0:
+        bounded_T = ratio_T > DUAL_CLIP
+        return objective_T.clamp(min=DUAL_CLIP * advantage), (clipped_T < plain_T) | bounded_T
+    return objective_T, clipped_T < plain_T
+
+
 def terms_of(model, scenario, batch, i):
     """Return {metric: terms by token} of a rollout, unpadded: the paper's formula and extra terms.
 
@@ -435,9 +462,7 @@ def terms_of(model, scenario, batch, i):
     logprobs_T, entropy_T, chosen_by = score(model, batch.sequences[i], scenario.temperature)
     advantage = batch.advantage[i]
     ratio_T = (logprobs_T - batch.old_T[i]).exp()
-    plain_T = ratio_T * advantage
-    clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
-    objective_T = torch.minimum(plain_T, clipped_T)
+    objective_T, clipped_T = policy_terms(scenario.policy, logprobs_T, batch.old_T[i], advantage)
     if scenario.importance:
         objective_T = objective_T * batch.importance_T[i]
     to_reference_T = batch.reference_T[i] - logprobs_T
@@ -448,7 +473,7 @@ def terms_of(model, scenario, batch, i):
     counts = slice(None if advantage or other_terms else 0)
     terms = {
         "loss/policy": -batch.coefficient[i] * objective_T,
-        "loss/clip_fraction": (clipped_T < plain_T)[counts].to(ratio_T.dtype),
+        "loss/clip_fraction": clipped_T[counts].to(ratio_T.dtype),
         "loss/ratio": ratio_T[counts],
         "loss/kl_to_old": (ratio_T - 1 - ratio_T.log())[counts],
     }
@@ -574,6 +599,8 @@ class Case:
             },
             "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
             "loss": {
+                "policy": scenario.policy,
+                "dual_clip": DUAL_CLIP,
                 "entropy_coef": scenario.entropy_coef,
                 "kl_coef": scenario.kl_coef,
                 "clip_low": CLIP_LOW,
@@ -1092,7 +1119,8 @@ def test_scenarios_cover_what_they_promise(expected):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
     """The reference is a judge only while both make the same decisions."""
-    clips = torch.tensor([1 - CLIP_LOW, 1 + CLIP_HIGH], dtype=torch.float64).log()
+    clips = [1 - CLIP_LOW, 1 + CLIP_HIGH, *[DUAL_CLIP] * (SCENARIOS[name].policy == "dual-clip")]
+    clips = torch.tensor(clips, dtype=torch.float64).log()
     reference = expected(name)
     for exact, *others in zip(reference.updates, *reference.imprecise, strict=True):
         log_ratio_T, logits_TE = (f(exact) for f in (log_ratios, router_logits))

@@ -1,0 +1,164 @@
+"""The objectives of `loss.policy`: closed forms, gradients, and the formulas of verl and TRL.
+
+Those formulas are written out here as these libraries publish them: on matrices with one padded row
+per rollout, and with a mask.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from rounding import approx, assert_close, assert_gradients
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_prepo.config import LossConfig
+from megatron_prepo.prepo.loss import LossTerms, clipped, dual_clipped, policy_loss
+from tests.unit.prepo.test_loss import LENGTHS_N, batch, one_token, per_token
+
+LOW, HIGH = 0.1, 0.15
+CLIPS = {"clip_low": LOW, "clip_high": HIGH}
+DUAL = 1.25
+WEIGHT_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
+POLICIES = {"dual-clip": partial(dual_clipped, dual_clip=DUAL)}
+
+
+def padded(values_T):
+    """Return a row for each rollout."""
+    return pad_sequence(values_T.split(LENGTHS_N.tolist()), batch_first=True)
+
+
+def verl_dual_clip(logprobs_NS, old_NS, advantage_NS, _):
+    ratio_NS = (logprobs_NS - old_NS).exp()
+    plain_NS, clip_NS = -advantage_NS * ratio_NS, -advantage_NS * ratio_NS.clamp(1 - LOW, 1 + HIGH)
+    larger_NS = torch.maximum(plain_NS, clip_NS)
+    bounded_NS = torch.minimum(-advantage_NS * DUAL, larger_NS)
+    return torch.where(advantage_NS < 0, bounded_NS, larger_NS)
+
+
+def trl_two_sided_clip(logprobs_NS, old_NS, advantage_NS, _):
+    ratio_NS = (logprobs_NS - old_NS).exp()
+    plain_NS = ratio_NS.clamp(max=DUAL) * advantage_NS
+    return -torch.minimum(plain_NS, ratio_NS.clamp(1 - LOW, 1 + HIGH) * advantage_NS)
+
+
+PUBLISHED = {
+    "verl's dual clip": ("dual-clip", verl_dual_clip),
+    "TRL's two-sided clip": ("dual-clip", trl_two_sided_clip),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_loss_and_gradient_are_those_of_the_published_formula(name):
+    """Entropy weights, and ratios within and beyond the clips."""
+    policy, formula = PUBLISHED[name]
+    logprobs_T, entropy_T, terms = batch("token-mean", WEIGHT_N)
+    loss, sums = policy_loss(logprobs_T, entropy_T, terms, objective=POLICIES[policy], **CLIPS)
+    matrices = [padded(x_T) for x_T in (logprobs_T, terms.old_logprobs_T, terms.advantage_T)]
+    mask_NS = padded(torch.ones(10))
+    losses_NS = formula(*matrices, mask_NS)
+    expected = (padded(terms.coefficient_T) * losses_NS * mask_NS).sum()
+    assert loss.item() == approx(expected.item())
+    assert_close(*(torch.autograd.grad(x, logprobs_T)[0] for x in (loss, expected)), scale=1.0)
+    assert 0 < sums["clipped"] < 10
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_gradient_at_ratio_one_is_the_policy_gradient(policy):
+    """- sum_t c A grad log p; nothing is clipped."""
+    logprobs_T, entropy_T, terms = batch("token-mean", WEIGHT_N)
+    terms = LossTerms(logprobs_T.detach(), terms.advantage_T, terms.coefficient_T)
+    loss, sums = policy_loss(logprobs_T, entropy_T, terms, objective=POLICIES[policy], **CLIPS)
+    (gradient_T,) = torch.autograd.grad(loss, logprobs_T)
+    assert_close(gradient_T, -terms.coefficient_T * terms.advantage_T)
+    assert sums["clipped"] == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_weight_scales_the_gradient_of_its_rollout_and_of_no_other(policy):
+    gradients = []
+    for weights in (WEIGHT_N, None):
+        logprobs_T, entropy_T, terms = batch(weight_N=weights)
+        loss, _ = policy_loss(logprobs_T, entropy_T, terms, objective=POLICIES[policy], **CLIPS)
+        gradients += torch.autograd.grad(loss, logprobs_T)
+    assert_close(gradients[0], per_token(WEIGHT_N) * gradients[1])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_importance_bonus_and_penalty_are_those_of_the_clipped_loss(policy):
+    """What they change of the gradient does not depend on the policy, where no ratio is clipped."""
+    optional = {
+        "importance_T": torch.linspace(0.5, 2, 10).double(),
+        "reference_logprobs_T": torch.linspace(-2, 0, 10).double(),
+    }
+    settings = {"entropy_coef": 0.1, "kl_coef": 0.2, **CLIPS}
+    gradients = []
+    for objective in (POLICIES[policy], clipped):
+        logprobs_T, entropy_T, terms = batch("token-mean", WEIGHT_N, **optional)
+        on_policy = LossTerms(**vars(terms) | {"old_logprobs_T": logprobs_T.detach()})
+        loss, _ = policy_loss(logprobs_T, entropy_T, on_policy, objective=objective, **settings)
+        gradients.append(torch.autograd.grad(loss, (logprobs_T, entropy_T)))
+    assert_close(*gradients)
+
+
+# Dual clip
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "gradient"),
+    [(4.0, -2.0, -6.0, 0.0), (2.5, -2.0, -5.0, -5.0), (0.5, -2.0, -1.6, 0.0), (4.0, 2.0, 2.56, 0)],
+)
+def test_dual_clip_by_hand(ratio, advantage, objective, gradient):
+    """Bound 3: it replaces ratio 4, no lower one, and nothing where the advantage is positive."""
+    bound = partial(dual_clipped, dual_clip=3.0)
+    loss, slope, sums = one_token(ratio, advantage, objective=bound)
+    assert (loss, slope) == (approx(-objective), approx(-gradient))
+    assert sums["clipped"] == (gradient == 0)
+
+
+def test_dual_clip_equals_finite_differences():
+    logprobs_T, entropy_T, terms = batch("token-mean", WEIGHT_N)
+
+    def loss(logprobs_T):
+        objective = POLICIES["dual-clip"]
+        return policy_loss(logprobs_T, entropy_T, terms, objective=objective, **CLIPS)[0]
+
+    assert_gradients(loss, (logprobs_T,), scale=1.0)
+
+
+def test_a_dual_clip_beyond_all_ratios_is_the_clipped_loss_bit_for_bit():
+    logprobs_T, entropy_T, terms = batch()
+    results = [
+        policy_loss(logprobs_T, entropy_T, terms, objective=objective, **CLIPS)
+        for objective in (clipped, partial(dual_clipped, dual_clip=100.0))
+    ]
+    losses, sums = zip(*results, strict=True)
+    assert torch.equal(*losses) and sums[0] == sums[1]
+    assert torch.equal(*(torch.autograd.grad(loss, logprobs_T)[0] for loss in losses))
+
+
+def test_where_all_ratios_are_beyond_the_dual_clip_there_is_no_gradient():
+    logprobs_T = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+    ones_T = torch.ones(3, dtype=torch.float64)
+    terms = LossTerms(logprobs_T.detach() - math.log(5), -ones_T, ones_T)
+    loss, sums = policy_loss(logprobs_T, ones_T, terms, objective=POLICIES["dual-clip"])
+    assert loss.item() == approx(3 * DUAL) and sums["clipped"] == 3
+    assert torch.autograd.grad(loss, logprobs_T)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.5, -3.0])
+def test_a_dual_clip_must_be_above_1(bound):
+    with pytest.raises(ValueError, match=rf"loss\.dual_clip={bound} must be above 1"):
+        LossConfig(policy="dual-clip", dual_clip=bound)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_token_gives_a_loss_of_zero_that_has_a_gradient(policy):
+    empty_T, logprobs_T = torch.empty(0), torch.empty(0, requires_grad=True)
+    terms = LossTerms(empty_T, empty_T, empty_T)
+    loss, sums = policy_loss(logprobs_T, empty_T, terms, objective=POLICIES[policy])
+    assert loss.item() == 0 and sums["clipped"] == 0
+    assert torch.autograd.grad(loss, logprobs_T)[0].shape == (0,)
