@@ -65,7 +65,14 @@ from megatron_prepo.models.megatron_to_hf import (
 )
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.models.shape import Shape
-from megatron_prepo.prepo.loss import LossTerms, Objective, clipped, dual_clipped, policy_loss
+from megatron_prepo.prepo.loss import (
+    LossTerms,
+    Objective,
+    cispo,
+    clipped,
+    dual_clipped,
+    policy_loss,
+)
 from megatron_prepo.records import ScoredSequence
 
 
@@ -585,6 +592,8 @@ def _objective(settings: LossConfig) -> Objective:
     """Return the objective of `loss.policy`."""
     if settings.policy == "dual-clip":
         return partial(dual_clipped, dual_clip=settings.dual_clip)
+    if settings.policy == "cispo":
+        return cispo
     assert settings.policy == "clipped", f"unknown policy {settings.policy!r}"
     return clipped
 

@@ -442,11 +442,13 @@ class AdvantageConfig:
 class LossConfig:
     """The clipped policy loss."""
 
-    policy: Literal["clipped", "dual-clip"] = "clipped"
-    """Objective of a token (`docs/method.md`): PPO's clipped ratio (paper), or the same with a
-    bound where the advantage is negative (`dual-clip`)."""
+    policy: Literal["clipped", "dual-clip", "cispo"] = "clipped"
+    """Objective of a token (`docs/method.md`): PPO's clipped ratio (paper); the same with a bound
+    where the advantage is negative (`dual-clip`); or the clipped ratio as a constant weight of the
+    log-probability (`cispo`)."""
     clip_low: float = 0.2
-    """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative."""
+    """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative; 1
+    means no lower clip (`policy=cispo`)."""
     clip_high: float = 0.28
     """Upper clip (DAPO's clip-higher)."""
     dual_clip: float = 3.0
@@ -479,7 +481,8 @@ class LossConfig:
     empty: 900 on a GPU (1,024 tokens of a vocabulary of 152,064), 16 on a CPU."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_low < 1:
+        unclipped = self.policy == "cispo" and self.clip_low == 1
+        if not 0 < self.clip_low < 1 and not unclipped:
             raise ValueError(f"loss.clip_low={self.clip_low} must lie between 0 and 1")
         _positive("loss.clip_high", self.clip_high)
         if not self.dual_clip > 1:

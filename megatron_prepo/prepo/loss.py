@@ -94,6 +94,19 @@ def dual_clipped(
     return torch.where(bounded_T, least_T, objective_T), clipped_T | bounded_T
 
 
+def cispo(
+    logprobs_T: torch.Tensor, terms: LossTerms, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sg(clip(s)) A log p, with sg for a constant, and where the clip changes s.
+
+    The ratio is a weight, so that a clipped token keeps a gradient (MiniMax-M1, arXiv 2506.13585,
+    equations 4 and 5).
+    """
+    ratio_T = (logprobs_T.detach() - terms.old_logprobs_T).exp()
+    weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    return weight_T * terms.advantage_T * logprobs_T, weight_T != ratio_T
+
+
 def _smaller(
     ratio_T: torch.Tensor, advantage_T: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

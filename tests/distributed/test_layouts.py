@@ -277,10 +277,12 @@ SCENARIOS = {
     ),
     "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4", "cp4")),
     "dual clip": Scenario("qwen2", LENGTHS, policy="dual-clip", layouts=FEW_LAYOUTS),
+    "clipped weights": Scenario("qwen2", LENGTHS, policy="cispo", layouts=FEW_LAYOUTS),
 }
 SLOW = {
     # layouts of a scenario that only the slow tests run
     "dual clip": MORE_LAYOUTS,
+    "clipped weights": MORE_LAYOUTS,
 }
 RESHARDED = {
     # layout that writes a checkpoint: layouts that read it
@@ -445,8 +447,10 @@ def wide(tensor):
 def policy_terms(policy, logprobs_T, old_T, advantage):
     """Return the objective of each token, and whether its ratio is clipped."""
     ratio_T = (logprobs_T - old_T).exp()
-    plain_T = ratio_T * advantage
-    clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
+    inside_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+    if policy == "cispo":
+        return inside_T.detach() * advantage * logprobs_T, inside_T != ratio_T
+    plain_T, clipped_T = ratio_T * advantage, inside_T * advantage
     objective_T = torch.minimum(plain_T, clipped_T)
     if policy == "dual-clip" and advantage < 0:
         bounded_T = ratio_T > DUAL_CLIP

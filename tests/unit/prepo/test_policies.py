@@ -13,14 +13,14 @@ from rounding import approx, assert_close, assert_gradients
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_prepo.config import LossConfig
-from megatron_prepo.prepo.loss import LossTerms, clipped, dual_clipped, policy_loss
+from megatron_prepo.prepo.loss import LossTerms, cispo, clipped, dual_clipped, policy_loss
 from tests.unit.prepo.test_loss import LENGTHS_N, batch, one_token, per_token
 
 LOW, HIGH = 0.1, 0.15
 CLIPS = {"clip_low": LOW, "clip_high": HIGH}
 DUAL = 1.25
 WEIGHT_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
-POLICIES = {"dual-clip": partial(dual_clipped, dual_clip=DUAL)}
+POLICIES = {"dual-clip": partial(dual_clipped, dual_clip=DUAL), "cispo": cispo}
 
 
 def padded(values_T):
@@ -42,9 +42,15 @@ def trl_two_sided_clip(logprobs_NS, old_NS, advantage_NS, _):
     return -torch.minimum(plain_NS, ratio_NS.clamp(1 - LOW, 1 + HIGH) * advantage_NS)
 
 
+def verl_cispo(logprobs_NS, old_NS, advantage_NS, _):
+    weight_NS = (logprobs_NS - old_NS).exp().clamp(1 - LOW, 1 + HIGH).detach()
+    return -weight_NS * advantage_NS * logprobs_NS
+
+
 PUBLISHED = {
     "verl's dual clip": ("dual-clip", verl_dual_clip),
     "TRL's two-sided clip": ("dual-clip", trl_two_sided_clip),
+    "verl's CISPO": ("cispo", verl_cispo),
 }
 
 
@@ -150,6 +156,54 @@ def test_where_all_ratios_are_beyond_the_dual_clip_there_is_no_gradient():
 def test_a_dual_clip_must_be_above_1(bound):
     with pytest.raises(ValueError, match=rf"loss\.dual_clip={bound} must be above 1"):
         LossConfig(policy="dual-clip", dual_clip=bound)
+
+
+# CISPO
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"),
+    [(4.0, 2.0, 1.28), (4.0, -2.0, 1.28), (0.5, 2.0, 0.8), (0.5, -2.0, 0.8), (1.1, 2.0, 1.1)],
+)
+def test_cispo_by_hand(ratio, advantage, weight):
+    """Probability 0.3 times the ratio; the gradient is the clipped ratio times the advantage."""
+    loss, gradient, sums = one_token(ratio, advantage, objective=cispo)
+    assert loss == approx(-weight * advantage * math.log(0.3 * ratio))
+    assert gradient == approx(-weight * advantage)
+    assert sums["clipped"] == (weight != ratio)
+
+
+def test_cispo_without_a_lower_clip_is_that_of_its_paper_and_of_trl():
+    """Both bound the weight from above only."""
+    logprobs_T, entropy_T, terms = batch("token-mean", WEIGHT_N)
+    loss, sums = policy_loss(
+        logprobs_T, entropy_T, terms, objective=cispo, clip_low=1.0, clip_high=HIGH
+    )
+    ratio_T = (logprobs_T - terms.old_logprobs_T).exp()
+    weight_T = ratio_T.clamp(max=1 + HIGH).detach()
+    expected = (terms.coefficient_T * -weight_T * terms.advantage_T * logprobs_T).sum()
+    assert loss.item() == approx(expected.item())
+    assert_close(*(torch.autograd.grad(x, logprobs_T)[0] for x in (loss, expected)))
+    assert sums["clipped"] == (ratio_T > 1 + HIGH).sum() and (ratio_T < 1 - HIGH).any()
+
+
+def test_where_all_weights_are_clipped_each_token_keeps_its_gradient():
+    logprobs_T = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+    ones_T = torch.ones(3, dtype=torch.float64)
+    terms = LossTerms(logprobs_T.detach() - math.log(5), ones_T, ones_T)
+    loss, sums = policy_loss(logprobs_T, ones_T, terms, objective=cispo)
+    assert sums["clipped"] == 3
+    assert torch.autograd.grad(loss, logprobs_T)[0].tolist() == approx([-1.28] * 3)
+
+
+def test_only_cispo_can_be_without_a_lower_clip():
+    assert LossConfig(policy="cispo", clip_low=1.0).clip_low == 1.0
+    for settings in (
+        {"policy": "cispo", "clip_low": 1.5},
+        {"policy": "dual-clip", "clip_low": 1.0},
+    ):
+        with pytest.raises(ValueError, match=r"loss\.clip_low=1.* must lie between 0 and 1"):
+            LossConfig(**settings)
 
 
 # Tokens
