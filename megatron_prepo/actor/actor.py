@@ -71,6 +71,7 @@ from megatron_prepo.prepo.loss import (
     cispo,
     clipped,
     dual_clipped,
+    gspo,
     policy_loss,
 )
 from megatron_prepo.records import ScoredSequence
@@ -221,7 +222,7 @@ class Actor:
             batch: MicroBatch, hidden: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
-            objective = _objective(settings)
+            objective = _objective(settings, batch, [sequences[i].num_scored for i in batch.index])
 
             def token_loss(
                 logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice
@@ -588,12 +589,18 @@ class Actor:
             parameter.copy_(weight)
 
 
-def _objective(settings: LossConfig) -> Objective:
-    """Return the objective of `loss.policy`."""
+def _objective(settings: LossConfig, batch: MicroBatch, lengths: Sequence[int]) -> Objective:
+    """Return the objective of `loss.policy`; `lengths`: scored tokens of each sequence."""
     if settings.policy == "dual-clip":
         return partial(dual_clipped, dual_clip=settings.dual_clip)
     if settings.policy == "cispo":
         return cispo
+    if settings.policy == "gspo":
+        here_M, lengths_M = (
+            torch.tensor(counts, dtype=torch.long, device=batch.targets_T.device)
+            for counts in (batch.scored_here(lengths), lengths)
+        )
+        return partial(gspo, here_M=here_M, lengths_M=lengths_M, group=context_group())
     assert settings.policy == "clipped", f"unknown policy {settings.policy!r}"
     return clipped
 

@@ -442,10 +442,11 @@ class AdvantageConfig:
 class LossConfig:
     """The clipped policy loss."""
 
-    policy: Literal["clipped", "dual-clip", "cispo"] = "clipped"
+    policy: Literal["clipped", "dual-clip", "cispo", "gspo"] = "clipped"
     """Objective of a token (`docs/method.md`): PPO's clipped ratio (paper); the same with a bound
-    where the advantage is negative (`dual-clip`); or the clipped ratio as a constant weight of the
-    log-probability (`cispo`)."""
+    where the advantage is negative (`dual-clip`); the clipped ratio as a constant weight of the
+    log-probability (`cispo`); or the clipped ratio of the rollout (`gspo`, for mixtures of
+    experts)."""
     clip_low: float = 0.2
     """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative; 1
     means no lower clip (`policy=cispo`)."""
@@ -485,6 +486,12 @@ class LossConfig:
         if not 0 < self.clip_low < 1 and not unclipped:
             raise ValueError(f"loss.clip_low={self.clip_low} must lie between 0 and 1")
         _positive("loss.clip_high", self.clip_high)
+        if self.policy == "gspo" and self.head != "recompute":
+            raise ValueError(
+                "loss.policy=gspo needs the log-probabilities of complete rollouts before their "
+                f"gradient, which loss.head={self.head} computes together, some tokens at a time; "
+                "set loss.head=recompute"
+            )
         if not self.dual_clip > 1:
             raise ValueError(f"loss.dual_clip={self.dual_clip} must be above 1")
         _at_least("loss.entropy_coef", self.entropy_coef, 0)

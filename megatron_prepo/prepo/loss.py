@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,54 @@ def cispo(
     ratio_T = (logprobs_T.detach() - terms.old_logprobs_T).exp()
     weight_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     return weight_T * terms.advantage_T * logprobs_T, weight_T != ratio_T
+
+
+def gspo(
+    logprobs_T: torch.Tensor,
+    terms: LossTerms,
+    clip_low: float,
+    clip_high: float,
+    *,
+    here_M: torch.Tensor,
+    lengths_M: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `clipped` with the ratio of the rollout in place of the token's.
+
+        s_i = (prod_t s_it)^(1 / |o_i|),   used as s_it = sg(s_i) pi_it / sg(pi_it)
+
+    sg marks a constant.  This is GSPO-token (arXiv 2507.18071, equations 13 and 14), which has the
+    value of s_i for all tokens, and GSPO's gradient if their advantages are equal.  The other
+    arguments are those of `rollout_means`; all tokens of a rollout must be given at a time.
+    """
+    log_ratio_T = logprobs_T - terms.old_logprobs_T
+    mean_T = rollout_means(log_ratio_T.detach(), here_M, lengths_M, group)
+    ratio_T = (log_ratio_T - log_ratio_T.detach() + mean_T).exp()
+    return _smaller(ratio_T, terms.advantage_T, clip_low, clip_high)
+
+
+def rollout_means(
+    value_T: torch.Tensor,
+    here_M: torch.Tensor,
+    lengths_M: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Return the mean over each token's rollout, for values of the tokens of M rollouts, in order.
+
+    `here_M`: how many values each rollout has here; `lengths_M`: on all ranks of `group` together,
+    which share the rollouts' tokens.  Collective if there is a group.
+
+    >>> two_and_one = torch.tensor([2, 1])
+    >>> rollout_means(torch.tensor([1.0, 2.0, 5.0]), two_and_one, two_and_one).tolist()
+    [1.5, 1.5, 5.0]
+    """
+    if not len(here_M):  # a row without rollouts, on all ranks of the group
+        return value_T
+    sum_M = torch.segment_reduce(value_T.double(), "sum", lengths=here_M, initial=0.0)
+    if group is not None:
+        dist.all_reduce(sum_M, group=group)
+    mean_M = (sum_M / lengths_M).to(value_T.dtype)
+    return mean_M.repeat_interleave(here_M, output_size=len(value_T))
 
 
 def _smaller(

@@ -13,14 +13,18 @@ from rounding import approx, assert_close, assert_gradients
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_prepo.config import LossConfig
-from megatron_prepo.prepo.loss import LossTerms, cispo, clipped, dual_clipped, policy_loss
+from megatron_prepo.prepo.loss import LossTerms, cispo, clipped, dual_clipped, gspo, policy_loss
 from tests.unit.prepo.test_loss import LENGTHS_N, batch, one_token, per_token
 
 LOW, HIGH = 0.1, 0.15
 CLIPS = {"clip_low": LOW, "clip_high": HIGH}
 DUAL = 1.25
 WEIGHT_N = torch.tensor([0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
-POLICIES = {"dual-clip": partial(dual_clipped, dual_clip=DUAL), "cispo": cispo}
+POLICIES = {
+    "dual-clip": partial(dual_clipped, dual_clip=DUAL),
+    "cispo": cispo,
+    "gspo": partial(gspo, here_M=LENGTHS_N, lengths_M=LENGTHS_N),
+}
 
 
 def padded(values_T):
@@ -47,10 +51,26 @@ def verl_cispo(logprobs_NS, old_NS, advantage_NS, _):
     return -weight_NS * advantage_NS * logprobs_NS
 
 
+def verl_gspo(logprobs_NS, old_NS, advantage_NS, mask_NS):
+    mean_N1 = ((logprobs_NS - old_NS) * mask_NS).sum(1, keepdim=True) / mask_NS.sum(1, keepdim=True)
+    ratio_NS = (logprobs_NS - logprobs_NS.detach() + mean_N1.detach()).exp()
+    clip_NS = ratio_NS.clamp(1 - LOW, 1 + HIGH)
+    return torch.maximum(-advantage_NS * ratio_NS, -advantage_NS * clip_NS)
+
+
+def trl_sequence_level(logprobs_NS, old_NS, advantage_NS, mask_NS):
+    mean_N1 = ((logprobs_NS - old_NS) * mask_NS).sum(1, keepdim=True) / mask_NS.sum(1, keepdim=True)
+    ratio_N1 = mean_N1.exp()
+    clip_N1 = ratio_N1.clamp(1 - LOW, 1 + HIGH)
+    return -torch.minimum(ratio_N1 * advantage_NS, clip_N1 * advantage_NS)
+
+
 PUBLISHED = {
     "verl's dual clip": ("dual-clip", verl_dual_clip),
     "TRL's two-sided clip": ("dual-clip", trl_two_sided_clip),
     "verl's CISPO": ("cispo", verl_cispo),
+    "verl's GSPO, by token": ("gspo", verl_gspo),
+    "TRL's GSPO, by sequence": ("gspo", trl_sequence_level),
 }
 
 
@@ -206,13 +226,74 @@ def test_only_cispo_can_be_without_a_lower_clip():
             LossConfig(**settings)
 
 
+# GSPO
+
+
+@pytest.mark.parametrize(
+    ("advantage", "objective", "gradient"), [(1.0, 1.28, 0.0), (-1.0, -2.0, -2.0)]
+)
+def test_gspo_by_hand(advantage, objective, gradient):
+    """Ratios 4 and 1: that of the rollout is their geometric mean, 2, for both tokens."""
+    old_T = torch.tensor([0.2, 0.5]).double().log()
+    logprobs_T = torch.tensor([0.8, 0.5]).double().log().requires_grad_()
+    ones_T, two = torch.ones(2, dtype=torch.float64), torch.tensor([2])
+    terms = LossTerms(old_T, advantage * ones_T, ones_T / 2)
+    of_one = partial(gspo, here_M=two, lengths_M=two)
+    loss, sums = policy_loss(logprobs_T, ones_T, terms, objective=of_one)
+    assert loss.item() == approx(-objective)
+    (gradient_T,) = torch.autograd.grad(loss, logprobs_T)
+    assert gradient_T.tolist() == approx([-gradient / 2] * 2)
+    assert sums["clipped"] == 2 * (gradient == 0)
+    assert sums["ratio"].item() == approx(5.0)
+
+
+def test_gspo_equals_finite_differences():
+    """A token moves the ratio of all tokens of its rollout, each by its share."""
+    logprobs_T, entropy_T, terms = batch("seq-mean-token-mean", WEIGHT_N)
+
+    def loss(logprobs_T):
+        return policy_loss(logprobs_T, entropy_T, terms, objective=POLICIES["gspo"], **CLIPS)[0]
+
+    assert_gradients(loss, (logprobs_T,), scale=1.0)
+
+
+def test_rollouts_of_one_token_have_the_clipped_loss_bit_for_bit():
+    logprobs_T, entropy_T, terms = batch()
+    ones_T = torch.ones(10, dtype=torch.long)
+    results = [
+        policy_loss(logprobs_T, entropy_T, terms, objective=objective, **CLIPS)
+        for objective in (clipped, partial(gspo, here_M=ones_T, lengths_M=ones_T))
+    ]
+    losses, sums = zip(*results, strict=True)
+    assert torch.equal(*losses) and sums[0] == sums[1]
+    assert torch.equal(*(torch.autograd.grad(loss, logprobs_T)[0] for loss in losses))
+
+
+def test_a_rollout_is_clipped_as_a_whole():
+    """All rollouts are far beyond the clip: none has a gradient, whatever its single ratios."""
+    logprobs_T, entropy_T, terms = batch()
+    farther_T = torch.where(terms.advantage_T > 0, -2.0, 2.0)
+    terms = LossTerms(terms.old_logprobs_T + farther_T, terms.advantage_T, terms.coefficient_T)
+    loss, sums = policy_loss(logprobs_T, entropy_T, terms, objective=POLICIES["gspo"], **CLIPS)
+    assert torch.autograd.grad(loss, logprobs_T)[0].eq(0).all()
+    assert sums["clipped"] == (terms.advantage_T != 0).sum()
+
+
+def test_gspo_needs_a_head_that_has_complete_rollouts():
+    with pytest.raises(ValueError, match=r"loss\.policy=gspo .* set loss\.head=recompute"):
+        LossConfig(policy="gspo")
+    assert LossConfig(policy="gspo", head="recompute").policy == "gspo"
+
+
 # Tokens
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_token_gives_a_loss_of_zero_that_has_a_gradient(policy):
     empty_T, logprobs_T = torch.empty(0), torch.empty(0, requires_grad=True)
-    terms = LossTerms(empty_T, empty_T, empty_T)
-    loss, sums = policy_loss(logprobs_T, empty_T, terms, objective=POLICIES[policy])
+    terms, objective = LossTerms(empty_T, empty_T, empty_T), POLICIES[policy]
+    if policy == "gspo":
+        objective = partial(gspo, here_M=empty_T.long(), lengths_M=empty_T.long())
+    loss, sums = policy_loss(logprobs_T, empty_T, terms, objective=objective)
     assert loss.item() == 0 and sums["clipped"] == 0
     assert torch.autograd.grad(loss, logprobs_T)[0].shape == (0,)
