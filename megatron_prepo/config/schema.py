@@ -31,6 +31,19 @@ MAX_DEADLINE = 10_000_000
 SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle")
 """Values of `selection.method` besides `FILE.py:CLASS`."""
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "dr-grpo": {"advantage.std": "none", "loss.aggregation": "seq-mean-token-sum-norm"},
+    "gspo": {
+        "loss.policy": "gspo",
+        "loss.clip_low": 3e-4,
+        "loss.clip_high": 4e-4,
+        "loss.aggregation": "seq-mean-token-mean",
+        "loss.head": "recompute",
+    },
+}
+"""Settings that a value of `loss.preset` stands for, as published."""
+
 FilePath = Annotated[str, "path"]
 """Type of a setting that names a file or directory: a leading `~` and `$NAME` are expanded when the
 setting is read (`literal` escapes a path that must not change)."""
@@ -442,6 +455,9 @@ class AdvantageConfig:
 class LossConfig:
     """The clipped policy loss."""
 
+    preset: Literal["none", "gspo", "dr-grpo"] = "none"
+    """Settings of a published loss under one name (`docs/method.md`): those of them that are not
+    given get its values, and another value is an error."""
     policy: Literal["clipped", "dual-clip", "cispo", "gspo"] = "clipped"
     """Objective of a token (`docs/method.md`): PPO's clipped ratio (paper); the same with a bound
     where the advantage is negative (`dual-clip`); the clipped ratio as a constant weight of the
@@ -455,11 +471,11 @@ class LossConfig:
     dual_clip: float = 3.0
     """Bound c > 1 of `policy=dual-clip`: ratios above c give no gradient where the advantage is
     negative."""
-    aggregation: Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"] = (
-        "seq-mean-token-sum"
-    )
-    """Sum over tokens, then mean over rollouts (paper v1); mean over both (v3); or mean over all
-    tokens."""
+    aggregation: Literal[
+        "seq-mean-token-sum", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"
+    ] = "seq-mean-token-sum"
+    """Sum over tokens, then mean over rollouts (paper v1); mean over both (v3); mean over all
+    tokens; or as the first, divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus (paper: none)."""
     kl_coef: float = 0.0
@@ -759,11 +775,22 @@ class Config:
                 f"train.total_steps={self.train.total_steps}"
             )
         self._check_decay()
+        self._check_preset()
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
             raise ValueError(
                 f"profile.steps={late} is out of range: steps run from 0 to "
                 f"{self.train.total_steps - 1} (train.total_steps={self.train.total_steps})"
             )
+
+    def _check_preset(self) -> None:
+        for name, value in PRESETS[self.loss.preset].items():
+            section, key = name.split(".")
+            given = getattr(getattr(self, section), key)
+            if given != value:
+                raise ValueError(
+                    f"loss.preset={self.loss.preset} stands for {name}={value}, but {name}={given} "
+                    "is given; remove one of them"
+                )
 
     def _check_decay(self) -> None:
         optimizer, total_steps = self.optimizer, self.train.total_steps

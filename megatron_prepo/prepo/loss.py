@@ -40,13 +40,18 @@ class LossTerms:
 
 
 def rollout_coefficients(
-    weight_N: torch.Tensor, lengths_N: torch.Tensor, aggregation: str
+    weight_N: torch.Tensor,
+    lengths_N: torch.Tensor,
+    aggregation: str,
+    *,
+    max_tokens: int | None = None,
 ) -> torch.Tensor:
     """Return `coefficient_N`: weights divided by the normaliser, for an optimizer batch of M = N.
 
     - `seq-mean-token-sum`: w_i / M (as first published)
     - `seq-mean-token-mean`: w_i / (M |o_i|) (later versions)
     - `token-mean`: w_i / sum_j |o_j| (DAPO)
+    - `seq-mean-token-sum-norm`: w_i / (M L), with L = `max_tokens` (Dr. GRPO)
 
     >>> w, n = torch.tensor([1.0, 1.0]), torch.tensor([1, 3])
     >>> rollout_coefficients(w, n, "token-mean").tolist()
@@ -57,6 +62,9 @@ def rollout_coefficients(
         return weight_N / num_rollouts
     if aggregation == "seq-mean-token-mean":
         return weight_N / (num_rollouts * lengths_N)
+    if aggregation == "seq-mean-token-sum-norm":
+        assert max_tokens, f"{aggregation} needs the maximum number of tokens"
+        return weight_N / (num_rollouts * max_tokens)
     assert aggregation == "token-mean", f"unknown aggregation {aggregation!r}"
     return weight_N / lengths_N.sum()
 

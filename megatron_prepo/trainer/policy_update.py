@@ -141,15 +141,26 @@ def weigh_by_importance(
 
 
 def update_policy(
-    actor: Learner, batch: TrainingBatch, *, aggregation: str, num_mini_batches: int
+    actor: Learner,
+    batch: TrainingBatch,
+    *,
+    aggregation: str,
+    num_mini_batches: int,
+    max_tokens: int | None = None,
 ) -> dict[str, float]:
-    """Make the step's optimizer updates; returns the mean of their metrics."""
+    """Make the step's optimizer updates; returns the mean of their metrics.
+
+    `max_tokens`: maximum length of a completion, for an aggregation that divides by it.
+    """
     groups, old_scores = batch.groups, batch.old_scores
     advantage_N = batch.advantages_KG.flatten()
     updates = []
     for index in groups.mini_batches(num_mini_batches):
         coefficient_N = rollout_coefficients(
-            batch.weight_N[index], old_scores.lengths_N[index], aggregation
+            batch.weight_N[index],
+            old_scores.lengths_N[index],
+            aggregation,
+            max_tokens=max_tokens,
         )
         mini_batch = [
             training_sequence(groups.rollouts[i], old_scores, i, advantage_N[i], coefficient)

@@ -142,6 +142,7 @@ def update(
             batch,
             aggregation=trainer.config.loss.aggregation,
             num_mini_batches=num_mini_batches,
+            max_tokens=trainer.config.rollout.max_new_tokens,
         )
 
 

@@ -115,6 +115,7 @@ def ours_fixed(case: Case, orders: Orders) -> None:
                     TrainingBatch(groups, advantages_KG, old, weight_N),
                     aggregation=loss.aggregation,
                     num_mini_batches=num_mini_batches,
+                    max_tokens=config.rollout.max_new_tokens,
                 )
             values |= {"loss": metrics["loss/policy"], "grad_norm": metrics["loss/grad_norm"]}
         orders.answer(**values)

@@ -82,7 +82,10 @@ def weights(of: dump.Dump) -> torch.Tensor:
     for _, batch in of.updates():
         lengths_N = torch.tensor([s.sequence.num_scored for s in batch])
         unweighted_N = rollout_coefficients(
-            torch.ones(len(batch)).double(), lengths_N, of.config.loss.aggregation
+            torch.ones(len(batch)).double(),
+            lengths_N,
+            of.config.loss.aggregation,
+            max_tokens=of.config.rollout.max_new_tokens,
         )
         parts.append(torch.tensor([s.coefficient for s in batch]).double() / unweighted_N)
     return torch.cat(parts)

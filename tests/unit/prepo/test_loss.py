@@ -72,6 +72,16 @@ def test_aggregations_in_closed_form():
     assert losses == approx([0.5, -0.5, 0.25], dtype=torch.float32)
 
 
+def test_dr_grpo_divides_by_a_constant():
+    """Two rollouts of weights 2 and 1, at most 5 tokens: 2 / 10 and 1 / 10."""
+    weight_N, lengths_N = torch.tensor([2.0, 1.0]).double(), torch.tensor([1, 3])
+    name = "seq-mean-token-sum-norm"
+    coefficient_N = rollout_coefficients(weight_N, lengths_N, name, max_tokens=5)
+    assert coefficient_N.tolist() == approx([0.2, 0.1])
+    plain_N = rollout_coefficients(weight_N, lengths_N, "seq-mean-token-sum")
+    assert_close(5 * coefficient_N, plain_N)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
     """The mean is over rollouts (times their length for token sums), or over tokens."""

@@ -13,7 +13,16 @@ from rounding import approx, assert_close, assert_gradients
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_prepo.config import LossConfig
-from megatron_prepo.prepo.loss import LossTerms, cispo, clipped, dual_clipped, gspo, policy_loss
+from megatron_prepo.prepo.advantages import group_advantages
+from megatron_prepo.prepo.loss import (
+    LossTerms,
+    cispo,
+    clipped,
+    dual_clipped,
+    gspo,
+    policy_loss,
+    rollout_coefficients,
+)
 from tests.unit.prepo.test_loss import LENGTHS_N, batch, one_token, per_token
 
 LOW, HIGH = 0.1, 0.15
@@ -283,6 +292,31 @@ def test_gspo_needs_a_head_that_has_complete_rollouts():
     with pytest.raises(ValueError, match=r"loss\.policy=gspo .* set loss\.head=recompute"):
         LossConfig(policy="gspo")
     assert LossConfig(policy="gspo", head="recompute").policy == "gspo"
+
+
+# Dr. GRPO
+
+
+def test_dr_grpo_is_the_formula_of_trl():
+    """Rewards less their group's mean; the sum over tokens by rollouts times the longest possible.
+
+    Four rollouts of one prompt, and at most 6 tokens.
+    """
+    rewards_N = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    advantage_N = group_advantages(rewards_N[None], std="none")[0]
+    assert advantage_N.tolist() == [0.5, -0.5, -0.5, 0.5]
+    ones_N, name = torch.ones(4).double(), "seq-mean-token-sum-norm"
+    coefficient_N = rollout_coefficients(ones_N, LENGTHS_N, name, max_tokens=6)
+    logprobs_T, entropy_T, terms = batch()
+    terms = LossTerms(terms.old_logprobs_T, per_token(advantage_N), per_token(coefficient_N))
+    loss, _ = policy_loss(logprobs_T, entropy_T, terms, **CLIPS)
+    ratio_NS = padded((logprobs_T - terms.old_logprobs_T).exp())
+    gain_NS = torch.minimum(
+        ratio_NS * advantage_N[:, None], ratio_NS.clamp(1 - LOW, 1 + HIGH) * advantage_N[:, None]
+    )
+    expected = -(gain_NS * padded(torch.ones(10))).sum() / (4 * 6)
+    assert loss.item() == approx(expected.item())
+    assert_close(*(torch.autograd.grad(x, logprobs_T)[0] for x in (loss, expected)))
 
 
 # Tokens

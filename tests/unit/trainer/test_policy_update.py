@@ -55,6 +55,7 @@ def learn(config, actor, rollouts, rewards_KG, old_scores):
         batch,
         aggregation=config.loss.aggregation,
         num_mini_batches=num_mini_batches,
+        max_tokens=config.rollout.max_new_tokens,
     )
 
 
@@ -64,6 +65,7 @@ def learn(config, actor, rollouts, rewards_KG, old_scores):
         ("seq-mean-token-sum", [1 / 4] * 4),
         ("seq-mean-token-mean", [1 / (4 * length) for length in LENGTHS]),
         ("token-mean", [1 / sum(LENGTHS)] * 4),
+        ("seq-mean-token-sum-norm", [1 / (4 * 5)] * 4),
     ],
 )
 def test_normalisers_count_all_rollouts(aggregation, expected):
@@ -72,7 +74,9 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
     rollouts = [Rollout(prompt, (7,) * n, (-1.0,) * n, "", True, 0) for n in LENGTHS]
     scores = [Scores(torch.full((n,), -1.0), torch.ones(n)) for n in LENGTHS]
     old = RolloutScores(scores, None, torch.ones(4).double(), torch.tensor(LENGTHS))
-    config = actor_config("unused", loss={"aggregation": aggregation})
+    config = actor_config(
+        "unused", loss={"aggregation": aggregation}, rollout={"max_new_tokens": 5}
+    )
     actor = RecordingActor()
     learn(config, actor, rollouts, torch.tensor([[0.0, 1.0], [1.0, 1.0]]), old)
     (batch,) = actor.batches
