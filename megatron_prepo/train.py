@@ -6,9 +6,12 @@ Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts.
 from typing import Any
 
 from megatron_prepo.config import Config
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
+from megatron_prepo.trainer.policy_update import (
+    TrainingBatch,
+    estimate_advantages,
+    weigh_by_entropy,
+)
 from megatron_prepo.trainer.setup import set_up
 from megatron_prepo.trainer.stages import (
     grade,
@@ -40,9 +43,7 @@ def train(config: Config) -> dict[str, Any]:
                 rollouts = roll_out(trainer, candidates.at(chosen), f"rollouts/{step}")
                 generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
             groups = generated.select_for_training(config.selection.num_selected)
-            advantages_KG = group_advantages(
-                groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-            )
+            advantages_KG = estimate_advantages(config.advantage, groups.rewards_KG)
             old_scores = score_old_policy(trainer, groups)
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches

@@ -19,12 +19,15 @@ from typing import Any, cast
 import torch
 
 from megatron_prepo.config import Config
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import BackgroundEngine, PendingRollouts
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
+from megatron_prepo.trainer.policy_update import (
+    TrainingBatch,
+    estimate_advantages,
+    weigh_by_entropy,
+)
 from megatron_prepo.trainer.setup import Trainer, set_up
 from megatron_prepo.trainer.stages import (
     grade,
@@ -49,9 +52,7 @@ def train_overlapped(config: Config) -> dict[str, Any]:
             groups = Groups().extend(ready.chosen, ready.rollouts, grades)
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
-            advantages_KG = group_advantages(
-                groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-            )
+            advantages_KG = estimate_advantages(config.advantage, groups.rewards_KG)
             old_scores = score_old_policy(trainer, groups)
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches

@@ -439,8 +439,11 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdvantageConfig:
-    """Group-relative advantages (GRPO)."""
+    """Advantages of rollouts by their rewards (`docs/method.md`)."""
 
+    method: Literal["group", "rloo"] = "group"
+    """`group`: relative to the group's mean (GRPO, paper); `rloo`: relative to the mean of the
+    other rewards of the group, without a division by `std`."""
     std: Literal["unbiased", "population", "none"] = "unbiased"
     """Normalisation by the group's standard deviation: with n-1 in its denominator, with n, or
     none."""

@@ -1,4 +1,10 @@
-"""Group-relative advantages (GRPO): A = (r - mean of its group) / (std of its group + eps)."""
+"""Advantages of rollouts from their rewards, float64.
+
+| `advantage.method` | A of rollout i in a group of G | source |
+|---|---|---|
+| `group` | (r_i - mean of group) / (std of group + eps) | GRPO, arXiv 2402.03300 |
+| `rloo` | r_i - mean of the other G - 1 rewards | RLOO, arXiv 2402.14740 |
+"""
 
 import torch
 
@@ -21,6 +27,16 @@ def group_advantages(
         std_K1 = rewards_KG.std(dim=1, keepdim=True, correction=1 if std == "unbiased" else 0)
         advantages_KG = advantages_KG / (std_K1 + eps)
     return advantages_KG.masked_fill(zero_variance(rewards_KG)[:, None], 0.0)
+
+
+def leave_one_out_advantages(rewards_KG: torch.Tensor) -> torch.Tensor:
+    """Return the rewards less the mean of the others in their group (RLOO); 0 for equal rewards.
+
+    >>> leave_one_out_advantages(torch.tensor([[3.0, 0.0, 0.0]])).tolist()
+    [[3.0, -1.5, -1.5]]
+    """
+    group_size = rewards_KG.shape[1]
+    return group_advantages(rewards_KG, std="none") * (group_size / (group_size - 1))
 
 
 def zero_variance(rewards_KG: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
-from megatron_prepo.config import LossConfig, WeightingConfig
+from megatron_prepo.config import AdvantageConfig, LossConfig, WeightingConfig
 from megatron_prepo.debug.dump import StepRecord
-from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.prepo.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    zero_variance,
+)
 from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.prepo.importance import importance_weights
 from megatron_prepo.prepo.loss import rollout_coefficients
@@ -138,6 +142,14 @@ def weigh_by_importance(
         )
         for score, rollout in zip(scores, rollouts, strict=True)
     ]
+
+
+def estimate_advantages(settings: AdvantageConfig, rewards_KG: torch.Tensor) -> torch.Tensor:
+    """Return `advantages_KG` by `advantage.method`."""
+    if settings.method == "rloo":
+        return leave_one_out_advantages(rewards_KG)
+    assert settings.method == "group", f"unknown method {settings.method!r}"
+    return group_advantages(rewards_KG, std=settings.std, eps=settings.eps)
 
 
 def update_policy(

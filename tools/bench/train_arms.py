@@ -82,11 +82,11 @@ def ours_fixed(case: Case, orders: Orders) -> None:
     """Run `Actor.score` and `Actor.update` like `train.py`."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.prepo.advantages import group_advantages
     from megatron_prepo.rewards.pool import Grade
     from megatron_prepo.trainer.groups import Groups
     from megatron_prepo.trainer.policy_update import (
         TrainingBatch,
+        estimate_advantages,
         score_rollouts,
         update_policy,
         weigh_by_entropy,
@@ -106,9 +106,7 @@ def ours_fixed(case: Case, orders: Orders) -> None:
             orders.seconds.clear()
             with orders.timed("update"):
                 groups = Groups().extend(range(len(case.groups)), rollouts, grades)
-                advantages_KG = group_advantages(
-                    groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-                )
+                advantages_KG = estimate_advantages(config.advantage, groups.rewards_KG)
                 weight_N = weigh_by_entropy(config.weighting, groups, old, num_mini_batches)
                 metrics = update_policy(
                     actor,

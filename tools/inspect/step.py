@@ -22,10 +22,10 @@ from megatron_prepo.debug import dump
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.files.existing import existing
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
+from megatron_prepo.trainer.policy_update import estimate_advantages
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
     prompts, groups = prompt_texts(config), []
     for (purpose, prompt_id), group in by_prompt.items():
         rewards_KG = torch.tensor([[entry.reward for entry in group]])
-        advantages = group_advantages(
-            rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-        )[0].tolist()
+        advantages = estimate_advantages(config.advantage, rewards_KG)[0].tolist()
         lines = [
             Line(
                 reward=entry.reward,

@@ -6,7 +6,11 @@ import pytest
 import torch
 from rounding import approx, assert_close
 
-from megatron_prepo.prepo.advantages import group_advantages, zero_variance
+from megatron_prepo.prepo.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    zero_variance,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +75,30 @@ def test_zero_variance_names_the_groups_without_a_signal():
 def test_a_reward_that_is_not_finite_is_refused(reward):
     with pytest.raises(ValueError, match="not finite"):
         group_advantages(torch.tensor([[0.0, reward]]))
+
+
+# RLOO
+
+
+def test_the_baseline_of_rloo_is_the_mean_of_the_others():
+    """As TRL writes it: the group's sum less the own reward, over G - 1."""
+    rewards_KG = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).double()
+    others_KG = (rewards_KG.sum(dim=1, keepdim=True) - rewards_KG) / 3
+    assert_close(leave_one_out_advantages(rewards_KG), rewards_KG - others_KG, scale=1.0)
+
+
+def test_rloo_by_hand():
+    """Rewards 1, 0, 0, 0: the others have a mean of 0, or of 1/3."""
+    advantages_KG = leave_one_out_advantages(torch.tensor([[1.0, 0, 0, 0]]))
+    assert advantages_KG[0].tolist() == approx([1.0, *[-1 / 3] * 3])
+
+
+def test_rloo_of_equal_rewards_is_exactly_zero():
+    assert leave_one_out_advantages(torch.full((2, 6), 0.1).double()).eq(0).all()
+
+
+def test_rloo_is_the_centred_reward_up_to_a_factor():
+    """So the direction of its gradient is that of Dr. GRPO."""
+    rewards_KG = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
+    centred_KG = group_advantages(rewards_KG, std="none")
+    assert_close(leave_one_out_advantages(rewards_KG), centred_KG * 8 / 7)
