@@ -43,8 +43,10 @@ def train(config: Config) -> dict[str, Any]:
                 rollouts = roll_out(trainer, candidates.at(chosen), f"rollouts/{step}")
                 generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
             groups = generated.select_for_training(config.selection.num_selected)
-            advantages_KG = estimate_advantages(config.advantage, groups.rewards_KG)
             old_scores = score_old_policy(trainer, groups)
+            advantages_KG = estimate_advantages(
+                config.advantage, groups.rewards_KG, old_scores.lengths_N
+            )
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )

@@ -52,8 +52,10 @@ def train_overlapped(config: Config) -> dict[str, Any]:
             groups = Groups().extend(ready.chosen, ready.rollouts, grades)
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
-            advantages_KG = estimate_advantages(config.advantage, groups.rewards_KG)
             old_scores = score_old_policy(trainer, groups)
+            advantages_KG = estimate_advantages(
+                config.advantage, groups.rewards_KG, old_scores.lengths_N
+            )
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )

@@ -441,12 +441,13 @@ class RewardConfig:
 class AdvantageConfig:
     """Advantages of rollouts by their rewards (`docs/method.md`)."""
 
-    method: Literal["group", "rloo"] = "group"
+    method: Literal["group", "rloo", "reinforce++", "reinforce++-baseline"] = "group"
     """`group`: relative to the group's mean (GRPO, paper); `rloo`: relative to the mean of the
-    other rewards of the group, without a division by `std`."""
+    other rewards of the group, without a division by `std`; `reinforce++`: normalised over all
+    tokens of the step; `reinforce++-baseline`: the same after the group's mean is subtracted."""
     std: Literal["unbiased", "population", "none"] = "unbiased"
-    """Normalisation by the group's standard deviation: with n-1 in its denominator, with n, or
-    none."""
+    """Normalisation by the standard deviation of the group (`reinforce++`: of the step): with n-1
+    in its denominator, with n, or none."""
     eps: float = 1e-6
     """Added to the standard deviation."""
 

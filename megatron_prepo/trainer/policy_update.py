@@ -6,6 +6,7 @@ Letters: K selected prompts, G rollouts each, N = K*G rollouts.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
 from megatron_prepo.config import AdvantageConfig, LossConfig, WeightingConfig
 from megatron_prepo.debug.dump import StepRecord
 from megatron_prepo.prepo.advantages import (
+    batch_advantages,
     group_advantages,
     leave_one_out_advantages,
     zero_variance,
@@ -144,12 +146,20 @@ def weigh_by_importance(
     ]
 
 
-def estimate_advantages(settings: AdvantageConfig, rewards_KG: torch.Tensor) -> torch.Tensor:
-    """Return `advantages_KG` by `advantage.method`."""
-    if settings.method == "rloo":
-        return leave_one_out_advantages(rewards_KG)
-    assert settings.method == "group", f"unknown method {settings.method!r}"
-    return group_advantages(rewards_KG, std=settings.std, eps=settings.eps)
+def estimate_advantages(
+    settings: AdvantageConfig, rewards_KG: torch.Tensor, lengths_N: torch.Tensor
+) -> torch.Tensor:
+    """Return `advantages_KG` by `advantage.method`; `lengths_N`: tokens of each rollout."""
+    std: dict[str, Any] = {"std": settings.std, "eps": settings.eps}
+    match settings.method:
+        case "group":
+            return group_advantages(rewards_KG, **std)
+        case "rloo":
+            return leave_one_out_advantages(rewards_KG)
+        case "reinforce++":
+            return batch_advantages(rewards_KG, lengths_N, **std)
+        case "reinforce++-baseline":
+            return batch_advantages(group_advantages(rewards_KG, std="none"), lengths_N, **std)
 
 
 def update_policy(

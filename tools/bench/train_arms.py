@@ -106,7 +106,9 @@ def ours_fixed(case: Case, orders: Orders) -> None:
             orders.seconds.clear()
             with orders.timed("update"):
                 groups = Groups().extend(range(len(case.groups)), rollouts, grades)
-                advantages_KG = estimate_advantages(config.advantage, groups.rewards_KG)
+                advantages_KG = estimate_advantages(
+                    config.advantage, groups.rewards_KG, old.lengths_N
+                )
                 weight_N = weigh_by_entropy(config.weighting, groups, old, num_mini_batches)
                 metrics = update_policy(
                     actor,

@@ -9,14 +9,14 @@ perplexities are then ranked among the prompts that were rolled out.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config
+from megatron_prepo.config import AdvantageConfig, Config
 from megatron_prepo.data import read_records
 from megatron_prepo.debug import dump
 from megatron_prepo.errors import UserError
@@ -101,27 +101,45 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
         by_prompt.setdefault((entry.purpose, entry.prompt_id), []).append(entry)
     ppl = {i: e[0].ppl for (_, i), e in by_prompt.items() if e[0].ppl is not None}
     rank = {prompt_id: r for r, prompt_id in enumerate(sorted(ppl, key=ppl.get), 1)}
-    prompts, groups = prompt_texts(config), []
+    prompts, groups, advantages = (
+        prompt_texts(config),
+        [],
+        trained_advantages(config.advantage, by_prompt),
+    )
     for (purpose, prompt_id), group in by_prompt.items():
-        rewards_KG = torch.tensor([[entry.reward for entry in group]])
-        advantages = estimate_advantages(config.advantage, rewards_KG)[0].tolist()
         lines = [
             Line(
                 reward=entry.reward,
-                advantage=advantage if entry.trained else None,
+                advantage=advantage,
                 length=entry.length,
                 finished=entry.finished,
                 entropy=entry.mean_entropy,
                 weight=entry.weight,
                 trained=entry.trained,
             )
-            for entry, advantage in zip(group, advantages, strict=True)
+            for entry, advantage in zip(group, advantages[purpose, prompt_id], strict=True)
         ]
         name = prompt_id if purpose == "train" else f"{prompt_id} ({purpose})"
         groups.append(
             Group(name, ppl.get(prompt_id), rank.get(prompt_id), prompts.get(prompt_id), lines)
         )
     return groups
+
+
+def trained_advantages(
+    settings: AdvantageConfig, groups: Mapping[tuple[str, str], Sequence[ledger.LedgerEntry]]
+) -> dict[tuple[str, str], Sequence[float | None]]:
+    """Return the advantages of each group, recomputed; None for groups not trained on."""
+    known: dict[tuple[str, str], Sequence[float | None]] = {
+        key: [None] * len(group) for key, group in groups.items()
+    }
+    trained = [key for key, group in groups.items() if group[0].trained]
+    if trained:
+        rewards_KG = torch.tensor([[entry.reward for entry in groups[key]] for key in trained])
+        lengths_N = torch.tensor([entry.length for key in trained for entry in groups[key]])
+        advantages_KG = estimate_advantages(settings, rewards_KG, lengths_N)
+        known |= dict(zip(trained, advantages_KG.tolist(), strict=True))
+    return known
 
 
 def prompt_texts(config: Config) -> dict[str, str]:

@@ -7,6 +7,7 @@ import torch
 from rounding import approx, assert_close
 
 from megatron_prepo.prepo.advantages import (
+    batch_advantages,
     group_advantages,
     leave_one_out_advantages,
     zero_variance,
@@ -102,3 +103,69 @@ def test_rloo_is_the_centred_reward_up_to_a_factor():
     rewards_KG = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
     centred_KG = group_advantages(rewards_KG, std="none")
     assert_close(leave_one_out_advantages(rewards_KG), centred_KG * 8 / 7)
+
+
+# REINFORCE++
+
+
+def whitened(values_NS, mask_NS):
+    """Mean and unbiased variance over the mask, as verl normalises advantages."""
+    mean = (values_NS * mask_NS).sum() / mask_NS.sum()
+    variance = ((values_NS - mean).square() * mask_NS).sum() / (mask_NS.sum() - 1)
+    return (values_NS - mean) / variance.sqrt() * mask_NS
+
+
+def batch_of(seed=0):
+    """Return rewards of 3 groups of 4, their lengths, and the mask of tokens in rows of 6."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards_KG = torch.rand(3, 4, generator=generator).double()
+    lengths_N = torch.randint(1, 7, (12,), generator=generator)
+    return rewards_KG, lengths_N, (torch.arange(6) < lengths_N[:, None]).double()
+
+
+def test_reinforce_plus_plus_is_normalised_over_the_tokens_of_the_batch():
+    rewards_KG, lengths_N, mask_NS = batch_of()
+    expected_NS = whitened(rewards_KG.flatten()[:, None].expand(12, 6), mask_NS)
+    advantage_N = batch_advantages(rewards_KG, lengths_N, eps=0.0).flatten()
+    assert_close(advantage_N[:, None] * mask_NS, expected_NS, scale=1.0)
+
+
+def test_its_baseline_form_takes_off_the_groups_mean_first():
+    rewards_KG, lengths_N, mask_NS = batch_of()
+    centred_N = (rewards_KG - rewards_KG.mean(dim=1, keepdim=True)).flatten()
+    expected_NS = whitened(centred_N[:, None].expand(12, 6), mask_NS)
+    centred_KG = group_advantages(rewards_KG, std="none")
+    advantage_N = batch_advantages(centred_KG, lengths_N, eps=0.0).flatten()
+    assert_close(advantage_N[:, None] * mask_NS, expected_NS, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("std", "divisor"),
+    [("unbiased", math.sqrt(1 / 4)), ("population", math.sqrt(3) / 4), ("none", 1)],
+)
+def test_reinforce_plus_plus_by_hand(std, divisor):
+    """Rewards 1 and 0 of rollouts of 1 and 3 tokens: mean 1/4 over tokens, not 1/2."""
+    rewards_KG, lengths_N = torch.tensor([[1.0, 0.0]]), torch.tensor([1, 3])
+    advantages_KG = batch_advantages(rewards_KG, lengths_N, std=std, eps=0.0)
+    assert advantages_KG[0].tolist() == approx([0.75 / divisor, -0.25 / divisor])
+
+
+def test_an_easy_group_has_advantages_by_the_other_groups():
+    """Unlike GRPO: a group of equal rewards is compared with the batch."""
+    rewards_KG = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    advantages_KG = batch_advantages(rewards_KG, torch.ones(4, dtype=torch.long))
+    assert (advantages_KG[0] > 0).all()
+    assert advantages_KG[0].sum().item() == approx(-advantages_KG[1].sum().item())
+
+
+@pytest.mark.parametrize("std", ["unbiased", "population", "none"])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1)])
+def test_a_batch_of_equal_rewards_is_exactly_zero(std, shape):
+    rewards_KG = torch.full(shape, 0.1, dtype=torch.float64)
+    lengths_N = torch.ones(rewards_KG.numel(), dtype=torch.long)
+    assert batch_advantages(rewards_KG, lengths_N, std=std).eq(0).all()
+
+
+def test_a_reward_of_the_batch_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        batch_advantages(torch.tensor([[0.0, math.nan]]), torch.tensor([1, 1]))

@@ -13,6 +13,7 @@ from rounding import approx
 from tiny_models import actor_config
 
 from megatron_prepo.actor.actor import Actor, Scores
+from megatron_prepo.config import AdvantageConfig
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
@@ -22,6 +23,7 @@ from megatron_prepo.trainer.guarded_update import UpdateGuard
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
     TrainingBatch,
+    estimate_advantages,
     mean_metrics,
     update_policy,
     weigh_by_entropy,
@@ -82,6 +84,21 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
     (batch,) = actor.batches
     assert [r.coefficient for r in batch] == approx(expected)
     assert [r.advantage != 0 for r in batch] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("group", [[0.5, -0.5], [0.0, 0.0]]),
+        ("rloo", [[1.0, -1.0], [0.0, 0.0]]),
+        ("reinforce++", [[0.25, -0.75], [0.25, 0.25]]),
+        ("reinforce++-baseline", [[0.5, -0.5], [0.0, 0.0]]),
+    ],
+)
+def test_each_method_of_advantages_without_a_division(method, expected):
+    settings = AdvantageConfig(method=method, std="none")
+    rewards_KG, lengths_N = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2, 2, 2, 2])
+    assert estimate_advantages(settings, rewards_KG, lengths_N).tolist() == expected
 
 
 def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_normaliser():
