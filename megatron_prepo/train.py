@@ -9,7 +9,7 @@ from megatron_prepo.config import Config
 from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.policy_update import (
     TrainingBatch,
-    estimate_advantages,
+    step_advantages,
     weigh_by_entropy,
 )
 from megatron_prepo.trainer.setup import set_up
@@ -44,13 +44,13 @@ def train(config: Config) -> dict[str, Any]:
                 generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
             groups = generated.select_for_training(config.selection.num_selected)
             old_scores = score_old_policy(trainer, groups)
-            advantages_KG = estimate_advantages(
-                config.advantage, groups.rewards_KG, old_scores.lengths_N
+            advantages_KG, advantages_T = step_advantages(
+                config.advantage, config.loss, groups, old_scores
             )
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )
-            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N)
+            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N, advantages_T)
             metrics = update(trainer, step, candidates, batch) | trainer.selector.metrics()
             with recorded(trainer, step, candidates, generated, probes, batch, metrics):
                 sync_weights(trainer)

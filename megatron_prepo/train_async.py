@@ -25,7 +25,7 @@ from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.policy_update import (
     TrainingBatch,
-    estimate_advantages,
+    step_advantages,
     weigh_by_entropy,
 )
 from megatron_prepo.trainer.setup import Trainer, set_up
@@ -53,13 +53,13 @@ def train_overlapped(config: Config) -> dict[str, Any]:
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
             old_scores = score_old_policy(trainer, groups)
-            advantages_KG = estimate_advantages(
-                config.advantage, groups.rewards_KG, old_scores.lengths_N
+            advantages_KG, advantages_T = step_advantages(
+                config.advantage, config.loss, groups, old_scores
             )
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )
-            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N)
+            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N, advantages_T)
             metrics = update(trainer, step, ready.candidates, batch) | selection
             metrics["seconds/generation"] = ready.seconds
             with recorded(trainer, step, ready.candidates, groups, Groups(), batch, metrics):

@@ -95,6 +95,8 @@ class TrainingSequence:
     coefficient: float
     importance_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
+    advantage_T: torch.Tensor | None = None
+    """Advantages of its tokens, if they differ; `advantage` is then their mean."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class Actor:
                     clip_low=settings.clip_low,
                     clip_high=settings.clip_high,
                     entropy_coef=settings.entropy_coef,
-                    kl_coef=settings.kl_coef,
+                    kl_coef=0.0 if settings.kl_in_reward else settings.kl_coef,
                 )
 
             loss, parts = self._loss(hidden, batch, temperature, token_loss, loss_scale)
@@ -439,7 +441,8 @@ class Actor:
     def has_gradient(self, advantage: float) -> bool:
         """Return whether a rollout of this advantage can move a weight.
 
-        False if its gradient is exactly zero: a factor of 0 before its only term.
+        False if its gradient is exactly zero: a factor of 0 before its only term.  With a KL
+        penalty in the reward, tokens may have advantages although their mean is 0.
 
         Experts may have additional losses, on whatever tokens they see (`megatron.moe_...`).
         """
@@ -611,8 +614,8 @@ def _loss_terms(rollouts: Sequence[TrainingSequence], device: torch.device) -> L
     def per_token(values: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.empty(0), *values]).to(device)
 
-    def constant(name: str) -> torch.Tensor:
-        return per_token(torch.full_like(r.old_logprobs_T, getattr(r, name)) for r in rollouts)
+    def constant(r: TrainingSequence, value: float) -> torch.Tensor:
+        return torch.full_like(r.old_logprobs_T, value)
 
     def optional(name: str) -> torch.Tensor | None:
         if any(getattr(r, name) is None for r in rollouts):
@@ -621,8 +624,10 @@ def _loss_terms(rollouts: Sequence[TrainingSequence], device: torch.device) -> L
 
     return LossTerms(
         old_logprobs_T=per_token(r.old_logprobs_T for r in rollouts),
-        advantage_T=constant("advantage"),
-        coefficient_T=constant("coefficient"),
+        advantage_T=per_token(
+            constant(r, r.advantage) if r.advantage_T is None else r.advantage_T for r in rollouts
+        ),
+        coefficient_T=per_token(constant(r, r.coefficient) for r in rollouts),
         importance_T=optional("importance_T"),
         reference_logprobs_T=optional("reference_logprobs_T"),
     )

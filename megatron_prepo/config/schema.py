@@ -485,6 +485,9 @@ class LossConfig:
     kl_coef: float = 0.0
     """Coefficient of the k3 estimate of the KL divergence from the initial policy (paper: none);
     above 0, a copy of the initial policy is kept."""
+    kl_in_reward: bool = False
+    """Subtract `kl_coef` times the k1 estimate of the divergence from the rewards, instead of
+    adding the k3 estimate to the loss (`docs/method.md`)."""
     importance: Literal["off", "truncated", "masked"] = "off"
     """Correction for an engine whose probabilities differ from the actor's, by the ratio of the
     two: truncated at `importance_high`, or zero outside the band (`docs/off_policy.md`)."""
@@ -516,6 +519,11 @@ class LossConfig:
             raise ValueError(f"loss.dual_clip={self.dual_clip} must be above 1")
         _at_least("loss.entropy_coef", self.entropy_coef, 0)
         _at_least("loss.kl_coef", self.kl_coef, 0)
+        if self.kl_in_reward and not self.kl_coef:
+            raise ValueError(
+                "loss.kl_in_reward=true has no effect with loss.kl_coef=0; set loss.kl_coef above "
+                "0, or loss.kl_in_reward=false"
+            )
         if self.head_memory_mib is not None:
             _positive("loss.head_memory_mib", self.head_memory_mib)
         if not 0 <= self.importance_low <= 1 <= self.importance_high < math.inf:

@@ -6,7 +6,12 @@
 | `rloo` | r_i - mean of the other G - 1 rewards | RLOO, arXiv 2402.14740 |
 | `reinforce++` | (r_i - mean) / (std + eps), over all tokens of the batch | arXiv 2501.03262 |
 | `reinforce++-baseline` | the same of r_i - mean of group | arXiv 2501.03262 |
+
+With a penalty in the reward, r_i is the reward less the penalties of all tokens; `reinforce++` has
+advantages per token, by the penalties from the token on.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -50,6 +55,38 @@ def batch_advantages(
     rewards_KG = _finite(rewards_KG)
     reward_T = rewards_KG.flatten().repeat_interleave(lengths_N)
     return normalised(rewards_KG, reward_T, std=std, eps=eps)
+
+
+def penalised_rewards(rewards_KG: torch.Tensor, penalties: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the rewards less the sum of `penalties`, a tensor of its tokens for each rollout."""
+    total_N = torch.stack([penalty_T.double().sum() for penalty_T in penalties])
+    return rewards_KG.double() - total_N.view_as(rewards_KG)
+
+
+def token_advantages(
+    rewards_KG: torch.Tensor,
+    penalties: Sequence[torch.Tensor],
+    *,
+    std: str = "unbiased",
+    eps: float = 1e-6,
+) -> list[torch.Tensor]:
+    """Return REINFORCE++'s advantages of each rollout's tokens, for a reward with penalties.
+
+    The return of token t is the reward less the penalties of t and all later tokens; the advantages
+    are the returns, normalised over all tokens.
+
+    >>> [advantage_T] = token_advantages(torch.ones(1, 1), [torch.tensor([2.0, 4.0])], std="none")
+    >>> advantage_T.tolist()  # returns -5 and -3
+    [-1.0, 1.0]
+    """
+    rewards = _finite(rewards_KG).flatten()
+    returns = [
+        reward - penalty_T.double().flip(0).cumsum(0).flip(0)
+        for reward, penalty_T in zip(rewards, penalties, strict=True)
+    ]
+    return_T = torch.cat(returns)
+    advantage_T = normalised(return_T, return_T, std=std, eps=eps)
+    return list(advantage_T.split([len(penalty_T) for penalty_T in penalties]))
 
 
 def normalised(values: torch.Tensor, over_T: torch.Tensor, *, std: str, eps: float) -> torch.Tensor:

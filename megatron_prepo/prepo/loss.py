@@ -25,13 +25,13 @@ class LossTerms:
     old_logprobs_T: torch.Tensor
     """Log-probabilities under the actor before the update."""
     advantage_T: torch.Tensor
-    """Advantage of the token's rollout."""
+    """Advantage of the token's rollout, or of the token."""
     coefficient_T: torch.Tensor
     """Coefficient of the token's rollout."""
     importance_T: torch.Tensor | None = None
     """Importance weights, which correct for differences of engine and actor (`importance.py`)."""
     reference_logprobs_T: torch.Tensor | None = None
-    """Log-probabilities under the initial policy, for the KL penalty."""
+    """Log-probabilities under the initial policy, for a KL penalty."""
 
     def __getitem__(self, tokens: slice) -> "LossTerms":
         """Return the terms of a range of the tokens."""
@@ -187,7 +187,7 @@ def policy_loss(
 
     Gradients flow only through `logprobs_T` (and `entropy_T` with an entropy bonus).  The loss is a
     scalar; the metrics are sums over tokens: `tokens`, `clipped`, `ratio`, `kl` (k3 estimate of
-    KL(old || new): the tokens are the old policy's), and `reference_kl` if there is a KL penalty.
+    KL(old || new): the tokens are the old policy's), and `reference_kl` if there is a reference.
     """
     objective_T, clipped_T = objective(logprobs_T, terms, clip_low, clip_high)
     if terms.importance_T is not None:
@@ -201,10 +201,11 @@ def policy_loss(
         "ratio": log_ratio_T.exp().sum(),
         "kl": k3(-log_ratio_T).sum(),
     }
-    if kl_coef:
+    if terms.reference_logprobs_T is not None:
         kl_T = k3(logprobs_T - terms.reference_logprobs_T)
-        objective_T = objective_T - kl_coef * kl_T
         sums["reference_kl"] = kl_T.detach().sum()
+        if kl_coef:
+            objective_T = objective_T - kl_coef * kl_T
     return -(terms.coefficient_T * objective_T).sum(), sums
 
 

@@ -40,6 +40,9 @@ class Scenario:
     kl_coef: float = 0.0
     importance: bool = False
     policy: str = "clipped"
+    token_advantages: bool = False
+    """Whether tokens have advantages, as for a KL penalty in the reward: then it is not in the
+    loss."""
     clip_grad: float = 100.0
     weight_decay: float = 0.0
     start: int = 3
@@ -278,6 +281,9 @@ SCENARIOS = {
     "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4", "cp4")),
     "dual clip": Scenario("qwen2", LENGTHS, policy="dual-clip", layouts=FEW_LAYOUTS),
     "clipped weights": Scenario("qwen2", LENGTHS, policy="cispo", layouts=FEW_LAYOUTS),
+    "advantages of tokens": Scenario(
+        "qwen2", LENGTHS, kl_coef=0.1, token_advantages=True, layouts=FEW_LAYOUTS
+    ),
     "rollout ratios": Scenario(
         "qwen3",
         (12, 17, 10, 14, 20, 11),
@@ -291,6 +297,7 @@ SLOW = {
     # layouts of a scenario that only the slow tests run
     "dual clip": MORE_LAYOUTS,
     "clipped weights": MORE_LAYOUTS,
+    "advantages of tokens": MORE_LAYOUTS,
     "rollout ratios": (
         *("tp1 smallest micro-batches", "tp2 pp2 sp", "dp2 padded", "dp4", "cp4", "cp4 shared"),
         *("cp2 padded", "tp2 cp2 sp", "pp2 cp2", "pp2 x 2 cp2", "dp2 cp2 overlapped"),
@@ -360,6 +367,7 @@ class Batch:
     importance_T: list[torch.Tensor] = field(default_factory=list)
     reference_T: list[torch.Tensor] = field(default_factory=list)
     advantage: list[float] = field(default_factory=list)
+    advantage_T: list[torch.Tensor] = field(default_factory=list)
     coefficient: list[float] = field(default_factory=list)
 
 
@@ -390,6 +398,7 @@ def make_batch(name, model):
         batch.reference_T.append(logprobs_T.detach().float() + 2 * noise[2] - 1)
         zero = i == 2 or name == "advantages of zero"
         batch.advantage.append(0.0 if zero else (-1.0) ** i * (0.5 + 0.25 * i))
+        batch.advantage_T.append(batch.advantage[-1] + 2 * noise[1] - 1)
         batch.coefficient.append((0.4 + 0.3 * i) / len(scenario.lengths))
     return batch
 
@@ -479,7 +488,7 @@ def terms_of(model, scenario, batch, i):
     And the ratios that are clipped, and the logits that routers chose by.
     """
     logprobs_T, entropy_T, chosen_by = score(model, batch.sequences[i], scenario.temperature)
-    advantage = batch.advantage[i]
+    advantage = (batch.advantage_T if scenario.token_advantages else batch.advantage)[i]
     ratio_T = (logprobs_T - batch.old_T[i]).exp()
     objective_T, clipped_T, clipped_by_T = policy_terms(
         scenario.policy, logprobs_T, batch.old_T[i], advantage
@@ -488,10 +497,11 @@ def terms_of(model, scenario, batch, i):
         objective_T = objective_T * batch.importance_T[i]
     to_reference_T = batch.reference_T[i] - logprobs_T
     kl_T = to_reference_T.exp() - 1 - to_reference_T
-    objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
+    kl_coef = 0.0 if scenario.token_advantages else scenario.kl_coef
+    objective_T = objective_T + scenario.entropy_coef * entropy_T - kl_coef * kl_T
     # statistics are of tokens that there is something to learn from
     other_terms = scenario.entropy_coef or scenario.kl_coef or "moe" in scenario.model
-    counts = slice(None if advantage or other_terms else 0)
+    counts = slice(None if other_terms or advantage else 0)
     terms = {
         "loss/policy": -batch.coefficient[i] * objective_T,
         "loss/clip_fraction": clipped_T[counts].to(ratio_T.dtype),
@@ -629,6 +639,7 @@ class Case:
                 "head": "recompute" if scenario.policy == "gspo" else "known-gradient",
                 "entropy_coef": scenario.entropy_coef,
                 "kl_coef": scenario.kl_coef,
+                "kl_in_reward": scenario.token_advantages,
                 "clip_low": CLIP_LOW,
                 "clip_high": CLIP_HIGH,
             },
@@ -668,6 +679,7 @@ class Case:
                 batch.coefficient[i],
                 importance_T=batch.importance_T[i] if scenario.importance else None,
                 reference_logprobs_T=batch.reference_T[i] if scenario.kl_coef else None,
+                advantage_T=batch.advantage_T[i] if scenario.token_advantages else None,
             )
             for i, sequence in enumerate(batch.sequences)
         ]

@@ -101,11 +101,8 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
         by_prompt.setdefault((entry.purpose, entry.prompt_id), []).append(entry)
     ppl = {i: e[0].ppl for (_, i), e in by_prompt.items() if e[0].ppl is not None}
     rank = {prompt_id: r for r, prompt_id in enumerate(sorted(ppl, key=ppl.get), 1)}
-    prompts, groups, advantages = (
-        prompt_texts(config),
-        [],
-        trained_advantages(config.advantage, by_prompt),
-    )
+    prompts, groups = prompt_texts(config), []
+    advantages = trained_advantages(config.advantage, by_prompt, penalised=config.loss.kl_in_reward)
     for (purpose, prompt_id), group in by_prompt.items():
         lines = [
             Line(
@@ -127,14 +124,20 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
 
 
 def trained_advantages(
-    settings: AdvantageConfig, groups: Mapping[tuple[str, str], Sequence[ledger.LedgerEntry]]
+    settings: AdvantageConfig,
+    groups: Mapping[tuple[str, str], Sequence[ledger.LedgerEntry]],
+    *,
+    penalised: bool,
 ) -> dict[tuple[str, str], Sequence[float | None]]:
-    """Return the advantages of each group, recomputed; None for groups not trained on."""
+    """Return the advantages of each group, recomputed; None for groups not trained on.
+
+    `penalised`: the divergence is in the reward, so that all are None.
+    """
     known: dict[tuple[str, str], Sequence[float | None]] = {
         key: [None] * len(group) for key, group in groups.items()
     }
     trained = [key for key, group in groups.items() if group[0].trained]
-    if trained:
+    if trained and not penalised:  # the ledger has no log-probabilities
         rewards_KG = torch.tensor([[entry.reward for entry in groups[key]] for key in trained])
         lengths_N = torch.tensor([entry.length for key in trained for entry in groups[key]])
         advantages_KG = estimate_advantages(settings, rewards_KG, lengths_N)

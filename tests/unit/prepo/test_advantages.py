@@ -10,6 +10,8 @@ from megatron_prepo.prepo.advantages import (
     batch_advantages,
     group_advantages,
     leave_one_out_advantages,
+    penalised_rewards,
+    token_advantages,
     zero_variance,
 )
 
@@ -169,3 +171,62 @@ def test_a_batch_of_equal_rewards_is_exactly_zero(std, shape):
 def test_a_reward_of_the_batch_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         batch_advantages(torch.tensor([[0.0, math.nan]]), torch.tensor([1, 1]))
+
+
+# A penalty in the reward
+
+
+def penalties_of(lengths_N, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(n, generator=generator).double() - 0.4 for n in lengths_N.tolist()]
+
+
+def rows_of(penalties):
+    return torch.nn.utils.rnn.pad_sequence(penalties, batch_first=True)
+
+
+def test_a_reward_loses_the_penalties_of_all_its_tokens():
+    penalties = [torch.tensor([0.5, 0.25]), torch.tensor([-1.0])]
+    assert penalised_rewards(torch.tensor([[1.0, 0.0]]), penalties).tolist() == [[0.25, 1.0]]
+
+
+def test_rloo_with_a_penalty_is_the_formula_of_trl():
+    rewards_KG, lengths_N, _ = batch_of()
+    penalties = penalties_of(lengths_N)
+    reward_N = rewards_KG.flatten() - rows_of(penalties).sum(1)
+    grouped_KG = reward_N.view(3, 4)
+    baseline_KG = (grouped_KG.sum(dim=1, keepdim=True) - grouped_KG) / 3
+    ours_KG = leave_one_out_advantages(penalised_rewards(rewards_KG, penalties))
+    assert_close(ours_KG, grouped_KG - baseline_KG, scale=1.0)
+
+
+def test_reinforce_plus_plus_with_a_penalty_is_the_formula_of_verl():
+    """The reward is at the last token; returns are summed from the end, and normalised."""
+    rewards_KG, lengths_N, mask_NS = batch_of()
+    penalties = penalties_of(lengths_N)
+    reward_NS = -rows_of(penalties)
+    reward_NS = torch.cat([reward_NS, torch.zeros(12, 6 - reward_NS.shape[1])], dim=1)
+    reward_NS[torch.arange(12), lengths_N - 1] += rewards_KG.flatten()
+    return_NS, running_N = torch.zeros(12, 6).double(), torch.zeros(12).double()
+    for t in reversed(range(6)):
+        running_N = reward_NS[:, t] + running_N
+        return_NS[:, t] = running_N
+    expected_NS = whitened(return_NS, mask_NS)
+    advantages = token_advantages(rewards_KG, penalties, eps=0.0)
+    assert [len(advantage_T) for advantage_T in advantages] == lengths_N.tolist()
+    assert_close(torch.cat(advantages), expected_NS[mask_NS.bool()], scale=1.0)
+
+
+def test_returns_by_hand():
+    """Reward 1, penalties 1, 2 and 3: returns -5, -4 and -2, with a mean of -11/3."""
+    [advantage_T] = token_advantages(torch.ones(1, 1), [torch.tensor([1.0, 2, 3])], std="none")
+    assert advantage_T.tolist() == approx([-4 / 3, -1 / 3, 5 / 3])
+
+
+def test_without_a_penalty_tokens_have_the_advantage_of_their_rollout():
+    rewards_KG, lengths_N, _ = batch_of()
+    nothing = [torch.zeros(n) for n in lengths_N.tolist()]
+    assert torch.equal(penalised_rewards(rewards_KG, nothing), rewards_KG)
+    advantage_N = batch_advantages(rewards_KG, lengths_N).flatten()
+    expected_T = advantage_N.repeat_interleave(lengths_N)
+    assert torch.equal(torch.cat(token_advantages(rewards_KG, nothing)), expected_T)

@@ -340,6 +340,18 @@ def test_kl_penalty_in_closed_form():
     assert torch.autograd.grad(loss, logprobs_T)[0].item() == approx(0.25)
 
 
+def test_a_penalty_that_is_in_the_reward_is_measured_and_not_in_the_loss():
+    reference = {"reference_logprobs_T": torch.linspace(-2, 0, 10).double()}
+    losses, found = zip(
+        *(policy_loss(*batch(**optional)) for optional in (reference, {})), strict=True
+    )
+    assert torch.equal(*losses)
+    logprobs_T, *_ = batch()
+    kl_T = k3(logprobs_T - reference["reference_logprobs_T"])
+    assert found[0]["reference_kl"].item() == approx(kl_T.sum().item())
+    assert "reference_kl" not in found[1]
+
+
 def test_kl_to_the_old_policy_is_exact_in_expectation():
     """Tokens are sampled from the old policy: their mean estimates KL(old || new).
 
