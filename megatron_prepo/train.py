@@ -6,9 +6,12 @@ Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts.
 from typing import Any
 
 from megatron_prepo.config import Config
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
+from megatron_prepo.trainer.policy_update import (
+    TrainingBatch,
+    step_advantages,
+    weigh_by_entropy,
+)
 from megatron_prepo.trainer.setup import set_up
 from megatron_prepo.trainer.stages import (
     grade,
@@ -40,14 +43,14 @@ def train(config: Config) -> dict[str, Any]:
                 rollouts = roll_out(trainer, candidates.at(chosen), f"rollouts/{step}")
                 generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
             groups = generated.select_for_training(config.selection.num_selected)
-            advantages_KG = group_advantages(
-                groups.shaped_rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-            )
             old_scores = score_old_policy(trainer, groups)
+            advantages_KG, advantages_T = step_advantages(
+                config.advantage, config.loss, groups, old_scores
+            )
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )
-            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N)
+            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N, advantages_T)
             metrics = update(trainer, step, candidates, batch) | trainer.selector.metrics()
             with recorded(trainer, step, candidates, generated, probes, batch, metrics):
                 sync_weights(trainer)

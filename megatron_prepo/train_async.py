@@ -19,12 +19,15 @@ from typing import Any, cast
 import torch
 
 from megatron_prepo.config import Config
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import BackgroundEngine, PendingRollouts
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
+from megatron_prepo.trainer.policy_update import (
+    TrainingBatch,
+    step_advantages,
+    weigh_by_entropy,
+)
 from megatron_prepo.trainer.setup import Trainer, set_up
 from megatron_prepo.trainer.stages import (
     grade,
@@ -49,14 +52,14 @@ def train_overlapped(config: Config) -> dict[str, Any]:
             groups = Groups(overlong=trainer.overlong).extend(ready.chosen, ready.rollouts, grades)
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
-            advantages_KG = group_advantages(
-                groups.shaped_rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-            )
             old_scores = score_old_policy(trainer, groups)
+            advantages_KG, advantages_T = step_advantages(
+                config.advantage, config.loss, groups, old_scores
+            )
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )
-            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N)
+            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N, advantages_T)
             metrics = update(trainer, step, ready.candidates, batch) | selection
             metrics["seconds/generation"] = ready.seconds
             with recorded(trainer, step, ready.candidates, groups, Groups(), batch, metrics):

@@ -52,7 +52,7 @@ from megatron_prepo.actor.model import build_model, output_weight
 from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
 from megatron_prepo.actor.packing import PackingPlan, plan_rows
 from megatron_prepo.actor.router_replay import RouterReplay
-from megatron_prepo.config import Config
+from megatron_prepo.config import Config, LossConfig
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_to_megatron import load_hf_weights
 from megatron_prepo.models.megatron_to_hf import (
@@ -65,7 +65,15 @@ from megatron_prepo.models.megatron_to_hf import (
 )
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.models.shape import Shape
-from megatron_prepo.prepo.loss import LossTerms, policy_loss
+from megatron_prepo.prepo.loss import (
+    LossTerms,
+    Objective,
+    cispo,
+    clipped,
+    dual_clipped,
+    gspo,
+    policy_loss,
+)
 from megatron_prepo.records import ScoredSequence
 
 
@@ -87,6 +95,8 @@ class TrainingSequence:
     coefficient: float
     importance_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
+    advantage_T: torch.Tensor | None = None
+    """Advantages of its tokens, if they differ; `advantage` is then their mean."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,7 @@ class Actor:
             batch: MicroBatch, hidden: torch.Tensor
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             terms = _loss_terms([rollouts[i] for i in batch.index], self.device)[batch.scored]
+            objective = _objective(settings, batch, [sequences[i].num_scored for i in batch.index])
 
             def token_loss(
                 logprobs_T: torch.Tensor, entropy_T: torch.Tensor, scored: slice
@@ -222,10 +233,11 @@ class Actor:
                     logprobs_T,
                     entropy_T,
                     terms[scored],
+                    objective=objective,
                     clip_low=settings.clip_low,
                     clip_high=settings.clip_high,
                     entropy_coef=settings.entropy_coef,
-                    kl_coef=settings.kl_coef,
+                    kl_coef=0.0 if settings.kl_in_reward else settings.kl_coef,
                 )
 
             loss, parts = self._loss(hidden, batch, temperature, token_loss, loss_scale)
@@ -429,7 +441,8 @@ class Actor:
     def has_gradient(self, advantage: float) -> bool:
         """Return whether a rollout of this advantage can move a weight.
 
-        False if its gradient is exactly zero: a factor of 0 before its only term.
+        False if its gradient is exactly zero: a factor of 0 before its only term.  With a KL
+        penalty in the reward, tokens may have advantages although their mean is 0.
 
         Experts may have additional losses, on whatever tokens they see (`megatron.moe_...`).
         """
@@ -579,14 +592,30 @@ class Actor:
             parameter.copy_(weight)
 
 
+def _objective(settings: LossConfig, batch: MicroBatch, lengths: Sequence[int]) -> Objective:
+    """Return the objective of `loss.policy`; `lengths`: scored tokens of each sequence."""
+    if settings.policy == "dual-clip":
+        return partial(dual_clipped, dual_clip=settings.dual_clip)
+    if settings.policy == "cispo":
+        return cispo
+    if settings.policy == "gspo":
+        here_M, lengths_M = (
+            torch.tensor(counts, dtype=torch.long, device=batch.targets_T.device)
+            for counts in (batch.scored_here(lengths), lengths)
+        )
+        return partial(gspo, here_M=here_M, lengths_M=lengths_M, group=context_group())
+    assert settings.policy == "clipped", f"unknown policy {settings.policy!r}"
+    return clipped
+
+
 def _loss_terms(rollouts: Sequence[TrainingSequence], device: torch.device) -> LossTerms:
     """Return the loss terms of the tokens of some rollouts, flat and in order."""
 
     def per_token(values: Iterable[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.empty(0), *values]).to(device)
 
-    def constant(name: str) -> torch.Tensor:
-        return per_token(torch.full_like(r.old_logprobs_T, getattr(r, name)) for r in rollouts)
+    def constant(r: TrainingSequence, value: float) -> torch.Tensor:
+        return torch.full_like(r.old_logprobs_T, value)
 
     def optional(name: str) -> torch.Tensor | None:
         if any(getattr(r, name) is None for r in rollouts):
@@ -595,8 +624,10 @@ def _loss_terms(rollouts: Sequence[TrainingSequence], device: torch.device) -> L
 
     return LossTerms(
         old_logprobs_T=per_token(r.old_logprobs_T for r in rollouts),
-        advantage_T=constant("advantage"),
-        coefficient_T=constant("coefficient"),
+        advantage_T=per_token(
+            constant(r, r.advantage) if r.advantage_T is None else r.advantage_T for r in rollouts
+        ),
+        coefficient_T=per_token(constant(r, r.coefficient) for r in rollouts),
         importance_T=optional("importance_T"),
         reference_logprobs_T=optional("reference_logprobs_T"),
     )

@@ -36,6 +36,12 @@ class MicroBatch:
     """Experts to replay, on the CPU; -1, for padding: the actor's choice.  None: its choice for all
     tokens."""
 
+    def scored_here(self, lengths: Sequence[int]) -> list[int]:
+        """Return how many scored tokens of each sequence are in this slice, of these in the row."""
+        first, last = self.scored.start, self.scored.stop
+        ends = zip(accumulate(lengths), lengths, strict=True)
+        return [max(0, min(end, last) - max(end - length, first)) for end, length in ends]
+
 
 def micro_batch(
     sequences: Sequence[ScoredSequence],

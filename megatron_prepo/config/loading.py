@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_prepo.config import former, yaml_text
-from megatron_prepo.config.schema import Config, FilePath
+from megatron_prepo.config.schema import PRESETS, Config, FilePath
 from megatron_prepo.config.yaml_text import NULL, Plain
 from megatron_prepo.errors import UserError, one_line
 
@@ -64,6 +64,7 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> Config:
     for override in overrides:
         apply(tree, override)
     _replace_former(tree)
+    _fill_preset(tree)
     return from_tree({name: _with_paths_expanded(name, value) for name, value in tree.items()})
 
 
@@ -161,6 +162,18 @@ def _replace_former(tree: dict[str, Any]) -> None:
             tree[section][key] = now[name]
         else:
             del tree[section][key]
+
+
+def _fill_preset(tree: dict[str, Any]) -> None:
+    """Give the settings that `loss.preset` stands for their values, unless given, in place."""
+    given = _flat(tree)
+    preset = given.get("loss.preset")
+    if not isinstance(preset, str):
+        return
+    for name, value in PRESETS.get(preset, {}).items():
+        section, _, key = name.partition(".")
+        if name not in given and isinstance(tree.setdefault(section, {}), dict):
+            tree[section][key] = value
 
 
 def value_for(text: str, kind: Any, what: str) -> Any:

@@ -32,6 +32,19 @@ MAX_STOP_TEXTS = 32
 SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle")
 """Values of `selection.method` besides `FILE.py:CLASS`."""
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "dr-grpo": {"advantage.std": "none", "loss.aggregation": "seq-mean-token-sum-norm"},
+    "gspo": {
+        "loss.policy": "gspo",
+        "loss.clip_low": 3e-4,
+        "loss.clip_high": 4e-4,
+        "loss.aggregation": "seq-mean-token-mean",
+        "loss.head": "recompute",
+    },
+}
+"""Settings that a value of `loss.preset` stands for, as published."""
+
 FilePath = Annotated[str, "path"]
 """Type of a setting that names a file or directory: a leading `~` and `$NAME` are expanded when the
 setting is read (`literal` escapes a path that must not change)."""
@@ -500,11 +513,15 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdvantageConfig:
-    """Group-relative advantages (GRPO)."""
+    """Advantages of rollouts by their rewards (`docs/method.md`)."""
 
+    method: Literal["group", "rloo", "reinforce++", "reinforce++-baseline"] = "group"
+    """`group`: relative to the group's mean (GRPO, paper); `rloo`: relative to the mean of the
+    other rewards of the group, without a division by `std`; `reinforce++`: normalised over all
+    tokens of the step; `reinforce++-baseline`: the same after the group's mean is subtracted."""
     std: Literal["unbiased", "population", "none"] = "unbiased"
-    """Normalisation by the group's standard deviation: with n-1 in its denominator, with n, or
-    none."""
+    """Normalisation by the standard deviation of the group (`reinforce++`: of the step): with n-1
+    in its denominator, with n, or none."""
     eps: float = 1e-6
     """Added to the standard deviation."""
 
@@ -516,20 +533,35 @@ class AdvantageConfig:
 class LossConfig:
     """The clipped policy loss."""
 
+    preset: Literal["none", "gspo", "dr-grpo"] = "none"
+    """Settings of a published loss under one name (`docs/method.md`): those of them that are not
+    given get its values, and another value is an error."""
+    policy: Literal["clipped", "dual-clip", "cispo", "gspo"] = "clipped"
+    """Objective of a token (`docs/method.md`): PPO's clipped ratio (paper); the same with a bound
+    where the advantage is negative (`dual-clip`); the clipped ratio as a constant weight of the
+    log-probability (`cispo`); or the clipped ratio of the rollout (`gspo`, for mixtures of
+    experts)."""
     clip_low: float = 0.2
-    """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative."""
+    """Lower clip: ratios below 1 - clip_low give no gradient where the advantage is negative; 1
+    means no lower clip (`policy=cispo`)."""
     clip_high: float = 0.28
     """Upper clip (DAPO's clip-higher)."""
-    aggregation: Literal["seq-mean-token-sum", "seq-mean-token-mean", "token-mean"] = (
-        "seq-mean-token-sum"
-    )
-    """Sum over tokens, then mean over rollouts (paper v1); mean over both (v3); or mean over all
-    tokens."""
+    dual_clip: float = 3.0
+    """Bound c > 1 of `policy=dual-clip`: ratios above c give no gradient where the advantage is
+    negative."""
+    aggregation: Literal[
+        "seq-mean-token-sum", "seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"
+    ] = "seq-mean-token-sum"
+    """Sum over tokens, then mean over rollouts (paper v1); mean over both (v3); mean over all
+    tokens; or as the first, divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus (paper: none)."""
     kl_coef: float = 0.0
     """Coefficient of the k3 estimate of the KL divergence from the initial policy (paper: none);
     above 0, a copy of the initial policy is kept."""
+    kl_in_reward: bool = False
+    """Subtract `kl_coef` times the k1 estimate of the divergence from the rewards, instead of
+    adding the k3 estimate to the loss (`docs/method.md`)."""
     importance: Literal["off", "truncated", "masked"] = "off"
     """Correction for an engine whose probabilities differ from the actor's, by the ratio of the
     two: truncated at `importance_high`, or zero outside the band (`docs/off_policy.md`)."""
@@ -547,11 +579,25 @@ class LossConfig:
     empty: 900 on a GPU (1,024 tokens of a vocabulary of 152,064), 16 on a CPU."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.clip_low < 1:
+        unclipped = self.policy == "cispo" and self.clip_low == 1
+        if not 0 < self.clip_low < 1 and not unclipped:
             raise ValueError(f"loss.clip_low={self.clip_low} must lie between 0 and 1")
         _positive("loss.clip_high", self.clip_high)
+        if self.policy == "gspo" and self.head != "recompute":
+            raise ValueError(
+                "loss.policy=gspo needs the log-probabilities of complete rollouts before their "
+                f"gradient, which loss.head={self.head} computes together, some tokens at a time; "
+                "set loss.head=recompute"
+            )
+        if not self.dual_clip > 1:
+            raise ValueError(f"loss.dual_clip={self.dual_clip} must be above 1")
         _at_least("loss.entropy_coef", self.entropy_coef, 0)
         _at_least("loss.kl_coef", self.kl_coef, 0)
+        if self.kl_in_reward and not self.kl_coef:
+            raise ValueError(
+                "loss.kl_in_reward=true has no effect with loss.kl_coef=0; set loss.kl_coef above "
+                "0, or loss.kl_in_reward=false"
+            )
         if self.head_memory_mib is not None:
             _positive("loss.head_memory_mib", self.head_memory_mib)
         if not 0 <= self.importance_low <= 1 <= self.importance_high < math.inf:
@@ -871,11 +917,22 @@ class Config:
                 f"train.total_steps={self.train.total_steps}"
             )
         self._check_decay()
+        self._check_preset()
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
             raise ValueError(
                 f"profile.steps={late} is out of range: steps run from 0 to "
                 f"{self.train.total_steps - 1} (train.total_steps={self.train.total_steps})"
             )
+
+    def _check_preset(self) -> None:
+        for name, value in PRESETS[self.loss.preset].items():
+            section, key = name.split(".")
+            given = getattr(getattr(self, section), key)
+            if given != value:
+                raise ValueError(
+                    f"loss.preset={self.loss.preset} stands for {name}={value}, but {name}={given} "
+                    "is given; remove one of them"
+                )
 
     def _check_decay(self) -> None:
         optimizer, total_steps = self.optimizer, self.train.total_steps

@@ -6,13 +6,21 @@ Letters: K selected prompts, G rollouts each, N = K*G rollouts.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_prepo.actor.actor import Actor, Scores, TrainingSequence
-from megatron_prepo.config import LossConfig, WeightingConfig
+from megatron_prepo.config import AdvantageConfig, LossConfig, WeightingConfig
 from megatron_prepo.debug.dump import StepRecord
-from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.prepo.advantages import (
+    batch_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    penalised_rewards,
+    token_advantages,
+    zero_variance,
+)
 from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
 from megatron_prepo.prepo.importance import importance_weights
 from megatron_prepo.prepo.loss import rollout_coefficients
@@ -53,6 +61,8 @@ class TrainingBatch:
     old_scores: RolloutScores
     weight_N: torch.Tensor
     """Relative-entropy weights."""
+    advantages_T: list[torch.Tensor] | None = None
+    """Advantages of each rollout's tokens, if they differ; `advantages_KG` are then their means."""
 
     def metrics(self, settings: LossConfig) -> dict[str, float]:
         """Return entropies, weights and the mismatch between engine and actor."""
@@ -142,19 +152,69 @@ def weigh_by_importance(
     ]
 
 
+def estimate_advantages(
+    settings: AdvantageConfig, rewards_KG: torch.Tensor, lengths_N: torch.Tensor
+) -> torch.Tensor:
+    """Return `advantages_KG` by `advantage.method`; `lengths_N`: tokens of each rollout."""
+    std: dict[str, Any] = {"std": settings.std, "eps": settings.eps}
+    match settings.method:
+        case "group":
+            return group_advantages(rewards_KG, **std)
+        case "rloo":
+            return leave_one_out_advantages(rewards_KG)
+        case "reinforce++":
+            return batch_advantages(rewards_KG, lengths_N, **std)
+        case "reinforce++-baseline":
+            return batch_advantages(group_advantages(rewards_KG, std="none"), lengths_N, **std)
+
+
+def step_advantages(
+    settings: AdvantageConfig, loss: LossConfig, groups: Groups, old_scores: RolloutScores
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Return `advantages_KG`, and those of each rollout's tokens if they differ.
+
+    With `loss.kl_in_reward`, rewards are penalised by kl_coef (log pi_old - log pi_ref) per token:
+    the k1 estimate of KL(old || reference).  Only REINFORCE++ then has advantages per token.
+    """
+    rewards_KG = groups.shaped_rewards_KG
+    if loss.kl_in_reward:
+        assert old_scores.references is not None, "there are references with loss.kl_coef > 0"
+        penalties = [
+            loss.kl_coef * (old.logprobs_T.double() - reference.logprobs_T.double())
+            for old, reference in zip(old_scores.scores, old_scores.references, strict=True)
+        ]
+        if settings.method == "reinforce++":
+            advantages = token_advantages(rewards_KG, penalties, std=settings.std, eps=settings.eps)
+            means_N = torch.stack([advantage_T.mean() for advantage_T in advantages])
+            return means_N.view_as(rewards_KG), advantages
+        rewards_KG = penalised_rewards(rewards_KG, penalties)
+    return estimate_advantages(settings, rewards_KG, old_scores.lengths_N), None
+
+
 def update_policy(
-    actor: Learner, batch: TrainingBatch, *, aggregation: str, num_mini_batches: int
+    actor: Learner,
+    batch: TrainingBatch,
+    *,
+    aggregation: str,
+    num_mini_batches: int,
+    max_tokens: int | None = None,
 ) -> dict[str, float]:
-    """Make the step's optimizer updates; returns the mean of their metrics."""
+    """Make the step's optimizer updates; returns the mean of their metrics.
+
+    `max_tokens`: maximum length of a completion, for an aggregation that divides by it.
+    """
     groups, old_scores = batch.groups, batch.old_scores
     advantage_N = batch.advantages_KG.flatten()
     updates = []
     for index in groups.mini_batches(num_mini_batches):
         coefficient_N = rollout_coefficients(
-            batch.weight_N[index], old_scores.lengths_N[index], aggregation
+            batch.weight_N[index],
+            old_scores.lengths_N[index],
+            aggregation,
+            max_tokens=max_tokens,
         )
         mini_batch = [
-            training_sequence(groups.rollouts[i], old_scores, i, advantage_N[i], coefficient)
+            training_sequence(batch, i, advantage_N[i], coefficient)
             for i, coefficient in zip(index, coefficient_N, strict=True)
         ]
         updates.append(actor.update(mini_batch))
@@ -205,19 +265,17 @@ def weigh_by_entropy(
 
 
 def training_sequence(
-    rollout: Rollout,
-    old_scores: RolloutScores,
-    i: int,
-    advantage: torch.Tensor,
-    coefficient: torch.Tensor,
+    batch: TrainingBatch, i: int, advantage: torch.Tensor, coefficient: torch.Tensor
 ) -> TrainingSequence:
     """Return rollout i as a sequence for the actor's update."""
+    old_scores, advantages_T = batch.old_scores, batch.advantages_T
     importance_weights_N, references = old_scores.importance_weights_N, old_scores.references
     return TrainingSequence(
-        sequence=scored_sequence(rollout),
+        sequence=scored_sequence(batch.groups.rollouts[i]),
         old_logprobs_T=old_scores.scores[i].logprobs_T,
         advantage=float(advantage),
         coefficient=float(coefficient),
         importance_T=importance_weights_N[i] if importance_weights_N else None,
         reference_logprobs_T=references[i].logprobs_T if references else None,
+        advantage_T=advantages_T[i].float() if advantages_T else None,
     )

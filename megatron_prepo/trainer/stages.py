@@ -1,7 +1,7 @@
 """The stages of a step, in the order of the loop; each measures its own seconds.
 
     score the candidate prompts -> select those in the perplexity window -> roll them out -> grade
-    -> group-relative advantages -> old log-probabilities and entropies -> relative-entropy weights
+    -> old log-probabilities and entropies -> advantages -> relative-entropy weights
     -> clipped policy updates -> give the engine the new weights
 
 All are collective, and their results the same on every rank.
@@ -143,6 +143,7 @@ def update(
             batch,
             aggregation=trainer.config.loss.aggregation,
             num_mini_batches=num_mini_batches,
+            max_tokens=trainer.config.rollout.max_new_tokens,
         )
 
 

@@ -39,6 +39,10 @@ class Scenario:
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     importance: bool = False
+    policy: str = "clipped"
+    token_advantages: bool = False
+    """Whether tokens have advantages, as for a KL penalty in the reward: then it is not in the
+    loss."""
     clip_grad: float = 100.0
     weight_decay: float = 0.0
     start: int = 3
@@ -51,6 +55,7 @@ class Scenario:
 
 
 LR, EPS, BETAS, CLIP_LOW, CLIP_HIGH = 1e-2, 1e-2, (0.9, 0.95), 0.2, 0.28
+DUAL_CLIP = 1.4
 MICRO_BATCH_TOKENS = 24
 SHARED = {"train": {"share_prefixes": True, "micro_batch_tokens": 40}}
 FULL_RECOMPUTATION = {
@@ -199,6 +204,9 @@ CONTEXT = {
 CONTEXT_OF_DENSE = tuple(CONTEXT)[:9]
 CONTEXT_OF_GROUPS = ("cp2", "tp2 cp2 sp", "cp2 shared", "cp4 shared")
 CONTEXT_OF_EXPERTS = tuple(CONTEXT)[-3:]
+LENGTHS = (14, 9, 7, 20, 11)
+FEW_LAYOUTS = ("tp2", "cp2")
+MORE_LAYOUTS = ("tp1 chunks of 3 tokens", "tp2 pp2 sp", "dp2 padded", "dp2 cp2 overlapped")
 SCENARIOS = {
     "plain": Scenario(
         "qwen2",
@@ -271,6 +279,29 @@ SCENARIOS = {
         "qwen2", (9, 5, 7), layouts=("tp1", "dp4", "dp4 overlapped", "dp2 cp2 overlapped")
     ),
     "advantages of zero": Scenario("qwen2", (9, 5, 7), layouts=("tp1", "tp2 pp2", "dp4", "cp4")),
+    "dual clip": Scenario("qwen2", LENGTHS, policy="dual-clip", layouts=FEW_LAYOUTS),
+    "clipped weights": Scenario("qwen2", LENGTHS, policy="cispo", layouts=FEW_LAYOUTS),
+    "advantages of tokens": Scenario(
+        "qwen2", LENGTHS, kl_coef=0.1, token_advantages=True, layouts=FEW_LAYOUTS
+    ),
+    "rollout ratios": Scenario(
+        "qwen3",
+        (12, 17, 10, 14, 20, 11),
+        start=9,
+        num_prompts=2,
+        policy="gspo",
+        layouts=("tp1", "tp2", "cp2", "cp2 shared"),
+    ),
+}
+SLOW = {
+    # layouts of a scenario that only the slow tests run
+    "dual clip": MORE_LAYOUTS,
+    "clipped weights": MORE_LAYOUTS,
+    "advantages of tokens": MORE_LAYOUTS,
+    "rollout ratios": (
+        *("tp1 smallest micro-batches", "tp2 pp2 sp", "dp2 padded", "dp4", "cp4", "cp4 shared"),
+        *("cp2 padded", "tp2 cp2 sp", "pp2 cp2", "pp2 x 2 cp2", "dp2 cp2 overlapped"),
+    ),
 }
 RESHARDED = {
     # layout that writes a checkpoint: layouts that read it
@@ -313,6 +344,11 @@ BFLOAT16_LAYOUTS = (
     *("tp1 offloaded", "pp2 dp2 offloaded"),
 )
 CASES = [(name, layout) for name, scenario in SCENARIOS.items() for layout in scenario.layouts]
+CASES += [
+    pytest.param(name, layout, marks=pytest.mark.slow)
+    for name, layouts in SLOW.items()
+    for layout in layouts
+]
 ROUTING = RoutingFormat(layers=4, experts_per_token=2, experts=8)
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
@@ -331,6 +367,7 @@ class Batch:
     importance_T: list[torch.Tensor] = field(default_factory=list)
     reference_T: list[torch.Tensor] = field(default_factory=list)
     advantage: list[float] = field(default_factory=list)
+    advantage_T: list[torch.Tensor] = field(default_factory=list)
     coefficient: list[float] = field(default_factory=list)
 
 
@@ -361,6 +398,7 @@ def make_batch(name, model):
         batch.reference_T.append(logprobs_T.detach().float() + 2 * noise[2] - 1)
         zero = i == 2 or name == "advantages of zero"
         batch.advantage.append(0.0 if zero else (-1.0) ** i * (0.5 + 0.25 * i))
+        batch.advantage_T.append(batch.advantage[-1] + 2 * noise[1] - 1)
         batch.coefficient.append((0.4 + 0.3 * i) / len(scenario.lengths))
     return batch
 
@@ -427,34 +465,52 @@ def wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def policy_terms(policy, logprobs_T, old_T, advantage):
+    """Return the objective of each token, whether its ratio is clipped, and that ratio."""
+    ratio_T = (logprobs_T - old_T).exp()
+    if policy == "gspo":
+        ratio_T = (logprobs_T - old_T).mean().exp().expand(len(old_T))
+    inside_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+    if policy == "cispo":
+        return inside_T.detach() * advantage * logprobs_T, inside_T != ratio_T, ratio_T
+    plain_T, clipped_T = ratio_T * advantage, inside_T * advantage
+    objective_T = torch.minimum(plain_T, clipped_T)
+    if policy == "dual-clip" and advantage < 0:
+        bounded_T = ratio_T > DUAL_CLIP
+        objective_T = objective_T.clamp(min=DUAL_CLIP * advantage)
+        return objective_T, (clipped_T < plain_T) | bounded_T, ratio_T
+    return objective_T, clipped_T < plain_T, ratio_T
+
+
 def terms_of(model, scenario, batch, i):
     """Return {metric: terms by token} of a rollout, unpadded: the paper's formula and extra terms.
 
-    And the logits that routers chose by.
+    And the ratios that are clipped, and the logits that routers chose by.
     """
     logprobs_T, entropy_T, chosen_by = score(model, batch.sequences[i], scenario.temperature)
-    advantage = batch.advantage[i]
+    advantage = (batch.advantage_T if scenario.token_advantages else batch.advantage)[i]
     ratio_T = (logprobs_T - batch.old_T[i]).exp()
-    plain_T = ratio_T * advantage
-    clipped_T = ratio_T.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
-    objective_T = torch.minimum(plain_T, clipped_T)
+    objective_T, clipped_T, clipped_by_T = policy_terms(
+        scenario.policy, logprobs_T, batch.old_T[i], advantage
+    )
     if scenario.importance:
         objective_T = objective_T * batch.importance_T[i]
     to_reference_T = batch.reference_T[i] - logprobs_T
     kl_T = to_reference_T.exp() - 1 - to_reference_T
-    objective_T = objective_T + scenario.entropy_coef * entropy_T - scenario.kl_coef * kl_T
+    kl_coef = 0.0 if scenario.token_advantages else scenario.kl_coef
+    objective_T = objective_T + scenario.entropy_coef * entropy_T - kl_coef * kl_T
     # statistics are of tokens that there is something to learn from
     other_terms = scenario.entropy_coef or scenario.kl_coef or "moe" in scenario.model
-    counts = slice(None if advantage or other_terms else 0)
+    counts = slice(None if other_terms or advantage else 0)
     terms = {
         "loss/policy": -batch.coefficient[i] * objective_T,
-        "loss/clip_fraction": (clipped_T < plain_T)[counts].to(ratio_T.dtype),
+        "loss/clip_fraction": clipped_T[counts].to(ratio_T.dtype),
         "loss/ratio": ratio_T[counts],
         "loss/kl_to_old": (ratio_T - 1 - ratio_T.log())[counts],
     }
     if scenario.kl_coef:
         terms["loss/kl_to_reference"] = kl_T[counts]
-    return terms, chosen_by
+    return terms, clipped_by_T[counts], chosen_by
 
 
 @dataclass(frozen=True)
@@ -466,6 +522,8 @@ class Update:
     gradient: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     """Weights after the update."""
+    clipped_ratios: torch.Tensor
+    """Ratio of each token that the clips apply to."""
     router_logits: list[torch.Tensor]
     """Router logits of every rollout and layer in which a router chose the experts."""
 
@@ -509,10 +567,11 @@ def reference_updates(scenario, batch, model):
     for _ in range(2):
         for main in mains.values():
             main.grad = torch.zeros_like(main)
-        terms, router_logits = [], []
+        terms, ratios, router_logits = [], [], []
         for i in range(len(batch.sequences)):
-            of_rollout, chosen_by = terms_of(model, scenario, batch, i)
+            of_rollout, clipped_by_T, chosen_by = terms_of(model, scenario, batch, i)
             terms.append(of_rollout)
+            ratios.append(clipped_by_T.detach())
             router_logits += chosen_by
             of_rollout["loss/policy"].sum().backward()
             for name, p in parameters.items():
@@ -529,6 +588,7 @@ def reference_updates(scenario, batch, model):
                 {name: torch.cat([t[name].detach() for t in terms]) for name in terms[0]},
                 gradient,
                 weights(),
+                torch.cat(ratios),
                 router_logits,
             )
         )
@@ -574,8 +634,12 @@ class Case:
             },
             "train": {"micro_batch_tokens": MICRO_BATCH_TOKENS},
             "loss": {
+                "policy": scenario.policy,
+                "dual_clip": DUAL_CLIP,
+                "head": "recompute" if scenario.policy == "gspo" else "known-gradient",
                 "entropy_coef": scenario.entropy_coef,
                 "kl_coef": scenario.kl_coef,
+                "kl_in_reward": scenario.token_advantages,
                 "clip_low": CLIP_LOW,
                 "clip_high": CLIP_HIGH,
             },
@@ -615,6 +679,7 @@ class Case:
                 batch.coefficient[i],
                 importance_T=batch.importance_T[i] if scenario.importance else None,
                 reference_logprobs_T=batch.reference_T[i] if scenario.kl_coef else None,
+                advantage_T=batch.advantage_T[i] if scenario.token_advantages else None,
             )
             for i, sequence in enumerate(batch.sequences)
         ]
@@ -1092,7 +1157,8 @@ def test_scenarios_cover_what_they_promise(expected):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
     """The reference is a judge only while both make the same decisions."""
-    clips = torch.tensor([1 - CLIP_LOW, 1 + CLIP_HIGH], dtype=torch.float64).log()
+    clips = [1 - CLIP_LOW, 1 + CLIP_HIGH, *[DUAL_CLIP] * (SCENARIOS[name].policy == "dual-clip")]
+    clips = torch.tensor(clips, dtype=torch.float64).log()
     reference = expected(name)
     for exact, *others in zip(reference.updates, *reference.imprecise, strict=True):
         log_ratio_T, logits_TE = (f(exact) for f in (log_ratios, router_logits))
@@ -1104,7 +1170,7 @@ def test_no_rounding_decides_about_a_clip_or_an_expert(expected, name):
 
 
 def log_ratios(update):
-    return update.terms["loss/ratio"].double().log()
+    return update.clipped_ratios.double().log()
 
 
 def router_logits(update):

@@ -82,12 +82,12 @@ def ours_fixed(case: Case, orders: Orders) -> None:
     """Run `Actor.score` and `Actor.update` like `train.py`."""
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
-    from megatron_prepo.prepo.advantages import group_advantages
     from megatron_prepo.rewards.pool import Grade
     from megatron_prepo.trainer.groups import Groups
     from megatron_prepo.trainer.policy_update import (
         TrainingBatch,
         score_rollouts,
+        step_advantages,
         update_policy,
         weigh_by_entropy,
     )
@@ -106,15 +106,14 @@ def ours_fixed(case: Case, orders: Orders) -> None:
             orders.seconds.clear()
             with orders.timed("update"):
                 groups = Groups().extend(range(len(case.groups)), rollouts, grades)
-                advantages_KG = group_advantages(
-                    groups.rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-                )
+                advantages_KG, advantages_T = step_advantages(config.advantage, loss, groups, old)
                 weight_N = weigh_by_entropy(config.weighting, groups, old, num_mini_batches)
                 metrics = update_policy(
                     actor,
-                    TrainingBatch(groups, advantages_KG, old, weight_N),
+                    TrainingBatch(groups, advantages_KG, old, weight_N, advantages_T),
                     aggregation=loss.aggregation,
                     num_mini_batches=num_mini_batches,
+                    max_tokens=config.rollout.max_new_tokens,
                 )
             values |= {"loss": metrics["loss/policy"], "grad_norm": metrics["loss/grad_norm"]}
         orders.answer(**values)

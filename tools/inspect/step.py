@@ -9,7 +9,7 @@ Without a dump of the step (`debug.dump_steps`) the completions are those that t
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,12 @@ from megatron_prepo.debug import dump
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.files.existing import existing
-from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
 from megatron_prepo.run.texts import file_name
 from megatron_prepo.trainer.overlong import Overlong
+from megatron_prepo.trainer.policy_update import estimate_advantages
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,10 @@ def weights(of: dump.Dump) -> torch.Tensor:
     for _, batch in of.updates():
         lengths_N = torch.tensor([s.sequence.num_scored for s in batch])
         unweighted_N = rollout_coefficients(
-            torch.ones(len(batch)).double(), lengths_N, of.config.loss.aggregation
+            torch.ones(len(batch)).double(),
+            lengths_N,
+            of.config.loss.aggregation,
+            max_tokens=of.config.rollout.max_new_tokens,
         )
         parts.append(torch.tensor([s.coefficient for s in batch]).double() / unweighted_N)
     return torch.cat(parts)
@@ -101,12 +104,8 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
     ppl = {i: e[0].ppl for (_, i), e in by_prompt.items() if e[0].ppl is not None}
     rank = {prompt_id: r for r, prompt_id in enumerate(sorted(ppl, key=ppl.get), 1)}
     prompts, completions, groups = prompt_texts(config), kept_completions(run, step), []
+    advantages = trained_advantages(config, by_prompt)
     for (purpose, prompt_id), group in by_prompt.items():
-        overlong = Overlong.of(config.rollout)
-        rewards_KG = torch.tensor([[e.reward + overlong.penalty(e.length) for e in group]])
-        advantages = group_advantages(
-            rewards_KG, std=config.advantage.std, eps=config.advantage.eps
-        )[0].tolist()
         lines = [
             Line(
                 reward=entry.reward,
@@ -118,7 +117,7 @@ def groups_of_run(run: Path, step: int, config: Config) -> list[Group]:
                 trained=entry.trained,
                 completion=completions.get((purpose, prompt_id, entry.sample)),
             )
-            for entry, advantage in zip(group, advantages, strict=True)
+            for entry, advantage in zip(group, advantages[purpose, prompt_id], strict=True)
         ]
         name = prompt_id if purpose == "train" else f"{prompt_id} ({purpose})"
         groups.append(
@@ -138,6 +137,28 @@ def kept_completions(run: Path, step: int) -> dict[tuple[str, str, int], str]:
         for prompt in line["prompts"]
         for sample, rollout in enumerate(prompt["rollouts"])
     }
+
+
+def trained_advantages(
+    config: Config, groups: Mapping[tuple[str, str], Sequence[ledger.LedgerEntry]]
+) -> dict[tuple[str, str], Sequence[float | None]]:
+    """Return the advantages of each group, recomputed; None for groups not trained on.
+
+    If the divergence is in the reward, all are None: the ledger has no log-probabilities.
+    """
+    known: dict[tuple[str, str], Sequence[float | None]] = {
+        key: [None] * len(group) for key, group in groups.items()
+    }
+    trained = [key for key, group in groups.items() if any(entry.trained for entry in group)]
+    if trained and not config.loss.kl_in_reward:
+        penalty = Overlong.of(config.rollout).penalty
+        rewards_KG = torch.tensor(
+            [[entry.reward + penalty(entry.length) for entry in groups[key]] for key in trained]
+        )
+        lengths_N = torch.tensor([entry.length for key in trained for entry in groups[key]])
+        advantages_KG = estimate_advantages(config.advantage, rewards_KG, lengths_N)
+        known |= dict(zip(trained, advantages_KG.tolist(), strict=True))
+    return known
 
 
 def prompt_texts(config: Config) -> dict[str, str]:

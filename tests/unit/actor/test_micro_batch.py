@@ -1,6 +1,7 @@
 """Sequences to rows: nothing lost, nothing twice, budgets kept, ranks alike, targets one ahead."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,3 +266,18 @@ def test_the_routing_of_a_shared_prefix_by_hand():
     assert micro_batch([A, B], Row((piece,), (1,)), routing=form).routing_TLk is None
     with pytest.raises(AssertionError, match="with and without a routing"):
         micro_batch([one, B], Row((piece,), (1,)), routing=form)
+
+
+@pytest.mark.parametrize(
+    ("scored", "expected"),
+    [
+        (slice(0, 6), [2, 1, 3]),
+        (slice(0, 2), [2, 0, 0]),
+        (slice(1, 4), [1, 1, 1]),
+        (slice(3, 3), [0, 0, 0]),
+        (slice(4, 6), [0, 0, 2]),
+    ],
+)
+def test_scored_tokens_of_each_sequence_in_a_slice(scored, expected):
+    batch = replace(micro_batch([], Row((), ())), scored=scored)
+    assert batch.scored_here([2, 1, 3]) == expected

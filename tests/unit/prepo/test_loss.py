@@ -72,6 +72,16 @@ def test_aggregations_in_closed_form():
     assert losses == approx([0.5, -0.5, 0.25], dtype=torch.float32)
 
 
+def test_dr_grpo_divides_by_a_constant():
+    """Two rollouts of weights 2 and 1, at most 5 tokens: 2 / 10 and 1 / 10."""
+    weight_N, lengths_N = torch.tensor([2.0, 1.0]).double(), torch.tensor([1, 3])
+    name = "seq-mean-token-sum-norm"
+    coefficient_N = rollout_coefficients(weight_N, lengths_N, name, max_tokens=5)
+    assert coefficient_N.tolist() == approx([0.2, 0.1])
+    plain_N = rollout_coefficients(weight_N, lengths_N, "seq-mean-token-sum")
+    assert_close(5 * coefficient_N, plain_N)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_ratio_one_and_equal_weights_give_minus_the_mean_advantage(aggregation):
     """The mean is over rollouts (times their length for token sums), or over tokens."""
@@ -328,6 +338,18 @@ def test_kl_penalty_in_closed_form():
     assert loss.item() == approx(0.5 * (math.log(2) - 0.5))
     assert sums["reference_kl"].item() == approx(math.log(2) - 0.5)
     assert torch.autograd.grad(loss, logprobs_T)[0].item() == approx(0.25)
+
+
+def test_a_penalty_that_is_in_the_reward_is_measured_and_not_in_the_loss():
+    reference = {"reference_logprobs_T": torch.linspace(-2, 0, 10).double()}
+    losses, found = zip(
+        *(policy_loss(*batch(**optional)) for optional in (reference, {})), strict=True
+    )
+    assert torch.equal(*losses)
+    logprobs_T, *_ = batch()
+    kl_T = k3(logprobs_T - reference["reference_logprobs_T"])
+    assert found[0]["reference_kl"].item() == approx(kl_T.sum().item())
+    assert "reference_kl" not in found[1]
 
 
 def test_kl_to_the_old_policy_is_exact_in_expectation():

@@ -13,6 +13,7 @@ from rounding import approx
 from tiny_models import actor_config
 
 from megatron_prepo.actor.actor import Actor, Scores
+from megatron_prepo.config import AdvantageConfig, LossConfig
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
@@ -22,7 +23,9 @@ from megatron_prepo.trainer.guarded_update import UpdateGuard
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
     TrainingBatch,
+    estimate_advantages,
     mean_metrics,
+    step_advantages,
     update_policy,
     weigh_by_entropy,
     weigh_by_importance,
@@ -55,6 +58,7 @@ def learn(config, actor, rollouts, rewards_KG, old_scores):
         batch,
         aggregation=config.loss.aggregation,
         num_mini_batches=num_mini_batches,
+        max_tokens=config.rollout.max_new_tokens,
     )
 
 
@@ -64,6 +68,7 @@ def learn(config, actor, rollouts, rewards_KG, old_scores):
         ("seq-mean-token-sum", [1 / 4] * 4),
         ("seq-mean-token-mean", [1 / (4 * length) for length in LENGTHS]),
         ("token-mean", [1 / sum(LENGTHS)] * 4),
+        ("seq-mean-token-sum-norm", [1 / (4 * 5)] * 4),
     ],
 )
 def test_normalisers_count_all_rollouts(aggregation, expected):
@@ -72,12 +77,73 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
     rollouts = [Rollout(prompt, (7,) * n, (-1.0,) * n, "", True, 0) for n in LENGTHS]
     scores = [Scores(torch.full((n,), -1.0), torch.ones(n)) for n in LENGTHS]
     old = RolloutScores(scores, None, torch.ones(4).double(), torch.tensor(LENGTHS))
-    config = actor_config("unused", loss={"aggregation": aggregation})
+    config = actor_config(
+        "unused", loss={"aggregation": aggregation}, rollout={"max_new_tokens": 5}
+    )
     actor = RecordingActor()
     learn(config, actor, rollouts, torch.tensor([[0.0, 1.0], [1.0, 1.0]]), old)
     (batch,) = actor.batches
     assert [r.coefficient for r in batch] == approx(expected)
     assert [r.advantage != 0 for r in batch] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("group", [[0.5, -0.5], [0.0, 0.0]]),
+        ("rloo", [[1.0, -1.0], [0.0, 0.0]]),
+        ("reinforce++", [[0.25, -0.75], [0.25, 0.25]]),
+        ("reinforce++-baseline", [[0.5, -0.5], [0.0, 0.0]]),
+    ],
+)
+def test_each_method_of_advantages_without_a_division(method, expected):
+    settings = AdvantageConfig(method=method, std="none")
+    rewards_KG, lengths_N = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2, 2, 2, 2])
+    assert estimate_advantages(settings, rewards_KG, lengths_N).tolist() == expected
+
+
+KL = {"kl_coef": 0.5, "kl_in_reward": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "rollouts", "tokens"),
+    [
+        ("group", {}, [0.5, -0.5], None),
+        ("group", {"kl_coef": 0.5}, [0.5, -0.5], None),
+        # rewards 1 - (1/2) (2 - 1) = 1/2 and 0 - (1/2) (-1) = 1/2
+        ("group", KL, [0.0, 0.0], None),
+        ("rloo", KL, [0.0, 0.0], None),
+        ("reinforce++-baseline", KL, [0.0, 0.0], None),
+        # returns 1/2 and 3/2, and 1/2, less their mean of 5/6
+        ("reinforce++", KL, [1 / 6, -1 / 3], [[-1 / 3, 2 / 3], [-1 / 3]]),
+    ],
+)
+def test_a_divergence_in_the_reward(method, loss, rollouts, tokens):
+    """A first rollout of two tokens, 2 more and 1 less likely than at first; a second of one."""
+    prompt, zeros_T = Prompt("p", "", "", (5, 6), (0, 2)), torch.zeros(2)
+    old = [Scores(torch.tensor(v), zeros_T) for v in ([-1.0, -2.0], [-3.0])]
+    first = [Scores(torch.tensor(v), zeros_T) for v in ([-3.0, -1.0], [-2.0])]
+    entropy_N, lengths_N = torch.ones(2).double(), torch.tensor([2, 1])
+    old_scores = RolloutScores(old, first if loss else None, entropy_N, lengths_N)
+    both = [Rollout(prompt, (7,) * n, (-1.0,) * n, "", True, 0) for n in (2, 1)]
+    groups = Groups().extend([0], both, [Grade(1.0), Grade(0.0)])
+    settings = AdvantageConfig(method=method, std="none")
+    advantages_KG, advantages_T = step_advantages(settings, LossConfig(**loss), groups, old_scores)
+    assert advantages_KG.flatten().tolist() == approx(rollouts, scale=1.0)
+    assert (advantages_T is None) == (tokens is None)
+    actor = RecordingActor()
+    batch = TrainingBatch(groups, advantages_KG, old_scores, torch.ones(2), advantages_T)
+    update_policy(actor, batch, aggregation="token-mean", num_mini_batches=1)
+    for sequence, expected in zip(actor.batches[0], tokens or [None] * 2, strict=True):
+        if expected is None:
+            assert sequence.advantage_T is None
+        else:
+            assert sequence.advantage_T.tolist() == approx(expected, dtype=torch.float32)
+
+
+def test_a_divergence_in_the_reward_needs_a_coefficient():
+    with pytest.raises(ValueError, match=r"kl_in_reward=true has no effect with loss\.kl_coef=0"):
+        LossConfig(kl_in_reward=True)
 
 
 def test_importance_is_the_actors_over_the_engines_probability_and_moves_no_normaliser():
