@@ -35,7 +35,7 @@ def group_advantages(
 
 
 def leave_one_out_advantages(rewards_KG: torch.Tensor) -> torch.Tensor:
-    """Return the rewards less the mean of the others in their group (RLOO); 0 for equal rewards.
+    """Return each reward less the mean of the remaining ones of its group (RLOO); 0 if all are equal.
 
     >>> leave_one_out_advantages(torch.tensor([[3.0, 0.0, 0.0]])).tolist()
     [[3.0, -1.5, -1.5]]

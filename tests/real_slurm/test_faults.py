@@ -74,7 +74,7 @@ def test_two_ranks_on_each_of_two_nodes(cluster, run, equals):
 
 @launcher.NEEDED
 def test_a_chain_past_a_real_time_limit(cluster, run):
-    """Slurm itself sends the signal; the second job goes on from the step that the first saved."""
+    """Slurm itself sends the signal; the second job continues from the step of the first."""
     settings = [TP2, f"run.dir={run}", *TRAIN, "train.total_steps=100000", "eval.every=0"]
     words = ["--nodes", "2", "--gpus-per-node", "1", "--chain", "2", "--time", "00:04:00"]
     first, second = cluster.launched(*words, *settings, "checkpoint.grace_seconds=10")
@@ -118,7 +118,7 @@ def test_a_step_that_takes_longer_than_the_time_to_save_is_made_again(cluster, r
 
 
 def test_a_second_job_in_the_same_directory_is_refused_and_names_the_first(cluster, run, moment):
-    """The second job runs on the third node; the first, which has steps for a minute, goes on."""
+    """The second job runs on the third node; the first, which has steps for a minute, continues."""
     first = submit(cluster, run, TP2, train=(*TRAIN, f"train.total_steps={LONG}"))
     cluster.wait_for_steps(run, moment, first)
     words = [str(run), str(LAPTOP / "prepo.yaml"), "parallel.tensor=1", *TRAIN]

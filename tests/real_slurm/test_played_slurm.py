@@ -133,7 +133,7 @@ FAILING = """
     echo $code >$OUT
     exit $code
 """
-"""One of six tasks fails, and Slurm ends the others."""
+"""One of six tasks fails, and Slurm ends the remaining five."""
 
 
 SLOW = pytest.mark.slow
@@ -141,7 +141,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("code", [7, *(pytest.param(code, marks=SLOW) for code in (69, 138))])
 def test_a_task_that_fails_ends_the_step_with_its_code(both, code):
-    """The others, which catch SIGTERM, end with 0; the job's state is that of its script."""
+    """The remaining ones catch SIGTERM and end with 0; the job's state is that of its script."""
 
     def seen(slurm):
         job = submit(slurm, FAILING.format(code=code, on_term="exit 0"))

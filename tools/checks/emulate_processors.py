@@ -84,7 +84,7 @@ def environment(processor: str, threads: int) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in PROCESSORS["AVX2"]}
     count = str(threads)
     # idle threads sleep: tests have more ranks than there are cores, and those that spin for the
-    # next product keep the others from computing it
+    # next product would take the cores that compute it
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
     return kept | PROCESSORS[processor] | waiting | dict.fromkeys(THREADS, count)
 

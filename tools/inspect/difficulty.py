@@ -42,7 +42,7 @@ INK = "#1f2328"
 
 
 def residuals(y_P: Numbers, *given: Numbers) -> Numbers:
-    """Return what is left of `y_P` after its linear regression on the others."""
+    """Return what is left of `y_P` after its linear regression on `given`."""
     design = np.column_stack([np.ones_like(y_P), *given])
     return y_P - design @ np.linalg.lstsq(design, y_P, rcond=None)[0]
 
@@ -55,7 +55,7 @@ def correlation(x_P: Numbers, y_P: Numbers) -> float:
 
 
 def spearman(x_P: Numbers, y_P: Numbers, *given: Numbers) -> float:
-    """Return the (partial) rank correlation of two quantities, the others held fixed.
+    """Return the (partial) rank correlation of two quantities, with `given` held fixed.
 
     >>> x = np.arange(8.0)
     >>> round(spearman(x, x**3), 6), round(spearman(x, -x, np.ones(8)), 6)

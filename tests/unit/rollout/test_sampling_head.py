@@ -119,7 +119,8 @@ def test_training_asks_the_engine_before_it_loads_the_actor(monkeypatch):
     monkeypatch.setattr(job, "begin", lambda config: config)
     monkeypatch.setattr(job.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(job, "Journal", lambda *_, **__: None)
-    monkeypatch.setattr(job, "build_grader", lambda *_: None)
+    grader = SimpleNamespace(check_answers=lambda prompts: None)
+    monkeypatch.setattr(job, "build_grader", lambda *_: grader)
     run = SimpleNamespace(
         log=print, directory=Path(), writes=False, seconds=lambda name: contextlib.nullcontext()
     )

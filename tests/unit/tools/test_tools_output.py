@@ -19,7 +19,7 @@ from tools.data import prepare
 from tools.inspect import compare_logprobs
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FOLDERS = {"inspect.compare_logprobs", "data.prepare"}
+FOLDERS = {"inspect.compare_logprobs", "data.prepare", "data.reasoning_gym_tasks"}
 """Tools whose `--out` is a folder."""
 FURTHER = {"bench.train": ["--case", "laptop"]}
 """Required arguments of tools that look at the file after all arguments."""
