@@ -35,7 +35,7 @@ def group_advantages(
 
 
 def leave_one_out_advantages(rewards_KG: torch.Tensor) -> torch.Tensor:
-    """Return each reward less the mean of the remaining ones of its group (RLOO); 0 if all are equal.
+    """Return each reward less the mean of the remaining ones of its group (RLOO); equal ones: 0.
 
     >>> leave_one_out_advantages(torch.tensor([[3.0, 0.0, 0.0]])).tolist()
     [[3.0, -1.5, -1.5]]
