@@ -377,6 +377,8 @@ def agree(
         settings = settings | {"reward.function": f"{_file_digest(Path(file))}:{function}"}
     if settings["data.few_shot"] is not None:
         settings = settings | {"data.few_shot": _file_digest(Path(settings["data.few_shot"]))}
+    # as the record will hold them: a tuple is a list there
+    settings = json.loads(json.dumps(settings))
     note = {"settings": settings, "models": places, "suites": files}
     path = directory / "evaluation.json"
     if path.is_file():

@@ -55,7 +55,9 @@ def wait_for_steps(count: int, directory: Path, process: subprocess.Popen) -> No
 def assert_equal(undisturbed: Path, directory: Path) -> None:
     checks = prove.compare(undisturbed, directory)
     assert all(check.equal for check in checks), prove.text(checks)
-    assert checks[-1].what == "texts" and checks[-1].detail.startswith("9 ")  # 4 steps, before each
+    # of each step the rollouts and the evaluation after it, and the evaluation before the first
+    texts = 2 * prove.num_lines(directory / "metrics.jsonl") + 1
+    assert checks[-1].what == "texts" and checks[-1].detail.startswith(f"{texts} ")
     assert not (directory / "journal").exists()
 
 
