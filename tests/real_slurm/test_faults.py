@@ -251,16 +251,20 @@ def test_a_shared_file_system_that_turns_read_only_fails_the_job(cluster, run, m
 
 def test_a_shared_file_system_that_is_full_fails_the_job(cluster, moment, equals):
     disk = cluster.home / "disk"
-    run = disk / "run_full"
-    job = submit(cluster, run)
-    cluster.wait_for_steps(run, moment, job)
-    with open(disk / "filler", "wb") as filler, pytest.raises(OSError, match="No space left"):
-        while True:
-            filler.write(b"x" * 65536)
-    assert "No space left" in cluster.ends(job, "FAILED")
-    (disk / "filler").unlink()
-    cluster.ends(submit(cluster, run))
-    equals(run)
+    run, filler = disk / "run", disk / "filler"
+    try:
+        job = submit(cluster, run)
+        cluster.wait_for_steps(run, moment, job)
+        with open(filler, "wb") as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(b"x" * 65536)
+        assert "No space left" in cluster.ends(job, "FAILED")
+        filler.unlink()
+        cluster.ends(submit(cluster, run))
+        equals(run)
+    finally:
+        filler.unlink(missing_ok=True)
+        shutil.rmtree(run)  # the next one needs the room
 
 
 def test_an_error_of_one_node_only_is_shown(cluster, run):
