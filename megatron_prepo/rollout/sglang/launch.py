@@ -244,6 +244,9 @@ class OwnServer:
         self.url = ports.url(self.config.servers.host, port)
         python = interpreter(self.config.servers)
         words = arguments(self.config, self.index, port=port, cuda=self.cuda)
+        if not {"nccl_port", "nccl-port"} & self.config.sglang.keys():
+            # SGLang would choose one that Linux may give away before its ranks listen there
+            words += ["--nccl-port", str(ports.free_port())]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [python, GUARD, str(os.getpid()), python, "-m", "sglang.launch_server", *words],

@@ -130,7 +130,7 @@ def test_a_set_is_evaluated_as_if_it_were_the_only_one(files):
     found = Trainer.evaluate(trainer, "before", 2)
     assert [request.prompts for request in asked] == list(sets.values())
     assert len({request.seed for request in asked}) == 1
-    assert shown == [(1, 8), (7, 8)]
+    assert shown == [(0, 8), (1, 8), (6, 8), (7, 8)]
     assert {name: of_set.pass_rate for name, of_set in found.sets().items()} == {
         "easy": 0.5,
         "hard": 1.0,

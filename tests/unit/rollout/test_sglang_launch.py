@@ -17,6 +17,7 @@ from fake_sglang_package import alive, processes, wait_for, wait_until_gone
 
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.process import ports
 from megatron_prepo.rollout.engine import EngineError
 from megatron_prepo.rollout.sglang import launch
 from megatron_prepo.rollout.sglang.engine import SGLangEngine
@@ -404,3 +405,18 @@ def test_a_server_that_dies_while_a_group_is_founded(tmp_path, pids, hf, monkeyp
     finally:
         engine.close()
     wait_until_gone(processes(pids, servers=3))
+
+
+@pytest.mark.parametrize(("own", "given"), [({}, None), ({"nccl_port": 23456}, "23456")])
+def test_ranks_of_a_server_meet_at_a_port_that_linux_gives_to_no_connection(
+    monkeypatch, tmp_path, own, given
+):
+    """SGLang's own choice is one of Linux's, which a connection may get before its ranks listen."""
+    started = []
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda words, **_: started.append(words))
+    monkeypatch.setattr(launch, "_end", lambda process: None)
+    launch.OwnServer(config_of(sglang=own), 0, tmp_path, cuda=False)
+    [words] = started
+    assert words.count("--nccl-port") == 1
+    port = words[words.index("--nccl-port") + 1]
+    assert port == given if given else ports.FIRST <= int(port) <= ports.LAST
