@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from megatron_prepo.config import Config
 from megatron_prepo.evaluation.pass_at_k import (
     ci95,
     difference_ci95,
     mean_with_ci95,
     pass_at_k,
 )
-from megatron_prepo.records import Rollout
+from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import Engine, Request
 
 
@@ -85,6 +86,26 @@ def shared(before: Evaluation, after: Evaluation) -> tuple[Evaluation, Evaluatio
         pooled({name: of[name].first(count) for name, count in both.items()}) for of in sets
     )
     return first, last
+
+
+def evaluation_request(
+    config: Config,
+    prompts: Sequence[Prompt],
+    samples: int,
+    on_progress: Callable[[int, int], None],
+) -> Request:
+    """Return the request of an evaluation, during training and by `megatron-prepo evaluate`.
+
+    Its random numbers are the same each time.
+    """
+    return Request(
+        prompts=prompts,
+        samples_per_prompt=samples,
+        **config.eval.sampling,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=f"{config.train.seed}/evaluation",
+        on_progress=on_progress,
+    )
 
 
 def evaluate(

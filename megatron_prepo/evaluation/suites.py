@@ -32,6 +32,7 @@ from megatron_prepo.data import read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation import table
 from megatron_prepo.evaluation.completions import Completions
+from megatron_prepo.evaluation.held_out import evaluation_request
 from megatron_prepo.evaluation.pass_at_k import mean_with_ci95
 from megatron_prepo.files import lock
 from megatron_prepo.files.atomic import write_text
@@ -46,7 +47,7 @@ from megatron_prepo.rewards import FUNCTIONS
 from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grader
 from megatron_prepo.rollout import build
-from megatron_prepo.rollout.engine import Engine, Request
+from megatron_prepo.rollout.engine import Engine
 from megatron_prepo.rollout.stopping import unused_end_token
 
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
@@ -340,15 +341,7 @@ def complete(
             def show(part: int, _: int, before: int = done) -> None:
                 bar.update(before + part - bar.n)
 
-            request = Request(
-                prompts=prompts,
-                samples_per_prompt=samples,
-                **config.eval.sampling,
-                max_new_tokens=config.rollout.max_new_tokens,
-                seed=f"{config.train.seed}/evaluation",
-                on_progress=show,
-            )
-            rollouts = engine.generate(request)
+            rollouts = engine.generate(evaluation_request(config, prompts, samples, show))
             completions.append(rollouts, grader.grade(rollouts))
             done += len(rollouts)
             bar.update(done - bar.n)

@@ -17,7 +17,7 @@ from megatron_prepo.actor.model import describe
 from megatron_prepo.config import Config, RewardConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.evaluation.held_out import Evaluation, evaluate, pooled
+from megatron_prepo.evaluation.held_out import Evaluation, evaluate, evaluation_request, pooled
 from megatron_prepo.inputs import preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import activity
@@ -26,7 +26,7 @@ from megatron_prepo.records import Prompt, Rollout, scored_sequence
 from megatron_prepo.rewards.output import OUTPUT
 from megatron_prepo.rewards.pool import Grade, Grader
 from megatron_prepo.rollout.build import Ranks, build_engine
-from megatron_prepo.rollout.engine import Engine, EngineError, Request
+from megatron_prepo.rollout.engine import Engine, EngineError
 from megatron_prepo.rollout.stopping import unused_end_token
 from megatron_prepo.rollout.weight_sync import sync_weights
 from megatron_prepo.run import dashboards, opening
@@ -161,14 +161,7 @@ class Trainer:
             graded.extend(zip(rollouts, grades, strict=True))
             return reward_tensor(grades)
 
-        request = Request(
-            prompts=prompts,
-            samples_per_prompt=samples,
-            **config.eval.sampling,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=f"{config.train.seed}/evaluation",
-            on_progress=on_progress,
-        )
+        request = evaluation_request(config, prompts, samples, on_progress)
         evaluation = evaluate(self.engine, request, rewards_of, pass_reward=config.reward.high)
         return evaluation, graded
 
