@@ -146,7 +146,8 @@ function facts(completion, more = []) {
   const end = completion.aborted ? "aborted" : completion.finished ? "stopped" : "truncated";
   const marks = [end];
   if (completion.graded !== "ok") marks.push(`grading: ${completion.graded}`);
-  if (completion.trained === false) marks.push("dropped");
+  if (completion.trained === false)
+    marks.push(completion.advantage === null ? "dropped" : "masked");
   return element(
     "div",
     { class: "facts" },

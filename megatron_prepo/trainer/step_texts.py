@@ -88,17 +88,18 @@ def _rollouts(
     index: Sequence[int | None],
 ) -> list[Line]:
     """Return the rollouts of a prompt; `index`: of each in the batch, None if it was dropped."""
-    advantage_N = batch.advantages_KG.flatten()
+    advantage_N, masked = batch.advantages_KG.flatten(), batch.groups.masked
     lines = []
     texts = pieces(tokenizer, [rollout.tokens for rollout in rollouts])
     for rollout, grade, text, i in zip(rollouts, grades, texts, index, strict=True):
-        line = completion(rollout, grade) | {"aborted": rollout.aborted, "trained": i is not None}
+        learnt = i is not None and not masked[i]
+        line = completion(rollout, grade) | {"aborted": rollout.aborted, "trained": learnt}
         line |= dict.fromkeys(("advantage", "weight", "mean_entropy", "entropy"))
         line["pieces"] = text
         if i is not None:
             entropies = batch.old_scores.scores[i].entropy_T.tolist()
             line["advantage"] = _finite(advantage_N[i])
-            line["weight"] = _finite(batch.weight_N[i])
+            line["weight"] = _finite(batch.weight_N[i]) if learnt else None
             line["mean_entropy"] = _finite(batch.old_scores.entropy_N[i])
             line["entropy"] = [
                 round(nats, ENTROPY_DIGITS) if math.isfinite(nats) else None for nats in entropies

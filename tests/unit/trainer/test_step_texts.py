@@ -11,6 +11,7 @@ from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
+from megatron_prepo.trainer.overlong import KEEP, Overlong
 from megatron_prepo.trainer.policy_update import RolloutScores, TrainingBatch
 from megatron_prepo.trainer.step_texts import evaluation_texts, rollout_texts
 from tests.unit.rollout.test_pieces import Words
@@ -28,7 +29,12 @@ def rollout(of: Prompt, n: int) -> Rollout:
     return Rollout(of, tokens, (-1.0,) * 3, f"text {n}", finished=n % 2 == 0, weight_version=0)
 
 
-def step(ppl: list[float] | None, count: int | None = None, entropies=(0.25, 1.0 / 3, 2.0)):
+def step(
+    ppl: list[float] | None,
+    count: int | None = None,
+    entropies=(0.25, 1.0 / 3, 2.0),
+    overlong=KEEP,
+):
     """Return the line of a step whose candidates 4, 0 and 2 were rolled out; 0 was dropped."""
     prompts = [prompt(name) for name in "abcde"]
     ppl_P = None if ppl is None else torch.tensor(ppl, dtype=torch.float64)
@@ -37,7 +43,9 @@ def step(ppl: list[float] | None, count: int | None = None, entropies=(0.25, 1.0
     grades = [Grade(float(i % 2), "ok" if i else "timeout") for i in range(len(rollouts))]
     generated = Groups().extend(chosen, rollouts, grades)
     kept = [0, 1, 4, 5]
-    groups = Groups((4, 2), tuple(rollouts[i] for i in kept), tuple(grades[i] for i in kept))
+    groups = Groups(
+        (4, 2), tuple(rollouts[i] for i in kept), tuple(grades[i] for i in kept), overlong
+    )
     scores = [Scores(torch.zeros(3), torch.tensor(entropies)) for _ in kept]
     entropy_N = torch.stack([score.entropy_T.double().mean() for score in scores])
     old_scores = RolloutScores(scores, None, entropy_N, torch.full((4,), 3))
@@ -81,6 +89,14 @@ def test_a_dropped_rollout_has_its_text_and_no_entropy():
     for line in dropped:
         assert not line["trained"] and len(line["pieces"]) == 3
         assert [line[k] for k in ("advantage", "weight", "mean_entropy", "entropy")] == [None] * 4
+
+
+def test_a_masked_rollout_is_not_trained_on_and_has_no_weight():
+    """The second of each group did not finish; its group's advantages include it."""
+    lines = step([1.0, 2.0, 3.0, 4.0, 5.0], overlong=Overlong("mask"))["prompts"][2]["rollouts"]
+    assert [line["trained"] for line in lines] == [True, False]
+    assert [line["weight"] for line in lines] == [2.0, None]
+    assert [line["advantage"] for line in lines] == list(ADVANTAGES[1])
 
 
 def test_without_perplexity_there_is_no_window():
