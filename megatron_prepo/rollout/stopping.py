@@ -5,6 +5,7 @@ Stop tokens are the model's own and those of `rollout.stop_tokens`; stop strings
 """
 
 import reprlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_prepo.config import RolloutConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import read_json
 from megatron_prepo.rollout.engine import Tokenizer
+from megatron_prepo.rollout.pieces import UNKNOWN
 
 MOST_BYTES_A_CHARACTER = 4
 """Of UTF-8.  A tokenizer may cut characters anywhere."""
@@ -51,18 +53,44 @@ class Stops:
 
     def length(self, tokens: Sequence[int]) -> int | None:
         """Return the number of tokens up to the first at which a completion ends, or None."""
-        return next((n for n in range(1, len(tokens) + 1) if self.end(tokens[:n])), None)
+        ends = (n for n, token in enumerate(tokens, 1) if token in self.tokens)
+        texts = (n for n in self._lengths_to_try(tokens) if self._end_in_text(tokens[:n]))
+        return min((n for n in (next(ends, None), next(texts, None)) if n), default=None)
+
+    def _lengths_to_try(self, tokens: Sequence[int]) -> range:
+        """Return the numbers of tokens among which is the first that ends with a stop string.
+
+        A search in all of a long completion would decode it as many times as it has tokens.
+        """
+        lengths, text = range(1, len(tokens) + 1), self._decode(tokens) if self.texts else ""
+        if UNKNOWN in text:  # a broken character may hide the text before it
+            return lengths
+        if not self._in(text):
+            return range(0)
+
+        def soon(n: int) -> bool:
+            # so does an incomplete character at the end, and one of four lengths has none
+            return any(
+                self._in(self._decode(tokens[:m])) for m in range(n, n + MOST_BYTES_A_CHARACTER)
+            )
+
+        first = bisect_left(lengths, True, key=soon)
+        return lengths[first : first + MOST_BYTES_A_CHARACTER]
 
     def _end_in_text(self, tokens: Sequence[int]) -> bool:
-        assert self.tokenizer is not None, "stop strings need a tokenizer"
-        # a window that starts inside a character may decode to nothing but replacement characters,
+        # a window that starts inside a character may decode to replacement characters only,
         # and one of four neighbours starts between two characters
-        for shorter in range(MOST_BYTES_A_CHARACTER):
-            last = list(tokens[-(self.window - shorter) :])
-            text = self.tokenizer.decode(last, skip_special_tokens=False)
-            if any(stop in text for stop in self.texts):
-                return True
-        return False
+        return any(
+            self._in(self._decode(tokens[-(self.window - shorter) :]))
+            for shorter in range(MOST_BYTES_A_CHARACTER)
+        )
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        assert self.tokenizer is not None, "stop strings need a tokenizer"
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def _in(self, text: str) -> bool:
+        return any(stop in text for stop in self.texts)
 
 
 def stop_tokens(hf_directory: str | Path, tokenizer: Tokenizer) -> frozenset[int]:

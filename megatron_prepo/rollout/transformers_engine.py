@@ -198,6 +198,7 @@ class EmbeddedEngine:
         uniform_BT = torch.stack([_uniform(seed, max_new_tokens) for seed in seeds]).to(self.device)
         tokens_BT = torch.zeros_like(uniform_BT, dtype=torch.long)
         logprobs_BT = torch.zeros_like(uniform_BT, dtype=torch.float32)
+        stop = torch.tensor(sorted(self.stops.tokens), device=self.device)
         lengths_B = torch.full((len(prompts),), max_new_tokens, device=self.device)
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         running_R = torch.arange(len(prompts), device=self.device)
@@ -212,7 +213,7 @@ class EmbeddedEngine:
                 top_k=request.top_k,
             )
             tokens_BT[running_R, t], logprobs_BT[running_R, t] = token_R, logprob_R
-            ended_R = self._ended(tokens_BT[running_R, : t + 1])
+            ended_R = self._ended(tokens_BT[running_R, : t + 1], stop)
             lengths_B[running_R[ended_R & ~ended_B[running_R]]] = t + 1
             ended_B[running_R] |= ended_R
             going = (~ended_B[running_R]).nonzero().squeeze(1)
@@ -242,9 +243,8 @@ class EmbeddedEngine:
             ]
         return [(*both, routing) for both, routing in zip(completions, routings, strict=True)]
 
-    def _ended(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """Return a mask of the rows that end with their last token."""
-        stop = torch.tensor(sorted(self.stops.tokens), device=self.device)
+    def _ended(self, tokens_RT: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the rows that end with their last token; `stop`: the stop tokens."""
         ended_R = torch.isin(tokens_RT[:, -1], stop)
         if self.stops.texts:
             last = tokens_RT[:, -self.stops.window :].tolist()
