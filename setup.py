@@ -87,7 +87,9 @@ setup(
         "te": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "launch": ["nemo-run[kubeflow]==0.11.1", "leptonai>=0.26.6,<0.28"],
         "data": ["datasets>=2.19"],  # brings pyarrow
-        "tasks": ["reasoning-gym>=0.1.25,<0.2"],  # reward.function=reasoning_gym
+        "tasks": [
+            "reasoning-gym==0.1.25"
+        ],  # reward.function=reasoning_gym knows what its scorers run
         "bench": ["trl==1.16.0"],  # tools/bench/train.py times methods that have no public name
         "real": ["accelerate>=1.2", "gguf>=0.19"],  # transformers reads GGUF files with them
         "docs": ["mkdocs-material>=9.7"],  # make docs-site
