@@ -517,11 +517,15 @@ def _examine_prompts(
     from megatron_prepo.inputs import preflight
 
     load = partial(preflight.load_prompts, config.data, config.run, needs_answer=needs_answer)
-    for name, file in {"data.train": config.data.train, **config.data.eval_settings}.items():
-        if not Path(file).is_file():
-            remedy = f"{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
-            findings.append(Finding(name, "missing", f"no such file: {file}", remedy))
-        elif tokenizer:
+    prompts = {"data.train": config.data.train, **config.data.eval_settings}
+    shots = {"data.few_shot": config.data.few_shot} if config.data.few_shot else {}
+    absent = [name for name, file in (shots | prompts).items() if not Path(file).is_file()]
+    for name in absent:
+        remedy = f"{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
+        file = (shots | prompts)[name]
+        findings.append(Finding(name, "missing", f"no such file: {file}", remedy))
+    for name, file in prompts.items():
+        if tokenizer and name not in absent and not shots.keys() & absent:
             dropped: list[str] = []
             findings.look(
                 name,

@@ -92,6 +92,7 @@ def test_a_model_without_weights_and_tokenizer(capsys, tmp_path):
         ("megatron.recompute_granularity=full", "layout", "megatron-core rejected"),
         ("data.max_prompt_tokens=20", "data.train", "more than data.max_prompt_tokens=20"),
         ("data.eval=absent.jsonl", "data.eval", "absent.jsonl"),
+        ("data.few_shot=absent.jsonl", "data.few_shot", "absent.jsonl"),
         ("model.hf=absent", "model", "config.json is missing"),
         ("model.megatron=absent", "weights", "absent"),
     ],
