@@ -24,6 +24,7 @@ from megatron_prepo.trainer.policy_update import (
 )
 from megatron_prepo.trainer.step_ledger import ledger_entries
 from megatron_prepo.trainer.step_metrics import overlong_metrics, selection_metrics
+from tests.unit.trainer.test_policy_update import RecordingActor
 
 LIMIT = 4
 PROMPTS = [Prompt(f"p{k}", "", "", (5, 6), (0, 2)) for k in range(2)]
@@ -54,17 +55,6 @@ def batch_of(config, groups):
     )
     weight_N = weigh_by_entropy(config.weighting, groups, old, config.train.mini_batches)
     return TrainingBatch(groups, group_advantages(groups.shaped_rewards_KG), old, weight_N)
-
-
-class RecordingActor:
-    """Record what it is given to learn from."""
-
-    def __init__(self):
-        self.batches = []
-
-    def update(self, rollouts):
-        self.batches.append(rollouts)
-        return {"loss/policy": 0.0}
 
 
 def learn(groups, mini_batches=1, **loss):
