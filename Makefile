@@ -15,7 +15,7 @@ PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constrai
 demo: .venv/ready
 	.venv/bin/megatron-prepo demo
 
-# A pretrained model of 135M parameters learns tasks of reasoning-gym (docs/real_model.md).
+# A pretrained model of 135M parameters is trained on tasks of reasoning-gym (docs/real_model.md).
 real: .venv/ready-real
 	.venv/bin/python examples/real/run.py
 

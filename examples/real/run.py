@@ -1,4 +1,4 @@
-"""A pretrained model learns real tasks, from its package to its export: `make real`.
+"""Train a pretrained model on real tasks, from its package to its export: `make real`.
 
     python examples/real/run.py [--dir runs/real] [key=value ...]
 
@@ -33,7 +33,7 @@ TASKS = (
     "gcd:min_numbers=2,max_numbers=2,min_value=1,max_value=60",
     "simple_equations:min_terms=2,max_terms=2,min_value=1,max_value=10",
 )
-"""Tasks of which the untrained model passes 3 to 8 % of its samples."""
+"""Tasks of which the untrained model passes some samples, so that groups have advantages."""
 NUM_TRAIN, NUM_HELD_OUT = 1000, 200
 
 

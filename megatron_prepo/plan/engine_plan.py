@@ -82,8 +82,8 @@ def cache_bytes(engine: EnginePlan, gpu: Gpu, sequence_bytes: int) -> int:
 def with_room(engine: EnginePlan, gpu: Gpu, sequence_bytes: int, held: int) -> EnginePlan:
     """Set `sequences_at_once` of SGLang: its cache is what the fraction leaves beside weights.
 
-    Without a fraction, it is what is left by `held`, the bytes reserved and held by the fullest
-    rank, if it has the GPU of one.
+    Without a fraction, it is the GPU's memory less `held`, the bytes reserved and held by the
+    fullest rank, if it has the GPU of one.
     """
     if engine.name == "embedded" or not engine.counted:
         return engine

@@ -14,7 +14,7 @@ def pieces(tokenizer: Tokenizer, completions: Sequence[Sequence[int]]) -> list[l
     """Return the text of each token of each completion, special tokens included.
 
     Joined, the pieces of a completion are its decoded text.  A character that several tokens make
-    up is the piece of the last of them; the others' are empty.
+    up is the piece of the last of them; those of the tokens before it are empty.
     """
     distinct = {token for tokens in completions for token in tokens}
     alone = {token: _decode(tokenizer, [token]) for token in distinct}

@@ -179,7 +179,7 @@ def test_a_signal_reaches_all_processes_of_the_steps_and_not_the_script(both):
             srun --output=/dev/null bash -c '
                 trap "echo task >>$OUT" USR1
                 {child} & wait; wait; exit 0'
-            echo script goes on >>$OUT
+            echo script continues >>$OUT
         """
         job = submit(slurm, script)
         wait_for("6 children", lambda: out(slurm).count("listens") == 6)
@@ -188,7 +188,7 @@ def test_a_signal_reaches_all_processes_of_the_steps_and_not_the_script(both):
 
     state, lines = equal(both, seen)
     assert state == ["COMPLETED"]
-    assert lines == sorted(["listens", "child", "task"] * 6 + ["script goes on"])
+    assert lines == sorted(["listens", "child", "task"] * 6 + ["script continues"])
 
 
 @SLOW

@@ -54,7 +54,7 @@ def read(path, max_tokens=100, **settings):
 
 
 def test_prompts_that_are_too_long_are_dropped_and_change_no_other(tmp_path):
-    """Ids, which are line numbers, and the order of the others stay."""
+    """The remaining prompts keep their ids, which are line numbers, and their order."""
     texts = ("short", "x" * 30, "long enough", "y" * 200_000, "end")
     path = write(tmp_path, *({"prompt": text, "answer": 1} for text in texts))
     dropped = []

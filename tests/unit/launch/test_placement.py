@@ -140,7 +140,7 @@ def test_a_run_starts_as_many_servers_as_its_ranks_gpus_hold(monkeypatch):
 
 
 def test_servers_must_fit_behind_their_first_gpu():
-    """Eight GPUs, four of them the ranks': two servers of two fit on the others, three do not."""
+    """Ranks have four of eight GPUs: two servers of two fit on the remaining four, three do not."""
     beside = ["parallel.data=1", "servers.first_device=4", "servers.tensor=2"]
     beside.append("weight_sync.transport=distributed")
     job = make_job("qwen2.5-7b", [*beside, "servers.count=2"])
