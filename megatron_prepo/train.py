@@ -7,13 +7,10 @@ from typing import Any
 
 from megatron_prepo.config import Config
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.policy_update import (
-    TrainingBatch,
-    step_advantages,
-    weigh_by_entropy,
-)
+from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
 from megatron_prepo.trainer.setup import set_up
 from megatron_prepo.trainer.stages import (
+    compute_advantages,
     grade,
     probe,
     recorded,
@@ -44,9 +41,7 @@ def train(config: Config) -> dict[str, Any]:
                 generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
             groups = generated.select_for_training(config.selection.num_selected)
             old_scores = score_old_policy(trainer, groups)
-            advantages_KG, advantages_T = step_advantages(
-                config.advantage, config.loss, groups, old_scores
-            )
+            advantages_KG, advantages_T = compute_advantages(trainer, groups, old_scores)
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )

@@ -23,13 +23,10 @@ from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rollout.engine import BackgroundEngine, PendingRollouts
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.groups import Groups
-from megatron_prepo.trainer.policy_update import (
-    TrainingBatch,
-    step_advantages,
-    weigh_by_entropy,
-)
+from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
 from megatron_prepo.trainer.setup import Trainer, set_up
 from megatron_prepo.trainer.stages import (
+    compute_advantages,
     grade,
     recorded,
     rollout_request,
@@ -53,9 +50,7 @@ def train_overlapped(config: Config) -> dict[str, Any]:
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
             old_scores = score_old_policy(trainer, groups)
-            advantages_KG, advantages_T = step_advantages(
-                config.advantage, config.loss, groups, old_scores
-            )
+            advantages_KG, advantages_T = compute_advantages(trainer, groups, old_scores)
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )

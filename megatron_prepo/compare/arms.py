@@ -8,6 +8,12 @@ from megatron_prepo.errors import UserError
 
 PREPO = ["selection.method=prepo", "weighting.method=relative_entropy"]
 ENTROPY = ["selection.method=random", "weighting.method=relative_entropy"]
+
+
+def _unweighted(method: str) -> list[str]:
+    return [f"selection.method={method}", "weighting.method=none"]
+
+
 ABLATIONS = {
     "ppl_only": ["selection.method=prepo", "weighting.method=none"],
     "entropy_only": ENTROPY,
@@ -15,15 +21,12 @@ ABLATIONS = {
     "rho_max": [*PREPO, "selection.rho_max=0.5"],
     "clamp": [*PREPO, "weighting.clamp=1.5"],
     "entropy_clamp": [*ENTROPY, "weighting.clamp=1.5"],
+    "mapp_selection": _unweighted("mapp"),
 }
-"""PREPO with a part removed or changed."""
-
-
-def _unweighted(method: str) -> list[str]:
-    return [f"selection.method={method}", "weighting.method=none"]
-
-
-ARMS = {"random": _unweighted("random"), "prepo": PREPO, **ABLATIONS}
+"""PREPO and MaPP with a part removed or changed."""
+WHOLE = {"mapp": [*_unweighted("mapp"), "advantage.method=posterior"]}
+"""Methods that are more than a selection."""
+ARMS = {"random": _unweighted("random"), "prepo": PREPO, **WHOLE, **ABLATIONS}
 ARMS |= {method: _unweighted(method) for method in SELECTION_METHODS if method not in ARMS}
 """The settings of each known arm."""
 

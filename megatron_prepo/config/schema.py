@@ -29,7 +29,7 @@ STRICT = ConfigDict(
 MAX_DEADLINE = 10_000_000
 MAX_STOP_TEXTS = 32
 
-SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "foresight", "oracle")
+SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "mapp", "foresight", "oracle")
 """Values of `selection.method` besides `FILE.py:CLASS`."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,6 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings that a value of `loss.preset` stands for, as published."""
+
+POSTERIORS = ("mapp", "mopps")
+"""Methods with a posterior of each prompt's pass rate, for `advantage.method=posterior`."""
 
 FilePath = Annotated[str, "path"]
 """Type of a setting that names a file or directory: a leading `~` and `$NAME` are expanded when the
@@ -227,9 +230,9 @@ class SelectionConfig:
 
     method: FilePath = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
-    `greso`, `dapo`, `mopps`: other published methods; `foresight`: ours; `oracle`: an upper bound
-    that rolls out every candidate; or a custom selector `FILE.py:CLASS`, which may import modules
-    from the file's directory. `docs/selection.md` compares them and shows a custom one."""
+    `greso`, `dapo`, `mopps`, `mapp`: other published methods; `foresight`: ours; `oracle`: an upper
+    bound that rolls out every candidate; or a custom selector `FILE.py:CLASS`, which may import
+    modules from the file's directory. `docs/selection.md` compares them and shows a custom one."""
     num_candidates: int
     """P (|B| in the paper): prompts scored per step."""
     num_selected: int
@@ -246,7 +249,7 @@ class SelectionConfig:
     target_pass_rate: float = 0.5
     """Pass rate that `mopps`, `foresight` and `oracle` aim for."""
     mopps_decay: float = 0.5
-    """Factor by which `mopps` discounts earlier observations at each new observation."""
+    """Factor by which `mopps` and `mapp` discount earlier observations at each new observation."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Tokens over which perplexity is computed: all prompt tokens, or only the user's text without
     the tokens of the chat template."""
@@ -515,10 +518,12 @@ class RewardConfig:
 class AdvantageConfig:
     """Advantages of rollouts by their rewards (`docs/method.md`)."""
 
-    method: Literal["group", "rloo", "reinforce++", "reinforce++-baseline"] = "group"
-    """`group`: relative to the group's mean (GRPO, paper); `rloo`: relative to the mean of the
-    other rewards of the group, without a division by `std`; `reinforce++`: normalised over all
-    tokens of the step; `reinforce++-baseline`: the same after the group's mean is subtracted."""
+    method: Literal["group", "posterior", "rloo", "reinforce++", "reinforce++-baseline"] = "group"
+    """`group`: relative to the group's mean (GRPO, paper); `posterior`: its expectation over the
+    other completions, by the posterior of the prompt's pass rate (MaPP; needs
+    `selection.method=mapp` or `mopps`); `rloo`: relative to the mean of the other rewards of the
+    group, without a division by `std`; `reinforce++`: normalised over all tokens of the step;
+    `reinforce++-baseline`: the same after the group's mean is subtracted."""
     std: Literal["unbiased", "population", "none"] = "unbiased"
     """Normalisation by the standard deviation of the group (`reinforce++`: of the step): with n-1
     in its denominator, with n, or none."""
@@ -903,6 +908,7 @@ class Config:
             )
         if self.train.overlap:
             self._check_overlap()
+        self._check_advantage()
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.train.micro_batch_tokens:
             raise ValueError(
@@ -949,6 +955,22 @@ class Config:
                 f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is less than "
                 f"train.total_steps={total_steps}, and optimizer.min_lr=0: later steps would learn "
                 f"nothing; set optimizer.lr_decay_steps={total_steps}, or optimizer.min_lr above 0"
+            )
+
+    def _check_advantage(self) -> None:
+        if self.advantage.method != "posterior":
+            return
+        if self.selection.method not in POSTERIORS:
+            raise ValueError(
+                "advantage.method=posterior needs the posterior of each prompt's pass rate, which "
+                f"selection.method={self.selection.method} does not have; set selection.method to "
+                f"{' or '.join(POSTERIORS)}, or advantage.method=group"
+            )
+        if self.loss.kl_in_reward or self.rollout.overlong == "penalty":
+            raise ValueError(
+                "advantage.method=posterior is computed from passes and failures, and would not "
+                "see the penalties of loss.kl_in_reward=true or rollout.overlong=penalty; leave "
+                "them out, or set advantage.method=group"
             )
 
     def _check_overlap(self) -> None:

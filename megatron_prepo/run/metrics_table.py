@@ -79,6 +79,9 @@ STEP: dict[str, Group] = {
         "selection/posterior_mean": Metric(
             "probability", "mean predicted pass rate of the chosen prompts (mopps)"
         ),
+        "selection/informative": Metric(
+            "probability", "mean predicted probability that a chosen group has a signal (mapp)"
+        ),
         "selection/trust": Metric(
             "rollouts", "weight of the regression's prediction in pseudo-counts (foresight)"
         ),

@@ -5,6 +5,7 @@ from megatron_prepo.selection.base import Candidates, Selector
 from megatron_prepo.selection.dapo import DynamicSampling
 from megatron_prepo.selection.foresight import Foresight
 from megatron_prepo.selection.greso import GRESO
+from megatron_prepo.selection.mapp import PosteriorPredictive
 from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
 from megatron_prepo.selection.prepo import PerplexityWindow
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Selector]] = {
     "greso": GRESO,
     "dapo": DynamicSampling,
     "mopps": PosteriorSampling,
+    "mapp": PosteriorPredictive,
     "foresight": Foresight,
     "oracle": Oracle,
 }

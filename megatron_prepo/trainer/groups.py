@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_prepo.prepo.advantages import zero_variance
-from megatron_prepo.records import Rollout
+from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.trainer.overlong import KEEP, Overlong
 
@@ -54,6 +54,11 @@ class Groups:
         if self.overlong.method != "mask":
             return [False] * len(self.rollouts)
         return [self.overlong.masks(rollout.finished) for rollout in self.rollouts]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Prompt of each group."""
+        return [rollout.prompt for rollout in self.rollouts[:: self.rewards_KG.shape[1]]]
 
     def extend(
         self, chosen: Sequence[int], rollouts: Sequence[Rollout], grades: Sequence[Grade]

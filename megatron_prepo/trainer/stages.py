@@ -13,18 +13,23 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import RolloutConfig
+from megatron_prepo.prepo.posterior_advantages import posterior_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.rollout.engine import Request
 from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.rounds import rounds
 from megatron_prepo.trainer.groups import Groups, reward_tensor
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
     TrainingBatch,
     score_rollouts,
+    step_advantages,
     step_record,
     update_policy,
 )
@@ -126,6 +131,31 @@ def score_old_policy(trainer: Trainer, groups: Groups) -> RolloutScores:
             loss=config.loss,
             max_staleness=config.train.mini_batches if config.train.overlap else 0,
         )
+
+
+def compute_advantages(
+    trainer: Trainer, groups: Groups, old_scores: RolloutScores
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Return `advantages_KG`, and those of each rollout's tokens if they differ."""
+    config = trainer.config
+    if config.advantage.method == "posterior":
+        return advantages_by_posterior(trainer, groups), None
+    return step_advantages(config.advantage, config.loss, groups, old_scores)
+
+
+def advantages_by_posterior(trainer: Trainer, groups: Groups) -> torch.Tensor:
+    """Return `advantages_KG` by the pass rates that the selector believes after this step."""
+    settings, selector = trainer.config.advantage, trainer.selector
+    assert isinstance(selector, PosteriorSampling), "the configuration allows no other"
+    posterior_K2 = [selector.beta(prompt.id) for prompt in groups.prompts]
+    alpha_K, beta_K = torch.tensor(posterior_K2, dtype=torch.float64).T
+    return posterior_advantages(
+        groups.rewards_KG >= trainer.config.reward.high,
+        alpha_K,
+        beta_K,
+        std=settings.std,
+        eps=settings.eps,
+    )
 
 
 def update(

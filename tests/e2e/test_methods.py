@@ -22,7 +22,9 @@ TINY = [
     "eval.max_prompts=2",
     "eval.samples_per_prompt=1",
 ]
-ON_TWO_RANKS = ["greso", "dapo", "mopps", "foresight"]
+ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "foresight"]
+WITH = {"mapp": ["advantage.method=posterior"]}
+"""The rest of a method that is more than a selection."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,10 @@ def on_one_rank(tmp_path_factory) -> Path:
     """Directories `METHOD` of runs with a budget, and `hopeless` without one."""
     root = tmp_path_factory.mktemp("one")
     budget = [*TINY, "train.total_steps=9", f"train.rollout_budget={BUDGET}"]
-    runs = {str(root / name): [f"selection.method={name}", *budget] for name in METHODS}
+    runs = {
+        str(root / name): [f"selection.method={name}", *budget, *WITH.get(name, [])]
+        for name in METHODS
+    }
     runs[str(root / "hopeless")] = [
         *TINY,
         "selection.method=dapo",
@@ -45,7 +50,12 @@ def on_one_rank(tmp_path_factory) -> Path:
 def on_two_ranks(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("two")
     runs = {
-        str(root / name): [*TINY, f"selection.method={name}", "parallel.data=2"]
+        str(root / name): [
+            *TINY,
+            f"selection.method={name}",
+            "parallel.data=2",
+            *WITH.get(name, []),
+        ]
         for name in ON_TWO_RANKS
     }
     on_ranks(2, train_in_ranks, 2, runs)

@@ -16,6 +16,7 @@ from megatron_prepo.config import (
     to_tree,
     to_yaml,
 )
+from megatron_prepo.config.schema import POSTERIORS
 from megatron_prepo.errors import UserError
 from megatron_prepo.selection import METHODS
 
@@ -237,6 +238,29 @@ def test_overlap_is_refused_to_methods_that_select_by_rollouts_of_the_step(metho
         return
     message = rf"overlap=true .*selection\.method={method} needs rollouts of the step"
     with pytest.raises(UserError, match=message):
+        from_tree(settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predicted_advantages_need_a_method_with_a_posterior(method):
+    settings = tree(selection__method=method, advantage__method="posterior")
+    if method in POSTERIORS:
+        assert from_tree(settings).advantage.method == "posterior"
+        return
+    message = rf"advantage\.method=posterior needs .*selection\.method={method} does not have"
+    with pytest.raises(UserError, match=message):
+        from_tree(settings)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [{"loss__kl_in_reward": True, "loss__kl_coef": 0.1}, {"rollout__overlong": "penalty"}],
+)
+def test_predicted_advantages_would_not_see_penalties(penalty):
+    settings = tree(selection__method="mapp", advantage__method="posterior", **penalty)
+    with pytest.raises(
+        UserError, match=r"advantage\.method=posterior .*would not see the penalties"
+    ):
         from_tree(settings)
 
 
