@@ -51,7 +51,19 @@ OTHER_LOSS = [
     "loss.aggregation=token-mean",
     "weighting.include_zero_variance=false",
 ]
-METHODS = ("prepo", "random", "dapo", "greso", "oracle", "mopps", "mapp", "foresight")
+METHODS = (
+    "prepo",
+    "random",
+    "dapo",
+    "greso",
+    "oracle",
+    "mopps",
+    "mapp",
+    "kgps",
+    "dps",
+    "hive",
+    "foresight",
+)
 CASES = {
     **{name: (1, [f"selection.method={name}"]) for name in METHODS},
     "engine_ppl": (1, BY_ENGINE),

@@ -29,7 +29,19 @@ STRICT = ConfigDict(
 MAX_DEADLINE = 10_000_000
 MAX_STOP_TEXTS = 32
 
-SELECTION_METHODS = ("prepo", "random", "greso", "dapo", "mopps", "mapp", "foresight", "oracle")
+SELECTION_METHODS = (
+    "prepo",
+    "random",
+    "greso",
+    "dapo",
+    "mopps",
+    "mapp",
+    "kgps",
+    "dps",
+    "hive",
+    "foresight",
+    "oracle",
+)
 """Values of `selection.method` besides `FILE.py:CLASS`."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -230,9 +242,10 @@ class SelectionConfig:
 
     method: FilePath = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
-    `greso`, `dapo`, `mopps`, `mapp`: other published methods; `foresight`: ours; `oracle`: an upper
-    bound that rolls out every candidate; or a custom selector `FILE.py:CLASS`, which may import
-    modules from the file's directory. `docs/selection.md` compares them and shows a custom one."""
+    `greso`, `dapo`, `mopps`, `mapp`, `kgps`, `dps`, `hive`: other published methods; `foresight`:
+    ours; `oracle`: an upper bound that rolls out every candidate; or a custom selector
+    `FILE.py:CLASS`, which may import modules from the file's directory. `docs/selection.md`
+    compares them and shows a custom one."""
     num_candidates: int
     """P (|B| in the paper): prompts scored per step."""
     num_selected: int
@@ -250,13 +263,27 @@ class SelectionConfig:
     """Pass rate that `mopps`, `foresight` and `oracle` aim for."""
     mopps_decay: float = 0.5
     """Factor by which `mopps` and `mapp` discount earlier observations at each new observation."""
+    kgps_prior_variance: float = 3.29
+    """Variance of an unseen prompt's logit for `kgps`, and the largest of any prompt; the default
+    is that of a uniform pass rate, pi^2 / 3."""
+    kgps_drift: float = 0.05
+    """Variance that a step of updates of average size adds to each prompt's logit for `kgps`."""
+    kgps_warm_up: int = 0
+    """Number of first steps in which `kgps` chooses at random."""
+    dps_decay: float = 0.5
+    """Factor by which `dps` discounts earlier transitions in each step."""
+    dps_prior: float = 1.0
+    """Pseudo-count of each transition for `dps`: elements of the Dirichlet prior."""
+    hive_band: tuple[float, float] = (0.5, 1.0)
+    """Quantiles of the prompt entropy between which `hive` keeps prompts: from the median up (the
+    paper's main text); [0.25, 0.75] is the configuration of its experiments."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Tokens over which perplexity is computed: all prompt tokens, or only the user's text without
     the tokens of the chat template."""
     ppl_from: Literal["actor", "engine"] = "actor"
     """Source of the perplexities: a forward pass of the actor, or the engine, whose cache then
-    already holds the selected prompts (`docs/off_policy.md`; not for `foresight`, which needs
-    entropies)."""
+    already holds the selected prompts (`docs/off_policy.md`; not for `foresight` and `hive`, which
+    need entropies)."""
     ppl_agreement: float = 0.95
     """Minimum rank correlation between actor and engine with `ppl_from=engine`: in the first step
     and in steps that evaluate, both compute the perplexities, and a lower correlation stops the
@@ -282,14 +309,24 @@ class SelectionConfig:
             raise ValueError(
                 f"selection.ppl_agreement={self.ppl_agreement} must lie between -1 and 1"
             )
-        if self.method == "foresight" and self.ppl_from == "engine":
+        if self.method in ("foresight", "hive") and self.ppl_from == "engine":
             raise ValueError(
-                "selection.ppl_from=engine gives no entropies, which selection.method=foresight "
-                "needs; set selection.ppl_from=actor"
+                f"selection.ppl_from=engine gives no entropies, which selection.method="
+                f"{self.method} needs; set selection.ppl_from=actor"
             )
-        for name in ("target_pass_rate", "mopps_decay"):
+        for name in ("target_pass_rate", "mopps_decay", "dps_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")
+        _positive("selection.kgps_prior_variance", self.kgps_prior_variance)
+        _at_least("selection.kgps_drift", self.kgps_drift, 0)
+        _at_least("selection.kgps_warm_up", self.kgps_warm_up, 0)
+        _positive("selection.dps_prior", self.dps_prior)
+        low, high = self.hive_band
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"selection.hive_band={[low, high]} must be two quantiles, the lower one first, "
+                "such as [0.5,1] or [0.25,0.75]"
+            )
 
     @property
     def is_custom(self) -> bool:
@@ -980,7 +1017,13 @@ class Config:
                 "rollout.engine=embedded generates in the actor's processes; set "
                 "rollout.engine=sglang or train.overlap=false"
             )
-        if self.selection.method in ("greso", "dapo", "oracle"):
+        if self.selection.method == "kgps":
+            raise ValueError(
+                "train.overlap=true selects a step's prompts before the previous step's updates, "
+                "but selection.method=kgps needs their size; set train.overlap=false or use "
+                "another method"
+            )
+        if self.selection.method in ("greso", "dapo", "hive", "oracle"):
             raise ValueError(
                 f"train.overlap=true selects a step's prompts once, before the step, but "
                 f"selection.method={self.selection.method} needs rollouts of the step to select "

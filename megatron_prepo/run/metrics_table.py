@@ -73,14 +73,23 @@ STEP: dict[str, Group] = {
         ),
         "selection/{p_easy,p_hard}": Metric(
             "probability",
-            "of rolling out a prompt whose last group was all right, all wrong (greso)",
+            "of rolling out a prompt whose last group was all right, all wrong (greso, hive)",
         ),
-        "selection/skipped": Metric("prompts", "candidates skipped in the step (greso)"),
+        "selection/skipped": Metric("prompts", "candidates skipped in the step (greso, hive)"),
         "selection/posterior_mean": Metric(
             "probability", "mean predicted pass rate of the chosen prompts (mopps)"
         ),
         "selection/informative": Metric(
-            "probability", "mean predicted probability that a chosen group has a signal (mapp)"
+            "probability", "mean predicted probability that a chosen group has a signal (mapp, dps)"
+        ),
+        "selection/outside_band": Metric(
+            "prompts", "candidates not skipped whose entropy is outside the band (hive)"
+        ),
+        "selection/utility": Metric(
+            "reward^2", "mean expected variance p (1 - p) of the chosen prompts (kgps)"
+        ),
+        "selection/drift": Metric(
+            "nats^2", "variance that the updates so far add to the logit of a pass rate (kgps)"
         ),
         "selection/trust": Metric(
             "rollouts", "weight of the regression's prediction in pseudo-counts (foresight)"

@@ -3,8 +3,11 @@
 from megatron_prepo.selection import user_class
 from megatron_prepo.selection.base import Candidates, Selector
 from megatron_prepo.selection.dapo import DynamicSampling
+from megatron_prepo.selection.dps import MarkovChain
 from megatron_prepo.selection.foresight import Foresight
 from megatron_prepo.selection.greso import GRESO
+from megatron_prepo.selection.hive import HistoryAndEntropy
+from megatron_prepo.selection.kgps import KalmanFilter
 from megatron_prepo.selection.mapp import PosteriorPredictive
 from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
@@ -20,6 +23,9 @@ METHODS: dict[str, type[Selector]] = {
     "dapo": DynamicSampling,
     "mopps": PosteriorSampling,
     "mapp": PosteriorPredictive,
+    "kgps": KalmanFilter,
+    "dps": MarkovChain,
+    "hive": HistoryAndEntropy,
     "foresight": Foresight,
     "oracle": Oracle,
 }

@@ -45,6 +45,10 @@ class Selector(Protocol):
     """Whether to ask again within the step, after `observe`, until nothing is chosen; the step then
     trains on the first K groups with an advantage."""
 
+    needs_updates: bool = False
+    """Whether `observe_update` is to be called after each step's updates; not possible with
+    `train.overlap`, which chooses before them."""
+
     @abstractmethod
     def __init__(
         self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
@@ -57,6 +61,13 @@ class Selector(Protocol):
 
     def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
         """Learn from the rewards of what was chosen; by default nothing."""
+        return
+
+    def observe_update(self, size: float) -> None:
+        """Learn how far the step's updates moved the policy; by default nothing.
+
+        `size` is the learning rate times the norm of the clipped gradient, 0 without an update.
+        """
         return
 
     def metrics(self) -> dict[str, float]:

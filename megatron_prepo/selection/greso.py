@@ -109,7 +109,12 @@ class GRESO(Selector):
             accepts = draw.random() < self.acceptance(candidates.prompts[i].id)
             (accepted if accepts else skipped).append(i)
         self.skipped = len(skipped)
-        self.waiting = accepted + skipped[: max(0, self.num_selected - len(accepted))]
+        first, spare = self.order(candidates, accepted)
+        self.waiting = first + (spare + skipped)[: max(0, self.num_selected - len(first))]
+
+    def order(self, candidates: Candidates, accepted: list[int]) -> tuple[list[int], list[int]]:
+        """Return the accepted positions to roll out, and those only if there are too few."""
+        return accepted, []
 
     def _adapt(self) -> None:
         for kind, target in TARGET.items():

@@ -30,6 +30,7 @@ CONTRACTS = {
     "__init__": "(self, config, *, total_steps, seed, pass_reward)",
     "choose": "(self, candidates, step)",
     "observe": "(self, prompts, rewards_KG)",
+    "observe_update": "(self, size)",
     "metrics": "(self)",
     "state_dict": "(self)",
     "load_state_dict": "(self, state)",
@@ -62,7 +63,7 @@ def _checked_class(found: object, setting: str) -> type[Selector]:
         if getattr(function, "__isabstractmethod__", False):
             raise UserError(f"{setting} has no method {name}; define {name}{contract}")
         _check_signature(function, name, setting)
-    for name in ("needs_scores", "needs_pass_rates", "refills"):
+    for name in ("needs_scores", "needs_pass_rates", "needs_updates", "refills"):
         value = getattr(found, name)
         if not isinstance(value, bool):
             raise UserError(f"{setting}: {name} is {value!r:.80}; set it to True or False")
@@ -104,7 +105,7 @@ def check(run: TrialRun, *, overlap: bool = False) -> None:
     """
     method = run.config.method
     cls = load(method)
-    for name in ("refills", "needs_pass_rates"):
+    for name in ("refills", "needs_pass_rates", "needs_updates"):
         if overlap and getattr(cls, name):
             raise UserError(
                 f"train.overlap=true selects a step's prompts once, before the step, but "
@@ -162,6 +163,8 @@ def _trial_step(
     ):
         done.append(list(chosen))
         selector.observe(candidates.at(chosen), _made_up_rewards(chosen, run, step))
+    if selector.needs_updates:
+        selector.observe_update(1e-6 * (step % 3))
     return done, _checked_metrics(selector.metrics(), f"selection.method={method}")
 
 

@@ -7,7 +7,7 @@
 All are collective, and their results the same on every rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -168,13 +168,31 @@ def update(
     num_mini_batches = trainer.config.train.mini_batches
     with trainer.run.seconds("update"):
         record = step_record(step, candidates, batch, num_mini_batches)
-        return update_policy(
+        metrics = update_policy(
             trainer.updates.of_step(record),
             batch,
             aggregation=trainer.config.loss.aggregation,
             num_mini_batches=num_mini_batches,
             max_tokens=trainer.config.rollout.max_new_tokens,
         )
+    if trainer.selector.needs_updates:
+        trainer.selector.observe_update(update_size(metrics, trainer.config.optimizer.clip_grad))
+    return metrics
+
+
+def update_size(metrics: Mapping[str, float], clip_grad: float) -> float:
+    """Return learning rate times norm of the clipped gradient, each the mean of the step's updates.
+
+    0 if all updates were skipped.
+
+    >>> update_size({"loss/learning_rate": 0.5, "loss/grad_norm": 3.0}, clip_grad=1.0)
+    0.5
+    >>> update_size({"loss/skipped_updates": 1}, clip_grad=1.0)
+    0.0
+    """
+    if "loss/grad_norm" not in metrics:
+        return 0.0
+    return metrics["loss/learning_rate"] * min(metrics["loss/grad_norm"], clip_grad)
 
 
 @contextmanager

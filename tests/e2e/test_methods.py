@@ -22,7 +22,7 @@ TINY = [
     "eval.max_prompts=2",
     "eval.samples_per_prompt=1",
 ]
-ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "foresight"]
+ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "kgps", "dps", "hive", "foresight"]
 WITH = {"mapp": ["advantage.method=posterior"]}
 """The rest of a method that is more than a selection."""
 
@@ -91,7 +91,7 @@ def test_each_step_trains_on_k_whole_groups(on_one_rank, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_pay_for_what_they_are_to_pay(on_one_rank, method):
-    """Groups per step: K; for `dapo` and `greso` K to P; the oracle probes all P candidates."""
+    """Groups per step: K; K to P for `dapo`, `greso`, `hive`; the oracle probes all P."""
     steps = metrics(on_one_rank / method)
     entries = list(read(on_one_rank / method / "ledger.jsonl"))
     probes = sum(entry.purpose == "probe" for entry in entries)

@@ -142,6 +142,13 @@ def test_all_mistakes_are_reported_at_once():
         ({"selection__rho_max": -0.1}, r"selection\.rho_max=-0\.1"),
         ({"selection__target_pass_rate": 1.1}, r"selection\.target_pass_rate=1\.1 must lie"),
         ({"selection__mopps_decay": -0.1}, r"selection\.mopps_decay=-0\.1 must lie"),
+        ({"selection__dps_decay": 1.1}, r"selection\.dps_decay=1\.1 must lie"),
+        ({"selection__dps_prior": 0.0}, r"selection\.dps_prior=0\.0 must be"),
+        ({"selection__kgps_prior_variance": 0.0}, r"selection\.kgps_prior_variance=0\.0 must be"),
+        ({"selection__kgps_drift": -1.0}, r"selection\.kgps_drift=-1\.0 must be at least 0"),
+        ({"selection__kgps_warm_up": -1}, r"selection\.kgps_warm_up=-1 must be at least 0"),
+        ({"selection__hive_band": [0.5, 0.5]}, r"selection\.hive_band=\[0\.5, 0\.5\] must be two"),
+        ({"selection__hive_band": [0.5, 1.5]}, r"selection\.hive_band=\[0\.5, 1\.5\] must be two"),
         ({"train__rollout_budget": 0}, r"train\.rollout_budget=0 must be at least 1"),
         ({"selection__ppl_agreement": 1.1}, r"selection\.ppl_agreement=1\.1 must lie"),
         (
@@ -233,10 +240,13 @@ def test_settings_that_contradict_each_other_are_refused(change, message):
 @pytest.mark.parametrize("method", METHODS)
 def test_overlap_is_refused_to_methods_that_select_by_rollouts_of_the_step(method):
     settings = tree(**OVERLAP, selection__method=method)
-    if not (METHODS[method].refills or METHODS[method].needs_pass_rates):
+    if not (
+        METHODS[method].refills or METHODS[method].needs_pass_rates or METHODS[method].needs_updates
+    ):
         assert from_tree(settings).train.overlap
         return
-    message = rf"overlap=true .*selection\.method={method} needs rollouts of the step"
+    needs = "their size" if METHODS[method].needs_updates else "rollouts of the step"
+    message = rf"overlap=true .*selection\.method={method} needs {needs}"
     with pytest.raises(UserError, match=message):
         from_tree(settings)
 
@@ -547,6 +557,8 @@ def other_value(field):
         ("rho_max", 1.0): 0.5,
         ("target_pass_rate", 0.5): 0.25,
         ("mopps_decay", 0.5): 0.25,
+        ("dps_decay", 0.5): 0.25,
+        ("hive_band", (0.5, 1.0)): (0.25, 0.75),
         ("clip_low", 0.2): 0.3,
         ("importance_low", 0.5): 0.4,
         ("ppl_agreement", 0.95): 0.9,

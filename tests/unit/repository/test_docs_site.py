@@ -108,6 +108,7 @@ OF_OTHERS = {
     "verl/trainer/ttis/presampling_selector.py",
     "verl/trainer/ppo/ray_trainer.py",
     "recipe/ours/mopps.py",
+    "recipe/dps/task_sampler.py",
     "config.py",  # of litgpt
     "mine.py",  # of a user
     "my_task/reward.py",  # written on its page

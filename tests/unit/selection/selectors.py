@@ -47,4 +47,6 @@ def run_step(
         rounds.append(chosen)
         if not chooser.refills:
             break
+    if chooser.needs_updates:
+        chooser.observe_update(0.001 * (step % 3))
     return rounds

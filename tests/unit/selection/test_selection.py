@@ -249,7 +249,9 @@ def test_a_step_pays_for_k_candidates_or_more_and_for_none_twice(method):
         assert json.loads(json.dumps(metrics)) == metrics
 
 
-@pytest.mark.parametrize("method", ["random", "greso", "dapo", "mopps", "mapp", "foresight"])
+@pytest.mark.parametrize(
+    "method", ["random", "greso", "dapo", "mopps", "mapp", "hive", "foresight"]
+)
 def test_another_seed_is_another_choice(method):
     chosen = [steps(selector(method, selected=3, seed=seed), range(5)) for seed in (1, 2)]
     assert chosen[0] != chosen[1]
