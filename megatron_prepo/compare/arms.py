@@ -22,8 +22,9 @@ ABLATIONS = {
     "clamp": [*PREPO, "weighting.clamp=1.5"],
     "entropy_clamp": [*ENTROPY, "weighting.clamp=1.5"],
     "mapp_selection": _unweighted("mapp"),
+    "rl_zvp": [*_unweighted("random"), "advantage.method=rl_zvp"],
 }
-"""PREPO and MaPP with a part removed or changed."""
+"""PREPO and MaPP with a part removed or changed, and Random with other advantages."""
 WHOLE = {"mapp": [*_unweighted("mapp"), "advantage.method=posterior"]}
 """Methods that are more than a selection."""
 ARMS = {"random": _unweighted("random"), "prepo": PREPO, **WHOLE, **ABLATIONS}

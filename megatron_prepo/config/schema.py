@@ -555,12 +555,17 @@ class RewardConfig:
 class AdvantageConfig:
     """Advantages of rollouts by their rewards (`docs/method.md`)."""
 
-    method: Literal["group", "posterior", "rloo", "reinforce++", "reinforce++-baseline"] = "group"
+    method: Literal[
+        "group", "posterior", "rl_zvp", "rloo", "reinforce++", "reinforce++-baseline"
+    ] = "group"
     """`group`: relative to the group's mean (GRPO, paper); `posterior`: its expectation over the
     other completions, by the posterior of the prompt's pass rate (MaPP; needs
-    `selection.method=mapp` or `mopps`); `rloo`: relative to the mean of the other rewards of the
-    group, without a division by `std`; `reinforce++`: normalised over all tokens of the step;
-    `reinforce++-baseline`: the same after the group's mean is subtracted."""
+    `selection.method=mapp` or `mopps`); `rl_zvp`: `group`, and by token entropy where a group has
+    no variance; `rloo`: relative to the mean of the other rewards of the group, without a division
+    by `std`; `reinforce++`: normalised over all tokens of the step; `reinforce++-baseline`: the
+    same after the group's mean is subtracted."""
+    zvp_scale: float = 0.1
+    """Scale alpha of `rl_zvp`'s advantages where a group has no variance."""
     std: Literal["unbiased", "population", "none"] = "unbiased"
     """Normalisation by the standard deviation of the group (`reinforce++`: of the step): with n-1
     in its denominator, with n, or none."""
@@ -569,6 +574,7 @@ class AdvantageConfig:
 
     def __post_init__(self) -> None:
         _positive("advantage.eps", self.eps)
+        _positive("advantage.zvp_scale", self.zvp_scale)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -995,6 +1001,11 @@ class Config:
             )
 
     def _check_advantage(self) -> None:
+        if self.advantage.method == "rl_zvp" and self.loss.kl_in_reward:
+            raise ValueError(
+                "advantage.method=rl_zvp has no effect with loss.kl_in_reward=true, where no "
+                "rewards are equal; set loss.kl_in_reward=false or advantage.method=group"
+            )
         if self.advantage.method != "posterior":
             return
         if self.selection.method not in POSTERIORS:

@@ -17,6 +17,8 @@ import torch
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import RolloutConfig
+from megatron_prepo.prepo.advantages import group_advantages
+from megatron_prepo.prepo.entropy_advantages import directions, entropy_advantages
 from megatron_prepo.prepo.posterior_advantages import posterior_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
@@ -140,6 +142,8 @@ def compute_advantages(
     config = trainer.config
     if config.advantage.method == "posterior":
         return advantages_by_posterior(trainer, groups), None
+    if config.advantage.method == "rl_zvp":
+        return advantages_by_entropy(trainer, groups, old_scores)
     return step_advantages(config.advantage, config.loss, groups, old_scores)
 
 
@@ -156,6 +160,21 @@ def advantages_by_posterior(trainer: Trainer, groups: Groups) -> torch.Tensor:
         std=settings.std,
         eps=settings.eps,
     )
+
+
+def advantages_by_entropy(
+    trainer: Trainer, groups: Groups, old_scores: RolloutScores
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return group-relative advantages, and by token entropy where a group has no variance."""
+    settings, rewards_KG = trainer.config.advantage, groups.shaped_rewards_KG
+    advantages = entropy_advantages(
+        group_advantages(rewards_KG, std=settings.std, eps=settings.eps),
+        directions(groups.rewards_KG, rewards_KG, trainer.config.reward.high),
+        [scores.entropy_T for scores in old_scores.scores],
+        scale=settings.zvp_scale,
+    )
+    means_N = torch.stack([advantage_T.mean() for advantage_T in advantages])
+    return means_N.view_as(rewards_KG), advantages
 
 
 def update(

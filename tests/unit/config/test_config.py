@@ -274,6 +274,12 @@ def test_predicted_advantages_would_not_see_penalties(penalty):
         from_tree(settings)
 
 
+def test_entropy_replaces_no_advantage_where_no_two_rewards_are_equal():
+    settings = tree(advantage__method="rl_zvp", loss__kl_in_reward=True, loss__kl_coef=0.1)
+    with pytest.raises(UserError, match=r"rl_zvp has no effect with loss\.kl_in_reward=true"):
+        from_tree(settings)
+
+
 def test_overlap_with_all_that_it_needs_is_no_contradiction():
     assert from_tree(tree(**OVERLAP)).train.overlap
 
