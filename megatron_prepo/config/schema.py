@@ -722,8 +722,9 @@ class TrainConfig:
     packing: bool = True
     """Pack sequences end to end. If false, they are padded to the longest one."""
     share_prefixes: bool = False
-    """Compute a prompt once for all rollouts of its group that share a micro-batch. Results do not
-    change, except for token counts per expert (`megatron.moe_aux_loss_coeff`)."""
+    """Compute a prompt once for all rollouts of its group that share a micro-batch, and score what
+    all candidates begin with (chat template, few-shot examples) once. Results do not change, except
+    for token counts per expert (`megatron.moe_aux_loss_coeff`)."""
     max_skipped_updates: int = 3
     """Maximum number of consecutive updates with a non-finite loss or gradient: these are skipped
     and dumped, and one more stops the run. 0: the first one stops the run."""

@@ -1,10 +1,11 @@
 """The candidates' perplexities: by the actor, with entropies, or by the engine, without."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 
-from megatron_prepo.actor.actor import Actor
+from megatron_prepo.actor.actor import Actor, Scores
 from megatron_prepo.prepo.perplexity import perplexity, scored_span
 from megatron_prepo.records import Prompt, ScoredSequence
 from megatron_prepo.rollout.engine import Engine
@@ -12,18 +13,41 @@ from megatron_prepo.trainer.step_metrics import spearman
 
 
 def prompt_scores(
-    actor: Actor, prompts: Sequence[Prompt], tokens: str = "all"
+    actor: Actor, prompts: Sequence[Prompt], tokens: str = "all", *, share_prefix: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
 
     `actor.score` is one forward pass without gradient (see `megatron_prepo.actor.actor`).
     Non-finite values are kept: selection sorts them last.
+
+    `share_prefix`: scores what all prompts begin with (the chat template, few-shot examples) once,
+    for an actor with `train.share_prefixes`, which then also computes it once per row.
     """
-    scores = actor.score([ScoredSequence(p.tokens, 1) for p in prompts], temperature=1.0)
+    scores = whole_scores(actor, [prompt.tokens for prompt in prompts], share_prefix)
     spans = [prompt_span(prompt, tokens) for prompt in prompts]
     ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
     entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
     return torch.stack(ppl), torch.stack(entropy)
+
+
+def whole_scores(
+    actor: Actor, prompts: Sequence[tuple[int, ...]], share_prefix: bool
+) -> list[Scores]:
+    """Return the scores of all tokens of the prompts except the first."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    common = min(len(list(same)), *(len(tokens) - 1 for tokens in prompts))
+    if not share_prefix or common < 2:
+        return actor.score([ScoredSequence(tokens, 1) for tokens in prompts], temperature=1.0)
+    sequences = [ScoredSequence(tokens, common) for tokens in prompts]
+    prefix = ScoredSequence(prompts[0][:common], 1)
+    first, *others = actor.score([prefix, *sequences], temperature=1.0)
+    return [
+        Scores(
+            torch.cat([first.logprobs_T, other.logprobs_T]),
+            torch.cat([first.entropy_T, other.entropy_T]),
+        )
+        for other in others
+    ]
 
 
 def engine_perplexities(

@@ -56,14 +56,21 @@ def score(trainer: Trainer, prompts: Sequence[Prompt], step: int) -> Candidates:
     `selection.ppl_from=engine`: by the engine's copy of the policy, which is compared with the
     actor in the first step and whenever an evaluation is due.
     """
-    actor, settings = trainer.actor, trainer.config.selection
+    settings = trainer.config.selection
+    scores_by_actor = partial(
+        prompt_scores,
+        trainer.actor,
+        prompts,
+        settings.ppl_tokens,
+        share_prefix=trainer.config.train.share_prefixes,
+    )
     if not trainer.selector.needs_scores:
         return Candidates(prompts)
     if settings.ppl_from == "actor":
-        return Candidates(prompts, *prompt_scores(actor, prompts, settings.ppl_tokens))
+        return Candidates(prompts, *scores_by_actor())
     ppl_P, actor_ppl_P = engine_perplexities(trainer.engine, prompts, settings.ppl_tokens), None
     if step == 0 or due(step, trainer.config.eval.every):
-        actor_ppl_P, _ = prompt_scores(actor, prompts, settings.ppl_tokens)
+        actor_ppl_P, _ = scores_by_actor()
         check_agreement(ppl_P, actor_ppl_P, settings.ppl_agreement)
     return Candidates(prompts, ppl_P, actor_ppl_P=actor_ppl_P)
 

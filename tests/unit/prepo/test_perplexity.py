@@ -41,10 +41,11 @@ class Bigram:
     def __init__(self, logits_VV, budget=8):
         self.logprobs_VV = logits_VV.log_softmax(-1)
         self.budget = budget
-        self.temperatures = []
+        self.temperatures, self.num_scored = [], 0
 
     def score(self, sequences, *, temperature):
         self.temperatures.append(temperature)
+        self.num_scored += sum(sequence.num_scored for sequence in sequences)
         scores = [None] * len(sequences)
         plan = plan_rows(sequences, num_ranks=1, budget=self.budget, shape=SHAPE, multiple=4)
         for row in plan.ranks[0]:
@@ -120,6 +121,23 @@ def test_order_and_packing_of_the_batch_do_not_matter(budget):
     order = [2, 0, 3, 1]
     ppl_P, _ = prompt_scores(model, [PROMPTS[i] for i in order])
     assert_close(ppl_P, expected_P[order])
+
+
+ALIKE = [prompt([1, 2, 3, *end], (1, 4)) for end in ([4, 5], [4, 5, 6], [0], [0, 2, 2, 1])]
+"""The first is the beginning of the second."""
+
+
+@pytest.mark.parametrize("tokens", ["all", "content"])
+@pytest.mark.parametrize(
+    ("prompts", "fewer"), [(ALIKE, 2 * 3), (ALIKE[:2], 3), (ALIKE[:1], 0), (PROMPTS, 0)]
+)
+def test_a_beginning_that_all_prompts_share_is_scored_once(prompts, fewer, tokens):
+    """The numbers are the same; of four prompts, three need not score tokens 2 and 3."""
+    own, sharing = random_bigram(), random_bigram()
+    expected = prompt_scores(own, prompts, tokens)
+    shared = prompt_scores(sharing, prompts, tokens, share_prefix=True)
+    assert all(map(torch.equal, shared, expected))
+    assert own.num_scored - sharing.num_scored == fewer
 
 
 class BigramEngine:
