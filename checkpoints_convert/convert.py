@@ -3,6 +3,7 @@
 The structure of a Megatron checkpoint comes from Megatron-Core: each rank of the requested layout
 is built on the meta device (`actor.dry_run`), and its sharded state dict names every chunk.  The
 mapping table lists the Hugging Face tensors of each chunk.  No other code depends on either format.
+Adapters in a Megatron checkpoint (LoRA) are merged into its weights.
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_prepo.config import ParallelConfig
+from megatron_prepo.config import LoraConfig, ParallelConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
@@ -28,12 +29,20 @@ from megatron_prepo.models.hf_config import (
     transformer_settings,
 )
 from megatron_prepo.models.hf_files import HFTensors, HFWriter, carry_over, widest
-from megatron_prepo.models.mapping import Heads, Mapping, check_parts, to_hf, to_megatron
+from megatron_prepo.models.mapping import (
+    Heads,
+    Mapping,
+    adapter_mappings,
+    check_parts,
+    to_hf,
+    to_megatron,
+)
 from megatron_prepo.models.record import (
     HF_FILES,
     architecture_record,
     check_record,
     check_tokenizer,
+    stored_adapters,
 )
 from megatron_prepo.models.torch_dist import Chunk, TorchDistReader, TorchDistWriter
 from megatron_prepo.process import progress
@@ -52,6 +61,8 @@ class PlannedParameter:
     leading: int
     """Number of leading dimensions added by stacking: layers, experts."""
     chunks: list[Chunk] = field(default_factory=list)
+    adapter: "PlannedAdapter | None" = None
+    """Adapter of the weight, in a checkpoint that has some."""
 
     @property
     def key(self) -> str:
@@ -62,6 +73,15 @@ class PlannedParameter:
     def full_shape(self) -> tuple[int, ...]:
         """Shape over all tensor-parallel ranks, including vocabulary padding, without stacking."""
         return self.chunks[0].global_shape[self.leading :]
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """Matrices of a weight's adapter in a Megatron checkpoint."""
+
+    matrices: tuple[PlannedParameter, PlannedParameter]
+    """A and B."""
+    scale: float
 
 
 def import_hf(
@@ -213,14 +233,23 @@ def uneven_stages(layers: int, pipeline: int) -> dict[str, int]:
 
 
 def plan_checkpoint(
-    settings: dict[str, Any], *, tensor: int = 1, pipeline: int = 1, expert: int = 1
+    settings: dict[str, Any],
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    lora: LoraConfig | None = None,
 ) -> list[PlannedParameter]:
-    """Return every parameter of the model with its chunks in a checkpoint of this layout."""
+    """Return every parameter of the model with its chunks in a checkpoint of this layout.
+
+    With `lora`, adapters are part of the parameters that they belong to.
+    """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
     from megatron_prepo.actor.dry_run import each_rank
     from megatron_prepo.config import ModelConfig
     from megatron_prepo.models.hf_to_megatron import stage_parameters
+    from megatron_prepo.models.lora import adapter_parameters
 
     if min(tensor, pipeline, expert) < 1:
         sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
@@ -230,9 +259,9 @@ def plan_checkpoint(
     model_config = ModelConfig(hf="", dtype="bfloat16")
     plan: dict[tuple[str, ...], PlannedParameter] = {}
     uneven = uneven_stages(transformer_settings(settings)["num_layers"], pipeline)
-    for _, (model,) in each_rank(settings, model_config, layout, uneven):
+    for _, (model,) in each_rank(settings, model_config, layout, uneven, lora):
         entries = model.sharded_state_dict()
-        for name, mapping, _ in stage_parameters([model]):
+        for name, mapping, _ in (*stage_parameters([model]), *adapter_parameters([model])):
             entry = entries[name]
             parts = [entry] if isinstance(entry, ShardedTensor) else entry.build()
             for part in parts:
@@ -244,7 +273,18 @@ def plan_checkpoint(
                 planned = plan.setdefault(mapping.hf_names, PlannedParameter(mapping, leading))
                 if chunk not in planned.chunks:
                     planned.chunks.append(chunk)
+    if lora:
+        _join_adapters(plan, lora)
     return list(plan.values())
+
+
+def _join_adapters(plan: dict[tuple[str, ...], PlannedParameter], lora: LoraConfig) -> None:
+    """Move the matrices of adapters from the plan to the parameters that they belong to."""
+    for parameter in list(plan.values()):
+        a, b = adapter_mappings(parameter.mapping, lora.target_modules)
+        if a.hf_names in plan:
+            matrices = plan.pop(a.hf_names), plan.pop(b.hf_names)
+            parameter.adapter = PlannedAdapter(matrices, lora.scale)
 
 
 def plan_export(
@@ -254,8 +294,9 @@ def plan_export(
 
     Raises UserError if the checkpoint lacks a parameter or has one that the model does not have.
     """
-    plan = plan_checkpoint(settings)
-    keys = {parameter.key for parameter in plan}
+    plan = plan_checkpoint(settings, lora=stored_adapters(reader))
+    matrices = [matrix for p in plan if p.adapter for matrix in p.adapter.matrices]
+    keys = {parameter.key for parameter in (*plan, *matrices)}
     known = reader.weights()
     if keys != known:
         raise UserError(
@@ -289,10 +330,34 @@ def hf_tensors(
     settings: dict[str, Any],
     empty: Callable[..., torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of the Hugging Face tensors in a parameter of a checkpoint.
+    """Yield (name, tensor) of the Hugging Face tensors in a parameter, with its adapter merged.
 
     `empty(shape, dtype)` allocates the memory to read into.
     """
+    tensors = _stored_tensors(parameter, reader, heads, settings, empty)
+    if parameter.adapter is None:
+        yield from tensors
+        return
+    matrices: dict[str, torch.Tensor] = {}
+    for matrix in parameter.adapter.matrices:
+        matrices |= _stored_tensors(matrix, reader, heads, settings, empty)
+    for name, tensor in tensors:
+        stem = name.removesuffix("weight")
+        if (a := matrices.get(f"{stem}lora_A.weight")) is not None:
+            b = matrices[f"{stem}lora_B.weight"]
+            product = parameter.adapter.scale * (b.float() @ a.float())
+            tensor = (tensor.float() + product).to(tensor.dtype)
+        yield name, tensor
+
+
+def _stored_tensors(
+    parameter: PlannedParameter,
+    reader: TorchDistReader,
+    heads: Heads,
+    settings: dict[str, Any],
+    empty: Callable[..., torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the Hugging Face tensors in a parameter of a checkpoint."""
     shape = parameter.full_shape
     if parameter.mapping.kind == "vocab":
         shape = (settings["vocab_size"], *shape[1:])

@@ -53,16 +53,19 @@ from megatron_prepo.actor.optimizer import build_optimizer, ddp_config
 from megatron_prepo.actor.packing import PackingPlan, plan_rows
 from megatron_prepo.actor.router_replay import RouterReplay
 from megatron_prepo.config import Config, LossConfig
+from megatron_prepo.models import lora
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.hf_to_megatron import load_hf_weights
 from megatron_prepo.models.megatron_to_hf import (
     Part,
+    gradient_plan,
     hf_gradients,
     hf_plan,
     hf_shapes,
     hf_weights,
     save_hf,
 )
+from megatron_prepo.models.peft_files import save_peft
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.prepo.loss import (
@@ -124,7 +127,7 @@ class Actor:
         self.hf = read_hf_config(config.model.hf)
         self.shape = Shape.of(self.hf)
         self.device = parallel.device()
-        built = build_model(self.hf, config.model, config.parallel, config.megatron)
+        built = build_model(self.hf, config.model, config.parallel, config.megatron, config.lora)
         self.chunks = [chunk.to(self.device) for chunk in built]
         """One chunk, or stages of an interleaved pipeline; the last one has this rank's head."""
         mcore = self.mcore = self.chunks[0].config
@@ -132,6 +135,8 @@ class Actor:
         if config.rollout.router_replay:
             self.routing = RoutingFormat.of(self.hf)
             self.router_replay = RouterReplay(self.chunks, self.device)
+        if config.lora.rank:
+            lora.initialize(self.chunks, config.train.seed)
         if not resumes or config.loss.kl_coef:
             self._load_initial_weights()
         ddp = ddp_config(config.optimizer, config.megatron)
@@ -144,7 +149,9 @@ class Actor:
         # gradients are reduced when they are complete, in the last micro-batch
         waiting = [ddp.no_sync for ddp in self.ddp]
         mcore.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
-        self.reference = self._copy_of_weights() if config.loss.kl_coef else None
+        keeps_reference = config.loss.kl_coef and not config.lora.rank
+        self.reference = self._copy_of_weights() if keeps_reference else None
+        """The initial weights for `loss.kl_coef`; with adapters, these are the frozen ones."""
         self.host_buffers = HostBuffers()
         """Buffers for checkpoints that are written in the background."""
         self.updates = 0
@@ -198,8 +205,13 @@ class Actor:
         self, sequences: Sequence[ScoredSequence], *, temperature: float
     ) -> list[Scores]:
         """Return `score` under the initial weights (kept only with a KL penalty)."""
-        assert self.reference is not None, "the initial weights are kept only with loss.kl_coef > 0"
-        with self._weights(self.reference):
+        assert self.config.loss.kl_coef, "the initial weights are kept only with loss.kl_coef > 0"
+        initial_weights = (
+            lora.without_adapters(self.chunks)
+            if self.reference is None
+            else self._weights(self.reference)
+        )
+        with initial_weights:
             return self.score(sequences, temperature=temperature)
 
     def update(self, rollouts: Sequence[TrainingSequence]) -> dict[str, float]:
@@ -340,7 +352,7 @@ class Actor:
         """Yield the gradient of the last `backward` under Hugging Face names; collective.
 
         It is the gradient of the plain sum of losses (see above): not clipped, and the same under
-        every layout.
+        every layout.  With adapters, it is that of their matrices.
         """
         if self.ddp[0].ddp_config.use_distributed_optimizer:
             self._gather_gradient_shards()
@@ -349,10 +361,22 @@ class Actor:
         )
         return gradients
 
+    def hf_gradient_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return type of the weight and shape of each gradient of `hf_gradients`; collective."""
+        return hf_shapes(self.chunks, self.hf["vocab_size"], gradient_plan(self.chunks))
+
     def export(self, directory: str | Path, *, write: bool) -> None:
-        """Export the model in Hugging Face format; collective, written by the rank with `write`."""
+        """Export the model in Hugging Face format; collective, written by the rank with `write`.
+
+        Adapters are merged into it.
+        """
         self._gather_weights()
         save_hf(self.chunks, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
+
+    def export_adapter(self, directory: str | Path, *, write: bool) -> None:
+        """Export the adapters in the format of `peft`; collective, like `export`."""
+        self._gather_weights()
+        save_peft(self.chunks, self.config.lora, self.config.model.hf, directory, write=write)
 
     def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
         """Write a Megatron checkpoint of this step below `directory`; collective.
@@ -374,12 +398,18 @@ class Actor:
         buffers = self.host_buffers if copy else None
         if not self.config.checkpoint.optimizer:
             return checkpoint.start_saving(
-                self.chunks, directory, step=step, buffers=buffers, hf=self.hf
+                self.chunks,
+                directory,
+                step=step,
+                buffers=buffers,
+                hf=self.hf,
+                lora=self.config.lora,
             )
         return checkpoint.start_saving(
             self.chunks,
             directory,
             step=step,
+            lora=self.config.lora,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             updates=self.updates,

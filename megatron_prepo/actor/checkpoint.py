@@ -31,10 +31,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prepo.actor import optimizer_shards
 from megatron_prepo.actor.async_save import HostBuffers, PendingCheckpoint
 from megatron_prepo.actor.cpu_offload import HostAdam, fill_adam_state
+from megatron_prepo.config import LoraConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import rename_tree, write_text
-from megatron_prepo.models.record import architecture_record, check_record
+from megatron_prepo.models.lora import adapters
+from megatron_prepo.models.mapping import is_adapter
+from megatron_prepo.models.record import (
+    adapter_record,
+    architecture_record,
+    check_record,
+    refuse_adapters,
+    stored_adapters,
+)
 from megatron_prepo.models.torch_dist import TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -55,15 +64,16 @@ def start_saving(
     run_state: str | None = None,
     buffers: HostBuffers | None = None,
     hf: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
 ) -> PendingCheckpoint:
     """Start to write the (unwrapped) model chunks as the newest checkpoint below `directory`.
 
     Collective.  Optimizer and scheduler are saved if both are given, together with this rank's
-    random states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, is stored as
-    the checkpoint's record of the model (`models/record.py`).  The checkpoint exists when this is
-    finished; until then nothing else may be saved below `directory` and, without `buffers`, model
-    and optimizer must not change.  Raises OSError if a rank cannot write: older checkpoints are
-    kept.
+    random states.  `run_state` is the text of `run.json`.  `hf`, the model's settings, and `lora`
+    are stored as the checkpoint's record of the model (`models/record.py`).  The checkpoint exists
+    when this is finished; until then nothing else may be saved below `directory` and, without
+    `buffers`, model and optimizer must not change.  Raises OSError if a rank cannot write: older
+    checkpoints are kept.
     """
     final = checkpoint_path(directory, step)
     aside = final.with_name(final.name + ".partial")
@@ -73,7 +83,7 @@ def start_saving(
         ownership.create(aside, ownership.UNFINISHED)
     dist.barrier()
     weights = _sharded_weights(chunks)
-    state = {**weights, **(architecture_record(hf) if hf else {})}
+    state = {**weights, **(architecture_record(hf) if hf else {}), **adapter_record(lora)}
     state |= {"iteration": step, "updates": updates, "checkpoint_version": 3.0}
     if optimizer is not None:
         assert scheduler is not None, "an optimizer is saved with its scheduler"
@@ -141,11 +151,19 @@ def load_weights(
 ) -> None:
     """Load the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
-    Raises UserError if there is none, or if it is not one of the model with settings `hf`.
+    Adapters of the model are loaded if the checkpoint has them, and otherwise unchanged.  Raises
+    UserError if there is no checkpoint, or if it is not one of the model with settings `hf`.
     """
     path = newest(directory)
     check_record(path, hf, "model.hf")
-    weights = _sharded_weights(chunks)
+    reader = TorchDistReader(path)
+    if not adapters(chunks):
+        refuse_adapters(reader)
+    stored = stored_adapters(reader)
+    weights = {
+        section: {n: entry for n, entry in entries.items() if stored or not is_adapter(n)}
+        for section, entries in _sharded_weights(chunks).items()
+    }
     try:
         state = load_without_running(path, weights)
     except dist_checkpointing.core.CheckpointingException as error:

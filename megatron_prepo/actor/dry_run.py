@@ -23,7 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_prepo.actor import cpu_shim
 from megatron_prepo.actor.model import build_model
-from megatron_prepo.config import ModelConfig, ParallelConfig
+from megatron_prepo.config import LoraConfig, ModelConfig, ParallelConfig
+from megatron_prepo.models.mapping import is_adapter
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,20 @@ class Stage:
     stage: int
     layers: int
     buffers: tuple[Buffer, ...]
+    """Buffers of the trained parameters."""
+    frozen: int
+    """Number of parameters per rank that are not trained."""
     tensors: dict[str, tuple[int, ...]]
     """Global shape of every tensor of which this stage has a part, by its checkpoint name."""
 
     @property
     def parameters(self) -> int:
         """Number of parameters per rank."""
+        return self.frozen + self.trained
+
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters per rank."""
         return sum(buffer.numel for buffer in self.buffers)
 
 
@@ -66,6 +75,7 @@ def each_stage(
     megatron: dict[str, Any] | None = None,
     *,
     world_size: int,
+    lora: LoraConfig | None = None,
 ) -> Iterator[Stage]:
     """Yield every stage of a job of `world_size` ranks: Megatron's model and data-parallel buffers.
 
@@ -80,7 +90,7 @@ def each_stage(
         rank = stage * (world_size // parallel.pipeline)
         with pretend(rank, world_size, parallel), torch.device("meta"), _buffers_on_meta():
             assert parallel_state.get_pipeline_model_parallel_rank() == stage
-            chunks = build_model(hf, model, parallel, overrides)
+            chunks = build_model(hf, model, parallel, overrides, lora)
             wrapped = [DistributedDataParallel(c.config, ddp, c) for c in chunks]
             buffers = [_buffer(b, experts=False) for w in wrapped for b in w.buffers]
             buffers += [
@@ -90,13 +100,22 @@ def each_stage(
                 stage,
                 sum(chunk.decoder.num_layers_per_pipeline_rank for chunk in chunks),
                 tuple(buffers),
+                sum(p.numel() for c in chunks for p in c.parameters() if not p.requires_grad),
                 {name: s for chunk in chunks for name, s in _whole_tensors(chunk).items()},
             )
 
 
 def count_parameters(hf: dict[str, Any], stages: list[Stage]) -> int:
-    """Return the parameters of the complete model, without vocabulary padding, tied ones once."""
-    tensors = {name: shape for stage in stages for name, shape in stage.tensors.items()}
+    """Return the parameters of the complete model, without vocabulary padding, tied ones once.
+
+    Adapters are not counted: they are merged into the model.
+    """
+    tensors = {
+        name: shape
+        for stage in stages
+        for name, shape in stage.tensors.items()
+        if not is_adapter(name)
+    }
     total = sum(math.prod(shape) for shape in tensors.values())
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if name in tensors:
@@ -138,6 +157,7 @@ def each_rank(
     model: ModelConfig,
     parallel: ParallelConfig,
     megatron: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
 ) -> Iterator[tuple[int, list[GPTModel]]]:
     """Yield (rank, its part of the model on the meta device) per rank of a data-parallel replica.
 
@@ -148,7 +168,7 @@ def each_rank(
     for rank in range(world_size):
         with pretend(rank, world_size, parallel), torch.device("meta"):
             overrides = (megatron or {}) | {"perform_initialization": False}
-            yield rank, build_model(hf, model, parallel, overrides)
+            yield rank, build_model(hf, model, parallel, overrides, lora)
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def vocab_parallel_logprobs_and_entropy(
     `fp32_logits`: False rounds the logits to the type of the weights, as an engine may do.
     `into_main_grad`: add the weight's gradient to `weight_VH.main_grad`, if it has one in float32,
     and return none for it; the parameter's `grad_added_to_main_grad` is then set, as Megatron's
-    linear layer does.  Otherwise it is accumulated in float32, and returned.
+    linear layer does.  Otherwise it is accumulated in float32, and returned.  A weight that
+    requires no gradient gets none.
 
     The gradient of `hidden_TH` is only this rank's part: the region that the hidden states come
     from must sum the parts once (`copy_to_tensor_model_parallel_region`, or
@@ -311,7 +312,7 @@ class _Loss(torch.autograd.Function):
                 gradients.add(chunk, lse_C, entropy_C, *grads)
         if gradients is not None:
             grad_weight_VH = gradients.finish_weight()
-            ctx.in_main_grad = grad_weight_VH is None
+            ctx.in_main_grad = gradients.in_main_grad
             ctx.save_for_backward(gradients.hidden_TH, grad_weight_VH)
             ctx.loss_scale, ctx.used = loss_scale, False
         total: torch.Tensor = sum(losses)
@@ -325,7 +326,8 @@ class _Loss(torch.autograd.Function):
         grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
         if not ctx.in_main_grad:
             factor = grad_loss / ctx.loss_scale
-            return grad_hidden_TH * factor, grad_weight_VH * factor, None, None, None, None
+            scaled = (None if g is None else g * factor for g in (grad_hidden_TH, grad_weight_VH))
+            return *scaled, None, None, None, None
         if ctx.used:
             raise RuntimeError("vocab_parallel_loss: the weight's gradient is in main_grad already")
         ctx.used = True
@@ -346,15 +348,18 @@ class _Gradients:
         self.weight_VH, self.head = weight_VH, head
         dtype = _float(weight_VH)
         self.in_main_grad = (
-            head.into_main_grad
+            weight_VH.requires_grad
+            and head.into_main_grad
             and hasattr(weight_VH, "main_grad")
             and weight_VH.main_grad.dtype == dtype
         )
-        self.total_VH = (
-            weight_VH.main_grad
-            if self.in_main_grad
-            else torch.zeros_like(weight_VH, dtype=dtype, requires_grad=False)
-        )
+        self.total_VH: torch.Tensor | None = None
+        if weight_VH.requires_grad:
+            self.total_VH = (
+                weight_VH.main_grad
+                if self.in_main_grad
+                else torch.zeros_like(weight_VH, dtype=dtype, requires_grad=False)
+            )
         self.workspace_CV: torch.Tensor | None = None
 
     def add(
@@ -382,16 +387,17 @@ class _Gradients:
         columns = self.head.columns
         grad_CH = product(grad_z_CV, self.weight_VH[:columns])
         self.hidden_TH.index_copy_(0, chunk.rows_C, grad_CH.to(self.hidden_TH.dtype))
-        add_product(self.total_VH[:columns], grad_z_CV.t(), chunk.hidden_CH)
+        if self.total_VH is not None:
+            add_product(self.total_VH[:columns], grad_z_CV.t(), chunk.hidden_CH)
 
     def finish_weight(self) -> torch.Tensor | None:
-        """Return the weight's gradient for autograd: None if it is in `main_grad`.
+        """Return the weight's gradient for autograd: None if it is in `main_grad`, or frozen.
 
         Megatron's hook then adds nothing more, unless `zero_out_wgrad` marks the parameter as an
         embedding of the same stage as well: the hook then adds only the embedding's gradient.
         """
         if not self.in_main_grad:
-            return self.total_VH.to(self.weight_VH.dtype)
+            return None if self.total_VH is None else self.total_VH.to(self.weight_VH.dtype)
         if hasattr(self.weight_VH, "grad_added_to_main_grad"):
             self.weight_VH.grad_added_to_main_grad = True
         return None

@@ -36,10 +36,11 @@ from megatron_prepo.actor import cpu_shim, lm_head_torch
 from megatron_prepo.actor.attention import CausalAttention, RMSNorm, rotate_by_position
 from megatron_prepo.actor.cpu_offload import check_offload
 from megatron_prepo.actor.lm_head import row_operations
-from megatron_prepo.config import Config, ModelConfig, ParallelConfig, nearest
+from megatron_prepo.config import Config, LoraConfig, ModelConfig, ParallelConfig, nearest
 from megatron_prepo.config import OptimizerConfig as OptimizerSettings
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import gpt_settings, num_experts, transformer_settings
+from megatron_prepo.models.lora import add_adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_SETTINGS = {
@@ -83,6 +84,11 @@ def check_layout(config: Config, hf: dict[str, Any]) -> None:
     _check_experts(config.parallel, hf)
     if config.rollout.router_replay:
         _check_router_replay(config.megatron, num_experts(hf))
+    if config.lora.rank and num_experts(hf):
+        raise UserError(
+            f"lora.rank={config.lora.rank}: adapters of a mixture of experts are not supported; "
+            "set lora.rank=0"
+        )
     _check_megatron_settings(config.megatron, config.optimizer, hf)
     check_offload(
         config.megatron,
@@ -289,16 +295,22 @@ def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
     megatron: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
 ) -> list[GPTModel]:
     """Build this rank's part of the model, without loading weights.
 
     One chunk, or `parallel.virtual_pipeline` chunks: with P pipeline ranks, chunk v of rank p is
-    stage v * P + p.
+    stage v * P + p.  With `lora.rank`, adapters are added and all other weights frozen.
     """
+    if lora and lora.rank:
+        model = dataclasses.replace(model, layers="torch")
     mcore = transformer_config(hf, model, parallel, megatron or {})
-    if parallel.virtual_size is None:
-        return [_build_chunk(hf, model, parallel, mcore, None)]
-    return [_build_chunk(hf, model, parallel, mcore, v) for v in range(parallel.virtual_size)]
+    stages = [None] if parallel.virtual_size is None else list(range(parallel.virtual_size))
+    chunks = [_build_chunk(hf, model, parallel, mcore, stage) for stage in stages]
+    if lora and lora.rank:
+        for chunk in chunks:
+            add_adapters(chunk, lora)
+    return chunks
 
 
 def _build_chunk(
@@ -330,7 +342,8 @@ def _build_chunk(
 def describe(config: Config) -> str:
     """Return one line on the actor's backend, layout and precision, for the start of a run."""
     where = "CUDA" if torch.cuda.is_available() else "the CPU over gloo"
-    layers = "TransformerEngine's" if _uses_te(config.model) else "torch-native"
+    lora = config.lora
+    layers = "TransformerEngine's" if not lora.rank and _uses_te(config.model) else "torch-native"
     logits = "float32" if config.model.fp32_lm_head else config.model.dtype
     chunks = config.parallel.virtual_pipeline
     rows = row_operations(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -340,7 +353,8 @@ def describe(config: Config) -> str:
         f"{f' x {chunks} chunks' if chunks > 1 else ''}"
         f"{f' x context {context}' if (context := config.parallel.context) > 1 else ''}"
         f"{' with sequence parallelism' if config.parallel.sequence else ''}, "
-        f"{config.model.dtype}; {config.loss.head} head with {logits} logits, rows in "
+        f"{config.model.dtype}; {f'adapters of rank {lora.rank}; ' if lora.rank else ''}"
+        f"{config.loss.head} head with {logits} logits, rows in "
         f"{'torch' if rows is lm_head_torch else 'Triton'}"
     )
 

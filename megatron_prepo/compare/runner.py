@@ -136,7 +136,7 @@ def check_inputs(config: Config) -> None:
     from megatron_prepo.inputs import preflight
     from megatron_prepo.run import directory as run_directory
 
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    needed = run_directory.needs_initial_weights(config)
     tokenizer: Any = preflight.check(config, initial_weights=needed).tokenizer
     pinned = not config.data.chat_template or config.data.chat_template_date is not None
     if not pinned and "strftime_now" in str(tokenizer.chat_template):

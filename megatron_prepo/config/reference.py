@@ -40,6 +40,8 @@ def _description(section: Any, setting: str) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, tuple) and value:
+        return f"[{', '.join(map(str, value))}]"
     words = {"None": "(empty)", "()": "(empty)", "True": "true", "False": "false"}
     return words.get(str(value), str(value))
 

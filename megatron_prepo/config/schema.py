@@ -60,6 +60,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 POSTERIORS = ("mapp", "mopps")
 """Methods with a posterior of each prompt's pass rate, for `advantage.method=posterior`."""
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Values of `lora.target_modules`."""
+
 FilePath = Annotated[str, "path"]
 """Type of a setting that names a file or directory: a leading `~` and `$NAME` are expanded when the
 setting is read (`literal` escapes a path that must not change)."""
@@ -97,10 +100,37 @@ class ModelConfig:
     float32."""
     layers: Literal["auto", "torch", "te"] = "auto"
     """Layer implementation: torch-native (`torch`), TransformerEngine (`te`), or TransformerEngine
-    if it is installed (`auto`)."""
+    if it is installed (`auto`; torch-native with `lora.rank`)."""
     fp32_lm_head: bool = True
     """Keep logits in float32 in actor and engine, from inputs in `model.dtype`. If false, both
     round them to `model.dtype`. An engine that differs from the actor in this is an error."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the model's weights (`docs/lora.md`)."""
+
+    rank: int = 0
+    """Rank r of the adapters; 0: train all weights."""
+    alpha: int = 16
+    """The product of an adapter's two matrices is scaled by alpha / r."""
+    target_modules: tuple[str, ...] = PROJECTIONS
+    """Projections of each layer that have an adapter, by the names of `transformers`."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 0)
+        _at_least("lora.alpha", self.alpha, 1)
+        names = self.target_modules
+        if not names or len(set(names)) < len(names) or not set(names) <= set(PROJECTIONS):
+            raise ValueError(
+                f"lora.target_modules={list(names)} must be some of {', '.join(PROJECTIONS)}, each "
+                "once"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product of the two matrices."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -906,6 +936,7 @@ class Config:
     selection: SelectionConfig
     rollout: RolloutConfig
     train: TrainConfig
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     servers: ServersConfig = dataclasses.field(default_factory=ServersConfig)
     weight_sync: WeightSyncConfig = dataclasses.field(default_factory=WeightSyncConfig)
@@ -968,6 +999,11 @@ class Config:
             )
         self._check_decay()
         self._check_preset()
+        if self.lora.rank and self.model.layers == "te":
+            raise ValueError(
+                f"lora.rank={self.lora.rank} adapts torch-native layers, not model.layers=te; set "
+                "model.layers=torch or lora.rank=0"
+            )
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
             raise ValueError(
                 f"profile.steps={late} is out of range: steps run from 0 to "

@@ -220,7 +220,9 @@ def write_gradients(directory: Path, actor: Actor) -> list[str]:
 
     Returns the names of tensors with a non-finite element.
     """
-    shapes = {name: (torch.float32, shape) for name, (_, shape) in actor.hf_shapes().items()}
+    shapes = {
+        name: (torch.float32, shape) for name, (_, shape) in actor.hf_gradient_shapes().items()
+    }
     writer = None
     if dist.get_rank() == 0:
         writer = HFWriter(directory, shapes, like=None, kind=ownership.LATER_KIND)

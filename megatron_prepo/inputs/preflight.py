@@ -259,7 +259,7 @@ def check_weights(model: ModelConfig, hf: dict[str, Any]) -> None:
     from megatron_prepo.actor.checkpoint import newest
     from megatron_prepo.models.fit import check_fit
     from megatron_prepo.models.hf_files import HFTensors
-    from megatron_prepo.models.record import check_record, check_tokenizer
+    from megatron_prepo.models.record import check_record, check_tokenizer, refuse_adapters
     from megatron_prepo.models.torch_dist import TorchDistReader
 
     try:
@@ -267,7 +267,7 @@ def check_weights(model: ModelConfig, hf: dict[str, Any]) -> None:
             checkpoint = newest(model.megatron)
             check_opens(checkpoint)
             _check_form(checkpoint)
-            TorchDistReader(checkpoint).common()
+            refuse_adapters(TorchDistReader(checkpoint))
             check_record(checkpoint, hf, model.hf)
             check_tokenizer(checkpoint, model.hf)
         else:

@@ -562,14 +562,14 @@ def _check_weights(config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.run import directory as run_directory
 
     other_files(config.model.hf)
-    if run_directory.needs_initial_weights(config.run, config.loss):
+    if run_directory.needs_initial_weights(config):
         preflight.check_weights(config.model, hf)
 
 
 def _weights(config: Config) -> str:
     from megatron_prepo.run import directory as run_directory
 
-    if not run_directory.needs_initial_weights(config.run, config.loss):
+    if not run_directory.needs_initial_weights(config):
         return "in the run's own checkpoint"
     return f"{_weight_bytes(config) / GIB:.1f} GiB in {config.model.megatron or config.model.hf}"
 

@@ -23,7 +23,7 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     from megatron_prepo.run import opening
 
     config = configuration.load(path, overrides)
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    needed = run_directory.needs_initial_weights(config)
     preflight.check_present(config, *preflight.inputs_read(config.model, initial_weights=needed))
     with activity.doing("checking settings, model and prompts"):
         _check(config, path)  # a refusal is one line: nothing is printed before it
@@ -106,7 +106,7 @@ def _check(config: Config, path: str | Path) -> None:
     run_directory.check_config_file(config.run, path)
     run_directory.check(config)
     dashboards.check(config.run)
-    needed = run_directory.needs_initial_weights(config.run, config.loss)
+    needed = run_directory.needs_initial_weights(config)
     preflight.check(run_directory.as_started(config), initial_weights=needed)
     run_directory.begin(config, _log)
     run_directory.end(Path(config.run.dir))  # rank 0 takes the lock, since it must not run twice

@@ -13,13 +13,23 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.models.fit import check_tied_head
 from megatron_prepo.models.hf_config import listed
 from megatron_prepo.models.hf_files import HEAD, HFTensors
-from megatron_prepo.models.mapping import Heads, Mapping, find_mapping, shard, to_megatron
+from megatron_prepo.models.mapping import (
+    Heads,
+    Mapping,
+    find_mapping,
+    is_adapter,
+    shard,
+    to_megatron,
+)
 
 
 def stage_parameters(
     chunks: Sequence[torch.nn.Module],
 ) -> list[tuple[str, Mapping, torch.nn.Parameter]]:
-    """Return (Megatron's name, mapping, parameter) of this rank's (unwrapped) GPTModels."""
+    """Return (Megatron's name, mapping, parameter) of this rank's (unwrapped) GPTModels.
+
+    Without adapters, which are not tensors of the Hugging Face model (`lora.py`).
+    """
     return [parameter for chunk in chunks for parameter in _chunk_parameters(chunk)]
 
 
@@ -36,6 +46,7 @@ def _chunk_parameters(model: torch.nn.Module) -> list[tuple[str, Mapping, torch.
             parameter,
         )
         for name, parameter in model.named_parameters()
+        if not is_adapter(name)
     ]
 
 

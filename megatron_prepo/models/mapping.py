@@ -1,10 +1,11 @@
 """The single table of parameter names, and the operations that split and join their tensors.
 
-A Megatron parameter holds one or several Hugging Face tensors, in one of five ways:
+A Megatron parameter holds one or several Hugging Face tensors, in one of six ways:
 
 | kind  | Megatron's full tensor                                    | split over tensor parallel |
 |-------|-----------------------------------------------------------|----------------------------|
 | copy  | the tensor                                                | not split                  |
+| stack | tensors of equal shape, one above the other (adapters)    | not split                  |
 | row   | the tensor                                                | its columns                |
 | vocab | the tensor, zero rows added to a multiple of the ranks    | its rows                   |
 | qkv   | q, k, v interleaved: each key-value group's q heads, k, v | its rows                   |
@@ -15,6 +16,7 @@ that are not in the table.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +60,7 @@ LAYER = {
 }
 """Parameters of a layer: Megatron's name -> kind, Hugging Face's names."""
 
-SPLIT_DIM = {"copy": None, "row": 1, "vocab": 0, "qkv": 0, "gated": 0}
+SPLIT_DIM = {"copy": None, "stack": None, "row": 1, "vocab": 0, "qkv": 0, "gated": 0}
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,25 @@ _LAYER_PATTERNS = [
 ]
 
 
+def is_adapter(megatron_name: str) -> bool:
+    """Return whether a parameter or tensor of a checkpoint belongs to an adapter (`lora.py`)."""
+    return ".lora." in megatron_name
+
+
+def adapter_mappings(weight: Mapping, targets: Sequence[str]) -> tuple[Mapping, Mapping]:
+    """Return the mappings of the matrices A and B of an adapted weight's adapter.
+
+    A holds the matrices of the adapted projections, B the rows of all: those of the remaining ones
+    are zero.  Names are those of `peft`, without its prefix.
+    """
+    stems = [name.removesuffix(".weight") for name in weight.hf_names]
+    a_names = tuple(f"{s}.lora_A.weight" for s in stems if s.rpartition(".")[2] in targets)
+    b_names = tuple(f"{s}.lora_B.weight" for s in stems)
+    if weight.kind == "row":
+        return Mapping("row", a_names), Mapping("copy", b_names)
+    return Mapping("stack", a_names), Mapping(weight.kind, b_names)
+
+
 def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> torch.Tensor:
     """Return Megatron's full tensor from the Hugging Face tensors, in the order of `hf_names`.
 
@@ -137,7 +158,7 @@ def to_megatron(mapping: Mapping, tensors: list[torch.Tensor], heads: Heads) -> 
     if mapping.kind == "qkv":
         grouped = [t.reshape(heads.num_groups, -1, heads.head_dim, *t.shape[1:]) for t in tensors]
         return torch.cat(grouped, dim=1).reshape(-1, *tensors[0].shape[1:])
-    return torch.cat(tensors) if mapping.kind == "gated" else tensors[0]
+    return torch.cat(tensors) if mapping.kind in ("gated", "stack") else tensors[0]
 
 
 def check_parts(mapping: Mapping, shapes: list[torch.Size], heads: Heads) -> None:
@@ -146,8 +167,8 @@ def check_parts(mapping: Mapping, shapes: list[torch.Size], heads: Heads) -> Non
     if mapping.kind == "qkv":
         rows = heads.num_groups * heads.head_dim
         expected = [rows * heads.queries_per_group, rows, rows]
-    elif mapping.kind == "gated":
-        expected = [shapes[0][0]] * 2
+    elif mapping.kind in ("gated", "stack"):
+        expected = [shapes[0][0]] * len(shapes)
     for name, shape, rows in zip(mapping.hf_names, shapes, expected, strict=True):
         if shape[:1] != torch.Size([rows])[: len(shape)] or shape[1:] != shapes[0][1:]:
             raise ValueError(f"{name} has shape {tuple(shape)}, but must have {rows} rows")
@@ -161,8 +182,8 @@ def to_hf(
         parts = (heads.queries_per_group, 1, 1)
         grouped = full.reshape(heads.num_groups, sum(parts), heads.head_dim, *full.shape[1:])
         return [t.reshape(-1, *full.shape[1:]).contiguous() for t in grouped.split(parts, dim=1)]
-    if mapping.kind == "gated":
-        return [half.contiguous() for half in full.chunk(2)]
+    if mapping.kind in ("gated", "stack"):
+        return [part.contiguous() for part in full.chunk(len(mapping.hf_names))]
     return [full[:vocab_size] if mapping.kind == "vocab" else full]
 
 

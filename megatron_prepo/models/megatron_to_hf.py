@@ -1,4 +1,7 @@
-"""Stream the weights of a Megatron model under Hugging Face names, for weight sync and export."""
+"""Stream the weights of a Megatron model under Hugging Face names, for weight sync and export.
+
+Adapters (`lora.py`) are merged into the weights: the result is a plain model.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +14,12 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_prepo.models.hf_files import HFWriter
 from megatron_prepo.models.hf_to_megatron import attention_heads, split_group, stage_parameters
+from megatron_prepo.models.lora import (
+    Adapter,
+    adapter_parameters,
+    adapters,
+    trained_parameters,
+)
 from megatron_prepo.models.mapping import Mapping, to_hf, unshard
 
 
@@ -45,7 +54,7 @@ def hf_weights(
     """
     mine = stage_parameters(chunks)
     parts = _plan(mine) if parts is None else parts
-    yield from _whole_tensors(chunks[0].config, mine, vocab_size, parts)
+    yield from _whole_tensors(chunks[0].config, mine, vocab_size, parts, adapters(chunks))
 
 
 @torch.no_grad()
@@ -54,10 +63,27 @@ def hf_gradients(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the gradients that Megatron's DDP has reduced, as `hf_weights` yields the weights.
 
-    A gradient is split and joined like its weight, since mappings only move numbers.
+    A gradient is split and joined like its weight, since mappings only move numbers.  With
+    adapters, gradients are theirs, under the names of `adapter_weights`.
     """
-    mine = [(name, mapping, p.main_grad) for name, mapping, p in stage_parameters(chunks)]
+    mine = [(name, mapping, p.main_grad) for name, mapping, p in trained_parameters(chunks)]
     yield from _whole_tensors(chunks[0].config, mine, vocab_size, _plan(mine))
+
+
+def gradient_plan(chunks: Sequence[torch.nn.Module]) -> list[Part]:
+    """Return the plan (`hf_plan`) of what `hf_gradients` yields; collective."""
+    return _plan(trained_parameters(chunks))
+
+
+@torch.no_grad()
+def adapter_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, full tensor) of the adapters' matrices; collective, see `hf_weights`.
+
+    The name is that of the projection, with `lora_A` and `lora_B` before `weight`.  Projections
+    without an adapter have no A, and a B of zeros if Megatron joins them with an adapted one.
+    """
+    mine = adapter_parameters(chunks)
+    yield from _whole_tensors(chunks[0].config, mine, 0, _plan(mine))
 
 
 def _whole_tensors(
@@ -65,14 +91,21 @@ def _whole_tensors(
     mine: Sequence[tuple[str, Mapping, torch.Tensor]],
     vocab_size: int,
     parts: Sequence[Part],
+    adapted: dict[torch.Tensor, Adapter] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield full tensors under Hugging Face names; `mine` has (name, mapping, this rank's part)."""
+    """Yield full tensors under Hugging Face names; `mine` has (name, mapping, this rank's part).
+
+    `adapted`: the adapters that are merged (`lora.adapters`).
+    """
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     ep_group = parallel_state.get_expert_model_parallel_group()
     heads = attention_heads(config)
     for stage, position, mapping, shape, dtype in parts:
         if stage == pp_group.rank():
-            part = mine[position][2].detach().contiguous()
+            part = mine[position][2]
+            if adapted and part in adapted:
+                part = adapted[part].merged(part)
+            part = part.detach().contiguous()
         else:
             part = torch.empty(shape, dtype=dtype, device=mine[0][2].device)
         if pp_group.size() > 1:

@@ -10,6 +10,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_prepo.config import LoraConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.hf_config import (
     gpt_settings,
@@ -21,6 +24,8 @@ from megatron_prepo.models.torch_dist import TorchDistReader
 
 HF_FILES = "hf"
 """Folder of an imported checkpoint with the model's configuration and tokenizer files."""
+ADAPTERS = "lora"
+"""Entry of a checkpoint with the settings of its adapters."""
 HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "ffn_hidden_size": "intermediate_size",
@@ -85,6 +90,34 @@ def architecture_record(settings: dict[str, Any]) -> dict[str, Any]:
         vocab_size=settings["vocab_size"],
     )
     return {"args": args, "iteration": 0, "checkpoint_version": 3.0}
+
+
+def adapter_record(lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the entry that describes the adapters of a checkpoint; empty without adapters."""
+    if lora is None or not lora.rank:
+        return {}
+    settings = {"rank": lora.rank, "alpha": lora.alpha}
+    return {ADAPTERS: settings | {"target_modules": list(lora.target_modules)}}
+
+
+def stored_adapters(reader: TorchDistReader) -> LoraConfig | None:
+    """Return the settings of a checkpoint's adapters; None if it has none."""
+    entry = reader.common().get(ADAPTERS)
+    if entry is None:
+        return None
+    try:
+        return TypeAdapter(LoraConfig).validate_python(entry)
+    except ValidationError as error:
+        raise UserError(f"{reader.directory}: its record of adapters is damaged") from error
+
+
+def refuse_adapters(reader: TorchDistReader) -> None:
+    """Raise UserError if a checkpoint has adapters next to the weights."""
+    if stored_adapters(reader):
+        raise UserError(
+            f"model.megatron={reader.directory} has adapters (lora.rank) next to frozen weights; "
+            "merge them by `python -m checkpoints_convert export`, and set model.hf to the result"
+        )
 
 
 def check_record(checkpoint: Path, settings: dict[str, Any], where: str | Path) -> None:

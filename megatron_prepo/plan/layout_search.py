@@ -68,6 +68,8 @@ class _Parts:
     experts: int
     """0 if expert=1: experts are then divided like any MLP, and counted in `layer`."""
     gradient_bytes: int
+    adapters: int = 0
+    """Of a layer; the other parameters are then frozen."""
 
 
 def suggest(config: Config, request: PlanRequest, *, most: int = 5) -> list[Layout]:
@@ -149,15 +151,18 @@ def _parts(config: Config, hf: dict[str, Any]) -> _Parts:
         parallel,
         ddp_config(config.optimizer, config.megatron),
         world_size=parallel.num_ranks,
+        lora=config.lora,
     )
+    adapters = stage.trained if config.lora.rank else 0
     tensor = config.parallel.tensor
     embedding = -(-hf["vocab_size"] // tensor) * hf["hidden_size"]
     experts = sum(buffer.numel for buffer in stage.buffers if buffer.experts)
     return _Parts(
         embedding=embedding,
-        layer=stage.parameters - experts - embedding - hf["hidden_size"],
+        layer=stage.parameters - adapters - experts - embedding - hf["hidden_size"],
         experts=experts,
         gradient_bytes=stage.buffers[0].gradient_bytes,
+        adapters=adapters,
     )
 
 
@@ -198,6 +203,10 @@ def _ranks(
             dense += parts.embedding
         if stage == parallel.pipeline - 1:
             dense += shape.hidden + (parts.embedding if stage or not tied else 0)
+        if parts.adapters:  # a mixture of experts has none
+            trained = layers * parts.adapters
+            shard = trained / replicas
+            return ParameterCounts(trained, trained, shard, parts.gradient_bytes, dense)
         experts = layers * parts.experts
         shard = dense / replicas + experts / expert_ranks
         return ParameterCounts(dense + experts, dense + experts, shard, parts.gradient_bytes)

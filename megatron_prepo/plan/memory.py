@@ -25,6 +25,10 @@ the last line, k (2 h + 6 f / t) or k (2 h + 12 f / t) for the k experts of a to
 evenly loaded.
 Recomputation keeps a layer's input, 2 h / s, and works on one group of layers at a time.
 
+Adapters (LoRA) keep in addition, for each of Megatron's linear layers with p adapted projections
+and `out` outputs per rank, 2 p r per token and, if it joins projections, 2 out p r.  This is an
+upper bound: sequence parallelism splits some of it, and frozen norms keep less.
+
 Not counted: temporaries of the backward pass, communication buffers, fragmentation; a plan reserves
 an allowance for them.
 """
@@ -33,7 +37,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from megatron_prepo.config import ParallelConfig
+from megatron_prepo.config import LoraConfig, ParallelConfig
 from megatron_prepo.models.shape import Shape
 
 Layers = Literal["torch", "te"]
@@ -58,6 +62,23 @@ def layer_activations(
         token += 8 * shape.head_size  # sine and cosine, for queries and for keys
     token += _mlp_activations(shape, parallel, layers)
     return token * tokens / parallel.context
+
+
+def adapter_activations(
+    shape: Shape, parallel: ParallelConfig, lora: LoraConfig, *, tokens: int
+) -> float:
+    """Return the bytes that the adapters of a layer keep in addition, at most."""
+    joined = (
+        (("q_proj", "k_proj", "v_proj"), shape.queries + 2 * shape.keys),
+        (("gate_proj", "up_proj"), 2 * shape.mlp),
+        (("o_proj",), 0),
+        (("down_proj",), 0),
+    )
+    numbers = 0.0
+    for names, outputs in joined:
+        adapted = len(set(names) & set(lora.target_modules))
+        numbers += adapted * lora.rank * (tokens / parallel.context + outputs / parallel.tensor)
+    return 2 * numbers
 
 
 def exchanged_numbers(shape: Shape, parallel: ParallelConfig) -> float:
@@ -97,6 +118,7 @@ def stage_activations(
     num_layers: int,
     in_flight: int,
     tokens: int,
+    lora: LoraConfig | None = None,
 ) -> float:
     """Return the peak bytes of a pipeline stage with `in_flight` micro-batches.
 
@@ -105,6 +127,8 @@ def stage_activations(
     attention scores, which these attentions never keep.
     """
     one = layer_activations(shape, parallel, layers, tokens=tokens)
+    if lora and lora.rank:
+        one += adapter_activations(shape, parallel, lora, tokens=tokens)
     if megatron.get("recompute_granularity") != "full":
         return in_flight * num_layers * one
     split = parallel.tensor if parallel.sequence else 1

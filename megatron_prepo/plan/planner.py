@@ -14,6 +14,8 @@ Bytes per parameter of a rank that Megatron-Core keeps for bfloat16 weights and 
     Adam       12: float32 weights and two moments; with the distributed optimizer, divided by the
                data-parallel ranks (experts: by those that hold the same experts); for the offloaded
                fraction, 16 in host memory instead (which includes the gradients)
+
+With adapters (`lora.rank`), gradients and Adam are theirs alone.
 """
 
 from dataclasses import dataclass
@@ -78,12 +80,14 @@ class PlanRequest:
 class ParameterCounts:
     """Parameters of a rank, as Megatron-Core's buffers hold them."""
 
-    parameters: int
+    trained: int
     padded: int
-    """Parameters with the padding of the distributed optimizer."""
+    """Trained parameters with the padding of the distributed optimizer."""
     shard: float
     """Parameters whose optimizer state a rank keeps under the distributed optimizer."""
     gradient_bytes: int
+    frozen: int = 0
+    """Parameters that are not trained: weights only."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,11 @@ def _stages(config: Config, hf: dict[str, Any], world_size: int) -> "list[Stage]
 
     ddp = ddp_config(config.optimizer, config.megatron)
     model, parallel = config.model, config.parallel
-    return list(each_stage(hf, model, parallel, ddp, config.megatron, world_size=world_size))
+    return list(
+        each_stage(
+            hf, model, parallel, ddp, config.megatron, world_size=world_size, lora=config.lora
+        )
+    )
 
 
 def as_requested(config: Config, request: PlanRequest) -> Config:
@@ -438,19 +446,21 @@ def rank_memory(
     # Adam's two moments, and float32 weights if the model's are shorter
     state = 12 if config.model.dtype == "bfloat16" else 8
     last = stage == parallel.pipeline - 1
+    keeps_reference = config.loss.kl_coef and not config.lora.rank
+    in_buffers = held.padded if split else held.trained
     one = engine_plan.sequence_bytes(shape, engine.tensor, longest(config))
     return RankMemory(
         stage=stage,
         layers=layers,
-        parameters=held.parameters,
-        weights=(held.padded if split else held.parameters) * width,
-        gradients=(held.padded if split else held.parameters) * held.gradient_bytes,
+        parameters=held.trained + held.frozen,
+        weights=(in_buffers + held.frozen) * width,
+        gradients=in_buffers * held.gradient_bytes,
         optimizer_split=round((1 - on_host) * held.shard * state),
-        optimizer_whole=held.parameters * state,
+        optimizer_whole=held.trained * state,
         # moments, float32 weights whatever the model's type, and gradients in transfer
         optimizer_host=round(on_host * held.shard * 16),
         # the initial policy, and space for the current one while the initial one scores
-        reference=2 * held.parameters * width if config.loss.kl_coef else 0,
+        reference=2 * held.trained * width if keeps_reference else 0,
         activations=round(
             stage_activations(
                 shape,
@@ -460,6 +470,7 @@ def rank_memory(
                 num_layers=layers // parallel.virtual_pipeline,
                 in_flight=in_flight(parallel, stage, num_micro_batches(config, longest(config))),
                 tokens=config.train.micro_batch_tokens,
+                lora=config.lora,
             )
         ),
         head=head_bytes(config, shape) if last else 0,
@@ -497,10 +508,11 @@ def head_bytes(config: Config, shape: Shape) -> int:
 
 def _parameter_counts(stage: "Stage") -> ParameterCounts:
     return ParameterCounts(
-        parameters=stage.parameters,
+        trained=stage.trained,
         padded=sum(buffer.padded for buffer in stage.buffers),
         shard=sum(buffer.padded / buffer.ranks for buffer in stage.buffers),
         gradient_bytes=max(buffer.gradient_bytes for buffer in stage.buffers),
+        frozen=stage.frozen,
     )
 
 

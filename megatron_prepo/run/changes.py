@@ -66,6 +66,7 @@ applies to the remaining steps."""
 
 FIXED = {
     "model": "the weights and the optimizer's state were computed with it",
+    "lora": "the adapters and the optimizer's state were computed with it",
     "data": "it decides which tokens the steps so far were made from",
     "selection": "it chose the prompts of the steps so far",
     "weighting": "the updates so far were weighted by it",

@@ -19,7 +19,6 @@ from typing import Literal
 from megatron_prepo import config as configuration
 from megatron_prepo.config import (
     Config,
-    LossConfig,
     RunConfig,
     TrainConfig,
     to_tree,
@@ -80,6 +79,8 @@ FOLDERS = {
 MARKED = {
     "hf": "model",
     "hf.partial": ownership.UNFINISHED,
+    "adapter": "adapter",
+    "adapter.partial": ownership.UNFINISHED,
     "weight_sync": "weights for servers",
     "weight_sync.partial": ownership.UNFINISHED,
 }
@@ -199,7 +200,7 @@ def prepare(config: Config, log: Callable[[str], None]) -> Config:
     else:
         before = saved_config(directory)
         config = changes.resumed(before, config)
-        needed = needs_initial_weights(config.run, config.loss)
+        needed = needs_initial_weights(config)
         read = changes.resumed_digests(
             before, config, saved_inputs(directory), initial_weights=needed
         )
@@ -214,17 +215,20 @@ def prepare(config: Config, log: Callable[[str], None]) -> Config:
     return config
 
 
-def needs_initial_weights(run: RunConfig, loss: LossConfig) -> bool:
-    """Whether the run reads the weights of `model.megatron` or `model.hf` that it starts from.
+def needs_initial_weights(config: Config) -> bool:
+    """Whether the run needs the weights of `model.megatron` or `model.hf` that it starts from.
 
     A run that resumes from a checkpoint of its own does not, unless they are the reference of
-    `loss.kl_coef`.  Only the sizes of a checkpoint's files are compared: other damage is found when
-    it is read, and `check_initial_weights` is then called before the run starts from the beginning.
+    `loss.kl_coef`, or its adapters (`lora.rank`) are exported for them.  Only the sizes of a
+    checkpoint's files are compared: other damage is found when it is read, and
+    `check_initial_weights` is then called before the run starts from the beginning.
     """
     from megatron_prepo.actor import checkpoint, manifest
 
-    directory = Path(run.dir)
-    if run.overwrite or loss.kl_coef or not (directory / "config.yaml").is_file():
+    directory = Path(config.run.dir)
+    if config.run.overwrite or not (directory / "config.yaml").is_file():
+        return True
+    if config.loss.kl_coef or config.lora.rank:
         return True
     own = identity(directory)
     return not any(
@@ -566,7 +570,7 @@ def saved_inputs(directory: Path) -> changes.Digests | None:
 
 def _changes(before: Config, now: Config) -> changes.Changes:
     """Return how a resumed run's settings and inputs differ from the saved ones."""
-    needed = needs_initial_weights(now.run, now.loss)
+    needed = needs_initial_weights(now)
     read_before = saved_inputs(Path(now.run.dir))
     return changes.compare(before, now, read_before, initial_weights=needed)
 

@@ -204,6 +204,8 @@ class Trainer:
             self.run.check_directory()
             with self.run.seconds("export"):
                 self.actor.export(self.run.directory / "hf", write=self.run.writes)
+                if self.config.lora.rank:
+                    self.actor.export_adapter(self.run.directory / "adapter", write=self.run.writes)
             self.engine.close()
             self.grader.close()
             self.run.check_directory()
@@ -215,7 +217,7 @@ def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     dashboards.check(config.run)
     with activity.doing("reading the inputs"):
-        needed = run_directory.needs_initial_weights(config.run, config.loss)
+        needed = run_directory.needs_initial_weights(config)
         inputs = preflight.check(run_directory.as_started(config), initial_weights=needed)
     with activity.doing("waiting for the other ranks"):
         parallel.initialize(config.parallel, config.train.seed)
@@ -294,7 +296,7 @@ def check_beginning(config: Config) -> None:
     They have been checked already unless the run has checkpoints, which turned out to be damaged
     only when they were read.
     """
-    if not run_directory.needs_initial_weights(config.run, config.loss):
+    if not run_directory.needs_initial_weights(config):
         run_directory.check_initial_weights(config)
         preflight.check_weights(config.model, read_hf_config(config.model.hf))
 

@@ -25,6 +25,8 @@ from rounding import allowance, approx, bound
 from tiny_models import VOCAB, actor_config
 from transformers_scores import ATTENTIONS, model_of
 
+from megatron_prepo.config.schema import PROJECTIONS
+from megatron_prepo.models.lora import initial_matrix
 from megatron_prepo.models.routing import RoutingFormat
 from megatron_prepo.records import ScoredSequence
 
@@ -49,6 +51,8 @@ class Scenario:
     """Tokens of a prompt."""
     num_prompts: int | None = None
     """Number of prompts that the rollouts share in turn; None: each has its own."""
+    lora: dict | None = None
+    """Settings of adapters, which are trained in place of the weights."""
     routed: bool = False
     """Whether all tokens go to experts that are drawn in advance, in two ways for each prompt."""
     layouts: tuple[str, ...] = ()
@@ -284,6 +288,16 @@ SCENARIOS = {
     "advantages of tokens": Scenario(
         "qwen2", LENGTHS, kl_coef=0.1, token_advantages=True, layouts=FEW_LAYOUTS
     ),
+    "adapters": Scenario(
+        "qwen2", LENGTHS, weight_decay=0.1, lora={"rank": 3, "alpha": 6}, layouts=("tp1", "tp2 sp")
+    ),
+    "some adapters": Scenario(
+        "qwen3",
+        LENGTHS,
+        kl_coef=0.1,
+        lora={"rank": 2, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
+        layouts=("tp2",),
+    ),
     "rollout ratios": Scenario(
         "qwen3",
         (12, 17, 10, 14, 20, 11),
@@ -298,6 +312,12 @@ SLOW = {
     "dual clip": MORE_LAYOUTS,
     "clipped weights": MORE_LAYOUTS,
     "advantages of tokens": MORE_LAYOUTS,
+    "adapters": (
+        *("tp2", "pp2", "dp2", "tp1 recompute", "tp2 pp2 sp", "pp2 dp2 distributed optimizer"),
+        *("pp2 full recomputation", "tp1 selective recomputation", "tp1 offloaded", "pp2 x 2"),
+        *("pp2 dp2 overlapped", "tp2 pp2 x 2 sp", "tp2 cp2 sp", "dp2 cp2 overlapped"),
+    ),
+    "some adapters": ("tp1", "tp2 pp2 sp", "cp2"),
     "rollout ratios": (
         *("tp1 smallest micro-batches", "tp2 pp2 sp", "dp2 padded", "dp4", "cp4", "cp4 shared"),
         *("cp2 padded", "tp2 cp2 sp", "pp2 cp2", "pp2 x 2 cp2", "dp2 cp2 overlapped"),
@@ -544,10 +564,56 @@ def difference(one, other):
     return {name: one[name].double() - other[name].double() for name in other}
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with an adapter, written out."""
+
+    def __init__(self, base, name, rank, alpha=16):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        self.lora_A = torch.nn.Linear(base.in_features, rank, bias=False, dtype=base.weight.dtype)
+        self.lora_B = torch.nn.Linear(rank, base.out_features, bias=False, dtype=base.weight.dtype)
+        torch.nn.init.zeros_(self.lora_B.weight)
+        with torch.no_grad():
+            first = initial_matrix(f"{name}.lora_A.weight", 1, self.lora_A.weight.shape)
+            self.lora_A.weight.copy_(first)
+
+    def forward(self, x):
+        return self.base(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+def with_adapters(model, lora):
+    """Add adapters to a model, and freeze its weights."""
+    model.requires_grad_(False)
+    targets = lora.get("target_modules", PROJECTIONS)
+    settings = {name: value for name, value in lora.items() if name != "target_modules"}
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last in targets:
+            setattr(model.get_submodule(parent), last, Adapted(module, name, **settings))
+    return model
+
+
+@torch.no_grad()
+def whole_weights(model):
+    """Return a copy of all weights, with adapters merged."""
+    whole = {
+        name.replace(".base.", "."): p.clone()
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    }
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapted):
+            product = layer.lora_B.weight @ layer.lora_A.weight
+            whole[f"{name}.weight"] += layer.scale * product
+    return {name: tensor for item in whole.items() for name, tensor in expert_by_expert(*item)}
+
+
 def reference_updates(scenario, batch, model):
     """Return the weights before two updates, and the updates.  Gradients are accumulated, and
     weights updated, in float32 at least, as in Megatron."""
-    parameters = dict(model.named_parameters())
+    if scenario.lora:
+        model = with_adapters(model, scenario.lora)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     mains = {name: wide(p.detach().clone()) for name, p in parameters.items()}
     matrices = [main for main in mains.values() if main.dim() > 1]
     vectors = [main for main in mains.values() if main.dim() == 1]  # Megatron does not decay them
@@ -559,11 +625,7 @@ def reference_updates(scenario, batch, model):
         weight_decay=0.0,
     )
 
-    def weights():
-        whole = {name: p.detach().clone() for name, p in parameters.items()}
-        return {name: tensor for item in whole.items() for name, tensor in expert_by_expert(*item)}
-
-    before, updates = weights(), []
+    before, updates = whole_weights(model), []
     for _ in range(2):
         for main in mains.values():
             main.grad = torch.zeros_like(main)
@@ -587,7 +649,7 @@ def reference_updates(scenario, batch, model):
             Update(
                 {name: torch.cat([t[name].detach() for t in terms]) for name in terms[0]},
                 gradient,
-                weights(),
+                whole_weights(model),
                 torch.cat(ratios),
                 router_logits,
             )
@@ -626,6 +688,7 @@ class Case:
         scenario, (parallel_settings, settings) = SCENARIOS[self.name], every_layout[self.layout]
         merged = {
             "parallel": parallel_settings,
+            "lora": scenario.lora or {},
             "data": {"max_prompt_tokens": 16},
             "rollout": {
                 "temperature": scenario.temperature,
@@ -689,6 +752,10 @@ def exported(actor):
     return {name: tensor.clone() for name, tensor in actor.hf_weights()}
 
 
+def trained(actor):
+    return [p for chunk in actor.chunks for p in chunk.parameters() if p.requires_grad]
+
+
 def two_updates(case, dtype="float32"):
     with case.actor(model={"dtype": dtype}) as actor:
         rollouts = case.rollouts()
@@ -700,7 +767,7 @@ def two_updates(case, dtype="float32"):
         return {
             "metrics": metrics,
             "weights": weights if first_rank else None,
-            "main gradients": {p.main_grad.dtype for c in actor.chunks for p in c.parameters()},
+            "main gradients": {p.main_grad.dtype for p in trained(actor)},
             "reduced early": actor.ddp[0].ddp_config.overlap_grad_reduce,
             "offloaded": offloaded_fraction(actor),
             "gathered late": bool(actor.ddp[0].remove_forward_pre_hook_handles),
@@ -715,7 +782,7 @@ def first_update(case, dtype):
             "metrics": actor.step(computed),
             "gradient": gradient,
             "weights": exported(actor),
-            "main gradients": {p.main_grad.dtype for c in actor.chunks for p in c.parameters()},
+            "main gradients": {p.main_grad.dtype for p in trained(actor)},
         }
 
 
@@ -1200,9 +1267,10 @@ def test_a_loss_that_is_not_finite_is_refused_on_all_ranks_and_leaves_no_trace(r
         assert refused["next"] == other["metrics"][0]
 
 
-def test_the_initial_policy_is_kept_and_the_current_one_restored(run):
+@pytest.mark.parametrize("name", ["all terms", "some adapters"])
+def test_the_initial_policy_is_kept_and_the_current_one_restored(run, name):
     """Bit for bit; the update in between was large enough to tell them apart."""
-    for result in run(reference_policy, "all terms", "tp2"):
+    for result in run(reference_policy, name, "tp2"):
         assert torch.equal(result["initial"], result["before"])
         assert torch.equal(result["after"], result["after again"])
         assert (result["after"] - result["before"]).abs().max() > 1e-2

@@ -23,6 +23,7 @@ from tiny_models import actor_config
 from megatron_prepo.errors import UserError
 from megatron_prepo.records import ScoredSequence
 
+LORA = {"lora": {"rank": 2}}
 DISTRIBUTED = {"optimizer": {"use_distributed_optimizer": True}}
 OFFLOADED = {
     "megatron": {
@@ -51,6 +52,10 @@ LAYOUTS = {
         "parallel": {"data": 2},
         **DISTRIBUTED,
     },
+    "tp1 adapters": LORA,
+    "tp2 adapters": {"parallel": {"tensor": 2}, **LORA},
+    "tp2 adapters distributed": {"parallel": {"tensor": 2}, **DISTRIBUTED, **LORA},
+    "dp2 adapters distributed": {"parallel": {"data": 2}, **DISTRIBUTED, **LORA},
     "dp2 offloaded": {"parallel": {"data": 2}, **DISTRIBUTED, **OFFLOADED},
     "tp2 bf16 offloaded": {
         "model": {"dtype": "bfloat16"},
@@ -86,6 +91,10 @@ RESHARDED = [
     ("cp2 distributed", "tp2 distributed"),
     ("dp2 distributed", "cp2 distributed"),
     ("tp2 bf16", "tp1 bf16"),
+    ("tp1 adapters", "tp2 adapters"),
+    ("tp2 adapters", "tp1 adapters"),
+    ("tp2 adapters distributed", "dp2 adapters distributed"),
+    ("dp2 adapters distributed", "tp2 adapters distributed"),
     ("dp2 bf16 offloaded", "tp2 bf16 offloaded"),
     ("dp2 distributed", "dp2 offloaded"),
     *SAME_NUMBERS,
@@ -564,7 +573,7 @@ def test_another_layout_goes_on_up_to_rounding(results, source, target):
     runs of other layouts are from each other."""
     uninterrupted = results[0][1]
     dtype = torch.bfloat16 if "bf16" in source else torch.float32
-    alike = [run for name, run in uninterrupted.items() if ("bf16" in name) == ("bf16" in source)]
+    alike = [run for name, run in uninterrupted.items() if computes(name) == computes(source)]
     losses = [[update["loss/policy"] for update in run["metrics"]] for run in alike]
     allowed = [
         allowance(max(of_update) - min(of_update), abs(of_update[0]), dtype)
@@ -581,6 +590,11 @@ def test_another_layout_goes_on_up_to_rounding(results, source, target):
             ):
                 assert abs(one["loss/policy"] - other["loss/policy"]) <= rounding
                 assert one["loss/learning_rate"] == other["loss/learning_rate"]
+
+
+def computes(layout):
+    """Return what a layout computes, up to rounding."""
+    return "bf16" in layout, "adapters" in layout
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2 distributed", "cp2", "dp2 bf16 distributed"])

@@ -35,6 +35,7 @@ def hf_tensors(kind, seed=0):
         "qkv": [(rows(part), HIDDEN) for part in "qkv"],
         "qkv bias": [(rows(part),) for part in "qkv"],
         "gated": [(FFN, HIDDEN)] * 2,
+        "stack": [(3, HIDDEN)] * 2,
     }
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in shapes[kind]]
@@ -45,7 +46,7 @@ def mapping_and_tensors(kind):
     return Mapping(kind.split()[0], tuple(f"t{i}" for i in range(len(tensors)))), tensors
 
 
-KINDS = ["copy", "row", "vocab", "qkv", "qkv bias", "gated"]
+KINDS = ["copy", "stack", "row", "vocab", "qkv", "qkv bias", "gated"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -121,9 +122,10 @@ def test_padding_of_the_vocabulary_is_not_exported():
 def test_a_shape_that_does_not_fit_raises_and_names_the_tensors(kind):
     mapping, tensors = mapping_and_tensors(kind)
     full = to_megatron(mapping, tensors, HEADS)
+    size = 1 if mapping.split_dim is None else 2
     wrong = torch.Size([n + 1 for n in full.shape]) if kind != "vocab" else torch.Size([15, 99])
-    with pytest.raises(ValueError, match=f"t0.*part 0 of {1 if kind == 'copy' else 2}"):
-        shard(mapping, full, wrong, 0, 1 if kind == "copy" else 2)
+    with pytest.raises(ValueError, match=f"t0.*part 0 of {size}"):
+        shard(mapping, full, wrong, 0, size)
 
 
 def parameter_names(engine, layers=LAYERS):

@@ -16,9 +16,10 @@ from megatron_prepo.actor.lm_head import vocab_parallel_logprobs_and_entropy
 from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.actor.packing import Piece, Row
-from megatron_prepo.config import ModelConfig, ParallelConfig
+from megatron_prepo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.memory import (
+    adapter_activations,
     head_workspace,
     kv_bytes_per_token,
     layer_activations,
@@ -52,12 +53,14 @@ MAP_UNSORTED = Version(megatron.core.__version__) < Version("0.17")
 """Whether megatron-core keeps 3 bytes per token and expert, and not 8."""
 
 
-def kept_by_autograd(hf: dict, parallel: ParallelConfig, megatron: dict, layers: int) -> int:
+def kept_by_autograd(
+    hf: dict, parallel: ParallelConfig, megatron: dict, layers: int, lora: LoraConfig | None = None
+) -> int:
     """Return the bytes of distinct tensors, weights excluded, that a real forward pass saves."""
     with pretend(0, parallel.replica, parallel):
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         shape = hf | {"num_hidden_layers": layers}
-        (model,) = build_model(shape, ModelConfig(hf="", layers="torch"), parallel, megatron)
+        (model,) = build_model(shape, ModelConfig(hf="", layers="torch"), parallel, megatron, lora)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept = {}
 
@@ -100,6 +103,18 @@ def test_a_layers_activations_are_what_autograd_keeps(name, tensor, sequence, co
         predicted -= 5 * hf["num_experts"] * TOKENS / (tensor * context)
     # routing probabilities of experts are not split over tensor ranks: 2 bytes per token
     assert predicted == pytest.approx(three - two, rel=1e-3 if hf is EXPERTS else 0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, True)])
+def test_adapters_keep_at_most_what_is_predicted(name, tensor, sequence):
+    """And no less than three quarters of it: frozen norms keep fewer numbers of each token."""
+    hf, lora = MODELS[name], LoraConfig(rank=8)
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+    two, three = (kept_by_autograd(hf, parallel, {}, layers, lora) for layers in (2, 3))
+    predicted = layer_activations(Shape.of(hf), parallel, "torch", tokens=TOKENS)
+    predicted += adapter_activations(Shape.of(hf), parallel, lora, tokens=TOKENS)
+    assert 0.75 * predicted < three - two <= predicted
 
 
 @pytest.mark.parametrize(

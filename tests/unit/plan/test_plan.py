@@ -519,14 +519,20 @@ def test_context_ranks_on_several_machines_are_cautioned_against(configured):
         (EXPERTS, {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}, 16),
         (DENSE, {"tensor": 1, "pipeline": 2, "virtual_pipeline": 2}, 4),
         (EXPERTS, {"tensor": 2, "pipeline": 1, "expert": 1, "sequence": True}, 4),
+        (DENSE, {"tensor": 2, "pipeline": 2, "rank": 4}, 8),
     ],
 )
 def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, world_size):
-    """Composed from one layer, every stage has the parameters and the shard of the real one."""
+    """Composed from one layer, every stage has the parameters and the shard of the real one.
+
+    One of them has adapters of the rank next to its sizes.
+    """
+    parallel = {name: size for name, size in sizes.items() if name != "rank"}
     config = plan.with_data(
         configured(
             hf,
-            parallel=sizes,
+            parallel=parallel,
+            lora={"rank": sizes.get("rank", 0)},
             data={"max_prompt_tokens": 8},
             rollout={"max_new_tokens": 8},
         ),
@@ -540,6 +546,21 @@ def test_what_suggestions_are_made_of_is_the_real_model(configured, hf, sizes, w
         assert rank.parameters == real.ranks[rank.stage].parameters
         assert rank.total == pytest.approx(real.ranks[rank.stage].total, rel=0.02)
     assert engine.weights == pytest.approx(real.engine.weights, rel=0.02)
+
+
+def test_adapters_have_gradients_and_optimizer_state_and_the_frozen_weights_have_none(configured):
+    """Rank 16 on all projections of Qwen2.5-7B: 40,370,176 parameters, as `peft` counts them."""
+    config = configured(lora={"rank": 16}, loss={"kl_coef": 0.1})
+    answer = plan.make_plan(config, plan.PlanRequest(gpus=8, engine="sglang"))
+    (rank,) = answer.ranks
+    frozen, trained = 7_615_616_512, 40_370_176
+    assert answer.parameters == answer.active_parameters == frozen
+    assert rank.parameters == frozen + trained
+    padding = 2**16  # of the buffer's end
+    assert 0 <= rank.weights - 2 * (frozen + trained) < 2 * padding
+    assert 0 <= rank.gradients - 4 * trained < 4 * padding
+    assert 0 <= rank.optimizer_split - 12 * trained / 8 < 12 * padding
+    assert (rank.optimizer_whole, rank.reference) == (12 * trained, 0)
 
 
 def test_suggestions_fit_and_come_in_order(configured):

@@ -452,7 +452,7 @@ def test_a_checkpoint_that_cannot_be_resumed_from_does_not_stand_for_the_beginni
 ):
     path = complete_checkpoint(begun)
     settings = config(tmp_path)
-    assert not run_directory.needs_initial_weights(settings.run, settings.loss)
+    assert not run_directory.needs_initial_weights(settings)
     match what:
         case "a manifest":
             (path / "manifest.json").unlink()
@@ -466,15 +466,17 @@ def test_a_checkpoint_that_cannot_be_resumed_from_does_not_stand_for_the_beginni
             (begun / "config.yaml").unlink()
         case "its run":
             (path / "run.json").write_text('{"run": {"identity": "of another run"}}')
-    assert run_directory.needs_initial_weights(settings.run, settings.loss)
+    assert run_directory.needs_initial_weights(settings)
 
 
 def test_a_new_run_and_a_penalty_need_the_weights_that_it_began_from(tmp_path, begun):
     complete_checkpoint(begun)
     penalty = config(tmp_path, loss={"kl_coef": 0.1})
-    assert run_directory.needs_initial_weights(penalty.run, penalty.loss)
+    assert run_directory.needs_initial_weights(penalty)
+    adapters = config(tmp_path, lora={"rank": 2})
+    assert run_directory.needs_initial_weights(adapters)
     replacing = config(tmp_path, run={"overwrite": True})
-    assert run_directory.needs_initial_weights(replacing.run, replacing.loss)
+    assert run_directory.needs_initial_weights(replacing)
     prepare(config(tmp_path, loss={"kl_coef": 0.1}, run={"dir": f"{tmp_path}/other"}))
     make_a_step(tmp_path / "other")
     complete_checkpoint(tmp_path / "other")
