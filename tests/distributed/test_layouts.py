@@ -294,6 +294,7 @@ SCENARIOS = {
     "some adapters": Scenario(
         "qwen3",
         LENGTHS,
+        temperature=0.8,
         kl_coef=0.1,
         lora={"rank": 2, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]},
         layouts=("tp2",),
