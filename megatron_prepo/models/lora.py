@@ -160,7 +160,8 @@ def _sharded_state_dict(
     entries: dict[str, Any] = type(self).sharded_state_dict(
         self, prefix, sharded_offsets, *args, **kwargs
     )
-    return entries | self.lora.sharded_state(f"{prefix}lora.", sharded_offsets)
+    entries |= self.lora.sharded_state(f"{prefix}lora.", sharded_offsets)
+    return entries
 
 
 def adapters(chunks: Sequence[torch.nn.Module]) -> dict[torch.Tensor, Adapter]:

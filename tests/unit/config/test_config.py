@@ -16,7 +16,7 @@ from megatron_prepo.config import (
     to_tree,
     to_yaml,
 )
-from megatron_prepo.config.schema import POSTERIORS
+from megatron_prepo.config.schema import POSTERIORS, PROJECTIONS
 from megatron_prepo.errors import UserError
 from megatron_prepo.selection import METHODS
 
@@ -574,6 +574,7 @@ def other_value(field):
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
         ("steps", ()): (0, 3),
+        ("target_modules", PROJECTIONS): ("q_proj", "v_proj"),
         ("ranks", (0,)): (0, 1),
         ("function", "final_number"): "math",
         ("max_failed", 0.5): 0.25,
@@ -606,6 +607,7 @@ def test_round_trip_of_every_setting(tmp_path):
         if field is not None and field.default is not dataclasses.MISSING:
             changed.setdefault(section.name, {})[field.name] = other_value(field)
     changed["train"]["packing"] = True  # required by share_prefixes
+    changed["model"]["layers"] = "torch"  # required by lora.rank
     changed["servers"]["nodes"] = 0  # refused beside urls and first_device
     changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
     config = from_tree(changed)
