@@ -345,6 +345,7 @@ RECOMPUTED = {
 MISTAKES = {
     # mistake: scenario, layout, which tensors it concerns
     "parts of norms are not summed": ("plain", "tp2 sp", "layernorm"),
+    "parts of adapters are not summed": ("adapters", "tp2 sp", "o_proj"),
     "ranks do not sum": ("plain", "dp2", ""),
     "stages do not sum the embedding": ("plain", "pp2", "embed_tokens"),
     "one rollout twice": ("all terms", "tp1", ""),
@@ -791,7 +792,7 @@ def mistaken(case, mistake):
     """Return the weights after an update that contains a mistake."""
     with case.actor() as actor:
         rollouts = case.rollouts()
-        if mistake == "parts of norms are not summed":
+        if mistake.startswith("parts of"):
             for parameter in actor.chunks[0].parameters():
                 parameter.sequence_parallel = False
         elif mistake in ("ranks do not sum", "stages do not sum the embedding"):
@@ -1116,14 +1117,17 @@ def test_a_mistake_is_hundreds_of_times_what_is_allowed(run, expected, mistake):
     assert found and min(found.values()) > 100
 
 
-@pytest.mark.parametrize("layout", BFLOAT16_LAYOUTS)
-def test_bfloat16_stays_near_the_float64_reference(run, expected, layout):
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*(("plain", layout) for layout in BFLOAT16_LAYOUTS), ("adapters", "tp2 sp")],
+)
+def test_bfloat16_stays_near_the_float64_reference(run, expected, name, layout):
     """Loss and gradient of the first update, which activations of 8 bits move by some percent.
 
     As many layers as there are average this out; a sum that is missing is an error of half.
     """
-    reference = expected("plain", torch.bfloat16)
-    for result in run(first_update, "plain", layout, "bfloat16"):
+    reference = expected(name, torch.bfloat16)
+    for result in run(first_update, name, layout, "bfloat16"):
         for key in ("loss/policy", "loss/grad_norm"):
             value, allowed = reference.metric(key)
             assert abs(result["metrics"][key] - value) <= allowed, key
