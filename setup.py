@@ -60,11 +60,12 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_prepo*", "checkpoints_convert*"]),
     package_data={
-        "megatron_prepo.compare": ["*.css", "*.js"],
+        "megatron_prepo.compare": ["*.css", "*.js", "templates/*.html"],
         "megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"],
     },
     install_requires=[
         "httpx>=0.27",
+        "jinja2>=3.1",
         "math-verify>=0.9,<0.10",  # with sympy, which torch brings, and latex2sympy2
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",

@@ -3,7 +3,6 @@
 The figures have every step as logged; the record of a run, which comparisons use, only means.
 """
 
-import html
 import shlex
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_prepo.compare import record as run_record
 from megatron_prepo.compare import texts_section
 from megatron_prepo.compare.analysis import Arm
-from megatron_prepo.compare.page_parts import figure_html, foot
+from megatron_prepo.compare.page_parts import Cell, drawn, how_it_was_run
 from megatron_prepo.compare.record import Record
 from megatron_prepo.compare.run_figures import run_figures
 from megatron_prepo.compare.texts_section import KeptTexts
@@ -58,60 +57,53 @@ def read_run(directory: Path) -> OneRun:
     )
 
 
-def section(name: str, run: OneRun) -> str:
-    """Return title, state, result, figures and command of a run, as HTML."""
+def section(name: str, run: OneRun) -> dict[str, Any]:
+    """Return what the template shows of a run: state, result, figures, texts and command."""
     record, arm = run.record, run.record["arm"]
     summary = record["summary"]
-    method = f"{summary['method']}, weights {summary['weighting']}, seed {record['seed']}"
-    pictures = "\n".join(
-        figure_html(figure, [arm])
-        for figure in run_figures(Arm(arm, (record,)), run.steps, run.evaluations)
-    )
-    texts = "".join(f"{texts_section.section(kept)}\n" for kept in run.texts)
-    return (
-        f"<h1>{html.escape(name)}</h1>\n<p>{html.escape(method)}. {_state(name, run)}</p>\n"
-        f'{_result(summary)}\n<div class="figures">\n{pictures}\n</div>\n{texts}{foot([record])}'
-    )
-
-
-def _state(name: str, run: OneRun) -> str:
-    """Return whether the run is finished, in progress, or stopped."""
-    summary = run.record["summary"]
-    if "of_steps" not in summary:
-        return "Finished."
-    done = f"step {summary['steps']:,} of {summary['of_steps']:,}"
-    if run.is_live:
-        return f"<strong>In progress</strong>, {done}, {datetime.now():%Y-%m-%d %H:%M:%S}."
-    command = html.escape(shlex.join(["megatron-prepo", "resume", name]))
-    return f"<strong>Stopped</strong> after {done}; to resume it: <code>{command}</code>"
-
-
-def _result(summary: dict[str, Any]) -> str:
-    """Return the result so far: names and numbers."""
-    unfinished = "of_steps" in summary
-
-    def rate(key: str) -> str:
-        if summary[key] is None:
-            return "unknown: eval.temperature was changed during the run"
-        if f"{key}_ci95" not in summary:
-            return f"{summary[key]:.3f}"
-        low, high = summary[f"{key}_ci95"]
-        return f"{summary[key]:.3f}<small>{low:.3f} to {high:.3f}</small>"
-
-    rows = {
-        "pass rate before": rate("pass_rate_before"),
-        "pass rate so far" if unfinished else "pass rate after": rate("pass_rate_after"),
-        "gain so far" if unfinished else "gain, prompt by prompt": rate("gain"),
-        "rollouts": f"{summary['rollouts']:,}",
-        "tokens": f"{summary['tokens']:,}",
-        "steps": f"{summary['steps']:,}"
-        + (f" of {summary['of_steps']:,}, unfinished" if unfinished else ""),
-    }
-    lines = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in rows.items())
+    made = run_figures(Arm(arm, (record,)), run.steps, run.evaluations)
     # a run in progress has no summary that counts them
     prompts = f"{summary['held_out_prompts']} " if "held_out_prompts" in summary else ""
-    words = f"avg@{summary['samples_per_prompt']} on {prompts}held-out prompts"
-    return (
-        f"<dl>{lines}</dl>\n"
-        f"<p class=note>Pass rates are {words}. Small: 95 % intervals over prompts.</p>"
-    )
+    return {
+        "template": "run.html",
+        "method": f"{summary['method']}, weights {summary['weighting']}, seed {record['seed']}",
+        "done": _unfinished(summary),
+        "is_live": run.is_live,
+        "now": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        "resume": shlex.join(["megatron-prepo", "resume", name]),
+        "result": _result(summary),
+        "measure": f"avg@{summary['samples_per_prompt']} on {prompts}held-out prompts",
+        "pictures": drawn(made, [arm]),
+        "texts": run.texts,
+        "how": how_it_was_run([record]),
+    }
+
+
+def _unfinished(summary: dict[str, Any]) -> str:
+    """Return how far a run is; empty for a finished one."""
+    if "of_steps" not in summary:
+        return ""
+    return f"step {summary['steps']:,} of {summary['of_steps']:,}"
+
+
+def _result(summary: dict[str, Any]) -> dict[str, Cell]:
+    """Return the result so far: names and numbers."""
+    unfinished = "of_steps" in summary
+    steps = f"{summary['steps']:,}"
+    return {
+        "pass rate before": _rate(summary, "pass_rate_before"),
+        "pass rate so far" if unfinished else "pass rate after": _rate(summary, "pass_rate_after"),
+        "gain so far" if unfinished else "gain, prompt by prompt": _rate(summary, "gain"),
+        "rollouts": Cell(f"{summary['rollouts']:,}"),
+        "tokens": Cell(f"{summary['tokens']:,}"),
+        "steps": Cell(f"{steps} of {summary['of_steps']:,}, unfinished" if unfinished else steps),
+    }
+
+
+def _rate(summary: dict[str, Any], key: str) -> Cell:
+    if summary[key] is None:
+        return Cell("unknown: eval.temperature was changed during the run")
+    if f"{key}_ci95" not in summary:
+        return Cell(f"{summary[key]:.3f}")
+    low, high = summary[f"{key}_ci95"]
+    return Cell(f"{summary[key]:.3f}", (f"{low:.3f} to {high:.3f}",))

@@ -1,12 +1,12 @@
 """The texts of a run on its page (`run/texts.py`): data for `texts.js`, which shows them on demand.
 
 A text of a model or of a data set may hold anything, also HTML.  Texts are embedded as JSON without
-any `<`, so that none of them ends its element, and the page allows no script but ours.
+any `<` (jinja2's `tojson`), so that none of them ends its element, and the page allows no script
+but ours.
 """
 
 import base64
 import hashlib
-import html
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +34,21 @@ class KeptTexts:
     lines: list[dict[str, Any]]
     total: int
     """Number of lines in the file."""
+
+    @property
+    def title(self) -> str:
+        """Title of the section."""
+        return TITLES[self.kind]
+
+    @property
+    def note(self) -> str:
+        """Names the file with all lines, if some are not shown."""
+        if len(self.lines) == self.total:
+            return ""
+        return (
+            f"{len(self.lines):,} of {self.total:,}, evenly spread, since a page has at most "
+            f"{MAX_BYTES >> 20} MiB of them: {file_name(self.kind)} in the run's directory has all."
+        )
 
 
 def read_texts(directory: Path) -> list[KeptTexts]:
@@ -77,38 +92,6 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
         ) from error
 
 
-def section(texts: KeptTexts) -> str:
-    """Return the data of a kind, and the place where `texts.js` shows them, as HTML."""
-    data = "\n".join(
-        f'<script type="application/json" data-kind="{texts.kind}" data-step="{int(line["step"])}">'
-        f"{embedded(line)}</script>"
-        for line in texts.lines
-    )
-    note = ""
-    if len(texts.lines) < texts.total:
-        note = (
-            f"<p class=note>{len(texts.lines):,} of {texts.total:,}, evenly spread, since a page "
-            f"has at most {MAX_BYTES >> 20} MiB of them: {html.escape(file_name(texts.kind))} in "
-            "the run's directory has all.</p>"
-        )
-    return (
-        f'<div class="texts" data-kind="{texts.kind}">\n<h2>{TITLES[texts.kind]}</h2>\n{note}'
-        f"<noscript><p class=note>A browser with JavaScript shows them.</p></noscript>\n{data}\n"
-        "</div>"
-    )
-
-
-def embedded(value: dict[str, Any]) -> str:
-    r"""Return JSON that may stand in a script element, whatever its texts are.
-
-    >>> print(embedded({"text": "</script><!--"}))
-    {"text":"\u003c/script>\u003c!--"}
-    """
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def policy() -> str:
-    """Return the element by which the page allows no script but ours, and no connection."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    allowed = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
+def script_digest() -> str:
+    """Return the SHA-256 of our script, by which the page's policy allows it and no other."""
+    return base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as xml
+from html.parser import HTMLParser
 
 import fake_train
 import pytest
@@ -181,9 +182,24 @@ def test_without_a_baseline_that_gains_the_page_says_so():
         assert "No savings" in text and "saving at" not in text
 
 
-def test_names_are_escaped():
-    records = [lifelike("random", 1, "<script>alert(1)</script>")]
-    assert "<script" not in page.page({records[0]["comparison"]: records})
+def elements_of(text: str) -> list[tuple[str, list[str]]]:
+    """Return the elements of a page as a browser sees them: names, and names of attributes."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, given: found.append((tag, [name for name, _ in given]))
+    parser.feed(text)
+    return found
+
+
+def test_no_text_of_a_record_becomes_an_element():
+    hostile = """</pre></title><script>alert(1)</script><img src=x onerror="alert(1)">'{{ 1 }}"""
+    pages = []
+    for words in ("harmless", hostile):
+        about = {"arm": words, "command": words, "machine": {words: words}}
+        about["settings"] = {words: words}
+        pages.append(page.page({words: [lifelike("random", 1) | about]}))
+    assert elements_of(pages[0]) == elements_of(pages[1])
+    assert "&lt;/title&gt;&lt;script&gt;" in pages[1] and "{{ 1 }}" in pages[1]
 
 
 @pytest.fixture

@@ -14,6 +14,12 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+PAGE = [
+    path.relative_to(REPOSITORY)
+    for path in (REPOSITORY / "megatron_prepo" / "compare").rglob("*.*")
+    if path.suffix in (".html", ".css", ".js")
+]
+"""Templates, styles and script of the report's page."""
 IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -87,6 +93,7 @@ def test_the_wheel_has_the_examples_and_the_servers_stand_ins(wheel):
     assert "megatron_prepo/examples/paper/qwen3-4b/model/config.json" in names
     assert "megatron_prepo/examples/paper/qwen3-4b/model/model.safetensors" not in names
     assert "megatron_prepo/rollout/sglang/on_cpu/sitecustomize.py" in names
+    assert len(PAGE) == 7 and set(map(str, PAGE)) <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {
         "megatron_prepo",
         "checkpoints_convert",
