@@ -64,6 +64,7 @@ setup(
         "megatron_prepo.rollout.sglang": ["on_cpu/*", "on_cpu/sgl_kernel/*"],
     },
     install_requires=[
+        "argcomplete>=3.6",  # imported only to complete a command line
         "httpx>=0.27",
         "jinja2>=3.1",
         "math-verify>=0.9,<0.10",  # with sympy, which torch brings, and latex2sympy2

@@ -1,9 +1,11 @@
+# PYTHON_ARGCOMPLETE_OK
 """``python -m checkpoints_convert``: import, export, verify and inspect from the command line."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from megatron_prepo.config import completion
 from megatron_prepo.data import read_records
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
@@ -17,7 +19,9 @@ SOURCE = "Hugging Face directory; or a GGUF file, or a directory with one"
 @in_one_line
 def main() -> int:
     """Return the exit code: 0, 1 if a verification failed, or 2 for an error the user can fix."""
-    options = _parser().parse_args()
+    parser = _parser()
+    completion.answer_shell(parser)
+    options = parser.parse_args()
     try:
         exit_code: int = options.run(options)
         return exit_code

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `megatron-prepo`.
 
 megatron-prepo demo                              run the laptop experiment, in runs/demo
@@ -26,7 +27,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.compare import runner as compare
 from megatron_prepo.compare import slurm_array as array
 from megatron_prepo.compare.arms import ARMS
-from megatron_prepo.config import literal
+from megatron_prepo.config import completion, literal
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock
 from megatron_prepo.files.existing import existing
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
+    completion.answer_shell(parser)
     options, rest = parser.parse_known_args(arguments)
     # argparse accepts no overrides after an option such as --seeds
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
@@ -309,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands: "Commands") -> None:
     parser = commands.add_parser("train", help="train with a configuration file")
     parser.add_argument("config", type=CONFIG, help="recipe such as qwen2.5-7b, or YAML file")
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     _add_restarts(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be started, and what is missing"
@@ -320,26 +322,25 @@ def _add_train(commands: "Commands") -> None:
 def _add_resume(commands: "Commands") -> None:
     parser = commands.add_parser("resume", help="resume an interrupted run")
     parser.add_argument("directory", type=existing(), metavar="RUN_DIR", help="the run's directory")
-    parser.add_argument(
+    proof = parser.add_argument_group("proof that a resumed run equals an uninterrupted one")
+    proof.add_argument(
         "--prove",
         action="store_true",
         help="do not touch the run (a configuration file works, too): kill and resume a short run "
         "with its settings, and compare it with an uninterrupted one; exit code 0 means equal",
     )
-    parser.add_argument(
+    proof.add_argument(
         "--steps",
         type=int,
         nargs=2,
         default=(2, 2),
         metavar=("N", "M"),
-        help="with --prove: steps before and after the kill (default: 2 2)",
+        help="steps before and after the kill (default: 2 2)",
     )
-    parser.add_argument(
-        "--dir",
-        default="runs/prove",
-        help="with --prove: directory of the runs (default: %(default)s)",
+    proof.add_argument(
+        "--dir", default="runs/prove", help="directory of the runs (default: %(default)s)"
     )
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     _add_restarts(parser)
     parser.set_defaults(run=_resume)
 
@@ -360,14 +361,14 @@ def _add_replay(commands: "Commands") -> None:
         action="store_true",
         help="save gradients in the dump for later replays",
     )
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     parser.set_defaults(run=_replay)
 
 
 def _add_demo(commands: "Commands") -> None:
     parser = commands.add_parser("demo", help="run the laptop experiment from end to end")
     parser.add_argument("--dir", default="runs/demo", help="directory (default: %(default)s)")
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     parser.set_defaults(run=_demo)
 
 
@@ -393,18 +394,19 @@ def _add_compare(commands: "Commands") -> None:
         default="local",
         help="run here, or each run as a job of Slurm (docs/launch.md)",
     )
-    parser.add_argument("--account", help="account of Slurm")
-    parser.add_argument("--partition", help="partition of Slurm")
-    parser.add_argument(
+    slurm = parser.add_argument_group("with --executor slurm")
+    slurm.add_argument("--account", help="account")
+    slurm.add_argument("--partition", help="partition")
+    slurm.add_argument(
         "--time",
         default=array.Slurm.time,
         help="time limit per job of Slurm (default: %(default)s)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=array.Slurm.gpus_per_node, metavar="N")
-    parser.add_argument(
+    slurm.add_argument("--gpus-per-node", type=int, default=array.Slurm.gpus_per_node, metavar="N")
+    slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="such as --sbatch=--mem=64G"
     )
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     parser.set_defaults(run=_compare)
 
 
@@ -433,7 +435,7 @@ def _add_evaluate(commands: "Commands") -> None:
     parser.add_argument(
         "--config", type=CONFIG, help="YAML file (default: the one of a run among the models)"
     )
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -467,38 +469,41 @@ def _add_plan(commands: "Commands") -> None:
         type=CONFIG,
         help="recipe such as qwen2.5-7b, or YAML file; of its model config.json is read",
     )
-    parser.add_argument("--gpus", type=int, help="GPUs that train (default: the layout's ranks)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
-    parser.add_argument(
+    machines = parser.add_argument_group("machines")
+    machines.add_argument("--gpus", type=int, help="GPUs that train (default: the layout's ranks)")
+    machines.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    machines.add_argument(
         "--server-nodes", type=int, metavar="N", help="nodes for SGLang (default: servers.nodes)"
     )
-    parser.add_argument(
+    machines.add_argument(
         "--gpu", default="h100", help="a100, h100, h200 or b200 (default: %(default)s)"
     )
-    parser.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
-    parser.add_argument(
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--engine", help="embedded, sglang or elsewhere (default: rollout.engine)")
+    engine.add_argument(
         "--engine-tensor",
         type=int,
         metavar="N",
         help="GPUs per SGLang server (default: servers.tensor)",
     )
-    parser.add_argument(
+    measured = parser.add_argument_group("what a run is expected to take")
+    measured.add_argument(
         "--prompt-tokens", type=float, metavar="N", help="mean (default: the limit)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--response-tokens", type=float, metavar="N", help="mean (default: the limit)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--eval-prompts", type=int, metavar="N", help="per evaluation (default: data.eval's)"
     )
-    parser.add_argument(
+    measured.add_argument(
         "--rates",
         type=existing(),
         metavar="RUN",
         help="directory of a finished run (default: published rates)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     parser.set_defaults(run=_plan)
 
 
@@ -507,7 +512,7 @@ def _add_doctor(commands: "Commands") -> None:
         "doctor", help="check versions, GPU, disk, ports, and a run's inputs"
     )
     parser.add_argument("config", type=CONFIG, nargs="?", help="recipe or YAML file to check, too")
-    _add_overrides(parser)
+    completion.add_overrides(parser)
     parser.set_defaults(run=_doctor)
 
 
@@ -517,10 +522,6 @@ def _add_reference(commands: "Commands") -> None:
         "of", nargs="?", choices=("configuration", "metrics"), default="configuration"
     )
     parser.set_defaults(run=_reference)
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
 
 
 def _named_place(word: str) -> tuple[str, str]:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `python -m megatron_prepo.launch`.
 
 python -m megatron_prepo.launch qwen2.5-7b --executor slurm --account A [key=value ...]
@@ -8,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_prepo.config import completion
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.launch import doctor
 from megatron_prepo.launch.executors import EXECUTORS, LaunchFailed, Place, check, launch
@@ -24,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: finished or submitted; 1: a job failed, or the doctor or the plan found an error; 2: an error
     that the user can fix; 75: the job was waited for and stopped before the end of the run.
     """
-    options = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    completion.answer_shell(parser)
+    options = parser.parse_intermixed_args(arguments)
     try:
         job = make_job(
             options.recipe,
@@ -118,31 +122,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     version.add_option(parser)
     parser.add_argument("recipe", help="such as qwen2.5-7b or qwen2.5-7b/random; or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to override")
+    completion.add_overrides(parser)
     parser.add_argument("--executor", choices=EXECUTORS, required=True)
-    parser.add_argument(
+    nodes = parser.add_argument_group("nodes")
+    nodes.add_argument(
         "--nodes", type=int, help="training nodes (default: as many as the layout needs)"
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
-    parser.add_argument(
+    nodes.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    nodes.add_argument(
         "--server-nodes",
         type=int,
         metavar="N",
         help="additional nodes for SGLang (default: servers.nodes)",
     )
-    parser.add_argument(
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
         "--chain", type=int, default=1, metavar="N", help="number of jobs to submit in sequence"
     )
-    parser.add_argument("--account")
-    parser.add_argument("--partition")
-    parser.add_argument("--time", default="04:00:00", help="time limit (default: %(default)s)")
-    parser.add_argument("--image", help="container image")
-    parser.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument(
+    cluster.add_argument("--account")
+    cluster.add_argument("--partition")
+    cluster.add_argument("--time", default="04:00:00", help="time limit (default: %(default)s)")
+    cluster.add_argument("--image", help="container image")
+    cluster.add_argument("--mount", action="append", default=[], metavar="FROM:TO")
+    cluster.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    cluster.add_argument(
         "--python", default="python", help="interpreter on the nodes (default: %(default)s)"
     )
-    parser.add_argument(
+    cluster.add_argument(
         "--with",
         dest="field",
         action="append",
@@ -150,14 +156,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="field of NeMo-Run's executor, such as qos=high",
     )
-    parser.add_argument(
+    checks = parser.add_argument_group("checks before the launch")
+    checks.add_argument(
         "--gpu",
         choices=GPUS,
         default="h100",
         help="GPU type, which the plan must fit (default: %(default)s)",
     )
-    parser.add_argument("--no-doctor", dest="doctor", action="store_false")
-    parser.add_argument("--no-plan", dest="plan", action="store_false")
+    checks.add_argument("--no-doctor", dest="doctor", action="store_false")
+    checks.add_argument("--no-plan", dest="plan", action="store_false")
     parser.add_argument("--dry-run", action="store_true", help="print the job without running it")
     parser.add_argument(
         "--wait", action="store_true", help="wait for the end of jobs of slurm and skypilot"
