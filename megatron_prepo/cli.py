@@ -20,8 +20,9 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from megatron_prepo import config as configuration
 from megatron_prepo.compare import runner as compare
@@ -29,7 +30,7 @@ from megatron_prepo.compare import slurm_array as array
 from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.config import completion, literal
 from megatron_prepo.errors import Stopped, UserError
-from megatron_prepo.files import lock
+from megatron_prepo.files import lock, rows
 from megatron_prepo.files.existing import existing
 from megatron_prepo.launch import recipes, start
 from megatron_prepo.models.hf_config import read_hf_config
@@ -207,14 +208,16 @@ def _slurm(options: argparse.Namespace) -> array.Slurm | None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_prepo.evaluation import suites, table
-    from megatron_prepo.inputs import preflight
+    from megatron_prepo.inputs import hub, preflight
 
     with activity.doing("evaluating"):
-        config = suites.load_settings(options.config, options.model, options.overrides)
+        models = [(name, str(hub.model(place))) for name, place in options.model]
+        config = suites.load_settings(options.config, models, options.overrides)
         chosen = options.suite or suites.held_out(config.data)
         read = ["reward.function", *([] if options.suite else ["data.eval"])]
         preflight.check_present(config, *read)
-        results = suites.evaluate_models(config, options.model, chosen, Path(options.out))
+        chosen = [(name, hub.data(place)) for name, place in chosen]
+        results = suites.evaluate_models(config, models, chosen, Path(options.out))
     print(table.markdown(results), end="")
     print(f"{options.out}: results.json, table.md, completions/", file=sys.stderr)
     return 0
@@ -232,7 +235,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from megatron_prepo.inputs import preflight
+    from megatron_prepo.inputs import hub, preflight
     from megatron_prepo.plan import layout_search as layouts
     from megatron_prepo.plan import measured_rates as measured
     from megatron_prepo.plan import planner as plan
@@ -243,6 +246,7 @@ def _plan(options: argparse.Namespace) -> int:
         overrides = ["parallel.data=", *overrides]  # follows from the GPUs
     config = configuration.load(options.config, overrides)
     preflight.check_present(config, "model.hf")
+    config = hub.resolved(config, weights=False)
     question = plan.PlanRequest(
         gpus=options.gpus,
         gpu=options.gpu,
@@ -417,15 +421,15 @@ def _add_evaluate(commands: "Commands") -> None:
     parser.add_argument(
         "--model",
         action="append",
-        type=_named_place,
+        type=partial(_named_place, kind="model"),
         required=True,
         metavar="[NAME=]DIR",
-        help="Hugging Face directory, Megatron checkpoint or run; may be repeated",
+        help="Hugging Face directory or name, Megatron checkpoint or run; may be repeated",
     )
     parser.add_argument(
         "--suite",
         action="append",
-        type=_named_place,
+        type=partial(_named_place, kind="dataset"),
         metavar="[NAME=]FILE",
         help="prompts with answers, JSON Lines; may be repeated (default: data.eval)",
     )
@@ -524,15 +528,18 @@ def _add_reference(commands: "Commands") -> None:
     parser.set_defaults(run=_reference)
 
 
-def _named_place(word: str) -> tuple[str, str]:
+def _named_place(word: str, *, kind: Literal["model", "dataset"]) -> tuple[str, str]:
     """Parse NAME=PLACE; the default name is the place's last component.
 
-    Raises NoSuchPath if nothing is at the place.
+    Raises NoSuchPath if nothing is at the place, and it is no name on the hub.
     """
+    from megatron_prepo.inputs import hub
+
     name, equals, place = word.partition("=")
     if not equals:
         name, place = Path(word).name.removesuffix(".jsonl"), word
-    existing()(place)
+    if hub.Name.of(place, kind) is None and not rows.exists(place):
+        existing()(place)
     return name, place
 
 

@@ -150,6 +150,7 @@ def plain_transformers_pass_rate(
         tokenizer,
         max_tokens=config.data.max_prompt_tokens,
         chat_template=config.data.chat_template,
+        fields=config.data.fields,
     )[: config.eval.max_prompts]
     stop = Stops.of(config.rollout, hf_directory, tokenizer).tokens
     torch.manual_seed(config.train.seed)

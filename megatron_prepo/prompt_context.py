@@ -2,15 +2,16 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_prepo.config import DataConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
+from megatron_prepo.files.rows import Message
 
-Turns = list[dict[str, str]]
+Turns = list[Message]
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,24 @@ class Context:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template."""
 
-    def turns(self, text: str) -> Turns:
-        """Return the chat that ends with this text of the user."""
+    def turns(self, text: str, earlier: Sequence[Message] = ()) -> Turns:
+        """Return the chat that ends with this text of the user.
+
+        `earlier`: the messages before it in its row; the worked examples stand between a system
+        message and the others.  Raises UserError for two system messages.
+        """
         turns = [{"role": "system", "content": self.system}] if self.system else []
+        first = [turn for turn in earlier if turn["role"] == "system"]
+        if turns and first:
+            raise UserError(
+                f"the prompt has a system message, {first[0]['content'][:80]!r}, and data.system "
+                "is set; remove one of the two"
+            )
+        turns += first
         for prompt, answer in self.shots:
             turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return [*turns, {"role": "user", "content": text}]
+        rest = [turn for turn in earlier if turn["role"] != "system"]
+        return [*turns, *rest, {"role": "user", "content": text}]
 
     @property
     def text(self) -> str:

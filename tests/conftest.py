@@ -29,6 +29,9 @@ torch.set_num_threads(int(os.environ["TEST_THREADS"]))
 # many tests read all that a command writes; test_activity.py and test_says.py test what is shown
 os.environ.setdefault("MEGATRON_PREPO_QUIET", "1")
 
+# no test asks the hub: a path that is not here could be a name there (tests/fake_hub.py)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # without a GPU, Triton's kernels are interpreted; Triton looks at this when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

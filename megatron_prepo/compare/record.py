@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING
 from functools import lru_cache
@@ -17,7 +18,9 @@ from typing import Any
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config, former
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import rows
 from megatron_prepo.files.atomic import read_lines
+from megatron_prepo.inputs import hub
 from megatron_prepo.run import ledger, metrics_table
 from megatron_prepo.run.changes import USER_CODE
 
@@ -287,7 +290,12 @@ def _rounded(value: Any) -> Any:
 
 
 def _content(path: str | None) -> str | None:
-    return path and _content_hash(Path(path).resolve())
+    if not path or path.startswith(hub.PREFIX):  # its commit names the content
+        return path
+    if os.path.exists(path) or not rows.exists(path):
+        return _content_hash(Path(path).resolve())
+    of_files = "".join(map(_content_hash, map(Path.resolve, rows.data_files(path))))
+    return f"sha256:{hashlib.sha256(of_files.encode()).hexdigest()[:16]}"
 
 
 @lru_cache

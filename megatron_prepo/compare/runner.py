@@ -29,6 +29,7 @@ from megatron_prepo.compare.record import Record
 from megatron_prepo.config import Config, SelectionConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
+from megatron_prepo.inputs import hub
 from megatron_prepo.process import activity, progress
 
 TRAIN = (sys.executable, "-m", "megatron_prepo", "train")
@@ -137,6 +138,7 @@ def check_inputs(config: Config) -> None:
     from megatron_prepo.run import directory as run_directory
 
     needed = run_directory.needs_initial_weights(config)
+    config = hub.resolved(config)
     tokenizer: Any = preflight.check(config, initial_weights=needed).tokenizer
     pinned = not config.data.chat_template or config.data.chat_template_date is not None
     if not pinned and "strftime_now" in str(tokenizer.chat_template):
@@ -176,7 +178,8 @@ def plan(
 
     An arm's settings take precedence over the command line's overrides, which apply to all arms.
     """
-    runs = []
+    first = configuration.load(config_path, [*overrides, "run.dir=-"])
+    overrides, runs = [*overrides, *hub.pins(first)], []
     for seed in seeds:
         for arm, of_arm in arms.items():
             run_dir = directory / arm / str(seed)

@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from megatron_prepo.files import user_code
+from megatron_prepo.files.rows import Fields
 
 STRICT = ConfigDict(
     extra="forbid",
@@ -92,7 +93,7 @@ class ModelConfig:
 
     hf: FilePath
     """Hugging Face directory with configuration, tokenizer and, unless `model.megatron` is set,
-    weights."""
+    weights; or a name on the hub such as `Qwen/Qwen2.5-0.5B`, whose revision the run records."""
     megatron: FilePath | None = None
     """Megatron `torch_dist` checkpoint to start from, as `checkpoints_convert import` writes it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -208,16 +209,27 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Prompts: JSON Lines files with one id, prompt and answer per line."""
+    """Prompts: files with one id, prompt and answer per row, in our schema, verl's or slime's."""
 
     train: FilePath
-    """Training prompts."""
+    """Training prompts: a file of JSON Lines or Parquet, a directory of them, a path with `*`, or a
+    name on the hub such as `hf://datasets/OWNER/NAME/train*` (`docs/data.md`)."""
     eval: FilePath | dict[str, FilePath]
     """Held-out prompts: a file, or several by name, such as `{math: a.jsonl, code: b.jsonl}`. Each
     set is evaluated on its own, as if it were the only one; the pass rate of the run is that of all
     their prompts together (`docs/evaluation.md`)."""
+    order: Literal["shuffled", "file"] = "shuffled"
+    """Order of the training prompts: a new permutation per epoch, which follows from `train.seed`;
+    or as in the file, the first again after the last."""
+    prompt_field: str = "prompt"
+    """Field of a row that has the prompt, a text or a list of messages; a dot leads to a field
+    within a field."""
+    answer_field: str | None = None
+    """Field of a row that has the answer; empty: `answer`, `reward_model.ground_truth` (verl) or
+    `label` (slime), whichever the first row of the file has."""
     chat_template: bool = False
-    """Wrap each prompt as a user turn with the tokenizer's chat template."""
+    """Wrap each prompt with the tokenizer's chat template: a text as a user turn, a list of
+    messages as it is."""
     chat_template_arguments: dict[str, Any] | None = None
     """Variables of the chat template, such as `{enable_thinking: false}`; one that the template
     does not use is an error."""
@@ -237,6 +249,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 2)
+        for name in ("prompt_field", "answer_field"):
+            if (value := getattr(self, name)) is not None and not all(value.split(".")):
+                raise ValueError(
+                    f"data.{name}={value!r} must be the name of a field, such as prompt, or "
+                    "reward_model.ground_truth"
+                )
         names = self.eval if isinstance(self.eval, dict) else ["one"]
         if not names or not all(re.fullmatch(r"\w[\w-]*", name) for name in names):
             raise ValueError(
@@ -251,6 +269,11 @@ class DataConfig:
                 )
         if self.chat_template_date is not None:
             _day("data.chat_template_date", self.chat_template_date)
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of a row."""
+        return Fields(self.prompt_field, self.answer_field)
 
     @property
     def eval_files(self) -> dict[str, str]:

@@ -28,6 +28,7 @@ from megatron_prepo.actor.actor import Actor, BackwardResult, Scores, TrainingSe
 from megatron_prepo.config import Config
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
+from megatron_prepo.inputs import hub
 from megatron_prepo.models.hf_files import HFWriter
 from megatron_prepo.records import Prompt, Rollout, ScoredSequence
 from megatron_prepo.run import directory as run_directory
@@ -166,7 +167,7 @@ def read(directory: str | Path, overrides: Sequence[str] = ()) -> Dump:
         raise UserError(f"the dump {directory} is damaged: {error!r}") from error
     return Dump(
         directory,
-        configuration.load(directory / "config.yaml", overrides),
+        hub.resolved(configuration.load(directory / "config.yaml", overrides)),
         about,
         rollouts,
         torch.tensor([line["reward"] for line in lines]),

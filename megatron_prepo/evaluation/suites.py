@@ -34,7 +34,7 @@ from megatron_prepo.evaluation import table
 from megatron_prepo.evaluation.completions import Completions
 from megatron_prepo.evaluation.held_out import evaluation_request
 from megatron_prepo.evaluation.pass_at_k import mean_with_ci95
-from megatron_prepo.files import lock
+from megatron_prepo.files import lock, rows
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import digests as inputs
 from megatron_prepo.inputs import preflight, prompt_digests
@@ -62,6 +62,7 @@ FIXED_SETTINGS = (
     ("model", ("dtype", "fp32_lm_head")),
     ("data", ("chat_template", "chat_template_arguments", "chat_template_date")),
     ("data", ("system", "few_shot", "max_prompt_tokens", "overlong_prompts")),
+    ("data", ("prompt_field", "answer_field")),
     ("rollout", ("engine", "max_new_tokens", "stop", "stop_tokens")),
     ("reward", ("function", "low", "high", "seconds", "memory_mb")),
     ("eval", ("samples_per_prompt", "temperature", "top_p", "top_k", "max_prompts")),
@@ -289,6 +290,7 @@ def suite_prompts(
         context=read_context(config.data, tokenizer),
         dropped=dropped if config.data.overlong_prompts == "drop" else None,
         needs_answer=needs_answer,
+        fields=config.data.fields,
     )[: config.eval.max_prompts]
     if dropped:
         limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
@@ -407,9 +409,10 @@ def _first_start_date(directory: Path) -> date | None:
 
 
 def _file_digest(path: Path) -> str:
-    if not path.is_file():
+    if not rows.exists(path):
         raise UserError(f"no such prompt file: {path}")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    content = b"".join(file.read_bytes() for file in rows.data_files(path))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _model_digest(place: Path) -> str:

@@ -17,7 +17,7 @@ OTHER_FORMATS = {
     b"\x1f\x8b": "compressed by gzip; unpack it",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
     b"PK\x03\x04": "a zip archive; unpack it",
-    b"PAR1": "Parquet; tools/data/prepare.py reads it",
+    b"PAR1": "Parquet; give it a name that ends with .parquet",
     b"\xff\xfe": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
 }

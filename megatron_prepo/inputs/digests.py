@@ -1,6 +1,7 @@
 """Digests of a run's inputs, saved with the run and compared on resume.
 
-A path may change if the content stays the same.  `inputs.json` holds, for each setting that names
+A path may change if the content stays the same; that of a model or data set on the hub is its name
+and commit (`hub.py`).  `inputs.json` holds, for each setting that names
 an input, its path and a digest of each of its files (`files/digest.py`).
 
 In a model's folder only files that can affect numbers are compared: configuration, tokenizer,
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prepo.config import Config
+from megatron_prepo.files import rows
 from megatron_prepo.files.digest import digest
+from megatron_prepo.inputs.hub import lasting
 
 MODEL_FILES = (
     "config.json",
@@ -93,7 +96,7 @@ def digests(config: Config, without_weights: Collection[str] = ()) -> dict[str, 
             continue
         weights = read.setting not in without_weights
         files = file_digests(read.setting, read.path, weights=weights)
-        found[read.setting] = {"path": str(read.path), "files": files}
+        found[read.setting] = {"path": lasting(read.path), "files": files}
         if read.setting == "model.megatron" and weights:
             found[read.setting]["checkpoint"] = str(_checkpoint(read.path))
     return found
@@ -106,6 +109,10 @@ def file_digests(setting: str, path: Path, *, weights: bool = True) -> dict[str,
     """
     if path.is_file():
         return {"content": digest(path)}
+    if setting.startswith("data."):
+        found = rows.data_files(path) if rows.exists(path) else []
+        folder = os.path.commonpath([file.parent for file in found]) if found else ""
+        return {os.path.relpath(file, folder): digest(file) for file in found}
     if setting == "model.megatron":
         if not weights:
             return {}  # nothing else of it is read

@@ -19,8 +19,8 @@ from megatron_prepo.config import (
 )
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
-from megatron_prepo.files import user_code
-from megatron_prepo.inputs import prompt_digests
+from megatron_prepo.files import rows, user_code
+from megatron_prepo.inputs import hub, prompt_digests
 from megatron_prepo.inputs.digests import WEIGHT_FILES
 from megatron_prepo.inputs.prompt_digests import PromptDigests
 from megatron_prepo.models.hf_config import read_hf_config
@@ -108,6 +108,8 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
 
 
 INPUTS = ("model.hf", "model.megatron", "data.train", "data.eval", "data.few_shot")
+DATA = ("data.train", "data.eval")
+"""Settings that may name several files (`files/rows.py`)."""
 CODE = ("reward.function", "selection.method")
 """Settings that may be `FILE.py:NAME`."""
 
@@ -119,7 +121,10 @@ def inputs_read(model: ModelConfig, *, initial_weights: bool = True) -> list[str
 
 
 def check_present(config: Config, *names: str) -> None:
-    """Raise UserError with those of the settings whose file or folder does not exist."""
+    """Raise UserError with those of the settings whose file or folder does not exist.
+
+    A name on the hub passes; `hub.resolved` asks for it.
+    """
     tree, absent = to_tree(config), []
     for name in names:
         section, _, setting = name.partition(".")
@@ -129,10 +134,19 @@ def check_present(config: Config, *names: str) -> None:
         places = config.data.eval_settings if name == "data.eval" else {name: value}
         for key, given in places.items():
             place = given.rpartition(":")[0] if name in CODE else given
-            if not Path(place).exists():
+            if not _is_present(name, place):
                 absent.append(f"{key}={given}")
     if absent:
         raise UserError(f"no such file or folder: {', '.join(absent)}")
+
+
+def _is_present(setting: str, place: str) -> bool:
+    """Return whether a setting names something here, or something to ask the hub for."""
+    if setting in DATA:
+        return rows.exists(place) or hub.Name.of(place, "dataset") is not None
+    if setting == "model.hf" and hub.Name.of(place, "model"):
+        return True
+    return Path(place).exists()
 
 
 def check_selector(config: Config) -> None:
@@ -226,6 +240,7 @@ def load_prompts(
         context=read_context(data, tokenizer),
         dropped=dropped if data.overlong_prompts == "drop" else None,
         needs_answer=needs_answer,
+        fields=data.fields,
     )
 
 

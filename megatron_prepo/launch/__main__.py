@@ -80,6 +80,7 @@ def _examined(job: Job, options: argparse.Namespace) -> bool:
 
 
 def _fits(job: Job, gpu: str) -> bool:
+    from megatron_prepo.inputs import hub
     from megatron_prepo.plan import planner as plan
     from megatron_prepo.plan import text as plan_text
 
@@ -89,7 +90,7 @@ def _fits(job: Job, gpu: str) -> bool:
         gpu=gpu,
         gpus_per_node=max(where.ranks_per_node, where.gpus_per_node),
     )
-    answer = plan.make_plan(job.config, question)
+    answer = plan.make_plan(hub.resolved(job.config, weights=False), question)
     if not answer.fits:
         print(plan_text.text(answer, None), file=sys.stderr)
         print(f"planned for --gpu {gpu}: name the job's GPUs if they are others", file=sys.stderr)

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from megatron_prepo import internals
 from megatron_prepo.config import CheckpointConfig, Config, ServersConfig
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import rows
 from megatron_prepo.launch import versions
 from megatron_prepo.process import ports
 from megatron_prepo.process import slurm as nodes
@@ -405,12 +406,15 @@ def examine_inputs(config: Config, where: Placement | None = None) -> list[Findi
     The machine is not examined, except its disk: a login node, which runs nothing, uses this, too.
     `where`: a job's placement, which has been checked; default: on this machine.
     """
-    from megatron_prepo.inputs import preflight
+    from megatron_prepo.inputs import hub, preflight
     from megatron_prepo.models.hf_config import read_hf_config
     from megatron_prepo.rewards import pool
     from megatron_prepo.run import directory as run_directory
 
     findings = _Findings()
+    if names := hub.names(config.model, config.data):
+        found = findings.look("hub", lambda: hub.resolved(config), lambda _: ", ".join(names))
+        config = found or config
     hf = findings.look(
         "model",
         lambda: read_hf_config(config.model.hf),
@@ -519,7 +523,8 @@ def _examine_prompts(
     load = partial(preflight.load_prompts, config.data, config.run, needs_answer=needs_answer)
     prompts = {"data.train": config.data.train, **config.data.eval_settings}
     shots = {"data.few_shot": config.data.few_shot} if config.data.few_shot else {}
-    absent = [name for name, file in (shots | prompts).items() if not Path(file).is_file()]
+    absent = [name for name, file in prompts.items() if not rows.exists(file)]
+    absent += [name for name, file in shots.items() if not Path(file).is_file()]
     for name in absent:
         remedy = f"{name}=FILE; tools/data/prepare.py creates such files (docs/data.md)"
         file = (shots | prompts)[name]

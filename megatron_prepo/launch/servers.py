@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     from megatron_prepo import config as configuration
     from megatron_prepo.errors import UserError
+    from megatron_prepo.inputs import hub
     from megatron_prepo.launch.rank import parser
     from megatron_prepo.process import slurm as nodes
     from megatron_prepo.rollout.sglang import launch
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if run_directory.is_finished(config):
             return 0
+        config = hub.resolved(config)
         launch.check(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

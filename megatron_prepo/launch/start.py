@@ -18,13 +18,14 @@ def train(path: str | Path, overrides: Sequence[str], max_restarts: int = 0) -> 
     After a failure that the user cannot fix, the ranks are started again, up to `max_restarts`
     times.
     """
-    from megatron_prepo.inputs import preflight
+    from megatron_prepo.inputs import hub, preflight
     from megatron_prepo.run import directory as run_directory
     from megatron_prepo.run import opening
 
     config = configuration.load(path, overrides)
     needed = run_directory.needs_initial_weights(config)
     preflight.check_present(config, *preflight.inputs_read(config.model, initial_weights=needed))
+    config = hub.resolved(config, weights=needed)
     with activity.doing("checking settings, model and prompts"):
         _check(config, path)  # a refusal is one line: nothing is printed before it
     num_ranks, run = config.parallel.num_ranks, Path(config.run.dir)
@@ -126,6 +127,7 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
     """Train as the rank that RANK, WORLD_SIZE and so on name; returns its exit code."""
 
     def rank() -> None:
+        from megatron_prepo.inputs import hub
         from megatron_prepo.run import directory as run_directory
         from megatron_prepo.run import opening
         from megatron_prepo.run import summary as report
@@ -133,6 +135,8 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
         from megatron_prepo.train_async import train_overlapped
 
         config = configuration.load(path, overrides)
+        needed = run_directory.needs_initial_weights(config.run, config.loss)
+        config = hub.resolved(config, weights=needed)
         run_directory.check_config_file(config.run, path)
         speaks = os.environ["RANK"] == "0"
         if speaks and local_ranks.ERROR_PIPE not in os.environ:  # otherwise the launcher has

@@ -1,9 +1,9 @@
 """Length of a run: rollouts, evaluations and GPU hours."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_prepo.config import Config, EvalConfig, TrainConfig
+from megatron_prepo.files import rows
 
 Range = tuple[float, float]
 
@@ -44,17 +44,16 @@ def num_steps(train: TrainConfig, per_step: int) -> int:
 
 def eval_prompts(config: Config) -> int | None:
     """Return the prompts of an evaluation; None if `data.eval` is not on this machine."""
-    numbers = [_prompts_of(Path(file), config.eval) for file in config.data.eval_files.values()]
+    numbers = [_prompts_of(file, config.eval) for file in config.data.eval_files.values()]
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
 
-def _prompts_of(path: Path, settings: EvalConfig) -> int | None:
+def _prompts_of(place: str, settings: EvalConfig) -> int | None:
     most = settings.max_prompts
-    if not path.is_file():
+    if not rows.exists(place):
         return most
-    with path.open(errors="replace") as lines:
-        number = sum(bool(line.strip()) for line in lines)
+    number = rows.num_rows(place)
     return number if most is None else min(number, most)
 
 

@@ -12,6 +12,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config, to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.inputs import digests as inputs
+from megatron_prepo.inputs import hub
 
 Digests: TypeAlias = dict[str, dict[str, Any]]
 """What `inputs.digests` returns."""
@@ -76,6 +77,7 @@ FIXED = {
     "loss": "the updates so far were computed with it",
     "optimizer": "the optimizer's state and the learning rates so far come from it",
     "train": "the steps so far were made with it",
+    "data.order": "it decides which prompts the steps so far were offered",
     "train.seed": "the order of the prompts and all random numbers derive from it",
     "train.mini_batches": "the learning rate's schedule counts updates",
     "train.overlap": "it decides which weights generate a step's rollouts",
@@ -173,7 +175,7 @@ def _unread(
     return {
         name
         for name, (old, new) in paths.items()
-        if name in read_before and old and new and inputs.absolute(old) == inputs.absolute(new)
+        if name in read_before and old and new and hub.lasting(old) == hub.lasting(new)
     }
 
 

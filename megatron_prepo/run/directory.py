@@ -29,6 +29,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import lock, ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import digests as inputs
+from megatron_prepo.inputs import hub
 from megatron_prepo.run import changes
 
 RUN_FILES = (
@@ -588,9 +589,7 @@ def with_absolute_paths(config: Config) -> Config:
         ("weight_sync", "directory"),
     ):
         if tree[section][key] is not None:
-            tree[section][key] = configuration.with_paths(
-                tree[section][key], lambda path: str(inputs.absolute(path))
-            )
+            tree[section][key] = configuration.with_paths(tree[section][key], hub.lasting)
     for section, key in (name.split(".") for name in changes.USER_CODE):
         file, colon, name = tree[section][key].rpartition(":")
         if colon:

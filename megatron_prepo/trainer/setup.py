@@ -234,7 +234,9 @@ def set_up(config: Config) -> Trainer:
     if config.sglang and (config.rollout.engine == "embedded" or config.servers.urls):
         run.log("the section sglang: is for servers that the run starts, and is ignored here")
     seed, total_steps = config.train.seed, config.train.total_steps
-    batches = CandidateBatches(inputs.train_prompts, config.selection.num_candidates, seed)
+    batches = CandidateBatches(
+        inputs.train_prompts, config.selection.num_candidates, seed, config.data.order
+    )
     selector = load_selector(config.selection.method)(
         config.selection, total_steps=total_steps, seed=seed, pass_reward=config.reward.high
     )

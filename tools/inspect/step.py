@@ -17,11 +17,11 @@ import torch
 
 from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
-from megatron_prepo.data import read_records
 from megatron_prepo.debug import dump
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.files.existing import existing
+from megatron_prepo.files.rows import exists, read_records
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
@@ -163,10 +163,11 @@ def trained_advantages(
 
 def prompt_texts(config: Config) -> dict[str, str]:
     """Return the training prompts by id, if their file still exists."""
-    path = Path(config.data.train)
-    if not path.is_file():
+    data = config.data
+    if not exists(data.train):
         return {}
-    return {record.id: record.prompt for record in read_records(path, needs_answer=False)}
+    records = read_records(data.train, needs_answer=False, fields=data.fields)
+    return {record.id: record.prompt for record in records}
 
 
 def table(groups: Sequence[Group], *, width: int) -> str:

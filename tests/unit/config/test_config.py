@@ -571,6 +571,7 @@ def other_value(field):
         ("mini_batches", 1): 2,
         ("clamp", None): 3.0,
         ("chat_template_date", None): "2026-01-31",
+        ("prompt_field", "prompt"): "question",
         ("adam_beta1", 0.9): 0.8,
         ("adam_beta2", 0.95): 0.8,
         ("steps", ()): (0, 3),

@@ -1,0 +1,57 @@
+"""Parquet and Arrow files from other sources, row by row as JSON.  Errors name the file and row."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_prepo.errors import UserError, one_line
+
+SUFFIXES = (".parquet", ".arrow")
+INSTALL = 'pip install -e ".[data]"'
+"""Command that installs pyarrow."""
+
+
+def rows(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Yield the number of each row, counted from 1, its fields and its JSON text.
+
+    An `.arrow` file is a stream, as `save_to_disk` of `datasets` writes it.  Raises UserError
+    without pyarrow, for a damaged file, and for a value that JSON cannot hold, such as bytes.
+    """
+    try:
+        pyarrow = importlib.import_module("pyarrow")
+        parquet, ipc = map(importlib.import_module, ("pyarrow.parquet", "pyarrow.ipc"))
+    except ImportError as error:
+        raise UserError(f"{path} needs pyarrow: {INSTALL}") from error
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            is_stream = path.suffix == ".arrow"
+            table = ipc.open_stream(file) if is_stream else parquet.ParquetFile(file).iter_batches()
+            for batch in table:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row, _json(row, f"{path}, row {number}")
+    # of pyarrow for damaged files, and for values that Python cannot represent
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; copy it again") from error
+
+
+def _json(row: dict[str, Any], where: str) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        name = next(name for name, value in row.items() if not _is_json(value))
+        raise UserError(
+            f"{where}: field `{name}` holds a value that JSON has no form for (bytes, a date, "
+            "NaN); remove the column, or write it as text"
+        ) from None
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,242 @@
+"""Models and data sets on the Hugging Face hub, in place of local ones.
+
+A setting names one by its id, `Qwen/Qwen2.5-0.5B`, at a revision by `Qwen/Qwen2.5-0.5B@REVISION`,
+or in the hub's own notation, which also names files of a data set:
+`hf://datasets/openai/gsm8k@main/main/train-*.parquet`.  What exists here under the name comes
+first.
+
+Its files are downloaded to the cache of `huggingface_hub`, from the server of `HF_ENDPOINT`, and
+the rest of the program sees that folder.  A run saves `hf://NAME@COMMIT`, and uses this commit when
+it resumes.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import unquote
+
+import httpx
+
+from megatron_prepo.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    from_tree,
+    literal,
+    to_tree,
+)
+from megatron_prepo.errors import UserError, one_line
+from megatron_prepo.files import ownership, rows
+
+Kind = Literal["model", "dataset"]
+Result = TypeVar("Result")
+
+PREFIX = "hf://"
+ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?")
+URL = re.compile(rf"{PREFIX}(?:datasets/)?{ID.pattern}(?:/(?P<path>.+))?")
+SNAPSHOT = re.compile(
+    r".*/(?P<kind>model|dataset)s--(?P<owner>[\w.-]+)--(?P<name>[\w.-]+)"
+    r"/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<path>.+))?"
+)
+"""A folder of the cache, or a place in it."""
+RECORDED = re.compile(rf"{PREFIX}(datasets/)?(\w[\w.-]*/\w[\w.-]*)@([0-9a-f]{{40}})")
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
+"""Files of a model that no command reads."""
+WEIGHTS = ("*.safetensors",)
+INSTALL = 'pip install -e ".[data]"'
+
+
+class Name(NamedTuple):
+    """The name of a repository on the hub."""
+
+    kind: Kind
+    repo: str
+    revision: str | None
+    path: str | None
+    """Files of a data set: a file, a folder, or a path with *."""
+
+    @classmethod
+    def of(cls, place: str, kind: Kind) -> "Name | None":
+        """Parse a name; None for a local place."""
+        if place.startswith(PREFIX):
+            match = URL.fullmatch(place)
+            if match is None:
+                raise UserError(
+                    f"{place} is no name on the hub, such as hf://OWNER/MODEL@REVISION, or "
+                    "hf://datasets/OWNER/DATA@REVISION/FILES"
+                )
+        else:
+            match = None if place.endswith(rows.SUFFIXES) else ID.fullmatch(place)
+        if match is None or os.path.lexists(place):
+            return None
+        revision = match["revision"] and unquote(match["revision"])
+        return cls(kind, match["repo"], revision, match.groupdict().get("path"))
+
+
+def resolved(config: Config, *, weights: bool = True) -> Config:
+    """Return the configuration with local places instead of names on the hub; downloads the files.
+
+    Without `weights`, files of weights are not downloaded.  A name without a revision is that of
+    the run in `run.dir`, if it has one, else the newest.  Raises UserError that names the setting.
+    """
+    found_names = names(config.model, config.data)
+    if not found_names:
+        return config
+    tree, known = to_tree(config), _recorded(config.run)
+    for setting, name in found_names.items():
+        section, key, *of_set = setting.split(".")
+        found = str(_fetched(name, setting, known, weights=weights))
+        if of_set:
+            tree[section][key][of_set[0]] = found
+        else:
+            tree[section][key] = found
+    return from_tree(tree)
+
+
+def names(model: ModelConfig, data: DataConfig) -> dict[str, Name]:
+    """Return the names on the hub, by setting."""
+    prompts = {"data.train": data.train, **data.eval_settings}
+    kinds: dict[str, tuple[str, Kind]] = {"model.hf": (model.hf, "model")}
+    kinds |= {setting: (place, "dataset") for setting, place in prompts.items()}
+    found = {setting: Name.of(*given) for setting, given in kinds.items()}
+    return {setting: name for setting, name in found.items() if name}
+
+
+def pins(config: Config) -> list[str]:
+    """Return overrides that give each name on the hub its present commit; downloads the files."""
+    tree, settings = to_tree(resolved(config)), names(config.model, config.data)
+    return [f"{setting}={literal(lasting(_value(tree, setting)))}" for setting in settings]
+
+
+def model(place: str | Path) -> Path:
+    """Return the folder of a model, which is downloaded if the place is a name on the hub."""
+    name = Name.of(str(place), "model")
+    return _fetched(name, "model", {}) if name else Path(place)
+
+
+def data(place: str | Path) -> str:
+    """Return the place of prompts, which are downloaded if the place is a name on the hub."""
+    name = Name.of(str(place), "dataset")
+    return str(_fetched(name, "prompts", {})) if name else str(place)
+
+
+def lasting(place: str | Path) -> str:
+    """Return a name of a place that holds in any working directory, and if possible anywhere.
+
+    >>> lasting("/cache/models--Qwen--Qwen3-4B/snapshots/" + "ab" * 20)
+    'hf://Qwen/Qwen3-4B@abababababababababababababababababababab'
+    """
+    if str(place).startswith(PREFIX):
+        return str(place)
+    path = os.path.abspath(place)
+    match = SNAPSHOT.fullmatch(path)
+    if match is None:
+        return path
+    folder = "datasets/" if match["kind"] == "dataset" else ""
+    inside = f"/{match['path']}" if match["path"] else ""
+    return f"{PREFIX}{folder}{match['owner']}/{match['name']}@{match['commit']}{inside}"
+
+
+def create(repo: str, *, private: bool = False) -> None:
+    """Create a repository of a model, unless it exists; UserError if the hub refuses."""
+    if not ID.fullmatch(repo) or "@" in repo:
+        raise UserError(f"--push {repo} must have the form OWNER/NAME")
+    api = _library().HfApi()
+    _asked(lambda: api.create_repo(repo, private=private, exist_ok=True), f"--push {repo}")
+
+
+def upload(directory: str | Path, repo: str) -> str:
+    """Upload a model's folder to its repository and return the address of the commit."""
+    upload_folder = partial(
+        _library().HfApi().upload_folder,
+        repo_id=repo,
+        folder_path=str(directory),
+        ignore_patterns=list(ownership.NOT_CONTENT),
+        commit_message="Upload model",
+    )
+    return str(_asked(upload_folder, f"--push {repo} ({directory} is complete)").commit_url)
+
+
+def _fetched(
+    name: Name, setting: str, known: dict[tuple[Kind, str], str], *, weights: bool = True
+) -> Path:
+    """Return the local place of a name's files, which are downloaded unless they are in the cache.
+
+    `known`: commits of names without a revision.
+    """
+    hub = _library()
+    revision = name.revision or known.get((name.kind, name.repo))
+    if name.kind == "model":
+        patterns: dict[str, Any] = {
+            "ignore_patterns": [*OTHER_WEIGHTS, *(() if weights else WEIGHTS)]
+        }
+    elif name.path:
+        patterns = {"allow_patterns": [name.path, f"{name.path}/*"]}
+    else:
+        patterns = {"allow_patterns": [f"*{suffix}" for suffix in rows.SUFFIXES]}
+    fetch = partial(
+        hub.snapshot_download, name.repo, repo_type=name.kind, revision=revision, **patterns
+    )
+    what = f"no such file or folder: {setting}={name.repo}; asked for this {name.kind}"
+    folder = Path(_asked(fetch, what))
+    place = folder / name.path if name.path else folder
+    if name.kind == "dataset":
+        _check_files(place, folder, name)
+    return place
+
+
+def _check_files(place: Path, folder: Path, name: Name) -> None:
+    """Raise UserError, in terms of the hub, unless the place has files of one split."""
+    try:
+        if not rows.exists(place):
+            raise UserError(f"{place} has no such files")
+        rows.data_files(place)
+    except UserError as error:
+        words = str(error).replace(str(folder), f"{PREFIX}datasets/{name.repo}")
+        raise UserError(words) from None
+
+
+def _asked(call: Callable[[], Result], what: str) -> Result:
+    """Return the hub's answer to a call; UserError that begins with `what` if it has none."""
+    hub = _library()
+    endpoint = hub.constants.ENDPOINT
+    try:
+        return call()
+    except hub.errors.RevisionNotFoundError as error:
+        raise UserError(f"{what}: {endpoint} does not have this revision of it") from error
+    except hub.errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{what}: {endpoint} does not have it, or not for you (`hf auth login`)"
+        ) from error
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise UserError(f"{what}: {endpoint}: {one_line(error.__cause__ or error)}") from error
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise UserError(f"the hub needs huggingface_hub: {INSTALL}") from error
+    return huggingface_hub
+
+
+def _recorded(run: RunConfig) -> dict[tuple[Kind, str], str]:
+    """Return the commits that the run in `run.dir` uses, by kind and repository."""
+    file = Path(run.dir) / "config.yaml"
+    if run.overwrite or not file.is_file():
+        return {}
+    found = RECORDED.findall(file.read_text(encoding="utf-8", errors="replace"))
+    return {("dataset" if kind else "model", repo): commit for kind, repo, commit in found}
+
+
+def _value(tree: dict[str, Any], setting: str) -> str:
+    value: Any = tree
+    for key in setting.split("."):
+        value = value[key]
+    return str(value)
