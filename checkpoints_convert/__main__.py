@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 from megatron_prepo.config import completion
-from megatron_prepo.data import read_records
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
 from megatron_prepo.files.existing import existing
+from megatron_prepo.files.rows import read_records
+from megatron_prepo.inputs import hub
 from megatron_prepo.process import activity, version
 from megatron_prepo.process.command import in_one_line
 
-SOURCE = "Hugging Face directory; or a GGUF file, or a directory with one"
+SOURCE = "Hugging Face directory, or name on the hub; or a GGUF file, or a directory with one"
 
 
 @in_one_line
@@ -37,15 +38,16 @@ def _import(options: argparse.Namespace) -> int:
     from megatron_prepo.models.record import HF_FILES
 
     must_be_empty(Path(options.out))
+    source = hub.model(options.hf)
     layout = {"tensor": options.tp, "pipeline": options.pp, "expert": options.ep}
-    with activity.doing("reading the model"), hf_folder(options.hf, options.out) as hf:
+    with activity.doing("reading the model"), hf_folder(source, options.out) as hf:
         tiny_instance.check(hf)
         with activity.doing("planning the import"):
             warnings = import_hf(hf, options.out, dtype=options.dtype, **layout)
-        source = "" if hf == options.hf else f"model.hf={Path(options.out) / HF_FILES} "
+        stored = "" if hf == source else f"model.hf={Path(options.out) / HF_FILES} "
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"wrote {options.out}; a run starts from it with {source}model.megatron={options.out}")
+    print(f"wrote {options.out}; a run starts from it with {stored}model.megatron={options.out}")
     print(
         f"to compare: python -m checkpoints_convert verify --hf {options.hf} "
         f"--megatron {options.out}"
@@ -56,9 +58,15 @@ def _import(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from checkpoints_convert.convert import export_hf
 
+    if options.push:  # a name that the hub refuses is found before the export
+        hub.create(options.push, private=options.private)
     with activity.doing("planning the export"):
-        export_hf(options.megatron, options.out, hf=options.hf, dtype=options.dtype)
+        like = options.hf and hub.model(options.hf)
+        export_hf(options.megatron, options.out, hf=like, dtype=options.dtype)
     print(f"wrote {options.out}")
+    if options.push:
+        with activity.doing(f"uploading to {options.push}"):
+            print(f"uploaded: {hub.upload(options.out, options.push)}")
     return 0
 
 
@@ -66,8 +74,9 @@ def _verify(options: argparse.Namespace) -> int:
     from checkpoints_convert.verify import verify
     from megatron_prepo.models.gguf_to_hf import hf_folder
 
-    beside = options.megatron or options.hf
-    with activity.doing("verifying"), hf_folder(options.hf, beside) as hf:
+    source = hub.model(options.hf)
+    beside = options.megatron or source
+    with activity.doing("verifying"), hf_folder(source, beside) as hf:
         report = verify(
             hf,
             megatron=options.megatron,
@@ -113,6 +122,13 @@ def _prompts(path: str) -> list[str]:
     return [line for _, line in json_lines.lines(path)]
 
 
+def _model(word: str) -> str:
+    """Return a model's place; NoSuchPath if nothing is there, and it is no name on the hub."""
+    if hub.Name.of(word, "model") is None:
+        existing()(word)
+    return word
+
+
 def _layout(text: str) -> tuple[int, int, int]:
     try:
         tensor, pipeline, expert = (int(n) for n in f"{text}x1x1".split("x")[:3])
@@ -129,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     importer = commands.add_parser("import", help="Hugging Face to Megatron")
-    importer.add_argument("--hf", type=existing(), required=True, help=SOURCE)
+    importer.add_argument("--hf", type=_model, required=True, help=SOURCE)
     importer.add_argument("--tp", type=int, default=1, help="tensor-parallel chunks (default 1)")
     importer.add_argument("--pp", type=int, default=1, help="pipeline-parallel chunks (default 1)")
     importer.add_argument("--ep", type=int, default=1, help="expert-parallel chunks (default 1)")
@@ -141,9 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporter.add_argument(
         "--hf",
-        type=existing(),
+        type=_model,
         help="configuration and tokenizer; default: those stored with the checkpoint",
     )
+    exporter.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload the result to this name on the hub"
+    )
+    exporter.add_argument("--private", action="store_true", help="with --push: not for everyone")
     exporter.set_defaults(run=_export)
     for converter in (importer, exporter):
         converter.add_argument("--out", required=True, help="directory to write; must not exist")
@@ -152,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     verifier = commands.add_parser("verify", help="check that a conversion lost nothing")
-    verifier.add_argument("--hf", type=existing(), required=True, help=SOURCE)
+    verifier.add_argument("--hf", type=_model, required=True, help=SOURCE)
     verifier.add_argument("--megatron", type=existing(), help="checkpoint converted from it")
     verifier.add_argument(
         "--layouts", default="1x1,2x1,1x2,2x2", help="TPxPP or TPxPPxEP, ... (default %(default)s)"

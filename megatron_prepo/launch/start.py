@@ -135,7 +135,7 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
         from megatron_prepo.train_async import train_overlapped
 
         config = configuration.load(path, overrides)
-        needed = run_directory.needs_initial_weights(config.run, config.loss)
+        needed = run_directory.needs_initial_weights(config)
         config = hub.resolved(config, weights=needed)
         run_directory.check_config_file(config.run, path)
         speaks = os.environ["RANK"] == "0"
