@@ -112,6 +112,8 @@ OF_OTHERS = {
     "config.py",  # of litgpt
     "mine.py",  # of a user
     "my_task/reward.py",  # written on its page
+    "my_reward.py",  # the same
+    "tools/convert_torch_dist_to_hf.py",  # of slime
     "megatron_prepo/selection/NAME.py",
 }
 """Python files that pages name and that are not in this repository."""
