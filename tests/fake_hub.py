@@ -68,10 +68,11 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             hub.requests.append(f"{self.command} {path}")
-            kind, owner, name, what, revision, *rest = _parts(path)
-            key = f"{kind}/{owner}/{name}"
-            if key not in hub.commits:
+            words = _parts(path)
+            key = "/".join(words[:3])
+            if key not in hub.commits or len(words) < 5:
                 return self.answer(b"", 404, X_Error_Code="RepoNotFound")
+            _, owner, name, what, revision, *rest = words
             if (found := hub.find(key, revision)) is None:
                 return self.answer(b"", 404, X_Error_Code="RevisionNotFound")
             sha, files = found

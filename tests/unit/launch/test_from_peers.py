@@ -153,7 +153,7 @@ def test_all_commands_of_a_page_work_in_its_order(name, reader, monkeypatch, cap
         assert run([*words, *(TINY if trains else [])], monkeypatch) == 0, capsys.readouterr()
     directory = Path(configuration.load(CONFIGS[name]).run.dir)
     assert summary(directory)["steps"] == 2
-    saved = (directory / "config.yaml").read_text()
-    assert re.search(r"hf: hf://Qwen/[\w.-]+@[0-9a-f]{40}$", saved, re.MULTILINE)
+    saved = configuration.load(directory / "config.yaml")
+    assert re.fullmatch(r"hf://Qwen/[\w.-]+@[0-9a-f]{40}", saved.model.hf)
     if name == "from_verl":
         assert "model.safetensors" in reader.uploads["me/gsm8k-grpo"]
