@@ -8,8 +8,10 @@ import pytest
 from checkpoints_convert import __main__ as converter
 from megatron_prepo import cli
 from megatron_prepo import config as configuration
+from megatron_prepo.compare import record
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import rows
 from megatron_prepo.inputs import hub as hub_names
 from megatron_prepo.inputs import preflight
 from megatron_prepo.run import directory as run_directory
@@ -54,6 +56,8 @@ def test_a_name_is_a_folder_of_one_commit(hub, tmp_path):
     assert saved.model.hf == f"hf://{MODEL}@{hub.model}"
     assert saved.data.train == f"hf://datasets/{DATA}@{hub.data}/main/train-*.jsonl"
     assert saved.data.eval == f"hf://datasets/{DATA}@{hub.data}/main/test-*.jsonl"
+    compared = record.settings(saved)
+    assert compared["model.hf"] == saved.model.hf and compared["data.eval"] == saved.data.eval
     assert to_tree(hub_names.resolved(saved)) == to_tree(config) | {"run": to_tree(saved)["run"]}
 
 
@@ -72,6 +76,13 @@ def test_a_resumed_run_uses_the_commit_with_which_it_began(hub, tmp_path):
     # without a network, from the cache
     hub.commits.clear()
     assert hub_names.resolved(configuration.load(tmp_path / "run" / "config.yaml")) == config
+
+
+def test_a_place_of_a_command_line_is_fetched_or_left_as_it_is(hub, tmp_path):
+    assert hub_names.model(MODEL).name == hub.model
+    assert hub_names.model(LAPTOP / "base") == LAPTOP / "base"
+    suite = hub_names.data(f"hf://datasets/{DATA}@{hub.data}/main/test-*.jsonl")
+    assert rows.num_rows(suite) == 400 and hub_names.data("a.jsonl") == "a.jsonl"
 
 
 def test_a_plan_reads_no_weights(hub, tmp_path):
