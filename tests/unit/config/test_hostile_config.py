@@ -109,6 +109,7 @@ def kind_of(word, kind):
 
 @settings(max_examples=400, **NO_DEADLINE)
 @given(st.sampled_from([key for key in all_fields() if key[1]]), WORDS)
+@example(next(key for key in all_fields() if key[1] and key[1].name == "lr_decay_steps"), "&0")
 def test_any_word_is_what_yaml_1_2_has_for_the_settings_type_or_refused(tmp_path, key, word):
     """The result is the same in a file and in an override; numbers are as Python reads them."""
     section, field = key
@@ -124,6 +125,7 @@ def test_any_word_is_what_yaml_1_2_has_for_the_settings_type_or_refused(tmp_path
     for config in filter(None, (in_file, by_override)):
         value = to_tree(config)[section.name][field.name]
         bare = re.split(r"\s#", f" {word}")[0].strip()
+        bare = re.sub(r"^&\S+\s*", "", bare) if config is in_file else bare  # an anchor
         if value is None:
             assert bare in ("", "~", "null", "Null", "NULL")
         elif isinstance(value, int | float):
