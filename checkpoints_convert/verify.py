@@ -154,6 +154,10 @@ def _check_config(
             any(".q_norm." in name for name, _ in their_model.named_parameters()),
             mcore.qk_layernorm,
         ),
+        "sliding window": (
+            vars(theirs).get("sliding_window"),
+            mcore.window_size and mcore.window_size[0] + 1,
+        ),
         "tied embeddings": (
             bool(theirs.tie_word_embeddings),
             ours.share_embeddings_and_output_weights,

@@ -10,6 +10,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -65,6 +67,15 @@ def llama3(*, scaled: bool = True, tied: bool = False, layers: int = 2) -> PreTr
         **shape, rope_parameters=rope, tie_word_embeddings=tied, max_position_embeddings=4096
     )
     return randomized(LlamaForCausalLM(config))
+
+
+def mistral(*, window: int | None = None) -> PreTrainedModel:
+    """Return a model with heads wider than hidden size / heads, as Mistral Nemo has them.
+
+    `window`: tokens that a token attends to, as in Mistral 7B v0.1; the same weights with any.
+    """
+    config = MistralConfig(**SHAPE, head_dim=12, sliding_window=window, max_position_embeddings=256)
+    return randomized(MistralForCausalLM(config))
 
 
 def qwen3_moe(*, tied: bool = False, normalized: bool = True) -> PreTrainedModel:

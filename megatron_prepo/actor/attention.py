@@ -82,7 +82,7 @@ class CausalAttention(MegatronModule):
     """Causal grouped-query attention: torch's variable-length kernel, or a loop over sequences.
 
     The kernel supports 16-bit types on CUDA.  On a CPU the loop is faster than padding, unless
-    lengths are nearly equal (docs/packing.md).
+    lengths are nearly equal (docs/packing.md).  A sliding window limits it to the latest tokens.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class CausalAttention(MegatronModule):
         super().__init__(config=config)
         assert config.context_parallel_size == 1, "context parallelism is set by RowLayout.context"
         assert config.attention_dropout == 0.0, "torch-native attention has no dropout"
+        self.left: int = (config.window_size or (-1, 0))[0]
+        """Number of earlier tokens that a token attends to; -1: all."""
 
     def forward(
         self,
@@ -113,29 +115,49 @@ class CausalAttention(MegatronModule):
         each of the b sequences has length s.
         """
         if packed_seq_params is None:
-            return _attend(*(x.transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
+            batch = (x.transpose(0, 1) for x in (query, key, value))
+            return _attend(*batch, left=self.left).transpose(0, 1)
         layout = packed_seq_params
         query, key, value = (layout.whole(x.squeeze(1)) for x in (query, key, value))
         if query.is_cuda and query.element_size() == 2 and _has_kernel():
-            out = _attend_in_one_kernel(query, key, value, layout)
+            out = _attend_in_one_kernel(query, key, value, layout, self.left)
         else:
             parts = zip(*(x.split(layout.lengths) for x in (query, key, value)), strict=True)
-            outs = [_attend(*(x[None] for x in qkv))[0] for qkv in parts]
+            outs = [_attend(*(x[None] for x in qkv), left=self.left)[0] for qkv in parts]
             out = torch.cat(outs) if len(outs) > 1 else outs[0]
         return layout.row(out)[:, None]
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, left: int
+) -> torch.Tensor:
     """Attend: [b, s, heads, d] queries, and so on, to [b, s, heads * d]."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    window = _window_mask(query.shape[2], left, query.device)
     out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=window,
+        is_causal=window is None,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
 
 
+def _window_mask(size: int, left: int, device: torch.device) -> torch.Tensor | None:
+    """Return [s, s], whether a token attends to another; None if it does to all earlier ones.
+
+    >>> _window_mask(3, 1, torch.device("cpu")).int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    if left < 0 or size <= left + 1:
+        return None
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril().triu(-left)
+
+
 def _attend_in_one_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, left: int
 ) -> torch.Tensor:
     """Attend: [W, heads, d] queries, and so on, to [W, heads * d]."""
     from torch.nn.attention.varlen import varlen_attn
@@ -148,7 +170,7 @@ def _attend_in_one_kernel(
         layout.cu_seqlens_kv,
         layout.max_seqlen_q,
         layout.max_seqlen_kv,
-        window_size=(-1, 0),  # causal
+        window_size=(left, 0),  # causal, within a sliding window unless it is -1
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.flatten(1)

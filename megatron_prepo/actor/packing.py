@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_prepo.actor.load_balance import balance, fill
-from megatron_prepo.models.flops import forward_flops
+from megatron_prepo.models.flops import causal_pairs, forward_flops
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.records import ScoredSequence
 
@@ -70,6 +70,8 @@ class Row:
 
     pieces: tuple[Piece, ...]
     padding: tuple[int, ...]
+    window: int | None = None
+    """The model's sliding window."""
 
     @property
     def index(self) -> tuple[int, ...]:
@@ -82,7 +84,8 @@ class Row:
         tokens = sum(piece.tokens for piece in self.pieces) + sum(self.padding)
         scored = sum(sum(piece.scored) for piece in self.pieces)
         lengths = [length for _, lengths in self.whole() for length in lengths]
-        return Load(tokens, sum(self.padding), sum(n * (n + 1) // 2 for n in lengths), scored)
+        pairs = sum(causal_pairs(n, self.window) for n in lengths)
+        return Load(tokens, sum(self.padding), pairs, scored)
 
     def whole(self) -> Iterable[tuple[Piece, list[int]]]:
         """Yield each piece and the lengths of its complete sequences; the last includes padding."""
@@ -160,7 +163,9 @@ def plan_rows(
     longest one.
     """
     if not packing:
-        rows = _padded(make_pieces(sequences), num_ranks, budget, multiple, rows_multiple)
+        rows = _padded(
+            make_pieces(sequences), num_ranks, budget, multiple, rows_multiple, shape.window
+        )
         return PackingPlan(tuple(rows), shape)
     pieces = make_pieces(sequences)
     if share_prefixes:
@@ -188,7 +193,7 @@ def _shared_pieces(
 
 
 def _costs(pieces: Sequence[Piece], shape: Shape) -> list[int]:
-    return [Row((piece,), (0,)).load.flops(shape) for piece in pieces]
+    return [Row((piece,), (0,), shape.window).load.flops(shape) for piece in pieces]
 
 
 def _packed(
@@ -211,7 +216,10 @@ def _packed(
             _split_one(bins, costs)
         bins.sort(key=lambda chosen: -sum(costs[i] for i in chosen))
     return [
-        tuple(_packed_row([pieces[i] for i in chosen], multiple, budget) for chosen in bins)
+        tuple(
+            _packed_row([pieces[i] for i in chosen], multiple, budget, shape.window)
+            for chosen in bins
+        )
         for bins in ranks
     ]
 
@@ -228,14 +236,20 @@ def _split_one(bins: list[list[int]], costs: Sequence[float]) -> None:
     bins += [[heaviest[i] for i in half] for half in halves]
 
 
-def _packed_row(pieces: Sequence[Piece], multiple: int, budget: int) -> Row:
+def _packed_row(pieces: Sequence[Piece], multiple: int, budget: int, window: int | None) -> Row:
     tokens = sum(piece.tokens for piece in pieces)
     assert tokens <= budget, f"{tokens} tokens in a row of at most {budget}"
-    return Row(tuple(pieces), (*[0] * (len(pieces) - 1), -tokens % multiple)[: len(pieces)])
+    padding = (*[0] * (len(pieces) - 1), -tokens % multiple)[: len(pieces)]
+    return Row(tuple(pieces), padding, window)
 
 
 def _padded(
-    pieces: Sequence[Piece], num_ranks: int, budget: int, multiple: int, rows_multiple: int
+    pieces: Sequence[Piece],
+    num_ranks: int,
+    budget: int,
+    multiple: int,
+    rows_multiple: int,
+    window: int | None,
 ) -> list[tuple[Row, ...]]:
     longest_first = sorted(pieces, key=lambda piece: (-piece.tokens, piece.index))
     ranks = []
@@ -248,13 +262,12 @@ def _padded(
         ranks.append(rows)
     num_rows = max(1, *map(len, ranks))
     num_rows += -num_rows % rows_multiple
-    return [
-        tuple(_padded_row(pieces, multiple) for pieces in (*rows, *[[]] * (num_rows - len(rows))))
-        for rows in ranks
-    ]
+    for rows in ranks:
+        rows += [[]] * (num_rows - len(rows))
+    return [tuple(_padded_row(pieces, multiple, window) for pieces in rows) for rows in ranks]
 
 
-def _padded_row(pieces: Sequence[Piece], multiple: int) -> Row:
+def _padded_row(pieces: Sequence[Piece], multiple: int, window: int | None) -> Row:
     width = max((piece.tokens for piece in pieces), default=0)
     width += -width % multiple
-    return Row(tuple(pieces), tuple(width - piece.tokens for piece in pieces))
+    return Row(tuple(pieces), tuple(width - piece.tokens for piece in pieces), window)

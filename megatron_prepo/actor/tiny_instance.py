@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.models.float64 import computing_in_float64
-from megatron_prepo.models.hf_config import read_hf_config, read_json
+from megatron_prepo.models.hf_config import read_hf_config, read_json, sliding_window
 from megatron_prepo.models.hf_files import SINGLE
 
 POSITIONS = 2048
@@ -119,6 +119,8 @@ def tiny_config(directory: str | Path) -> dict[str, Any]:
         raw.pop("num_local_experts", None)
         sizes |= {"num_experts": experts, "moe_intermediate_size": 24}
         sizes["num_experts_per_tok"] = min(experts, hf["num_experts_per_tok"], 4)
+    if window := sliding_window(hf):
+        sizes["sliding_window"] = min(window, TOKENS // 4)
     if raw.get("layer_types"):
         sizes["layer_types"] = raw["layer_types"][:1] * 2
     return raw | sizes

@@ -296,7 +296,7 @@ def suite_prompts(
         limit = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
         print(f"{file}: dropped {len(dropped):,} prompts longer than {limit}", file=sys.stderr)
     hf = read_hf_config(config.model.hf, for_megatron=False)
-    preflight.check_room(config.rollout.max_new_tokens, hf, prompts)
+    preflight.check_room(config.rollout, hf, prompts)
     return prompts
 
 

@@ -23,7 +23,7 @@ from megatron_prepo.files import rows, user_code
 from megatron_prepo.inputs import hub, prompt_digests
 from megatron_prepo.inputs.digests import WEIGHT_FILES
 from megatron_prepo.inputs.prompt_digests import PromptDigests
-from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.models.hf_config import read_hf_config, sliding_window
 from megatron_prepo.prompt_context import read_context
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import pool
@@ -95,7 +95,7 @@ def check(config: Config, *, initial_weights: bool = True) -> Inputs:
     held_out = [of_set[: config.eval.max_prompts] for of_set in of_sets]
     CandidateBatches(train_prompts, config.selection.num_candidates, config.train.seed)
     everything = [prompt for some in (train_prompts, *held_out) for prompt in some]
-    check_room(config.rollout.max_new_tokens, hf, everything)
+    check_room(config.rollout, hf, everything)
     largest = max(max(prompt.tokens) for prompt in everything)
     if largest >= hf["vocab_size"]:
         raise UserError(
@@ -165,15 +165,28 @@ def check_selector(config: Config) -> None:
         )
 
 
-def check_room(max_new_tokens: int, hf: dict[str, Any], prompts: list[Prompt]) -> None:
-    """Raise UserError unless the longest prompt and its completion fit the model's positions."""
+def check_room(rollout: RolloutConfig, hf: dict[str, Any], prompts: list[Prompt]) -> None:
+    """Raise UserError unless the longest prompt and its completion fit the model and engine."""
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    if len(longest.tokens) > hf["max_position_embeddings"] - max_new_tokens:
+    limit, of_what = most_tokens(rollout, hf)
+    if len(longest.tokens) > limit - rollout.max_new_tokens:
         raise UserError(
             f"prompt {longest.id!r} has {len(longest.tokens)} tokens, and with "
-            f"rollout.max_new_tokens={max_new_tokens} does not fit the model's "
-            f"{hf['max_position_embeddings']} positions; lower rollout.max_new_tokens or drop it"
+            f"rollout.max_new_tokens={rollout.max_new_tokens} does not fit the model's {limit} "
+            f"{of_what}; lower rollout.max_new_tokens or drop it"
         )
+
+
+def most_tokens(rollout: RolloutConfig, hf: dict[str, Any]) -> tuple[int, str]:
+    """Return how long a sequence may be, and of what the model has that many.
+
+    SGLang's Mistral (0.5.21) attends to all tokens, also to those outside of a sliding window.
+    """
+    limit, window = hf["max_position_embeddings"], sliding_window(hf)
+    if rollout.engine == "sglang" and window is not None and window < limit:
+        ignored = "tokens in sliding_window, which SGLang ignores"
+        return window, f"{ignored} (rollout.engine=embedded does not)"
+    return limit, "positions"
 
 
 def check_stop_tokens(
@@ -308,9 +321,12 @@ def read_tokenizer(directory: str) -> Any:
 
     if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json")
+    # With Mistral's own file and mistral-common, which SGLang requires, transformers would return a
+    # tokenizer without offsets; named, even as its default, this argument selects tokenizer.json.
+    own = {"fix_mistral_regex": None} if (Path(directory) / "tekken.json").is_file() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            directory, local_files_only=True, trust_remote_code=False, **own
         )
     except Exception as error:  # transformers and tokenizers raise all kinds for invalid files
         reason = " ".join(str(error).split())[:300]

@@ -445,6 +445,7 @@ def examine_inputs(config: Config, where: Placement | None = None) -> list[Findi
 def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> None:
     from megatron_prepo.actor import tiny_instance
     from megatron_prepo.actor.model import check_layout, transformer_config
+    from megatron_prepo.inputs.preflight import most_tokens
 
     parallel = config.parallel
     # TransformerEngine has a separate row
@@ -467,13 +468,13 @@ def _examine_model(findings: _Findings, config: Config, hf: dict[str, Any]) -> N
         lambda: tiny_instance.check(config.model.hf),
         lambda d: f"a tiny model with these settings differs from transformers by {d.ours:.0e}",
     )
-    limit = hf["max_position_embeddings"]
+    limit, of_what = most_tokens(config.rollout, hf)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     findings.append(
         Finding(
             "length",
             "ok" if longest <= limit else "note",
-            f"up to {longest:,} tokens of the model's {limit:,} positions",
+            f"up to {longest:,} tokens of the model's {limit:,} {of_what}",
             "such prompts would be rejected: lower data.max_prompt_tokens or max_new_tokens",
         )
     )

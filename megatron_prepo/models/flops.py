@@ -12,9 +12,10 @@ forward pass multiplies a token with
 
 parameters, N in total, each with one multiplication and one addition: 2 N.  In attention, a token's
 queries are multiplied with the keys, then the values, of all tokens up to itself: 4 q operations
-per layer and pair, with n (n + 1) / 2 pairs in a sequence of n.  In the backward pass, a product
-has two: the gradients of its two factors.  So a forward pass is F operations, and forward and
-backward together 3 F (2 N and 6 N per token).
+per layer and pair, with n (n + 1) / 2 pairs in a sequence of n, or with a sliding window only the
+pairs within it (`causal_pairs`).  In the backward pass, a product has two: the gradients of its two
+factors.  So a forward pass is F operations, and forward and backward together 3 F (2 N and 6 N per
+token).
 
 Recomputation (`recompute_granularity`, the head with `loss.head=recompute`) is not counted, and
 neither is padding.  A prompt that several rollouts share is counted for each of them, and so is a
@@ -40,8 +41,8 @@ class FlopCount:
     """Number of pairs of a token and one that it attends to, including itself."""
 
     @classmethod
-    def of(cls, sequences: Iterable[ScoredSequence]) -> "FlopCount":
-        """Return the sizes for causal attention within each sequence.
+    def of(cls, sequences: Iterable[ScoredSequence], window: int | None = None) -> "FlopCount":
+        """Return the sizes for causal attention within each sequence, and within a sliding window.
 
         >>> FlopCount.of([ScoredSequence((7, 8, 9), start=2), ScoredSequence((7, 8), start=1)])
         FlopCount(tokens=5, scored=2, pairs=9)
@@ -50,12 +51,22 @@ class FlopCount:
         return cls(
             tokens=sum(n for n, _ in lengths_and_scored),
             scored=sum(scored for _, scored in lengths_and_scored),
-            pairs=sum(n * (n + 1) // 2 for n, _ in lengths_and_scored),
+            pairs=sum(causal_pairs(n, window) for n, _ in lengths_and_scored),
         )
 
     def flops(self, shape: Shape) -> int:
         """Return the operations of a forward pass."""
         return forward_flops(shape, **vars(self))
+
+
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """Return the pairs of a token and one that it attends to, including itself, in a sequence.
+
+    >>> causal_pairs(5), causal_pairs(5, window=2), causal_pairs(5, window=9)
+    (15, 9, 15)
+    """
+    outside = 0 if window is None else max(0, length - window)
+    return (length * (length + 1) - outside * (outside + 1)) // 2
 
 
 def forward_flops(shape: Shape, *, tokens: int, scored: int, pairs: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_prepo.errors import UserError
 
-FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral")
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -48,6 +48,8 @@ ONLY = {
     "partial_rotary_factor": 1.0,
 }
 """Supported values of settings that the families' configuration classes have."""
+EXEMPT = {("attention_bias", "qwen2"), ("sliding_window", "mistral")}
+"""Settings of ONLY that a family may have otherwise: Qwen2 ignores its own, Mistral's is used."""
 ONLY_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 """Supported values for mixtures of experts."""
 READ = {*SIZES, *EXPERT_SIZES, *ONLY, *ONLY_EXPERTS, "norm_topk_prob", "model_type"}
@@ -88,8 +90,8 @@ def read_hf_config(
     """Return a model's complete architecture as a `config.json` that gives the same logits.
 
     Keys of SIZES, `model_type`, `architectures`, `rms_norm_eps`, `tie_word_embeddings`,
-    `rope_parameters`, and for mixtures of experts EXPERT_SIZES and `norm_topk_prob`; all are
-    explicit, as `transformers` reads the file.
+    `rope_parameters`, for mixtures of experts EXPERT_SIZES and `norm_topk_prob`, for Mistral
+    `sliding_window` (None: no window); all are explicit, as `transformers` reads the file.
     `quantized`: the weights come from another place, so the file may describe quantised ones.
     `for_megatron`: Megatron-Core must compute what `transformers` computes; an engine that only
     generates may support more.
@@ -127,6 +129,8 @@ def read_hf_config(
     if moe:
         names = (*EXPERT_SIZES, *ONLY_EXPERTS, "norm_topk_prob")
         settings |= {name: hf[name] for name in names}
+    if raw["model_type"] == "mistral":
+        settings["sliding_window"] = hf["sliding_window"]
     _check_numbers(path, settings)
     return settings | {
         "rope_parameters": _rope_parameters(path, hf) if for_megatron else hf["rope_parameters"]
@@ -136,7 +140,8 @@ def read_hf_config(
 def transformer_settings(hf: dict[str, Any]) -> dict[str, Any]:
     """Return fields of Megatron-Core's TransformerConfig."""
     heads = hf["num_attention_heads"]
-    return _experts(hf) | {
+    further = _experts(hf) | _window(hf)
+    return further | {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
         "ffn_hidden_size": hf["intermediate_size"],
@@ -174,6 +179,11 @@ def num_experts(hf: dict[str, Any]) -> int:
     return hf["num_experts"] if hf["model_type"] == "qwen3_moe" else 0
 
 
+def sliding_window(hf: dict[str, Any]) -> int | None:
+    """Return the number of tokens that a token attends to, including itself; None: all."""
+    return hf["sliding_window"] if hf["model_type"] == "mistral" else None
+
+
 def _experts(hf: dict[str, Any]) -> dict[str, Any]:
     if not num_experts(hf):
         return {}
@@ -187,6 +197,12 @@ def _experts(hf: dict[str, Any]) -> dict[str, Any]:
         "moe_router_score_function": "softmax",
         "moe_router_load_balancing_type": "none",
     }
+
+
+def _window(hf: dict[str, Any]) -> dict[str, Any]:
+    if (size := sliding_window(hf)) is None:
+        return {}
+    return {"window_size": (size - 1, 0)}  # Megatron-Core counts the tokens on each side
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -251,8 +267,7 @@ def _refuse_other_computations(path: Path, hf: dict[str, Any]) -> None:
     """Raise UserError for settings with which Megatron-Core would compute something else."""
     moe = hf["model_type"] == "qwen3_moe"
     for name, value in (ONLY | (ONLY_EXPERTS if moe else {})).items():
-        irrelevant = name == "attention_bias" and hf["model_type"] == "qwen2"  # always has it
-        if name in hf and hf[name] != value and not irrelevant:
+        if name in hf and hf[name] != value and (name, hf["model_type"]) not in EXEMPT:
             raise UserError(
                 f"{path}: {name}={reprlib.repr(hf[name])} is not supported, only {value!r} is"
             )
@@ -286,6 +301,11 @@ def _check_numbers(path: Path, hf: dict[str, Any]) -> None:
     if hf["head_dim"] % 2:
         raise UserError(
             f"{path}: head_dim={hf['head_dim']} is odd; rotary embeddings need an even size"
+        )
+    window = sliding_window(hf)
+    if window is not None and (type(window) is not int or window < 1):
+        raise UserError(
+            f"{path}: sliding_window={reprlib.repr(window)} is not a valid size; use null for none"
         )
     if hf.get("num_experts_per_tok", 0) > hf.get("num_experts", 0):
         raise UserError(

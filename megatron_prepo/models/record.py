@@ -40,6 +40,7 @@ HF_NAMES = {
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_router_pre_softmax": "not norm_topk_prob",
+    "window_size": "(sliding_window - 1, 0), or () for none,",
 }
 """Megatron's name -> the name in `config.json`, if it differs."""
 
@@ -52,7 +53,7 @@ OTHER_FUNCTION = {
     "squared_relu": (False,),
     "softmax_scale": (),
     "softmax_type": ("vanilla",),
-    "window_size": (),
+    "window_attn_skip_freq": (),
     "no_rope_freq": (),
     "multi_latent_attention": (False,),
     "moe_router_score_function": ("softmax",),
@@ -80,6 +81,7 @@ def architecture_record(settings: dict[str, Any]) -> dict[str, Any]:
         layernorm_epsilon=mcore["layernorm_epsilon"],
         use_rope_scaling="rope_scaling_factor" in gpt,
         rope_scaling_factor=gpt.get("rope_scaling_factor"),
+        window_size=mcore.get("window_size"),
         moe_router_topk=mcore.get("moe_router_topk"),
         moe_ffn_hidden_size=mcore.get("moe_ffn_hidden_size"),
         moe_router_pre_softmax=mcore.get("moe_router_pre_softmax"),
@@ -159,7 +161,9 @@ def comparable(args: Namespace | dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"the record `args` of a checkpoint is a {type(args).__name__}")
     known = args if isinstance(args, dict) else vars(args)
     # earlier versions imported only models for which Megatron's default is right, and left it out
-    known = {"moe_router_pre_softmax": False} | known
+    window = known.get("window_size") or ()
+    window = tuple(window) if isinstance(window, list) else window
+    known = {"moe_router_pre_softmax": False} | known | {"window_size": window}
     dropped = {"max_position_embeddings"}  # a limit
     if not known.get("use_rope_scaling"):
         dropped.add("rope_scaling_factor")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prepo.models.hf_config import num_experts
+from megatron_prepo.models.hf_config import num_experts, sliding_window
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Shape:
     experts_per_token: int
     head_norms: bool
     """Whether queries and keys are normalised (Qwen3)."""
+    window: int | None = None
+    """Number of tokens that a token attends to, including itself (Mistral); None: all."""
 
     @classmethod
     def of(cls, hf: dict[str, Any]) -> "Shape":
@@ -38,6 +40,7 @@ class Shape:
             experts=experts,
             experts_per_token=hf["num_experts_per_tok"] if experts else 0,
             head_norms=hf["model_type"].startswith("qwen3"),
+            window=sliding_window(hf),
         )
 
     @property

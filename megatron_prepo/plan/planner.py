@@ -324,14 +324,16 @@ def with_data(config: Config, gpus: int) -> Config:
 def check(config: Config, hf: dict[str, Any]) -> tuple[str, ...]:
     """Return how the layout divides the model; UserError for the first size that does not fit."""
     from megatron_prepo.actor.model import check_layout
+    from megatron_prepo.inputs.preflight import most_tokens
 
     check_layout(config, hf)
     shape, parallel = Shape.of(hf), config.parallel
-    if longest(config) > hf["max_position_embeddings"]:
+    limit, of_what = most_tokens(config.rollout, hf)
+    if longest(config) > limit:
         raise UserError(
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} exceed the model's "
-            f"{hf['max_position_embeddings']} positions; lower one of them"
+            f"{config.rollout.max_new_tokens} exceed the model's {limit} {of_what}; lower one of "
+            "them"
         )
     tensor = parallel.tensor
     padding = -shape.vocabulary % tensor

@@ -14,6 +14,7 @@ whatever the layout.
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,18 +52,19 @@ class Throughput:
         `learnt`: which of the sequences the update passes through.  With `train.overlap` a step
         scores the next step's candidates, and the first also its own.
         """
-        prompts = FlopCount.of(
+        count = partial(FlopCount.of, window=self.shape.window)
+        prompts = count(
             ScoredSequence(prompt.tokens, 1)
             for candidates in self.scored
             if self.by_actor and candidates.ppl_P is not None
             for prompt in candidates.prompts
         )
-        trained = FlopCount.of(itertools.compress(sequences, learnt))
+        trained = count(itertools.compress(sequences, learnt))
         self.scored.clear()
         rates: dict[str, float] = {}
         for stage, work, passes, forwards in (
             ("perplexity", prompts, 1, FORWARD),
-            ("old_logprobs", FlopCount.of(sequences), self.scorings, FORWARD),
+            ("old_logprobs", count(sequences), self.scorings, FORWARD),
             ("update", trained, 1, FORWARD_AND_BACKWARD),
         ):
             spent = seconds.so_far(stage) * self.ranks / passes

@@ -26,6 +26,7 @@ MODELS = {
     "qwen2": lambda: tiny_models.qwen2(tied=True),
     "qwen3": lambda: tiny_models.qwen3(tied=False),
     "llama3": lambda: tiny_models.llama3(),
+    "mistral": lambda: tiny_models.mistral(window=8),
     "moe": lambda: tiny_models.qwen3_moe(),
     "moe not normalized": lambda: tiny_models.qwen3_moe(normalized=False),
 }
@@ -153,7 +154,7 @@ def test_an_error_in_a_process_of_its_own_is_one_line(tmp_path):
     assert line == f"error: no such file or folder: {tmp_path / 'absent'}"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "moe"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "moe"])
 def test_verify_passes_every_family_with_logits(cli, models, checkpoints, name):
     layouts = "1x1,2x1,2x2,2x1x2,1x1x4" if name == "moe" else "1x1,2x1,1x2,4x1"
     code, out, err = cli(
@@ -661,6 +662,8 @@ OTHER_MODELS = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
         ["rope_type llama3 is True", "False"],
     ),
+    "no sliding window": ("mistral", {"sliding_window": None}, ["sliding_window", "(7, 0)", "()"]),
+    "another sliding window": ("mistral", {"sliding_window": 9}, ["(7, 0)", "(8, 0)"]),
     "experts a token": ("moe", {"num_experts_per_tok": 4}, ["num_experts_per_tok is 2", "4"]),
     "probabilities normalized": (
         "moe not normalized",

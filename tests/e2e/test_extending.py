@@ -113,8 +113,8 @@ def test_the_page_s_reward_grades(tmp_path):
     pool.check(RewardConfig(function=name, low=-0.5))
 
 
-def test_mistral_needs_its_name_only(tmp_path, monkeypatch):
-    from transformers import MistralConfig, MistralForCausalLM
+def test_ministral_needs_two_lines_only(tmp_path, monkeypatch):
+    from transformers import MinistralConfig, MinistralForCausalLM
 
     from megatron_prepo.actor import tiny_instance
     from megatron_prepo.models import hf_config
@@ -122,23 +122,30 @@ def test_mistral_needs_its_name_only(tmp_path, monkeypatch):
     from megatron_prepo.models.hf_files import HFTensors
     from tests.tiny_models import SHAPE
 
-    config = MistralConfig(**SHAPE, sliding_window=None, max_position_embeddings=256)
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'mistral' is not one of"):
+    config = MinistralConfig(
+        **SHAPE,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["full_attention"] * SHAPE["num_hidden_layers"],
+        max_position_embeddings=256,
+    )
+    MinistralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type 'ministral' is not one of"):
         tiny_instance.check(tmp_path)
     monkeypatch.setattr(hf_config, "FAMILIES", hf_config.FAMILIES)  # to be restored
-    exec(block("mistral"), {})
+    monkeypatch.setattr(hf_config, "EXEMPT", {*hf_config.EXEMPT})
+    exec(block("ministral"), {})
     hf = hf_config.read_hf_config(tmp_path)
     with HFTensors(tmp_path, tied=False) as tensors:
         check_fit(tensors, hf)
-    assert on_ranks(1, _mistral_agrees, tmp_path) == [True]
+    assert on_ranks(1, _ministral_agrees, tmp_path) == [True]
 
 
-def _mistral_agrees(directory: Path) -> bool:
+def _ministral_agrees(directory: Path) -> bool:
     """In a process that has no job yet."""
     from megatron_prepo.actor import tiny_instance
 
-    exec(block("mistral"), {})
+    exec(block("ministral"), {})
     return tiny_instance.check(directory).passed
 
 

@@ -38,10 +38,12 @@ MODELS = {
     "qwen2": lambda: tiny_models.qwen2(tied=False),
     "qwen3": lambda: tiny_models.qwen3(tied=False),
     "llama": lambda: tiny_models.llama3(),
+    "mistral": lambda: tiny_models.mistral(),
     "qwen3_moe": lambda: tiny_models.qwen3_moe(),
 }
 QUICK = {"qwen2.5-7b/prepo", "llama-3.1-8b/greso", "qwen3-30b-a3b/prepo", "qwen2.5-72b/prepo"}
-"""Recipes that run by default: each family but Qwen3's dense one, and each transport."""
+"""Recipes that run by default: each transport, and each family but Qwen3's dense one and
+Mistral."""
 ANSWER = "so \\boxed{7}"
 SIZES = [
     "model.layers=torch",

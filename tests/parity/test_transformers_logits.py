@@ -22,6 +22,8 @@ MODELS = {
     "qwen3 tied": lambda: tiny_models.qwen3(tied=True),
     "llama3": lambda: tiny_models.llama3(),
     "llama3 tied": lambda: tiny_models.llama3(tied=True),
+    "mistral": lambda: tiny_models.mistral(),
+    "mistral window": lambda: tiny_models.mistral(window=8),  # less than most sequences
     "qwen3 moe": lambda: tiny_models.qwen3_moe(),
     "qwen3 moe not normalized": lambda: tiny_models.qwen3_moe(normalized=False),
 }
@@ -39,7 +41,11 @@ LAYOUTS = {
     "pp2 dp2 shared": ({"pipeline": 2, "data": 2}, SHARED),
 }
 EXPERT_LAYOUTS = {"dp2 ep2 shared": ({"data": 2, "expert": 2}, SHARED)}
-SOME_LAYOUTS = {"qwen3 moe not normalized": ("tp1", "tp2 sp shared")}
+SOME_LAYOUTS = {
+    "mistral": ("tp2",),
+    "mistral window": ("tp1 padded", "tp2 sp shared", "pp2"),
+    "qwen3 moe not normalized": ("tp1", "tp2 sp shared"),
+}
 CASES = [(name, layout) for name in MODELS for layout in SOME_LAYOUTS.get(name, LAYOUTS)]
 CASES += [("qwen3 moe", layout) for layout in EXPERT_LAYOUTS]
 TEMPERATURES = (1.0, 0.7)
@@ -177,6 +183,14 @@ def test_leaving_out_the_rope_scaling_would_be_seen(expected):
     unscaled = scores(tiny_models.llama3(scaled=False), sequences("llama3"), 1.0)
     exact, allowed = expected["llama3", 1.0]
     assert largest_of_all(unscaled, exact) > 100 * allowed
+
+
+@pytest.mark.parametrize("window", [None, 7, 9])
+def test_another_sliding_window_would_be_seen(expected, window):
+    """Also one that is larger or smaller by one token."""
+    other = scores(tiny_models.mistral(window=window), sequences("mistral window"), 1.0)
+    exact, allowed = expected["mistral window", 1.0]
+    assert largest_of_all(other, exact) > 100 * allowed
 
 
 @pytest.mark.parametrize("normalized", [False, True])

@@ -30,6 +30,7 @@ MODELS = {
     "qwen3": lambda: tiny_models.qwen3(tied=False),
     "qwen3_moe": tiny_models.qwen3_moe,
     "llama3": tiny_models.llama3,
+    "mistral": tiny_models.mistral,
     "qwen3 on a server of two ranks": lambda: tiny_models.qwen3(tied=True),
 }
 LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}

@@ -259,7 +259,9 @@ def products(case: Case, answers: dict[str, list[dict]]) -> dict:
     peak = 2 * 1024**3 / min(seconds)
     rates = {"peak_gflops": peak / 1e9}
     for task, times, passed in (("score", 1, case), ("update", 3, case.learnt())):
-        work = FlopCount.of(scored_sequence(rollout) for rollout in passed.rollouts(0))
+        work = FlopCount.of(
+            (scored_sequence(rollout) for rollout in passed.rollouts(0)), shape.window
+        )
         spent = median(answer["seconds"][task] for answer in answers[task][1:])
         flops = times * work.flops(shape) / spent
         rates[task] = {"gflops": flops / 1e9, "of_peak": flops / peak}

@@ -113,7 +113,7 @@ def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
         parallel.shut_down()
     gc.collect()
     torch.cuda.empty_cache()
-    work = FlopCount.of(sequences)
+    work = FlopCount.of(sequences, shape.window)
     return {
         "model": model.parent.name if model.name == "model" else model.name,
         "layers": layers,

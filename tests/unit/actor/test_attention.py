@@ -19,7 +19,7 @@ from megatron_prepo.records import ScoredSequence
 from tests.unit.actor.test_micro_batch import SHAPE
 
 HEADS, GROUPS, SIZE = 4, 2, 8
-CONFIG = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
+CONFIG = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, window_size=None)
 A, B = ScoredSequence((1, 2, 3, 4, 5), 3), ScoredSequence((1, 2, 3, 6, 7, 8), 3)
 C = ScoredSequence((9, 10, 11), 1)
 WAYS = [{}, {"share_prefixes": True}, {"packing": False}]
@@ -38,23 +38,28 @@ def random_qkv(tokens, dtype=torch.float64):
     ]
 
 
-def written_out(query, key, value, lengths):
-    """Attend with a block-diagonal causal mask over complete sequences: [W, heads, d] and so on."""
+def written_out(query, key, value, lengths, left=-1):
+    """Attend with a block-diagonal causal mask over complete sequences: [W, heads, d] and so on.
+
+    `left`: number of earlier tokens that a token attends to, all if negative.
+    """
     sequence_W = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     total = len(sequence_W)
     seen_WW = (sequence_W[:, None] == sequence_W) & torch.ones(total, total).tril().bool()
+    distance_WW = torch.arange(total)[:, None] - torch.arange(total)
+    seen_WW &= (distance_WW <= left) | (left < 0)
     key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) / SIZE**0.5
     weights = scores.masked_fill(~seen_WW, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
 
-def expected_output(qkv, layout):
+def expected_output(qkv, layout, left):
     whole = (layout.whole(x[:, 0]) for x in qkv)
-    return layout.row(written_out(*whole, layout.lengths))[:, None]
+    return layout.row(written_out(*whole, layout.lengths, left))[:, None]
 
 
-def assert_is_attention(ours, qkv, layout):
+def assert_is_attention(ours, qkv, layout, left=-1):
     """Assert that the output, and gradients of its weighted sum, equal those of the formula."""
 
     def with_gradients(out, qkv):
@@ -63,30 +68,36 @@ def assert_is_attention(ours, qkv, layout):
 
     def expected(*qkv):
         qkv = [x.requires_grad_() for x in qkv]
-        return with_gradients(expected_output(qkv, layout), qkv)
+        return with_gradients(expected_output(qkv, layout, left), qkv)
 
     Reference(expected, *qkv).assert_equals(with_gradients(ours, qkv))
 
 
-def causal_attention():
-    return CausalAttention(CONFIG, 1, None, "self")
+def causal_attention(left=-1):
+    window = None if left < 0 else (left, 0)
+    config = SimpleNamespace(**vars(CONFIG) | {"window_size": window})
+    return CausalAttention(config, 1, None, "self")
 
 
+@pytest.mark.parametrize("left", [-1, 2, 1])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_each_sequence_attends_to_itself(way):
+def test_each_sequence_attends_to_itself(way, left):
+    """A window of 3 tokens, less than two of the three sequences, or of 2."""
     layout = packed_row(way)
+    assert max(layout.lengths) > 3
     qkv = random_qkv(len(layout.positions_T))
-    ours = causal_attention()(*qkv, packed_seq_params=layout)
-    assert_is_attention(ours, qkv, layout)
+    ours = causal_attention(left)(*qkv, packed_seq_params=layout)
+    assert_is_attention(ours, qkv, layout, left)
 
 
-def test_a_plain_batch_is_what_it_always_was():
+@pytest.mark.parametrize("left", [-1, 2])
+def test_a_plain_batch_is_what_it_always_was(left):
     """Tensors are [s, b, ...] without a layout, which is what the checkpoint converter feeds."""
     qkv = random_qkv(12)
     batch = [x.view(6, 2, *x.shape[2:]) for x in qkv]
-    ours = causal_attention()(*batch)
+    ours = causal_attention(left)(*batch)
     for b in range(2):
-        alone = Reference(lambda *x: [written_out(*x, (6,))], *(x[:, b] for x in batch))
+        alone = Reference(lambda *x: [written_out(*x, (6,), left)], *(x[:, b] for x in batch))
         alone.assert_equals([ours[:, b].detach()])
 
 
@@ -94,21 +105,23 @@ class Kernel:
     """Stand-in for torch's variable-length kernel and for TransformerEngine's: same contract."""
 
     def __call__(self, query, key, value, starts_q, starts_k, max_q, max_k, **options):
-        assert options == {"window_size": (-1, 0), "enable_gqa": True}
+        left, right = options.pop("window_size")
+        assert right == 0 and options == {"enable_gqa": True}
         assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k)
         lengths = starts_q.diff().tolist()
         assert max_q == max_k == max(lengths)
-        return written_out(query, key, value, lengths).view_as(query)
+        return written_out(query, key, value, lengths, left).view_as(query)
 
 
+@pytest.mark.parametrize("left", [-1, 2])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_kernel_is_told_the_same_sequences(monkeypatch, way):
+def test_the_kernel_is_told_the_same_sequences(monkeypatch, way, left):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", Kernel())
     layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     whole = [layout.whole(x[:, 0]) for x in qkv]
-    ours = layout.row(attention._attend_in_one_kernel(*whole, layout))[:, None]
-    assert_is_attention(ours, qkv, layout)
+    ours = layout.row(attention._attend_in_one_kernel(*whole, layout, left))[:, None]
+    assert_is_attention(ours, qkv, layout, left)
 
 
 class TransformerEngines(torch.nn.Module):

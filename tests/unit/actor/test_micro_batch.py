@@ -137,6 +137,18 @@ def test_a_shared_prefix_by_hand():
     assert row.load == Load(tokens=10, padding=1, pairs=15 + 10 + 6, scored=7)
 
 
+@pytest.mark.parametrize(
+    ("way", "pairs"),
+    [({}, 9 + 3 + 12), ({"share_prefixes": True}, 9 + 3 + 12), ({"packing": False}, 3 * 12)],
+    ids=str,
+)
+def test_pairs_outside_of_a_sliding_window_are_no_work(way, pairs):
+    """Of 4, 2 and 5 tokens that see 3: 1 + 2 + 3 + 3, 1 + 2 and 1 + 2 + 3 + 3 + 3; padded, of 5."""
+    shape = replace(SHAPE, window=3)
+    plan = plan_rows([A, C, B], num_ranks=1, budget=15, shape=shape, **way)
+    assert plan.load.pairs == pairs
+
+
 def test_what_is_padded_lies_side_by_side():
     plan = plan_rows([A, C, B], num_ranks=1, budget=15, shape=SHAPE, packing=False)
     ((row,),) = plan.ranks

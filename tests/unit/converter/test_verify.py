@@ -13,6 +13,7 @@ from megatron_prepo.models.float64 import computing_in_float64
 MODELS = {
     "tied": lambda: tiny_models.qwen2(tied=True),
     "untied": lambda: tiny_models.qwen3(tied=False),
+    "window": lambda: tiny_models.mistral(window=8),
     "experts": tiny_models.qwen3_moe,
 }
 TOKENS_1S = torch.arange(40)[None] * 7 % tiny_models.VOCAB

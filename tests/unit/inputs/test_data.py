@@ -5,12 +5,15 @@ import json
 import string
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+import tiny_models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_prepo.config import DataConfig
+from megatron_prepo.config import DataConfig, RolloutConfig
 from megatron_prepo.data import CandidateBatches, read_prompts, tokenize
 from megatron_prepo.errors import UserError
+from megatron_prepo.inputs import preflight
+from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.prompt_context import read_context, read_shots
 from megatron_prepo.records import Prompt
 
@@ -304,6 +307,60 @@ def test_a_template_that_rewrites_the_text_makes_everything_content():
     shouting = character_tokenizer("<user>{{ messages[0]['content'] | upper }}<assistant>")
     tokens, span = tokenize("two", shouting, chat_template=True)
     assert span == (0, len(tokens))
+
+
+MISTRALS_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}"
+    "[/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+
+
+def mistrals_tokenizer(directory):
+    """Write a tokenizer as Mistral 7B v0.3 has one: a space is a letter, others may be bytes."""
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.ascii_letters, "ab", "▁ab"]
+    vocabulary = {token: i for i, token in enumerate([*special, *pieces])}
+    merges = [("a", "b"), ("▁", "ab")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=MISTRALS_CHAT,
+        **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    ).save_pretrained(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "LlamaTokenizer"
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return preflight.read_tokenizer(str(directory))
+
+
+def test_mistrals_chat_has_one_begin_token_and_no_system_message(tmp_path):
+    tiny_models.save(tiny_models.mistral(), tmp_path)
+    tokenizer = mistrals_tokenizer(tmp_path)
+    inside, tokens = content("ab é", tokenizer, chat_template=True)
+    words = tokenizer.convert_ids_to_tokens(tokens)
+    assert words == ["<s>", "[INST]", "▁ab", "▁", "<0xC3>", "<0xA9>", "[/INST]"]
+    assert inside == "▁ab▁<0xC3><0xA9>"
+    assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == "ab é"
+    hf = read_hf_config(tmp_path)
+    stops = preflight.check_stop_tokens(
+        str(tmp_path), hf, tokenizer, RolloutConfig(max_new_tokens=4)
+    )
+    assert stops == {2}
+    data = DataConfig(train="-", eval="-", chat_template=True, system="be short")
+    with pytest.raises(UserError, match=r"data\.system: .* rejects it \(Only user and assistant"):
+        read_context(data, tokenizer)
 
 
 def test_a_chat_template_must_exist():

@@ -6,11 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 from checkpoints_convert.convert import import_hf
 from megatron_prepo import config
 from megatron_prepo.errors import UserError
 from megatron_prepo.inputs import preflight, prompt_digests
+from megatron_prepo.models.hf_config import read_hf_config
+from megatron_prepo.records import Prompt
 from megatron_prepo.run import opening
 
 LAPTOP = Path(__file__).resolve().parents[3] / "examples" / "laptop"
@@ -64,6 +67,20 @@ def check(directory: Path, *, megatron: bool) -> None:
     overrides += [f"model.megatron={directory / 'megatron'}"] if megatron else []
     overrides += ["selection.num_candidates=32"]
     preflight.check(config.load(LAPTOP / "prepo.yaml", overrides))
+
+
+def test_sglang_does_not_go_beyond_a_sliding_window(tmp_path):
+    """Its Mistral has none: tokens would attend to more than the actor's; within it all agree."""
+    hf = read_hf_config(tiny_models.save(tiny_models.mistral(window=8), tmp_path))
+    prompts = [Prompt("short", "", "", (3, 4), (0, 2)), Prompt("long", "", "", (3, 4, 5), (0, 3))]
+    fits, longer = (config.RolloutConfig(max_new_tokens=n, engine="sglang") for n in (5, 6))
+    preflight.check_room(fits, hf, prompts)
+    with pytest.raises(
+        UserError, match=r"prompt 'long' .*_tokens=6 .* 8 tokens in sliding_window, "
+    ):
+        preflight.check_room(longer, hf, prompts)
+    preflight.check_room(config.RolloutConfig(max_new_tokens=6), hf, prompts)
+    preflight.check_room(longer, hf | {"sliding_window": None}, prompts)
 
 
 @pytest.mark.parametrize("megatron", [False, True])

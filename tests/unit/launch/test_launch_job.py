@@ -31,7 +31,7 @@ def from_the_root(monkeypatch):
 
 def test_every_example_for_a_cluster_is_a_recipe():
     known = recipes.recipes()
-    assert len(known) == 15 + 5 and all(path.is_file() for path in known.values())
+    assert len(known) == 16 + 5 and all(path.is_file() for path in known.values())
     assert recipes.find("qwen2.5_7b") == REPOSITORY / "examples/paper/qwen2.5-7b/prepo.yaml"
     assert recipes.find("llama-3.1-8b/random").name == "random.yaml"
     assert recipes.find("examples/laptop/prepo.yaml").is_file()

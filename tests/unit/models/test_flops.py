@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import SHAPE, actor_config, llama3, qwen2, qwen3, qwen3_moe, save
+from tiny_models import SHAPE, actor_config, llama3, mistral, qwen2, qwen3, qwen3_moe, save
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_prepo.actor import parallel
@@ -16,6 +16,7 @@ FAMILIES = {
     "qwen2": qwen2,
     "qwen3": lambda: qwen3(tied=True),
     "llama3": llama3,
+    "mistral": lambda: mistral(window=5),
     "qwen3_moe": qwen3_moe,
 }
 SEQUENCES, LENGTH = 3, 17

@@ -32,6 +32,7 @@ MODELS = {
     "llama3": tiny_models.llama3,
     "qwen3_moe": tiny_models.qwen3_moe,
     "sliding window": lambda: sliding_window(),
+    "mistral": lambda: tiny_models.mistral(window=6),
 }
 
 

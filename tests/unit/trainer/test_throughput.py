@@ -77,6 +77,18 @@ def test_operations_a_second_by_hand():
     assert measured()["speed/update_tflops"] == 3 * update.flops(rates.shape) / 4e12
 
 
+def test_pairs_outside_of_a_sliding_window_are_no_operations():
+    rates = Throughput(
+        HF | {"model_type": "mistral", "sliding_window": 3},
+        dtype="float32",
+        by_actor=True,
+        scorings=1,
+    )
+    found = rates.of_step(spent(update=4.0), SEQUENCES, LEARNT)
+    update = FlopCount(9, 3, (1 + 2 + 3 + 3) + (1 + 2 + 3 + 3 + 3))
+    assert found["speed/update_tflops"] == 3 * update.flops(rates.shape) / 4e12
+
+
 def test_the_initial_policys_scores_are_a_second_pass():
     rates = measured(scorings=2, learnt=[True] * 4)
     assert rates["speed/update_tokens"] == 22 / 4.0
