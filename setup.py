@@ -97,6 +97,9 @@ setup(
         "docs": ["mkdocs-material>=9.7"],  # make docs-site
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow>=3.10"],
+        "swanlab": ["swanlab>=0.10"],
+        "trackio": ["trackio>=0.22"],
         "dev": [
             "accelerate>=1.2",
             "einops>=0.8",  # used by mbridge, which does not ask for it

@@ -85,6 +85,14 @@ class RunConfig:
     `tensorboard`)."""
     wandb_project: str | None = None
     """Weights & Biases project to which the metrics are logged as well (extra `wandb`)."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to which the metrics are logged as well, at MLFLOW_TRACKING_URI or, without
+    it, in `mlflow/` in `run.dir` (extra `mlflow`)."""
+    swanlab_project: str | None = None
+    """SwanLab project to which the metrics are logged as well (extra `swanlab`)."""
+    trackio_project: str | None = None
+    """Trackio project to which the metrics are logged as well, in TRACKIO_DIR or, without it, in
+    `trackio/` in `run.dir` (extra `trackio`)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_prepo import internals
-from megatron_prepo.config import CheckpointConfig, Config, ServersConfig
+from megatron_prepo.config import CheckpointConfig, Config, RunConfig, ServersConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import rows
 from megatron_prepo.launch import versions
@@ -87,6 +87,17 @@ PACKAGES = {
     "Weights & Biases": Package(
         "wandb", ("wandb",), 'pip install -e ".[wandb]", or remove run.wandb_project'
     ),
+    "MLflow": Package(
+        "mlflow",
+        ("mlflow", "mlflow-skinny"),
+        'pip install -e ".[mlflow]", or remove run.mlflow_experiment',
+    ),
+    "SwanLab": Package(
+        "swanlab", ("swanlab",), 'pip install -e ".[swanlab]", or remove run.swanlab_project'
+    ),
+    "Trackio": Package(
+        "trackio", ("trackio",), 'pip install -e ".[trackio]", or remove run.trackio_project'
+    ),
     "NeMo-Run": Package(
         "nemo_run", ("nemo_run",), 'pip install -e ".[launch]", only where you launch from'
     ),
@@ -103,8 +114,8 @@ def examine(config: Config | None = None) -> list[Finding]:
         findings += _servers_here(config)
         distributed = config.weight_sync.transport == "distributed"
         findings += [_weight_sync(config)] if distributed else []
-    if config and config.run.wandb_project and importlib.util.find_spec("wandb"):
-        findings.append(_login(config))
+    if config:
+        findings += _dashboards(config.run)
     return findings + (examine_inputs(config) if config else [])
 
 
@@ -116,10 +127,9 @@ def _needed(config: Config | None) -> set[str]:
             "TransformerEngine": config.model.layers == "te",
             "SGLang": config.rollout.engine == "sglang" and not _servers_are_apart(config),
             "math-verify": config.reward.function == "math",
-            "TensorBoard": config.run.tensorboard,
-            "Weights & Biases": config.run.wandb_project,
         }
         needed |= {name for name, wanted in asked.items() if wanted}
+        needed |= dashboards.wanted(config.run).keys()
     return needed
 
 
@@ -364,12 +374,12 @@ def _weight_sync(config: Config) -> Finding:
     return Finding("weight sync", "ok", f"rank 0 answers at {address}")
 
 
-def _login(config: Config) -> Finding:
-    try:
-        dashboards.check(config.run)
-    except UserError as error:
-        return Finding("W&B login", "missing", str(error))
-    return Finding("W&B login", "ok", "key found, or W&B is offline")
+def _dashboards(run: RunConfig) -> list[Finding]:
+    """Check the logins of the dashboards, if all are installed."""
+    found, wanted = _Findings(), dashboards.wanted(run)
+    if wanted and all(importlib.util.find_spec(kind.package) for kind in wanted.values()):
+        found.look("dashboards", lambda: dashboards.check(run), lambda _: ", ".join(wanted))
+    return found
 
 
 def _is_here(host: str | None) -> bool:

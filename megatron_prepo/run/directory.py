@@ -73,6 +73,9 @@ FOLDERS = {
         files=("run_id", "settings", "wandb-resume.json"),
         whole=("run-*", "offline-run-*", "latest-run", "debug*.log"),
     ),
+    "mlflow": Folder(whole=("{identity}",)),
+    "swanlab": Folder(whole=("{identity}",)),
+    "trackio": Folder(whole=("{identity}",)),
     "profile": Folder(files=("step_*_rank_*.json.gz",)),
 }
 """Folders to which a run writes."""
@@ -380,7 +383,9 @@ def _strangers(entry: Path) -> list[Path]:
         def matches_any(patterns: tuple[str, ...], name: str = path.name) -> bool:
             return any(fnmatch(name, pattern.format(identity=run)) for pattern in patterns)
 
-        if matches_any(folder.whole) and _is_of_our_wandb_run(path):
+        if matches_any(folder.whole) and (
+            path.name == run or (entry.name == "wandb" and _is_of_our_wandb_run(path))
+        ):
             continue
         if matches_any(folder.marked):
             kind = ownership.UNFINISHED if path.suffix == ".partial" else folder.kind

@@ -1,33 +1,29 @@
-"""Metrics in `metrics.jsonl`, one object per step, and on dashboards.
+"""Metrics in `metrics.jsonl`, one object per step.
 
 Keys are `group/name`, seconds are under `seconds/`.  Non-finite values are written as null.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_prepo.files.atomic import append
-from megatron_prepo.run.dashboards import TensorBoard, WandB
 
 
 class MetricsLog:
-    """A file of metrics to which steps are appended; dashboards show the same values."""
+    """A file of metrics to which steps are appended."""
 
-    def __init__(self, path: str | Path, dashboards: Sequence[TensorBoard | WandB] = ()) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - as long as the run
-        self._dashboards = dashboards
 
     def write(self, step: int, metrics: Mapping[str, object]) -> None:
         """Append one object; it is on disk when the method returns."""
         record = {name: _finite_or_none(value) for name, value in metrics.items()}
         append(self.file, json.dumps({"step": step, **record}, allow_nan=False) + "\n")
-        for dashboard in self._dashboards:
-            dashboard.write(step, metrics)
 
     def close(self) -> None:
-        """Close the file; dashboards are closed by the code that opened them."""
+        """Close the file."""
         self.file.close()
 
 

@@ -28,10 +28,10 @@ INTRODUCTION = """\
 
 Printed by `megatron-prepo reference metrics`.
 
-Each line of `metrics.jsonl` is an object with one step's metrics. TensorBoard
-(`run.tensorboard=true`) and Weights & Biases (`run.wandb_project=NAME`) show the same keys. A key
-is a path by subject; statistics of many values (`mean`, `std`, `min`, `q25`, `q50`, `q75`, `max`:
-extremes and quartiles) are its last part.
+Each line of `metrics.jsonl` is an object with one step's metrics.
+[Dashboards](training.md#dashboards) show the same keys. A key is a path by subject; statistics of
+many values (`mean`, `std`, `min`, `q25`, `q50`, `q75`, `max`: extremes and quartiles) are its last
+part.
 
 A key is absent if the step has no such value (no update was made, no token had an advantage), and
 `null` if the value is not a finite number; neither is counted as 0. Tokens, rollouts and updates

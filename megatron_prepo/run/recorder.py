@@ -16,7 +16,7 @@
 | `dumps/` | steps dumped for debugging (`debug.dump_steps`), and skipped updates |
 | `hf/` | the trained model in Hugging Face format |
 | `profile/` | traces of `profile.steps` |
-| `tensorboard/`, `wandb/` | metrics, if these dashboards are configured |
+| `tensorboard/`, `wandb/`, `mlflow/`, `swanlab/`, `trackio/` | what dashboards store, if used |
 | `logs/` | output of all ranks but 0, and errors |
 """
 
@@ -36,10 +36,9 @@ from megatron_prepo.evaluation.held_out import Evaluation, shared
 from megatron_prepo.files.atomic import naming, write_text
 from megatron_prepo.process import activity, machine
 from megatron_prepo.process.progress import bar as progress_bar
+from megatron_prepo.run import dashboards, metrics_table
 from megatron_prepo.run import directory as run_directory
-from megatron_prepo.run import metrics_table
 from megatron_prepo.run import summary as report
-from megatron_prepo.run.dashboards import dashboards
 from megatron_prepo.run.ledger import Ledger, LedgerEntry
 from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.profiling import profiled
@@ -86,9 +85,9 @@ class Run:
         self.identity = run_directory.identity(self.directory) if self.writes else None
         """The run's identity, from the directory's marker."""
         if self.writes:
-            self.dashboards = dashboards(config)
+            self.dashboards = dashboards.opened(config, self.log)
             self.ledger = Ledger(self.directory / "ledger.jsonl")
-            self.metrics = MetricsLog(self.directory / "metrics.jsonl", self.dashboards)
+            self.metrics = MetricsLog(self.directory / "metrics.jsonl")
             self.evaluations = MetricsLog(self.directory / "evaluations.jsonl")
             self.texts = TextFiles(self.directory, config.texts)
 
@@ -171,6 +170,7 @@ class Run:
         if self.writes and not self.lost():  # all ranks check together before the next stage
             self.ledger.append(entries)
             self.metrics.write(step, row)
+            self.dashboards.write(step, row)
         self.bar.update()
         self.bar.set_postfix(
             reward=f"{metrics['reward/mean']:.2f}",
@@ -181,7 +181,9 @@ class Run:
     def keep(self, kind: Kind, line: Callable[[], Mapping[str, Any]]) -> None:
         """Keep the texts of a step or an evaluation; only rank 0 calls `line`, which takes time."""
         if self.writes and not self.lost():
-            self.texts.append(kind, line())
+            kept = line()
+            self.texts.append(kind, kept)
+            self.dashboards.write_texts(kind, kept)
 
     def evaluate(
         self, held_out: Callable[..., Evaluation], when: str, step: int, samples: int
@@ -196,12 +198,14 @@ class Run:
         with self.seconds("evaluate"), progress_bar(desc=f"evaluate {when}", **shown) as bar:
             evaluation = held_out(on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
+        row = self._evaluation_row(evaluation, samples)
         if self.writes and not self.lost():
-            self._record_evaluation(step, evaluation, samples)
+            self.evaluations.write(step, row)
+            self.dashboards.write(step, _on_dashboards(row))
         return evaluation
 
-    def _record_evaluation(self, step: int, evaluation: Evaluation, samples: int) -> None:
-        """Write an evaluation after `step` steps to the file and the dashboards."""
+    def _evaluation_row(self, evaluation: Evaluation, samples: int) -> dict[str, Any]:
+        """Return the values of an evaluation, as its line in `evaluations.jsonl` has them."""
         settings = self.config.eval
         row: dict[str, Any] = {
             "rollouts": self.rollouts,
@@ -220,14 +224,7 @@ class Run:
         }
         row |= {"sets": of_sets} if of_sets else {}
         metrics_table.check_evaluation({"step", *row})
-        self.evaluations.write(step, row)
-        shown = _shown(row) | {"samples_per_prompt": samples, "rollouts": self.rollouts}
-        for name, of_set in of_sets.items():
-            shown |= {f"{name}/{key}": value for key, value in _shown(of_set).items()}
-        on_dashboards = {f"eval/{name}": value for name, value in shown.items()}
-        metrics_table.check_on_dashboards(on_dashboards)
-        for dashboard in self.dashboards:
-            dashboard.write(step, on_dashboards)
+        return row
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps: identity, totals, first evaluation, file sizes."""
@@ -354,12 +351,13 @@ class Run:
             "machine": machine.describe(),
         }
         if self.writes:
-            logs = (self.ledger, self.metrics, self.evaluations, self.texts)
-            for log in (*logs, *self.dashboards):
+            for log in (self.ledger, self.metrics, self.evaluations, self.texts):
                 log.close()
             self._check_on_rank_zero()
             with activity.doing("drawing pass_rate.png"):
                 report.plot(self.directory, summary)
+            self.dashboards.write_picture(self.num_steps, self.directory / report.PICTURE)
+            self.dashboards.close()
             self._check_on_rank_zero()
             # last, since a summary marks the run as finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -375,7 +373,17 @@ def _rates(evaluation: Evaluation, pass_at: Sequence[int]) -> dict[str, Any]:
     return rates | ({"pass_at": known} if known else {})
 
 
-def _shown(rates: dict[str, Any]) -> dict[str, float]:
+def _on_dashboards(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return what dashboards show of an evaluation's line."""
+    shown = _shown(row) | {name: row[name] for name in ("samples_per_prompt", "rollouts")}
+    for name, of_set in row.get("sets", {}).items():
+        shown |= {f"{name}/{key}": value for key, value in _shown(of_set).items()}
+    shown = {f"eval/{name}": value for name, value in shown.items()}
+    metrics_table.check_on_dashboards(shown)
+    return shown
+
+
+def _shown(rates: Mapping[str, Any]) -> dict[str, float]:
     """Return what dashboards show of `_rates`."""
     low, high = rates["pass_rate_ci95"]
     shown = {"pass_rate": rates["pass_rate"], "ci95_low": low, "ci95_high": high}

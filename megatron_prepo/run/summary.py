@@ -6,6 +6,8 @@ from typing import Any
 from megatron_prepo.files.atomic import naming, read_lines
 from megatron_prepo.run.metrics_table import read_steps
 
+PICTURE = "pass_rate.png"
+
 
 def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     """Plot held-out pass rate and the window's mean perplexity by rollouts, as `pass_rate.png`."""
@@ -41,8 +43,8 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
         f"on {summary['held_out_prompts']} held-out prompts",
         fontsize=11,
     )
-    path = directory / "pass_rate.png"
-    aside = directory / "pass_rate.png.partial"
+    path = directory / PICTURE
+    aside = directory / f"{PICTURE}.partial"
     with naming(aside):
         figure.savefig(aside, dpi=120, format="png")
     pyplot.close(figure)

@@ -23,6 +23,15 @@ FOLDER = "texts"
 ENTROPY_DIGITS = 4
 """Decimals of a token's entropy in nats: enough for a colour, and half the bytes."""
 
+COLUMNS: dict[Kind, tuple[str, tuple[str, ...]]] = {
+    "rollouts": (
+        "rollouts",
+        ("reward", "tokens", "finished", "advantage", "weight", "mean_entropy"),
+    ),
+    "evaluations": ("completions", ("reward", "tokens", "finished")),
+}
+"""Name of a prompt's completions in a line, and of their values that dashboards show."""
+
 
 def file_name(kind: Kind) -> str:
     """Return the path of a file within the run's directory."""
@@ -40,6 +49,29 @@ def spread(total: int, count: int | None) -> list[int]:
     if count == 1:
         return [(total - 1) // 2]
     return [i * (total - 1) // (count - 1) for i in range(count)]
+
+
+def rows(kind: Kind, line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a line as rows of a table by column, one per completion, for dashboards.
+
+    Their texts are UTF-8, which half a surrogate pair is not.
+    """
+    completions, numbers = COLUMNS[kind]
+    return [
+        {
+            "id": prompt["id"],
+            **{name: completion[name] for name in numbers},
+            "answer": _utf8(prompt["answer"]),
+            "prompt": _utf8(prompt["text"]),
+            "completion": _utf8(completion["text"]),
+        }
+        for prompt in line["prompts"]
+        for completion in prompt[completions]
+    ]
+
+
+def _utf8(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "replace").decode("utf-8")
 
 
 class TextFiles:

@@ -16,6 +16,7 @@ from megatron_prepo.run import dashboards
 from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.recorder import Run
 from tests.e2e.laptop import REPOSITORY
+from tests.tracker_session import ROLLED_OUT, draw
 
 STEPS = [{"reward/mean": 0.25, "ppl/spearman_with_reward": None}, {"reward/mean": 0.5}]
 
@@ -33,14 +34,11 @@ def begun(tmp_path):
         yield
 
 
-def write(config: configuration.Config, path, steps: list[dict], first: int = 0) -> None:
-    shown = dashboards.dashboards(config)
-    log = MetricsLog(path, shown)
+def write(config: configuration.Config, steps: list[dict], first: int = 0) -> None:
+    shown = dashboards.opened(config, pytest.fail)
     for step, metrics in enumerate(steps, first):
-        log.write(step, metrics)
-    log.close()
-    for dashboard in shown:
-        dashboard.close()
+        shown.write(step, metrics)
+    shown.close()
 
 
 @pytest.fixture
@@ -62,27 +60,28 @@ def test_tensorboard_reads_what_was_written_and_what_a_resumed_run_writes_anew(t
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = configured(tmp_path, "run.tensorboard=true")
-    write(config, tmp_path / "metrics.jsonl", [*STEPS, {"reward/mean": 0.9}])
-    write(config, tmp_path / "metrics.jsonl", [{"reward/mean": 0.75}], first=2)
+    write(config, [*STEPS, {"reward/mean": 0.9}])
+    write(config, [{"reward/mean": 0.75}], first=2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward/mean"]
     points = [(event.step, event.value) for event in events.Scalars("reward/mean")]
     assert points == [(0, 0.25), (1, 0.5), (2, 0.75)]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     assert all(path.name.endswith(".a1") for path in (tmp_path / "tensorboard").iterdir())
 
 
 def test_wandb_keeps_the_run_in_its_directory_when_it_is_offline(wandb, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = configured(tmp_path, "run.wandb_project=mine")
-    write(config, tmp_path / "metrics.jsonl", STEPS)
+    write(config, STEPS)
     wandb.teardown()  # its own process writes, and has ended by now
     [kept] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert b"reward/mean" in content and b"ppl/spearman_with_reward" not in content
     run_id = (tmp_path / "wandb" / "run_id").read_text()
     assert kept.name == f"run-{run_id}.wandb"
-    assert dashboards._run_id(tmp_path / "wandb" / "run_id") == run_id, "a resumed run is the same"
+    assert dashboards.wandb._run_id(tmp_path / "wandb" / "run_id") == run_id, (
+        "a resumed run is the same"
+    )
 
 
 def evaluate_and_record(config: configuration.Config) -> None:
@@ -92,9 +91,10 @@ def evaluate_and_record(config: configuration.Config) -> None:
         found = Evaluation(torch.tensor(passes, dtype=torch.float64), samples_per_prompt=4)
         run.evaluate(lambda found=found, **_: found, "during", step, samples=4)
         if step == 0:
-            run.metrics.write(0, STEPS[0])
-    for log in (run.ledger, run.metrics, run.evaluations, *run.dashboards):
-        log.close()
+            run.dashboards.write(0, STEPS[0])
+    run.dashboards.write_texts("rollouts", ROLLED_OUT | {"step": 1})
+    run.dashboards.write_picture(1, draw(config.run.dir))
+    run.dashboards.close()
 
 
 def test_tensorboard_shows_evaluations(tmp_path):
@@ -108,6 +108,11 @@ def test_tensorboard_shows_evaluations(tmp_path):
     assert shown["reward/mean"] == [(0, 0.25)]
     assert shown["eval/pass_rate"] == [(0, 0.375), (1, 0.875)]
     assert shown["eval/samples_per_prompt"] == [(0, 4.0), (1, 4.0)]
+    [text] = events.Tensors("texts/rollouts/text_summary")
+    [markdown] = text.tensor_proto.string_val
+    assert b"reward 1.0" in markdown and b"\n\n    5?" in markdown and text.step == 1
+    [picture] = events.Images("pass_rate")
+    assert (picture.width, picture.height) == (100, 100) and picture.step == 1
     lines = [json.loads(s) for s in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     for end, tag in enumerate(("eval/ci95_low", "eval/ci95_high")):
         assert [value for _, value in shown[tag]] == [
@@ -122,6 +127,12 @@ def test_wandb_gets_evaluations(wandb, tmp_path, monkeypatch):
     [kept] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
     assert content.count(b"eval/pass_rate") >= 2 and b"reward/mean" in content
+    [table] = kept.parent.glob("files/media/table/texts/rollouts_*.json")
+    stored = json.loads(table.read_text())
+    [row] = [dict(zip(stored["columns"], row, strict=True)) for row in stored["data"]]
+    assert (row["completion"], row["mean_entropy"]) == ("5?", 0.5)
+    [picture] = kept.parent.glob("files/media/images/pass_rate_*.png")
+    assert picture.read_bytes() == (tmp_path / "pass_rate.png").read_bytes()
 
 
 def test_a_dashboard_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch):
@@ -157,7 +168,11 @@ def test_a_login_that_is_missing_is_said_before_anything_starts(
 
 
 def test_without_dashboards_there_is_the_file(tmp_path):
-    write(configured(tmp_path), tmp_path / "metrics.jsonl", STEPS)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, metrics in enumerate(STEPS):
+        log.write(step, metrics)
+    log.close()
+    write(configured(tmp_path), STEPS)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[1]) == {"step": 1, "reward/mean": 0.5}
     names = {path.name for path in tmp_path.iterdir()} - set(ownership.NOT_CONTENT)
@@ -169,7 +184,7 @@ def test_pass_at_k_is_recorded_for_the_ks_that_the_samples_allow(tmp_path):
     config = configured(tmp_path, *settings)
     shown = []
     run = Run(config, rank=0)
-    run.dashboards = [SimpleNamespace(write=lambda step, values: shown.append(values))]
+    run.dashboards = SimpleNamespace(write=lambda step, values: shown.append(values))
     for samples, passes in ((4, [0.25, 0.5]), (8, [0.75, 1.0])):
         found = Evaluation(torch.tensor(passes, dtype=torch.float64), samples)
         run.evaluate(lambda found=found, **_: found, "during", 0, samples=samples)
