@@ -80,6 +80,8 @@ def run_line(
         *overrides,
     ]
     config = configuration.load(recipe, settings)
+    if not config.eval.before:
+        raise UserError("eval.before=false: the result names the pass rate before; remove it")
     run_directory.check(config)
 
     _headline(f"1/3  {model} -> Megatron checkpoint")

@@ -14,7 +14,7 @@ In addition to the shards there may be
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ from megatron_prepo.models.record import (
 from megatron_prepo.models.torch_dist import TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best.json"
+"""Names the best checkpoint, if the run keeps one (`checkpoint.keep_best`)."""
 RUN_STATE = "run.json"
 KIND = "checkpoint"
 """Kind of directory in its marker (`ownership.py`)."""
@@ -235,13 +237,17 @@ def by_step(directory: str | Path) -> dict[int, Path]:
 
 
 def prune(
-    directory: str | Path, *, keep_last: int | None, keep_every: int | None
+    directory: str | Path,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep: Collection[int | None] = (),
 ) -> dict[Path, list[Path]]:
-    """Remove all checkpoints except the newest `keep_last` and those of each `keep_every`-th step.
+    """Remove all checkpoints except the newest `keep_last`, each `keep_every`-th step's and `keep`.
 
-    Only this run's checkpoints are counted.  An empty `keep_last` keeps all.  Called by one
-    process, after the newest has been saved.  Returns the checkpoints that are kept because they
-    contain files that are not known to be ours, with these files.
+    Only this run's checkpoints are counted.  An empty `keep_last` keeps all; `keep` are steps.
+    Called by one process, after the newest has been saved.  Returns the checkpoints that are kept
+    because they contain files that are not known to be ours, with these files.
     """
     if not keep_last:
         return {}
@@ -249,7 +255,7 @@ def prune(
     ours = {step: path for step, path in found.items() if ownership.is_marked(path, KIND, run)}
     kept = {path: [path] for step, path in found.items() if step not in ours}
     for step, path in list(ours.items())[:-keep_last]:
-        if not keep_every or step % keep_every:
+        if step not in keep and (not keep_every or step % keep_every):
             if strangers := ownership.strangers(path, KIND, run):
                 kept[path] = strangers
             else:

@@ -66,7 +66,10 @@ NOT_COMPARED = (
     "servers.python",
     "weight_sync.directory",
     "checkpoint.every",
+    "checkpoint.every_minutes",
     "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.best_is",
 )
 """Sections and settings that do not affect what a run computes: places, the number of servers,
 and what and when it saves."""
@@ -188,9 +191,10 @@ def _summary_so_far(
 
     The gain has no interval, since the results of individual prompts are not saved.
     """
-    first, last = evaluations[0], evaluations[-1]
+    last = evaluations[-1]
+    first = evaluations[0] if evaluations[0]["step"] == 0 else {}  # with eval.before=false
     # `eval` may have changed when the run was resumed; older versions did not record these
-    comparable = all(first.get(key) == last.get(key) for key in SAMPLED)
+    comparable = all(first.get(key) == last.get(key) for key in SAMPLED) and bool(first)
     totals = steps[-1] if steps else {name: 0 for name in TOTALS}
     stages = {name for step in steps for name in step if name.startswith("seconds/")}
     return {
@@ -198,8 +202,8 @@ def _summary_so_far(
         "weighting": config.weighting.method,
         "steps": len(steps),
         "of_steps": config.train.total_steps,
-        "pass_rate_before": first["pass_rate"],
-        "pass_rate_before_ci95": first["pass_rate_ci95"],
+        "pass_rate_before": first.get("pass_rate"),
+        "pass_rate_before_ci95": first.get("pass_rate_ci95"),
         "pass_rate_after": last["pass_rate"],
         "pass_rate_after_ci95": last["pass_rate_ci95"],
         "gain": last["pass_rate"] - first["pass_rate"] if comparable else None,

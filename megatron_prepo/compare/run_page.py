@@ -19,6 +19,7 @@ from megatron_prepo.compare.texts_section import KeptTexts
 from megatron_prepo.files import lock
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.run.metrics_table import read_steps
+from megatron_prepo.run.summary import why_unknown
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _result(summary: dict[str, Any]) -> dict[str, Cell]:
 
 def _rate(summary: dict[str, Any], key: str) -> Cell:
     if summary[key] is None:
-        return Cell("unknown: eval.temperature was changed during the run")
+        return Cell(why_unknown(summary))
     if f"{key}_ci95" not in summary:
         return Cell(f"{summary[key]:.3f}")
     low, high = summary[f"{key}_ci95"]

@@ -31,6 +31,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.inputs import hub
 from megatron_prepo.process import activity, progress
+from megatron_prepo.run.summary import change
 
 TRAIN = (sys.executable, "-m", "megatron_prepo", "train")
 """The command that starts one run."""
@@ -133,10 +134,17 @@ def _collect(
 
 
 def check_inputs(config: Config) -> None:
-    """Run `preflight.check`; raise UserError if prompts depend on the day an arm starts."""
+    """Run `preflight.check`; raise UserError for what arms cannot be compared by.
+
+    That is a missing evaluation before the first step, and prompts that depend on the day.
+    """
     from megatron_prepo.inputs import preflight
     from megatron_prepo.run import directory as run_directory
 
+    if not config.eval.before:
+        raise UserError(
+            "eval.before=false: arms are compared from the pass rate before training on; remove it"
+        )
     needed = run_directory.needs_initial_weights(config)
     config = hub.resolved(config)
     tokenizer: Any = preflight.check(config, initial_weights=needed).tokenizer
@@ -277,11 +285,7 @@ def write_results(path: Path, records: Records) -> None:
 
 def one_line(record: Record) -> str:
     """Return arm, seed and pass rates of a finished run, for the terminal."""
-    summary = record["summary"]
-    return (
-        f"{record['arm']}/{record['seed']} {summary['pass_rate_before']:.3f} -> "
-        f"{summary['pass_rate_after']:.3f}"
-    )
+    return f"{record['arm']}/{record['seed']} {change(record['summary'])}"
 
 
 def failures(failed: Sequence[tuple[PlannedRun, int]], total: int) -> str:

@@ -807,6 +807,8 @@ class EvalConfig:
 
     every: int = 0
     """Interval between evaluations, in steps; 0: only before and after the run."""
+    before: bool = True
+    """Evaluate before the first step. If false, the run has no gain to report."""
     samples_per_prompt: int = 4
     """k of avg@k before and after the run."""
     samples_during: int = 1
@@ -872,6 +874,9 @@ class CheckpointConfig:
     saving has taken less than 5 % of the run's time (with `checkpoint.optimizer=false`, only at the
     end); 0: only at the end and when the run is asked to stop, so that a killed run repeats
     everything except the rollouts in its journal."""
+    every_minutes: float | None = None
+    """Save at the end of a step as well if this many minutes have passed since the last checkpoint
+    or the start, by rank 0's clock; with `checkpoint.every` empty, in place of its rule of 5 %."""
     optimizer: bool = True
     """Save everything needed to resume: the states of the optimizer, the random number generators
     and the loop. If false, only weights are saved and an interrupted run restarts from scratch."""
@@ -881,6 +886,13 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Interval of checkpoints to keep in addition to `checkpoint.keep_last`: each whose step is a
     multiple of this."""
+    keep_best: str | None = None
+    """Metric by which the best checkpoint is kept in addition, and named in `checkpoints/best.json`
+    (`docs/metrics.md`): one of evaluations such as `eval/pass_rate`, whose best state so far is
+    saved even if no checkpoint is due, or one of steps such as `reward/mean`, by which the
+    checkpoints that are saved anyway are compared. The earlier of two equal ones is kept."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Value of `checkpoint.keep_best` that counts as the best."""
     asynchronous: bool = False
     """Copy the state to host memory, which must have room for another copy of it, and write it
     while the next steps run."""
@@ -890,6 +902,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every", self.every, 0)
+        _positive("checkpoint.every_minutes", self.every_minutes)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
         _at_least("checkpoint.keep_every", self.keep_every, 1)
         _positive("checkpoint.grace_seconds", self.grace_seconds)
@@ -1120,8 +1133,8 @@ def _at_least(name: str, value: float | None, low: float) -> None:
         raise ValueError(f"{name}={value} must be at least {low}")
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
         raise ValueError(f"{name}={value} must be above 0")
 
 

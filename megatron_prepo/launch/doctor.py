@@ -32,7 +32,7 @@ from megatron_prepo.process import slurm as nodes
 from megatron_prepo.records import Prompt
 from megatron_prepo.rollout import placement
 from megatron_prepo.rollout.placement import Placement
-from megatron_prepo.run import dashboards
+from megatron_prepo.run import best, dashboards
 
 GIB = 2**30
 WIDTH = 100
@@ -445,6 +445,9 @@ def examine_inputs(config: Config, where: Placement | None = None) -> list[Findi
             lambda: preflight.check_selector(config),
             lambda _: config.selection.method,
         )
+    if metric := config.checkpoint.keep_best:
+        sections = (config.checkpoint, config.eval, config.data, config.selection)
+        findings.look("best checkpoint", lambda: best.check(*sections), lambda _: metric)
     if config.rollout.engine == "sglang" and _servers_are_apart(config):
         _examine_servers(findings, config)
     findings.look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
@@ -620,7 +623,8 @@ def _disk(config: Config) -> Finding:
 
 def _checkpoints_at_once(settings: CheckpointConfig) -> int:
     """Return the checkpoints on disk while one is written; of those kept for good, one."""
-    if settings.every == 0:
-        return 1
+    best = 1 if settings.keep_best else 0
+    if settings.every == 0 and settings.every_minutes is None:
+        return 1 + best
     kept = settings.keep_last or (2 if settings.every is None else 1)
-    return kept + 1
+    return kept + 1 + best

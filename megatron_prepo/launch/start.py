@@ -101,12 +101,13 @@ def _server_command(config: Config, count: int) -> str:
 def _check(config: Config, path: str | Path) -> None:
     """Check the inputs of a run and prepare its directory."""
     from megatron_prepo.inputs import preflight
-    from megatron_prepo.run import dashboards
+    from megatron_prepo.run import best, dashboards
     from megatron_prepo.run import directory as run_directory
 
     run_directory.check_config_file(config.run, path)
     run_directory.check(config)
     dashboards.check(config.run)
+    best.check(config.checkpoint, config.eval, config.data, config.selection)
     needed = run_directory.needs_initial_weights(config)
     preflight.check(run_directory.as_started(config), initial_weights=needed)
     run_directory.begin(config, _log)

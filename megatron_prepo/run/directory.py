@@ -38,6 +38,7 @@ RUN_FILES = (
     "prompts.json",
     "metrics.jsonl",
     "evaluations.jsonl",
+    "first_evaluation.json",
     "ledger.jsonl",
     "summary.json",
     "summary_step_*.json",
@@ -63,7 +64,9 @@ class Folder:
 
 FOLDERS = {
     "checkpoints": Folder(
-        files=("latest_checkpointed_iteration.txt",), marked=("iter_*",), kind="checkpoint"
+        files=("latest_checkpointed_iteration.txt", "best.json"),
+        marked=("iter_*",),
+        kind="checkpoint",
     ),
     "dumps": Folder(marked=("step_*",), kind="dump"),
     "journal": Folder(files=("*_*.*.jsonl",)),

@@ -308,14 +308,18 @@ NEW_KEY = {
 """The present key of each key of an earlier version."""
 
 
-def check_step(keys: Collection[str], *, custom_selector: bool) -> None:
-    """Raise AssertionError for a step's key without a line in the table.
+def is_of_a_step(key: str, *, custom_selector: bool) -> bool:
+    """Return whether a step may have this key.
 
     Reward functions may add keys that begin with `reward/`, and a custom selector those that begin
     with `selection/`.
     """
-    others = (OF_REWARD, OWN) if custom_selector else (OF_REWARD,)
-    missing = sorted(key for key in set(keys) - KEYS if not key.startswith(others))
+    return key in KEYS or key.startswith((OF_REWARD, OWN) if custom_selector else (OF_REWARD,))
+
+
+def check_step(keys: Collection[str], *, custom_selector: bool) -> None:
+    """Raise AssertionError for a step's key without a line in the table (`is_of_a_step`)."""
+    missing = sorted(key for key in keys if not is_of_a_step(key, custom_selector=custom_selector))
     assert not missing, f"metrics that megatron_prepo/run/metrics_table.py does not list: {missing}"
 
 

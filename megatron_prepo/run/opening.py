@@ -36,12 +36,15 @@ def text(config: Config, *, num_ranks: int, launched: bool, num_servers: int | N
 
 
 def checkpoints(settings: CheckpointConfig) -> str:
-    """Return when a run saves."""
-    if settings.every:
-        return f"every {settings.every} steps, and at the end"
+    """Return when a run saves, and what it keeps for good."""
+    best = f"; the best by {settings.keep_best} is kept" if settings.keep_best else ""
+    intervals = [f"{settings.every} steps"] if settings.every else []
+    intervals += [f"{settings.every_minutes:g} minutes"] if settings.every_minutes else []
+    if intervals:
+        return f"every {' or '.join(intervals)}, and at the end{best}"
     if settings.every is None and settings.optimizer:
-        return "after the first step, then whenever saving takes less than 5 % of the time"
-    return "at the end only"
+        return f"after the first step, then whenever saving takes less than 5 % of the time{best}"
+    return f"at the end only{best}"
 
 
 def layout(parallel: ParallelConfig, num_ranks: int) -> str:

@@ -7,6 +7,7 @@
 | `prompts.json` | the chat template's date, and a digest of each prompt (`prompt_digests.py`) |
 | `metrics.jsonl` | one object per step |
 | `evaluations.jsonl` | one object per evaluation |
+| `first_evaluation.json` | state after the evaluation before the first step |
 | `ledger.jsonl` | one object per rollout |
 | `summary.json` | the result |
 | `pass_rate.png` | the result as a picture |
@@ -33,18 +34,19 @@ import torch
 from megatron_prepo.config import Config, EvalConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation, shared
-from megatron_prepo.files.atomic import naming, write_text
+from megatron_prepo.files.atomic import naming, read_lines, write_text
 from megatron_prepo.process import activity, machine
 from megatron_prepo.process.progress import bar as progress_bar
-from megatron_prepo.run import dashboards, metrics_table
+from megatron_prepo.run import best, dashboards, metrics_table
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import summary as report
 from megatron_prepo.run.ledger import Ledger, LedgerEntry
 from megatron_prepo.run.metrics_log import MetricsLog
 from megatron_prepo.run.profiling import profiled
 from megatron_prepo.run.stopwatch import Stopwatch
-from megatron_prepo.run.texts import FOLDER, Kind, TextFiles
+from megatron_prepo.run.texts import FOLDER, Kind, TextFiles, file_name
 
+FIRST_EVALUATION = "first_evaluation.json"
 LOGS = ("ledger.jsonl", "metrics.jsonl", "evaluations.jsonl")
 """Files to which lines are appended; those of `texts/` are more, if there are any."""
 
@@ -79,9 +81,14 @@ class Run:
         self.rollouts = self.tokens = self.num_steps = 0
         """Totals so far: rollouts generated, their tokens, and steps completed."""
         self.before: Evaluation | None = None
-        """The evaluation before the first step."""
+        """The evaluation before the first step; None if there is none (`eval.before=false`)."""
         self.sampling_before = config.eval.sampling
         """How that evaluation was sampled: `eval` may change when a run is resumed."""
+        self.is_evaluated = False
+        """Whether the state after `num_steps` has been evaluated."""
+        self.best = best.of(config.checkpoint)
+        self.latest: Mapping[str, object] = {}
+        """The metrics of the last step or evaluation, whichever was later."""
         self.identity = run_directory.identity(self.directory) if self.writes else None
         """The run's identity, from the directory's marker."""
         if self.writes:
@@ -160,13 +167,14 @@ class Run:
 
     def record(self, step: int, entries: Sequence[LedgerEntry], metrics: dict[str, Any]) -> None:
         """Record a step's ledger entries and metrics."""
-        self.num_steps += 1
+        self.num_steps, self.is_evaluated = self.num_steps + 1, False
         self.rollouts += len(entries)
         self.tokens += sum(entry.length for entry in entries)
         totals = {"rollout/paid": self.rollouts, "rollout/tokens_paid": self.tokens}
         seconds = {f"seconds/{stage}": value for stage, value in self.seconds.of_step().items()}
         row = {**metrics, **totals, **seconds}
         metrics_table.check_step(row, custom_selector=self.config.selection.is_custom)
+        self.latest = row
         if self.writes and not self.lost():  # all ranks check together before the next stage
             self.ledger.append(entries)
             self.metrics.write(step, row)
@@ -199,9 +207,10 @@ class Run:
             evaluation = held_out(on_progress=on_progress)
             bar.set_postfix(pass_rate=f"{evaluation.pass_rate:.3f}")
         row = self._evaluation_row(evaluation, samples)
+        self.latest, self.is_evaluated = _on_dashboards(row), True
         if self.writes and not self.lost():
             self.evaluations.write(step, row)
-            self.dashboards.write(step, _on_dashboards(row))
+            self.dashboards.write(step, self.latest)
         return evaluation
 
     def _evaluation_row(self, evaluation: Evaluation, samples: int) -> dict[str, Any]:
@@ -226,6 +235,43 @@ class Run:
         metrics_table.check_evaluation({"step", *row})
         return row
 
+    def is_best(self) -> bool:
+        """Take the latest metrics, and return whether the state is the best so far; collective."""
+        if self.best is None or self.num_steps == 0:
+            return False
+        return self.best.take(self.num_steps, self.share(self.latest.get(self.best.metric)))
+
+    def save_first_evaluation(self) -> None:
+        """Save the state after the evaluation before the first step, which `restart` restores."""
+        if self.writes and not self.lost():
+            saved = {"eval": _first_evaluated_by(self.config.eval), "run": self.state_dict()}
+            write_text(self.directory / FIRST_EVALUATION, json.dumps(saved) + "\n")
+
+    def restart(self) -> None:
+        """Start before the first step; steps that no checkpoint has are removed; collective.
+
+        The evaluation before the first step is kept, if the settings that it depends on are.
+        """
+        saved = self.share(self._read_first_evaluation() if self.writes else None)
+        if saved is None:
+            self.truncate_logs({})
+        else:
+            self.load_state_dict(saved)
+
+    def _read_first_evaluation(self) -> dict[str, Any] | None:
+        path = self.directory / FIRST_EVALUATION
+        if not path.is_file():
+            return None
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            made_by, state = saved["eval"], saved["run"]
+            is_ours = state["identity"] == self.identity
+        except (ValueError, KeyError, TypeError):
+            self.log(f"{path} is damaged; the evaluation is repeated")
+            return None
+        kept: dict[str, Any] = state
+        return kept if is_ours and made_by == _first_evaluated_by(self.config.eval) else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps: identity, totals, first evaluation, file sizes."""
         return {
@@ -241,6 +287,8 @@ class Run:
             "files": {name: os.fstat(file.fileno()).st_size for name, file in self._logs().items()}
             if self.writes
             else None,
+            **({"is_evaluated": True} if self.is_evaluated else {}),
+            **({"best": dict(vars(self.best))} if self.best else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -259,7 +307,21 @@ class Run:
                 earlier = EvalConfig(temperature=state["temperature_before"])
                 self.sampling_before = earlier.sampling
             self.sampling_before = state.get("sampling_before", self.sampling_before)
+        if self.best and "best" in state:
+            self.best.load_state_dict(state["best"])
         self.truncate_logs(state["files"])
+        self.is_evaluated = state.get("is_evaluated", False)
+        if self.is_evaluated and self.writes:
+            self._show_again()
+
+    def _show_again(self) -> None:
+        """Show the evaluation of the restored state: dashboards may drop all from this step on."""
+        *_, row = read_lines(self.directory / "evaluations.jsonl")
+        self.dashboards.write(self.num_steps, _on_dashboards(row))
+        if (kept := self.directory / file_name("evaluations")).is_file():
+            for line in read_lines(kept):
+                if line["step"] == self.num_steps:
+                    self.dashboards.write_texts("evaluations", line)
 
     def truncate_logs(self, sizes: dict[str, int]) -> None:
         """Truncate the files of lines to these sizes in bytes; files without a size are emptied.
@@ -293,13 +355,14 @@ class Run:
         return dict(zip(LOGS, (log.file for log in logs), strict=True)) | self.texts.files
 
     def _gain(
-        self, before: Evaluation, after: Evaluation
+        self, before: Evaluation | None, after: Evaluation
     ) -> tuple[float | None, list[float] | None]:
         """Return the gain and its interval, by two evaluations of the same prompts.
 
-        Both are None if they were sampled differently, since such pass rates are not comparable.
+        Both are None without the first one, and if they were sampled differently, since such pass
+        rates are not comparable.
         """
-        if self.sampling_before != self.config.eval.sampling:
+        if before is None or self.sampling_before != self.config.eval.sampling:
             return None, None
         return after.pass_rate - before.pass_rate, list(after.gain_ci95(before))
 
@@ -316,12 +379,12 @@ class Run:
                 f"this one at {after}"
             )
 
-    def _change(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    def _change(self, before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
         """Return two evaluations of the same prompts, and the gain, as the summary has them."""
         gain, gain_ci95 = self._gain(before, after)
         return {
-            "pass_rate_before": before.pass_rate,
-            "pass_rate_before_ci95": list(before.ci95),
+            "pass_rate_before": before.pass_rate if before else None,
+            "pass_rate_before_ci95": list(before.ci95) if before else None,
             "pass_rate_after": after.pass_rate,
             "pass_rate_after_ci95": list(after.ci95),
             "gain": gain,
@@ -331,11 +394,14 @@ class Run:
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
         """Return the summary, after closing the files and writing the summary and the plot."""
-        assert self.before is not None, "every run evaluates before its first step"
-        self._log_other_sampling()
-        before, after = shared(self.before, after)
+        before = self.before
+        if before is not None:
+            self._log_other_sampling()
+            before, after = shared(before, after)
+        sets_before = before.sets() if before else {}
         of_sets = {
-            name: self._change(of_set, after.sets()[name]) for name, of_set in before.sets().items()
+            name: self._change(sets_before.get(name), of_set)
+            for name, of_set in after.sets().items()
         }
         summary = {
             "method": self.config.selection.name,
@@ -347,6 +413,7 @@ class Run:
             "samples_per_prompt": self.config.eval.samples_per_prompt,
             "rollouts": self.rollouts,
             "tokens": self.tokens,
+            **({"best": dict(vars(self.best))} if self.best else {}),
             "seconds": {stage: round(value, 2) for stage, value in self.seconds.total.items()},
             "machine": machine.describe(),
         }
@@ -381,6 +448,13 @@ def _on_dashboards(row: Mapping[str, Any]) -> dict[str, float]:
     shown = {f"eval/{name}": value for name, value in shown.items()}
     metrics_table.check_on_dashboards(shown)
     return shown
+
+
+def _first_evaluated_by(settings: EvalConfig) -> dict[str, Any]:
+    """Return the settings that the evaluation before the first step depends on, as plain JSON."""
+    names = ("samples_per_prompt", "max_prompts")
+    own = {name: getattr(settings, name) for name in names}
+    return {**own, **settings.sampling, "pass_at": list(settings.pass_at)}
 
 
 def _shown(rates: Mapping[str, Any]) -> dict[str, float]:

@@ -39,8 +39,7 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
         other.spines[["top"]].set_visible(False)
     axes.set_title(
         f"{summary['method']}, weights {summary['weighting']}: "
-        f"{summary['pass_rate_before']:.3f} -> {summary['pass_rate_after']:.3f} "
-        f"on {summary['held_out_prompts']} held-out prompts",
+        f"{change(summary)} on {summary['held_out_prompts']} held-out prompts",
         fontsize=11,
     )
     path = directory / PICTURE
@@ -52,18 +51,36 @@ def plot(directory: str | Path, summary: dict[str, Any]) -> Path:
     return path
 
 
+def change(summary: dict[str, Any]) -> str:
+    """Return the pass rate before and after a run, or of one of its sets.
+
+    >>> change({"pass_rate_before": 0.25, "pass_rate_after": 0.5})
+    '0.250 -> 0.500'
+    >>> change({"pass_rate_before": None, "pass_rate_after": 0.5})
+    '0.500'
+    """
+    rates = (summary["pass_rate_before"], summary["pass_rate_after"])
+    return " -> ".join(f"{rate:.3f}" for rate in rates if rate is not None)
+
+
+def why_unknown(summary: dict[str, Any]) -> str:
+    """Return why a summary has no gain."""
+    if summary["pass_rate_before"] is None:
+        return "not measured: eval.before=false"
+    return "not known: eval.temperature was changed in the run"
+
+
 def text(summary: dict[str, Any]) -> str:
     """Format the result in a few lines."""
 
     def rate(when: str) -> str:
         if summary[when] is None:
-            return "not known: eval.temperature was changed in the run"
+            return why_unknown(summary)
         low, high = summary[f"{when}_ci95"]
         return f"{summary[when]:.3f}  (95 % interval {low:.3f} to {high:.3f})"
 
     sets = [
-        f"  {name:<26}{of_set['pass_rate_before']:.3f} -> {of_set['pass_rate_after']:.3f}  "
-        f"({of_set['held_out_prompts']} prompts)"
+        f"  {name:<26}{change(of_set)}  ({of_set['held_out_prompts']} prompts)"
         for name, of_set in summary.get("sets", {}).items()
     ]
     seconds = summary["seconds"]

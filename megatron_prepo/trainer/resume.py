@@ -6,6 +6,7 @@ prompts, the selector, the totals and files of the run.  They are in the checkpo
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from megatron_prepo.actor.async_save import PendingCheckpoint
 from megatron_prepo.config import CheckpointConfig
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import ownership
+from megatron_prepo.files.atomic import write_text
 from megatron_prepo.rollout.engine import EngineError
+from megatron_prepo.run.best import Best
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 
@@ -114,21 +117,28 @@ class Checkpoints:
         log: Callable[[str], None],
         *,
         timeout_minutes: float,
+        best: Best | None = None,
     ) -> None:
-        """Set up; `parts` includes the `run`, which counts the steps."""
+        """Set up; `parts` includes the `run`, which counts the steps and updates `best`."""
         self.settings, self.directory, self.timeout_minutes = settings, directory, timeout_minutes
         self.actor, self.parts, self.journal, self.log = actor, parts, journal, log
         self.steps = [0]
         """Steps that the run could resume from: its beginning, and its checkpoints."""
         self.saving: PendingCheckpoint | None = None
+        self.saving_step = 0
         self.kept: set[Path] = set()
         """Checkpoints that could not be pruned."""
+        self.best = best
+        self.named: int | None = None
+        """Step of the best checkpoint that is complete, on rank 0."""
+        self.saved_at = time.monotonic()
+        """Time at which the last checkpoint was begun, or the run, by the monotonic clock."""
 
     def restore(self, path: Path | None) -> None:
         """Restore a checkpoint of this run (`newest_checkpoint`), or the beginning without one."""
         self.parts["run"].check_directory()
         if path is None:
-            self.parts["run"].truncate_logs({})
+            self.parts["run"].restart()
             self.mark()
             return
         self.actor.load(path)
@@ -140,6 +150,7 @@ class Checkpoints:
         num_ranks = len(list(path.glob("random_*.safetensors")))
         if num_ranks != dist.get_world_size():
             self.log(f"written by {num_ranks} ranks: numbers are equal up to rounding")
+        self._name_best()
         self.mark()
 
     def mark(self) -> None:
@@ -155,6 +166,17 @@ class Checkpoints:
         self.mark()
         self._write()
 
+    def keep_if_best(self) -> None:
+        """Keep the state after an evaluation if it is the best so far: save it, unless it is saved.
+
+        Collective, as `save`.
+        """
+        run = self.parts["run"]
+        run.check_directory()
+        if run.is_best() and run.num_steps not in (*self.steps, self.saving_step):
+            self.save()
+        self._name_best()
+
     def finish_if_done(self) -> None:
         """Finish the pending checkpoint if everything is written."""
         if self.saving and self.saving.done():
@@ -168,11 +190,13 @@ class Checkpoints:
         with self.parts["run"].lost_directory_named(WRITE_ERRORS):
             saving.finish(self.timeout_minutes, self.parts["run"].check_directory)
         self.steps.append(self.saving_step)
+        self._name_best()
         if dist.get_rank() == 0:
             kept = checkpoint.prune(
                 self.directory,
                 keep_last=self.settings.num_kept,
                 keep_every=self.settings.keep_every,
+                keep=(self.named, self.best.step if self.best else None),
             )
             for path in kept.keys() - self.kept:
                 self.log(f"{path} is kept: {kept[path][0]} is not known to be this run's")
@@ -201,9 +225,20 @@ class Checkpoints:
                 exit_code=1,
             ) from error
 
+    def _name_best(self) -> None:
+        """Name the best checkpoint in `best.json` once it is complete, which takes a while."""
+        if self.best is None or self.best.step in (None, self.named) or dist.get_rank() != 0:
+            return
+        path = checkpoint.checkpoint_path(self.directory, self.best.step)
+        if manifest.is_complete(path):
+            named = {"checkpoint": path.name, **vars(self.best)}
+            write_text(self.directory / checkpoint.BEST, json.dumps(named, indent=1) + "\n")
+            self.named = self.best.step
+
     def _write(self) -> None:
         self.finish()  # one at a time
         self.parts["run"].check_directory()
+        self.saved_at = time.monotonic()
         self.saving_step, asynchronous = self.boundary.step, self.settings.asynchronous
         with self.parts["run"].lost_directory_named(WRITE_ERRORS):
             self.saving = self.actor.start_saving(

@@ -1,6 +1,7 @@
 """Set-up of a training loop on each rank, from checked inputs to the export."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from megatron_prepo.rollout.build import Ranks, build_engine
 from megatron_prepo.rollout.engine import Engine, EngineError
 from megatron_prepo.rollout.stopping import unused_end_token
 from megatron_prepo.rollout.weight_sync import sync_weights
-from megatron_prepo.run import dashboards, opening
+from megatron_prepo.run import best, dashboards, opening
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
@@ -87,6 +88,7 @@ class Trainer:
                 self.journal,
                 self.run.log,
                 timeout_minutes=self.config.parallel.timeout_minutes,
+                best=self.run.best,
             )
             with activity.doing("reading the checkpoint"):
                 self.checkpoints.restore(self.resumes_from)
@@ -103,15 +105,26 @@ class Trainer:
                 self.checkpoints.finish()
 
     def steps(self) -> Iterator[int]:
-        """Yield the remaining steps; evaluate before the first, after the last, and when due."""
-        settings = self.config.eval
-        if self.run.before is None:
-            self.run.before = self.evaluate("before", settings.samples_per_prompt)
-        for step in self.run.steps():
-            if step > 0 and due(step - 1, settings.every):
+        """Yield the remaining steps; evaluate before the first, after the last, and when due.
+
+        An evaluation that a stopped run has made of the same state is not repeated.
+        """
+        settings, run = self.config.eval, self.run
+        if run.num_steps == 0 and run.before is None and settings.before:
+            run.before = self.evaluate("before", settings.samples_per_prompt)
+            run.save_first_evaluation()
+        for step in run.steps():
+            if step > 0 and due(step - 1, settings.every) and not run.is_evaluated:
                 self.evaluate("during", settings.samples_during)
+                self._keep_if_best()
             yield step
         self.after = self.evaluate("after", settings.samples_per_prompt)
+        self._keep_if_best()
+
+    def _keep_if_best(self) -> None:
+        if self.config.checkpoint.keep_best:
+            with self.run.seconds("checkpoint"):
+                self.checkpoints.keep_if_best()
 
     def sync(self) -> None:
         """Give the engine the actor's weights, some by way of the run's directory."""
@@ -175,6 +188,7 @@ class Trainer:
         with self.run.seconds("checkpoint"):
             self.checkpoints.finish_if_done()
             if self._checkpoint_is_due(step) or self.run.is_last(step) or stopping:
+                self.run.is_best()  # by a metric of the step, for the state that is saved
                 self.checkpoints.save()
             if stopping:
                 self.checkpoints.finish()
@@ -183,8 +197,13 @@ class Trainer:
     def _checkpoint_is_due(self, step: int) -> bool:
         """Return whether the settings ask for a checkpoint; collective, by rank 0's clock."""
         settings = self.config.checkpoint
+        if settings.every is not None and due(step, settings.every):
+            return True
+        if settings.every_minutes is not None:
+            minutes = (time.monotonic() - self.checkpoints.saved_at) / 60
+            return bool(parallel.from_rank_zero(minutes >= settings.every_minutes))
         if settings.every is not None:
-            return due(step, settings.every)
+            return False
         affordable = parallel.from_rank_zero(is_affordable(self.run.seconds.total))
         return settings.optimizer and affordable
 
@@ -216,6 +235,7 @@ class Trainer:
 def set_up(config: Config) -> Trainer:
     """Read the inputs, join the other ranks, build engine and actor; collective."""
     dashboards.check(config.run)
+    best.check(config.checkpoint, config.eval, config.data, config.selection)
     with activity.doing("reading the inputs"):
         needed = run_directory.needs_initial_weights(config)
         inputs = preflight.check(run_directory.as_started(config), initial_weights=needed)

@@ -466,8 +466,8 @@ class Part:
     def load_state_dict(self, state):
         self.num_steps = state["num_steps"]
 
-    def truncate_logs(self, sizes):
-        self.cut_to = sizes
+    def restart(self):
+        self.cut_to = {}
 
 
 def run_checkpoints(hf, run_directory):

@@ -69,8 +69,10 @@ def test_killed_started_again_asked_to_stop_and_gone_on_with(capfd, tmp_path, un
     wait_for_steps(1, directory, process)
     [rank] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(rank), signal.SIGKILL)
+    first = (directory / "first_evaluation.json").stat().st_mtime_ns
     wait_for_steps(0, directory, process)
     wait_for_steps(1, directory, process)
+    assert (directory / "first_evaluation.json").stat().st_mtime_ns == first, "it is kept"
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 75, said

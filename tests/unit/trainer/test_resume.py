@@ -1,9 +1,24 @@
-"""How often a run saves while `checkpoint.every` is empty."""
+"""When a run saves, and which of its checkpoints it keeps as the best."""
+
+import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_prepo.actor import checkpoint, manifest
 from megatron_prepo.config import CheckpointConfig
+from megatron_prepo.evaluation.held_out import Evaluation
+from megatron_prepo.files import ownership
+from megatron_prepo.process import progress
+from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run.recorder import Run
+from megatron_prepo.trainer import resume, setup
 from megatron_prepo.trainer.resume import MAX_SHARE, is_affordable
+from megatron_prepo.trainer.setup import Trainer
+from tests.unit.run.test_run import ENTRY, METRICS
+from tests.unit.run.test_run_directory import config, files  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize(
@@ -32,3 +47,204 @@ def test_saving_takes_a_bounded_share_of_the_time_and_a_bounded_part_is_lost(ste
 )
 def test_checkpoints_of_a_chosen_interval_are_kept_as_before(settings, num_kept):
     assert CheckpointConfig(**settings).num_kept == num_kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "minutes", "due"),
+    [
+        ({"every_minutes": 30}, 29.9, False),
+        ({"every_minutes": 30}, 30.1, True),
+        ({"every_minutes": 30, "every": 4}, 0.0, True),  # step 3 is the fourth
+        ({"every_minutes": 30, "every": 5}, 0.0, False),
+        ({"every_minutes": 30, "every": 0}, 31.0, True),
+        ({"every": 5}, 1e6, False),
+        ({"every_minutes": 30, "optimizer": False}, 31.0, True),
+        ({}, 1e6, False),  # by its share of the time
+    ],
+)
+def test_a_checkpoint_is_due_by_steps_or_by_rank_zeros_clock(monkeypatch, settings, minutes, due):
+    now = 1000.0
+    monkeypatch.setattr(setup.time, "monotonic", lambda: now)
+    for clock_of_rank_zero in (None, not due):
+        shared = lambda own, other=clock_of_rank_zero: own if other is None else other  # noqa: E731
+        monkeypatch.setattr(setup.parallel, "from_rank_zero", shared)
+        trainer = SimpleNamespace(
+            config=SimpleNamespace(checkpoint=CheckpointConfig(**settings)),
+            checkpoints=SimpleNamespace(saved_at=now - 60 * minutes),
+            run=SimpleNamespace(seconds=SimpleNamespace(total={"checkpoint": 1.0, "update": 1.0})),
+        )
+        by_steps = settings.get("every") in (4, 5) and (due or "every_minutes" not in settings)
+        expected = due if by_steps or clock_of_rank_zero is None else clock_of_rank_zero
+        assert Trainer._checkpoint_is_due(trainer, step=3) == expected
+
+
+class FakeActor:
+    """Writes checkpoints without a model; `finish` of the pending one completes it."""
+
+    updates = 0
+
+    def start_saving(self, directory, *, step, run_state, copy):
+        path = checkpoint.checkpoint_path(directory, step)
+
+        def finish(timeout_minutes, check_directory):
+            ownership.create(path, ownership.UNFINISHED)
+            (path / "run.json").write_text(run_state)
+            listed = {"files": {"run.json": manifest.file_entry(path / "run.json")}}
+            (path / manifest.MANIFEST).write_text(json.dumps(listed))
+            ownership.seal(path, checkpoint.KIND)
+
+        return SimpleNamespace(finish=finish, done=lambda: False)
+
+    def load(self, path):
+        pass
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start or resume a run of one rank with these settings of `checkpoint`."""
+    monkeypatch.setattr(resume.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(resume.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(resume.parallel, "from_rank_zero", lambda value: value)
+    begun = []
+
+    def start(**settings):
+        if begun:
+            run_directory.end(begun[-1].directory)
+        configured = config(tmp_path, checkpoint=settings, train={"total_steps": 99})
+        run_directory.begin(configured, print)
+        run = Run(configured, rank=0)
+        run.bar = progress.bar(disable=True)
+        begun.append(run)
+        checkpoints = resume.Checkpoints(
+            configured.checkpoint,
+            run.directory / "checkpoints",
+            FakeActor(),
+            {"run": run},
+            SimpleNamespace(forget=lambda before: None),
+            run.log,
+            timeout_minutes=1.0,
+            best=run.best,
+        )
+        found = list(checkpoint.by_step(checkpoints.directory).values())
+        checkpoints.restore(found[-1] if found else None)
+        return run, checkpoints
+
+    yield start
+    run_directory.end(begun[-1].directory)
+
+
+def step_with(run, reward=0.5):
+    run.record(run.num_steps, [ENTRY], METRICS | {"reward/mean": reward})
+
+
+def evaluate(run, checkpoints, rate):
+    found = Evaluation(torch.tensor([rate], dtype=torch.float64), samples_per_prompt=1)
+    run.evaluate(lambda **_: found, "during", run.num_steps, samples=1)
+    checkpoints.keep_if_best()
+
+
+def named(run):
+    path = run.directory / "checkpoints" / checkpoint.BEST
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def saved(checkpoints):
+    return list(checkpoint.by_step(checkpoints.directory))
+
+
+BY_PASS_RATE = {"every": 0, "keep_last": 1, "keep_best": "eval/pass_rate"}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_best_evaluation_is_saved_and_outlives_later_checkpoints(start, asynchronous):
+    run, checkpoints = start(**BY_PASS_RATE, asynchronous=asynchronous)
+    rates = [0.25, 0.75, 0.5, float("nan"), 0.75]
+    for rate in rates:
+        step_with(run)
+        evaluate(run, checkpoints, rate)
+    checkpoints.finish()
+    assert named(run) == {
+        "checkpoint": "iter_0000002",
+        "metric": "eval/pass_rate",
+        "direction": "highest",
+        "step": 2,
+        "value": 0.75,
+    }
+    for _ in range(3):
+        step_with(run)
+        checkpoints.save()
+    checkpoints.finish()
+    assert saved(checkpoints) == [2, 8]
+    step_with(run)
+    evaluate(run, checkpoints, 1.0)
+    checkpoints.finish()
+    assert saved(checkpoints) == [9] and named(run)["step"] == 9
+
+
+def test_until_the_best_is_complete_the_one_before_is_kept(start):
+    run, checkpoints = start(**BY_PASS_RATE, asynchronous=True)
+    for rate in (0.25, 0.75):
+        step_with(run)
+        evaluate(run, checkpoints, rate)
+    assert saved(checkpoints) == [1]  # step 2 is pending
+    run, checkpoints = start(**BY_PASS_RATE)  # it was killed
+    assert named(run)["step"] == 1
+    assert (run.num_steps, run.best.step, run.is_evaluated) == (1, 1, True)
+    step_with(run)
+    checkpoints.save()
+    assert saved(checkpoints) == [1, 2]
+    evaluate(run, checkpoints, 0.75)
+    assert saved(checkpoints) == [1, 2] and named(run)["step"] == 2
+    step_with(run)
+    checkpoints.save()
+    assert saved(checkpoints) == [2, 3]
+
+
+def test_an_evaluation_that_the_checkpoint_includes_is_not_repeated(start):
+    run, checkpoints = start(**BY_PASS_RATE)
+    step_with(run)
+    evaluate(run, checkpoints, 0.5)
+    rows = (run.directory / "evaluations.jsonl").read_bytes()
+    for settings in (BY_PASS_RATE, {"every": 0}):  # also when the best is no longer kept
+        run, checkpoints = start(**settings)
+        made = []
+        trainer = SimpleNamespace(
+            config=config(run.directory.parent, eval={"every": 1}),
+            run=run,
+            evaluate=lambda *when, made=made: made.append(when),
+        )
+        steps = Trainer.steps(trainer)
+        assert next(steps) == 1
+        steps.close()
+        assert made == [] and (run.directory / "evaluations.jsonl").read_bytes() == rows
+
+
+def test_saved_checkpoints_compete_by_a_metric_of_their_step(start):
+    settings = {"every": 1, "keep_last": 1, "keep_best": "reward/mean", "best_is": "lowest"}
+    run, checkpoints = start(**settings)
+    for reward in (0.5, 0.125, 0.25):
+        step_with(run, reward)
+        run.is_best()
+        checkpoints.save()
+        evaluate(run, checkpoints, 0.0)
+    assert saved(checkpoints) == [2, 3] and named(run)["value"] == 0.125
+    run, checkpoints = start(**settings)
+    assert (run.num_steps, run.best.step, run.best.value) == (3, 2, 0.125)
+    step_with(run, 0.125)
+    run.is_best()
+    checkpoints.save()
+    assert saved(checkpoints) == [2, 4]
+
+
+def test_a_lost_best_is_saved_again_when_its_evaluation_is_repeated(start):
+    run, checkpoints = start(**BY_PASS_RATE | {"keep_last": 2})
+    step_with(run)
+    checkpoints.save()
+    step_with(run)
+    evaluate(run, checkpoints, 0.5)
+    shutil.rmtree(run.directory / "checkpoints" / "iter_0000002")
+    run, checkpoints = start(**BY_PASS_RATE | {"keep_last": 2})
+    assert (run.num_steps, run.best.step) == (1, None)
+    step_with(run)
+    evaluate(run, checkpoints, 0.5)
+    assert saved(checkpoints) == [1, 2] and named(run)["step"] == 2

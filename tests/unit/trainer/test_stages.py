@@ -65,19 +65,28 @@ def test_a_step_is_recorded_after_the_sync_even_if_that_fails(monkeypatch):
     assert records[2:] == records[:2]
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_evaluations_are_before_between_and_after_the_steps(resumed):
-    """Every 2 of 4 steps; a resumed run has its first evaluation already."""
-    story, settings = [], SimpleNamespace(every=2, samples_per_prompt=4, samples_during=1)
-    first = 2 if resumed else 0
-    run = SimpleNamespace(before="before" if resumed else None, steps=lambda: iter(range(first, 4)))
+def test_evaluations_are_before_between_and_after_the_steps(resumed, first):
+    """Every 2 of 4 steps; a resumed run has its first evaluation already, if it makes one."""
+    story = []
+    settings = SimpleNamespace(before=first, every=2, samples_per_prompt=4, samples_during=1)
+    start = 2 if resumed else 0
+    run = SimpleNamespace(
+        before="before" if resumed and first else None,
+        num_steps=start,
+        is_evaluated=False,
+        save_first_evaluation=lambda: story.append("kept"),
+        steps=lambda: iter(range(start, 4)),
+    )
     trainer = SimpleNamespace(
         config=SimpleNamespace(eval=settings),
         run=run,
         evaluate=lambda when, samples: story.append((when, samples)) or when,
+        _keep_if_best=lambda: None,
     )
     for step in Trainer.steps(trainer):
         story.append(step)
-    before = [] if resumed else [("before", 4), 0, 1]
+    before = [] if resumed else [*[("before", 4), "kept"] * first, 0, 1]
     assert story == [*before, ("during", 1), 2, 3, ("after", 4)]
-    assert (run.before, trainer.after) == ("before", "after")
+    assert (run.before, trainer.after) == ("before" if first else None, "after")
