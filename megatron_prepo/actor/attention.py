@@ -7,6 +7,7 @@ scores; these two modules replace them, on any device.
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -171,19 +172,26 @@ def _attend_in_one_kernel(
         layout.max_seqlen_q,
         layout.max_seqlen_kv,
         window_size=(left, 0),  # causal, within a sliding window unless it is -1
-        enable_gqa=query.shape[1] != key.shape[1],
+        **_grouped(varlen_attn, grouped=query.shape[1] != key.shape[1]),
     )
     return out.flatten(1)
 
 
 @functools.cache
+def _grouped(kernel: Callable[..., torch.Tensor], *, grouped: bool) -> dict[str, bool]:
+    """Return the kernel's argument for grouped queries; torch 2.11 accepts them without one."""
+    takes = "enable_gqa" in inspect.signature(kernel).parameters
+    return {"enable_gqa": grouped} if takes else {}
+
+
+@functools.cache
 def _has_kernel() -> bool:
-    """Return whether this torch has the kernel with support for grouped queries."""
+    """Return whether this torch has the kernel: torch 2.11 and later with a causal window."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def rotate_by_position(rotary: RotaryEmbedding) -> None:
@@ -192,6 +200,7 @@ def rotate_by_position(rotary: RotaryEmbedding) -> None:
     Megatron first requests a length and then the angles of that length: with a layout, the layout
     is passed in place of the length.
     """
+    internals.require(rotary, "get_emb")
     internals.replace(rotary, "get_rotary_seq_len", MethodType(_rotary_length, rotary))
     internals.replace(rotary, "forward", MethodType(_angles, rotary))
 
@@ -209,8 +218,8 @@ def _angles(
 ) -> torch.Tensor:
     """Return angles [T, 1, 1, d]."""
     if isinstance(length, RowLayout):
-        # `packed_seq`: all angles, not those of the slice that Megatron would select for this rank
-        return type(self).forward(self, length.max_seqlen_q, packed_seq=True)[length.positions_T]
+        # not by `forward`, which keeps the angles of 32 lengths, and selects this rank's slice
+        return self.get_emb(length.max_seqlen_q)[length.positions_T]
     return type(self).forward(self, length, *args, **kwargs)
 
 

@@ -22,6 +22,9 @@ from megatron_prepo.process.local_ranks import MEETING_FILE
 T = TypeVar("T")
 ADDRESSING = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables for the rendezvous of ranks."""
+NO_CUDNN_ATTENTION = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+"""Environment variable that torch reads at its first attention.  On Hopper torch prefers cuDNN,
+which plans a kernel for every new length: slower than the attention to sequences one by one."""
 _control: list[dist.ProcessGroup] = []
 
 
@@ -33,10 +36,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     """
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     check_world_size(config, world_size)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_number("LOCAL_RANK", 0))
-    else:
-        cpu_shim.install()
+    _use_device()
     timeout = timedelta(minutes=config.timeout_minutes)
     if not dist.is_initialized():
         try:
@@ -67,6 +67,15 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _control[:] = [dist.new_group(backend="gloo", timeout=timeout)]
+
+
+def _use_device() -> None:
+    """Use this rank's GPU, or a CPU with stand-ins for CUDA's functions."""
+    if not torch.cuda.is_available():
+        cpu_shim.install()
+        return
+    torch.cuda.set_device(_number("LOCAL_RANK", 0))
+    os.environ.setdefault(NO_CUDNN_ATTENTION, "1")
 
 
 def _number(name: str, default: int) -> int:

@@ -104,19 +104,28 @@ def test_a_plain_batch_is_what_it_always_was(left):
 class Kernel:
     """Stand-in for torch's variable-length kernel and for TransformerEngine's: same contract."""
 
-    def __call__(self, query, key, value, starts_q, starts_k, max_q, max_k, **options):
-        left, right = options.pop("window_size")
-        assert right == 0 and options == {"enable_gqa": True}
+    def __call__(
+        self, query, key, value, starts_q, starts_k, max_q, max_k, *, window_size, enable_gqa
+    ):
+        left, right = window_size
+        assert right == 0 and enable_gqa
         assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k)
         lengths = starts_q.diff().tolist()
         assert max_q == max_k == max(lengths)
         return written_out(query, key, value, lengths, left).view_as(query)
 
 
+def kernel_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """Stand-in for a kernel that accepts grouped heads, and no argument for them."""
+    starts = (cu_seq_q, cu_seq_k, max_q, max_k)
+    return Kernel()(query, key, value, *starts, window_size=window_size, enable_gqa=True)
+
+
 @pytest.mark.parametrize("left", [-1, 2])
+@pytest.mark.parametrize("kernel", [Kernel(), kernel_of_torch_2_11], ids=["newer", "torch 2.11"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_kernel_is_told_the_same_sequences(monkeypatch, way, left):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", Kernel())
+def test_the_kernel_is_told_the_same_sequences(monkeypatch, way, kernel, left):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     whole = [layout.whole(x[:, 0]) for x in qkv]
@@ -191,9 +200,13 @@ def test_transformer_engine_is_told_the_heads_of_a_context_rank(
     assert (config.num_attention_heads, config.num_query_groups) == (heads, groups)
 
 
-def test_the_kernel_for_rows_is_found_in_the_torch_that_has_it():
+def test_the_kernel_for_rows_is_found_in_every_torch_that_has_it(monkeypatch):
     """Without it, a GPU computes sequence by sequence, with the same result."""
-    assert attention._has_kernel() or Version(torch.__version__) < Version("2.13.0.dev0")
+    for kernel in (Kernel(), kernel_of_torch_2_11):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        assert attention._has_kernel.__wrapped__()
+    monkeypatch.undo()
+    assert attention._has_kernel() or Version(torch.__version__) < Version("2.11.0.dev0")
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -207,3 +220,14 @@ def test_angles_are_those_of_the_positions(way):
     length = rotary.get_rotary_seq_len(None, None, None, None, layout)
     assert torch.equal(rotary(length, packed_seq=False, cp_group=None), plain[layout.positions_T])
     assert torch.equal(rotary(32), plain)
+
+
+def test_angles_of_many_lengths_are_not_kept():
+    """Megatron keeps those of 32 lengths, which a run of other lengths never looks up again."""
+    if not torch.cuda.is_available():
+        cpu_shim.install()
+    rotary = RotaryEmbedding(SIZE, 1.0, use_cpu_initialization=True)
+    rotate_by_position(rotary)
+    kept = RotaryEmbedding.forward.cache_info().currsize
+    rotary(packed_row(WAYS[0]))
+    assert RotaryEmbedding.forward.cache_info().currsize == kept

@@ -49,6 +49,17 @@ def test_a_rank_that_is_no_number_is_named(monkeypatch, name):
         parallel.initialize(actor_config("unused").parallel, seed=0)
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "1"), ("0", "0")])
+def test_on_a_gpu_cudnn_does_not_plan_a_kernel_for_each_length(monkeypatch, given, used):
+    """Unless the user has set the variable; no attention comes before this place."""
+    environment = {} if given is None else {parallel.NO_CUDNN_ATTENTION: given}
+    monkeypatch.setattr(parallel.os, "environ", environment)
+    monkeypatch.setattr(parallel.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel.torch.cuda, "set_device", lambda _: None)
+    parallel._use_device()
+    assert environment == {parallel.NO_CUDNN_ATTENTION: used}
+
+
 def test_ranks_that_do_not_find_each_other_are_one_line_with_the_addresses(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
     message = r"^error: rendezvous of the 1 ranks failed.*absent0; the environment has {.*'absent0'"
