@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prepo.actor import optimizer_shards
 from megatron_prepo.actor.async_save import HostBuffers, PendingCheckpoint
 from megatron_prepo.actor.cpu_offload import HostAdam, fill_adam_state
+from megatron_prepo.actor.optimizer import fuse_adam
 from megatron_prepo.config import LoraConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
@@ -321,6 +322,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
             optimizer_shards.load_state(part, moment)
         for parameter_state, step in steps:
             parameter_state["step"] = step.clone()
+    fuse_adam(optimizer, fused=torch.cuda.is_available())
 
 
 def _check_form(path: Path, optimizer: MegatronOptimizer) -> None:

@@ -4,10 +4,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from rounding import approx
+import torch
+from rounding import approx, assert_close
 from tiny_models import actor_config
 
-from megatron_prepo.actor.optimizer import build_schedule
+from megatron_prepo.actor.optimizer import build_schedule, fuse_adam
 
 PEAK, LEAST = 3e-4, 1e-5
 
@@ -51,3 +52,49 @@ def test_every_update_of_every_length_of_warm_up(style, mini_batches):
             by_hand = [expected(u, *sizes, style) for u in range(len(used))]
             assert used == approx(by_hand)
             assert min(used) > 0 and max(used) == approx(PEAK)
+
+
+def adam(fused: bool, state: dict | None = None):
+    """Return a parameter and its Adam, as `build_optimizer` makes it; with a loaded state."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))
+    torchs = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1)
+    megatrons = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=torchs)])
+    fuse_adam(megatrons, fused=fused)
+    if state is not None:
+        torchs.load_state_dict(state)
+        fuse_adam(megatrons, fused=fused)
+    return parameter, torchs
+
+
+def update(parameter, torchs) -> None:
+    parameter.grad = parameter.detach() + 0.5
+    torchs.step()
+
+
+def forms(torchs) -> set:
+    return {group["fused"] for group in torchs.param_groups}
+
+
+def test_one_kernel_updates_as_many_do():
+    plain, fused = adam(fused=False), adam(fused=True)
+    for _ in range(3):
+        update(*plain)
+        update(*fused)
+    assert (forms(plain[1]), forms(fused[1])) == ({None}, {True})
+    assert_close(fused[0].detach(), plain[0].detach(), scale=1.0)
+    assert not torch.equal(fused[0], torch.linspace(-1, 1, 7))
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loaded_state_takes_the_form_of_the_device_that_reads_it(wrote, reads):
+    """Otherwise a run would keep the form of the machine that wrote its checkpoint."""
+    writer = adam(fused=wrote)
+    update(*writer)
+    reader = adam(fused=reads, state=writer[1].state_dict())
+    with torch.no_grad():
+        reader[0].copy_(writer[0])
+    assert forms(reader[1]) == {reads or None}
+    update(*writer)
+    update(*reader)
+    assert_close(reader[0].detach(), writer[0].detach(), scale=1.0)
