@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rounding import Reference, approx, assert_close, assert_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prepo.actor import lm_head_torch
+from megatron_prepo.actor import lm_head, lm_head_torch
 from megatron_prepo.actor.lm_head import (
     IGNORE,
     chunk_tokens_within,
@@ -42,6 +42,21 @@ def full_softmax(hidden_TH, weight_VH, targets_T, vocab_size, temperature=1.0):
     logprobs_T = logp_TV.gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
     entropy_T = -(logp_TV.exp() * logp_TV).sum(-1)
     return logprobs_T.where(scored_T, 0), entropy_T.where(scored_T, 0)
+
+
+def softmax_of_the_product(hidden_TH, weight_VH, targets_T, vocab_size):
+    """Compute the definition; in float32 from the logits that the head's own product gives.
+
+    Tensor cores truncate where float32 rounds, so that no other computation errs as much.
+    """
+    if hidden_TH.dtype is torch.float32:
+        pair = hidden_TH.bfloat16(), weight_VH.bfloat16().T
+        assert all((a == b).all() for a, b in zip(pair, (hidden_TH, weight_VH.T), strict=True))
+        logits_TV = lm_head.product(*pair)[:, :vocab_size].double()
+    else:
+        logits_TV = hidden_TH @ weight_VH[:vocab_size].T
+    logp_TV = logits_TV.log_softmax(-1)
+    return logp_TV.gather(1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
 
 
 def values_and_gradients(function, hidden_TH, weight_VH, *args, seed=1, **settings):
@@ -376,6 +391,29 @@ def test_bfloat16_inputs_lose_nothing_in_values():
 
 
 # Logits that break naive formulas
+
+
+def product_that_truncates(a, b, *, out=None):
+    """Add 16 products at a time, and keep 22 bits of each sum, as tensor cores do."""
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
+    for columns, rows in zip(a.double().split(16, dim=1), b.double().split(16, dim=0)):
+        total += columns @ rows
+        unit = torch.exp2(total.abs().clamp(min=1e-30).log2().floor() - 22)
+        total = (total / unit).trunc() * unit
+    return total.float() if out is None else out.copy_(total)
+
+
+def test_a_head_errs_as_its_product_does(monkeypatch):
+    """By more than any chosen number, such as 1e-5, where logits are large and a product truncates:
+    the bound is computed with the same product."""
+    monkeypatch.setattr(lm_head, "product", product_that_truncates)
+    hidden_TH, weight_VH, targets_T = problem(
+        tokens=16, hidden=2048, rows=300, scale=8.0, dtype=torch.bfloat16
+    )
+    ours = vocab_parallel_logprobs_and_entropy(hidden_TH, weight_VH, targets_T, vocab_size=300)
+    reference = Reference(softmax_of_the_product, hidden_TH, weight_VH, targets_T, vocab_size=300)
+    reference.assert_equals(ours)
+    assert (ours[0].double() - reference.exact[0]).abs().mean() > 1e-5
 
 
 def score(hidden_TH, weight_VH, targets, **settings):
