@@ -73,14 +73,24 @@ def main() -> int:
         folder = options.model or make_model(directory)
         actor = make_actor(folder, optimizer={"use_distributed_optimizer": bool(options.model)})
         rounds = []
-        while len(rounds) < options.rounds and time.monotonic() - start < options.seconds:
+        while not rounds or (
+            len(rounds) < options.rounds and time.monotonic() - start < options.seconds
+        ):
             rounds.append(measure(actor, Path(directory), options.background))
+            text = json.dumps(described(rounds, actor, options.model), indent=1, allow_nan=False)
+            durable.write_text(options.out, text + "\n")  # after each, for a process that is killed
+    print(text)
+    return 0
+
+
+def described(rounds: list[tuple[dict, int]], actor: Actor, model: Path | None) -> dict:
+    """Return the result of some rounds."""
     seconds = {name: min(times[name] for times, _ in rounds) for name in rounds[0][0]}
     num_bytes = rounds[0][1]
-    result = {
+    return {
         "machine": machine.describe(),
         "threads": 1,
-        "model": str(options.model or "of this tool"),
+        "model": str(model or "of this tool"),
         "dtype": actor.config.model.dtype,
         "parameters": sum(p.numel() for chunk in actor.chunks for p in chunk.parameters()),
         "bytes": num_bytes,
@@ -88,10 +98,6 @@ def main() -> int:
         "bytes_per_second": {name: round(num_bytes / value) for name, value in seconds.items()},
         "rounds": [times for times, _ in rounds],
     }
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    durable.write_text(options.out, text)
-    print(text, end="")
-    return 0
 
 
 def make_model(directory: str) -> Path:

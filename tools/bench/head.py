@@ -8,7 +8,11 @@ docs/head_benchmark.md).  On a GPU: one process, with one rank's part of tensor 
 --cpu: two gloo ranks, started by this script, ours compared with the naive implementation.
 
 Tasks of all providers alternate, in random order per round, so that clock and temperature of the
-machine are the same for all.  `--seconds` stops the last case early, which the result states.
+machine are the same for all.  `--seconds` stops the last case early, which the result states.  The
+result is written after each round, so that a process that is killed leaves all but the last one.
+
+`--stages` adds a table of the stages of our head, and a sweep over its chunk sizes
+(`head_stages.py`), for the first case, directly after it.
 """
 
 import argparse
@@ -21,8 +25,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +42,7 @@ from megatron_prepo.files import ownership
 from megatron_prepo.files.existing import existing
 from megatron_prepo.process import local_ranks, machine
 from megatron_prepo.process.command import in_one_line
-from tools.bench import head_goals
+from tools.bench import head_goals, head_stages
 from tools.bench.head_case import Case, Shape, describe, make_case
 from tools.bench.head_providers import PRODUCTS, Absent, Outcome, Task, available, naive_bytes
 
@@ -99,21 +105,27 @@ def measure_all(options: argparse.Namespace) -> dict:
         "cases": [],
         "not_started": [],
     }
-    for shape in options.shapes:
-        if deadline and time.monotonic() > deadline:
-            result["not_started"].append(f"{_title(shape)}: no time left")
-        else:
-            result["cases"].append(_measure_shape(shape, options, providers, deadline))
+
+    def keep() -> None:
         result["goals"] = head_goals.judge(device, result["cases"])
         if dist.get_rank() == 0:
             write(result, options.out)
+
+    for shape in options.shapes:
+        if deadline and time.monotonic() > deadline:
+            result["not_started"].append(f"{_title(shape)}: no time left")
+            keep()
+        else:
+            result["cases"].append({})
+            _measure_shape(shape, options, providers, deadline, result["cases"], keep)
     if dist.get_rank() == 0:
         print(markdown(result))
     parallel.shut_down()
     return result
 
 
-def _measure_shape(shape: Shape, options, providers, deadline) -> dict:
+def _measure_shape(shape: Shape, options, providers, deadline, cases: list[dict], keep) -> None:
+    """Measure the last of the cases; it is replaced after each round."""
     case = make_case(
         shape,
         "cpu" if options.cpu else "cuda",
@@ -121,7 +133,22 @@ def _measure_shape(shape: Shape, options, providers, deadline) -> dict:
         entropy_gradient=options.gradients == "both",
         group=dist.group.WORLD,
     )
-    return measure(case, providers, options.warm_ups, options.samples, deadline)
+
+    def replace(measured: dict) -> None:
+        cases[-1] = measured
+        keep()
+
+    measured = measure(case, providers, options.warm_ups, options.samples, deadline, replace)
+    if options.stages and len(cases) == 1:
+        swept = head_stages.sweep(case, options.chunks)
+        peaks = {name: peak_extra_bytes(case, task) for name, task in swept.items()}
+        tasks = head_stages.stages(case) | swept
+
+        def with_stages(times: dict) -> None:
+            medians = {name: summary(milliseconds) for name, milliseconds in times.items()}
+            replace(measured | head_stages.describe(case, medians, peaks))
+
+        with_stages(take_turns(case, tasks, 1, options.samples, deadline, with_stages))
 
 
 def measure(
@@ -130,8 +157,12 @@ def measure(
     warm_ups: int,
     samples: int,
     deadline: float | None = None,
+    keep: Callable[[dict], None] = lambda measured: None,
 ) -> dict:
-    """Measure errors, then peak memory, then times of all providers' tasks, in separate passes."""
+    """Measure errors, then peak memory, then times of all providers' tasks, in separate passes.
+
+    `keep` is called with the result so far after each round of samples.
+    """
     runs, absent = {}, {}
     for provider, tasks in providers.items():
         for task, run in tasks.items():
@@ -145,21 +176,23 @@ def measure(
                 if provider in OWN:
                     raise
                 absent[f"{provider}, {task}"] = _reason(error)
-    measured = {(p, t): providers[p][t] for p in runs for t in runs[p]}
-    times = take_turns(case, measured, warm_ups, samples, deadline)
-    for (provider, task), milliseconds in times.items():
-        runs[provider][task] |= {"milliseconds": summary(milliseconds)}
-    rounds = min(map(len, times.values()))
-    for task, run in runs["bare"].items():
-        median = run["milliseconds"]["median"]
-        flops = case.shape.matmul_flops(PRODUCTS[task])
-        run["tflops"] = flops / median / 1e9 if median else None
-    return {
-        "shape": describe(case),
-        "absent": absent,
-        "cut": f"after {rounds} of {samples} samples" if rounds < samples else None,
-        "runs": runs,
-    }
+    tasks = {(p, t): providers[p][t] for p in runs for t in runs[p]}
+
+    def with_times(times: dict) -> dict:
+        for (provider, task), milliseconds in times.items():
+            runs[provider][task] |= {"milliseconds": summary(milliseconds)}
+        for task, run in runs["bare"].items():
+            median = run["milliseconds"]["median"]
+            flops = case.shape.matmul_flops(PRODUCTS[task])
+            run["tflops"] = flops / median / 1e9 if median else None
+        rounds = min(map(len, times.values()))
+        cut = f"after {rounds} of {samples} samples" if rounds < samples else None
+        return {"shape": describe(case), "absent": absent, "cut": cut, "runs": runs}
+
+    keep(with_times({name: [] for name in tasks}))
+    kept = take_turns(case, tasks, warm_ups, samples, deadline, lambda t: keep(with_times(t)))
+    keep(measured := with_times(kept))
+    return measured
 
 
 def first_run(case: Case, task: Task) -> dict:
@@ -198,14 +231,19 @@ def peak_extra_bytes(case: Case, task: Task) -> int:
 
 def take_turns(
     case: Case,
-    tasks: dict[tuple, Task],
+    tasks: dict[Any, Task],
     warm_ups: int,
     samples: int,
     deadline: float | None,
-) -> dict[tuple, list[float]]:
-    """Return milliseconds of every sample without warm-ups; fewer if the time limit is reached."""
+    keep: Callable[[dict], None] = lambda times: None,
+) -> dict[Any, list[float]]:
+    """Return milliseconds of every sample without warm-ups; fewer if the time limit is reached.
+
+    `keep` is called with those so far after each round.
+    """
     order, names = random.Random(1), list(tasks)
-    times: dict[tuple, list[float]] = {name: [] for name in names}
+    times: dict[Any, list[float]] = {name: [] for name in names}
+    slowest = times
     for number in range(warm_ups + samples):
         if deadline and time.monotonic() > deadline:
             break
@@ -213,7 +251,10 @@ def take_turns(
             milliseconds = _milliseconds(case, tasks[name])
             if number >= warm_ups:
                 times[name].append(milliseconds)
-    return {name: _slowest_rank(values, case) for name, values in times.items()}
+        if number >= warm_ups:
+            slowest = {name: _slowest_rank(values, case) for name, values in times.items()}
+            keep(slowest)
+    return slowest
 
 
 def summary(milliseconds: list[float]) -> dict:
@@ -249,7 +290,8 @@ def markdown(result: dict) -> str:
     ]
     for row in result["goals"]:
         measured = "-" if row["measured"] is None else f"{row['measured']:.4g}"
-        lines.append(f"| {row['goal']} | {row['bound']} | {measured} | {row['verdict']} |")
+        verdict = row["verdict"] + (f" ({cut})" if (cut := row["cut"]) else "")
+        lines.append(f"| {row['goal']} | {row['bound']} | {measured} | {verdict} |")
     for case in result["cases"]:
         lines += ["", *_case_table(case)]
     reasons = [f"- {name}: absent, {reason}" for name, reason in result["absent"].items()]
@@ -278,7 +320,8 @@ def _case_table(case: dict) -> list[str]:
                 f"{run['peak_extra_bytes'] / 2**20:.1f} | {' | '.join(errors)} |"
             )
     absent = [f"- {name}: absent, {why}" for name, why in case["absent"].items()]
-    return [*lines, "", *absent] if absent else lines
+    lines += ["", *absent] if absent else []
+    return lines + (head_stages.markdown(case) if "stages" in case else [])
 
 
 def _time_cell(times: dict, bare: float | None) -> str:
@@ -418,6 +461,8 @@ def _options() -> argparse.Namespace:
         help="inputs of the loss: log-probabilities (as in PREPO), or entropies as well",
     )
     parser.add_argument("--seconds", type=float, help="approximate time limit")
+    parser.add_argument("--stages", action="store_true", help="stages and chunk sizes of our head")
+    parser.add_argument("--chunks", help=f"default: {_list(head_stages.CHUNKS)}")
     parser.add_argument("--models", help=f"on a GPU, default: {','.join(MODELS)}")
     parser.add_argument("--tensor", help=f"on a GPU, default: {_list(TENSOR)}")
     parser.add_argument("--tokens", help=f"default: {_list(TOKENS)}; with --cpu {CPU_TOKENS}")
@@ -436,6 +481,11 @@ def _options() -> argparse.Namespace:
         options.warm_ups = CPU_WARM_UPS if options.cpu else WARM_UPS
     if options.samples is None:
         options.samples = CPU_SAMPLES if options.cpu else SAMPLES
+    if options.chunks and not options.stages:
+        parser.error("--chunks has no effect without --stages")
+    options.chunks = _numbers(
+        options.chunks, head_stages.CPU_CHUNKS if options.cpu else head_stages.CHUNKS
+    )
     options.shapes = _shapes(options)
     return options
 

@@ -1,7 +1,7 @@
 """Goals of the head, and the verdict of a measurement on each: met, missed, not measured.
 
 Speed is a ratio to another provider of the same run, never a time.  A goal is judged only at
-REFERENCE; speed is not judged by a case that was stopped early.
+REFERENCE; that of a case that was stopped early says after how many samples.
 """
 
 import math
@@ -49,7 +49,8 @@ def _on_a_gpu(cases: list[dict]) -> list[dict]:
         for task, other, other_task, factor in SPEED:
             goal = f"N = {tokens}: {task}, speed over that of {other}'s {other_task}"
             speed = _over(_median(case, other, other_task), _median(case, "ours", task))
-            rows.append(at_least(goal, factor, speed))
+            cut = case["cut"] if case and speed is not None else None
+            rows.append(at_least(goal, factor, speed) | {"cut": cut})
         error = _logprob_error(case)
         rows.append(at_most(f"N = {tokens}: mean log-prob error", LOGPROB_ERROR, error))
     for task in (FORWARD, FORWARD_BACKWARD):
@@ -91,6 +92,7 @@ def _row(goal: str, bound: str, measured: float | None, met: bool) -> dict:
         "bound": bound,
         "measured": measured if finite else None,
         "verdict": verdict,
+        "cut": None,
     }
 
 
@@ -108,7 +110,7 @@ def _run(case: dict | None, provider: str, task: str) -> dict | None:
 
 def _median(case: dict | None, provider: str, task: str) -> float | None:
     run = _run(case, provider, task)
-    return None if run is None or case["cut"] else run["milliseconds"]["median"]
+    return None if run is None else run["milliseconds"]["median"]
 
 
 def _peak(case: dict | None, provider: str, task: str) -> int | None:

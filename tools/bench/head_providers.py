@@ -94,24 +94,33 @@ def tasks_of(head: Head) -> dict[str, Task]:
     return {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
 
 
-def ours(case: Case):
-    """Call the trainer's head like the actor."""
-    return vocab_parallel_logprobs_and_entropy(
-        case.hidden_TH, case.weight_VH, case.targets_T, **_as_the_actor_does(case)
-    )
+def ours_tasks(chunk_tokens: int | None = None) -> dict[str, Task]:
+    """Return the tasks of the trainer's head, as the actor calls it; None: with its chunks."""
+
+    def settings(case: Case) -> dict:
+        chunk = chunk_tokens or chunk_tokens_within(None, case.weight_VH)
+        return {"vocab_size": case.vocab_size, "group": case.group, "chunk_tokens": chunk}
+
+    def ours(case: Case):
+        inputs = (case.hidden_TH, case.weight_VH, case.targets_T)
+        return vocab_parallel_logprobs_and_entropy(*inputs, **settings(case))
+
+    def forward_backward(case: Case) -> Outcome:
+        """Add the weight's gradient to Megatron's `main_grad`; returns all gradients."""
+        outputs, grads = ours(case), [case.grad_logprobs_T, case.grad_entropy_T]
+        with_gradient = 1 if case.grad_entropy_T is None else 2
+        (grad_hidden_TH,) = torch.autograd.grad(
+            outputs[:with_gradient], [case.hidden_TH], grads[:with_gradient]
+        )
+        return Outcome(*outputs, (grad_hidden_TH, case.weight_VH.main_grad))
+
+    return tasks_of(ours) | {
+        FORWARD_BACKWARD: forward_backward,
+        KNOWN_GRADIENT: lambda case: _known_gradient(case, settings(case)),
+    }
 
 
-def _ours_forward_backward(case: Case) -> Outcome:
-    """Add the weight's gradient to Megatron's `main_grad`; returns all gradients."""
-    outputs, grads = ours(case), [case.grad_logprobs_T, case.grad_entropy_T]
-    with_gradient = 1 if case.grad_entropy_T is None else 2
-    (grad_hidden_TH,) = torch.autograd.grad(
-        outputs[:with_gradient], [case.hidden_TH], grads[:with_gradient]
-    )
-    return Outcome(*outputs, (grad_hidden_TH, case.weight_VH.main_grad))
-
-
-def _ours_known_gradient(case: Case) -> Outcome:
+def _known_gradient(case: Case, settings: dict) -> Outcome:
     """Compute the same gradients with a known loss: the product of gradients and values."""
     chunks = []
 
@@ -122,20 +131,11 @@ def _ours_known_gradient(case: Case) -> Outcome:
             loss = loss + entropy_C @ case.grad_entropy_T[scored]
         return loss, {}
 
-    loss, _ = vocab_parallel_loss(
-        case.hidden_TH, case.weight_VH, case.targets_T, token_loss, **_as_the_actor_does(case)
-    )
+    inputs = (case.hidden_TH, case.weight_VH, case.targets_T)
+    loss, _ = vocab_parallel_loss(*inputs, token_loss, **settings)
     (grad_hidden_TH,) = torch.autograd.grad(loss, [case.hidden_TH])
     values_T = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     return Outcome(*values_T, (grad_hidden_TH, case.weight_VH.main_grad))
-
-
-def _as_the_actor_does(case: Case) -> dict:
-    return {
-        "vocab_size": case.vocab_size,
-        "group": case.group,
-        "chunk_tokens": chunk_tokens_within(None, case.weight_VH),
-    }
 
 
 def naive(case: Case):
@@ -213,10 +213,7 @@ BARE: dict[str, Task] = {
 }
 
 
-OURS: dict[str, Task] = tasks_of(ours) | {
-    FORWARD_BACKWARD: _ours_forward_backward,
-    KNOWN_GRADIENT: _ours_known_gradient,
-}
+OURS: dict[str, Task] = ours_tasks()
 
 
 def load_verl(folder: Path | None) -> Head:

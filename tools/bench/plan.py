@@ -103,10 +103,10 @@ def main() -> int:
 def memory(model: Path, megatron: dict, length: int, num_sequences: int) -> dict:
     """Return planned and measured bytes of a rank for two updates of two micro-batches."""
     hf = read_hf_config(model)
-    layers = layers_that_fit(Shape.of(hf))
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(hf | {"num_hidden_layers": layers}))
         config = configuration(folder, megatron, length, num_sequences)
+        layers = layers_that_fit(Shape.of(hf), config)
+        Path(folder, "config.json").write_text(json.dumps(hf | {"num_hidden_layers": layers}))
         question = plan.PlanRequest(gpus=1, engine="elsewhere")
         (rank,) = plan.make_plan(config, question).ranks
         measured = _learn(config, length, 2 * num_sequences, hf["vocab_size"])

@@ -2,32 +2,39 @@
 
     python tools/bench/utilisation.py --out benchmarks/results/NAME.json [--model DIR ...]
 
-Models have the shapes of Qwen2.5-Math-1.5B and Qwen2.5-7B, in bfloat16 with random weights.  If a
-model with Adam's state does not fit into memory, the first layers that fit are used, which the
-result states.  Rollouts have log-normal lengths, all with an advantage, packed and padded.
-Operations are counted by `models/flops.py`, the peak is that of `plan/gpus.py`;
-without a GPU (a test) there is none.
+Models have the shapes of Qwen2.5-7B and Qwen2.5-Math-1.5B, in bfloat16 with random weights.  If a
+model does not fit into memory with its gradients, Adam's state and activations, the first layers
+that fit are used, which the result states.  Rollouts have log-normal lengths, all with an
+advantage.  Each arm (`ARMS`) is a way to compute the same; all models are measured in one arm
+before the next, and the result is on disk after each.  An arm that runs out of memory is reported
+and ends no other.  Operations are counted by `models/flops.py`, the peak is that of
+`plan/gpus.py`; without a GPU (a test) there is none.
 """
 
 import argparse
 import gc
+import importlib.util
+import itertools
 import json
 import math
 import random
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_prepo.actor import actor as policy
-from megatron_prepo.actor import parallel
+from megatron_prepo.actor import attention, optimizer, parallel
 from megatron_prepo.actor.actor import Actor, TrainingSequence
 from megatron_prepo.config import Config, from_tree
 from megatron_prepo.files import atomic as durable
@@ -36,7 +43,9 @@ from megatron_prepo.files.existing import existing
 from megatron_prepo.models.flops import FlopCount, layer_parameters
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
+from megatron_prepo.plan import planner
 from megatron_prepo.plan.gpus import peak_flops
+from megatron_prepo.plan.memory import stage_activations
 from megatron_prepo.process import machine
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import ScoredSequence
@@ -45,15 +54,41 @@ from tools.bench.head_goals import at_least
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODELS = tuple(
     REPOSITORY / "examples" / "paper" / name / "model"
-    for name in ("qwen2.5-math-1.5b", "qwen2.5-7b")
+    for name in ("qwen2.5-7b", "qwen2.5-math-1.5b")
 )
 GOAL_MODEL, GOAL = "qwen2.5-7b", 0.45
 """Minimum model FLOPs utilisation of an update."""
 BYTES_A_PARAMETER = 18
 """Bytes per parameter: weights 2, gradients 4, Adam's moments and float32 weights 12."""
-SHARE_FOR_THE_MODEL = 0.7
-"""Share of the GPU's memory for these; the remainder is for activations and the head."""
+SHARE_OF_MEMORY = 0.9
+"""Share of the GPU's memory for what a plan counts; the remainder is for the CUDA context,
+temporaries of the backward pass and fragmentation."""
 SAMPLES = 3
+
+
+class Arm(NamedTuple):
+    """A way to compute the same: settings by section, and attributes that it replaces."""
+
+    settings: dict[str, dict[str, Any]]
+    replaced: tuple[tuple[Any, str, Any], ...] = ()
+
+
+def torchs_norm(self: attention.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Return the norm by torch's fused kernel."""
+    return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+ACTIVATION = {"megatron": {"bias_activation_fusion": True}}
+NORM = ((attention.RMSNorm, "forward", torchs_norm),)
+ARMS = {
+    "packed": Arm({}),
+    "fused activation and norm": Arm(ACTIVATION, NORM),
+    "fused activation": Arm(ACTIVATION),
+    "fused norm": Arm({}, NORM),
+    "AdamW not fused": Arm({}, ((optimizer, "fuse_adam", lambda *_, **__: None),)),
+    "padded": Arm({"train": {"packing": False}}),
+}
+"""By value, the first first.  Megatron's fused activation is compiled at first use."""
 
 
 @in_one_line
@@ -68,6 +103,7 @@ def main() -> int:
     )
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=700, help="median; at most 6 times")
+    parser.add_argument("--arms", type=known_arms, default=list(ARMS), help="separated by commas")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after this")
     options = parser.parse_args()
     models = options.model or MODELS
@@ -77,63 +113,100 @@ def main() -> int:
     result = {"command": " ".join(["python", *sys.argv]), "machine": machine.describe()}
     result |= {"cases": [], "not_started": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for model in models:
-        if time.monotonic() - start > options.seconds:
-            result["not_started"].append(str(model))
-        else:
-            result["cases"].append(measure(model, options.sequences, options.response_tokens))
-        result["goals"] = goals(result["cases"])
-        durable.write_text(options.out, json.dumps(result, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in itertools.product(options.arms, models):
+            case = case_of(result["cases"], model, Path(folder), options)
+            if time.monotonic() - start > options.seconds:
+                result["not_started"].append(f"{case['model']}, {name}")
+            else:
+                case["arms"][name] = measure(Path(folder, case["model"]), case, ARMS[name], options)
+            result["goals"] = goals(result["cases"])
+            durable.write_text(options.out, json.dumps(result, indent=2) + "\n")
     print(markdown(result))
     return 0
 
 
-def measure(model: Path, num_sequences: int, response_tokens: int) -> dict:
-    """Measure one model: the passes of an actor that is built once, over the same rollouts."""
+def known_arms(words: str) -> list[str]:
+    """Return names of arms."""
+    names = words.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(ARMS)}")
+    return names
+
+
+def case_of(cases: list[dict], model: Path, folder: Path, options) -> dict:
+    """Return the model's case, without arms at first, and write its config.json."""
+    name = model.parent.name if model.name == "model" else model.name
+    for case in cases:
+        if case["model"] == name:
+            return case
     hf = read_hf_config(model)
-    layers = layers_that_fit(Shape.of(hf))
-    sequences = rollouts(num_sequences, response_tokens, hf["vocab_size"])
+    sequences = rollouts(options.sequences, options.response_tokens, hf["vocab_size"])
     longest = max(len(s.tokens) for s in sequences)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(hf | {"num_hidden_layers": layers}))
-        config = _config(folder, longest)
-        parallel.initialize(config.parallel, seed=0)
-        # no loading: random weights from Megatron take the same time
-        with mock.patch.object(policy, "load_hf_weights", lambda *_: None):
-            actor = Actor(config)
-        arms = {}
-        for name, changed in ways(config).items():
-            actor.config = changed
-            arms[name] = passes(actor, sequences)
-        shape, parameters = (
-            Shape.of(actor.hf),
-            sum(p.numel() for c in actor.chunks for p in c.parameters()),
-        )
-        del actor
-        parallel.shut_down()
-    gc.collect()
-    torch.cuda.empty_cache()
-    work = FlopCount.of(sequences, shape.window)
-    return {
-        "model": model.parent.name if model.name == "model" else model.name,
+    own = folder / name
+    own.mkdir()
+    layers = layers_that_fit(Shape.of(hf), _config(own, longest, {}))
+    (own / "config.json").write_text(json.dumps(hf | {"num_hidden_layers": layers}))
+    case = {
+        "model": name,
         "layers": layers,
         "of_layers": hf["num_hidden_layers"],
-        "parameters": parameters,
-        "sequences": num_sequences,
+        "parameters": None,
+        "sequences": options.sequences,
         "longest": longest,
-        "tokens": work.tokens,
-        "arms": {name: rates(shape, work, arm, config.model.dtype) for name, arm in arms.items()},
+        "tokens": FlopCount.of(sequences).tokens,
+        "arms": {},
     }
+    cases.append(case)
+    return case
 
 
-def layers_that_fit(shape: Shape) -> int:
-    """Return the layers that fit with gradients and optimizer state next to the embeddings."""
+def measure(folder: Path, case: dict, arm: Arm, options) -> dict:
+    """Measure one arm: the passes of a new actor over the same rollouts."""
+    config = _config(folder, case["longest"], arm.settings)
+    shape = Shape.of(hf := read_hf_config(folder))
+    sequences = rollouts(options.sequences, options.response_tokens, hf["vocab_size"])
+    parallel.initialize(config.parallel, seed=0)
+    with ExitStack() as replaced:
+        # no loading: random weights from Megatron take the same time
+        for place in ((policy, "load_hf_weights", lambda *_: None), *arm.replaced):
+            replaced.enter_context(mock.patch.object(*place))
+        try:
+            actor = Actor(config)
+            case["parameters"] = sum(p.numel() for c in actor.chunks for p in c.parameters())
+            measured = passes(actor, sequences)
+            work = FlopCount.of(sequences, shape.window)
+            result = rates(shape, work, measured, config.model.dtype)
+        except torch.OutOfMemoryError as error:
+            result = {"failed": str(error).splitlines()[0]}
+    actor = None  # its memory is for the next arm
+    parallel.shut_down()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def layers_that_fit(shape: Shape, config: Config) -> int:
+    """Return the layers that fit with gradients, Adam, activations, embeddings and the head."""
     if not torch.cuda.is_available():
         return shape.layers
-    memory = torch.cuda.get_device_properties(0).total_memory * SHARE_FOR_THE_MODEL
+    memory = torch.cuda.get_device_properties(0).total_memory * SHARE_OF_MEMORY
     embeddings = 2 * shape.hidden * shape.vocabulary
-    fit = (memory / BYTES_A_PARAMETER - embeddings) / layer_parameters(shape)
-    return max(1, min(shape.layers, math.floor(fit)))
+    layer = layer_parameters(shape) + shape.idle_parameters // shape.layers
+    kept = partial(
+        stage_activations,
+        shape,
+        config.parallel,
+        planner.layer_kind(config.model),
+        config.megatron,
+        in_flight=1,
+        tokens=config.train.micro_batch_tokens,
+    )
+    for layers in range(shape.layers, 1, -1):
+        parameters = BYTES_A_PARAMETER * (embeddings + layers * layer)
+        if parameters + kept(num_layers=layers) + planner.head_bytes(config, shape) <= memory:
+            return layers
+    return 1
 
 
 def rollouts(num_sequences: int, response_tokens: int, vocabulary: int) -> list[ScoredSequence]:
@@ -145,12 +218,6 @@ def rollouts(num_sequences: int, response_tokens: int, vocabulary: int) -> list[
         tokens = tuple(draw.randrange(vocabulary) for _ in range(prompt + completion))
         sequences.append(ScoredSequence(tokens, start=prompt))
     return sequences
-
-
-def ways(config: Config) -> dict[str, Config]:
-    """Return the settings to compare."""
-    padded = replace(config, train=replace(config.train, packing=False))
-    return {"packed": config, "padded": padded}
 
 
 def passes(actor: Actor, sequences: list[ScoredSequence]) -> dict:
@@ -194,7 +261,7 @@ def goals(cases: list[dict]) -> list[dict]:
         arm["update"]["mfu"]
         for case in cases
         for arm in case["arms"].values()
-        if case["model"] == GOAL_MODEL and arm["update"]["mfu"] is not None
+        if case["model"] == GOAL_MODEL and "failed" not in arm and arm["update"]["mfu"] is not None
     ]
     best = max(reached, default=None)
     return [at_least(f"{GOAL_MODEL}, update, model FLOPs utilisation", GOAL, best)]
@@ -206,6 +273,9 @@ def markdown(result: dict) -> str:
     for case in result["cases"]:
         layers = f"{case['layers']} of {case['of_layers']} layers"
         for way, arm in case["arms"].items():
+            if "failed" in arm:
+                lines.append(f"| {case['model']}, {layers} | {way} | failed: {arm['failed']} |")
+                continue
             peak = "" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**30:.1f}"
             for task in ("score", "update"):
                 row = arm[task]
@@ -216,15 +286,19 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _config(folder: str, longest: int) -> Config:
-    """Return an actor, without any other part of a run."""
+def _config(folder: Path, longest: int, settings: dict[str, dict[str, Any]]) -> Config:
+    """Return an actor with an arm's settings, without any other part of a run."""
+    # set explicitly, since a plan assumes the choice that needs more memory
+    layers = "torch" if importlib.util.find_spec("transformer_engine") is None else "te"
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     tree = {
         "run": {"dir": "unused"},
-        "model": {"hf": folder, "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
+        "model": {"hf": str(folder), "dtype": dtype, "layers": layers},
         "data": {"train": "unused", "eval": "unused", "max_prompt_tokens": longest - 1},
         "selection": {"num_candidates": 1, "num_selected": 1},
         "rollout": {"max_new_tokens": 1},
-        "train": {"total_steps": 10},
+        "train": {"total_steps": 10} | settings.get("train", {}),
+        "megatron": settings.get("megatron", {}),
     }
     return from_tree(tree)
 

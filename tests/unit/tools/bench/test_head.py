@@ -11,7 +11,7 @@ from rounding import Reference, allowance, approx, bound
 
 from megatron_prepo.actor import parallel
 from megatron_prepo.config import ParallelConfig
-from tools.bench import head, head_goals, head_providers
+from tools.bench import head, head_goals, head_providers, head_stages
 from tools.bench.head_case import Shape, make_case
 from tools.bench.head_providers import FORWARD, FORWARD_BACKWARD, KNOWN_GRADIENT, Outcome, tasks_of
 
@@ -187,15 +187,14 @@ def test_the_known_gradient_is_judged_against_verls_two_passes():
     assert verdicts(case)[goal] | {"goal": ""} == head_goals.at_least("", 1.8, 1.8)
 
 
-def test_a_case_cut_short_judges_no_speed_but_memory_and_error():
-    rows = verdicts(reference_case(32768, cut="after 3 of 30 samples", ours=1.0, bare=1.0))
-    for goal, row in rows.items():
-        measured = goal in (
-            "N = 32768: mean log-prob error",
-            "N = 32768: forward, peak bytes",
-            "N = 32768: forward+backward, peak bytes",
-        )
-        assert row["verdict"] == ("met" if measured else "not measured"), goal
+def test_a_case_cut_short_is_judged_by_its_samples_and_says_so():
+    cut = "after 3 of 30 samples"
+    rows = verdicts(reference_case(32768, cut=cut, ours=1.0, bare=1.0))
+    speed = rows["N = 32768: forward, speed over that of bare's forward"]
+    assert (speed["verdict"], speed["cut"]) == ("met", cut)
+    unknown = rows["N = 32768: forward, speed over that of verl's forward"]
+    assert (unknown["verdict"], unknown["cut"]) == ("not measured", None)
+    assert rows["N = 32768: mean log-prob error"]["cut"] is None
 
 
 def test_one_number_that_is_none_fails_the_error_goal():
@@ -269,6 +268,36 @@ def test_a_case_without_time_is_cut_and_says_so(one_rank):
     assert result["runs"]["bare"][FORWARD]["milliseconds"]["median"] is None
 
 
+def test_every_round_is_kept(one_rank):
+    """What a killed process leaves: all errors and peaks, and the samples of complete rounds."""
+    kept = []
+    case = small_case(one_rank)
+    providers = {"bare": head_providers.BARE}
+    head.measure(case, providers, 1, 2, keep=lambda result: kept.append(json.dumps(result)))
+    kept = [json.loads(text) for text in kept]
+    assert [k["cut"] for k in kept[:2]] == ["after 0 of 2 samples", "after 1 of 2 samples"]
+    assert kept[-1]["cut"] is None
+    assert all(run["peak_extra_bytes"] >= 0 for run in kept[0]["runs"]["bare"].values())
+    assert len(kept[1]["runs"]["bare"][FORWARD]["milliseconds"]["samples"]) == 1
+
+
+def test_stages_are_the_heads_products_and_row_operations(one_rank):
+    """One product per chunk and stage, so that their operations are those of the rates."""
+    case = small_case(one_rank, entropy_gradient=False)
+    tasks = head_stages.stages(case)
+    for name, run in tasks.items():
+        with torch.profiler.profile() as record:
+            run(case)
+        counts = {event.key: event.count for event in record.key_averages()}
+        products = counts.get("aten::mm", 0) + counts.get("aten::addmm_", 0)
+        assert products == (name in head_stages.MATRIX_PRODUCTS), name
+    times = {name: head.summary([2.0]) for name in tasks}
+    table = head_stages.describe(case, times, {})["stages"]["table"]
+    assert table[head_stages.WEIGHT]["tflops"] == case.shape.matmul_flops(1) / 2e-3 / 1e12
+    elements = 48 * 512
+    assert table[head_stages.STATISTICS]["gigabytes_per_second"] == 4 * elements / 2e-3 / 1e9
+
+
 def test_percentiles():
     row = head.summary([float(n) for n in range(1, 12)])
     assert (row["p10"], row["median"], row["p90"]) == (2, 6, 10)
@@ -279,7 +308,7 @@ def test_the_cpu_run_from_end_to_end(tmp_path):
     out = tmp_path / "new" / "head.json"
     command = [sys.executable, "tools/bench/head.py", "--cpu", "--out", str(out)]
     command += ["--tokens", "64", "--vocab", "256", "--hidden", "16,32"]
-    command += ["--warm-ups", "0", "--samples", "2"]
+    command += ["--warm-ups", "0", "--samples", "2", "--stages", "--chunks", "8,32,128"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
@@ -289,6 +318,11 @@ def test_the_cpu_run_from_end_to_end(tmp_path):
     assert len(result["goals"]) == 12
     assert {row["verdict"] for row in result["goals"]} <= {"met", "missed"}
     assert str(tmp_path) not in out.read_text()
+    first, second = result["cases"]
+    assert len(first["stages"]["table"]) == 6 and "stages" not in second
+    swept = [(row["chunk_tokens"], row["task"]) for row in first["chunks"]]
+    tasks = (FORWARD, FORWARD_BACKWARD, KNOWN_GRADIENT)
+    assert sorted(swept) == [(chunk, task) for chunk in (8, 32) for task in sorted(tasks)]
     for case in result["cases"]:
         errors = {}
         for provider in ("ours", "naive"):

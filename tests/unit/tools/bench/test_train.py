@@ -8,9 +8,11 @@ from statistics import median
 
 import pytest
 import torch
-from rounding import approx
+from megatron.core.transformer import TransformerConfig
+from rounding import approx, assert_close
 from tiny_models import qwen2
 
+from megatron_prepo.actor.attention import RMSNorm
 from megatron_prepo.models.flops import FlopCount
 from megatron_prepo.models.shape import Shape
 from tools.bench import train, train_case, utilisation
@@ -129,19 +131,24 @@ def test_whole_steps_and_a_trainer_that_computes_something_else(monkeypatch, tmp
         run(monkeypatch, out, *options)
 
 
-def test_utilisation_of_a_tiny_model(monkeypatch, tmp_path, capsys):
-    """Utilisation is measured as on a GPU, except for the peak: operations are the formula's over
-    the seconds measured."""
+def measure_utilisation(monkeypatch, tmp_path, *words):
     qwen2().config.save_pretrained(tmp_path / "tiny")
     out = tmp_path / "result.json"
     argv = ["--model", str(tmp_path / "tiny"), "--sequences", "3", "--response-tokens", "20"]
-    monkeypatch.setattr(sys, "argv", ["utilisation.py", "--out", str(out), *argv])
+    monkeypatch.setattr(sys, "argv", ["utilisation.py", "--out", str(out), *argv, *words])
     assert utilisation.main() == 0
-    result = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+def test_utilisation_of_a_tiny_model(monkeypatch, tmp_path, capsys):
+    """Utilisation is measured as on a GPU, except for the peak: operations are the formula's over
+    the seconds measured."""
+    result = measure_utilisation(monkeypatch, tmp_path, "--arms", "packed,fused norm")
     (case,) = result["cases"]
     hf = json.loads((tmp_path / "tiny" / "config.json").read_text())
     work = FlopCount.of(utilisation.rollouts(3, 20, hf["vocab_size"]))
     assert (case["layers"], case["tokens"]) == (4, work.tokens)
+    assert case["arms"].keys() == {"packed", "fused norm"}
     for arm in case["arms"].values():
         spent = median(arm["seconds"]["update"])
         assert arm["update"]["tflops"] == 3 * work.flops(Shape.of(hf)) / spent / 1e12
@@ -150,12 +157,36 @@ def test_utilisation_of_a_tiny_model(monkeypatch, tmp_path, capsys):
     assert "4 of 4 layers" in capsys.readouterr().out
 
 
+def test_an_arm_without_memory_or_time_ends_no_other(monkeypatch, tmp_path, capsys):
+    def no_memory(actor, sequences):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(utilisation, "passes", no_memory)
+    result = measure_utilisation(monkeypatch, tmp_path, "--arms", "packed,padded")
+    reason = {"failed": "CUDA out of memory. Tried to allocate 2 GiB"}
+    assert result["cases"][0]["arms"] == {"packed": reason, "padded": reason}
+    assert result["goals"][0]["verdict"] == "not measured"
+    assert "| padded | failed: CUDA out of memory." in capsys.readouterr().out
+    (tmp_path / "result.json").unlink()
+    result = measure_utilisation(monkeypatch, tmp_path, "--seconds", "-1")
+    assert result["not_started"] == [f"tiny, {name}" for name in utilisation.ARMS]
+
+
+def test_torchs_norm_is_ours():
+    ours = RMSNorm(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), 8)
+    x_TH = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    assert_close(utilisation.torchs_norm(ours, x_TH).detach(), ours(x_TH).detach())
+
+
 def test_layers_that_fit_are_counted_by_bytes(monkeypatch):
-    """7B: 0.7 x 80 GiB / 18 bytes are 3.34e9 parameters, of which 1.09e9 are embeddings."""
-    hf = json.loads((utilisation.MODELS[1] / "config.json").read_text())
+    """7B on 80 GiB: of the 77.3e9 bytes that may be used, embeddings take 18 x 1.09e9, the head
+    1.1e9, and each layer 18 x 2.33e8 for parameters and 2.47e9 for activations of 8,192 tokens."""
+    hf = json.loads((utilisation.MODELS[0] / "config.json").read_text())
     gpu = type("Properties", (), {"total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    shape = Shape.of(hf)
-    assert utilisation.layers_that_fit(shape) == 9  # of 2.33e8 each
-    assert utilisation.layers_that_fit(replace(shape, layers=4)) == 4
+    shape, config = Shape.of(hf), utilisation._config("unused", 4500, {})
+    assert utilisation.layers_that_fit(shape, config) == 8
+    assert utilisation.layers_that_fit(replace(shape, layers=4), config) == 4
+    gpu.total_memory = 143771 * 2**20  # an H200, where 20 layers were chosen, and need 154e9 bytes
+    assert utilisation.layers_that_fit(shape, config) == 17
