@@ -9,7 +9,7 @@ import pytest
 
 from megatron_prepo.debug import resume_check as prove
 from megatron_prepo.errors import UserError
-from tools.checks import gpu_check
+from tools.checks import gpu_parts
 
 DEADLINE_SECONDS = 60.0
 WITH_A_CHILD = (
@@ -76,7 +76,7 @@ def test_ctrl_c_stops_a_part_of_the_gpu_check(tmp_path, monkeypatch):
     real = subprocess.Popen.wait
     monkeypatch.setattr(subprocess.Popen, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.run_within(60.0, [sys.executable, "-c", WITH_A_CHILD, str(pids)])
+        gpu_parts.run_within(60.0, [sys.executable, "-c", WITH_A_CHILD, str(pids)])
     monkeypatch.undo()
     assert_gone(pids.read_text())
 

@@ -1,0 +1,55 @@
+"""What is carried to a GPU machine: verl's kernel alone, sizes, and the commands to run there."""
+
+import sys
+import zipfile
+
+from tools.checks import pack_gpu
+
+
+def test_only_the_kernel_of_verl_is_carried(tmp_path):
+    with zipfile.ZipFile(tmp_path / "verl.whl", "w") as wheel:
+        for name in ("verl/__init__.py", "verl/utils/kernel/kernels.py", "verl/utils/kernel/a.md"):
+            wheel.writestr(name, "x = 1\n")
+    (tmp_path / "kernel").mkdir()
+    pack_gpu.copy_kernel(tmp_path / "verl.whl", tmp_path / "kernel")
+    assert [path.name for path in (tmp_path / "kernel").iterdir()] == ["kernels.py"]
+    assert pack_gpu.size(tmp_path / "kernel") == 6
+
+
+def test_commands_and_what_each_carries(tmp_path, monkeypatch, capsys):
+    folder, archives = tmp_path / "packed", tmp_path / "archives"
+    archives.mkdir()
+    for number in (1, 2):
+        (archives / f"sglang_{number}.zip").write_bytes(b"x" * (number << 20))
+
+    def download(folder):
+        (folder / "wheels").mkdir(parents=True)
+        (folder / "wheels" / "a.whl").write_bytes(b"x" * (6 << 20))
+
+    monkeypatch.setattr(pack_gpu, "download", download)
+    words = ["pack_gpu.py", str(folder), "--sglang", str(archives)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert pack_gpu.main() == 0
+    printed = capsys.readouterr().out
+    first, second = archives / "sglang_1.zip", archives / "sglang_2.zip"
+    assert f"command 1 carries 7.0 MiB of 64: {folder} {first}" in printed
+    assert f"command 2 carries 2.0 MiB of 64: {second}" in printed
+    assert "pip install -q --no-index --no-deps" in printed
+    assert f"cp -r {folder}/. {pack_gpu.THERE}/ && cp -r {first} {pack_gpu.THERE}/" in printed
+    assert f"--parts sglang --sglang {pack_gpu.THERE} --budget 240" in printed
+    assert pack_gpu.main() == 2
+    assert "packed exists; choose another folder" in capsys.readouterr().err
+    monkeypatch.setattr(pack_gpu, "MOST_BYTES", 1 << 20)
+    words[1] = str(tmp_path / "other")
+    assert pack_gpu.main() == 1
+
+
+def test_an_archive_that_is_missing_is_named_before_anything_is_downloaded(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "sglang_1.zip").touch()
+    words = ["pack_gpu.py", str(tmp_path / "packed"), "--sglang", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert pack_gpu.main() == 2
+    assert "no sglang_2.zip" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()

@@ -1,0 +1,119 @@
+"""Collect what gpu_check.py needs on a machine without a package index, and print its commands.
+
+    python tools/checks/pack_gpu.py FOLDER [--sglang FOLDER]      # needs the network
+
+FOLDER is new, inside the repository, so that it is copied to the machine with it; `--sglang` names
+archives of pack_sglang.py in such a folder.  For a machine with Python 3.12, torch 2.11, triton and
+transformers, the packages that these require, and those of BROUGHT_BY_THE_MACHINE.  What a command
+carries must be at most 64 MiB, which the sizes show.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_prepo.errors import UserError
+from megatron_prepo.files.existing import existing
+from megatron_prepo.process.command import in_one_line
+from tools.checks.pack_sglang import MOST_BYTES, PLATFORM
+
+PACKAGES = (
+    *("megatron-core==0.19.2", "math-verify==0.9.0", "latex2sympy2-extended==1.11.0"),
+    *("antlr4-python3-runtime==4.13.2", "pydantic==2.14.4", "pydantic-core==2.50.5"),
+    *("annotated-types==0.8.0", "typing-inspection==0.4.5", "ruamel.yaml==0.19.1"),
+    "liger-kernel==0.8.5",
+)
+"""The rehearsal in tests/e2e/test_gpu_rehearsal.py shows that these are enough."""
+BROUGHT_BY_THE_MACHINE = (
+    *("httpx", "hypothesis", "matplotlib", "numpy", "packaging", "psutil", "pytest"),
+    *("safetensors", "scipy", "sympy", "tqdm"),
+)
+VERL, VERL_KERNEL = "verl==0.8.0", "verl/utils/kernel/"
+"""verl's wheel, of which the kernel's files are carried."""
+THERE = "/tmp/gpu"
+"""Folder on the machine to which commands copy what they carry, since only it outlives them."""
+INSTALL = (
+    f"python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir "
+    f"--target {THERE}/site {THERE}/wheels/*.whl"
+)
+CHECK = f"PYTHONPATH={THERE}/site python3 tools/checks/gpu_check.py"
+
+
+@in_one_line
+def main() -> int:
+    """Download, and print sizes and commands."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sglang", type=existing(), help="folder with archives of pack_sglang.py")
+    options = parser.parse_args()
+    if options.folder.exists():
+        raise UserError(f"{options.folder} exists; choose another folder, or move it away")
+    download(options.folder)
+    carried = [[options.folder], []]
+    if options.sglang:
+        for archives, archive in zip(carried, sglang_archives(options.sglang), strict=True):
+            archives.append(archive)
+    sizes = [sum(map(size, paths)) for paths in carried]
+    for number, (command, paths) in enumerate(zip(commands(*carried), carried, strict=True), 1):
+        if number == 1 or options.sglang:
+            print(f"\ncommand {number} carries {sizes[number - 1] / (1 << 20):.1f} MiB", end="")
+            print(f" of {MOST_BYTES >> 20}: {' '.join(map(str, paths))}\n\n{command}")
+    return int(max(sizes) > MOST_BYTES)
+
+
+def download(folder: Path) -> None:
+    """Write the wheels and verl's kernel."""
+    wheels, kernel = folder / "wheels", folder / "verl"
+    for new in (wheels, kernel):
+        new.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *PLATFORM, "--dest"]
+    subprocess.run([*command, str(wheels), *PACKAGES], check=True)
+    for wheel in sorted(wheels.iterdir()):
+        print(f"{wheel.name}: {size(wheel) / 1e6:.2f} MB")
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([*command, scratch, VERL], check=True)
+        (wheel,) = Path(scratch).iterdir()
+        copy_kernel(wheel, kernel)
+    print(f"verl's kernel: {size(kernel) / 1e6:.2f} MB")
+
+
+def copy_kernel(wheel: Path, folder: Path) -> None:
+    """Copy the files of verl's kernel out of its wheel."""
+    with zipfile.ZipFile(wheel) as files:
+        for name in files.namelist():
+            if name.startswith(VERL_KERNEL) and name.endswith(".py"):
+                (folder / Path(name).name).write_bytes(files.read(name))
+
+
+def size(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def sglang_archives(folder: Path) -> list[Path]:
+    """Return the two archives of pack_sglang.py, one for each command."""
+    archives = [folder / f"sglang_{number}.zip" for number in (1, 2)]
+    if absent := [archive for archive in archives if not archive.is_file()]:
+        raise UserError(f"--sglang {folder}: no {absent[0].name}; make it by pack_sglang.py")
+    return archives
+
+
+def commands(first: list[Path], second: list[Path]) -> tuple[str, str]:
+    """Return the commands to run in the repository on the machine: all parts, then SGLang's."""
+    copies = [f"cp -r {path}{'/.' if path.is_dir() else ''} {THERE}/" for path in first]
+    begin = " && ".join([f"mkdir -p {THERE}", *copies, INSTALL])
+    again = " && ".join(f"cp {path} {THERE}/" for path in second)
+    return (
+        f'{begin} && {CHECK} --out "$OUT" --verl {THERE}/verl --budget 540',
+        f'{again} && {CHECK} --out "$OUT" --parts sglang --sglang {THERE} --budget 240',
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
