@@ -26,8 +26,8 @@ from megatron_prepo.files import atomic as durable
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAPER, TINY = (REPOSITORY / "examples" / name for name in ("paper", "laptop/base"))
 MEMORY_DISK = Path("/dev/shm")
-CHECKPOINT_BYTES = 2 * 14 * 1.8e9
-"""Two checkpoints of the 1.5B model with separate output weights, 14 bytes per parameter."""
+CHECKPOINT_BYTES = 2 * 14 * 1.55e9
+"""Two checkpoints of the 1.5B model, 14 bytes per parameter."""
 SGLANG = {
     "attention_backend": "triton",  # the only one in the packed kernels
     "sampling_backend": "pytorch",

@@ -1,7 +1,7 @@
 """Pack SGLang for a GPU machine without a package index: two archives of less than 64 MiB each.
 
     python tools/checks/pack_sglang.py FOLDER          # downloads some 0.6 GB; needs the network
-    python tools/checks/gpu_check.py --out RESULT.json --sglang FOLDER     # on that machine
+    python tools/checks/pack_gpu.py OTHER_FOLDER --sglang FOLDER      # then prints the commands
 
 For Python 3.12 and torch 2.11 (CUDA 13), which must be installed, as well as torchvision and
 triton.  Of the kernel package, 383 MB, only the files that sm90 (H100, H200) imports are included:
