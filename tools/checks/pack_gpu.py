@@ -33,7 +33,7 @@ BROUGHT_BY_THE_MACHINE = (
     *("httpx", "hypothesis", "matplotlib", "numpy", "packaging", "psutil", "pytest"),
     *("safetensors", "scipy", "sympy", "tqdm"),
 )
-VERL, VERL_KERNEL = "verl==0.8.0", "verl/utils/kernel/"
+VERL, VERL_KERNEL = "verl==0.9.1", "verl/utils/kernel/"
 """verl's wheel, of which the kernel's files are carried."""
 THERE = "/tmp/gpu"
 """Folder on the machine to which commands copy what they carry, since only it outlives them."""
@@ -53,11 +53,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.folder.exists():
         raise UserError(f"{options.folder} exists; choose another folder, or move it away")
+    archives = sglang_archives(options.sglang) if options.sglang else []
     download(options.folder)
-    carried = [[options.folder], []]
-    if options.sglang:
-        for archives, archive in zip(carried, sglang_archives(options.sglang), strict=True):
-            archives.append(archive)
+    carried = [[options.folder, *archives[:1]], archives[1:]]
     sizes = [sum(map(size, paths)) for paths in carried]
     for number, (command, paths) in enumerate(zip(commands(*carried), carried, strict=True), 1):
         if number == 1 or options.sglang:

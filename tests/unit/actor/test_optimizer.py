@@ -1,5 +1,6 @@
 """The learning rate of every optimizer update, against the formula."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -61,7 +62,7 @@ def adam(fused: bool, state: dict | None = None):
     megatrons = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=torchs)])
     fuse_adam(megatrons, fused=fused)
     if state is not None:
-        torchs.load_state_dict(state)
+        torchs.load_state_dict(copy.deepcopy(state))  # as from a file
         fuse_adam(megatrons, fused=fused)
     return parameter, torchs
 

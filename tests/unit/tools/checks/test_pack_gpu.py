@@ -47,6 +47,7 @@ def test_commands_and_what_each_carries(tmp_path, monkeypatch, capsys):
 def test_an_archive_that_is_missing_is_named_before_anything_is_downloaded(
     tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(pack_gpu, "download", None)
     (tmp_path / "sglang_1.zip").touch()
     words = ["pack_gpu.py", str(tmp_path / "packed"), "--sglang", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
