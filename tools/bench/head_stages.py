@@ -1,7 +1,7 @@
 """Time of each stage of our head, and of the complete head by the size of its chunks.
 
-Stages are computed as the actor does, chunk by chunk over all tokens, each by itself: the product
-for the logits, with results in the inputs' type and in float32; the statistics of rows; the
+Stages are computed as the actor does, chunk by chunk over all tokens, and timed separately: the
+product for the logits, with results in the inputs' type and in float32; the statistics of rows; the
 gradient of rows; and the products for the gradients of hidden states (dX) and of the weight (dW).
 Their sum is not the head's time, since a stage may find in a cache what the previous one wrote.
 

@@ -5,14 +5,14 @@
 
 The parts, in order: the output head (tools/bench/head.py, with its stages and chunk sizes), the
 share of the GPU's peak in training (utilisation.py), the tests marked `gpu`, a plan's memory
-(plan.py), the demo, and how long a run waits for a checkpoint (checkpoint.py).  In a command of its
-own: training with an SGLang server on the same GPU, with weight sync by CUDA IPC, and that sync at
-the shape of a 7B model, from the archives of pack_sglang.py.
+(plan.py), the demo, and how long a run waits for a checkpoint (checkpoint.py).  In a separate
+command: training with an SGLang server on the same GPU, with weight sync by CUDA IPC, and that
+sync at the shape of a 7B model, from the archives of pack_sglang.py.
 
-Each part has a share of the time that is left, so that what one does not use goes to the others,
-and is stopped at its end.  FOLDER gets one JSON file per part, with what a stopped part has
-measured, and summary.md, which is printed last.  A part whose file exists is skipped, unless
-`--again` names it.  Exit code 0 means that every selected part passed.
+Each part has a share of the remaining time, so that later parts get what one does not use, and is
+stopped at its end.  FOLDER gets one JSON file per part, with what a stopped part has measured, and
+summary.md, which is printed last.  A part whose file exists is skipped, unless `--again` names it.
+Exit code 0 means that every selected part passed.
 
 `--rehearse` runs all of it at a tiny size without a GPU.  docs/gpu.md has the two commands for a
 machine without network (pack_gpu.py).
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files.existing import existing
+from megatron_prepo.process import activity
 from megatron_prepo.process.command import in_one_line
 from tools.checks import gpu_summary
 from tools.checks.gpu_parts import APART, PARTS, Options, Part
@@ -65,7 +66,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     options = Options(verl=words.verl, sglang=words.sglang, rehearse=words.rehearse)
     parts = {name: PARTS[name] for name in words.parts}
-    return check(parts, options, words.out, end + words.budget, words.again)
+    with activity.handed_over():  # the parts' processes show what they do
+        return check(parts, options, words.out, end + words.budget, words.again)
 
 
 def check(parts: dict[str, Part], options: Options, out: Path, end: float, again: list[str]) -> int:

@@ -58,7 +58,7 @@ class Part(NamedTuple):
     """A part of the check."""
 
     share: float
-    """Its time, in proportion to that of the parts that are left."""
+    """Its time, in proportion to that of all remaining parts."""
     run: Callable[[Options, Path, float], dict[str, Any]]
     """Called with a file for unfinished results, which may be left, and a time limit in seconds."""
 
@@ -173,7 +173,7 @@ PARTS = {
 }
 """By value, the first first."""
 APART = ("sglang",)
-"""Parts that run only if they are selected: they need a command of their own."""
+"""Parts that run only if they are selected: they need a separate command."""
 
 
 def benchmark(name: str, words: list[str], file: Path, seconds: float) -> dict:
