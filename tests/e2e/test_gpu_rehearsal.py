@@ -1,8 +1,8 @@
 """The check on a GPU machine, rehearsed without one, with only what is there and what is carried.
 
 The machine's environment has torch, transformers, the packages that pack_gpu.py relies on, and what
-these require; carried packages are on a path of their own, and the repository is a copy of its
-tracked files.
+these require; carried packages are on a separate path, and the repository is a copy of its tracked
+files.
 """
 
 import importlib.metadata

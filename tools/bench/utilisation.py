@@ -88,7 +88,7 @@ ARMS = {
     "AdamW not fused": Arm({}, ((optimizer, "fuse_adam", lambda *_, **__: None),)),
     "padded": Arm({"train": {"packing": False}}),
 }
-"""By value, the first first.  Megatron's fused activation is compiled at first use."""
+"""Arms, the most valuable first.  Megatron's fused activation is compiled at first use."""
 
 
 @in_one_line

@@ -58,7 +58,7 @@ class Part(NamedTuple):
     """A part of the check."""
 
     share: float
-    """Its time, in proportion to that of all remaining parts."""
+    """Share of the remaining time, in proportion to those of all remaining parts."""
     run: Callable[[Options, Path, float], dict[str, Any]]
     """Called with a file for unfinished results, which may be left, and a time limit in seconds."""
 
@@ -171,7 +171,7 @@ PARTS = {
     "checkpoint": Part(60, run_checkpoint),
     "sglang": Part(500, run_sglang),
 }
-"""By value, the first first."""
+"""Parts, the most valuable first."""
 APART = ("sglang",)
 """Parts that run only if they are selected: they need a separate command."""
 

@@ -404,8 +404,10 @@ def product_that_truncates(a, b, *, out=None):
 
 
 def test_a_head_errs_as_its_product_does(monkeypatch):
-    """By more than any chosen number, such as 1e-5, where logits are large and a product truncates:
-    the bound is computed with the same product."""
+    """Errors exceed a chosen number, such as 1e-5, where logits are large and a product truncates.
+
+    So the bound is computed with the same product.
+    """
     monkeypatch.setattr(lm_head, "product", product_that_truncates)
     hidden_TH, weight_VH, targets_T = problem(
         tokens=16, hidden=2048, rows=300, scale=8.0, dtype=torch.bfloat16

@@ -51,7 +51,7 @@ def test_a_rank_that_is_no_number_is_named(monkeypatch, name):
 
 @pytest.mark.parametrize(("given", "used"), [(None, "1"), ("0", "0")])
 def test_on_a_gpu_cudnn_does_not_plan_a_kernel_for_each_length(monkeypatch, given, used):
-    """Unless the user has set the variable; no attention comes before this place."""
+    """A variable that the user has set stays; no attention comes before this place."""
     environment = {} if given is None else {parallel.NO_CUDNN_ATTENTION: given}
     monkeypatch.setattr(parallel.os, "environ", environment)
     monkeypatch.setattr(parallel.torch.cuda, "is_available", lambda: True)

@@ -108,7 +108,7 @@ def test_a_part_with_a_result_is_skipped_unless_asked_for(tmp_path):
 
 
 def test_a_killed_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):
-    """Also when the check is killed with it: the unfinished file is in the folder of results."""
+    """The unfinished file is in the folder of results, in case the check is killed, too."""
     code = "import sys, time; open(sys.argv[2], 'w').write('[1]'); time.sleep(60)"
     (tmp_path / "tools" / "bench").mkdir(parents=True)
     (tmp_path / "tools" / "bench" / "slow.py").write_text(code)
