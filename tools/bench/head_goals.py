@@ -1,7 +1,7 @@
 """Goals of the head, and the verdict of a measurement on each: met, missed, not measured.
 
 Speed is a ratio to another provider of the same run, never a time.  A goal is judged only at
-REFERENCE; that of a case that was stopped early says after how many samples.
+REFERENCE; that of a case that was stopped early names the number of samples.
 """
 
 import math
