@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines, write_text
 from megatron_prepo.files.existing import existing

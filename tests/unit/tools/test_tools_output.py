@@ -34,6 +34,15 @@ TOOLS = sorted(
 )
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_tool_finds_what_it_imports_as_a_script(name):
+    """Python puts a script's own folder on its path, not the repository."""
+    text = MODULES[name].read_text()
+    place = text.find("\nfrom tools")
+    if place >= 0 and "__main__" in text:
+        assert 0 <= text.find("sys.path.insert(0, ") < place
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_begins_with_what_the_tool_does(capsys, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [MODULES[name].name, "--help"])
