@@ -14,12 +14,18 @@ from checkpoints_convert.verify import Report
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from tests.e2e.laptop import LAPTOP
-from tools.checks import pack_sglang
+from tools.checks import gpu_check, pack_sglang
 from tools.data import prepare
 from tools.inspect import compare_logprobs
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-FOLDERS = {"inspect.compare_logprobs", "data.prepare", "data.reasoning_gym_tasks"}
+FOLDERS = {
+    "inspect.compare_logprobs",
+    "data.prepare",
+    "data.reasoning_gym_tasks",
+    "checks.gpu_check",
+    "checks.gpu_parts",
+}
 """Tools whose `--out` is a folder."""
 FURTHER = {"bench.train": ["--case", "laptop"]}
 """Required arguments of tools that look at the file after all arguments."""
@@ -130,6 +136,15 @@ def test_a_manifest_is_replaced_and_no_other_file(capsys, monkeypatch, tmp_path)
     file.write_text(Report().as_json())
     assert "exists" not in refused(capsys, monkeypatch, convert, *words)
     assert json.loads(file.read_text())["passed"]
+
+
+@pytest.mark.parametrize("again", [[], ["--again", "head"]])
+def test_a_users_file_in_the_folder_of_a_gpu_check_is_kept(capsys, monkeypatch, tmp_path, again):
+    file = tmp_path / "head.json"
+    for content in ("precious", '{"part": "mine"}'):
+        file.write_text(content)
+        said = refused(capsys, monkeypatch, gpu_check.main, "--rehearse", "--out", tmp_path, *again)
+        assert f"{file} exists" in said and file.read_text() == content
 
 
 def test_a_folder_of_the_users_gets_no_logs_and_pictures(capsys, monkeypatch, tmp_path):
