@@ -19,7 +19,7 @@ from megatron_prepo.actor.packing import plan_rows
 from megatron_prepo.records import ScoredSequence
 from tests.unit.actor.test_micro_batch import SHAPE
 
-CONFIG = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0)
+CONFIG = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, window_size=None)
 SIZE = 6
 SEQUENCES = [
     ScoredSequence((1, 2, 3, 4, 5), 3),
