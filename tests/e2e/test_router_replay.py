@@ -58,7 +58,7 @@ def test_a_killed_run_goes_on_with_the_routing_of_what_it_has_paid_for(
     tmp_path, settings, undisturbed
 ):
     """The first step's rollouts are in the journal, and nothing else remains of the step."""
-    process = start(tmp_path, *settings)
+    process = start(tmp_path, *settings, "texts.rollouts=0", "texts.evaluations=0")
     wait_for_steps(1, tmp_path, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
