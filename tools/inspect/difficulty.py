@@ -36,6 +36,7 @@ from tools.data.prompt_perplexity import scores
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator
 
 Numbers: TypeAlias = NDArray[np.float64]
 DRAWS = 2000
@@ -137,8 +138,13 @@ def draw(
     """Draw pass rates against each quantity, and the correlations with their intervals."""
     names = np.unique(task_P)
     colors = pyplot.get_cmap("tab20")(np.linspace(0, 1, len(names)))
+    rows = [
+        n for n in result[QUANTITIES[0]] if any(result[q][n]["value"] is not None for q in x_of)
+    ]
     generator = np.random.default_rng(0)
-    figure, axes = pyplot.subplots(2, len(x_of), figsize=(11, 9), squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, len(x_of), figsize=(11, 9), squeeze=False, sharey="row", layout="constrained"
+    )
     for column, (quantity, x_P) in enumerate(x_of.items()):
         above, below = axes[:, column]
         for task, color in zip(names, colors, strict=True):
@@ -146,19 +152,23 @@ def draw(
             jitter = generator.uniform(-0.015, 0.015, mine.sum())
             above.scatter(x_P[mine], pass_P[mine] + jitter, s=9, color=color, label=task)
         above.set_xscale("log")
+        above.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        above.xaxis.set_major_formatter("{x:g}")
+        above.xaxis.set_minor_formatter("")
         above.set_xlabel(f"{quantity} of the prompt")
-        above.set_ylabel("pass rate")
-        rows = {n: r for n, r in result[quantity].items() if r["value"] is not None}
-        for place, row in enumerate(rows.values()):
-            below.plot(row["ci95"], [place, place], color=INK, linewidth=1)
-            below.plot(row["value"], place, "o", color=INK, markersize=4)
+        for place, name in enumerate(rows):
+            row = result[quantity][name]
+            if row["value"] is not None:
+                below.plot(row["ci95"], [place, place], color=INK, linewidth=1)
+                below.plot(row["value"], place, "o", color=INK, markersize=4)
         below.axvline(0, color=INK, linewidth=0.5)
-        below.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        below.invert_yaxis()
+        below.set_yticks(range(len(rows)), rows, fontsize=8)
         below.set_xlim(-1, 1)
-        below.set_xlabel(f"rank correlation of {quantity} and pass rate, 95 % interval")
-    axes[0, 0].legend(fontsize=7, markerscale=1.5)
-    figure.tight_layout()
+        below.set_xticks((-1, -0.5, 0, 0.5, 1))
+        below.set_xlabel(f"rank correlation of {quantity} and pass rate, 95 % interval", fontsize=9)
+    axes[0, 0].set_ylabel("pass rate")
+    axes[1, 0].invert_yaxis()  # of all columns
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
