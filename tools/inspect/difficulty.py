@@ -112,20 +112,20 @@ def correlations(
     return found
 
 
-def pass_rates(completions: Path, ids: Sequence[str]) -> Numbers:
-    """Return the mean reward of each prompt's completions.
+def pass_rates(completions: Path, ids: Sequence[str], pass_reward: float) -> Numbers:
+    """Return the share of each prompt's completions whose reward is at least `pass_reward`.
 
     Raises UserError if a prompt has none.
     """
-    rewards = defaultdict(list)
+    passed = defaultdict(list)
     for record in read_lines(completions):
-        rewards[record["prompt"]].append(record["reward"])
-    if absent := [name for name in ids if name not in rewards]:
+        passed[record["prompt"]].append(record["reward"] >= pass_reward)
+    if absent := [name for name in ids if name not in passed]:
         raise UserError(
             f"{completions} has no completion of {len(absent)} prompts, such as {absent[0]!r}; "
             "evaluate these prompts (`megatron-prepo evaluate`)"
         )
-    return np.array([np.mean(rewards[name]) for name in ids])
+    return np.array([np.mean(passed[name]) for name in ids])
 
 
 def draw(
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=new_file(".png"), required=True, help="JSON file")
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
+    parser.add_argument("--pass-reward", type=float, default=1.0, help="as reward.high")
     parser.add_argument("--tokens", choices=("all", "content"), default="all")
     options = parser.parse_args(arguments)
     scored = scores(
@@ -195,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokens=options.tokens,
     )[str(options.prompts)]
     task_P = np.array([prompt.id.partition("/")[0] for prompt in scored.prompts])
-    pass_P = pass_rates(options.completions, [prompt.id for prompt in scored.prompts])
+    pass_P = pass_rates(
+        options.completions, [prompt.id for prompt in scored.prompts], options.pass_reward
+    )
     length_P = np.array([len(prompt.tokens) for prompt in scored.prompts], dtype=np.float64)
     x_of = dict(zip(QUANTITIES, (scored.ppl_P, scored.entropy_P), strict=True))
     result: dict[str, Any] = {

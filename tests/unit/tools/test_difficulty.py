@@ -99,4 +99,12 @@ def test_a_prompt_without_completions_is_named(tmp_path):
     completions = tmp_path / "completions.jsonl"
     completions.write_text('{"prompt": "a", "reward": 1.0}\n')
     with pytest.raises(UserError, match="no completion of 1 prompts, such as 'b'"):
-        difficulty.pass_rates(completions, ["a", "b"])
+        difficulty.pass_rates(completions, ["a", "b"], 1.0)
+
+
+def test_part_of_a_reward_is_no_pass(tmp_path):
+    """Scorers may give 0.01 for an answer in the right form."""
+    completions = tmp_path / "tasks.jsonl"
+    lines = [json.dumps({"prompt": "a", "reward": reward}) for reward in (1.0, 0.01, 0.0, 1.0)]
+    completions.write_text("\n".join(lines) + "\n")
+    assert difficulty.pass_rates(completions, ["a"], 1.0).tolist() == [0.5]
