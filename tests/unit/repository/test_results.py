@@ -70,3 +70,26 @@ def test_the_rates_of_the_page_of_an_own_task_are_its_raw_result():
         low, high = result[f"pass_rate_{when}_ci95"]
         line = f"{result[f'pass_rate_{when}']:.3f}  (95 % interval {low:.3f} to {high:.3f})"
         assert f"held-out pass rate {when:<8} {line}" in page
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("tokens", ["all", "content"])
+def test_the_page_on_difficulty_has_the_correlations_of_the_raw_results(when, tokens):
+    page = (REPOSITORY / "docs" / "difficulty.md").read_text()
+    result = json.loads((RESULTS / "real" / f"difficulty_{when}_{tokens}.json").read_text())
+    column = when == "after"
+    for q, quantity in enumerate(("perplexity", "mean entropy")):
+        for name in list(result[quantity])[: None if tokens == "all" else 4]:
+            value, interval = result[quantity][name].values()
+            cells = next(
+                line.strip("| ").split(" | ")
+                for line in page.splitlines()
+                if line.startswith(f"| {name} |")
+                and (len(line.split(" | ")) > 5) == (tokens == "all")
+            )
+            number = "none"
+            if value is not None:
+                low, high = interval
+                number = f"{value:.2f} ({low:.2f} to {high:.2f})"
+                number = f"**{number}**" if low > 0 or high < 0 else number
+            assert cells[(3 if tokens == "all" else 1) + 2 * q + column].strip(" |") == number

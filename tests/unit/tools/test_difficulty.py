@@ -103,8 +103,8 @@ def test_a_prompt_without_completions_is_named(tmp_path):
 
 
 def test_part_of_a_reward_is_no_pass(tmp_path):
-    """Scorers may give 0.01 for an answer in the right form."""
+    """Scorers may give a part to a right answer among other text."""
     completions = tmp_path / "tasks.jsonl"
-    lines = [json.dumps({"prompt": "a", "reward": reward}) for reward in (1.0, 0.01, 0.0, 1.0)]
+    lines = [json.dumps({"prompt": "a", "reward": reward}) for reward in (1.0, 0.5, 0.0, 1.0)]
     completions.write_text("\n".join(lines) + "\n")
     assert difficulty.pass_rates(completions, ["a"], 1.0).tolist() == [0.5]
