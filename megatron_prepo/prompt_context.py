@@ -29,7 +29,7 @@ class Context:
         """Return the chat that ends with this text of the user.
 
         `earlier`: the messages before it in its row; the worked examples stand between a system
-        message and the others.  Raises UserError for two system messages.
+        message and the remaining ones.  Raises UserError for two system messages.
         """
         turns = [{"role": "system", "content": self.system}] if self.system else []
         first = [turn for turn in earlier if turn["role"] == "system"]

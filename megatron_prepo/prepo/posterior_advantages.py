@@ -3,7 +3,7 @@
 A completion's group-relative advantage depends on how many of the other G - 1 happen to pass.  Its
 expectation does not: with p ~ Beta(alpha, beta),
 
-    A(passed) = sum_m P(m of the others pass) A(m + 1 of G passed),
+    A(passed) = sum_m P(m of G - 1 pass) A(m + 1 of G passed),
     P(m) = C(G - 1, m) B(alpha' + m, beta' + G - 1 - m) / B(alpha', beta'),
 
 and likewise for a failure.  alpha' and beta' leave the completion itself out: alpha - 1, beta for a

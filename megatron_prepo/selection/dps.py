@@ -11,7 +11,7 @@ lambda is `selection.dps_decay`, alpha_0 `selection.dps_prior` in each element, 
 prompt is uniform.  This is the published code (maoyixiu/DPS, recipe/dps/task_sampler.py), which
 updates every prompt in every step; here, a prompt's unobserved steps are made up for when it is
 offered again.  There, states are read from the mean accuracy of a group; here, state 1 is a group
-whose rewards are not all equal, and the others are told apart by `reward.high`.
+whose rewards are not all equal, and `reward.high` decides between states 0 and 2.
 """
 
 from collections.abc import Sequence

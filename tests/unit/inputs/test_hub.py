@@ -71,8 +71,8 @@ def test_a_resumed_run_uses_the_commit_with_which_it_began(hub, tmp_path):
     assert hub_names.resolved(load(tmp_path)) == config
     assert run_directory.check(config) == "unfinished"
     given = hub_names.resolved(load(tmp_path, f"model.hf={MODEL}@{later}"))
-    anew = hub_names.resolved(load(tmp_path, "run.overwrite=true"))
-    assert given.model.hf == anew.model.hf != config.model.hf
+    overwritten = hub_names.resolved(load(tmp_path, "run.overwrite=true"))
+    assert given.model.hf == overwritten.model.hf != config.model.hf
     # without a network, from the cache
     hub.commits.clear()
     assert hub_names.resolved(configuration.load(tmp_path / "run" / "config.yaml")) == config

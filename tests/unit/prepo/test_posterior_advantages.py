@@ -44,7 +44,7 @@ def test_the_papers_closed_form():
 def test_two_rollouts_by_hand():
     """G = 2 after one pass and one failure from Beta(1, 1), undecayed: alpha = beta = 2.
 
-    The pass is left out: Beta(1, 2), the other one fails with probability 2/3, and then the
+    The pass is left out: Beta(1, 2), the remaining one fails with probability 2/3, and then the
     advantage is 1; if both pass, it is 0.
     """
     assert one_group([1, 0], 2.0, 2.0, **PAPERS) == approx([2 / 3, -2 / 3])
@@ -52,7 +52,7 @@ def test_two_rollouts_by_hand():
 
 @pytest.mark.parametrize("std", ["unbiased", "population", "none"])
 def test_it_is_the_integral_of_the_mean_advantage_at_each_pass_rate(std):
-    """The mean advantage at a pass rate is taken over all outcomes of the others, one by one."""
+    """The mean advantage at a pass rate is taken over all outcomes of the remaining ones."""
 
     def mean_advantage(rate, first):
         total = 0.0
@@ -75,7 +75,7 @@ def test_it_is_the_integral_of_the_mean_advantage_at_each_pass_rate(std):
 
 
 def test_with_certainty_only_the_correctness_counts():
-    """Beta(10^9, 10^9) at G = 4: the pass rate is 1/2 +- 2e-5, and the others are binomial."""
+    """Beta(10^9, 10^9) at G = 4: the pass rate is 1/2 +- 2e-5, the remaining ones are binomial."""
     realised = [sqrt(3), 1.0, sqrt(1 / 3), 0.0]
     expected = sum(comb(3, m) / 8 * a for m, a in enumerate(realised))
     for passed in ([1, 0, 0, 0], [1, 1, 1, 0]):
