@@ -48,7 +48,7 @@ class KalmanFilter(Selector):
         self.drift = 0.0
         """Sum of q u^2 over all updates so far."""
         self.sizes, self.num_updates = 0.0, 0
-        """Sum of the updates' sizes, and their number."""
+        """Sum of the sizes of the steps' updates, and their number, without skipped ones."""
         self.beliefs: dict[str, tuple[float, float, float]] = {}
         """Per prompt id: m and v right after its last visit, and the drift at that time."""
         self.utility = 0.0
@@ -76,8 +76,8 @@ class KalmanFilter(Selector):
 
     def observe_update(self, size: float) -> None:
         """Add the drift of the step's updates to every prompt's variance."""
-        self.sizes, self.num_updates = self.sizes + size, self.num_updates + 1
-        if size:
+        if size:  # 0: the step's updates were skipped, and changed nothing
+            self.sizes, self.num_updates = self.sizes + size, self.num_updates + 1
             self.drift += self.noise * (size * self.num_updates / self.sizes) ** 2
 
     def belief(self, prompt_id: str) -> tuple[float, float]:

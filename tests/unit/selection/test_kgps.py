@@ -51,6 +51,10 @@ def test_the_noise_grows_with_the_square_of_the_updates_size():
         chooser.observe_update(size)
         added.append(chooser.drift - before)
     assert added == approx([0.01, 0.01, 0.04])
+    skipping = selector("kgps", kgps_drift=0.01)
+    for size in (0.0, 2.0, 0.0, 2.0, 8.0):
+        skipping.observe_update(size)
+    assert skipping.drift == chooser.drift, "a skipped update is no part of the mean"
     units = selector("kgps", kgps_drift=0.01)
     for size in (2e-9, 2e-9, 8e-9):
         units.observe_update(size)
