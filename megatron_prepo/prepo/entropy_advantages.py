@@ -19,11 +19,12 @@ def directions(
 ) -> torch.Tensor:
     """Return `sign_KG`, float64: 1 or -1 where a group without variance passes or fails, else 0.
 
-    A group has variance by its shaped rewards, and passes by its own.  Rewards that are equal, but
-    below `pass_reward`, are failures.
+    A group has variance by its shaped rewards, and passes or fails by its own.  One of passes and
+    failures that penalties make equal does neither.
     """
-    sign_KG = torch.where(rewards_KG >= pass_reward, 1.0, -1.0).double()
-    return sign_KG * zero_variance(shaped_rewards_KG)[:, None]
+    passed_KG = rewards_KG >= pass_reward
+    sign_K = passed_KG.all(dim=1).double() - (~passed_KG).all(dim=1).double()
+    return (sign_K * zero_variance(shaped_rewards_KG))[:, None].expand(rewards_KG.shape)
 
 
 def entropy_advantages(

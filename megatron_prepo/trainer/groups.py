@@ -74,7 +74,8 @@ class Groups:
     def select_for_training(self, num_groups: int) -> "Groups":
         """Return the first `num_groups` with an advantage; others fill up where there are too few.
 
-        Those add nothing to the gradient, but the batch and so the loss's normaliser stay as large.
+        Those add nothing to the gradient, unless `advantage.method` is one that gives them an
+        advantage, but the batch and so the loss's normaliser stay as large.
         """
         rewards_KG = self.shaped_rewards_KG
         all_masked_K = torch.tensor(self.masked).view(rewards_KG.shape).all(dim=1)

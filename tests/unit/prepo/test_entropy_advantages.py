@@ -45,6 +45,12 @@ def test_a_penalty_makes_no_failure_of_a_pass():
     assert directions(passes_KG, shaped_KG, 1.0).tolist() == [[1, 1], [0, 0]]
 
 
+def test_passes_and_failures_that_a_penalty_makes_equal_have_no_direction():
+    """The pass was cut off, and lost its reward."""
+    rewards_KG, shaped_KG = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)
+    assert directions(rewards_KG, shaped_KG, 1.0).tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize(
     ("sign", "expected"), [(1, [0.25, 1.0, 0.0]), (-1, [-0.75, 0.0, -1.0]), (0, [3.0, 3.0, 3.0])]
 )

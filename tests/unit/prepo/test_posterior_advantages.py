@@ -1,5 +1,6 @@
 """Advantages predicted by the posterior: MaPP's formula, its limits, and the averages it states."""
 
+from dataclasses import dataclass
 from itertools import product
 from math import comb, sqrt
 
@@ -8,8 +9,16 @@ import torch
 from rounding import approx, assert_close
 from scipy import integrate, special, stats
 
+from megatron_prepo.config import Config
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.posterior_advantages import posterior_advantages, predictive
+from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.rewards.pool import Grade
+from megatron_prepo.selection import METHODS
+from megatron_prepo.selection.base import Selector
+from megatron_prepo.trainer.groups import Groups
+from megatron_prepo.trainer.stages import compute_advantages
+from tests.tiny_models import actor_config
 
 PAPERS = {"std": "population", "eps": 0.0}
 """Normalisation in the paper."""
@@ -110,3 +119,36 @@ def test_groups_do_not_see_each_other():
         alone = posterior_advantages(passed_KG[[k]], alpha_K[[k]], beta_K[[k]])
         assert torch.equal(alone[0], whole_KG[k])
     assert whole_KG.isfinite().all() and whole_KG.dtype == torch.float64
+
+
+@dataclass
+class Trainer:
+    """As much of a trainer as the advantages need."""
+
+    config: Config
+    selector: Selector
+
+
+@pytest.mark.parametrize(("method", "decay"), [("mapp", 1.0), ("mopps", 0.5)])
+def test_the_loops_stage_asks_the_selector_after_it_has_observed_the_groups(method, decay):
+    """From Beta(1, 1), which a discount keeps: 3 passes of 4 are Beta(4, 2), none Beta(1, 5).
+
+    A reward of 0.5 is a failure, of exactly `reward.high` a pass.
+    """
+    settings = {"std": "population", "eps": 0.25}
+    config = actor_config(
+        "unused",
+        advantage={"method": "posterior", **settings},
+        selection={"method": method, "mopps_decay": decay},
+    )
+    selector = METHODS[method](config.selection, total_steps=1, seed=1, pass_reward=1.0)
+    prompts = [Prompt(f"p{k}", "", "", (5, 6), (0, 2)) for k in range(2)]
+    rewards_KG = torch.tensor([[1.0, 0.5, 1.0, 1.0], [0.0, 0.5, 0.0, 0.0]])
+    rollouts = [Rollout(p, (7,), (-1.0,), "", True, 0) for p in prompts for _ in range(4)]
+    grades = [Grade(reward) for reward in rewards_KG.flatten().tolist()]
+    selector.observe(prompts, rewards_KG)
+    groups = Groups().extend((0, 1), rollouts, grades)
+    advantages_KG, advantages_T = compute_advantages(Trainer(config, selector), groups, None)
+    assert advantages_T is None
+    assert advantages_KG[0].tolist() == approx(one_group([1, 0, 1, 1], 4.0, 2.0, **settings))
+    assert advantages_KG[1].tolist() == approx(one_group([0, 0, 0, 0], 1.0, 5.0, **settings))
