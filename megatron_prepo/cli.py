@@ -381,12 +381,13 @@ def _add_compare(commands: "Commands") -> None:
         "compare", help="train with several methods and seeds on equal terms (docs/compare.md)"
     )
     parser.add_argument("config", type=CONFIG, help="YAML file that all arms share")
-    parser.add_argument(
+    methods = parser.add_argument(
         "--methods",
         required=True,
         help=f"comma-separated: {', '.join(ARMS)}; or your own, such as "
         "'mine:selection.method=prepo;weighting.clamp=2'",
     )
+    methods.completer = completion.one_of_list(ARMS)  # type: ignore[attr-defined]
     parser.add_argument("--seeds", default="1-3", help="1,2,3 or 1-5 (default: %(default)s)")
     parser.add_argument("--dir", help="directory of the runs (default: runs/compare/NAME)")
     parser.add_argument("--name", help="name of the comparison (default: from --dir, or CONFIG)")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,11 +34,31 @@ def answer_shell(parser: argparse.ArgumentParser) -> None:
             found: list[str] = super().collect_completions(
                 active_parsers, parsed_args, cword_prefix
             )
-            if not found and "overrides" in parsed_args:  # argparse knows of none after an option
+            awaited = any(
+                action.option_strings and action.nargs != 0
+                for parser in active_parsers
+                for action in parser.active_actions
+            )
+            # argparse knows of no overrides after an option
+            if not found and not awaited and "overrides" in parsed_args:
                 found = [o for o in complete_override(cword_prefix) if o.startswith(cword_prefix)]
             return found
 
     Finder()(parser)
+
+
+def one_of_list(known: Iterable[str]) -> Callable[..., list[str]]:
+    """Return a completer of the last one of several names with commas.
+
+    >>> one_of_list(["random", "prepo"])("prepo,ran")
+    ['prepo,random', 'prepo,prepo']
+    """
+
+    def complete(prefix: str, **_: Any) -> list[str]:
+        before = prefix.rpartition(",")[0]
+        return [f"{before},{name}" if before else name for name in known]
+
+    return complete
 
 
 def complete_override(prefix: str, **_: Any) -> list[str]:

@@ -34,6 +34,9 @@ def completed(module: str, line: str, tmp_path) -> list[str]:
         ("megatron_prepo", "train prepo.yaml model.hf=ba", ["model.hf=base/"]),
         # argparse itself expects no overrides after an option
         ("megatron_prepo", "train prepo.yaml --max-restarts 1 train.tot", ["train.total_steps="]),
+        ("megatron_prepo", "compare prepo.yaml --methods mopps,gr", ["mopps,greso "]),
+        ("megatron_prepo", "demo --dir ba", ["base/"]),
+        ("megatron_prepo", "demo --dir sel", [""]),
         ("megatron_prepo.launch", "laptop --executor sl", ["slurm "]),
         ("checkpoints_convert", "import --dt", ["--dtype "]),
     ],
