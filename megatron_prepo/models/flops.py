@@ -18,9 +18,9 @@ factors.  So a forward pass is F operations, and forward and backward together 3
 token).
 
 Recomputation (`recompute_granularity`, the head with `loss.head=recompute`) is not counted, and
-neither is padding.  A prompt that several rollouts share is counted for each of them, and so is a
-sequence's last token, although nothing is predicted from it: skipping them increases the
-utilisation, and does not change the formula.
+neither is padding.  A prompt that several rollouts share is counted for each of them, what all
+candidates begin with for each candidate, and a sequence's last token although nothing is predicted
+from it: skipping them increases the utilisation, and does not change the formula.
 """
 
 from collections.abc import Iterable
