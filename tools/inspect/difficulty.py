@@ -6,8 +6,9 @@
 
 Spearman's rank correlations over all prompts, within each task, within all tasks at once (ranks
 less their task's mean), and with the prompt's length held fixed (partial correlation of the ranks),
-each with a 95 % interval by bootstrap over prompts.  The task of a prompt is its id up to a slash,
-as `tools/data/prepare.py` writes them.  A plot, `.png`, is written next to the numbers.
+each with a 95 % interval by bootstrap over prompts; and those of the length with each of them.  The
+task of a prompt is its id up to a slash, as `tools/data/prepare.py` writes them.  A plot, `.png`, is
+written next to the numbers.
 """
 
 import argparse
@@ -40,6 +41,8 @@ from matplotlib.ticker import LogLocator
 
 Numbers: TypeAlias = NDArray[np.float64]
 DRAWS = 2000
+OUTSIDE = 0.025
+"""Share of the draws beyond each end of an interval."""
 QUANTITIES = ("perplexity", "mean entropy")
 INK = "#1f2328"
 
@@ -81,13 +84,18 @@ def within_tasks(task_P: NDArray[np.str_], x_P: Numbers, y_P: Numbers, *given: N
 
 
 def with_ci95(num: int, statistic: Callable[[NDArray[np.intp]], float]) -> dict[str, Any]:
-    """Return a statistic of `num` prompts and its 95 % interval; None where it is not defined."""
+    """Return a statistic of `num` prompts and its 95 % interval; None where it is not defined.
+
+    An interval is not where so few prompts passed that more draws than lie outside it have none.
+    """
     value = statistic(np.arange(num))
     if np.isnan(value):
         return {"value": None, "ci95": None}
     generator = np.random.default_rng(0)
     draws = [statistic(generator.integers(0, num, num)) for _ in range(DRAWS)]
-    low, high = np.nanquantile(draws, (0.025, 0.975))
+    if np.isnan(draws).mean() > OUTSIDE:
+        return {"value": round(value, 4), "ci95": None}
+    low, high = np.nanquantile(draws, (OUTSIDE, 1 - OUTSIDE))
     return {"value": round(value, 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
 
 
@@ -110,6 +118,22 @@ def correlations(
             len(mine), lambda i, mine=mine: spearman(x_P[mine[i]], pass_P[mine[i]])
         )
     return found
+
+
+def of_length(
+    task_P: NDArray[np.str_], length_P: Numbers, others: dict[str, Numbers]
+) -> dict[str, Any]:
+    """Return the correlations of the prompt's length with each of the others."""
+    num = len(length_P)
+    return {
+        name: {
+            "all prompts": with_ci95(num, lambda i, x_P=x_P: spearman(length_P[i], x_P[i])),
+            "within tasks": with_ci95(
+                num, lambda i, x_P=x_P: within_tasks(task_P[i], length_P[i], x_P[i])
+            ),
+        }
+        for name, x_P in others.items()
+    }
 
 
 def pass_rates(completions: Path, ids: Sequence[str], pass_reward: float) -> Numbers:
@@ -158,8 +182,9 @@ def draw(
         above.set_xlabel(f"{quantity} of the prompt")
         for place, name in enumerate(rows):
             row = result[quantity][name]
-            if row["value"] is not None:
+            if row["ci95"] is not None:
                 below.plot(row["ci95"], [place, place], color=INK, linewidth=1)
+            if row["value"] is not None:
                 below.plot(row["value"], place, "o", color=INK, markersize=4)
         below.axvline(0, color=INK, linewidth=0.5)
         below.set_yticks(range(len(rows)), rows, fontsize=8)
@@ -209,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{str(t): round(float(pass_P[task_P == t].mean()), 4) for t in np.unique(task_P)},
         },
         **{name: correlations(task_P, x_P, pass_P, length_P) for name, x_P in x_of.items()},
+        "prompt length": of_length(task_P, length_P, {"pass rate": pass_P, **x_of}),
     }
     write_text(options.out, json.dumps(result, indent=2) + "\n")
     draw(task_P, x_of, pass_P, result, Path(options.out).with_suffix(".png"))

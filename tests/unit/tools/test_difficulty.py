@@ -63,6 +63,25 @@ def test_an_interval_has_the_value_in_it_and_none_where_nothing_varies(drawn):
     assert all(row == {"value": None, "ci95": None} for row in nothing.values())
 
 
+def test_a_task_of_which_too_few_prompts_pass_has_no_interval():
+    """Of 40 prompts with one pass, (39/40)^40 = 36 % of the draws have no pass, and no correlation."""
+    x_P, pass_P = np.arange(40.0), np.zeros(40)
+    pass_P[7] = 1
+    found = difficulty.with_ci95(40, lambda i: difficulty.spearman(x_P[i], pass_P[i]))
+    assert found["value"] is not None and found["ci95"] is None
+
+
+def test_what_the_length_explains_is_in_the_result(drawn):
+    x_P, pass_P, length_P = drawn
+    found = difficulty.of_length(
+        np.array(["a"] * 200), length_P, {"pass rate": pass_P, "perplexity": x_P}
+    )
+    for name, of_name in (("pass rate", pass_P), ("perplexity", x_P)):
+        expected = stats.spearmanr(length_P, of_name).statistic
+        assert found[name]["all prompts"]["value"] == round(expected, 4)
+        assert found[name]["within tasks"]["value"] == round(expected, 4)  # one task
+
+
 def test_scores_are_those_of_transformers_and_all_is_written(tmp_path, capsys):
     lines = (LAPTOP / "train.jsonl").read_text().splitlines()[:12]
     records = [json.loads(line) for line in lines]
@@ -84,6 +103,7 @@ def test_scores_are_those_of_transformers_and_all_is_written(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert result == json.loads(capsys.readouterr().out)
     assert set(result["pass_rate"]) == {"all", "add", "multiply"}
+    assert set(result["prompt length"]) == {"pass rate", "perplexity", "mean entropy"}
     assert result["pass_rate"]["all"] == round(sum(k % 5 for k in range(12)) / 48, 4)
     assert out.with_suffix(".png").stat().st_size > 10_000
 
