@@ -29,6 +29,7 @@ from megatron_prepo.compare import runner as compare
 from megatron_prepo.compare import slurm_array as array
 from megatron_prepo.compare.arms import ARMS
 from megatron_prepo.config import completion, literal
+from megatron_prepo.config.loading import settings_like
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import lock, rows
 from megatron_prepo.files.existing import existing
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     # argparse accepts no overrides after an option such as --seeds
     if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_settings_meant(rest)}")
     if rest:
         options.overrides += rest
     options.arguments, options.command = arguments, compare.command_line(arguments)
@@ -69,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except local_ranks.RanksFailed as error:
         print(error, file=sys.stderr)
         return 2 if error.exit_code == 2 else 1
+
+
+def _settings_meant(words: Sequence[str]) -> str:
+    """Return a hint with the settings that unknown options may stand for, or an empty text."""
+    meant = [key for word in words if word.startswith("-") for key in settings_like(word)]
+    return f" (for a setting, write {'=..., '.join(meant)}=... without dashes)" if meant else ""
 
 
 def _is_reader_gone() -> bool:

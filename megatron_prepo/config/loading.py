@@ -358,6 +358,12 @@ def _sentence(error: dict[str, Any]) -> str:
             return "\n".join(f"setting {name} is required" for name in _required(key))
         case "value_error":
             return one_line(error["ctx"]["error"])
+        case "list_type" | "tuple_type":
+            example = _default(key) or [error["input"]]
+            return (
+                f"setting {key}={reprlib.repr(error['input'])} must be a list, such as "
+                f"{key}={json.dumps(example, separators=(',', ':'))}"
+            )
         case _:
             of_kind = ", true or false" if error["type"] == "bool_type" else ""
             return f"setting {key}={reprlib.repr(error['input'])}: {error['msg']}{of_kind}"
@@ -369,6 +375,25 @@ def _required(key: str) -> list[str]:
     return [f"{key}.{field.name}" for field in fields if field.default is dataclasses.MISSING] or [
         key
     ]
+
+
+def _default(key: str) -> Any:
+    """Return a setting's default; None if it has none."""
+    section, _, name = key.partition(".")
+    fields = dataclasses.fields(_SECTIONS[section]) if section in _SECTIONS else ()
+    return next(
+        (f.default for f in fields if f.name == name and f.default is not dataclasses.MISSING), None
+    )
+
+
+def settings_like(option: str) -> list[str]:
+    """Return the settings that someone may mean who types this option.
+
+    >>> settings_like("--overwrite")
+    ['run.overwrite']
+    """
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    return [key for key in _known_keys() if name in (key, key.partition(".")[2])]
 
 
 def _known_keys() -> list[str]:

@@ -116,6 +116,14 @@ def test_settings_cannot_be_changed():
             {"selection__method": "best"},
             "selection.method=best is neither one of prepo, random, .* of the form FILE.py:CLASS",
         ),
+        (
+            {"selection__hive_band": 0.5},
+            r"selection.hive_band=0.5 must be a list, such as selection.hive_band=\[0.5,1.0\]",
+        ),
+        (
+            {"rollout__stop": "b"},
+            r"rollout.stop='b' must be a list, such as rollout.stop=\[\"b\"\]",
+        ),
         ({"selection__method": "mine.py"}, "selection.method=mine.py is neither one of"),
         ({"selection__method": "mine.py:a.b"}, "selection.method=mine.py:a.b is neither one of"),
     ],
