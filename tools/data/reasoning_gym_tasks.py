@@ -46,7 +46,7 @@ class Part:
     name: str
     weight: float
     parameters: dict[str, Any]
-    """Those that differ from the library's defaults."""
+    """Parameters that differ from the library's defaults."""
 
 
 def read_part(word: str, level: int | None) -> Part:

@@ -87,9 +87,13 @@ def test_the_page_on_difficulty_has_the_correlations_of_the_raw_results(when, to
                 if line.startswith(f"| {name} |")
                 and (len(line.split(" | ")) > 5) == (tokens == "all")
             )
-            number = "none"
-            if value is not None:
+            number = "none" if value is None else f"{value:.2f} (no interval)"
+            if interval is not None:
                 low, high = interval
                 number = f"{value:.2f} ({low:.2f} to {high:.2f})"
                 number = f"**{number}**" if low > 0 or high < 0 else number
             assert cells[(3 if tokens == "all" else 1) + 2 * q + column].strip(" |") == number
+    if (when, tokens) == ("before", "all"):
+        length = result["prompt length"]
+        lengths = [length[of]["within tasks"]["value"] for of in ("perplexity", "pass rate")]
+        assert "perplexity is\n{:.2f}, and with the pass rate {:.2f}".format(*lengths) in page

@@ -36,7 +36,7 @@ def test_three_visits_by_a_scalar_filter():
 
 
 def test_limits_of_the_observations_noise():
-    """Without noise the observation is believed; with infinite noise, or no doubt, ignored."""
+    """Believe the observation without noise; with infinite noise, or no doubt, ignore it."""
     assert filtered(1.0, 2.0, 5.0, 0.0) == (5.0, 0.0)
     assert filtered(1.0, 2.0, 5.0, math.inf) == (1.0, 2.0)
     assert filtered(1.0, 0.0, 5.0, 3.0) == (1.0, 0.0)
@@ -91,7 +91,7 @@ def test_observed_logits_are_finite_and_symmetric(right):
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, -2.5])
 def test_the_utility_is_the_integral(mean):
-    """To 4 % with 5 nodes up to the prior's variance; exact without variance."""
+    """Compare to 4 % with 5 nodes up to the prior's variance; exact without variance."""
     for variance in (0.1, 1.0, 3.29):
         law = stats.norm(mean, variance**0.5)
 
@@ -106,7 +106,7 @@ def test_the_utility_is_the_integral(mean):
 
 
 def test_uncertainty_counts_for_prompts_far_from_one_half():
-    """Where the mean is 1/2, doubt lowers the utility; far from it, doubt raises it."""
+    """Doubt lowers the utility where the mean is 1/2, and raises it far from there."""
     even = expected_variance(np.zeros(2), np.array([0.1, 3.0]))
     far = expected_variance(np.full(2, 4.0), np.array([0.1, 3.0]))
     assert even[0] > even[1] and far[0] < far[1]

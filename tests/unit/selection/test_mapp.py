@@ -36,7 +36,7 @@ def exact(alpha: Fraction, beta: Fraction, group_size: int) -> Fraction:
     [(1, 1), (5, 1), (1, 9), (2.5, 6.5), (100, 1), (1, 4001), (10**6, 1.5), (0.25, 0.25)],
 )
 def test_the_closed_form_is_the_sum_over_all_other_counts(alpha, beta, group_size):
-    """In exact fractions; also where all but every millionth group passes."""
+    """Compare with exact fractions; also where all but every millionth group passes."""
     expected = float(exact(Fraction(alpha), Fraction(beta), group_size))
     (found,) = informative(np.array([alpha]), np.array([beta]), group_size)
     assert found == approx(expected, scale=expected + 1 / group_size)

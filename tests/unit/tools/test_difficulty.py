@@ -64,7 +64,7 @@ def test_an_interval_has_the_value_in_it_and_none_where_nothing_varies(drawn):
 
 
 def test_a_task_of_which_too_few_prompts_pass_has_no_interval():
-    """Of 40 prompts with one pass, (39/40)^40 = 36 % of the draws have no pass, and no correlation."""
+    """Expect (39/40)^40 = 36 % of the draws of 40 prompts to have no pass, and no correlation."""
     x_P, pass_P = np.arange(40.0), np.zeros(40)
     pass_P[7] = 1
     found = difficulty.with_ci95(40, lambda i: difficulty.spearman(x_P[i], pass_P[i]))
