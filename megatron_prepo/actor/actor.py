@@ -119,10 +119,12 @@ class Actor:
     """This rank's part of the trained model.  Call `parallel.initialize` first.
 
     With `resumes`, call `load` next: the weights that the run started from are then read only as
-    the reference of `loss.kl_coef`.
+    the reference of `loss.kl_coef`.  `weights`: a checkpoint to start from; default: the model's.
     """
 
-    def __init__(self, config: Config, *, resumes: bool = False) -> None:
+    def __init__(
+        self, config: Config, *, resumes: bool = False, weights: str | Path | None = None
+    ) -> None:
         self.config = config
         self.hf = read_hf_config(config.model.hf)
         self.shape = Shape.of(self.hf)
@@ -138,7 +140,7 @@ class Actor:
         if config.lora.rank:
             lora.initialize(self.chunks, config.train.seed)
         if not resumes or config.loss.kl_coef:
-            self._load_initial_weights()
+            self._load_initial_weights(weights or config.model.megatron)
         ddp = ddp_config(config.optimizer, config.megatron)
         self.ddp = [DistributedDataParallel(mcore, ddp, chunk) for chunk in self.chunks]
         self.optimizer, self.scheduler = build_optimizer(
@@ -422,9 +424,9 @@ class Actor:
         """Resume from a checkpoint with optimizer state, written under any layout; collective."""
         self.updates = checkpoint.load(path, self.chunks, self.optimizer, self.scheduler, self.hf)
 
-    def _load_initial_weights(self) -> None:
-        if self.config.model.megatron:
-            checkpoint.load_weights(self.chunks, self.config.model.megatron, self.hf)
+    def _load_initial_weights(self, megatron: str | Path | None) -> None:
+        if megatron:
+            checkpoint.load_weights(self.chunks, megatron, self.hf)
         else:
             load_hf_weights(self.chunks, self.config.model.hf)
 

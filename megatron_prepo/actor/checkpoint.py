@@ -37,13 +37,11 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import rename_tree, write_text
 from megatron_prepo.models.lora import adapters
-from megatron_prepo.models.mapping import is_adapter
 from megatron_prepo.models.record import (
     adapter_record,
     architecture_record,
     check_record,
     refuse_adapters,
-    stored_adapters,
 )
 from megatron_prepo.models.torch_dist import TorchDistReader
 
@@ -154,21 +152,15 @@ def load_weights(
 ) -> None:
     """Load the newest checkpoint of `directory` into the (unwrapped) model chunks; collective.
 
-    Adapters of the model are loaded if the checkpoint has them, and otherwise unchanged.  Raises
-    UserError if there is no checkpoint, or if it is not one of the model with settings `hf`.
+    Raises UserError if there is no checkpoint, if it is not one of the model with settings `hf`, or
+    if only one of checkpoint and model has adapters.
     """
     path = newest(directory)
     check_record(path, hf, "model.hf")
-    reader = TorchDistReader(path)
     if not adapters(chunks):
-        refuse_adapters(reader)
-    stored = stored_adapters(reader)
-    weights = {
-        section: {n: entry for n, entry in entries.items() if stored or not is_adapter(n)}
-        for section, entries in _sharded_weights(chunks).items()
-    }
+        refuse_adapters(TorchDistReader(path))
     try:
-        state = load_without_running(path, weights)
+        state = load_without_running(path, _sharded_weights(chunks))
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{path} does not fit the model of model.hf: {error}") from error
     _load_chunks(chunks, state)

@@ -103,7 +103,8 @@ class ModelConfig:
     """Hugging Face directory with configuration, tokenizer and, unless `model.megatron` is set,
     weights; or a name on the hub such as `Qwen/Qwen2.5-0.5B`, whose revision the run records."""
     megatron: FilePath | None = None
-    """Megatron `torch_dist` checkpoint to start from, as `checkpoints_convert import` writes it."""
+    """Megatron `torch_dist` checkpoint to start from, as `checkpoints_convert import` writes it;
+    not with `lora.rank`, whose adapters are exported for the weights of `model.hf`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward and backward passes; the optimizer's copy is always
     float32."""
@@ -1043,15 +1044,26 @@ class Config:
             )
         self._check_decay()
         self._check_preset()
-        if self.lora.rank and self.model.layers == "te":
-            raise ValueError(
-                f"lora.rank={self.lora.rank} adapts torch-native layers, not model.layers=te; set "
-                "model.layers=torch or lora.rank=0"
-            )
+        self._check_adapters()
         if late := [s for s in self.profile.steps if s >= self.train.total_steps]:
             raise ValueError(
                 f"profile.steps={late} is out of range: steps run from 0 to "
                 f"{self.train.total_steps - 1} (train.total_steps={self.train.total_steps})"
+            )
+
+    def _check_adapters(self) -> None:
+        rank, model = self.lora.rank, self.model
+        if rank and model.layers == "te":
+            raise ValueError(
+                f"lora.rank={rank} adapts torch-native layers, not model.layers=te; set "
+                "model.layers=torch or lora.rank=0"
+            )
+        if rank and model.megatron:
+            raise ValueError(
+                f"lora.rank={rank} with model.megatron={model.megatron}: adapters are exported for "
+                "the weights of model.hf, and would be trained for others; run `python -m "
+                f"checkpoints_convert export --megatron {model.megatron} --hf {model.hf} --out "
+                "DIR`, and set model.hf=DIR without model.megatron"
             )
 
     def _check_preset(self) -> None:

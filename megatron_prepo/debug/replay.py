@@ -11,7 +11,6 @@ tensor's gradient, under Hugging Face names.  A tensor g' of the replay differs 
 The floor is for gradients that are zero except for rounding, such as that of a key's bias.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -136,8 +135,7 @@ def replay(dump: Dump, *, tolerance: float | None = None, write: bool = False) -
     """
     config = dump.config
     comparison = Comparison(tolerance or TOLERANCE[config.model.dtype])
-    model = dataclasses.replace(config.model, megatron=str(dump.weights(0)))
-    actor = Actor(dataclasses.replace(config, model=model))
+    actor = Actor(config, weights=dump.weights(0))
     if dump.about["results"][0]["update"] == 0:  # the scores are those before the first update
         compare_scores(dump, actor, comparison)
     for number, (result, batch) in enumerate(dump.updates()):

@@ -118,7 +118,8 @@ def refuse_adapters(reader: TorchDistReader) -> None:
     if stored_adapters(reader):
         raise UserError(
             f"model.megatron={reader.directory} has adapters (lora.rank) next to frozen weights; "
-            "merge them by `python -m checkpoints_convert export`, and set model.hf to the result"
+            "merge them by `python -m checkpoints_convert export`, and set model.hf to the result, "
+            "without model.megatron"
         )
 
 

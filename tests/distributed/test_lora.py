@@ -16,7 +16,7 @@ from tiny_models import VOCAB, actor_config
 from transformers_scores import model_of
 
 from checkpoints_convert.convert import export_hf
-from megatron_prepo.actor.checkpoint import newest
+from megatron_prepo.actor.checkpoint import load_weights
 from megatron_prepo.config import ModelConfig
 from megatron_prepo.errors import UserError
 from megatron_prepo.inputs.preflight import check_weights
@@ -138,4 +138,5 @@ def test_a_checkpoint_with_adapters_starts_no_other_run(run):
     model = ModelConfig(hf=str(hf), megatron=str(scratch / "checkpoints"))
     with pytest.raises(UserError, match=r"has adapters .*checkpoints_convert export"):
         check_weights(model, read_hf_config(hf))
-    assert newest(scratch / "checkpoints").is_dir()
+    with pytest.raises(UserError, match="has adapters"):
+        load_weights([], scratch / "checkpoints", read_hf_config(hf))

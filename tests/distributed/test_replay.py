@@ -108,12 +108,14 @@ def run_everything(hf, root):
         results[name] = replayed(root, LAYOUTS[name])
     results["one copy wrong"] = replayed(root, LAYOUTS["TP2 SP"], mutate=scale_one_shard)
     results["norms not summed"] = replayed(root, LAYOUTS["TP2 SP"], mutate=forget_the_norms)
+    results["dumped adapters"] = dump_of_one_rank(hf, root / "adapters", lora={"rank": 2})
+    results["adapters"] = replayed(root / "adapters", LAYOUTS["TP2 SP"])
     for name, (sections, what) in POISONS.items():
         results[name] = poisoned(hf, root / name.replace(" ", "-"), sections, what)
     return results
 
 
-def dump_of_one_rank(hf, root):
+def dump_of_one_rank(hf, root, **sections):
     from megatron_prepo.actor import parallel
     from megatron_prepo.actor.actor import Actor
     from megatron_prepo.trainer.guarded_update import UpdateGuard
@@ -121,7 +123,7 @@ def dump_of_one_rank(hf, root):
 
     if not join(1):
         return None
-    config = config_of(hf, debug={"dump_steps": [7]})
+    config = config_of(hf, debug={"dump_steps": [7]}, **sections)
     parallel.initialize(config.parallel, seed=1)
     actor = Actor(config)
     candidates, batch = made_up_step(actor)
@@ -376,6 +378,14 @@ def test_a_replay_agrees_with_the_dump_in_any_layout(results, layout):
     assert replay["differing"] == []
     assert len(replay["tensors"]) == 2 * 50 and len(replay["numbers"]) == 2 + 2 * 2
     assert max(*replay["tensors"].values(), *replay["numbers"].values()) <= TOLERANCE["float32"]
+
+
+def test_a_replay_of_adapters_agrees_with_their_dump(results):
+    """Gradients are those of the two matrices of 7 projections in each of 4 layers."""
+    replay = results[0]["adapters"]
+    assert replay["differing"] == []
+    names = {name.split(": ")[1] for name in replay["tensors"]}
+    assert len(names) == 2 * 7 * 4 and all(".lora_" in name for name in names)
 
 
 def test_a_gradient_that_is_wrong_on_one_rank_is_named(results):

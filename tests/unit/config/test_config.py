@@ -616,7 +616,7 @@ def test_round_trip_of_every_setting(tmp_path):
         if field is not None and field.default is not dataclasses.MISSING:
             changed.setdefault(section.name, {})[field.name] = other_value(field)
     changed["train"]["packing"] = True  # required by share_prefixes
-    changed["model"]["layers"] = "torch"  # required by lora.rank
+    changed["model"] |= {"layers": "torch", "megatron": None}  # required by lora.rank
     changed["servers"]["nodes"] = 0  # refused beside urls and first_device
     changed |= {"megatron": {"bf16": [1, {"a": None}]}, "sglang": {"port": 30000}}
     config = from_tree(changed)

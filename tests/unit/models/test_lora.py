@@ -1,5 +1,7 @@
 """Adapters of one rank: formula, gradient, initial values and frozen weights, by hand."""
 
+import re
+
 import pytest
 import torch
 from megatron.core import tensor_parallel
@@ -121,6 +123,15 @@ def test_adapters_begin_as_those_of_peft():
     assert torch.equal(drawn[name], again) and not torch.equal(again, other)
 
 
+def test_adapters_are_switched_on_again_after_an_error():
+    with pretend(0, 1, ParallelConfig()):
+        stage = build()
+        with pytest.raises(KeyboardInterrupt), lora.without_adapters([stage]):
+            assert not any(adapter.enabled for adapter in lora.adapters([stage]).values())
+            raise KeyboardInterrupt
+        assert all(adapter.enabled for adapter in lora.adapters([stage]).values())
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -129,10 +140,14 @@ def test_adapters_begin_as_those_of_peft():
         ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "must be some of q_proj"),
         ({"lora": {"target_modules": []}}, "must be some of q_proj"),
         ({"lora": {"rank": 2}, "model": {"layers": "te"}}, "not model.layers=te"),
+        (
+            {"lora": {"rank": 2}, "model": {"megatron": "imported"}},
+            "python -m checkpoints_convert export --megatron imported --hf unused --out DIR",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(sections, message):
-    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+    with pytest.raises(UserError, match=re.escape(message)):
         actor_config("unused", **sections)
 
 
