@@ -375,10 +375,16 @@ class Actor:
         self._gather_weights()
         save_hf(self.chunks, self.hf["vocab_size"], self.config.model.hf, directory, write=write)
 
-    def export_adapter(self, directory: str | Path, *, write: bool) -> None:
-        """Export the adapters in the format of `peft`; collective, like `export`."""
+    def export_adapter(
+        self, directory: str | Path, *, base: str, revision: str | None = None, write: bool
+    ) -> None:
+        """Export the adapters in the format of `peft`; collective, like `export`.
+
+        `base`, `revision`: name of the model in `model.hf` for other programs (`save_peft`).
+        """
         self._gather_weights()
-        save_peft(self.chunks, self.config.lora, self.config.model.hf, directory, write=write)
+        settings = self.config.lora
+        save_peft(self.chunks, settings, directory, base=base, revision=revision, write=write)
 
     def save(self, directory: str | Path, *, step: int, run_state: str | None = None) -> Path:
         """Write a Megatron checkpoint of this step below `directory`; collective.

@@ -141,6 +141,17 @@ def lasting(place: str | Path) -> str:
     return f"{PREFIX}{folder}{match['owner']}/{match['name']}@{match['commit']}{inside}"
 
 
+def for_other_programs(place: str | Path) -> tuple[str, str | None]:
+    """Return a local model's absolute path and None, or its name on the hub and its commit.
+
+    >>> for_other_programs("/cache/models--Qwen--Qwen3-4B/snapshots/" + "ab" * 20)
+    ('Qwen/Qwen3-4B', 'abababababababababababababababababababab')
+    """
+    path = lasting(place)
+    name = Name.of(path, "model")
+    return (name.repo, name.revision) if name else (path, None)
+
+
 def create(repo: str, *, private: bool = False) -> None:
     """Create a repository of a model, unless it exists; UserError if the hub refuses."""
     if not ID.fullmatch(repo) or "@" in repo:

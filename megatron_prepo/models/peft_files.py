@@ -23,14 +23,16 @@ KIND = "adapter"
 def save_peft(
     chunks: Sequence[torch.nn.Module],
     lora: LoraConfig,
-    base: str | Path,
     directory: str | Path,
     *,
+    base: str,
+    revision: str | None,
     write: bool,
 ) -> None:
     """Write the adapters of a Megatron model; collective, one rank writes.
 
-    `base`: directory of the model that they were trained for, which `peft` loads them onto.
+    `base`, `revision`: the model that they were trained for, which `peft` loads them onto, as its
+    absolute path or as its name and commit on the hub.
     """
     tensors = {
         PREFIX + name: tensor.cpu().clone()
@@ -43,7 +45,7 @@ def save_peft(
     try:
         with naming(aside / WEIGHTS):
             save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-            text = json.dumps(peft_config(lora, base), indent=2) + "\n"
+            text = json.dumps(peft_config(lora, base, revision), indent=2) + "\n"
             (aside / ADAPTER).write_text(text, encoding="utf-8")
         ownership.publish(aside, directory, KIND)
     except BaseException:
@@ -51,12 +53,13 @@ def save_peft(
         raise
 
 
-def peft_config(lora: LoraConfig, base: str | Path) -> dict[str, object]:
+def peft_config(lora: LoraConfig, base: str, revision: str | None) -> dict[str, object]:
     """Return the content of `adapter_config.json`."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

@@ -19,7 +19,7 @@ from megatron_prepo.config import Config, RewardConfig
 from megatron_prepo.data import CandidateBatches
 from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, evaluate, evaluation_request, pooled
-from megatron_prepo.inputs import preflight, prompt_digests
+from megatron_prepo.inputs import hub, preflight, prompt_digests
 from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import activity
 from megatron_prepo.process.stop_signals import StopRequests
@@ -224,12 +224,19 @@ class Trainer:
             with self.run.seconds("export"):
                 self.actor.export(self.run.directory / "hf", write=self.run.writes)
                 if self.config.lora.rank:
-                    self.actor.export_adapter(self.run.directory / "adapter", write=self.run.writes)
+                    self._export_adapter()
             self.engine.close()
             self.grader.close()
             self.run.check_directory()
             self.journal.close()
             return self.run.finish(self.after, ranks=dist.get_world_size())
+
+    def _export_adapter(self) -> None:
+        """Export the adapters, with the name of their base that holds in any working directory."""
+        base, revision = hub.for_other_programs(self.config.model.hf)
+        self.actor.export_adapter(
+            self.run.directory / "adapter", base=base, revision=revision, write=self.run.writes
+        )
 
 
 def set_up(config: Config) -> Trainer:

@@ -57,7 +57,7 @@ def trained(hf, scratch):
     actor.save(f"{scratch}/checkpoints", step=1)
     write = torch.distributed.get_rank() == 0
     actor.export(f"{scratch}/hf", write=write)
-    actor.export_adapter(f"{scratch}/adapter", write=write)
+    actor.export_adapter(f"{scratch}/adapter", base=hf, write=write)
     parallel.shut_down()
 
 

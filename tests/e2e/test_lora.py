@@ -1,6 +1,7 @@
 """A run with adapters: the engine in sync at every step, resumed, exported; the base unchanged."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -21,7 +22,7 @@ def run(tmp_path_factory):
     base = tmp_path_factory.mktemp("model") / "base"
     shutil.copytree(LAPTOP / "base", base)
     run = tmp_path_factory.mktemp("run") / "run"
-    settings = [*SHORT, *ADAPTERS, f"model.hf={base}"]
+    settings = [*SHORT, *ADAPTERS, f"model.hf={os.path.relpath(base)}"]
     assert train(run, *settings, "train.total_steps=1") == 0
     assert train(run, *settings, "train.total_steps=2") == 0
     return run, base

@@ -61,6 +61,14 @@ def test_a_name_is_a_folder_of_one_commit(hub, tmp_path):
     assert to_tree(hub_names.resolved(saved)) == to_tree(config) | {"run": to_tree(saved)["run"]}
 
 
+def test_exported_adapters_name_their_base_wherever_they_are_read(hub, tmp_path, monkeypatch):
+    config = hub_names.resolved(load(tmp_path))
+    assert hub_names.for_other_programs(config.model.hf) == (MODEL, hub.model)
+    monkeypatch.chdir(tmp_path)
+    assert hub_names.for_other_programs("../base") == (str(tmp_path.parent / "base"), None)
+    assert hub_names.for_other_programs("owner/name") == (str(tmp_path / "owner/name"), None)
+
+
 def test_a_resumed_run_uses_the_commit_with_which_it_began(hub, tmp_path):
     config = hub_names.resolved(load(tmp_path))
     run_directory.begin(config, print)

@@ -167,6 +167,7 @@ def test_rank_0_changes_nothing():
 
 
 def test_the_configuration_of_peft():
-    written = peft_config(LoraConfig(rank=4, target_modules=("q_proj", "v_proj")), "base")
+    written = peft_config(LoraConfig(rank=4, target_modules=("q_proj", "v_proj")), "O/N", "ab12")
     assert (written["peft_type"], written["r"], written["lora_alpha"]) == ("LORA", 4, 16)
     assert written["target_modules"] == ["q_proj", "v_proj"]
+    assert (written["base_model_name_or_path"], written["revision"]) == ("O/N", "ab12")
