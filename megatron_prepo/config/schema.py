@@ -136,6 +136,14 @@ class LoraConfig:
                 f"lora.target_modules={list(names)} must be some of {', '.join(PROJECTIONS)}, each "
                 "once"
             )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not self.rank and value != field.default:
+                value = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"lora.{field.name}={value} has no effect with lora.rank=0; set lora.rank too, "
+                    "such as lora.rank=16"
+                )
 
     @property
     def scale(self) -> float:

@@ -146,7 +146,7 @@ def train_rank(path: str | Path, overrides: Sequence[str]) -> int:
         summary = train_overlapped(config) if config.train.overlap else train(config)
         if speaks:
             print(report.text(summary))
-            print(opening.next_steps(config.run.dir))
+            print(opening.next_steps(config.run.dir, config.lora))
 
     return local_ranks.run_rank(rank)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_prepo.config import CheckpointConfig, Config, DataConfig, ParallelConfig
+from megatron_prepo.config import CheckpointConfig, Config, DataConfig, LoraConfig, ParallelConfig
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards import FUNCTIONS
 from megatron_prepo.rewards.output import OUTPUT
@@ -98,13 +98,15 @@ def prompts(
     )
 
 
-def next_steps(run: str) -> str:
+def next_steps(run: str, lora: LoraConfig) -> str:
     """Return the files of a finished run, a directory, and the commands that continue with them."""
+    adapter = f"adapter                     {run}/adapter, for peft; merged into the model"
     return "\n".join(
         [
             f"results                     {run}: summary.json, pass_rate.png, metrics.jsonl, "
             "ledger.jsonl",
             f"model                       {run}/hf, in Hugging Face format",
+            *([adapter] if lora.rank else []),
             f"next                        megatron-prepo report {run}",
             f"                            megatron-prepo evaluate --model {run} --out "
             f"{run}-evaluation",

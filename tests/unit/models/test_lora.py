@@ -144,6 +144,11 @@ def test_adapters_are_switched_on_again_after_an_error():
             {"lora": {"rank": 2}, "model": {"megatron": "imported"}},
             "python -m checkpoints_convert export --megatron imported --hf unused --out DIR",
         ),
+        (
+            {"lora": {"alpha": 32}},
+            "lora.alpha=32 has no effect with lora.rank=0; set lora.rank too",
+        ),
+        ({"lora": {"target_modules": ["q_proj"]}}, "target_modules=['q_proj'] has no effect with"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(sections, message):

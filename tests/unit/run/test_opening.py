@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import ParallelConfig
+from megatron_prepo.config import LoraConfig, ParallelConfig
 from megatron_prepo.run import opening
 
 LAPTOP = Path(__file__).resolve().parents[3] / "examples" / "laptop" / "prepo.yaml"
@@ -55,8 +55,12 @@ def test_a_layout_in_words(sizes, num_ranks, words):
 def test_an_interrupted_and_a_finished_run_name_the_next_command():
     assert opening.to_resume(Path("runs/a"), [5, 10]).startswith("runs/a has a checkpoint of 10")
     assert "no checkpoint yet" in opening.to_resume(Path("runs/a"), [])
-    words = opening.next_steps(configuration.load(LAPTOP).run.dir)
+    config = configuration.load(LAPTOP)
+    words = opening.next_steps(config.run.dir, config.lora)
     assert "megatron-prepo evaluate --model runs/laptop --out runs/laptop-evaluation" in words
+    assert "runs/laptop/hf, in Hugging Face format" in words and "adapter" not in words
+    words = opening.next_steps(config.run.dir, LoraConfig(rank=2))
+    assert "runs/laptop/adapter, for peft" in words
 
 
 def test_servers_of_a_run_on_two_machines_are_those_of_this_one(monkeypatch):
