@@ -43,7 +43,7 @@ from megatron_prepo.models.hf_config import gpt_settings, read_hf_config
 from megatron_prepo.models.hf_files import HFTensors
 from megatron_prepo.models.mapping import Mapping, shard, to_hf, to_megatron, unshard
 from megatron_prepo.models.raw import tensor_bytes
-from megatron_prepo.models.record import architecture_record, comparable
+from megatron_prepo.models.record import architecture_record, comparable, stored_adapters
 from megatron_prepo.models.torch_dist import TorchDistReader
 from megatron_prepo.process import progress
 
@@ -92,10 +92,13 @@ def verify(
     `manifest`: JSON file for the report, with the SHA-256 of every compared tensor; replaces that
     of an earlier call and no other file.
 
-    Raises UserError if the files do not fit their `config.json`, or if no layout fits the model.
+    Raises UserError if the files do not fit their `config.json`, if no layout fits the model, or if
+    the checkpoint has adapters.
     """
     if manifest:
         ownership.earlier_result(manifest, json.loads(Report().as_json()))
+    if megatron:
+        _refuse_adapters(megatron)
     settings = read_hf_config(hf)
     report = Report()
     _check_config(report, hf, settings, megatron)
@@ -113,6 +116,18 @@ def verify(
     if manifest:
         write_text(manifest, report.as_json())
     return report
+
+
+def _refuse_adapters(megatron: str | Path) -> None:
+    """Raise UserError if a checkpoint has adapters: merged, its weights are not those of `hf`."""
+    from megatron_prepo.actor.checkpoint import newest
+
+    if stored_adapters(TorchDistReader(newest(megatron))):
+        raise UserError(
+            f"--megatron {megatron} has adapters (lora.rank) that were trained since its weights "
+            "were those of --hf; export it by `python -m checkpoints_convert export --out DIR`, "
+            "and verify --hf DIR without --megatron"
+        )
 
 
 def _check_config(

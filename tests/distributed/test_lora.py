@@ -16,6 +16,7 @@ from tiny_models import VOCAB, actor_config
 from transformers_scores import model_of
 
 from checkpoints_convert.convert import export_hf
+from checkpoints_convert.verify import verify
 from megatron_prepo.actor.checkpoint import load_weights
 from megatron_prepo.config import ModelConfig
 from megatron_prepo.errors import UserError
@@ -103,6 +104,12 @@ def test_a_converted_checkpoint_is_the_merged_export(run, tmp_path):
     for name, tensor in converted.items():
         allowed = bound(8, torch.float32) * exact[name].abs().max().item()
         assert largest_difference(tensor.double(), exact[name]) <= allowed, name
+
+
+def test_a_checkpoint_with_adapters_is_not_verified(run):
+    hf, scratch = run
+    with pytest.raises(UserError, match=r"^--megatron .* has adapters .*--hf DIR"):
+        verify(hf, megatron=scratch / "checkpoints", quick=True)
 
 
 def test_the_adapter_has_the_form_of_peft(run):
