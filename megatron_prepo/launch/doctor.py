@@ -451,7 +451,7 @@ def examine_inputs(config: Config, where: Placement | None = None) -> list[Findi
     if config.rollout.engine == "sglang" and _servers_are_apart(config):
         _examine_servers(findings, config)
     findings.look("run.dir", lambda: run_directory.check(config), lambda _: config.run.dir)
-    findings.append(_disk(config))
+    findings.append(_disk(config, hf))
     return findings
 
 
@@ -599,16 +599,24 @@ def _weight_bytes(config: Config) -> int:
     return sum(path.stat().st_size for kind in kinds for path in folder.rglob(kind))
 
 
-def _disk(config: Config) -> Finding:
-    """Check disk space for a checkpoint and the exported model, by the size of the weights."""
+def _disk(config: Config, hf: dict[str, Any] | None) -> Finding:
+    """Check disk space for checkpoints and exports, by the size of the weights.
+
+    `hf`: the model's settings, which determine the size of adapters; None if they are invalid.
+    """
+    from megatron_prepo.models.shape import Shape
+    from megatron_prepo.plan.memory import adapter_parameters
+
     folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
     free, weights = shutil.disk_usage(folder).free, _weight_bytes(config)
-    # the weights are bfloat16, and Adam's state takes 12 bytes per parameter
-    state = 6 * weights if config.checkpoint.optimizer else 0
+    # the weights are bfloat16, and Adam's state takes 12 bytes per trained parameter
+    adapters = adapter_parameters(Shape.of(hf), config.lora) if hf else 0
+    trained = adapters if config.lora.rank else weights // 2
+    state = 12 * trained if config.checkpoint.optimizer else 0
     kept = _checkpoints_at_once(config.checkpoint)
-    wanted = kept * (weights + state) + weights
+    wanted = kept * state + (kept + 1) * (weights + 2 * adapters)
     found = f"{free / GIB:.0f} GiB free at {folder}"
     if not weights:
         return Finding("disk", "ok", found)

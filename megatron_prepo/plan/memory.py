@@ -34,7 +34,7 @@ an allowance for them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from megatron_prepo.config import LoraConfig, ParallelConfig
@@ -68,17 +68,37 @@ def adapter_activations(
     shape: Shape, parallel: ParallelConfig, lora: LoraConfig, *, tokens: int
 ) -> float:
     """Return the bytes that the adapters of a layer keep in addition, at most."""
-    joined = (
-        (("q_proj", "k_proj", "v_proj"), shape.queries + 2 * shape.keys),
-        (("gate_proj", "up_proj"), 2 * shape.mlp),
-        (("o_proj",), 0),
-        (("down_proj",), 0),
-    )
     numbers = 0.0
-    for names, outputs in joined:
-        adapted = len(set(names) & set(lora.target_modules))
-        numbers += adapted * lora.rank * (tokens / parallel.context + outputs / parallel.tensor)
+    for joined, adapted, _, outputs in _adapted_layers(shape, lora):
+        rows = outputs / parallel.tensor if joined > 1 else 0
+        numbers += adapted * lora.rank * (tokens / parallel.context + rows)
     return 2 * numbers
+
+
+def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
+    """Return the parameters of all adapters as Megatron holds them, over all ranks.
+
+    They are more than those that `peft` counts where only some of joined projections are adapted.
+    """
+    layer = sum(
+        adapted * inputs + outputs for _, adapted, inputs, outputs in _adapted_layers(shape, lora)
+    )
+    return shape.layers * lora.rank * layer
+
+
+def _adapted_layers(shape: Shape, lora: LoraConfig) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the sizes of Megatron's linear layers with an adapter, of one transformer layer.
+
+    These are the numbers of its projections and of the adapted ones, its inputs and its outputs.
+    """
+    for names, inputs, outputs in (
+        (("q_proj", "k_proj", "v_proj"), shape.hidden, shape.queries + 2 * shape.keys),
+        (("o_proj",), shape.queries, shape.hidden),
+        (("gate_proj", "up_proj"), shape.hidden, 2 * shape.mlp),
+        (("down_proj",), shape.mlp, shape.hidden),
+    ):
+        if adapted := len(set(names) & set(lora.target_modules)):
+            yield len(names), adapted, inputs, outputs
 
 
 def exchanged_numbers(shape: Shape, parallel: ParallelConfig) -> float:

@@ -15,6 +15,7 @@ from megatron_prepo.cli import main
 from megatron_prepo.errors import UserError
 from megatron_prepo.launch import doctor
 from megatron_prepo.launch.doctor import GIB
+from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.process import slurm as nodes
 from tests.e2e.laptop import LAPTOP, REPOSITORY
 
@@ -300,9 +301,11 @@ def test_room_on_the_disk(monkeypatch, tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(GIB)
 
+    hf = read_hf_config(LAPTOP / "base")
+
     def with_free(gib: float, *overrides: str) -> doctor.Finding:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=gib * GIB))
-        return doctor._disk(laptop(f"model.hf={tmp_path}", *overrides))
+        return doctor._disk(laptop(f"model.hf={tmp_path}", *overrides), hf)
 
     once = "checkpoint.every=0"
     assert with_free(7.9, once).state == "missing"
@@ -313,6 +316,15 @@ def test_room_on_the_disk(monkeypatch, tmp_path):
     assert with_free(22.1, "checkpoint.every=").state == "ok"
     kept = ("checkpoint.every=5", "checkpoint.keep_last=4")
     assert "5 checkpoints and" in with_free(22.1, *kept).found
+    # adapters, here 1 Gi of numbers: 14 bytes of each in a checkpoint and 2 in the export, next to
+    # the frozen weights
+    of_rank_one = hf["num_hidden_layers"] * (hf["hidden_size"] + hf["intermediate_size"])
+    adapters = (f"lora.rank={GIB // of_rank_one}", "lora.target_modules=[down_proj]")
+    assert "take about 2.0 GiB" in with_free(2.1, once, "lora.rank=1").found
+    assert "take about 18.0 GiB" in with_free(18.1, once, *adapters).found
+    assert with_free(18.1, once, *adapters).state == "ok"
+    weights_only = (once, *adapters, "checkpoint.optimizer=false")
+    assert "take about 6.0 GiB" in with_free(17, *weights_only).found
 
 
 @pytest.mark.parametrize(("release", "state"), [("false", "note"), ("true", "missing")])

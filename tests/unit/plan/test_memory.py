@@ -17,9 +17,11 @@ from megatron_prepo.actor.micro_batch import micro_batch
 from megatron_prepo.actor.model import build_model
 from megatron_prepo.actor.packing import Piece, Row
 from megatron_prepo.config import LoraConfig, ModelConfig, ParallelConfig
+from megatron_prepo.config.schema import PROJECTIONS
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan.memory import (
     adapter_activations,
+    adapter_parameters,
     head_workspace,
     kv_bytes_per_token,
     layer_activations,
@@ -115,6 +117,15 @@ def test_adapters_keep_at_most_what_is_predicted(name, tensor, sequence):
     predicted = layer_activations(Shape.of(hf), parallel, "torch", tokens=TOKENS)
     predicted += adapter_activations(Shape.of(hf), parallel, lora, tokens=TOKENS)
     assert 0.75 * predicted < three - two <= predicted
+
+
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "o_proj"), ("up_proj", "down_proj")])
+def test_adapters_have_the_parameters_that_are_predicted(targets):
+    lora, parallel = LoraConfig(rank=3, target_modules=targets), ParallelConfig()
+    with pretend(0, 1, parallel):
+        (model,) = build_model(NORMED, ModelConfig(hf="", layers="torch"), parallel, {}, lora)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(Shape.of(NORMED), lora) == real
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from megatron_prepo.actor.model import build_model
 from megatron_prepo.cli import main
 from megatron_prepo.config import Config, ModelConfig, ParallelConfig, from_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.models.hf_config import read_hf_config
 from megatron_prepo.models.shape import Shape
 from megatron_prepo.plan import gpus, memory, step_time
 from megatron_prepo.plan import layout_search as layouts
@@ -561,6 +562,11 @@ def test_adapters_have_gradients_and_optimizer_state_and_the_frozen_weights_have
     assert 0 <= rank.gradients - 4 * trained < 4 * padding
     assert 0 <= rank.optimizer_split - 12 * trained / 8 < 12 * padding
     assert (rank.optimizer_whole, rank.reference) == (12 * trained, 0)
+    (whole,) = plan.make_plan(configured(), plan.PlanRequest(gpus=8, engine="sglang")).ranks
+    shape, tokens = Shape.of(read_hf_config(config.model.hf)), config.train.micro_batch_tokens
+    kept = memory.adapter_activations(shape, config.parallel, config.lora, tokens=tokens)
+    assert abs(rank.activations - whole.activations - shape.layers * kept) <= 1
+    assert memory.adapter_parameters(shape, config.lora) == trained
 
 
 def test_suggestions_fit_and_come_in_order(configured):
