@@ -40,7 +40,7 @@ from tools.checks.gpu_parts import APART, PARTS, Options, Part
 BUDGET_SECONDS = 540.0
 """Ten minutes per command, less the start and the end of this one."""
 LEAST_SECONDS = 5.0
-"""A part is not started with less."""
+"""A part is not started with less: it then has no file, and the summary names it."""
 UNFINISHED = ".partial"
 OUTPUT_CHARACTERS = 20_000
 """The end of a part's output that its file has."""
@@ -82,11 +82,13 @@ def check(parts: dict[str, Part], options: Options, out: Path, end: float, again
     for number, name in enumerate(to_run):
         shares = [parts[later].share for later in to_run[number:]]
         seconds = (end - time.monotonic()) * shares[0] / sum(shares)
-        print(f"{name}: at most {seconds:.0f} s", flush=True)
-        results[name] = result = {"part": name} | run(parts[name], options, out, name, seconds)
-        result["output"] = result["output"][-OUTPUT_CHARACTERS:]
-        durable.write_text(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        _remove_unfinished(out, name)
+        if seconds < LEAST_SECONDS:  # no file: the same command starts it when there is time
+            results[name] = gpu_summary.NOT_STARTED
+        else:
+            print(f"{name}: at most {seconds:.0f} s", flush=True)
+            results[name] = {"part": name} | run(parts[name], options, out, name, seconds)
+            durable.write_text(out / f"{name}.json", json.dumps(results[name], indent=1) + "\n")
+            _remove_unfinished(out, name)
         durable.write_text(out / "summary.md", gpu_summary.markdown(results) + "\n")
     print(gpu_summary.markdown({name: results[name] for name in parts}))
     return int(not all(results[name]["passed"] for name in parts))
@@ -94,13 +96,12 @@ def check(parts: dict[str, Part], options: Options, out: Path, end: float, again
 
 def run(part: Part, options: Options, out: Path, name: str, seconds: float) -> dict[str, Any]:
     """Return the result of a part; its own failure, of whatever kind, is one."""
-    if seconds < LEAST_SECONDS:
-        return {"passed": False, "seconds": 0.0, "output": "not started: no time is left"}
     _remove_unfinished(out, name)
     try:
-        return part.run(options, out / f"{name}{UNFINISHED}.json", seconds)
+        result = part.run(options, out / f"{name}{UNFINISHED}.json", seconds)
     except Exception:  # the parts after it are still worth their time
-        return {"passed": False, "output": traceback.format_exc()}
+        result = {"passed": False, "output": traceback.format_exc()}
+    return result | {"output": result["output"][-OUTPUT_CHARACTERS:]}
 
 
 def earlier_result(file: Path, name: str) -> dict[str, Any] | None:

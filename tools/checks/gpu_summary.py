@@ -5,6 +5,8 @@ from typing import Any
 
 from tools.bench.head_stages import RATES
 
+NOT_STARTED: dict[str, Any] = {"passed": False, "not_started": True}
+"""In place of the result of a part for which no time was left."""
 LAST_LINES = 12
 """Lines of a failed part's output; its file has more."""
 
@@ -18,7 +20,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         if found := list(FINDINGS[name](result)) if name in FINDINGS else []:
             lines += ["", f"{name}:", *(f"- {line}" for line in found)]
     for name, result in results.items():
-        if not result["passed"]:
+        if not result["passed"] and "output" in result:
             lines += ["", f"FAILED: {name}, the end of its output:"]
             lines += [f"    {line}" for line in result["output"].splitlines()[-LAST_LINES:]]
     return "\n".join(lines)
@@ -28,6 +30,8 @@ def verdict(result: dict[str, Any]) -> str:
     """Return whether a part passed, or was stopped, and then whether it has measured something."""
     if result["passed"]:
         return "passed"
+    if "not_started" in result:
+        return "not started"
     if not result.get("ended_at_the_deadline"):
         return "FAILED"
     return "stopped, with a result so far" if result.get("measured") else "stopped, no result"
@@ -35,7 +39,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 def of_head(result: dict[str, Any]) -> Iterator[str]:
     """Yield the goals, and the stages with their rates."""
-    measured = result["measured"] or {"goals": [], "cases": []}
+    measured = result.get("measured") or {"goals": [], "cases": []}
     yield from map(_goal, measured["goals"])
     for case in measured["cases"]:
         for stage, row in case.get("stages", {"table": {}})["table"].items():
@@ -46,7 +50,7 @@ def of_head(result: dict[str, Any]) -> Iterator[str]:
 
 def of_utilisation(result: dict[str, Any]) -> Iterator[str]:
     """Yield the goal, and one line per arm."""
-    measured = result["measured"] or {"goals": [], "cases": []}
+    measured = result.get("measured") or {"goals": [], "cases": []}
     yield from map(_goal, measured["goals"])
     for case in measured["cases"]:
         for name, arm in case["arms"].items():
@@ -63,7 +67,7 @@ def of_tests(result: dict[str, Any]) -> Iterator[str]:
 
 def of_plan(result: dict[str, Any]) -> Iterator[str]:
     """Yield planned over measured memory of each case, and the rate of copies."""
-    measured = result["measured"] or {"memory": [], "copies": {}}
+    measured = result.get("measured") or {"memory": [], "copies": {}}
     for case in measured["memory"]:
         how = "recomputed" if case["megatron"] else "kept"
         ratio = case["planned_over_measured"]
@@ -75,14 +79,14 @@ def of_plan(result: dict[str, Any]) -> Iterator[str]:
 
 def of_demo(result: dict[str, Any]) -> Iterator[str]:
     """Yield the pass rate before and after."""
-    if summary := result["measured"]:
+    if summary := result.get("measured"):
         before, after = summary["pass_rate_before"], summary["pass_rate_after"]
         yield f"pass rate {before:.3f} before, {after:.3f} after"
 
 
 def of_checkpoint(result: dict[str, Any]) -> Iterator[str]:
     """Yield seconds of each phase."""
-    if measured := result["measured"]:
+    if measured := result.get("measured"):
         phases = [f"{name} {seconds} s" for name, seconds in measured["seconds"].items()]
         yield f"{measured['bytes'] / 1e9:.1f} GB: {', '.join(phases)}"
 

@@ -92,7 +92,30 @@ def test_time_that_a_part_does_not_use_goes_to_the_others(tmp_path, monkeypatch)
     gpu_check.check(parts, Options(), tmp_path, 100.0, [])
     assert given == [25.0, 66.0, 33.0]
     gpu_check.check({"d": Part(1, uses(1))}, Options(), tmp_path, 100.0, [])
-    assert written(tmp_path, "d")["output"] == "not started: no time is left"
+
+
+def test_a_part_without_time_leaves_no_result_and_the_same_command_starts_it(tmp_path, capsys):
+    """An earlier result is kept, too, where no time is left to repeat it."""
+    parts = {"head": Part(1, lambda *_: PASSED | {"measured": None})}
+    assert check(tmp_path, parts, budget=1.0) == 1
+    assert not (tmp_path / "head.json").exists()
+    assert "| head | not started |  |" in (tmp_path / "summary.md").read_text()
+    assert "FAILED" not in capsys.readouterr().out
+    assert check(tmp_path, parts) == 0
+    earlier = written(tmp_path, "head")
+    assert check(tmp_path, parts, budget=1.0, again=["head"]) == 1
+    assert written(tmp_path, "head") == earlier
+
+
+@pytest.mark.parametrize("name", gpu_summary.FINDINGS)
+def test_a_part_that_raised_or_was_not_started_has_its_line(tmp_path, capsys, name):
+    def breaks(options, file, seconds):
+        raise RuntimeError("the part is broken")
+
+    assert check(tmp_path, {name: Part(1, breaks)}) == 1
+    assert f"| {name} | FAILED |  |" in capsys.readouterr().out
+    assert check(tmp_path, {name: Part(1, breaks)}, budget=1.0, again=[name]) == 1
+    assert f"| {name} | not started |  |" in capsys.readouterr().out
 
 
 def test_a_part_with_a_result_is_skipped_unless_asked_for(tmp_path):
