@@ -135,6 +135,8 @@ def _attend(
     """Attend: [b, s, heads, d] queries, and so on, to [b, s, heads * d]."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     window = _window_mask(query.shape[2], left, query.device)
+    if not _takes_groups(query, window):
+        key, value = (_one_per_head(x, query.shape[1]) for x in (key, value))
     out = F.scaled_dot_product_attention(
         query,
         key,
@@ -144,6 +146,21 @@ def _attend(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def _takes_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Return whether torch's best kernel takes fewer heads of keys and values than of queries.
+
+    On CUDA the flash kernel does, which supports 16-bit types without a mask.  For anything else
+    there is the memory-efficient one, which does not: given groups, torch silently falls back to
+    products that keep the scores of all pairs of tokens, for each head.
+    """
+    return not query.is_cuda or (mask is None and query.element_size() == 2)
+
+
+def _one_per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat [b, groups, s, d] to [b, heads, s, d], each group for its heads, in order."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _window_mask(size: int, left: int, device: torch.device) -> torch.Tensor | None:

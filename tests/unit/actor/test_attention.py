@@ -101,6 +101,43 @@ def test_a_plain_batch_is_what_it_always_was(left):
         alone.assert_equals([ours[:, b].detach()])
 
 
+@pytest.mark.parametrize("left", [-1, 2])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_keys_are_repeated_for_a_kernel_without_groups(monkeypatch, way, left):
+    """The output and the gradients are the same."""
+    kernel, heads = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def told(query, key, value, **options):
+        heads.add((query.shape[1], key.shape[1], value.shape[1], options["enable_gqa"]))
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", told)
+    monkeypatch.setattr(attention, "_takes_groups", lambda query, mask: False)
+    layout = packed_row(way)
+    qkv = random_qkv(len(layout.positions_T))
+    ours = causal_attention(left)(*qkv, packed_seq_params=layout)
+    assert_is_attention(ours, qkv, layout, left)
+    assert heads == {(HEADS, HEADS, HEADS, False)}
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "bytes_each", "masked", "expected"),
+    [
+        (True, 2, False, True),  # flash
+        (True, 2, True, False),
+        (True, 4, False, False),
+        (True, 4, True, False),
+        (False, 4, True, True),
+        (False, 2, False, True),
+    ],
+)
+def test_keys_are_grouped_where_a_fast_kernel_takes_them(is_cuda, bytes_each, masked, expected):
+    """On CUDA, groups with a mask or in float32 would select products that keep all scores."""
+    query = SimpleNamespace(is_cuda=is_cuda, element_size=lambda: bytes_each)
+    mask = torch.ones(1, 1, dtype=torch.bool) if masked else None
+    assert attention._takes_groups(query, mask) == expected
+
+
 class Kernel:
     """Stand-in for torch's variable-length kernel and for TransformerEngine's: same contract."""
 
@@ -139,6 +176,7 @@ class TransformerEngines(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.num_attention_heads, config.num_query_groups
+        self.window = config.window_size or (-1, 0)  # as Megatron's class passes it on
 
     def forward(self, query, key, value, attention_mask, attn_mask_type, packed_seq_params=None):
         assert attention_mask is None and attn_mask_type == "causal"
@@ -147,7 +185,8 @@ class TransformerEngines(torch.nn.Module):
         starts = (params.cu_seqlens_q, params.cu_seqlens_kv)
         longest = (params.max_seqlen_q, params.max_seqlen_kv)
         kernel = Kernel()
-        return kernel(query, key, value, *starts, *longest, window_size=(-1, 0), enable_gqa=True)
+        settings = {"window_size": self.window, "enable_gqa": True}
+        return kernel(query, key, value, *starts, *longest, **settings)
 
 
 @pytest.fixture
@@ -162,19 +201,24 @@ def te_attention(monkeypatch):
     return module
 
 
-def te_config(tensor, heads, groups):
+def te_config(tensor, heads, groups, left=-1):
     return SimpleNamespace(
-        num_attention_heads=heads, num_query_groups=groups, tensor_model_parallel_size=tensor
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        tensor_model_parallel_size=tensor,
+        window_size=None if left < 0 else (left, 0),
     )
 
 
+@pytest.mark.parametrize("left", [-1, 2])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_transformer_engine_is_told_the_same_sequences(te_attention, way):
+def test_transformer_engine_is_told_the_same_sequences(te_attention, way, left):
+    """With a window, the number of earlier tokens is the same as for our own attention."""
     layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
-    module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS))
+    module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS, left))
     ours = module(*qkv, None, attn_mask_type="causal", packed_seq_params=layout)
-    assert_is_attention(ours, qkv, layout)
+    assert_is_attention(ours, qkv, layout, left)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +239,9 @@ def test_transformer_engine_is_told_the_heads_of_a_context_rank(
     monkeypatch.setattr(
         te_attention.parallel_state, "get_context_parallel_world_size", lambda: context
     )
-    config = te_config(tensor, heads, groups)
-    assert te_attention.PackedTEAttention(config).heads == told
+    config = te_config(tensor, heads, groups, left=7)
+    module = te_attention.PackedTEAttention(config)
+    assert (module.heads, module.window) == (told, (7, 0))
     assert (config.num_attention_heads, config.num_query_groups) == (heads, groups)
 
 
