@@ -9,7 +9,8 @@ import torch
 from rounding import approx, assert_close
 from tiny_models import actor_config
 
-from megatron_prepo.actor.optimizer import build_schedule, fuse_adam
+from megatron_prepo.actor import checkpoint, optimizer
+from megatron_prepo.actor.optimizer import build_optimizer, build_schedule, fuse_adam
 
 PEAK, LEAST = 3e-4, 1e-5
 
@@ -67,6 +68,20 @@ def adam(fused: bool, state: dict | None = None):
     return parameter, torchs
 
 
+def adams(parameter):
+    """Return Megatron's optimizer around a new Adam, as far as it is built and loaded."""
+    torchs = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1)
+
+    def load_state_dict(state):
+        torchs.load_state_dict(state["optimizer"])
+
+    parts = [SimpleNamespace(optimizer=torchs)]
+    groups = torchs.param_groups
+    return SimpleNamespace(
+        chained_optimizers=parts, load_state_dict=load_state_dict, param_groups=groups
+    )
+
+
 def update(parameter, torchs) -> None:
     parameter.grad = parameter.detach() + 0.5
     torchs.step()
@@ -99,3 +114,32 @@ def test_a_loaded_state_takes_the_form_of_the_device_that_reads_it(wrote, reads)
     update(*writer)
     update(*reader)
     assert_close(reader[0].detach(), writer[0].detach(), scale=1.0)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_built_optimizer_has_the_form_of_its_device(monkeypatch, on_gpu):
+    megatrons = adams(torch.nn.Parameter(torch.ones(3)))
+    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda *_: megatrons)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    config = actor_config("unused")
+    settings = (config.optimizer, config.train, config.megatron)
+    built, _ = build_optimizer(*settings, [], dtype="float32")
+    assert built is megatrons
+    assert forms(built.chained_optimizers[0].optimizer) == {on_gpu or None}
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_resumed_optimizer_has_the_form_of_its_device(monkeypatch, wrote, on_gpu):
+    writer = adam(fused=wrote)
+    update(*writer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    megatrons = adams(torch.nn.Parameter(writer[0].detach().clone()))
+    state = copy.deepcopy(writer[1].state_dict())
+    checkpoint._load_optimizer(megatrons, {"optimizer": state})
+    reader = megatrons.chained_optimizers[0].optimizer
+    assert forms(reader) == {on_gpu or None}
+    [parameter] = reader.param_groups[0]["params"]
+    update(*writer)
+    update(parameter, reader)
+    assert_close(parameter.detach(), writer[0].detach(), scale=1.0)
