@@ -256,15 +256,18 @@ def rates(shape: Shape, work: FlopCount, measured: dict, dtype: str) -> dict:
 
 
 def goals(cases: list[dict]) -> list[dict]:
-    """Return the goal of an update, judged by its best variant."""
-    reached = [
-        arm["update"]["mfu"]
+    """Return the goal of an update, judged by its best arm, which the goal names."""
+    reached = {
+        name: arm["update"]["mfu"]
         for case in cases
-        for arm in case["arms"].values()
+        for name, arm in case["arms"].items()
         if case["model"] == GOAL_MODEL and "failed" not in arm and arm["update"]["mfu"] is not None
-    ]
-    best = max(reached, default=None)
-    return [at_least(f"{GOAL_MODEL}, update, model FLOPs utilisation", GOAL, best)]
+    }
+    goal = f"{GOAL_MODEL}, update, model FLOPs utilisation"
+    if not reached:
+        return [at_least(goal, GOAL, None)]
+    best = max(reached, key=reached.__getitem__)
+    return [at_least(f"{goal}, {best}", GOAL, reached[best])]
 
 
 def markdown(result: dict) -> str:
