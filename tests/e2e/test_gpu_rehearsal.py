@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from megatron_prepo.files import ownership
 from tools.checks import pack_gpu
 from tools.checks.gpu_parts import APART, PARTS
 
@@ -99,7 +100,8 @@ def test_everything_with_what_is_carried(rehearse, tmp_path):
     printed = rehearse("--budget", "540")
     parts = [name for name in PARTS if name not in APART]
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {*(f"{p}.json" for p in parts), "summary.md"}
+    names = {*(f"{p}.json" for p in parts), "summary.md", ownership.MARKER}
+    assert {path.name for path in out.iterdir()} == names
     assert len(list(out.iterdir())) <= 8
     for name in parts:
         assert json.loads((out / f"{name}.json").read_text())["passed"], name

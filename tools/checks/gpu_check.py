@@ -10,11 +10,12 @@ command: training with an SGLang server on the same GPU, with weight sync by CUD
 sync at the shape of a 7B model, from the archives of pack_sglang.py.
 
 Each part has a share of the remaining time, so that later parts get what one does not use, and is
-stopped at its end.  FOLDER gets one JSON file per part, with what a stopped part has measured, and
-summary.md, which is printed last.  A part whose file exists is skipped, unless `--again` names it.
-Exit code 0 means that every selected part passed.
+stopped at its end.  FOLDER, new or empty, gets one JSON file per part, with what a stopped part has
+measured, and summary.md, which is printed last.  A part whose file exists is skipped, unless
+`--again` names it.  Exit code 0 means that every selected part passed.
 
-`--rehearse` runs all of it at a tiny size without a GPU.  docs/gpu.md has the two commands for a
+`--rehearse` runs all of it at a tiny size without a GPU; its files and its summary are marked, and
+a folder has rehearsals or measurements, never both.  docs/gpu.md has the two commands for a
 machine without network (pack_gpu.py).
 """
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import atomic as durable
+from megatron_prepo.files import ownership
 from megatron_prepo.files.existing import existing
 from megatron_prepo.process import activity
 from megatron_prepo.process.command import in_one_line
@@ -41,6 +43,8 @@ BUDGET_SECONDS = 540.0
 """Ten minutes per command, less the start and the end of this one."""
 LEAST_SECONDS = 5.0
 """A part is not started with less: it then has no file, and the summary names it."""
+KIND = "GPU check"
+"""Kind of the folder of results in its marker (`ownership.py`)."""
 UNFINISHED = ".partial"
 OUTPUT_CHARACTERS = 20_000
 """The end of a part's output that its file has."""
@@ -64,6 +68,8 @@ def main() -> int:
         print("error: no CUDA device; --rehearse runs a tiny size without one", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _stop)
+    if "sglang" in words.parts and words.sglang is None:
+        raise UserError("--parts sglang needs --sglang FOLDER, which pack_sglang.py makes")
     options = Options(verl=words.verl, sglang=words.sglang, rehearse=words.rehearse)
     parts = {name: PARTS[name] for name in words.parts}
     with activity.handed_over():  # the parts' processes show what they do
@@ -74,10 +80,10 @@ def check(parts: dict[str, Part], options: Options, out: Path, end: float, again
     """Run the parts in turn until `end`, by `time.monotonic`; each result is on disk when known."""
     results = {}
     for name in parts:
-        earlier = earlier_result(out / f"{name}.json", name)
+        earlier = earlier_result(out / f"{name}.json", name, rehearse=options.rehearse)
         if earlier and name not in again:
             results[name] = earlier
-    out.mkdir(parents=True, exist_ok=True)
+    ownership.claim(out, KIND, "--out")
     to_run = [name for name in parts if name not in results]
     for number, name in enumerate(to_run):
         shares = [parts[later].share for later in to_run[number:]]
@@ -86,7 +92,8 @@ def check(parts: dict[str, Part], options: Options, out: Path, end: float, again
             results[name] = gpu_summary.NOT_STARTED
         else:
             print(f"{name}: at most {seconds:.0f} s", flush=True)
-            results[name] = {"part": name} | run(parts[name], options, out, name, seconds)
+            kind = {"part": name, "rehearsal": options.rehearse}
+            results[name] = kind | run(parts[name], options, out, name, seconds)
             durable.write_text(out / f"{name}.json", json.dumps(results[name], indent=1) + "\n")
             _remove_unfinished(out, name)
         durable.write_text(out / "summary.md", gpu_summary.markdown(results) + "\n")
@@ -104,17 +111,24 @@ def run(part: Part, options: Options, out: Path, name: str, seconds: float) -> d
     return result | {"output": result["output"][-OUTPUT_CHARACTERS:]}
 
 
-def earlier_result(file: Path, name: str) -> dict[str, Any] | None:
-    """Return the result of an earlier call; UserError for a file that is none."""
+def earlier_result(file: Path, name: str, *, rehearse: bool) -> dict[str, Any] | None:
+    """Return the result of an earlier call.
+
+    Raises UserError for a file that is none, and for a rehearsal among measurements or the reverse.
+    """
     if not file.exists():
         return None
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("part") == name:
-            return result
+        ours = result.get("part") == name and result.get("rehearsal") in (True, False)
     except (ValueError, AttributeError):
-        pass
-    raise UserError(f"--out: {file} exists, and is no result of this command; choose another")
+        ours = False
+    if not ours:
+        raise UserError(f"--out: {file} exists, and is no result of this command; choose another")
+    if result["rehearsal"] != rehearse:
+        kind = "a rehearsal" if result["rehearsal"] else "a measurement"
+        raise UserError(f"--out: {file} is the result of {kind}; choose another folder")
+    return result
 
 
 def known(words: str) -> list[str]:

@@ -4,6 +4,7 @@ Each part is a process with a time limit, and returns a JSON object with `passed
 measured.  A benchmark that is stopped leaves what it has written until then.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,8 @@ SGLANG = {
     "disable_cuda_graph": True,
     "mem_fraction_static": 0.3,  # the actor uses the same GPU
 }
+STEP = ("passed", "ended_at_the_deadline", "seconds")
+"""What the result of a part has of each of its steps."""
 STOP_NEW_WORK = 0.75
 """Share of a part's time after which a benchmark starts nothing new."""
 TRAINING = 0.6
@@ -41,6 +44,7 @@ TRAINING = 0.6
 MARK = "GPU_CHECK_PART"
 """Environment variable by which all processes of a part are found, also those in other sessions."""
 KILL_SECONDS = 10.0
+LEFT = "\na killed process of this part does not end, and may keep the GPU\n"
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 
 
@@ -131,8 +135,7 @@ def run_checkpoint(options: Options, file: Path, seconds: float) -> dict:
 
 def run_sglang(options: Options, file: Path, seconds: float) -> dict:
     """Train with a server on the actor's GPU, verifying each sync; then measure a large sync."""
-    if options.sglang is None:
-        return {"passed": False, "output": "no --sglang FOLDER, which pack_sglang.py makes"}
+    assert options.sglang is not None, "gpu_check.py requires it for this part"
     with tempfile.TemporaryDirectory() as scratch:
         python = unpack(options.sglang, Path(scratch))
         training = _train_with_sglang(python, Path(scratch, "run"), TRAINING * seconds)
@@ -141,11 +144,20 @@ def run_sglang(options: Options, file: Path, seconds: float) -> dict:
         words = ["--shape", "7b", "--servers-python", str(python), "--transports", "ipc"]
         words += ["--rounds", "3", "--bucket-mb", "1024", "--sglang", json.dumps(SGLANG)]
         sync = benchmark("sync", words, out, (1 - TRAINING) * seconds)
-    steps = {"training": training, "sync": sync}
+    return together({"training": training, "sync": sync})
+
+
+def together(steps: dict[str, dict]) -> dict:
+    """Return the result of a part of several steps: stopped, if no step failed by itself."""
+    late = [done["ended_at_the_deadline"] for done in steps.values()]
+    failed = [done for done in steps.values() if not done["passed"]]
     return {
-        "passed": all(done["passed"] for done in steps.values()),
-        "output": "".join(done.pop("output") for done in steps.values()),
-        **steps,
+        "passed": not failed,
+        "ended_at_the_deadline": any(late) and all(d["ended_at_the_deadline"] for d in failed),
+        "seconds": round(sum(done["seconds"] for done in steps.values()), 1),
+        "output": "".join(done["output"] for done in steps.values()),
+        "measured": {name: done["measured"] for name, done in steps.items() if done["measured"]},
+        **{name: {key: done[key] for key in STEP if key in done} for name, done in steps.items()},
     }
 
 
@@ -222,14 +234,23 @@ def run_within(seconds: float, command: list[str]) -> dict[str, Any]:
             ended = True
         finally:  # also at Ctrl-C
             _kill(mark)
-            process.wait()
+            left = _is_left(process)
         output.seek(0)
         return {
             "passed": process.returncode == 0,
             "ended_at_the_deadline": ended,
             "seconds": round(time.perf_counter() - start, 1),
-            "output": output.read(),
+            "output": output.read() + (LEFT if left else ""),
         }
+
+
+def _is_left(process: subprocess.Popen) -> bool:
+    """Return whether a killed process does not end, as one that waits for a driver does."""
+    try:
+        process.wait(timeout=KILL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def _kill(mark: str) -> None:
@@ -239,7 +260,8 @@ def _kill(mark: str) -> None:
         time.monotonic() < late
     ):
         for process in marked:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                process.kill()
         time.sleep(0.05)
 
 

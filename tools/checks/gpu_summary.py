@@ -7,18 +7,22 @@ from tools.bench.head_stages import RATES
 
 NOT_STARTED: dict[str, Any] = {"passed": False, "not_started": True}
 """In place of the result of a part for which no time was left."""
+REHEARSAL = "REHEARSAL of a tiny size without a GPU: no number here is a measurement."
 LAST_LINES = 12
 """Lines of a failed part's output; its file has more."""
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """Return the summary of the parts' results, by name."""
-    lines = ["| part | result | seconds |", "|---|---|---|"]
+    rehearsed = any(result.get("rehearsal") for result in results.values())
+    lines = [REHEARSAL, ""] if rehearsed else []
+    lines += ["| part | result | seconds |", "|---|---|---|"]
     for name, result in results.items():
         lines.append(f"| {name} | {verdict(result)} | {result.get('seconds', '')} |")
     for name, result in results.items():
         if found := list(FINDINGS[name](result)) if name in FINDINGS else []:
-            lines += ["", f"{name}:", *(f"- {line}" for line in found)]
+            what = f"{name}, rehearsed" if result.get("rehearsal") else name
+            lines += ["", f"{what}:", *(f"- {line}" for line in found)]
     for name, result in results.items():
         if not result["passed"] and "output" in result:
             lines += ["", f"FAILED: {name}, the end of its output:"]
@@ -29,18 +33,19 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 def verdict(result: dict[str, Any]) -> str:
     """Return whether a part passed, or was stopped, and then whether it has measured something."""
     if result["passed"]:
-        return "passed"
+        return "rehearsed" if result.get("rehearsal") else "passed"
     if "not_started" in result:
         return "not started"
     if not result.get("ended_at_the_deadline"):
         return "FAILED"
-    return "stopped, with a result so far" if result.get("measured") else "stopped, no result"
+    measured = result.get("measured") or result.get("outcomes")
+    return "stopped, with a result so far" if measured else "stopped, no result"
 
 
 def of_head(result: dict[str, Any]) -> Iterator[str]:
     """Yield the goals, and the stages with their rates."""
-    measured = result.get("measured") or {"goals": [], "cases": []}
-    yield from map(_goal, measured["goals"])
+    measured = result.get("measured") or {"cases": []}
+    yield from _goals(result)
     for case in measured["cases"]:
         for stage, row in case.get("stages", {"table": {}})["table"].items():
             if (median := row["milliseconds"]["median"]) is not None:
@@ -50,8 +55,8 @@ def of_head(result: dict[str, Any]) -> Iterator[str]:
 
 def of_utilisation(result: dict[str, Any]) -> Iterator[str]:
     """Yield the goal, and one line per arm."""
-    measured = result.get("measured") or {"goals": [], "cases": []}
-    yield from map(_goal, measured["goals"])
+    measured = result.get("measured") or {"cases": []}
+    yield from _goals(result)
     for case in measured["cases"]:
         for name, arm in case["arms"].items():
             yield f"{case['model']}, {name}: {_arm(arm)}"
@@ -91,6 +96,24 @@ def of_checkpoint(result: dict[str, Any]) -> Iterator[str]:
         yield f"{measured['bytes'] / 1e9:.1f} GB: {', '.join(phases)}"
 
 
+def of_sglang(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the verdict on each step, the pass rates, and the rate of the sync."""
+    for step in ("training", "sync"):
+        if step in result:
+            yield f"{step}: {verdict(result[step])}, {result[step]['seconds']} s"
+    measured = result.get("measured", {})
+    if "training" in measured:
+        yield from of_demo({"measured": measured["training"]})
+    for name, way in measured.get("sync", {"transports": {}})["transports"].items():
+        yield f"sync by {name}: {way['gigabytes_a_second']:.1f} GB/s"
+
+
+def _goals(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the verdicts on the goals, of which a rehearsal has none."""
+    if result.get("measured") and not result.get("rehearsal"):
+        yield from map(_goal, result["measured"]["goals"])
+
+
 def _goal(row: dict[str, Any]) -> str:
     measured = "-" if row["measured"] is None else f"{row['measured']:.4g}"
     cut = f" ({row['cut']})" if row["cut"] else ""
@@ -113,4 +136,5 @@ FINDINGS = {
     "plan": of_plan,
     "demo": of_demo,
     "checkpoint": of_checkpoint,
+    "sglang": of_sglang,
 }

@@ -147,6 +147,15 @@ def test_a_users_file_in_the_folder_of_a_gpu_check_is_kept(capsys, monkeypatch, 
         assert f"{file} exists" in said and file.read_text() == content
 
 
+@pytest.mark.parametrize("name", ["summary.md", "head.partial.json", "head.partial.md", "notes"])
+def test_a_folder_of_the_users_gets_no_results_of_a_gpu_check(capsys, monkeypatch, tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    words = ["--rehearse", "--parts", "head", "--budget", "1", "--out", tmp_path]
+    said = refused(capsys, monkeypatch, gpu_check.main, *words)
+    assert f"--out {tmp_path} exists, is not empty" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 def test_a_folder_of_the_users_gets_no_logs_and_pictures(capsys, monkeypatch, tmp_path):
     for name in ("hf", "logs"):
         (tmp_path / name).mkdir()

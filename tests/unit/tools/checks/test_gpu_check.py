@@ -9,9 +9,11 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_prepo.errors import UserError
+from megatron_prepo.files import ownership
 from tools.checks import gpu_check, gpu_parts, gpu_summary
 from tools.checks.gpu_parts import Options, Part, run_within
 
@@ -72,7 +74,7 @@ def test_a_result_is_on_disk_before_the_next_part_and_no_failure_ends_the_others
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith("RuntimeError: the second part is broken")
     assert (out / "summary.md").read_text().strip() in printed
-    assert len(list(out.iterdir())) == 4
+    assert len(list(out.iterdir())) == 5  # with the marker
 
 
 def test_time_that_a_part_does_not_use_goes_to_the_others(tmp_path, monkeypatch):
@@ -149,7 +151,8 @@ def test_a_killed_benchmark_leaves_what_it_measured(tmp_path, monkeypatch):
     assert (result["measured"], result["ended_at_the_deadline"]) == ([1], True)
     assert gpu_summary.verdict(result) == "stopped, with a result so far"
     assert seen == ["slow.partial.json"]
-    assert sorted(path.name for path in out.iterdir()) == ["slow.json", "summary.md"]
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [ownership.MARKER, "slow.json", "summary.md"]
 
 
 @pytest.mark.parametrize(
@@ -234,4 +237,101 @@ def test_packed_packages_are_on_the_path_of_the_servers_alone(tmp_path):
     done = run_within(60.0, [str(python), "-c", code])
     assert done["passed"] and done["output"] == "3\n"
     assert not run_within(60.0, [sys.executable, "-c", "import packed_1"])["passed"]
-    assert not gpu_parts.run_sglang(Options(), tmp_path / "file", 1.0)["passed"]
+
+
+def test_a_part_of_sglang_without_its_archives_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    words = ["gpu_check.py", "--rehearse", "--parts", "sglang", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_check.main() == 2
+    assert "--parts sglang needs --sglang FOLDER" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+STEP = PASSED | {"ended_at_the_deadline": False, "measured": None}
+LATE = STEP | {"passed": False, "ended_at_the_deadline": True}
+SYNC = {"measured": {"transports": {"ipc": {"gigabytes_a_second": 12.5}}}}
+RATES = {"measured": {"pass_rate_before": 0.25, "pass_rate_after": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("training", "sync", "expected"),
+    [
+        (STEP | RATES, STEP | SYNC, "passed"),
+        (STEP | RATES, LATE, "stopped, with a result so far"),
+        (LATE, LATE, "stopped, no result"),
+        (STEP | {"passed": False}, LATE, "FAILED"),
+    ],
+)
+def test_the_verdict_on_a_part_of_two_steps(training, sync, expected):
+    result = gpu_parts.together({"training": training, "sync": sync})
+    assert gpu_summary.verdict(result) == expected
+    assert result["seconds"] == 2.0
+    text = gpu_summary.markdown({"sglang": json.loads(json.dumps(result))})
+    assert f"| sglang | {expected} | 2.0 |" in text
+    assert f"- training: {gpu_summary.verdict(training)}, 1.0 s" in text
+    assert ("- sync by ipc: 12.5 GB/s" in text) == bool(sync["measured"])
+    assert ("- pass rate 0.250 before" in text) == bool(training["measured"])
+
+
+def test_tests_that_were_stopped_have_outcomes_so_far():
+    late = {"passed": False, "ended_at_the_deadline": True}
+    assert gpu_summary.verdict(late | {"outcomes": {}}) == "stopped, no result"
+    some = late | {"outcomes": {"tests/gpu/t.py::a": "PASSED"}}
+    assert gpu_summary.verdict(some) == "stopped, with a result so far"
+
+
+def test_a_rehearsal_is_marked_and_never_taken_for_a_measurement(tmp_path):
+    goal = {"goal": "speed", "bound": "≥ 2", "measured": 2.5, "verdict": "met", "cut": None}
+    parts = {"head": Part(1, lambda *_: PASSED | {"measured": {"goals": [goal], "cases": []}})}
+
+    def call(name, rehearse, again=()):
+        options, end = Options(rehearse=rehearse), time.monotonic() + 600
+        assert gpu_check.check(parts, options, tmp_path / name, end, list(again)) == 0
+        return (tmp_path / name / "summary.md").read_text()
+
+    text = call("rehearsed", rehearse=True)
+    assert text.startswith("REHEARSAL") and "no number here is a measurement" in text
+    assert "| head | rehearsed | 1.0 |" in text and "met" not in text and "passed" not in text
+    assert written(tmp_path / "rehearsed", "head")["rehearsal"] is True
+    text = call("measured", rehearse=False)
+    assert "| head | passed | 1.0 |" in text and "- met: speed" in text
+    assert "rehears" not in text.lower()
+    assert written(tmp_path / "measured", "head")["rehearsal"] is False
+    for again in ([], ["head"]):
+        with pytest.raises(UserError, match=r"head\.json is the result of a rehearsal"):
+            call("rehearsed", rehearse=False, again=again)
+        with pytest.raises(UserError, match=r"head\.json is the result of a measurement"):
+            call("measured", rehearse=True, again=again)
+
+
+def test_a_process_that_ends_before_it_is_killed_is_no_failure(monkeypatch):
+    class Ending:
+        def __init__(self, mark):
+            self.mark, self.asked = mark, 0
+
+        def environ(self):
+            self.asked += 1
+            if self.asked > 1:
+                raise psutil.NoSuchProcess(1)
+            return {gpu_parts.MARK: self.mark}
+
+        def kill(self):
+            raise psutil.NoSuchProcess(1)
+
+    ending = Ending("mark")
+    monkeypatch.setattr(gpu_parts.psutil, "process_iter", lambda: [ending])
+    gpu_parts._kill("mark")
+    assert ending.asked == 2
+
+
+def test_a_killed_process_that_does_not_end_is_named_and_not_waited_for(monkeypatch):
+    """One that waits for a GPU's driver cannot be killed."""
+    killed = []
+    monkeypatch.setattr(gpu_parts, "KILL_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_parts, "_kill", killed.append)
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(30)"
+    done = run_within(3.0, [sys.executable, "-c", code])
+    pid, *said = done["output"].splitlines()
+    os.kill(int(pid), signal.SIGKILL)
+    assert len(killed) == 1 and (done["passed"], done["ended_at_the_deadline"]) == (False, True)
+    assert said[-1] == "a killed process of this part does not end, and may keep the GPU"
