@@ -1,6 +1,6 @@
 """Train a pretrained model on real tasks, from its package to its export: `make real`.
 
-    python examples/real/run.py [--dir runs/real] [key=value ...]
+    python examples/real/run.py [--dir runs/real] [--prompts DIR] [key=value ...]
 
 SmolLM2-135M-Instruct comes from a package of the index (model.txt has its checksum), five easy
 tasks from reasoning-gym; `prepo.yaml` is the recipe.  The model file is kept in DIR/model, the
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_prepo.config import literal
 from megatron_prepo.demo import run_line
 from megatron_prepo.errors import UserError, one_line
+from megatron_prepo.files.existing import existing
 from megatron_prepo.process import activity
 from megatron_prepo.process.command import in_one_line
 
@@ -60,8 +61,8 @@ def download(directory: Path) -> Path:
     return file
 
 
-def write_prompts(directory: Path) -> list[str]:
-    """Write prompts for training and held-out ones; return the settings that name them."""
+def write_prompts(directory: Path) -> None:
+    """Write prompts for training and held-out ones."""
     command = [sys.executable, str(HERE.parents[1] / "tools" / "data" / "prepare.py")]
     command += ["reasoning-gym", "--out", str(directory)]
     command += ["--train", str(NUM_TRAIN), "--held-out", str(NUM_HELD_OUT)]
@@ -71,6 +72,10 @@ def write_prompts(directory: Path) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip().removeprefix("error: "))
+
+
+def name_prompts(directory: Path) -> list[str]:
+    """Return the settings that name the prompts of a directory."""
     files = {"train": "train.jsonl", "eval": "held_out.jsonl"}
     return [f"data.{name}={literal(directory / file)}" for name, file in files.items()]
 
@@ -79,13 +84,16 @@ def write_prompts(directory: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("runs/real"), help="default: %(default)s")
+    parser.add_argument("--prompts", type=existing("directory"), help="prompts of an earlier call")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe")
     options = parser.parse_args(arguments)
     run = options.dir / "run"
     model = download(options.dir / "model")
+    if options.prompts is None:
+        write_prompts(options.dir / "prompts")
     settings = [
         f"model.hf={literal(run / 'base_megatron' / 'hf')}",
-        *write_prompts(options.dir / "prompts"),
+        *name_prompts(options.prompts or options.dir / "prompts"),
     ]
     summary = run_line(run, RECIPE, model, settings, options.overrides)
 

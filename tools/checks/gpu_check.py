@@ -2,12 +2,14 @@
 
     python tools/checks/gpu_check.py --out FOLDER --budget 540 [--verl FOLDER]
     python tools/checks/gpu_check.py --out FOLDER --budget 540 --parts sglang --sglang FOLDER
+    python tools/checks/gpu_check.py --out FOLDER --budget 240 --parts real --real FOLDER
 
 The parts, in order: the output head (tools/bench/head.py, with its stages and chunk sizes), the
 share of the GPU's peak in training (utilisation.py), the tests marked `gpu`, a plan's memory
 (plan.py), the demo, and how long a run waits for a checkpoint (checkpoint.py).  In a separate
 command: training with an SGLang server on the same GPU, with weight sync by CUDA IPC, and that
-sync at the shape of a 7B model, from the archives of pack_sglang.py.
+sync at the shape of a 7B model, from the archives of pack_sglang.py.  In another, where time is
+left: 50 steps of a pretrained model (examples/real).
 
 Each part has a share of the remaining time, so that later parts get what one does not use, and is
 stopped at its end.  FOLDER, new or empty, gets one JSON file per part, with what a stopped part has
@@ -58,19 +60,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in total")
     default = [name for name in PARTS if name not in APART]
-    parser.add_argument("--parts", type=known, default=default, help="default: all but sglang")
+    parser.add_argument("--parts", type=known, default=default, help="default: the first command's")
     parser.add_argument("--again", type=known, default=[], help="parts to repeat")
     parser.add_argument("--verl", type=existing(), help="as in tools/bench/head.py")
     parser.add_argument("--sglang", type=existing(), help="folder with archives of pack_sglang.py")
+    parser.add_argument("--real", type=existing(), help="folder that pack_gpu.py --real fills")
     parser.add_argument("--rehearse", action="store_true", help="a tiny size, without a GPU")
     words = parser.parse_args()
     if not words.rehearse and not _has_gpu():
         print("error: no CUDA device; --rehearse runs a tiny size without one", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _stop)
-    if "sglang" in words.parts and words.sglang is None:
-        raise UserError("--parts sglang needs --sglang FOLDER, which pack_sglang.py makes")
-    options = Options(verl=words.verl, sglang=words.sglang, rehearse=words.rehearse)
+    for name in APART:
+        if name in words.parts and vars(words)[name] is None:
+            raise UserError(f"--parts {name} needs --{name} FOLDER (docs/gpu.md)")
+    options = Options(words.verl, words.sglang, words.real, rehearse=words.rehearse)
     parts = {name: PARTS[name] for name in words.parts}
     with activity.handed_over():  # the parts' processes show what they do
         return check(parts, options, words.out, end + words.budget, words.again)

@@ -5,6 +5,7 @@ measured.  A benchmark that is stopped leaves what it has written until then.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from megatron_prepo.errors import UserError
 from megatron_prepo.files import atomic as durable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -43,6 +45,8 @@ TRAINING = 0.6
 """Share of the SGLang part's time for training; the remainder is for the large sync."""
 MARK = "GPU_CHECK_PART"
 """Environment variable by which all processes of a part are found, also those in other sessions."""
+HALVES, CHECKSUM = ("model.1", "model.2"), "model.sha256"
+"""Files of `pack_gpu.py`: the halves of a model's file; its SHA-256 and name."""
 KILL_SECONDS = 10.0
 LEFT = "\na killed process of this part does not end, and may keep the GPU\n"
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
@@ -54,6 +58,8 @@ class Options:
 
     verl: Path | None = None
     sglang: Path | None = None
+    real: Path | None = None
+    """Folder with the halves of a model's file, and prompts (`pack_gpu.py`)."""
     rehearse: bool = False
     """Run at a tiny size, without a GPU."""
 
@@ -148,7 +154,7 @@ def run_sglang(options: Options, file: Path, seconds: float) -> dict:
 
 
 def together(steps: dict[str, dict]) -> dict:
-    """Return the result of a part of several steps: stopped, if no step failed by itself."""
+    """Return the result of a part of several steps: stopped, unless one failed within its time."""
     late = [done["ended_at_the_deadline"] for done in steps.values()]
     failed = [done for done in steps.values() if not done["passed"]]
     return {
@@ -174,6 +180,40 @@ def _train_with_sglang(python: Path, run: Path, seconds: float) -> dict:
     return done | {"measured": _read(run / "summary.json")}
 
 
+def run_real(options: Options, file: Path, seconds: float) -> dict:
+    """Train 50 steps of the pretrained model, which has to learn; tasks are graded by numbers."""
+    assert options.real is not None, "gpu_check.py requires it for this part"
+    # the machine has no reasoning-gym, and each of the tasks' answers is a number
+    words = ["parallel.tensor=1", "reward.function=final_number", "train.total_steps=50"]
+    with tempfile.TemporaryDirectory() as directory:
+        join(options.real, Path(directory, "model"))
+        words = ["--dir", directory, "--prompts", str(options.real), *words]
+        done = run_within(seconds, [sys.executable, "examples/real/run.py", *words])
+        summary = _read(Path(directory, "run", "summary.json"))
+    learnt = bool(summary) and summary["gain_ci95"][0] > 0
+    return done | {"passed": done["passed"] and learnt, "measured": summary}
+
+
+def join(folder: Path, directory: Path) -> Path:
+    """Join the two halves of a model's file in a directory; return the file.
+
+    Raises UserError if a half is missing, or if the file is not the one that was split.
+    """
+    record = folder / CHECKSUM
+    for part in (record, *(folder / half for half in HALVES)):
+        if not part.is_file():
+            raise UserError(f"--real {folder} has no {part.name}: run both commands that carry it")
+    expected, name = record.read_text().split()
+    content = b"".join((folder / half).read_bytes() for half in HALVES)
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(
+            f"--real {folder}: the halves do not make {name}; pack and carry both again"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(content)
+    return directory / name
+
+
 PARTS = {
     "head": Part(130, run_head),
     "utilisation": Part(140, run_utilisation),
@@ -182,10 +222,12 @@ PARTS = {
     "demo": Part(50, run_demo),
     "checkpoint": Part(60, run_checkpoint),
     "sglang": Part(500, run_sglang),
+    "real": Part(500, run_real),
 }
 """Parts, the most valuable first."""
-APART = ("sglang",)
-"""Parts that run only if they are selected: they need a separate command."""
+APART = ("sglang", "real")
+"""Parts that run only if they are selected: they need a separate command, and an option of their
+name."""
 
 
 def benchmark(name: str, words: list[str], file: Path, seconds: float) -> dict:

@@ -137,4 +137,5 @@ FINDINGS = {
     "demo": of_demo,
     "checkpoint": of_checkpoint,
     "sglang": of_sglang,
+    "real": of_demo,
 }

@@ -1,5 +1,6 @@
 """The check on a GPU machine, as far as it needs no GPU: its budget, its results, its summary."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,8 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from examples.real import run as real
+from megatron_prepo import config as configuration
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
+from megatron_prepo.launch.recipes import EXAMPLES
+from tools.bench import sync
 from tools.checks import gpu_check, gpu_parts, gpu_summary
 from tools.checks.gpu_parts import Options, Part, run_within
 
@@ -239,11 +244,12 @@ def test_packed_packages_are_on_the_path_of_the_servers_alone(tmp_path):
     assert not run_within(60.0, [sys.executable, "-c", "import packed_1"])["passed"]
 
 
-def test_a_part_of_sglang_without_its_archives_is_refused_at_once(tmp_path, monkeypatch, capsys):
-    words = ["gpu_check.py", "--rehearse", "--parts", "sglang", "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize("name", gpu_parts.APART)
+def test_a_part_without_what_it_needs_is_refused_at_once(tmp_path, monkeypatch, capsys, name):
+    words = ["gpu_check.py", "--rehearse", "--parts", name, "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     assert gpu_check.main() == 2
-    assert "--parts sglang needs --sglang FOLDER" in capsys.readouterr().err
+    assert f"--parts {name} needs --{name} FOLDER" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -335,3 +341,62 @@ def test_a_killed_process_that_does_not_end_is_named_and_not_waited_for(monkeypa
     os.kill(int(pid), signal.SIGKILL)
     assert len(killed) == 1 and (done["passed"], done["ended_at_the_deadline"]) == (False, True)
     assert said[-1] == "a killed process of this part does not end, and may keep the GPU"
+
+
+def test_the_commands_of_sglang_are_understood(tmp_path, monkeypatch):
+    """Every setting and argument is read by the program that gets it; nothing is started."""
+    given = []
+
+    def run(seconds, command):
+        given.append(command)
+        return STEP | {"seconds": seconds}
+
+    monkeypatch.setattr(gpu_parts, "run_within", run)
+    result = gpu_parts.run_sglang(Options(sglang=tmp_path), tmp_path / "file", 100.0)
+    assert result["passed"] and result["seconds"] == 100.0
+    training, large = given
+    settings = [word for word in training if "=" in word]
+    python = next(word for word in settings if word.startswith("servers.python="))
+    Path(python.partition("=")[2]).parent.mkdir(parents=True, exist_ok=True)
+    config = configuration.load(EXAMPLES / "laptop" / "prepo.yaml", settings)
+    assert (config.rollout.engine, config.weight_sync.transport) == ("sglang", "ipc")
+    assert config.weight_sync.verify == "always" and config.sglang == gpu_parts.SGLANG
+    seen = []
+
+    def measure(scratch, options, transports):
+        seen.append((sync.config_of(scratch, options, *transports), transports, options))
+        return {}
+
+    monkeypatch.setattr(sync, "measure", measure)
+    monkeypatch.setattr(sync, "table", lambda result: "")
+    monkeypatch.setattr(sys, "argv", large[1:])
+    assert sync.main() == 0
+    [(config, transports, options)] = seen
+    assert transports == ["ipc"] and config.sglang.items() >= gpu_parts.SGLANG.items()
+    assert (options.shape, options.rounds, options.bucket_mb) == ("7b", 3, 1024)
+
+
+def test_the_command_of_the_real_model_is_understood(tmp_path, monkeypatch):
+    """The joined file is found by the example, with the prompts that are carried."""
+    for name, half in zip(gpu_parts.HALVES, (b"ab", b"cde"), strict=True):
+        (tmp_path / name).write_bytes(half)
+    checksum = hashlib.sha256(b"abcde").hexdigest()
+    (tmp_path / gpu_parts.CHECKSUM).write_text(f"{checksum} {real.GGUF}\n")
+    lines = []
+
+    def run_line(directory, recipe, model, settings, overrides):
+        assert model.read_bytes() == b"abcde"
+        lines.append(configuration.load(recipe, [*settings, *overrides]))
+        raise UserError("understood")
+
+    def run(seconds, command):
+        assert real.main(command[2:]) == 2
+        return STEP | {"seconds": seconds}
+
+    monkeypatch.setattr(real, "run_line", run_line)
+    monkeypatch.setattr(gpu_parts, "run_within", run)
+    result = gpu_parts.run_real(Options(real=tmp_path), tmp_path / "file", 100.0)
+    assert not result["passed"] and result["measured"] is None
+    [config] = lines
+    assert config.data.train == str(tmp_path / "train.jsonl")
+    assert (config.reward.function, config.train.total_steps) == ("final_number", 50)

@@ -1,9 +1,14 @@
 """What is carried to a GPU machine: verl's kernel alone, sizes, and the commands to run there."""
 
+import shutil
+import subprocess
 import sys
 import zipfile
 
-from tools.checks import pack_gpu
+import pytest
+
+from megatron_prepo.errors import UserError
+from tools.checks import gpu_parts, pack_gpu
 
 
 def test_only_the_kernel_of_verl_is_carried(tmp_path):
@@ -54,3 +59,63 @@ def test_an_archive_that_is_missing_is_named_before_anything_is_downloaded(
     assert pack_gpu.main() == 2
     assert "no sglang_2.zip" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """Pack a stand-in of 5 bytes for the real model; return the printed commands' folder."""
+    made = tmp_path / "made"
+    for name in ("model", "prompts"):
+        (made / name).mkdir(parents=True)
+    (made / "model" / pack_gpu.GGUF).write_bytes(b"abcde")
+    for name in pack_gpu.PROMPTS:
+        (made / "prompts" / name).write_text(f"{name}\n")
+
+    def download_wheels(packages, folder):
+        folder.mkdir(parents=True)
+        (folder / "a.whl").write_text(" ".join(packages))
+
+    monkeypatch.setattr(pack_gpu, "download", lambda folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(pack_gpu, "download_wheels", download_wheels)
+    monkeypatch.setattr(pack_gpu, "THERE", str(tmp_path / "there"))
+    words = ["pack_gpu.py", str(tmp_path / "packed"), "--real", str(made)]
+    monkeypatch.setattr(sys, "argv", words)
+    return tmp_path
+
+
+def carry(command: str) -> None:
+    """Run what a printed command does before it installs and measures."""
+    copy = command.partition(" && python3")[0]
+    subprocess.run(["sh", "-c", copy], check=True)
+
+
+def test_a_real_model_is_carried_in_halves_and_joined(real, capsys):
+    assert pack_gpu.main() == 0
+    printed = capsys.readouterr().out
+    first, second = (real / f"packed_real_{n}" for n in (1, 2))
+    assert f"command 2 carries 0.0 MiB of 64: {first}" in printed
+    assert f"command 3 carries 0.0 MiB of 64: {second}" in printed
+    there = real / "there" / "real"
+    one, two = pack_gpu.real_commands(first, second)
+    assert one in printed and two in printed
+    assert two.endswith(f"--parts real --real {there} --budget 240")
+    carry(one)
+    with pytest.raises(UserError, match=r"has no model\.sha256: run both commands"):
+        gpu_parts.join(there, real / "joined")
+    carry(two)
+    file = gpu_parts.join(there, real / "joined")
+    assert (file.name, file.read_bytes()) == (pack_gpu.GGUF, b"abcde")
+    for name in pack_gpu.PROMPTS:
+        assert (there / name).read_text() == f"{name}\n"
+    assert (there / "wheels" / "a.whl").is_file()
+    assert pack_gpu.main() == 2, "the folders exist"
+    shutil.copyfile(there / "model.2", there / "model.1")
+    with pytest.raises(UserError, match="the halves do not make"):
+        gpu_parts.join(there, real / "again")
+
+
+def test_a_real_run_that_is_not_there_is_named_before_anything_is_downloaded(real, capsys):
+    (real / "made" / "prompts" / "train.jsonl").unlink()
+    assert pack_gpu.main() == 2
+    assert "train.jsonl; `make real` writes it" in capsys.readouterr().err
+    assert not (real / "packed").exists()
