@@ -73,6 +73,7 @@ def adams(parameter):
     torchs = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1)
 
     def load_state_dict(state):
+        del state["optimizer"]["state"]["common_step"]  # Megatron takes it out, too
         torchs.load_state_dict(state["optimizer"])
 
     parts = [SimpleNamespace(optimizer=torchs)]
@@ -120,8 +121,8 @@ def test_a_loaded_state_takes_the_form_of_the_device_that_reads_it(wrote, reads)
 def test_a_built_optimizer_has_the_form_of_its_device(monkeypatch, on_gpu):
     megatrons = adams(torch.nn.Parameter(torch.ones(3)))
     monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda *_: megatrons)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     config = actor_config("unused")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     settings = (config.optimizer, config.train, config.megatron)
     built, _ = build_optimizer(*settings, [], dtype="float32")
     assert built is megatrons
@@ -133,10 +134,11 @@ def test_a_built_optimizer_has_the_form_of_its_device(monkeypatch, on_gpu):
 def test_a_resumed_optimizer_has_the_form_of_its_device(monkeypatch, wrote, on_gpu):
     writer = adam(fused=wrote)
     update(*writer)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     megatrons = adams(torch.nn.Parameter(writer[0].detach().clone()))
     state = copy.deepcopy(writer[1].state_dict())
-    checkpoint._load_optimizer(megatrons, {"optimizer": state})
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: on_gpu)
+        checkpoint._load_optimizer(megatrons, {"optimizer": state})
     reader = megatrons.chained_optimizers[0].optimizer
     assert forms(reader) == {on_gpu or None}
     [parameter] = reader.param_groups[0]["params"]
