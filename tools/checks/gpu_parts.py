@@ -187,7 +187,7 @@ def run_real(options: Options, file: Path, seconds: float) -> dict:
     words = ["parallel.tensor=1", "reward.function=final_number", "train.total_steps=50"]
     with tempfile.TemporaryDirectory() as directory:
         join(options.real, Path(directory, "model"))
-        words = ["--dir", directory, "--prompts", str(options.real), *words]
+        words = ["--dir", directory, "--prompts", str(options.real.absolute()), *words]
         done = run_within(seconds, [sys.executable, "examples/real/run.py", *words])
         summary = _read(Path(directory, "run", "summary.json"))
     learnt = bool(summary) and summary["gain_ci95"][0] > 0

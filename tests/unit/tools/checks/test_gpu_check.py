@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -356,11 +357,10 @@ def test_the_commands_of_sglang_are_understood(tmp_path, monkeypatch):
     assert result["passed"] and result["seconds"] == 100.0
     training, large = given
     settings = [word for word in training if "=" in word]
-    python = next(word for word in settings if word.startswith("servers.python="))
-    Path(python.partition("=")[2]).parent.mkdir(parents=True, exist_ok=True)
     config = configuration.load(EXAMPLES / "laptop" / "prepo.yaml", settings)
     assert (config.rollout.engine, config.weight_sync.transport) == ("sglang", "ipc")
-    assert config.weight_sync.verify == "always" and config.sglang == gpu_parts.SGLANG
+    assert config.weight_sync.verify == "always"
+    assert config.sglang.items() >= gpu_parts.SGLANG.items()
     seen = []
 
     def measure(scratch, options, transports):
@@ -369,6 +369,7 @@ def test_the_commands_of_sglang_are_understood(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sync, "measure", measure)
     monkeypatch.setattr(sync, "table", lambda result: "")
+    monkeypatch.setattr(sync, "durable", SimpleNamespace(write_text=lambda *_: None))
     monkeypatch.setattr(sys, "argv", large[1:])
     assert sync.main() == 0
     [(config, transports, options)] = seen
