@@ -185,9 +185,12 @@ def plan(
     """Return all runs, seeds outermost, so that an interruption leaves complete seeds.
 
     An arm's settings take precedence over the command line's overrides, which apply to all arms.
+    Names on the hub are at the commits of a run that the directory holds, else at the newest.
     """
-    first = configuration.load(config_path, [*overrides, "run.dir=-"])
-    overrides, runs = [*overrides, *hub.pins(first)], []
+    begun = [file.parent for file in sorted(directory.glob("*/*/config.yaml"))] or [Path("-")]
+    held = [f"run.dir={configuration.literal(begun[0])}", "run.overwrite=false"]
+    overrides = [*overrides, *hub.pins(configuration.load(config_path, [*overrides, *held]))]
+    runs = []
     for seed in seeds:
         for arm, of_arm in arms.items():
             run_dir = directory / arm / str(seed)

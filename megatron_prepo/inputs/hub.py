@@ -27,6 +27,7 @@ from megatron_prepo.config import (
     RunConfig,
     from_tree,
     literal,
+    load,
     to_tree,
 )
 from megatron_prepo.errors import UserError, one_line
@@ -37,13 +38,12 @@ Result = TypeVar("Result")
 
 PREFIX = "hf://"
 ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/@]+))?")
-URL = re.compile(rf"{PREFIX}(?:datasets/)?{ID.pattern}(?:/(?P<path>.+))?")
+URL = re.compile(rf"{PREFIX}(?:datasets/)?(?!datasets/){ID.pattern}(?:/(?P<path>.+?))?/?")
 SNAPSHOT = re.compile(
     r".*/(?P<kind>model|dataset)s--(?P<owner>[\w.-]+)--(?P<name>[\w.-]+)"
     r"/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<path>.+))?"
 )
 """A folder of the cache, or a place in it."""
-RECORDED = re.compile(rf"{PREFIX}(datasets/)?(\w[\w.-]*/\w[\w.-]*)@([0-9a-f]{{40}})")
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite")
 """Files of a model that no command reads."""
 WEIGHTS = ("*.safetensors",)
@@ -80,16 +80,16 @@ class Name(NamedTuple):
 def resolved(config: Config, *, weights: bool = True) -> Config:
     """Return the configuration with local places instead of names on the hub; downloads the files.
 
-    Without `weights`, files of weights are not downloaded.  A name without a revision is that of
-    the run in `run.dir`, if it has one, else the newest.  Raises UserError that names the setting.
+    Without `weights`, files of weights are not downloaded.  A name without a revision is at the
+    commit that the run in `run.dir` has for this setting, if it has one, else at the newest.  Raises UserError that names the setting.
     """
     found_names = names(config.model, config.data)
     if not found_names:
         return config
-    tree, known = to_tree(config), _recorded(config.run)
+    tree, before = to_tree(config), _recorded(config.run)
     for setting, name in found_names.items():
         section, key, *of_set = setting.split(".")
-        found = str(_fetched(name, setting, known, weights=weights))
+        found = str(_fetched(_as_recorded(name, before.get(setting)), setting, weights=weights))
         if of_set:
             tree[section][key][of_set[0]] = found
         else:
@@ -115,13 +115,13 @@ def pins(config: Config) -> list[str]:
 def model(place: str | Path) -> Path:
     """Return the folder of a model, which is downloaded if the place is a name on the hub."""
     name = Name.of(str(place), "model")
-    return _fetched(name, "model", {}) if name else Path(place)
+    return _fetched(name, "model") if name else Path(place)
 
 
 def data(place: str | Path) -> str:
     """Return the place of prompts, which are downloaded if the place is a name on the hub."""
     name = Name.of(str(place), "dataset")
-    return str(_fetched(name, "prompts", {})) if name else str(place)
+    return str(_fetched(name, "prompts")) if name else str(place)
 
 
 def lasting(place: str | Path) -> str:
@@ -172,15 +172,9 @@ def upload(directory: str | Path, repo: str) -> str:
     return str(_asked(upload_folder, f"--push {repo} ({directory} is complete)").commit_url)
 
 
-def _fetched(
-    name: Name, setting: str, known: dict[tuple[Kind, str], str], *, weights: bool = True
-) -> Path:
-    """Return the local place of a name's files, which are downloaded unless they are in the cache.
-
-    `known`: commits of names without a revision.
-    """
+def _fetched(name: Name, setting: str, *, weights: bool = True) -> Path:
+    """Return the local place of a name's files, downloaded unless they are in the cache."""
     hub = _library()
-    revision = name.revision or known.get((name.kind, name.repo))
     if name.kind == "model":
         patterns: dict[str, Any] = {
             "ignore_patterns": [*OTHER_WEIGHTS, *(() if weights else WEIGHTS)]
@@ -190,7 +184,7 @@ def _fetched(
     else:
         patterns = {"allow_patterns": [f"*{suffix}" for suffix in rows.SUFFIXES]}
     fetch = partial(
-        hub.snapshot_download, name.repo, repo_type=name.kind, revision=revision, **patterns
+        hub.snapshot_download, name.repo, repo_type=name.kind, revision=name.revision, **patterns
     )
     what = f"no such file or folder: {setting}={name.repo}; asked for this {name.kind}"
     folder = Path(_asked(fetch, what))
@@ -237,13 +231,23 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _recorded(run: RunConfig) -> dict[tuple[Kind, str], str]:
-    """Return the commits that the run in `run.dir` uses, by kind and repository."""
+def _recorded(run: RunConfig) -> dict[str, Name]:
+    """Return the names, with commits, that the run in `run.dir` uses, by setting."""
     file = Path(run.dir) / "config.yaml"
     if run.overwrite or not file.is_file():
         return {}
-    found = RECORDED.findall(file.read_text(encoding="utf-8", errors="replace"))
-    return {("dataset" if kind else "model", repo): commit for kind, repo, commit in found}
+    saved = load(file)
+    return names(saved.model, saved.data)
+
+
+def _as_recorded(name: Name, before: Name | None) -> Name:
+    """Return a name without a revision at that of the run before, if it is of the same repository.
+
+    Each setting has its own, since two of them may name a repository at two revisions.
+    """
+    if name.revision or before is None or (name.kind, name.repo) != (before.kind, before.repo):
+        return name
+    return name._replace(revision=before.revision)
 
 
 def _value(tree: dict[str, Any], setting: str) -> str:

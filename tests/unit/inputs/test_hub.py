@@ -8,7 +8,8 @@ import pytest
 from checkpoints_convert import __main__ as converter
 from megatron_prepo import cli
 from megatron_prepo import config as configuration
-from megatron_prepo.compare import record
+from megatron_prepo.compare import record, runner
+from megatron_prepo.compare.arms import parse_arms
 from megatron_prepo.config import to_tree
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import rows
@@ -86,6 +87,45 @@ def test_a_resumed_run_uses_the_commit_with_which_it_began(hub, tmp_path):
     assert hub_names.resolved(configuration.load(tmp_path / "run" / "config.yaml")) == config
 
 
+def test_each_setting_resumes_at_its_own_commit(hub, tmp_path):
+    """One repository, trained on as it is now and evaluated as it was."""
+    now = hub.commit("dataset", DATA, FILES)
+    sets = f"data.eval={{old: {PLACES[2].partition('=')[2].replace(DATA, f'{DATA}@{hub.data}')}}}"
+    config = hub_names.resolved(load(tmp_path, sets))
+    run_directory.begin(config, print)
+    hub.commit("dataset", DATA, FILES)
+    resumed = hub_names.resolved(load(tmp_path, sets))
+    assert now in resumed.data.train and hub.data in resumed.data.eval["old"]
+    assert resumed == config
+    # a revision that is given counts, and so does another repository
+    given = hub_names.resolved(
+        load(tmp_path, f"data.train=hf://datasets/{DATA}@{hub.data}/main/t*n-*")
+    )
+    assert hub.data in given.data.train
+    other = hub.commit("dataset", "openai/other", FILES)
+    given = hub_names.resolved(load(tmp_path, "data.train=hf://datasets/openai/other/main/train-*"))
+    assert other in given.data.train
+
+
+def test_a_revision_may_have_a_slash(hub, tmp_path):
+    assert hub_names.Name.of("openai/gsm8k@refs%2Fpr%2F1", "dataset").revision == "refs/pr/1"
+
+
+def test_a_folder_of_a_data_set_stands_for_its_files(hub, tmp_path):
+    hub.commit(
+        "dataset",
+        DATA,
+        {f"train/{i}.jsonl": FILES["main/train-00000-of-00001.jsonl"] for i in "ab"},
+    )
+    for place in (
+        f"hf://datasets/{DATA}/train",
+        f"hf://datasets/{DATA}/train/",
+        f"hf://datasets/{DATA}/",
+    ):
+        files = rows.data_files(hub_names.data(place))
+        assert [file.name for file in files] == ["a.jsonl", "b.jsonl"], place
+
+
 def test_a_place_of_a_command_line_is_fetched_or_left_as_it_is(hub, tmp_path):
     assert hub_names.model(MODEL).name == hub.model
     assert hub_names.model(LAPTOP / "base") == LAPTOP / "base"
@@ -150,6 +190,19 @@ def test_an_arms_names_are_pinned_for_all_of_a_comparison(hub, tmp_path):
         f"data.train=hf://datasets/{DATA}@{hub.data}/main/train-*.jsonl",
         f"data.eval=hf://datasets/{DATA}@{hub.data}/main/test-*.jsonl",
     ]
+
+
+def test_a_comparison_resumes_at_its_commits(hub, tmp_path):
+    def planned():
+        return runner.plan(
+            LAPTOP / "prepo.yaml", parse_arms("prepo,random"), [1, 2], tmp_path / "runs", PLACES
+        )
+
+    before = planned()
+    run_directory.begin(hub_names.resolved(before[1].config), print)
+    hub.commit("model", MODEL, folder(LAPTOP / "base", **{"later.txt": "1"}))
+    hub.commit("dataset", DATA, FILES)
+    assert [run.overrides for run in planned()] == [run.overrides for run in before]
 
 
 def test_an_upload_has_all_files_but_the_marker(hub, tmp_path):
