@@ -9,7 +9,7 @@ from megatron_prepo.config import completion
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import json_lines
 from megatron_prepo.files.existing import existing
-from megatron_prepo.files.rows import read_records
+from megatron_prepo.files.rows import SUFFIXES, read_records
 from megatron_prepo.inputs import hub
 from megatron_prepo.process import activity, version
 from megatron_prepo.process.command import in_one_line
@@ -56,10 +56,13 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from checkpoints_convert.convert import export_hf
+    from checkpoints_convert.convert import export_hf, must_be_empty
 
-    if options.push:  # a name that the hub refuses is found before the export
-        hub.create(options.push, private=options.private)
+    if options.private and not options.push:
+        raise UserError("--private is about an upload; name its repository: --push OWNER/NAME")
+    must_be_empty(Path(options.out))
+    if options.push:  # what the hub refuses is found before the export
+        hub.prepare(options.push, private=options.private)
     with activity.doing("planning the export"):
         like = options.hf and hub.model(options.hf)
         export_hf(options.megatron, options.out, hf=like, dtype=options.dtype)
@@ -117,7 +120,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _prompts(path: str) -> list[str]:
     """Return the prompts of a file such as `data.train`, or the lines of a text file."""
-    if Path(path).suffix == ".jsonl":
+    if path.endswith(SUFFIXES):
         return [record.prompt for record in read_records(path, needs_answer=False)]
     return [line for _, line in json_lines.lines(path)]
 
@@ -180,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     verifier.add_argument(
         "--prompts",
         type=existing(),
-        help="prompts for the logits: .jsonl as data.train, or one per line",
+        help="prompts for the logits: a file as data.train, or a text, one per line",
     )
     verifier.add_argument("--quick", action="store_true", help="sampled layers, no logits")
     verifier.add_argument("--no-logits", action="store_true", help="do not build the models")

@@ -22,7 +22,10 @@ class FakeHub:
     def __init__(self) -> None:
         self.commits: dict[str, list[tuple[str, Files]]] = {}
         self.uploads: dict[str, Files] = {}
-        self.created: list[dict] = []
+        self.created: dict[str, str | None] = {}
+        """Visibility of the repositories for uploads, by OWNER/NAME."""
+        self.refused = "nothing"
+        """Part of the paths that a user without permission is refused."""
         self.requests: list[str] = []
         self.url = ""
 
@@ -68,8 +71,13 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             hub.requests.append(f"{self.command} {path}")
+            if hub.refused in path:
+                return self.answer(b"", 403, X_Error_Message="no permission")
             words = _parts(path)
             key = "/".join(words[:3])
+            if (repo := "/".join(words[1:3])) in hub.created:
+                private = hub.created[repo] == "private"
+                return self.json({"id": repo, "private": private, "siblings": []})
             if key not in hub.commits or len(words) < 5:
                 return self.answer(b"", 404, X_Error_Code="RepoNotFound")
             _, owner, name, what, revision, *rest = words
@@ -94,10 +102,14 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             path = urlsplit(self.path).path
             hub.requests.append(f"POST {path}")
+            if hub.refused in path:
+                return self.answer(b"", 403, X_Error_Message="no permission")
             if path == "/api/repos/create":
                 asked = json.loads(body)
-                hub.created.append(asked)
-                return self.json({"url": f"{hub.url}/{asked['organization']}/{asked['name']}"})
+                repo = f"{asked['organization']}/{asked['name']}"
+                code = 409 if repo in hub.created else 200
+                hub.created.setdefault(repo, asked.get("visibility"))
+                return self.answer(json.dumps({"url": f"{hub.url}/{repo}"}).encode(), code)
             if path == "/api/validate-yaml":
                 return self.json({"errors": [], "warnings": []})
             repo = "/".join(path.split("/")[3:5])

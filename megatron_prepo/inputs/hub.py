@@ -12,6 +12,7 @@ it resumes.
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,8 @@ def resolved(config: Config, *, weights: bool = True) -> Config:
     """Return the configuration with local places instead of names on the hub; downloads the files.
 
     Without `weights`, files of weights are not downloaded.  A name without a revision is at the
-    commit that the run in `run.dir` has for this setting, if it has one, else at the newest.  Raises UserError that names the setting.
+    commit that the run in `run.dir` has for this setting, if it has one, else at the newest.
+    Raises UserError that names the setting.
     """
     found_names = names(config.model, config.data)
     if not found_names:
@@ -152,16 +154,32 @@ def for_other_programs(place: str | Path) -> tuple[str, str | None]:
     return (name.repo, name.revision) if name else (path, None)
 
 
-def create(repo: str, *, private: bool = False) -> None:
-    """Create a repository of a model, unless it exists; UserError if the hub refuses."""
+def prepare(repo: str, *, private: bool = False) -> None:
+    """Create a repository of a model, unless it exists, and check that `upload` may write to it.
+
+    Without `private`, a new one is as its owner has set.  Raises UserError if the hub refuses, or
+    if `private` is asked for and everyone can read the existing repository.
+    """
     if not ID.fullmatch(repo) or "@" in repo:
         raise UserError(f"--push {repo} must have the form OWNER/NAME")
-    api = _library().HfApi()
-    _asked(lambda: api.create_repo(repo, private=private, exist_ok=True), f"--push {repo}")
+    hub, what = _library(), f"--push {repo}"
+    api = hub.HfApi()
+    _asked(lambda: api.create_repo(repo, private=private or None, exist_ok=True), what)
+    if private and not _asked(lambda: api.repo_info(repo), what).private:
+        raise UserError(
+            f"{what} --private: the repository exists and everyone can read it; change that at "
+            f"{hub.constants.ENDPOINT}/{repo}/settings, choose another name, or remove --private"
+        )
+    _asked(lambda: api.auth_check(repo, write=True), what)
 
 
 def upload(directory: str | Path, repo: str) -> str:
-    """Upload a model's folder to its repository and return the address of the commit."""
+    """Upload a model's folder to its repository and return the address of the commit.
+
+    Raises UserError with the command that uploads what is missing, if the upload fails.
+    """
+    excluded = [word for name in ownership.NOT_CONTENT for word in ("--exclude", name)]
+    again = shlex.join(["hf", "upload", repo, str(directory), ".", *excluded])
     upload_folder = partial(
         _library().HfApi().upload_folder,
         repo_id=repo,
@@ -169,7 +187,8 @@ def upload(directory: str | Path, repo: str) -> str:
         ignore_patterns=list(ownership.NOT_CONTENT),
         commit_message="Upload model",
     )
-    return str(_asked(upload_folder, f"--push {repo} ({directory} is complete)").commit_url)
+    what = f"--push {repo} ({directory} is complete; `{again}` resumes the upload)"
+    return str(_asked(upload_folder, what).commit_url)
 
 
 def _fetched(name: Name, setting: str, *, weights: bool = True) -> Path:
@@ -217,6 +236,10 @@ def _asked(call: Callable[[], Result], what: str) -> Result:
         raise UserError(
             f"{what}: {endpoint} does not have it, or not for you (`hf auth login`)"
         ) from error
+    except hub.errors.HfHubHTTPError as error:
+        refused = error.response.status_code in (401, 403)
+        remedy = "; log in with a token that may do this (`hf auth login`)" if refused else ""
+        raise UserError(f"{what}: {endpoint}: {one_line(error)}{remedy}") from error
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise UserError(f"{what}: {endpoint}: {one_line(error.__cause__ or error)}") from error
 

@@ -1,6 +1,8 @@
 """Models and data sets on the hub: names, revisions, uploads, against a local stand-in."""
 
 import json
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -210,15 +212,55 @@ def test_an_upload_has_all_files_but_the_marker(hub, tmp_path):
     out.mkdir()
     for name in ("config.json", "model.safetensors", ".megatron-prepo.json"):
         (out / name).write_text(name)
-    hub_names.create("me/mine", private=True)
+    hub_names.prepare("me/mine", private=True)
     address = hub_names.upload(out, "me/mine")
     assert address.startswith(f"{hub.url}/me/mine/commit/")
     assert sorted(hub.uploads["me/mine"]) == ["config.json", "model.safetensors"]
-    [created] = hub.created
-    assert (created["organization"], created["name"], created["visibility"]) == (
-        "me",
-        "mine",
-        "private",
-    )
+    assert hub.created == {"me/mine": "private"}
+    hub_names.prepare("me/mine", private=True)  # again, after a failed upload
+    hub_names.prepare("me/other")
+    assert hub.created["me/other"] is None, "as the owner has set, not public in any case"
     with pytest.raises(UserError, match="--push mine must have the form OWNER/NAME"):
-        hub_names.create("mine")
+        hub_names.prepare("mine")
+
+
+def test_what_is_private_never_reaches_a_public_repository(hub, tmp_path, monkeypatch, capsys):
+    hub_names.prepare("me/open")
+    with pytest.raises(UserError, match=r"me/open --private: .* everyone can read it; .*/settings"):
+        hub_names.prepare("me/open", private=True)
+    export = ["convert", "export", "--megatron", str(tmp_path), "--out", "out", "--private"]
+    monkeypatch.setattr(sys, "argv", export)
+    assert converter.main() == 2
+    assert "name its repository: --push OWNER/NAME" in capsys.readouterr().err
+
+
+def test_nothing_is_created_if_the_output_exists(hub, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    export = ["convert", "export", "--megatron", str(tmp_path), "--out", "out", "--push", "me/new"]
+    monkeypatch.setattr(sys, "argv", export)
+    assert converter.main() == 2
+    assert "--out out exists" in capsys.readouterr().err and not hub.created
+
+
+def test_a_token_that_may_not_write_is_found_before_the_export(hub):
+    hub.created["me/mine"] = None
+    for hub.refused, repo in (("auth-check/write", "me/mine"), ("repos/create", "they/new")):
+        with pytest.raises(UserError, match=rf"--push {repo}: .*; log in with a token that may do"):
+            hub_names.prepare(repo)
+
+
+def test_a_failed_upload_names_the_command_that_resumes_it(hub, tmp_path):
+    out = tmp_path / "a model"
+    out.mkdir()
+    for name in ("config.json", ".megatron-prepo.json"):
+        (out / name).write_text("{}")
+    hub_names.prepare("me/mine")
+    hub.refused = "/commit/"
+    with pytest.raises(UserError, match=r"a model is complete; .* resumes the upload\)") as caught:
+        hub_names.upload(out, "me/mine")
+    hub.refused = "nothing"
+    hf, *words = shlex.split(str(caught.value).split("`")[1])
+    program = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
+    assert hf == "hf" and subprocess.run([*program, *words], capture_output=True).returncode == 0
+    assert list(hub.uploads["me/mine"]) == ["config.json"]
