@@ -4,11 +4,12 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_prepo.config import DataConfig
 from megatron_prepo.errors import UserError
-from megatron_prepo.files import json_lines
+from megatron_prepo.files import json_lines, rows
 from megatron_prepo.files.rows import Message
 
 Turns = list[Message]
@@ -69,12 +70,11 @@ def read_context(data: DataConfig, tokenizer: Any) -> Context:
 
 
 def read_shots(path: str | None) -> tuple[tuple[str, str], ...]:
-    """Return prompt and answer of each line of a JSON Lines file; empty without a file."""
+    """Return prompt and answer of each row of a file; empty without a file."""
     if path is None:
         return ()
     shots = []
-    for number, record in json_lines.read(path):
-        where = f"{path}, line {number}"
+    for _, where, record, _ in rows.numbered_rows(Path(path)):
         answer = json_lines.answer_field(record, "answer", where)
         shots.append((json_lines.text_field(record, "prompt", where), answer))
     if not shots:

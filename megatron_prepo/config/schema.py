@@ -253,7 +253,7 @@ class DataConfig:
     system: str | None = None
     """System message before each prompt; needs `data.chat_template`."""
     few_shot: FilePath | None = None
-    """JSON Lines file with `prompt` and `answer` per line, put before each prompt: as turns with
+    """File with `prompt` and `answer` per row, put before each prompt: as turns with
     `data.chat_template`, else as text, with an empty line after each answer (`docs/data.md`)."""
     chat_template_date: str | None = None
     """Current date for chat templates that use it (Llama 3.2's), such as `2026-01-31`; empty: the

@@ -80,7 +80,7 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
     value = _given(record, field, where)
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: field `{field}` must be a text, but is {_kind(value)}; correct or remove "
+            f"{where}: field `{field}` must be a text, but is {kind(value)}; correct or remove "
             "the line"
         )
     return _checked(value, field, where)
@@ -91,7 +91,7 @@ def answer_field(record: dict[str, Any], field: str, where: str) -> str:
     value = _given(record, field, where)
     if not has_answer(record, field):
         raise UserError(
-            f"{where}: field `{field}` must be a text or a number, but is {_kind(value)}; write "
+            f"{where}: field `{field}` must be a text or a number, but is {kind(value)}; write "
             "it as a text, or remove the line"
         )
     if isinstance(value, str):
@@ -132,7 +132,7 @@ def digits(number: int | float | Decimal) -> str | None:
 
 def _given(record: dict[str, Any], field: str, where: str) -> Any:
     if field not in record:
-        raise UserError(f"{where}: field `{field}` is missing; the line has {_names(record)}")
+        raise UserError(f"{where}: field `{field}` is missing; the line has {names(record)}")
     return record[field]
 
 
@@ -147,12 +147,14 @@ def _checked(text: str, field: str, where: str) -> str:
     return text
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """Return what a JSON value other than a text is, for an error."""
     kinds = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
-def _names(record: dict[str, Any]) -> str:
+def names(record: dict[str, Any]) -> str:
+    """Return the names of a record's fields, for an error."""
     return one_line(", ".join(sorted(map(str, record))))[:200] or "none"
 
 

@@ -15,7 +15,7 @@ that is a row of this project, whose other fields are free.
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,18 @@ OWN = "answer"
 ANSWERS = (OWN, "reward_model.ground_truth", "label")
 """Fields of the answer, one per schema; a dot leads to a field within a field."""
 ROLES = ("system", "user", "assistant")
+LOSS_MASK = "step_loss_mask"
+"""Field of a message of slime, for supervised training on it; here no message is trained on."""
 NOT_TEXT = ("images", "videos", "audios", "multimodal_inputs", "tools")
 """Fields of verl and slime that change the model's input beyond the messages."""
+NOT_ALONE = ("need_tools_kwargs", "tools_kwargs", "interaction_kwargs")
+"""Fields in `extra_info` of verl, for tools and partners that answer the model."""
+ONE_ANSWER = (None, "single_turn_agent")
+"""Values of verl's `agent_name` for which the model answers once."""
 SUFFIXES = (".jsonl", *tables.SUFFIXES)
 SPLIT = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev|eval)(?![a-z])")
+CACHE = re.compile(r"cache-.*\.arrow")
+"""Files in which `datasets` keeps results of `map` and `filter` next to the rows."""
 
 Message = dict[str, str]
 
@@ -75,9 +83,9 @@ def read_records(
     """
     prompt_field, given = fields or Fields()
     files, seen = data_files(place), dict[str, str]()
-    for file in files:
+    for file, name in zip(files, _names(files), strict=True):
         of_file = given
-        for number, where, row, line in _rows(file):
+        for number, where, row, line in numbered_rows(file):
             prompt, earlier = _prompt(row, prompt_field, where)
             if given is None:
                 text = earlier is None
@@ -86,11 +94,14 @@ def read_records(
             if given or of_file != OWN or earlier is not None:
                 _refuse_other_inputs(row, where)
             answer = _answer(row, of_file, where, needs_answer=needs_answer)
-            prompt_id = str(number) if len(files) == 1 else f"{file.name}:{number}"
+            prompt_id = str(number) if len(files) == 1 else f"{name}:{number}"
             if row.get("id") is not None:
                 prompt_id = json_lines.answer_field(row, "id", where)
             if prompt_id in seen:
-                raise UserError(f"{where}: id {prompt_id!r} is also that of {seen[prompt_id]}")
+                raise UserError(
+                    f"{where}: id {prompt_id!r} is also that of {seen[prompt_id]}; give each row "
+                    "its own, or remove the field `id` from all rows"
+                )
             seen[prompt_id] = where.removeprefix(f"{place}, ")
             yield Record(where, prompt_id, prompt, answer, line, earlier)
 
@@ -98,26 +109,53 @@ def read_records(
 def data_files(place: str | Path) -> list[Path]:
     """Return the files at a place: a file, the data files of a folder, or those of a pattern.
 
-    Raises UserError if there are none, and for a folder whose files are of several splits.
+    Hidden files of a folder, and caches of `datasets`, are skipped.  Raises UserError if no file
+    is left, for files of several formats, and for a folder whose files are of several splits.
     """
     path = Path(place)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         found = [file for file in found if not file.name.startswith(".")]
-        kinds = {(file.parent, *SPLIT.findall(file.name.lower())[:1]) for file in found}
-        if len(kinds) > 1:
-            names = ", ".join(str(file.relative_to(path)) for file in found[:6])
-            raise UserError(
-                f"{place} has files of several folders or splits ({names}); name those to read, "
-                f"such as {place}/{found[0].relative_to(path)}, in which * stands for any text"
-            )
     elif path.exists() or not glob.has_magic(str(place)):
         return [path]
     else:
         found = sorted(Path(file) for file in glob.glob(str(place)) if Path(file).is_file())
+    found = [file for file in found if not CACHE.fullmatch(file.name)]
     if not found:
         raise UserError(f"{place} has no files that end with {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        _refuse_several(place, found, "folders or splits", [_split(file) for file in found])
+    formats = [file.suffix if file.suffix in tables.SUFFIXES else ".jsonl" for file in found]
+    _refuse_several(place, found, "formats", formats)
     return found
+
+
+def _split(file: Path) -> tuple[Path, str]:
+    """Return the folder of a file, and the split that its name has; empty if it has none."""
+    return file.parent, next(iter(SPLIT.findall(file.name.lower())), "")
+
+
+def _refuse_several(
+    place: str | Path, found: list[Path], what: str, kinds: Sequence[object]
+) -> None:
+    """Raise UserError unless all files that were found at a place are of one kind."""
+    if len(set(kinds)) == 1:
+        return
+    root = place if os.path.isdir(place) else os.path.commonpath([file.parent for file in found])
+    names = ", ".join(os.path.relpath(file, root) for file in found[:6])
+    raise UserError(
+        f"{place} has files of several {what} ({names}); name those to read, such as "
+        f"{found[0]}, in which * stands for any text"
+    )
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Return names of files that differ: with their folders only where those without do not."""
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([file.parent for file in files])
+        names = [os.path.relpath(file, root) for file in files]
+    return names
 
 
 def exists(place: str | Path) -> bool:
@@ -137,7 +175,7 @@ def num_rows(place: str | Path) -> int:
     return number
 
 
-def _rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
+def numbered_rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
     """Yield number, place for errors, fields and JSON text of each row."""
     if file.suffix not in tables.SUFFIXES:
         for number, line in json_lines.lines(file):
@@ -153,7 +191,9 @@ def _rows(file: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
 def _prompt(row: dict[str, Any], field: str, where: str) -> tuple[str, tuple[Message, ...] | None]:
     """Return the user's text, and the messages before it; None if the prompt is a text."""
     row = _at_the_top(row, field)
-    if not isinstance(row.get(field), list):
+    if field not in row:
+        raise _missing(row, field, where, "data.prompt_field")
+    if not isinstance(row[field], list):
         return json_lines.text_field(row, field, where), None
     turns = [_message(turn, f"{field}[{i}]", where) for i, turn in enumerate(row[field])]
     if not turns or turns[-1]["role"] != "user":
@@ -170,7 +210,7 @@ def _prompt(row: dict[str, Any], field: str, where: str) -> tuple[str, tuple[Mes
 
 
 def _message(turn: object, field: str, where: str) -> Message:
-    """Return role and content of a message."""
+    """Return role and content of a message, which may also have slime's LOSS_MASK."""
     if not isinstance(turn, dict):
         raise UserError(f'{where}: field `{field}` must be {{"role": ..., "content": ...}}')
     role, content = (f"{field}.{name}" for name in ("role", "content"))
@@ -180,7 +220,7 @@ def _message(turn: object, field: str, where: str) -> Message:
             f"{where}: field `{role}`={one_line(named.get(role))[:40]} must be one of "
             f"{', '.join(ROLES)}; tools are not supported"
         )
-    if other := sorted(named.keys() - {role, content}):
+    if other := sorted(named.keys() - {role, content, f"{field}.{LOSS_MASK}"}):
         raise UserError(
             f"{where}: field `{other[0]}` would not reach the model, which is given role and "
             "content only; remove it"
@@ -210,9 +250,24 @@ def _answer_field(
 
 def _answer(row: dict[str, Any], field: str, where: str, *, needs_answer: bool) -> str:
     row = _at_the_top(row, field)
-    if needs_answer or json_lines.has_answer(row, field):
-        return json_lines.answer_field(row, field, where)
-    return ""
+    if not needs_answer and not json_lines.has_answer(row, field):
+        return ""
+    if field not in row:
+        raise _missing(row, field, where, "data.answer_field")
+    if isinstance(row[field], dict | list):
+        kind = json_lines.kind(row[field])
+        raise UserError(
+            f"{where}: field `{field}` must be a text or a number, but is {kind}; write it as a "
+            "text, or take `record` in place of `answer` in the reward, which then gets it as it is"
+        )
+    return json_lines.answer_field(row, field, where)
+
+
+def _missing(row: dict[str, Any], field: str, where: str, setting: str) -> UserError:
+    return UserError(
+        f"{where}: field `{field}` is missing; the line has {json_lines.names(row)}; correct the "
+        f"row, or set {setting} to the field that has it"
+    )
 
 
 def _at_the_top(row: dict[str, Any], field: str) -> dict[str, Any]:
@@ -231,8 +286,24 @@ def _at_the_top(row: dict[str, Any], field: str) -> dict[str, Any]:
 
 def _refuse_other_inputs(row: dict[str, Any], where: str) -> None:
     """Raise UserError if the row has images or tools, which the model would not be given."""
-    if found := [name for name in NOT_TEXT if row.get(name)]:
+    given = {name: row.get(name) for name in NOT_TEXT}
+    if isinstance(info := row.get("extra_info"), dict):
+        given |= {f"extra_info.{name}": info.get(name) for name in NOT_ALONE}
+    remedy = "remove the row, or the field if it does not matter"
+    if found := [name for name, value in given.items() if _has_content(value)]:
         raise UserError(
             f"{where}: field `{found[0]}` would not reach the model, which is given the text of "
-            "the messages only; remove the row, or the field if it does not matter"
+            f"the messages only; {remedy}"
         )
+    if (agent := row.get("agent_name")) not in ONE_ANSWER:
+        raise UserError(
+            f"{where}: field `agent_name`={one_line(agent)[:40]} asks for tools or several turns, "
+            f"but the model answers once; {remedy}"
+        )
+
+
+def _has_content(value: object) -> bool:
+    """Return whether a value is more than the nulls of a table whose other rows have it."""
+    if isinstance(value, dict):
+        return any(map(_has_content, value.values()))
+    return bool(value)

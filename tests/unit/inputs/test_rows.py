@@ -7,13 +7,15 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
-from megatron_prepo.config import DataConfig
+from checkpoints_convert import __main__ as converter
+from megatron_prepo.config import DataConfig, RunConfig
 from megatron_prepo.data import CandidateBatches, read_prompts
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import rows
 from megatron_prepo.files.rows import Fields
+from megatron_prepo.inputs import preflight
 from megatron_prepo.inputs.digests import file_digests
-from megatron_prepo.prompt_context import Context, read_context
+from megatron_prepo.prompt_context import Context, read_context, read_shots
 from megatron_prepo.records import Prompt
 from tests.unit.inputs.test_data import SYSTEM_CHAT, character_tokenizer, write
 
@@ -104,13 +106,59 @@ def said(*turns):
     return {"prompt": [{"role": role, "content": content} for role, content in turns]}
 
 
+CALCULATOR = {"calc_gsm8k_reward": {"create_kwargs": {"ground_truth": "2"}}}
+"""Value of examples/data_preprocess/gsm8k_tool_agent_loop.py of verl."""
+
+
+def info(**more):
+    return {"extra_info": VERL["extra_info"] | more}
+
+
+def test_a_row_of_verl_that_needs_no_tools_is_read(tmp_path):
+    """A table has the columns of its other rows, too."""
+    without_tools = info(
+        need_tools_kwargs=False,
+        tools_kwargs={"calc_gsm8k_reward": {"create_kwargs": None}},
+        interaction_kwargs=None,
+    )
+    [prompt] = read(write(tmp_path, VERL | without_tools | {"agent_name": "single_turn_agent"}))
+    assert prompt.answer == "2"
+
+
+def test_the_loss_mask_of_a_message_of_slime_changes_nothing(tmp_path):
+    turns = said(("user", "1+0"), ("assistant", "1"), ("user", "1+1"))
+    [plain] = read(write(tmp_path, SLIME | turns))
+    for turn in turns["prompt"]:
+        turn["step_loss_mask"] = 0
+    [masked] = read(write(tmp_path, SLIME | turns))
+    assert masked.tokens == plain.tokens
+
+
+def test_images_are_refused_in_rows_of_ours(tmp_path):
+    """Both in messages and where a setting names the field of the answer."""
+    for row, fields in ((OWN | {"prompt": USER}, None), (OWN, Fields(answer="answer"))):
+        with pytest.raises(UserError, match="line 1: field `images` would not reach the model"):
+            read(write(tmp_path, row | {"images": ["a.png"]}), fields=fields)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (without(VERL, "prompt"), "field `prompt` is missing; the line has ability"),
-        (without(VERL, "reward_model"), "field `reward_model.ground_truth` is missing"),
+        (
+            without(VERL, "prompt"),
+            r"`prompt` is missing; the line has ability.* set data\.prompt_f",
+        ),
+        (without(VERL, "reward_model"), r"`reward_model.ground_truth` is missing.* data\.answer_f"),
         (VERL | {"reward_model": {}}, "field `reward_model.ground_truth` is missing"),
         (VERL | {"reward_model": {"ground_truth": ["2"]}}, "ground_truth` must be a text or a num"),
+        (
+            VERL | {"reward_model": {"ground_truth": {"a": 1}}},
+            "ground_truth` .* is an object; write it as a text, or take `record` in place of `ans",
+        ),
+        (VERL | info(need_tools_kwargs=True), r"`extra_info\.need_tools_kwargs` would not reach"),
+        (VERL | info(tools_kwargs=CALCULATOR), r"field `extra_info\.tools_kwargs` would not reach"),
+        (VERL | info(interaction_kwargs={"name": "gsm8k"}), r"`extra_info\.interaction_kwargs` w"),
+        (VERL | {"agent_name": "tool_agent"}, "`agent_name`=tool_agent asks for tools or several"),
         (VERL | {"label": "3"}, "fields `reward_model.ground_truth` and `label`, of different"),
         (SLIME, "fields `reward_model.ground_truth` and `label`, of different schemas; set data"),
         (VERL | {"answer": "2"}, "fields `reward_model.ground_truth` and `answer`, of diff"),
@@ -150,6 +198,31 @@ def test_a_table_names_its_row_and_what_json_cannot_hold(tmp_path):
             read(damaged)
     with pytest.raises(UserError, match=r"no such file: .*absent\.parquet"):
         read(tmp_path / "absent.parquet")
+    path = table(tmp_path / "d.parquet", VERL | {"score": float("nan")})
+    with pytest.raises(
+        UserError, match=r"row 1: field `score` .* no form for \(bytes, a date, NaN"
+    ):
+        read(path)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["1"])] * 3, names=["prompt", "id", "id"])
+    parquet.write_table(twice, path)
+    with pytest.raises(
+        UserError, match=r"d\.parquet: column `id` is there twice; rename or remove"
+    ):
+        read(path)
+
+
+def test_both_formats_of_arrow_are_read(tmp_path):
+    path = tmp_path / "a.arrow"
+    columns = pyarrow.Table.from_pylist([OWN, OWN | {"answer": "3"}])
+    with ipc.new_file(path, columns.schema) as file:
+        file.write_table(columns, max_chunksize=1)
+    assert [prompt.answer for prompt in read(path)] == ["2", "3"]
+
+
+def test_worked_examples_and_prompts_of_verify_may_be_tables(tmp_path):
+    path = table(tmp_path / "a.parquet", {"prompt": "1+1=", "answer": 2})
+    assert read_shots(str(path)) == (("1+1=", "2"),)
+    assert converter._prompts(str(path)) == ["1+1="]
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
@@ -163,7 +236,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_a_conversation_keeps_its_turns_and_its_content_is_the_last(tmp_path):
-    turns = said(("system", "be short"), ("user", "1+1"), ("assistant", "2"), ("user", "1+1 "))
+    turns = said(("system", "be short "), ("user", "1+1"), ("assistant", "2"), ("user", "1+1 "))
     [prompt] = read(write(tmp_path, VERL | turns))
     assert shown(prompt) == (
         "<bos>beshort<end><user>1+1<end><assistant>2<end><user>1+1<end><assistant>"
@@ -200,6 +273,15 @@ def test_messages_need_a_template_that_shows_them(tmp_path):
     path = write(tmp_path, VERL | said(("system", "be short"), ("user", "1+1")))
     with pytest.raises(UserError, match=r"line 1: .* list of messages, .* data\.chat_template=tru"):
         read(path, chat_template=False)
+    turns = said(("user", "first"), ("assistant", "thoughts"), ("user", "1+1"))
+    path = write(tmp_path, VERL | turns)
+    last, users = "{{ messages[-1]['content'] }}", "{% for m in messages[::2] %}{{ m['content'] }}"
+    with pytest.raises(UserError, match=r"line 1: .* leaves out the message 'first'"):
+        read_prompts(path, character_tokenizer(last), max_tokens=99, chat_template=True)
+    tokenizer = character_tokenizer(users + "{% endfor %}")
+    [prompt] = read_prompts(path, tokenizer, max_tokens=99, chat_template=True)
+    assert len(prompt.tokens) == len("first1+1"), "templates may shorten what the model has said"
+    path = write(tmp_path, VERL | said(("system", "be short"), ("user", "1+1")))
     for template, message in (
         ("{{ messages[-1]['content'] }}", "line 1: .* leaves out the message 'be short'"),
         ("{{ raise_exception('no system role') }}", "line 1: .* rejects the prompt: no system"),
@@ -233,6 +315,75 @@ def test_a_folder_or_a_pattern_stands_for_its_files(tmp_path):
     assert rows.exists(pattern) and not rows.exists(folder / "val-*.parquet")
     with pytest.raises(UserError, match=r"val-\*.parquet has no files that end with \.jsonl, "):
         read(folder / "val-*.parquet")
+
+
+def test_files_of_a_folder_that_are_not_its_rows_are_skipped(tmp_path):
+    """`datasets` keeps results of `map` next to the rows, and other programs hidden files."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    table(folder / "data-00000-of-00001.arrow", OWN)
+    for name in ("cache-1b2f.arrow", "cache-1b2f_00000_of_00002.arrow", ".~a.arrow"):
+        table(folder / name, OWN)
+    assert len(read(folder)) == len(read(f"{folder}/")) == len(read(folder / "*.arrow")) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a/x.jsonl", "b/x.jsonl"), r"several folders or splits \(a/x.jsonl, b/x.jsonl\)"),
+        (
+            ("x.jsonl", "x.parquet"),
+            r"several formats \(x.jsonl, x.parquet\); na",
+        ),
+    ],
+)
+def test_files_that_may_not_be_one_set_are_refused(names, message, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for place in (tmp_path, f"{tmp_path}/"):
+        with pytest.raises(UserError, match=message) as caught:
+            rows.data_files(place)
+        assert f"such as {tmp_path / names[0]}, in which" in str(caught.value)
+    if "parquet" in names[1]:
+        with pytest.raises(UserError, match=message):
+            rows.data_files(tmp_path / "x.*")
+
+
+def test_files_of_one_place_have_their_own_schemas_but_ids_of_all(tmp_path):
+    files = []
+    for name, row in (("a", VERL), ("b", SLIME), ("c", OWN)):
+        (tmp_path / name).mkdir()
+        files.append(write(tmp_path / name, row))
+    place = tmp_path / "*" / "prompts.jsonl"
+    ids = [f"{name}/prompts.jsonl:1" for name in "abc"]
+    assert [prompt.id for prompt in read(place)] == ids
+    for number, file in enumerate(files):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"id": number}))
+    assert [(prompt.id, prompt.answer) for prompt in read(place)] == [
+        ("0", "2"),
+        ("1", "2"),
+        ("2", "2"),
+    ]
+    assert list(file_digests("data.train", place)) == [f"{name}/prompts.jsonl" for name in "abc"]
+    files[2].write_text(json.dumps(OWN | {"id": 0}))
+    with pytest.raises(
+        UserError, match=r"c/.*, line 1: id '0' is also that of .*a/.*, line 1; give each row its"
+    ):
+        read(place)
+
+
+def test_all_messages_count_for_the_length_that_is_not_tokenized(tmp_path):
+    turns = said(("user", "x" * 200_000), ("assistant", "2"), ("user", "1+1"))
+    with pytest.raises(UserError, match="prompt '1' has 200,004 characters, more than"):
+        read(write(tmp_path, VERL | turns))
+
+
+def test_a_run_reads_the_fields_that_its_settings_name(tmp_path):
+    path = write(tmp_path, {"question": "1+1", "solution": "2", "prompt": "3", "answer": "4"})
+    data = DataConfig(train="-", eval="-", prompt_field="question", answer_field="solution")
+    [prompt] = preflight.load_prompts(data, RunConfig(dir="-"), TOKENIZER, str(path), [])
+    assert (prompt.text, prompt.answer) == ("1+1", "2")
 
 
 # Order
