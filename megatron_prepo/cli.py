@@ -16,6 +16,7 @@ megatron-prepo reference [metrics]               print all settings, or all metr
 
 import argparse
 import os
+import re
 import select
 import signal
 import sys
@@ -439,7 +440,8 @@ def _add_evaluate(commands: "Commands") -> None:
         action="append",
         type=partial(_named_place, kind="dataset"),
         metavar="[NAME=]FILE",
-        help="prompts with answers, JSON Lines; may be repeated (default: data.eval)",
+        help="prompts: a file, a folder, a path with *, or a name on the hub; may be repeated "
+        "(default: data.eval)",
     )
     parser.add_argument(
         "--out", required=True, help="output directory; existing results are resumed"
@@ -537,7 +539,7 @@ def _add_reference(commands: "Commands") -> None:
 
 
 def _named_place(word: str, *, kind: Literal["model", "dataset"]) -> tuple[str, str]:
-    """Parse NAME=PLACE; the default name is the place's last component.
+    """Parse NAME=PLACE; the default name is the place's last component, up to a `*`.
 
     Raises NoSuchPath if nothing is at the place, and it is no name on the hub.
     """
@@ -545,10 +547,23 @@ def _named_place(word: str, *, kind: Literal["model", "dataset"]) -> tuple[str, 
 
     name, equals, place = word.partition("=")
     if not equals:
-        name, place = Path(word).name.removesuffix(".jsonl"), word
+        name, place = _default_name(word), word
     if hub.Name.of(place, kind) is None and not rows.exists(place):
         existing()(place)
     return name, place
+
+
+def _default_name(place: str) -> str:
+    """Return the name of a model or suite at a place.
+
+    >>> [_default_name(place) for place in ("runs/a/", "b.jsonl", "c/test-*.parquet", "d/*.jsonl")]
+    ['a', 'b', 'test', 'd']
+    """
+    path = Path(place)
+    name = path.name if path.exists() else re.split(r"[*?[]", path.name)[0].rstrip("-_.")
+    if not name and path != path.parent:
+        return _default_name(str(path.parent))
+    return name.removesuffix(".jsonl")
 
 
 def _add_restarts(parser: argparse.ArgumentParser) -> None:

@@ -364,7 +364,9 @@ def agree(
     """
     odd = [name for name in [*models, *suites] if not name or "/" in name]
     if odd:
-        raise UserError(f"{odd[0]!r} cannot name a model or a suite: it is used as a file name")
+        raise UserError(
+            f"{odd[0]!r} cannot name a model or a suite: it is used as a file name; give NAME=PLACE"
+        )
     places = {name: _model_digest(Path(place)) for name, place in models.items()}
     files = {name: _file_digest(Path(file)) for name, file in suites.items()}
     file, colon, function = settings["reward.function"].rpartition(":")
