@@ -23,7 +23,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.files import atomic as durable
 from megatron_prepo.files import ownership
 from megatron_prepo.files.existing import existing
-from megatron_prepo.inputs import preflight
+from megatron_prepo.inputs import hub, preflight
 from megatron_prepo.process import machine
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.trainer.prompt_scores import engine_perplexities, prompt_scores
@@ -45,7 +45,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     overrides = ["rollout.engine=sglang", *one_rank(), *options.overrides]
-    config = configuration.load(options.config, overrides)
+    config = hub.resolved(configuration.load(options.config, overrides))
     inputs = preflight.check(config)
     with actor_and_engine(config, inputs) as (actor, engine):
         result = measure(config, inputs.train_prompts, actor, engine)

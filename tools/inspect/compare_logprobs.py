@@ -28,7 +28,7 @@ from megatron_prepo import config as configuration
 from megatron_prepo.config import Config
 from megatron_prepo.files import ownership
 from megatron_prepo.files.existing import existing
-from megatron_prepo.inputs import preflight
+from megatron_prepo.inputs import hub, preflight
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.records import Rollout
 from megatron_prepo.rollout.weight_sync import TOLERANCE
@@ -43,7 +43,7 @@ CONTEXT = 12
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print and draw; returns 0 if engine and actor agree, 1 if they differ."""
     options = parse(arguments)
-    config = config_of(options)
+    config = hub.resolved(config_of(options))
     if os.environ.get("RANK", "0") == "0":
         ownership.claim(options.out, "comparison of log-probabilities", "--out")
     inputs = preflight.check(config)

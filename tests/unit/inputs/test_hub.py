@@ -20,6 +20,8 @@ from megatron_prepo.inputs import preflight
 from megatron_prepo.run import directory as run_directory
 from tests.e2e.laptop import LAPTOP
 from tests.fake_hub import folder, serving
+from tools.bench import perplexity
+from tools.inspect import compare_logprobs
 
 MODEL, DATA = "Qwen/Qwen2.5-0.5B", "openai/gsm8k"
 FILES = {
@@ -171,6 +173,18 @@ def test_commands_take_a_name(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert", "import", "--hf", "absent/model", "--out", "o"])
     assert converter.main() == 2
     assert "absent/model" in capsys.readouterr().err
+
+
+def test_tools_take_a_name(hub, capsys, monkeypatch):
+    def stop(config):
+        raise UserError(f"read {config.model.hf}")
+
+    monkeypatch.setattr(preflight, "check", stop)
+    words = [str(LAPTOP / "prepo.yaml"), *PLACES, "--out"]
+    monkeypatch.setattr(sys, "argv", ["perplexity.py", *words, "result.json"])
+    assert perplexity.main() == 2
+    assert compare_logprobs.main([*words, "compared"]) == 2
+    assert capsys.readouterr().err.count(f"snapshots/{hub.model}") == 2
 
 
 def test_without_a_network_the_error_says_so(tmp_path, monkeypatch):
