@@ -95,7 +95,11 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     overrides = start.without_overwriting_again(options.overrides)
     if "RANK" in os.environ:
-        return start.train_rank(options.config, overrides)
+        from megatron_prepo.run import dashboards
+
+        code = start.train_rank(options.config, overrides)
+        dashboards.leave_if_closing(code)
+        return code
     start.train(options.config, overrides, options.max_restarts)
     return 0
 

@@ -1,6 +1,6 @@
 """A run as a tracker shows it, which stops once and is resumed, and what the tracker stored of it.
 
-    python -m tests.tracker_session DIRECTORY NAME begin|resume    # one process each
+    python -m tests.tracker_session DIRECTORY NAME begin|stop|resume    # one process each
     python -m tests.tracker_session DIRECTORY NAME read            # prints what is stored, as JSON
 
 The readers look into files of the real libraries; `fake_trackers.py` has stand-ins.
@@ -56,22 +56,23 @@ def load(directory: Path, name: str) -> configuration.Config:
 
 
 def show(directory: Path, name: str, part: str) -> None:
-    """Show the part of the run before or after the stop; the first is not closed."""
+    """Show the part of the run before a kill (`begin`) or a stop, or after it."""
     directory.mkdir(exist_ok=True)
     ownership.mark(directory, ownership.RUN, identity=IDENTITY)
     shown = dashboards.opened(load(directory, name), sys.exit)
-    if part == "begin":
+    if part != "resume":
         shown.write(0, {"eval/pass_rate": 0.375})
         shown.write_texts("evaluations", EVALUATED)
         shown.write(0, {"reward/exact@1": 0.25, "ppl/spearman_with_reward": None})
         shown.write(1, {"reward/exact@1": 0.5})
+        if part == "stop":
+            shown.close()
         return
     shown.write(1, {"reward/exact@1": 0.5})  # was made after the last checkpoint
     shown.write(2, {"reward/exact@1": 0.75, "entropy/max": float("inf")})
     shown.write_texts("rollouts", ROLLED_OUT)
     shown.write(2, {"eval/pass_rate": 0.5})
-    shown.write_picture(2, draw(directory))
-    shown.close()
+    shown.close(picture=(2, draw(directory)))
 
 
 def draw(directory: Path | str) -> Path:

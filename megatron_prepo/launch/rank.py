@@ -173,6 +173,9 @@ def leave(code: int) -> None:
     its exit code is lost.
     """
     if code == 0:
+        from megatron_prepo.run import dashboards
+
+        dashboards.leave_if_closing(code)
         sys.exit()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,7 +32,7 @@ from typing import Any, TextIO
 import torch
 
 from megatron_prepo.config import Config, EvalConfig
-from megatron_prepo.errors import UserError
+from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.evaluation.held_out import Evaluation, shared
 from megatron_prepo.files.atomic import naming, read_lines, write_text
 from megatron_prepo.process import activity, machine
@@ -131,6 +131,16 @@ class Run:
         except errors as error:
             if self.writes and (problem := self.lost()):
                 raise UserError(problem) from error
+            raise
+
+    @contextmanager
+    def dashboards_closed_if_stopped(self) -> Iterator[None]:
+        """Close the dashboards before Stopped is raised: they store what they still hold."""
+        try:
+            yield
+        except Stopped:
+            if self.writes and not self.lost():
+                self.dashboards.close(dashboards.STOP_SECONDS)
             raise
 
     def has_lines(self) -> bool:
@@ -393,7 +403,7 @@ class Run:
         }
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
-        """Return the summary, after closing the files and writing the summary and the plot."""
+        """Return the summary, after closing files and dashboards and writing summary and plot."""
         before = self.before
         if before is not None:
             self._log_other_sampling()
@@ -423,11 +433,10 @@ class Run:
             self._check_on_rank_zero()
             with activity.doing("drawing pass_rate.png"):
                 report.plot(self.directory, summary)
-            self.dashboards.write_picture(self.num_steps, self.directory / report.PICTURE)
-            self.dashboards.close()
             self._check_on_rank_zero()
-            # last, since a summary marks the run as finished
+            # the last of the run's own files, since it marks the run as finished
             write_text(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+            self.dashboards.close(picture=(self.num_steps, self.directory / report.PICTURE))
             run_directory.end(self.directory)
         return summary
 

@@ -78,7 +78,15 @@ class Trainer:
         `parts`: further state of the loop in a checkpoint, besides run and updates.  If the engine
         fails, the last complete step is saved and Stopped is raised on all ranks.
         """
-        parts = {"run": self.run, **parts, "updates": self.updates}
+        with self.run.dashboards_closed_if_stopped():
+            self._restore({"run": self.run, **parts, "updates": self.updates})
+            with self.checkpoints.saved_if_the_engine_fails():
+                yield
+                with self.run.seconds("checkpoint"):
+                    self.checkpoints.finish()
+
+    def _restore(self, parts: dict[str, Any]) -> None:
+        """Restore actor, engine and parts; raises Stopped if the engine fails."""
         with self.run.seconds("setup"):
             self.checkpoints = Checkpoints(
                 self.config.checkpoint,
@@ -99,10 +107,6 @@ class Trainer:
                 raise Stopped(
                     f"the engine failed before training began: {error}", exit_code=1
                 ) from error
-        with self.checkpoints.saved_if_the_engine_fails():
-            yield
-            with self.run.seconds("checkpoint"):
-                self.checkpoints.finish()
 
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps; evaluate before the first, after the last, and when due.

@@ -6,6 +6,8 @@ variables name another place, and a resumed run continues the same run of it.
 
 import importlib.util
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 from megatron_prepo.config import Config, RunConfig, to_tree
 from megatron_prepo.errors import UserError
+from megatron_prepo.process import activity
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run import texts
 from megatron_prepo.run.dashboards import mlflow, swanlab, trackio, wandb
@@ -21,6 +24,13 @@ from megatron_prepo.run.dashboards.tensorboard import TensorBoard
 
 RETRY_SECONDS = 600.0
 """Seconds for which a dashboard that failed gets nothing: all ranks wait for each call."""
+CLOSE_SECONDS = 120.0
+"""Time for closing all dashboards of a finished run."""
+STOP_SECONDS = 30.0
+"""The same for a run that is stopped; its launcher kills it LEAVING_SECONDS after other ranks."""
+CLOSING = "close "
+"""Beginning of the names of the threads that close dashboards."""
+MAY_LACK = "may lack the last values, which the run's files have"
 
 
 class Kind(NamedTuple):
@@ -89,13 +99,39 @@ class Dashboards:
             name = f"{texts.FOLDER}/{kind}"
             self._on_each(lambda dashboard: dashboard.write_texts(line["step"], name, rows))
 
-    def write_picture(self, step: int, path: Path) -> None:
-        """Show a PNG file."""
-        self._on_each(lambda dashboard: dashboard.write_picture(step, path))
+    def close(
+        self, seconds: float = CLOSE_SECONDS, picture: tuple[int, Path] | None = None
+    ) -> None:
+        """Show a last picture, a step and a PNG file, and close all, also those that failed.
 
-    def close(self) -> None:
-        """Close all."""
-        self._on_each(lambda dashboard: dashboard.close())
+        Waits `seconds` at most; a dashboard that takes longer is logged and closed by a thread, for
+        which `leave_if_closing` does not wait.
+        """
+        threads = {
+            name: threading.Thread(
+                target=self._close, args=(name, picture), name=f"{CLOSING}{name}", daemon=True
+            )
+            for name in self._opened
+        }
+        end = time.monotonic() + seconds
+        for thread in threads.values():
+            thread.start()
+        for name, thread in threads.items():
+            with activity.doing(f"closing {name}"):
+                thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                self._log(f"{name} was not closed within {seconds:g} s, and {MAY_LACK}")
+
+    def _close(self, name: str, picture: tuple[int, Path] | None) -> None:
+        dashboard = self._opened[name]
+        try:
+            try:
+                if picture:
+                    dashboard.write_picture(*picture)
+            finally:
+                dashboard.close()
+        except Exception as error:  # of any type, from a library or a server
+            self._log(f"closing {name} failed, and it {MAY_LACK}: {type(error).__name__}: {error}")
 
     def _on_each(self, call: Callable[[Dashboard], None]) -> None:
         for name, dashboard in self._opened.items():
@@ -129,3 +165,14 @@ def opened(config: Config, log: Callable[[str], None]) -> Dashboards:
                 raise UserError(f"{problem}; fix that, or remove the setting") from error
             log(f"{problem}; the run resumes without it")
     return Dashboards(found, log)
+
+
+def leave_if_closing(code: int) -> None:
+    """Exit the process with this code if a dashboard is still being closed.
+
+    Otherwise its library would wait for the same again before Python exits.
+    """
+    if any(thread.name.startswith(CLOSING) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,6 +1,7 @@
 """SwanLab."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ class SwanLab:
 
         logs = directory / "swanlab" / identity
         logs.mkdir(parents=True, exist_ok=True)
-        self._run = swanlab.init(
-            project=project,
-            name=directory.name,
-            id=identity,
-            resume="allow",
-            log_dir=str(logs),
-            config=settings,
-        )
+        # not in the main thread: its run would handle Ctrl-C, and only that thread could close it
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            self._run = thread.submit(
+                swanlab.init,
+                project=project,
+                name=directory.name,
+                id=identity,
+                resume="allow",
+                log_dir=str(logs),
+                config=settings,
+            ).result()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the numbers of a step."""

@@ -93,8 +93,7 @@ def evaluate_and_record(config: configuration.Config) -> None:
         if step == 0:
             run.dashboards.write(0, STEPS[0])
     run.dashboards.write_texts("rollouts", ROLLED_OUT | {"step": 1})
-    run.dashboards.write_picture(1, draw(config.run.dir))
-    run.dashboards.close()
+    run.dashboards.close(picture=(1, draw(config.run.dir)))
 
 
 def test_tensorboard_shows_evaluations(tmp_path):

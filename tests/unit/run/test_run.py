@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from megatron_prepo.errors import UserError
 from megatron_prepo.evaluation.held_out import Evaluation
 from megatron_prepo.files import lock, ownership
+from megatron_prepo.run import dashboards
 from megatron_prepo.run import directory as run_directory
 from megatron_prepo.run.ledger import LedgerEntry
 from megatron_prepo.run.recorder import Run
@@ -71,6 +73,19 @@ def test_a_run_in_its_own_directory_writes(live):
     assert (live.directory / "ledger.jsonl").read_text().count("\n") == 1
     assert live.state_dict()["identity"] == ownership.marker(live.directory)["identity"]
     assert live.state_dict()["files"]["ledger.jsonl"] > 0
+
+
+def test_the_summary_is_written_before_the_dashboards_get_their_last(live):
+    write_a_step(live)
+    seen = []
+
+    def look(*_: object) -> None:
+        seen.append((live.directory / "summary.json").is_file() and live.lost() is None)
+
+    last = SimpleNamespace(write_picture=look, close=look)
+    live.dashboards = dashboards.Dashboards({"It": last}, pytest.fail)
+    live.finish(Evaluation(torch.tensor([0.5], dtype=torch.float64), samples_per_prompt=1), ranks=1)
+    assert seen == [True, True]
 
 
 def test_moved_away_and_another_run_in_its_place(tmp_path, live):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -46,20 +47,22 @@ def expected(name: str) -> dict:
     return STORED | {"metrics": metrics}
 
 
+@pytest.mark.parametrize("first", ["begin", "stop"])
 @pytest.mark.parametrize("name", FAKES)
 def test_a_run_that_stops_and_resumes_is_one_run_with_evaluations_texts_and_picture(
-    tmp_path, fakes, name
+    tmp_path, fakes, name, first
 ):
-    for part in ("begin", "resume"):
+    for part in (first, "resume"):
         tracker_session.show(tmp_path / "run", name, part)
     stored = fakes[name].stored((tmp_path / "run").resolve() / name / IDENTITY)
     assert stored.as_json() == expected(name)
 
 
+@pytest.mark.parametrize("first", ["begin", "stop"])
 @pytest.mark.parametrize(
     "name", [pytest.param("mlflow", marks=pytest.mark.slow), "swanlab", "trackio"]
 )
-def test_the_library_stores_what_its_stand_in_does(tmp_path, name):
+def test_the_library_stores_what_its_stand_in_does(tmp_path, name, first):
     """In processes of their own, as for a run: SwanLab and Trackio allow one run in each."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
@@ -77,7 +80,7 @@ def test_the_library_stores_what_its_stand_in_does(tmp_path, name):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    call("begin")
+    call(first)
     call("resume")
     last = call("read").splitlines()[-1]
     assert json.loads(last) == expected(name)
@@ -164,7 +167,13 @@ class Broken:
         Broken.calls += 1
         raise ConnectionError("no route to host")
 
-    write_texts = write_picture = close = write
+    write_texts = write
+
+    def write_picture(self, step, path):
+        pass
+
+    def close(self):
+        raise ConnectionError("no route to host")
 
 
 def test_a_dashboard_that_fails_is_left_alone_for_a_while_and_ends_no_run(monkeypatch):
@@ -177,6 +186,42 @@ def test_a_dashboard_that_fails_is_left_alone_for_a_while_and_ends_no_run(monkey
     assert got == [0, 1, 2] and Broken.calls == 2
     reason = "ConnectionError: no route to host"
     assert said == [f"Broken failed, and gets nothing for 10 minutes: {reason}"] * 2
+
+
+@pytest.mark.parametrize("hangs", ["write_picture", "close"])
+def test_all_are_closed_within_a_time_also_those_that_failed_before(monkeypatch, tmp_path, hangs):
+    said, got, released = [], [], threading.Event()
+
+    def dashboard(**methods) -> SimpleNamespace:
+        usual = {
+            "write_picture": lambda step, path: got.append((step, path)),
+            "close": lambda: got.append("closed"),
+        }
+        return SimpleNamespace(**usual | methods)
+
+    silent = dashboard(write=Broken().write)
+    waiting = dashboard(write=lambda step, metrics: None, **{hangs: lambda *_: released.wait()})
+    opened = {"Waiting": waiting, "Broken": Broken(), "Silent": silent}
+    shown = dashboards.Dashboards(opened, said.append)
+    shown.write(0, {"reward/mean": 0.5})
+    picture = (1, tmp_path / "pass_rate.png")
+    del said[:]
+    shown.close(0.2, picture)
+    assert got.count(picture) == 1 + (hangs == "close") and "closed" in got
+    lacks = "may lack the last values, which the run's files have"
+    assert sorted(said) == [
+        f"Waiting was not closed within 0.2 s, and {lacks}",
+        f"closing Broken failed, and it {lacks}: ConnectionError: no route to host",
+    ]
+    codes = []
+    monkeypatch.setattr(dashboards.os, "_exit", codes.append)
+    dashboards.leave_if_closing(75)
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith(dashboards.CLOSING):
+            thread.join()
+    dashboards.leave_if_closing(75)
+    assert codes == [75], "Python would wait for the library once more"
 
 
 def test_rows_of_texts_have_the_same_columns_and_are_utf8():

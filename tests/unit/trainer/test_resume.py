@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from megatron_prepo.actor import checkpoint, manifest
 from megatron_prepo.config import CheckpointConfig
+from megatron_prepo.errors import Stopped
 from megatron_prepo.evaluation.held_out import Evaluation
 from megatron_prepo.files import ownership
 from megatron_prepo.process import progress
 from megatron_prepo.run import directory as run_directory
+from megatron_prepo.run.dashboards import Dashboards
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.trainer import resume, setup
 from megatron_prepo.trainer.resume import MAX_SHARE, is_affordable
@@ -248,3 +251,31 @@ def test_a_lost_best_is_saved_again_when_its_evaluation_is_repeated(start):
     step_with(run)
     evaluate(run, checkpoints, 0.5)
     assert saved(checkpoints) == [1, 2] and named(run)["step"] == 2
+
+
+@pytest.mark.parametrize("when", ["at the first sync", "after a step", "moved away", "failed"])
+def test_dashboards_store_what_they_hold_when_the_run_is_stopped(start, tmp_path, when):
+    run, checkpoints = start(every=0)
+    got = []
+    dashboard = SimpleNamespace(
+        write=lambda step, metrics: got.append(step), close=lambda: got.append("closed")
+    )
+    run.dashboards = Dashboards({"It": dashboard}, pytest.fail)
+
+    def stop(_: object = None) -> None:
+        raise (RuntimeError if when == "failed" else partial(Stopped, exit_code=75))("it stops")
+
+    trainer = SimpleNamespace(
+        run=run,
+        checkpoints=checkpoints,
+        updates=None,
+        _restore=stop if when == "at the first sync" else lambda parts: None,
+    )
+    with pytest.raises(RuntimeError, match="it stops"), Trainer.resumed(trainer):
+        step_with(run)
+        if when == "moved away":
+            run.directory.rename(tmp_path / "moved")
+        stop()
+    if when == "moved away":
+        (tmp_path / "moved").rename(run.directory)
+    assert got == {"at the first sync": ["closed"], "after a step": [0, "closed"]}.get(when, [0])
