@@ -260,7 +260,8 @@ class Run:
     def restart(self) -> None:
         """Start before the first step; steps that no checkpoint has are removed; collective.
 
-        The evaluation before the first step is kept, if the settings that it depends on are.
+        The evaluation before the first step is kept, if the settings that it depends on are, and
+        its line.
         """
         saved = self.share(self._read_first_evaluation() if self.writes else None)
         if saved is None:
@@ -269,15 +270,17 @@ class Run:
             self.load_state_dict(saved)
 
     def _read_first_evaluation(self) -> dict[str, Any] | None:
-        path = self.directory / FIRST_EVALUATION
-        if not path.is_file():
+        path, lines = self.directory / FIRST_EVALUATION, Path(self.evaluations.file.name)
+        if not self.config.eval.before or not path.is_file():
             return None
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             made_by, state = saved["eval"], saved["run"]
             is_ours = state["identity"] == self.identity
+            line = lines.read_bytes()[: state["files"][lines.name]]
+            is_ours &= json.loads(line)["step"] == 0
         except (ValueError, KeyError, TypeError):
-            self.log(f"{path} is damaged; the evaluation is repeated")
+            self.log(f"{path} is damaged, or not for {lines.name}; the evaluation is repeated")
             return None
         kept: dict[str, Any] = state
         return kept if is_ours and made_by == _first_evaluated_by(self.config.eval) else None

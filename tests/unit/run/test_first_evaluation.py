@@ -95,6 +95,30 @@ def test_what_another_wrote_is_not_restored(start, damage):
     assert len((run.directory / "evaluations.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("lines", [None, "", "cut", json.dumps({"step": 1, "x": 99 * "x"}) + "\n"])
+def test_it_is_repeated_if_its_line_is_lost(start, capsys, lines):
+    run = start()
+    first_step(run, [0.5, 1.0])
+    path = run.directory / "evaluations.jsonl"
+    if lines is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text()[:-9] if lines == "cut" else lines)
+    assert first_step(start(), [0.25, 0.25]) == ["before"]
+    assert "or not for evaluations.jsonl; the evaluation is repeated" in capsys.readouterr().err
+    assert json.loads(path.read_text())["pass_rate"] == 0.25
+    assert first_step(start(), [0.0, 0.0]) == []
+
+
+def test_it_is_not_restored_where_none_is_wanted(start):
+    run = start()
+    first_step(run, [0.5, 1.0])
+    again = start(before=False)
+    assert again.before is None and first_step(again, []) == []
+    assert (run.directory / "evaluations.jsonl").read_bytes() == b""
+    assert first_step(start(), [0.5, 0.5]) == ["before"]
+
+
 def test_without_it_a_run_has_no_gain(start):
     run = start(before=False)
     assert first_step(run, []) == []
