@@ -7,6 +7,7 @@ The readers look into files of the real libraries; `fake_trackers.py` has stand-
 """
 
 import json
+import os
 import sqlite3
 import sys
 from collections import defaultdict
@@ -55,11 +56,17 @@ def load(directory: Path, name: str) -> configuration.Config:
     return configuration.load(LAPTOP, [f"run.dir={directory}", SETTINGS[name]])
 
 
+def fail(line: str) -> None:
+    """End the process, also from a thread, where `sys.exit` ends only that."""
+    print(line, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def show(directory: Path, name: str, part: str) -> None:
     """Show the part of the run before a kill (`begin`) or a stop, or after it."""
     directory.mkdir(exist_ok=True)
     ownership.mark(directory, ownership.RUN, identity=IDENTITY)
-    shown = dashboards.opened(load(directory, name), sys.exit)
+    shown = dashboards.opened(load(directory, name), fail)
     if part != "resume":
         shown.write(0, {"eval/pass_rate": 0.375})
         shown.write_texts("evaluations", EVALUATED)

@@ -389,6 +389,7 @@ def _strangers(entry: Path) -> list[Path]:
         if matches_any(folder.whole) and (
             path.name == run or (entry.name == "wandb" and _is_of_our_wandb_run(path))
         ):
+            found += _links_to_elsewhere(path, entry)
             continue
         if matches_any(folder.marked):
             kind = ownership.UNFINISHED if path.suffix == ".partial" else folder.kind
@@ -408,6 +409,14 @@ def _is_of_our_wandb_run(path: Path) -> bool:
         return True
     own = path.parent / "run_id"
     return path.is_dir() and own.is_file() and path.name.endswith(f"-{own.read_text().strip()}")
+
+
+def _links_to_elsewhere(path: Path, folder: Path) -> list[Path]:
+    """Return the links at and below a path that lead out of the folder, as no dashboard's do."""
+    walk = os.walk(path) if not path.is_symlink() else ()
+    below = (Path(at, name) for at, names, files in walk for name in (*names, *files))
+    links = (one for one in (path, *below) if one.is_symlink())
+    return [link for link in links if folder.resolve() not in link.resolve().parents]
 
 
 def _touch(one: Path, other: Path) -> bool:

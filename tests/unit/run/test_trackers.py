@@ -14,6 +14,7 @@ from fake_trackers import FAKES
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.run import dashboards, texts
+from megatron_prepo.run import directory as run_directory
 from tests import tracker_session
 from tests.e2e.laptop import REPOSITORY
 from tests.tracker_session import EVALUATED, IDENTITY, ROLLED_OUT, SETTINGS, STORED
@@ -91,8 +92,6 @@ def test_the_library_stores_what_its_stand_in_does(tmp_path, name, first):
 
 @pytest.mark.parametrize("name", FAKES)
 def test_what_it_stored_goes_with_a_run_that_is_overwritten(tmp_path, name):
-    from megatron_prepo.run import directory as run_directory
-
     settings = config(tmp_path, run={"overwrite": True})
     run_directory.prepare(settings, print)
     run = run_directory.identity(tmp_path / "run")
@@ -105,6 +104,32 @@ def test_what_it_stored_goes_with_a_run_that_is_overwritten(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}/mine in it is not known"):
         run_directory.prepare(settings, print)
     assert content(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "place", ["mlflow/ID", "mlflow/ID/artifacts", "wandb/run-1", "wandb/run-2"]
+)
+def test_a_link_of_the_users_to_another_place_is_not_removed(tmp_path, place):
+    settings = config(tmp_path, run={"overwrite": True})
+    run_directory.prepare(settings, print)
+    mine = tmp_path / "scratch"
+    mine.mkdir()
+    (mine / "data").write_text("precious")
+    link = tmp_path / "run" / place.replace("ID", run_directory.identity(tmp_path / "run"))
+    link.parent.mkdir(parents=True)
+    if place.startswith("wandb"):
+        (link.parent / "run_id").write_text("1")
+    link.symlink_to(mine if place != "wandb/run-2" else "../../scratch")
+    before = content(tmp_path)
+    with pytest.raises(
+        UserError, match=f"cannot be cleared, since {link.relative_to(tmp_path / 'run')}"
+    ):
+        run_directory.prepare(settings, print)
+    assert content(tmp_path) == before and link.is_symlink()
+    link.unlink()
+    link.symlink_to("data")  # as of a dashboard itself
+    run_directory.prepare(settings, print)
+    assert not link.parent.exists() and (mine / "data").read_text() == "precious"
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch, tmp_path):
