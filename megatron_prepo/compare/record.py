@@ -85,7 +85,7 @@ def is_finished(directory: Path) -> bool:
 
 def holds_run(directory: Path) -> bool:
     """Return whether this directory holds a run, finished or not."""
-    names = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "ledger.jsonl")
+    names = ("config.yaml", "metrics.jsonl", "ledger.jsonl")
     return all((directory / name).is_file() for name in names)
 
 
@@ -154,9 +154,13 @@ def record(directory: str | Path) -> Record:
     directory = Path(directory)
     config = read_config(directory)
     steps = list(metrics_table.read_steps(directory))
-    evaluations = list(read_lines(directory / "evaluations.jsonl"))
+    path = directory / "evaluations.jsonl"
+    evaluations = list(read_lines(path)) if path.is_file() else []
     if not evaluations:
-        raise UserError(f"the run in {directory} has not been evaluated yet")
+        raise UserError(
+            f"the run in {directory} has not been evaluated yet, which a report needs: its first "
+            f"evaluation is {_first_evaluation(config)}"
+        )
     summary = _summary_so_far(config, steps, evaluations)
     if is_finished(directory):
         summary = json.loads((directory / "summary.json").read_text())
@@ -178,6 +182,15 @@ def record(directory: str | Path) -> Record:
         }
     )
     return made
+
+
+def _first_evaluation(config: Config) -> str:
+    """Return when a run is evaluated first, in words."""
+    if config.eval.before:
+        return "before its first step"
+    total, every = config.train.total_steps, config.eval.every
+    steps = every if 0 < every < total else total
+    return f"after {steps} of {total} steps (eval.before=false, eval.every={every})"
 
 
 SAMPLED = ("prompts", "temperature", "top_p", "top_k")

@@ -261,7 +261,15 @@ def test_a_run_without_an_evaluation_is_a_sentence(cluster_run, tmp_path, capsys
     for name in ("evaluations.jsonl", "metrics.jsonl", "ledger.jsonl"):
         (cluster_run / name).touch()
     assert main(["report", str(cluster_run)]) == 2
-    assert "has not been evaluated yet" in capsys.readouterr().err
+    assert "needs: its first evaluation is before its first step\n" in capsys.readouterr().err
+    path = cluster_run / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(tree | {"eval": {"before": False, "every": 8}}))
+    (cluster_run / "evaluations.jsonl").unlink()
+    assert main(["report", str(cluster_run)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "has not been evaluated yet" in line
+    assert line.endswith("after 8 of 80 steps (eval.before=false, eval.every=8)")
     first = json.dumps(
         {"step": 0, "rollouts": 0, "tokens": 0, "seconds": 0.0, "pass_rate": 0.4}
         | {"pass_rate_ci95": [0.3, 0.5], "samples_per_prompt": 4}
