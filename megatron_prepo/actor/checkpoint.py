@@ -235,20 +235,24 @@ def prune(
     keep_last: int | None,
     keep_every: int | None,
     keep: Collection[int | None] = (),
+    damaged: Collection[int] = (),
 ) -> dict[Path, list[Path]]:
     """Remove all checkpoints except the newest `keep_last`, each `keep_every`-th step's and `keep`.
 
-    Only this run's checkpoints are counted.  An empty `keep_last` keeps all; `keep` are steps.
-    Called by one process, after the newest has been saved.  Returns the checkpoints that are kept
-    because they contain files that are not known to be ours, with these files.
+    Only this run's checkpoints are counted, without those of the steps `damaged`, and only older
+    ones are removed.  An empty `keep_last` keeps all; `keep` are steps.  Called by one process,
+    after the newest has been saved.  Returns the checkpoints that are kept because they contain
+    files that are not known to be ours, with these files.
     """
     if not keep_last:
         return {}
     run, found = ownership.run_identity(directory), by_step(directory)
     ours = {step: path for step, path in found.items() if ownership.is_marked(path, KIND, run)}
     kept = {path: [path] for step, path in found.items() if step not in ours}
-    for step, path in list(ours.items())[:-keep_last]:
-        if step not in keep and (not keep_every or step % keep_every):
+    newest = [step for step in ours if step not in damaged][-keep_last:]
+    for step, path in ours.items():
+        is_older = step < min(newest, default=0)
+        if is_older and step not in keep and (not keep_every or step % keep_every):
             if strangers := ownership.strangers(path, KIND, run):
                 kept[path] = strangers
             else:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_prepo.config import CheckpointConfig, DataConfig, EvalConfig, SelectionConfig
 from megatron_prepo.errors import UserError
@@ -21,6 +21,11 @@ class Best:
     """Steps that the checkpoint includes; None until a value was taken."""
     value: float | None = None
 
+    @property
+    def is_of_evaluations(self) -> bool:
+        """Whether evaluations have the metric; otherwise steps do."""
+        return self.metric.startswith("eval/")
+
     def take(self, step: int, value: object) -> bool:
         """Take the value after `step` steps, and return whether it is the best so far.
 
@@ -32,7 +37,7 @@ class Best:
         >>> best.step, best.value
         (5, 0.75)
         """
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             return False
         if self.value is not None and not self._is_better(value, self.value):
             return False
@@ -46,6 +51,11 @@ class Best:
         """Resume from a saved state; one of another metric is ignored."""
         if (state["metric"], state["direction"]) == (self.metric, self.direction):
             self.step, self.value = state["step"], state["value"]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a metric's value can be compared: neither missing nor infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def of(settings: CheckpointConfig) -> Best | None:

@@ -87,6 +87,8 @@ class Run:
         self.is_evaluated = False
         """Whether the state after `num_steps` has been evaluated."""
         self.best = best.of(config.checkpoint)
+        self.misses_metric = False
+        """Whether it has been logged that a state has no number `checkpoint.keep_best`."""
         self.latest: Mapping[str, object] = {}
         """The metrics of the last step or evaluation, whichever was later."""
         self.identity = run_directory.identity(self.directory) if self.writes else None
@@ -249,7 +251,15 @@ class Run:
         """Take the latest metrics, and return whether the state is the best so far; collective."""
         if self.best is None or self.num_steps == 0:
             return False
-        return self.best.take(self.num_steps, self.share(self.latest.get(self.best.metric)))
+        value = self.share(self.latest.get(self.best.metric))
+        if self.best.step is None and not best.is_number(value) and not self.misses_metric:
+            self.misses_metric = self.best.is_of_evaluations == self.is_evaluated
+            if self.misses_metric:
+                self.log(
+                    f"checkpoint.keep_best={self.best.metric}: there is no such number after "
+                    f"{self.num_steps} steps; until there is, no checkpoint is the best"
+                )
+        return self.best.take(self.num_steps, value)
 
     def save_first_evaluation(self) -> None:
         """Save the state after the evaluation before the first step, which `restart` restores."""
@@ -407,6 +417,11 @@ class Run:
 
     def finish(self, after: Evaluation, *, ranks: int) -> dict[str, Any]:
         """Return the summary, after closing files and dashboards and writing summary and plot."""
+        if self.best and self.best.step is None:
+            self.log(
+                f"checkpoint.keep_best={self.best.metric}: no state that was compared had such a "
+                "number, so no checkpoint is the best"
+            )
         before = self.before
         if before is not None:
             self._log_other_sampling()

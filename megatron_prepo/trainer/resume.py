@@ -126,6 +126,8 @@ class Checkpoints:
         """Steps that the run could resume from: its beginning, and its checkpoints."""
         self.saving: PendingCheckpoint | None = None
         self.saving_step = 0
+        self.damaged: set[int] = set()
+        """Steps of checkpoints that `restore` found no use for: newer than the restored one."""
         self.kept: set[Path] = set()
         """Checkpoints that could not be pruned."""
         self.best = best
@@ -137,10 +139,17 @@ class Checkpoints:
     def restore(self, path: Path | None) -> None:
         """Restore a checkpoint of this run (`newest_checkpoint`), or the beginning without one."""
         self.parts["run"].check_directory()
+        restored = checkpoint.step_number(path) if path else 0
+        self.damaged = {step for step in checkpoint.by_step(self.directory) if step > restored}
         if path is None:
             self.parts["run"].restart()
-            self.mark()
-            return
+        else:
+            self._load(path)
+        self._name_best()
+        self._withdraw_best()
+        self.mark()
+
+    def _load(self, path: Path) -> None:
         self.actor.load(path)
         state = parallel.from_rank_zero((path / checkpoint.RUN_STATE).read_text())
         for name, part in json.loads(state).items():
@@ -150,8 +159,6 @@ class Checkpoints:
         num_ranks = len(list(path.glob("random_*.safetensors")))
         if num_ranks != dist.get_world_size():
             self.log(f"written by {num_ranks} ranks: numbers are equal up to rounding")
-        self._name_best()
-        self.mark()
 
     def mark(self) -> None:
         """Take a snapshot of all parts at the boundary between two steps."""
@@ -190,6 +197,7 @@ class Checkpoints:
         with self.parts["run"].lost_directory_named(WRITE_ERRORS):
             saving.finish(self.timeout_minutes, self.parts["run"].check_directory)
         self.steps.append(self.saving_step)
+        self.damaged.discard(self.saving_step)
         self._name_best()
         if dist.get_rank() == 0:
             kept = checkpoint.prune(
@@ -197,6 +205,7 @@ class Checkpoints:
                 keep_last=self.settings.num_kept,
                 keep_every=self.settings.keep_every,
                 keep=(self.named, self.best.step if self.best else None),
+                damaged=self.damaged,
             )
             for path in kept.keys() - self.kept:
                 self.log(f"{path} is kept: {kept[path][0]} is not known to be this run's")
@@ -230,10 +239,20 @@ class Checkpoints:
         if self.best is None or self.best.step in (None, self.named) or dist.get_rank() != 0:
             return
         path = checkpoint.checkpoint_path(self.directory, self.best.step)
-        if manifest.is_complete(path):
+        if self.best.step not in self.damaged and manifest.is_complete(path):
             named = {"checkpoint": path.name, **vars(self.best)}
             write_text(self.directory / checkpoint.BEST, json.dumps(named, indent=1) + "\n")
             self.named = self.best.step
+
+    def _withdraw_best(self) -> None:
+        """Remove `best.json` if the restored state has no best checkpoint, so that none is kept.
+
+        The file is of another metric, or of steps that are repeated.
+        """
+        path = self.directory / checkpoint.BEST
+        if self.named is None and dist.get_rank() == 0 and path.is_file() and not path.is_symlink():
+            path.unlink()
+            self.log(f"removed {path}: what it names is no longer known as the best checkpoint")
 
     def _write(self) -> None:
         self.finish()  # one at a time

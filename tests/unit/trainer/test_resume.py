@@ -90,6 +90,7 @@ class FakeActor:
         path = checkpoint.checkpoint_path(directory, step)
 
         def finish(timeout_minutes, check_directory):
+            ownership.make_room(path, checkpoint.KIND, ownership.run_identity(path))
             ownership.create(path, ownership.UNFINISHED)
             (path / "run.json").write_text(run_state)
             listed = {"files": {"run.json": manifest.file_entry(path / "run.json")}}
@@ -108,6 +109,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(resume.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(resume.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(resume.parallel, "from_rank_zero", lambda value: value)
+    monkeypatch.setattr(resume.parallel, "gather_to_all", lambda value: [value])
     begun = []
 
     def start(**settings):
@@ -128,8 +130,7 @@ def start(tmp_path, monkeypatch):
             timeout_minutes=1.0,
             best=run.best,
         )
-        found = list(checkpoint.by_step(checkpoints.directory).values())
-        checkpoints.restore(found[-1] if found else None)
+        checkpoints.restore(resume.newest_checkpoint(run))
         return run, checkpoints
 
     yield start
@@ -138,6 +139,23 @@ def start(tmp_path, monkeypatch):
 
 def step_with(run, reward=0.5):
     run.record(run.num_steps, [ENTRY], METRICS | {"reward/mean": reward})
+
+
+def save_if_due(run, checkpoints):
+    """Save after the step as the loop does."""
+    trainer = SimpleNamespace(
+        run=run,
+        checkpoints=checkpoints,
+        stop=SimpleNamespace(anywhere=lambda: False),
+        _checkpoint_is_due=lambda step: True,
+    )
+    Trainer.save_if_due(trainer, run.num_steps - 1)
+
+
+def damage(run, step):
+    """Change a byte of a checkpoint, which keeps its size."""
+    path = checkpoint.checkpoint_path(run.directory / "checkpoints", step) / "run.json"
+    path.write_text(path.read_text().replace("identity", "identitx", 1))
 
 
 def evaluate(run, checkpoints, rate):
@@ -227,15 +245,13 @@ def test_saved_checkpoints_compete_by_a_metric_of_their_step(start):
     run, checkpoints = start(**settings)
     for reward in (0.5, 0.125, 0.25):
         step_with(run, reward)
-        run.is_best()
-        checkpoints.save()
+        save_if_due(run, checkpoints)
         evaluate(run, checkpoints, 0.0)
     assert saved(checkpoints) == [2, 3] and named(run)["value"] == 0.125
     run, checkpoints = start(**settings)
     assert (run.num_steps, run.best.step, run.best.value) == (3, 2, 0.125)
     step_with(run, 0.125)
-    run.is_best()
-    checkpoints.save()
+    save_if_due(run, checkpoints)
     assert saved(checkpoints) == [2, 4]
 
 
@@ -251,6 +267,103 @@ def test_a_lost_best_is_saved_again_when_its_evaluation_is_repeated(start):
     step_with(run)
     evaluate(run, checkpoints, 0.5)
     assert saved(checkpoints) == [1, 2] and named(run)["step"] == 2
+
+
+def test_the_best_is_kept_while_a_better_one_is_written(start):
+    settings = {"every": 1, "keep_last": 1, "keep_best": "reward/mean", "asynchronous": True}
+    run, checkpoints = start(**settings)
+    for reward in (0.5, 0.25, 0.75):
+        step_with(run, reward)
+        save_if_due(run, checkpoints)
+    assert saved(checkpoints) == [1, 2] and named(run)["step"] == 1
+    checkpoints.finish()
+    assert saved(checkpoints) == [3] and named(run)["step"] == 3
+
+
+def test_the_time_since_a_checkpoint_is_from_its_beginning(start, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    run, checkpoints = start(every_minutes=30, asynchronous=True)
+    assert checkpoints.saved_at == 100.0
+    step_with(run)
+    now[0] = 160.0
+    checkpoints.save()
+    now[0] = 200.0
+    checkpoints.finish()
+    assert checkpoints.saved_at == 160.0
+
+
+def test_damaged_newer_checkpoints_do_not_count_as_the_newest(start):
+    run, checkpoints = start(every=1, keep_last=4)
+    for _ in range(4):
+        step_with(run)
+        checkpoints.save()
+    damage(run, 3)
+    damage(run, 4)
+    run, checkpoints = start(every=1, keep_last=1)
+    step_with(run)
+    checkpoints.save()
+    assert run.num_steps == 3 and saved(checkpoints) == [3, 4]
+    step_with(run)
+    checkpoints.save()
+    assert saved(checkpoints) == [4] and start(every=1)[0].num_steps == 4
+
+
+def test_a_damaged_newer_checkpoint_is_not_named_as_the_best(start):
+    run, checkpoints = start(**BY_PASS_RATE | {"keep_last": 2})
+    for rate in (0.5, 0.25):
+        step_with(run)
+        checkpoints.save()
+        evaluate(run, checkpoints, rate)
+    step_with(run)
+    evaluate(run, checkpoints, 0.75)
+    assert saved(checkpoints) == [2, 3]
+    damage(run, 3)
+    run, checkpoints = start(**BY_PASS_RATE, asynchronous=True)
+    step_with(run)
+    evaluate(run, checkpoints, 0.75)
+    assert run.num_steps == 3 and named(run) is None
+    checkpoints.finish()
+    assert named(run)["step"] == 3 and start(**BY_PASS_RATE)[0].num_steps == 3
+
+
+@pytest.mark.parametrize("how", ["off", "another metric", "from the beginning", "a link"])
+def test_best_json_is_removed_when_what_it_names_is_not_kept_any_more(start, capsys, how):
+    run, checkpoints = start(**BY_PASS_RATE)
+    step_with(run)
+    evaluate(run, checkpoints, 0.5)
+    path = run.directory / "checkpoints" / checkpoint.BEST
+    assert named(run)["step"] == 1
+    if how == "from the beginning":
+        shutil.rmtree(path.with_name("iter_0000001"))
+    if how == "a link":
+        path.rename(path.with_name("mine"))
+        path.symlink_to("mine")
+    other = {"off": {"every": 0}, "from the beginning": BY_PASS_RATE}
+    start(**other.get(how, {"every": 0, "keep_best": "reward/mean"}))
+    assert path.exists() == path.is_symlink() == (how == "a link")
+    assert (f"removed {path}" in capsys.readouterr().err) != (how == "a link")
+
+
+def test_a_metric_that_the_run_never_has_is_logged_once_and_at_the_end(start, capsys):
+    run, checkpoints = start(every=1, keep_best="reward/my_number")
+    for _ in range(2):
+        evaluate(run, checkpoints, 0.5)
+        step_with(run)
+        save_if_due(run, checkpoints)
+    words = "checkpoint.keep_best=reward/my_number: "
+    logged = capsys.readouterr().err
+    assert logged.count(words) == 1 and f"{words}there is no such number after 1 steps" in logged
+    run.finish(Evaluation(torch.tensor([0.5], dtype=torch.float64), 1), ranks=1)
+    assert f"{words}no state that was compared had such a number" in capsys.readouterr().err
+
+
+def test_a_metric_of_evaluations_is_not_missed_in_a_step(start, capsys):
+    run, checkpoints = start(**BY_PASS_RATE | {"every": 1})
+    step_with(run)
+    save_if_due(run, checkpoints)
+    evaluate(run, checkpoints, 0.5)
+    assert "no such number" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["at the first sync", "after a step", "moved away", "failed"])

@@ -83,10 +83,10 @@ def test_evaluations_are_before_between_and_after_the_steps(resumed, first):
         config=SimpleNamespace(eval=settings),
         run=run,
         evaluate=lambda when, samples: story.append((when, samples)) or when,
-        _keep_if_best=lambda: None,
+        _keep_if_best=lambda: story.append("best"),
     )
     for step in Trainer.steps(trainer):
         story.append(step)
     before = [] if resumed else [*[("before", 4), "kept"] * first, 0, 1]
-    assert story == [*before, ("during", 1), 2, 3, ("after", 4)]
+    assert story == [*before, ("during", 1), "best", 2, 3, ("after", 4), "best"]
     assert (run.before, trainer.after) == ("before" if first else None, "after")
