@@ -288,7 +288,8 @@ class Run:
             made_by, state = saved["eval"], saved["run"]
             is_ours = state["identity"] == self.identity
             line = lines.read_bytes()[: state["files"][lines.name]]
-            is_ours &= json.loads(line)["step"] == 0
+            if json.loads(line)["step"] != 0:
+                raise ValueError("it is the line of another evaluation")
         except (ValueError, KeyError, TypeError):
             self.log(f"{path} is damaged, or not for {lines.name}; the evaluation is repeated")
             return None
