@@ -1,8 +1,10 @@
 """The best checkpoint of a run so far, by one of its metrics (`checkpoint.keep_best`)."""
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_prepo.config import CheckpointConfig, DataConfig, EvalConfig, SelectionConfig
@@ -51,6 +53,17 @@ class Best:
         """Resume from a saved state; one of another metric is ignored."""
         if (state["metric"], state["direction"]) == (self.metric, self.direction):
             self.step, self.value = state["step"], state["value"]
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a file is a `best.json`, by its keys, and no link."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() == {"checkpoint", *vars(Best("", ""))}
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -23,7 +23,7 @@ from megatron_prepo.errors import Stopped, UserError
 from megatron_prepo.files import ownership
 from megatron_prepo.files.atomic import write_text
 from megatron_prepo.rollout.engine import EngineError
-from megatron_prepo.run.best import Best
+from megatron_prepo.run.best import Best, is_record
 from megatron_prepo.run.recorder import Run
 from megatron_prepo.run.rollout_journal import Journal
 
@@ -250,7 +250,7 @@ class Checkpoints:
         The file is of another metric, or of steps that are repeated.
         """
         path = self.directory / checkpoint.BEST
-        if self.named is None and dist.get_rank() == 0 and path.is_file() and not path.is_symlink():
+        if self.named is None and dist.get_rank() == 0 and is_record(path):
             path.unlink()
             self.log(f"removed {path}: what it names is no longer known as the best checkpoint")
 

@@ -327,7 +327,9 @@ def test_a_damaged_newer_checkpoint_is_not_named_as_the_best(start):
     assert named(run)["step"] == 3 and start(**BY_PASS_RATE)[0].num_steps == 3
 
 
-@pytest.mark.parametrize("how", ["off", "another metric", "from the beginning", "a link"])
+@pytest.mark.parametrize(
+    "how", ["off", "another metric", "from the beginning", "a link", "of the user", "not JSON"]
+)
 def test_best_json_is_removed_when_what_it_names_is_not_kept_any_more(start, capsys, how):
     run, checkpoints = start(**BY_PASS_RATE)
     step_with(run)
@@ -339,10 +341,13 @@ def test_best_json_is_removed_when_what_it_names_is_not_kept_any_more(start, cap
     if how == "a link":
         path.rename(path.with_name("mine"))
         path.symlink_to("mine")
+    texts = {"of the user": '{"step": 1}', "not JSON": "mine"}
+    path.write_text(texts.get(how, path.read_text()))
+    is_kept = how in ("a link", *texts)
     other = {"off": {"every": 0}, "from the beginning": BY_PASS_RATE}
     start(**other.get(how, {"every": 0, "keep_best": "reward/mean"}))
-    assert path.exists() == path.is_symlink() == (how == "a link")
-    assert (f"removed {path}" in capsys.readouterr().err) != (how == "a link")
+    assert path.exists() == is_kept and path.is_symlink() == (how == "a link")
+    assert (f"removed {path}" in capsys.readouterr().err) != is_kept
 
 
 def test_a_metric_that_the_run_never_has_is_logged_once_and_at_the_end(start, capsys):
