@@ -1,7 +1,7 @@
 """Records that the stages exchange: typed and immutable.
 
 Letters: P candidate prompts, K selected prompts, G rollouts per prompt, N = K*G rollouts.
-Rollouts are always in their prompts' order: rollout ``k*G + g`` is sample g of prompt k.
+Rollouts are always in their prompts' order: with G each, ``k*G + g`` is sample g of prompt k.
 """
 
 from dataclasses import dataclass

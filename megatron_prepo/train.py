@@ -1,6 +1,7 @@
 """PREPO's training loop (arXiv 2511.00794), the same on every rank; each stage is one verb.
 
-Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts.
+Letters: P candidates, K selected prompts, G rollouts each, N = K*G rollouts; a method may share
+the rollouts among prompts otherwise.
 """
 
 from typing import Any
@@ -36,16 +37,17 @@ def train(config: Config) -> dict[str, Any]:
             candidates = score_candidates(trainer, step)
             candidates, probes = probe(trainer, candidates, step)  # for the oracle only
             generated = Groups(overlong=trainer.overlong)
-            for chosen in select(trainer, candidates, step):  # once, unless the method refills
-                rollouts = roll_out(trainer, candidates.at(chosen), f"rollouts/{step}")
-                generated = generated.extend(chosen, rollouts, grade(trainer, rollouts))
+            for choice in select(trainer, candidates, step):  # once, unless the method refills
+                rollouts = roll_out(trainer, choice, f"rollouts/{step}")
+                grades = grade(trainer, choice, rollouts)
+                generated = generated.extend(choice.positions, rollouts, grades, choice.sizes)
             groups = generated.select_for_training(config.selection.num_selected)
             old_scores = score_old_policy(trainer, groups)
-            advantages_KG, advantages_T = compute_advantages(trainer, groups, old_scores)
+            advantage_N, advantages_T = compute_advantages(trainer, groups, old_scores)
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )
-            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N, advantages_T)
+            batch = TrainingBatch(groups, advantage_N, old_scores, weight_N, advantages_T)
             metrics = update(trainer, step, candidates, batch) | trainer.selector.metrics()
             with recorded(trainer, step, candidates, generated, probes, batch, metrics):
                 sync_weights(trainer)

@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch
 
 from megatron_prepo.config import Config
-from megatron_prepo.records import Prompt, Rollout
+from megatron_prepo.records import Rollout
 from megatron_prepo.rollout.engine import BackgroundEngine, PendingRollouts
 from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.rounds import Choice
 from megatron_prepo.trainer.groups import Groups
 from megatron_prepo.trainer.policy_update import TrainingBatch, weigh_by_entropy
 from megatron_prepo.trainer.setup import Trainer, set_up
@@ -45,16 +46,18 @@ def train_overlapped(config: Config) -> dict[str, Any]:
     with trainer.resumed(ahead=prefetcher):
         for step in trainer.steps():
             ready = prefetcher.take(step)  # selected and rolled out during the step before
-            grades = grade(trainer, ready.rollouts)
-            groups = Groups(overlong=trainer.overlong).extend(ready.chosen, ready.rollouts, grades)
+            choice, grades = ready.choice, grade(trainer, ready.choice, ready.rollouts)
+            groups = Groups(overlong=trainer.overlong).extend(
+                choice.positions, ready.rollouts, grades, choice.sizes
+            )
             selection = trainer.selector.metrics()
             prefetcher.start_after(step, len(ready.rollouts))
             old_scores = score_old_policy(trainer, groups)
-            advantages_KG, advantages_T = compute_advantages(trainer, groups, old_scores)
+            advantage_N, advantages_T = compute_advantages(trainer, groups, old_scores)
             weight_N = weigh_by_entropy(
                 config.weighting, groups, old_scores, config.train.mini_batches
             )
-            batch = TrainingBatch(groups, advantages_KG, old_scores, weight_N, advantages_T)
+            batch = TrainingBatch(groups, advantage_N, old_scores, weight_N, advantages_T)
             metrics = update(trainer, step, ready.candidates, batch) | selection
             metrics["seconds/generation"] = ready.seconds
             with recorded(trainer, step, ready.candidates, groups, Groups(), batch, metrics):
@@ -70,7 +73,7 @@ class PendingStep:
 
     step: int
     candidates: Candidates
-    chosen: list[int]
+    choice: Choice
     weight_version: int | None
     """Version of the weights that select and, unless the engine failed, generate."""
     generation: PendingRollouts | None = None
@@ -79,11 +82,6 @@ class PendingStep:
     """The result; empty before."""
     seconds: float = 0.0
     """Duration of the generation; the stage `rollouts` counts only the time spent waiting."""
-
-    @property
-    def selected(self) -> list[Prompt]:
-        """The selected prompts."""
-        return self.candidates.at(self.chosen)
 
     @property
     def purpose(self) -> str:
@@ -165,23 +163,25 @@ class Prefetcher:
         self._choose(coming["step"], candidates, coming["weight_version"])
 
     def _choose(self, step: int, candidates: Candidates, weight_version: int | None) -> None:
-        [chosen] = select(self.trainer, candidates, step)
-        self.pending = PendingStep(step, candidates, chosen, weight_version)
+        [choice] = select(self.trainer, candidates, step)
+        self.pending = PendingStep(step, candidates, choice, weight_version)
 
     def _generate(self) -> None:
         pending, trainer, journal = self.pending, self.trainer, self.trainer.journal
         assert pending is not None, "a step is chosen before it is generated"
         engine = cast(BackgroundEngine, trainer.engine)  # the configuration allows no other
+        prompts, samples = pending.choice.prompts, pending.choice.samples
         cached: dict[tuple[str, int], Rollout] = {}
         # after a failure the current weights have generated the rest
         for version in (engine.weight_version, pending.weight_version):
-            cached |= journal.find(pending.purpose, version, pending.selected)
+            cached |= journal.find(pending.purpose, version, prompts, samples)
         pending.generation = engine.start_generate(
             rollout_request(
-                pending.selected,
+                prompts,
                 pending.purpose,
                 trainer.config.rollout,
                 trainer.config.train.seed,
+                samples=samples,
                 cached=cached,
                 on_rollouts=partial(journal.add, pending.purpose),
             )

@@ -117,6 +117,6 @@ def evaluate(
 ) -> Evaluation:
     """Return the engine's avg@k on the request's prompts; a sample passes at `pass_reward`."""
     rewards_N = rewards_of(engine.generate(request))
-    rewards_PG = rewards_N.view(len(request.prompts), request.samples_per_prompt)
+    rewards_PG = rewards_N.view(len(request.prompts), -1)
     passes_P = (rewards_PG >= pass_reward).double().mean(dim=1)
-    return Evaluation(passes_P, request.samples_per_prompt)
+    return Evaluation(passes_P, rewards_PG.shape[1])

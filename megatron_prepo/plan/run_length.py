@@ -17,12 +17,15 @@ class Evaluations:
 
 
 def rollouts_per_step(config: Config) -> tuple[int, int]:
-    """Return the least and the most; a method that refills uses between K and P groups."""
+    """Return the least and the most; a method that refills uses between K and P groups.
+
+    One that shares the budget of a step uses K groups' rollouts, however many prompts get some.
+    """
     from megatron_prepo.selection import load
 
     selection, method = config.selection, load(config.selection.method)
     least = most = selection.num_selected
-    if method.refills:
+    if method.refills and not method.shares_budget:
         most = selection.num_candidates
     if method.needs_pass_rates:
         least = most = selection.num_selected + selection.num_candidates

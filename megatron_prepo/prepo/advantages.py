@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_prepo.prepo.group_rows import Rows
+
 
 def group_advantages(
     rewards_KG: torch.Tensor, *, std: str = "unbiased", eps: float = 1e-6
@@ -22,11 +24,14 @@ def group_advantages(
     """Return `advantages_KG` for the rewards of K groups of G rollouts, float64.
 
     `std`: `unbiased` (n-1), `population` (n), or `none` (no division, as in Dr. GRPO).
-    A group with equal rewards gets exactly 0, whatever the rounding error of its mean.
+    A group with equal rewards, or of one rollout, gets exactly 0, whatever the rounding error of
+    its mean.
 
     Raises ValueError for a reward that is not finite.
     """
     rewards_KG = _finite(rewards_KG)
+    if rewards_KG.shape[1] == 1:
+        return torch.zeros_like(rewards_KG)
     advantages_KG = rewards_KG - rewards_KG.mean(dim=1, keepdim=True)
     if std != "none":
         std_K1 = rewards_KG.std(dim=1, keepdim=True, correction=1 if std == "unbiased" else 0)
@@ -41,7 +46,7 @@ def leave_one_out_advantages(rewards_KG: torch.Tensor) -> torch.Tensor:
     [[3.0, -1.5, -1.5]]
     """
     group_size = rewards_KG.shape[1]
-    return group_advantages(rewards_KG, std="none") * (group_size / (group_size - 1))
+    return group_advantages(rewards_KG, std="none") * (group_size / max(1, group_size - 1))
 
 
 def batch_advantages(
@@ -106,6 +111,9 @@ def _finite(rewards: torch.Tensor) -> torch.Tensor:
     return rewards
 
 
-def zero_variance(rewards_KG: torch.Tensor) -> torch.Tensor:
-    """Return a mask of the K groups with equal rewards, whose advantages are 0."""
-    return rewards_KG.amax(dim=1) == rewards_KG.amin(dim=1)
+def zero_variance(rewards_KG: Rows) -> torch.Tensor:
+    """Return a mask of the K groups with equal rewards, whose advantages are 0.
+
+    Groups may differ in size; one of a single rollout is among them.
+    """
+    return torch.stack([row.amax() == row.amin() for row in rewards_KG])

@@ -54,5 +54,5 @@ def predictive(alpha_K: torch.Tensor, beta_K: torch.Tensor, draws: int) -> torch
 def _log_rising(a_K: torch.Tensor, largest: int) -> torch.Tensor:
     """Return log a^(m) for m = 0 to `largest`."""
     factors_KM = a_K[:, None].double() + torch.arange(largest)
-    empty_K1 = torch.zeros_like(factors_KM[:, :1])
+    empty_K1 = torch.zeros_like(factors_KM.sum(dim=1, keepdim=True))
     return torch.cat([empty_K1, factors_KM.log().cumsum(dim=1)], dim=1)

@@ -17,7 +17,7 @@ Bucket = list[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of every tensor of a sync."""
 Sample = tuple[str, int]
-"""One of the G rollouts of a prompt: the prompt's id, and a number from 0 to G - 1."""
+"""One of the rollouts of a prompt: the prompt's id, and a number from 0 on."""
 
 
 class Tokenizer(Protocol):
@@ -48,7 +48,8 @@ class Request:
     """Rollouts to generate, and callbacks for them as they arrive."""
 
     prompts: Sequence[Prompt]
-    samples_per_prompt: int
+    samples_per_prompt: int | Sequence[range]
+    """Number of samples of each prompt; or the numbers of each prompt's samples, if they differ."""
     temperature: float
     """0: greedy.  Log-probabilities are then those at temperature 1."""
     max_new_tokens: int
@@ -70,7 +71,11 @@ class Request:
 
     def samples(self) -> list[tuple[Prompt, int]]:
         """Return prompt and sample number of each rollout, in the order of the result."""
-        return [(prompt, n) for prompt in self.prompts for n in range(self.samples_per_prompt)]
+        each = self.samples_per_prompt
+        numbers = [range(each)] * len(self.prompts) if isinstance(each, int) else each
+        return [
+            (p, n) for p, of_prompt in zip(self.prompts, numbers, strict=True) for n in of_prompt
+        ]
 
 
 class PendingRollouts:

@@ -62,19 +62,28 @@ class Journal:
         self._forced_at = time.monotonic()
 
     def find(
-        self, purpose: str, weight_version: int | None, prompts: Sequence[Prompt]
+        self,
+        purpose: str,
+        weight_version: int | None,
+        prompts: Sequence[Prompt],
+        samples: Sequence[range] | None = None,
     ) -> dict[tuple[str, int], Rollout]:
         """Return the journaled rollouts of these prompts, by prompt's id and sample.
 
-        Each is returned once.
+        Each is returned once.  `samples`: the numbers of each prompt's samples, if another round of
+        the step may have further ones; by default all.
         """
         if weight_version is None:  # the engine has failed, and generates nothing
             return {}
         prompt_of = {prompt.id: prompt for prompt in prompts}
+        ids = [prompt.id for prompt in prompts]
+        wanted = None if samples is None else dict(zip(ids, samples, strict=True))
         keys = [
             key
             for key in self.waiting
-            if key[:2] == (purpose, weight_version) and key[2] in prompt_of
+            if key[:2] == (purpose, weight_version)
+            and key[2] in prompt_of
+            and (wanted is None or key[3] in wanted[key[2]])
         ]
         return {
             key[2:]: _rollout(self.waiting.pop(key), prompt_of[key[2]], weight_version)

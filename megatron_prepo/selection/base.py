@@ -45,6 +45,9 @@ class Selector(Protocol):
     """Whether to ask again within the step, after `observe`, until nothing is chosen; the step then
     trains on the first K groups with an advantage."""
 
+    shares_budget: bool = False
+    """Whether the K*G rollouts of a step are shared among prompts by `group_sizes`; a later round
+    may then choose a prompt again, which extends its group."""
     needs_updates: bool = False
     """Whether `observe_update` is to be called after each step's updates; not possible with
     `train.overlap`, which chooses before them."""
@@ -59,8 +62,15 @@ class Selector(Protocol):
     def choose(self, candidates: Candidates, step: int) -> list[int]:
         """Return positions of the candidates to roll out; different ones each time in a step."""
 
+    def group_sizes(self, prompts: Sequence[Prompt], group_size: int) -> list[int]:
+        """Return the number of rollouts of each prompt just chosen; by default `group_size`, G."""
+        return [group_size] * len(prompts)
+
     def observe(self, prompts: Sequence[Prompt], rewards_KG: torch.Tensor) -> None:
-        """Learn from the rewards of what was chosen; by default nothing."""
+        """Learn from the rewards of what was chosen; by default nothing.
+
+        They are a tuple of K tensors if `group_sizes` has returned numbers that differ.
+        """
         return
 
     def observe_update(self, size: float) -> None:

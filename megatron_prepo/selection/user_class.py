@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_prepo.errors import UserError, one_line
 from megatron_prepo.files import user_code
 from megatron_prepo.records import Prompt
 from megatron_prepo.selection.base import Candidates, Selector
-from megatron_prepo.selection.rounds import rounds
+from megatron_prepo.selection.rounds import Choice, rounds
 
 MODULE = "__selection_file__"
 """Module name of a user's file."""
@@ -29,6 +29,7 @@ TRIAL_STEPS = 6
 CONTRACTS = {
     "__init__": "(self, config, *, total_steps, seed, pass_reward)",
     "choose": "(self, candidates, step)",
+    "group_sizes": "(self, prompts, group_size)",
     "observe": "(self, prompts, rewards_KG)",
     "observe_update": "(self, size)",
     "metrics": "(self)",
@@ -63,7 +64,7 @@ def _checked_class(found: object, setting: str) -> type[Selector]:
         if getattr(function, "__isabstractmethod__", False):
             raise UserError(f"{setting} has no method {name}; define {name}{contract}")
         _check_signature(function, name, setting)
-    for name in ("needs_scores", "needs_pass_rates", "needs_updates", "refills"):
+    for name in ("needs_scores", "needs_pass_rates", "needs_updates", "refills", "shares_budget"):
         value = getattr(found, name)
         if not isinstance(value, bool):
             raise UserError(f"{setting}: {name} is {value!r:.80}; set it to True or False")
@@ -154,15 +155,20 @@ def try_out(cls: type[Selector], run: TrialRun) -> None:
 
 def _trial_step(
     selector: Selector, run: TrialRun, step: int
-) -> tuple[list[list[int]], dict[str, float]]:
-    """Return the rounds of a step, and its metrics."""
+) -> tuple[list[tuple[list[int], list[int]]], dict[str, float]]:
+    """Return the prompts and sizes of a step's rounds, and its metrics."""
     method, done = run.config.method, []
     candidates = made_up_candidates(selector, run, step)
-    for chosen in rounds(
-        selector, candidates, step, num_selected=run.config.num_selected, method=method
+    for choice in rounds(
+        selector,
+        candidates,
+        step,
+        num_selected=run.config.num_selected,
+        group_size=run.group_size,
+        method=method,
     ):
-        done.append(list(chosen))
-        selector.observe(candidates.at(chosen), _made_up_rewards(chosen, run, step))
+        done.append((list(choice.positions), choice.sizes))
+        selector.observe(choice.prompts, choice.rewards(_made_up_rewards(choice, run, step)))
     if selector.needs_updates:
         selector.observe_update(1e-6 * (step % 3))
     return done, _checked_metrics(selector.metrics(), f"selection.method={method}")
@@ -195,13 +201,13 @@ def _made_up_prompt(i: int) -> Prompt:
     return Prompt(f"trial-{i}", f"question {i}", "1", tuple(range(length)), (0, length))
 
 
-def _made_up_rewards(chosen: Sequence[int], run: TrialRun, step: int) -> torch.Tensor:
-    """Return `rewards_KG` with 0 to G passes per group; in step 1, no group has an advantage."""
-    draw = random.Random(f"{step}/{chosen}")
-    rewards = []
-    for _ in chosen:
-        passes = draw.randint(0, run.group_size) if step != 1 else 0
-        rewards.append([run.high] * passes + [run.low] * (run.group_size - passes))
+def _made_up_rewards(choice: Choice, run: TrialRun, step: int) -> torch.Tensor:
+    """Return `reward_N` with 0 to G passes per group; in step 1, no group has an advantage."""
+    draw = random.Random(f"{step}/{choice.positions}")
+    rewards: list[float] = []
+    for size in choice.sizes:
+        passes = draw.randint(0, size) if step != 1 else 0
+        rewards += [run.high] * passes + [run.low] * (size - passes)
     return torch.tensor(rewards)
 
 

@@ -1,11 +1,12 @@
 """A step's updates: old scores, relative-entropy weights, and the clipped loss's mini-batches.
 
-Letters: K selected prompts, G rollouts each, N = K*G rollouts.
+Letters: K selected prompts, G rollouts each, N = K*G rollouts; K groups may differ in size.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatron_prepo.prepo.advantages import (
     zero_variance,
 )
 from megatron_prepo.prepo.entropy_weights import relative_entropy_weights
+from megatron_prepo.prepo.group_rows import Rows, as_rows, each_group, flat
 from megatron_prepo.prepo.importance import importance_weights
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.records import Rollout, scored_sequence
@@ -57,12 +59,12 @@ class TrainingBatch:
     """The N rollouts on which a step trains, with the inputs of the loss."""
 
     groups: Groups
-    advantages_KG: torch.Tensor
+    advantage_N: torch.Tensor
     old_scores: RolloutScores
     weight_N: torch.Tensor
     """Relative-entropy weights."""
     advantages_T: list[torch.Tensor] | None = None
-    """Advantages of each rollout's tokens, if they differ; `advantages_KG` are then their means."""
+    """Advantages of each rollout's tokens, if they differ; `advantage_N` are then their means."""
 
     def metrics(self, settings: LossConfig) -> dict[str, float]:
         """Return entropies, weights and the mismatch between engine and actor."""
@@ -127,7 +129,7 @@ def step_record(
         step,
         candidates,
         batch.groups.rollouts,
-        batch.groups.rewards_KG.flatten(),
+        batch.groups.reward_N,
         batch.old_scores.scores,
         batch.groups.mini_batches(num_mini_batches),
     )
@@ -153,30 +155,34 @@ def weigh_by_importance(
 
 
 def estimate_advantages(
-    settings: AdvantageConfig, rewards_KG: torch.Tensor, lengths_N: torch.Tensor
+    settings: AdvantageConfig, rewards: Rows, lengths_N: torch.Tensor
 ) -> torch.Tensor:
-    """Return `advantages_KG` by `advantage.method`; `lengths_N`: tokens of each rollout."""
+    """Return `advantage_N` by `advantage.method`.
+
+    `rewards`: of each group; `lengths_N`: tokens of each rollout.
+    """
     std: dict[str, Any] = {"std": settings.std, "eps": settings.eps}
     match settings.method:
         case "group":
-            return group_advantages(rewards_KG, **std)
+            return flat(each_group(partial(group_advantages, **std), rewards))
         case "rloo":
-            return leave_one_out_advantages(rewards_KG)
+            return flat(each_group(leave_one_out_advantages, rewards))
         case "reinforce++":
-            return batch_advantages(rewards_KG, lengths_N, **std)
+            return batch_advantages(flat(rewards), lengths_N, **std)
         case "reinforce++-baseline":
-            return batch_advantages(group_advantages(rewards_KG, std="none"), lengths_N, **std)
+            centred = each_group(partial(group_advantages, std="none"), rewards)
+            return batch_advantages(flat(centred), lengths_N, **std)
 
 
 def step_advantages(
     settings: AdvantageConfig, loss: LossConfig, groups: Groups, old_scores: RolloutScores
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Return `advantages_KG`, and those of each rollout's tokens if they differ.
+    """Return `advantage_N`, and those of each rollout's tokens if they differ.
 
     With `loss.kl_in_reward`, rewards are penalised by kl_coef (log pi_old - log pi_ref) per token:
     the k1 estimate of KL(old || reference).  Only REINFORCE++ then has advantages per token.
     """
-    rewards_KG = groups.shaped_rewards_KG
+    reward_N = groups.shaped_reward_N
     if loss.kl_in_reward:
         assert old_scores.references is not None, "there are references with loss.kl_coef > 0"
         penalties = [
@@ -184,11 +190,11 @@ def step_advantages(
             for old, reference in zip(old_scores.scores, old_scores.references, strict=True)
         ]
         if settings.method == "reinforce++":
-            advantages = token_advantages(rewards_KG, penalties, std=settings.std, eps=settings.eps)
-            means_N = torch.stack([advantage_T.mean() for advantage_T in advantages])
-            return means_N.view_as(rewards_KG), advantages
-        rewards_KG = penalised_rewards(rewards_KG, penalties)
-    return estimate_advantages(settings, rewards_KG, old_scores.lengths_N), None
+            advantages = token_advantages(reward_N, penalties, std=settings.std, eps=settings.eps)
+            return torch.stack([advantage_T.mean() for advantage_T in advantages]), advantages
+        reward_N = penalised_rewards(reward_N, penalties)
+    rewards = as_rows(reward_N, groups.sizes)
+    return estimate_advantages(settings, rewards, old_scores.lengths_N), None
 
 
 def update_policy(
@@ -204,7 +210,6 @@ def update_policy(
     `max_tokens`: maximum length of a completion, for an aggregation that divides by it.
     """
     groups, old_scores = batch.groups, batch.old_scores
-    advantage_N = batch.advantages_KG.flatten()
     updates = []
     for index in groups.mini_batches(num_mini_batches):
         coefficient_N = rollout_coefficients(
@@ -214,7 +219,7 @@ def update_policy(
             max_tokens=max_tokens,
         )
         mini_batch = [
-            training_sequence(batch, i, advantage_N[i], coefficient)
+            training_sequence(batch, i, batch.advantage_N[i], coefficient)
             for i, coefficient in zip(index, coefficient_N, strict=True)
         ]
         updates.append(actor.update(mini_batch))
@@ -251,8 +256,8 @@ def weigh_by_entropy(
         return weight_N
     include_N = None
     if not settings.include_zero_variance:
-        rewards_KG = groups.shaped_rewards_KG
-        include_N = ~zero_variance(rewards_KG).repeat_interleave(rewards_KG.shape[1])
+        sizes_K = torch.tensor(groups.sizes)
+        include_N = ~zero_variance(groups.shaped_rewards).repeat_interleave(sizes_K)
     for index in groups.mini_batches(num_mini_batches):
         weight_N[index] = relative_entropy_weights(
             old_scores.entropy_N[index],

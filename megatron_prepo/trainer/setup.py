@@ -214,7 +214,7 @@ class Trainer:
     def speed(self, batch: TrainingBatch) -> dict[str, float]:
         """Return rates of the actor's passes in the step that is about to be recorded."""
         sequences = [scored_sequence(rollout) for rollout in batch.groups.rollouts]
-        advantages, masked = batch.advantages_KG.flatten().tolist(), batch.groups.masked
+        advantages, masked = batch.advantage_N.tolist(), batch.groups.masked
         learnt = [
             self.updates.learns_from(advantage) and not excluded
             for advantage, excluded in zip(advantages, masked, strict=True)

@@ -19,13 +19,14 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.config import RolloutConfig
 from megatron_prepo.prepo.advantages import group_advantages
 from megatron_prepo.prepo.entropy_advantages import directions, entropy_advantages
+from megatron_prepo.prepo.group_rows import as_rows, each_group, flat
 from megatron_prepo.prepo.posterior_advantages import posterior_advantages
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.rollout.engine import Request
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.selection.mopps import PosteriorSampling
-from megatron_prepo.selection.rounds import rounds
+from megatron_prepo.selection.rounds import Choice, rounds
 from megatron_prepo.trainer.groups import Groups, reward_tensor
 from megatron_prepo.trainer.policy_update import (
     RolloutScores,
@@ -83,46 +84,48 @@ def probe(trainer: Trainer, candidates: Candidates, step: int) -> tuple[Candidat
     with trainer.run.seconds("probes"):
         if not trainer.selector.needs_pass_rates:
             return candidates, Groups()
-        rollouts = generate(trainer, candidates.prompts, f"probes/{step}")
+        samples = [range(trainer.config.rollout.samples_per_prompt)] * len(candidates.prompts)
+        rollouts = generate(trainer, candidates.prompts, samples, f"probes/{step}")
         grades = trainer.grader.grade(rollouts)
     probes = Groups().extend(range(len(candidates.prompts)), rollouts, grades)
-    pass_rate_P = (probes.rewards_KG >= trainer.config.reward.high).double().mean(dim=1)
+    rewards_PG = probes.reward_N.view(len(candidates.prompts), -1)
+    pass_rate_P = (rewards_PG >= trainer.config.reward.high).double().mean(dim=1)
     return replace(candidates, pass_rate_P=pass_rate_P), probes
 
 
-def select(trainer: Trainer, candidates: Candidates, step: int) -> Iterator[list[int]]:
-    """Yield positions of the candidates to roll out: once, or until a method that refills has done.
+def select(trainer: Trainer, candidates: Candidates, step: int) -> Iterator[Choice]:
+    """Yield the candidates to roll out: once, or until a method that refills has done.
 
     Between two rounds the caller lets the selector observe what came of the first (`grade`).
     """
     settings = trainer.config.selection
     what = f"selection.method={settings.method}: the choice of step {step}"
-    for chosen in rounds(
+    for choice in rounds(
         trainer.selector,
         candidates,
         step,
         num_selected=settings.num_selected,
+        group_size=trainer.config.rollout.samples_per_prompt,
         method=settings.method,
     ):
         parallel.assert_equal_on_all_ranks(
-            f"{what}, which must follow from seed, step and observations,", chosen
+            f"{what}, which must follow from seed, step and observations,",
+            (choice.positions, choice.sizes),
         )
-        yield chosen
+        yield choice
 
 
-def roll_out(trainer: Trainer, selected: Sequence[Prompt], purpose: str) -> list[Rollout]:
-    """Return G completions of each prompt by the weights of the last update."""
+def roll_out(trainer: Trainer, choice: Choice, purpose: str) -> list[Rollout]:
+    """Return G completions of each prompt, or the choice's, by the weights of the last update."""
     with trainer.run.seconds("rollouts"):
-        return generate(trainer, selected, purpose)
+        return generate(trainer, choice.prompts, choice.samples, purpose)
 
 
-def grade(trainer: Trainer, rollouts: Sequence[Rollout]) -> list[Grade]:
+def grade(trainer: Trainer, choice: Choice, rollouts: Sequence[Rollout]) -> list[Grade]:
     """Return the grade of each rollout; the selector observes the rewards of their groups."""
-    group_size = trainer.config.rollout.samples_per_prompt
     with trainer.run.seconds("rewards"):
         grades = trainer.grader.grade(rollouts)
-    selected = [rollout.prompt for rollout in rollouts[::group_size]]
-    trainer.selector.observe(selected, reward_tensor(grades).view(-1, group_size))
+    trainer.selector.observe(choice.prompts, choice.rewards(reward_tensor(grades)))
     return grades
 
 
@@ -145,7 +148,7 @@ def score_old_policy(trainer: Trainer, groups: Groups) -> RolloutScores:
 def compute_advantages(
     trainer: Trainer, groups: Groups, old_scores: RolloutScores
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Return `advantages_KG`, and those of each rollout's tokens if they differ."""
+    """Return `advantage_N`, and those of each rollout's tokens if they differ."""
     config = trainer.config
     if config.advantage.method == "posterior":
         return advantages_by_posterior(trainer, groups), None
@@ -155,33 +158,30 @@ def compute_advantages(
 
 
 def advantages_by_posterior(trainer: Trainer, groups: Groups) -> torch.Tensor:
-    """Return `advantages_KG` by the pass rates that the selector believes after this step."""
+    """Return `advantage_N` by the pass rates that the selector believes after this step."""
     settings, selector = trainer.config.advantage, trainer.selector
     assert isinstance(selector, PosteriorSampling), "the configuration allows no other"
     posterior_K2 = [selector.beta(prompt.id) for prompt in groups.prompts]
     alpha_K, beta_K = torch.tensor(posterior_K2, dtype=torch.float64).T
-    return posterior_advantages(
-        groups.rewards_KG >= trainer.config.reward.high,
-        alpha_K,
-        beta_K,
-        std=settings.std,
-        eps=settings.eps,
-    )
+    passed = as_rows(groups.reward_N >= trainer.config.reward.high, groups.sizes)
+    estimate = partial(posterior_advantages, std=settings.std, eps=settings.eps)
+    return flat(each_group(estimate, passed, alpha_K, beta_K))
 
 
 def advantages_by_entropy(
     trainer: Trainer, groups: Groups, old_scores: RolloutScores
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return group-relative advantages, and by token entropy where a group has no variance."""
-    settings, rewards_KG = trainer.config.advantage, groups.shaped_rewards_KG
+    settings, shaped = trainer.config.advantage, groups.shaped_rewards
+    by_group = partial(group_advantages, std=settings.std, eps=settings.eps)
+    sign = partial(directions, pass_reward=trainer.config.reward.high)
     advantages = entropy_advantages(
-        group_advantages(rewards_KG, std=settings.std, eps=settings.eps),
-        directions(groups.rewards_KG, rewards_KG, trainer.config.reward.high),
+        flat(each_group(by_group, shaped)),
+        flat(each_group(sign, groups.rewards, shaped)),
         [scores.entropy_T for scores in old_scores.scores],
         scale=settings.zvp_scale,
     )
-    means_N = torch.stack([advantage_T.mean() for advantage_T in advantages])
-    return means_N.view_as(rewards_KG), advantages
+    return torch.stack([advantage_T.mean() for advantage_T in advantages]), advantages
 
 
 def update(
@@ -261,8 +261,10 @@ def sync_weights(trainer: Trainer) -> None:
         trainer.sync()
 
 
-def generate(trainer: Trainer, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
-    """Return G completions of each prompt; those in the journal are not generated again."""
+def generate(
+    trainer: Trainer, prompts: Sequence[Prompt], samples: Sequence[range], purpose: str
+) -> list[Rollout]:
+    """Return these samples of each prompt; those in the journal are not generated again."""
     config, engine, journal = trainer.config, trainer.engine, trainer.journal
     rollouts = engine.generate(
         rollout_request(
@@ -270,7 +272,8 @@ def generate(trainer: Trainer, prompts: Sequence[Prompt], purpose: str) -> list[
             purpose,
             config.rollout,
             config.train.seed,
-            cached=journal.find(purpose, engine.weight_version, prompts),
+            samples=samples,
+            cached=journal.find(purpose, engine.weight_version, prompts, samples),
             on_rollouts=partial(journal.add, purpose),
         )
     )
@@ -279,15 +282,21 @@ def generate(trainer: Trainer, prompts: Sequence[Prompt], purpose: str) -> list[
 
 
 def rollout_request(
-    prompts: Sequence[Prompt], purpose: str, settings: RolloutConfig, seed: int, **options: Any
+    prompts: Sequence[Prompt],
+    purpose: str,
+    settings: RolloutConfig,
+    seed: int,
+    *,
+    samples: Sequence[range] | None = None,
+    **options: Any,
 ) -> Request:
-    """Return the request for G rollouts of each prompt.
+    """Return the request for these samples of each prompt; by default G of each.
 
     `purpose` and seed of the run name its random numbers; `options` are further fields of Request.
     """
     return Request(
         prompts=prompts,
-        samples_per_prompt=settings.samples_per_prompt,
+        samples_per_prompt=samples or settings.samples_per_prompt,
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         seed=f"{seed}/{purpose}",

@@ -19,20 +19,22 @@ def ledger_entries(
 
     `method` is the selector's name.
     """
-    group_size = batch.groups.rewards_KG.shape[1]
     position_of = {prompt.id: p for p, prompt in enumerate(candidates.prompts)}
     trained = {id(rollout): i for i, rollout in enumerate(batch.groups.rollouts)}
     rollouts = [*generated.rollouts, *probes.rollouts]
     grades = [*generated.grades, *probes.grades]
     masked = batch.groups.masked
-    zero_variance_K = [
-        equal
+    in_group = [
+        (sample, equal)
         for groups in (generated, probes)
         if groups.rollouts
-        for equal in zero_variance(groups.shaped_rewards_KG).tolist()
+        for size, equal in zip(
+            groups.sizes, zero_variance(groups.shaped_rewards).tolist(), strict=True
+        )
+        for sample in range(size)
     ]
     entries = []
-    for n, rollout in enumerate(rollouts):
+    for n, (rollout, (sample, equal)) in enumerate(zip(rollouts, in_group, strict=True)):
         i = trained.get(id(rollout))
         learnt = i is not None and not masked[i]
         ppl_P, p = candidates.ppl_P, position_of[rollout.prompt.id]
@@ -40,7 +42,7 @@ def ledger_entries(
             LedgerEntry(
                 step=step,
                 prompt_id=rollout.prompt.id,
-                sample=n % group_size,
+                sample=sample,
                 selector=method,
                 purpose="probe" if n >= len(generated.rollouts) else "train",
                 trained=learnt,
@@ -51,7 +53,7 @@ def ledger_entries(
                 finished=rollout.finished,
                 mean_entropy=None if i is None else float(batch.old_scores.entropy_N[i]),
                 weight=float(batch.weight_N[i]) if learnt else None,
-                zero_variance=zero_variance_K[n // group_size],
+                zero_variance=equal,
                 weight_version=rollout.weight_version,
                 aborted=rollout.aborted,
                 staleness=0 if i is None else batch.old_scores.staleness_N[i],

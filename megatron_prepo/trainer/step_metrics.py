@@ -8,12 +8,14 @@ are tokens of all ranks, so that the layout changes no value but by rounding.
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 
 import torch
 from scipy import stats
 
 from megatron_prepo.prepo.advantages import zero_variance
+from megatron_prepo.prepo.group_rows import each_group, flat
 from megatron_prepo.prepo.statistics import quantiles
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.run.metrics_table import OF_REWARD
@@ -26,10 +28,9 @@ Metrics = dict[str, float | None]
 
 def selection_metrics(candidates: Candidates, generated: Groups) -> Metrics:
     """Return rewards and perplexities of all generated groups, and their correlation."""
-    chosen, rewards_KG = generated.chosen, generated.rewards_KG
-    useless_K = zero_variance(generated.shaped_rewards_KG)
+    chosen, useless_K = generated.chosen, zero_variance(generated.shaped_rewards)
     metrics: Metrics = {
-        "reward/mean": float(rewards_KG.mean()),
+        "reward/mean": float(generated.reward_N.mean()),
         "reward/zero_variance_ratio": float(useless_K.double().mean()),
         "selection/groups_paid": len(chosen),
     }
@@ -37,7 +38,8 @@ def selection_metrics(candidates: Candidates, generated: Groups) -> Metrics:
         ppl_P, ppl_K = candidates.ppl_P, candidates.ppl_P[list(chosen)]
         metrics |= quantiles("ppl/candidates", ppl_P) | quantiles("ppl/selected", ppl_K)
         metrics["ppl/selected/mean"] = float(ppl_K.mean())
-        metrics["ppl/spearman_with_reward"] = spearman(ppl_K, rewards_KG.mean(dim=1))
+        means_K1 = each_group(partial(torch.mean, dim=1, keepdim=True), generated.rewards)
+        metrics["ppl/spearman_with_reward"] = spearman(ppl_K, flat(means_K1))
         if candidates.pass_rate_P is not None:
             metrics |= candidate_metrics(candidates)
         if candidates.actor_ppl_P is not None:

@@ -33,12 +33,12 @@ def rollout_texts(
     """
     order = _order(candidates)
     position = {p: place for place, p in enumerate(order)}
-    group_size = batch.groups.rewards_KG.shape[1]
+    members = generated.members
     trained = {id(rollout): i for i, rollout in enumerate(batch.groups.rollouts)}
     prompts = []
     for k in spread(len(generated.chosen), count):
-        members = slice(k * group_size, (k + 1) * group_size)
-        rollouts, grades = generated.rollouts[members], generated.grades[members]
+        of_group = slice(members[k].start, members[k].stop)
+        rollouts, grades = generated.rollouts[of_group], generated.grades[of_group]
         index = [trained.get(id(rollout)) for rollout in rollouts]
         line = _prompt(rollouts[0].prompt)
         if candidates.ppl_P is not None:
@@ -88,7 +88,7 @@ def _rollouts(
     index: Sequence[int | None],
 ) -> list[Line]:
     """Return the rollouts of a prompt; `index`: of each in the batch, None if it was dropped."""
-    advantage_N, masked = batch.advantages_KG.flatten(), batch.groups.masked
+    advantage_N, masked = batch.advantage_N, batch.groups.masked
     lines = []
     texts = pieces(tokenizer, [rollout.tokens for rollout in rollouts])
     for rollout, grade, text, i in zip(rollouts, grades, texts, index, strict=True):

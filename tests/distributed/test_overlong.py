@@ -53,13 +53,13 @@ def updated(actor, made):
 
     config = actor.config
     grades = (Grade(0.0), Grade(1.0)) * 4
-    groups = Groups((0, 1, 2, 3), tuple(made), grades, Overlong.of(config.rollout))
+    groups = Groups(overlong=Overlong.of(config.rollout)).extend(range(4), made, grades)
     old = score_rollouts(actor, made, temperature=1.0, loss=config.loss)
     weight_N = weigh_by_entropy(config.weighting, groups, old, 1)
-    advantages_KG = group_advantages(groups.shaped_rewards_KG)
+    advantage_N = group_advantages(groups.shaped_rewards).flatten()
     metrics = update_policy(
         actor,
-        TrainingBatch(groups, advantages_KG, old, weight_N),
+        TrainingBatch(groups, advantage_N, old, weight_N),
         aggregation=config.loss.aggregation,
         num_mini_batches=1,
     )

@@ -82,11 +82,12 @@ def made_up_step(actor):
         for i, n in enumerate(LENGTHS)
     ]
     candidates = Candidates(prompts, torch.arange(1.0, 5.0))
-    groups = Groups((0, 1, 2, 3), tuple(rollouts), (Grade(0.0), Grade(1.0)) * 4)
+    groups = Groups().extend(range(4), rollouts, (Grade(0.0), Grade(1.0)) * 4)
     config = actor.config
     old = score_rollouts(actor, rollouts, temperature=1.0, loss=config.loss)
     weight_N = weigh_by_entropy(config.weighting, groups, old, config.train.mini_batches)
-    return candidates, TrainingBatch(groups, group_advantages(groups.rewards_KG), old, weight_N)
+    advantage_N = group_advantages(groups.rewards).flatten()
+    return candidates, TrainingBatch(groups, advantage_N, old, weight_N)
 
 
 def update_by(learner, config, batch):

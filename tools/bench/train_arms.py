@@ -106,11 +106,11 @@ def ours_fixed(case: Case, orders: Orders) -> None:
             orders.seconds.clear()
             with orders.timed("update"):
                 groups = Groups().extend(range(len(case.groups)), rollouts, grades)
-                advantages_KG, advantages_T = step_advantages(config.advantage, loss, groups, old)
+                advantage_N, advantages_T = step_advantages(config.advantage, loss, groups, old)
                 weight_N = weigh_by_entropy(config.weighting, groups, old, num_mini_batches)
                 metrics = update_policy(
                     actor,
-                    TrainingBatch(groups, advantages_KG, old, weight_N, advantages_T),
+                    TrainingBatch(groups, advantage_N, old, weight_N, advantages_T),
                     aggregation=loss.aggregation,
                     num_mini_batches=num_mini_batches,
                     max_tokens=config.rollout.max_new_tokens,

@@ -22,6 +22,7 @@ from megatron_prepo.errors import UserError
 from megatron_prepo.files.atomic import read_lines
 from megatron_prepo.files.existing import existing
 from megatron_prepo.files.rows import exists, read_records
+from megatron_prepo.prepo.group_rows import as_rows
 from megatron_prepo.prepo.loss import rollout_coefficients
 from megatron_prepo.process.command import in_one_line
 from megatron_prepo.run import ledger
@@ -152,12 +153,13 @@ def trained_advantages(
     trained = [key for key, group in groups.items() if any(entry.trained for entry in group)]
     if trained and not config.loss.kl_in_reward:
         penalty = Overlong.of(config.rollout).penalty
-        rewards_KG = torch.tensor(
-            [[entry.reward + penalty(entry.length) for entry in groups[key]] for key in trained]
-        )
-        lengths_N = torch.tensor([entry.length for key in trained for entry in groups[key]])
-        advantages_KG = estimate_advantages(config.advantage, rewards_KG, lengths_N)
-        known |= dict(zip(trained, advantages_KG.tolist(), strict=True))
+        sizes = [len(groups[key]) for key in trained]
+        entries = [entry for key in trained for entry in groups[key]]
+        reward_N = torch.tensor([entry.reward + penalty(entry.length) for entry in entries])
+        lengths_N = torch.tensor([entry.length for entry in entries])
+        advantage_N = estimate_advantages(config.advantage, as_rows(reward_N, sizes), lengths_N)
+        by_group = [advantage_G.tolist() for advantage_G in advantage_N.split(sizes)]
+        known |= dict(zip(trained, by_group, strict=True))
     return known
 
 

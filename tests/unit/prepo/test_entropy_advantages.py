@@ -76,8 +76,8 @@ def batch_of(rewards_KG, entropies, overlong=KEEP, **advantage):
     scores = [Scores(torch.full((n,), -1.0), e) for n, e in zip(lengths, entropies, strict=True)]
     weight_N = torch.ones(len(lengths)).double()
     old = RolloutScores(scores, None, weight_N, torch.tensor(lengths))
-    advantages_KG, advantages_T = compute_advantages(trainer_with(**advantage), groups, old)
-    return TrainingBatch(groups, advantages_KG, old, weight_N, advantages_T)
+    advantage_N, advantages_T = compute_advantages(trainer_with(**advantage), groups, old)
+    return TrainingBatch(groups, advantage_N, old, weight_N, advantages_T)
 
 
 def sequences_of(*args, **settings):
@@ -107,8 +107,9 @@ def test_the_gradient_is_that_of_the_papers_advantages():
 
 def test_groups_with_variance_are_those_of_grpo_and_others_have_their_means():
     batch = batch_of(REWARDS_KG, ENTROPIES)
-    assert batch.advantages_KG[2].tolist() == approx(group_advantages(REWARDS_KG)[2].tolist())
-    assert batch.advantages_KG[:2].tolist() == [
+    advantages_KG = batch.advantage_N.view(3, 2)
+    assert advantages_KG[2].tolist() == approx(group_advantages(REWARDS_KG)[2].tolist())
+    assert advantages_KG[:2].tolist() == [
         approx([0.125, 0.1], dtype=torch.float32),
         approx([-0.225, 0.0], dtype=torch.float32),
     ]
@@ -138,4 +139,4 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_batch():
 def test_other_methods_have_advantages_of_rollouts():
     batch = batch_of(REWARDS_KG, ENTROPIES, method="group")
     assert batch.advantages_T is None
-    assert torch.equal(batch.advantages_KG, group_advantages(REWARDS_KG))
+    assert torch.equal(batch.advantage_N, group_advantages(REWARDS_KG).flatten())

@@ -148,7 +148,8 @@ def test_the_loops_stage_asks_the_selector_after_it_has_observed_the_groups(meth
     grades = [Grade(reward) for reward in rewards_KG.flatten().tolist()]
     selector.observe(prompts, rewards_KG)
     groups = Groups().extend((0, 1), rollouts, grades)
-    advantages_KG, advantages_T = compute_advantages(Trainer(config, selector), groups, None)
+    advantage_N, advantages_T = compute_advantages(Trainer(config, selector), groups, None)
+    advantages_KG = advantage_N.view(2, 4)
     assert advantages_T is None
     assert advantages_KG[0].tolist() == approx(one_group([1, 0, 1, 1], 4.0, 2.0, **settings))
     assert advantages_KG[1].tolist() == approx(one_group([0, 0, 0, 0], 1.0, 5.0, **settings))

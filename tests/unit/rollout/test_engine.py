@@ -60,6 +60,11 @@ def test_samples_are_in_the_prompts_order():
     assert samples == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 
 
+def test_prompts_may_have_samples_of_other_numbers():
+    asked = request(samples_per_prompt=[range(1), range(2, 4)])
+    assert [(prompt.id, n) for prompt, n in asked.samples()] == [("a", 0), ("b", 2), ("b", 3)]
+
+
 def test_a_request_alone_reuses_nothing_and_tells_nobody():
     asked = request()
     assert asked.cached == {} and asked.on_rollouts({}) is None and asked.on_progress(1, 4) is None

@@ -103,11 +103,10 @@ def build(hf, tmp_path):
 def request(prompts=PROMPTS, **options) -> Request:
     return Request(
         prompts=prompts,
-        samples_per_prompt=3,
         temperature=1.0,
         max_new_tokens=12,
         seed="1/x",
-        **options,
+        **{"samples_per_prompt": 3} | options,
     )
 
 
@@ -130,6 +129,16 @@ def test_only_what_is_not_paid_is_asked_for_and_all_is_kept_as_it_comes(build, h
     asked = list(fakes[0].calls)
     assert rollouts(engine, cached=kept) == whole
     assert fakes[0].calls == asked, "all rollouts are reused: no request to a server"
+
+
+def test_groups_may_differ_in_size_and_begin_later(build, hf, fakes):
+    engine, config = build(fakes, verify="never")
+    sync_weights(FakeActor(hf), engine, config.model, config.weight_sync, PROBE)
+    whole, numbers = rollouts(engine), [range(1), range(1, 3), range(3), range(2, 3)]
+    found = rollouts(engine, samples_per_prompt=numbers)
+    same = [whole[3 * k + n] for k, of_prompt in enumerate(numbers) for n in of_prompt]
+    assert [r.prompt.id for r in found] == [r.prompt.id for r in same]
+    assert [r.tokens for r in found] == [r.tokens for r in same]
 
 
 def test_what_keeps_a_rollout_from_being_kept_ends_the_generation(build, hf, fakes):

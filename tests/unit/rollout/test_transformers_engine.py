@@ -75,11 +75,10 @@ def engine_of(model, directory, **settings):
 def request(**options) -> Request:
     return Request(
         prompts=prompts(),
-        samples_per_prompt=SAMPLES,
         temperature=TEMPERATURE,
         max_new_tokens=NEW_TOKENS,
         seed=SEED,
-        **options,
+        **{"samples_per_prompt": SAMPLES} | options,
     )
 
 
@@ -169,6 +168,24 @@ def test_a_completion_does_not_depend_on_its_rank(tmp_path):
                 generate(engine)
     engine.gather = lambda mine: [*shares, mine]
     assert_same(generate(engine), generate(engine_of(model, tmp_path)), model, tmp_path)
+
+
+def test_samples_of_unequal_groups_are_those_of_equal_ones(tmp_path):
+    """On two ranks, in a second round: all samples but the first of every other prompt."""
+    model, shares = MODELS["qwen3"](), []
+    whole = generate(engine_of(model, tmp_path))
+    numbers = [range(k % 2, SAMPLES) for k in range(7)]
+
+    def collect(mine):
+        shares.append(mine)
+        return shares
+
+    ranks = [engine_of(model, tmp_path, rank=r, num_ranks=2, gather=collect) for r in (1, 0)]
+    with pytest.raises(KeyError):  # the rollouts of the other rank are still missing
+        generate(ranks[0], samples_per_prompt=numbers)
+    found = generate(ranks[1], samples_per_prompt=numbers)
+    same = [whole[k * SAMPLES + n] for k, of_prompt in enumerate(numbers) for n in of_prompt]
+    assert [row[:2] for row in found] == [row[:2] for row in same]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -42,6 +42,16 @@ def test_rollouts_are_found_once_and_as_they_were(tmp_path):
     assert again.find("rollouts/3", 5, PROMPTS) == {}
 
 
+def test_a_later_round_of_a_step_finds_its_samples_of_the_same_prompts(tmp_path):
+    """The first round takes sample 0 of each, and leaves the second round's."""
+    journal(tmp_path / "j").add("rollouts/3", rollouts(samples=(0, 1, 2)))
+    again = journal(tmp_path / "j")
+    assert again.find("rollouts/3", 5, PROMPTS, [range(1)] * 2) == rollouts(samples=(0,))
+    found = again.find("rollouts/3", 5, PROMPTS, [range(1, 3), range(1, 2)])
+    assert found.keys() == {("a", 1), ("a", 2), ("b", 1)}
+    assert again.find("rollouts/3", 5, PROMPTS).keys() == {("b", 2)}
+
+
 def begun(directory, identity: str):
     """Return a run's directory."""
     directory.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.prepo.group_rows import as_rows
 from megatron_prepo.records import Prompt
 from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.selection import METHODS
@@ -40,10 +41,16 @@ def grades(rewards_KG: torch.Tensor) -> list[Grade]:
 def run_step(
     chooser, candidates: Candidates, step: int, reward: Callable[[list[int]], torch.Tensor]
 ) -> list[list[int]]:
-    """Run the rounds of a step as `train.py` does; `reward` grades a round."""
+    """Run the rounds of a step as `train.py` does; `reward` grades a round.
+
+    A group of another size than `reward` has gets the first of its rewards, again and again.
+    """
     rounds: list[list[int]] = []
     while chosen := chooser.choose(candidates, step):
-        chooser.observe([candidates.prompts[i] for i in chosen], reward(chosen))
+        rewards_KG, prompts = reward(chosen), candidates.at(chosen)
+        sizes = chooser.group_sizes(prompts, rewards_KG.shape[1])
+        rows = [row.repeat(n)[:n] for row, n in zip(rewards_KG, sizes, strict=True)]
+        chooser.observe(prompts, as_rows(torch.cat(rows), sizes))
         rounds.append(chosen)
         if not chooser.refills:
             break

@@ -39,7 +39,7 @@ def test_a_step_by_hand():
     trained = paid.select_for_training(2)
     assert trained.chosen == (first[1], second[1])
     assert trained.rollouts == tuple(f"{i}/{g}" for i in trained.chosen for g in range(4))
-    assert trained.rewards_KG.equal(passes(3, 1))
+    assert trained.rewards.equal(passes(3, 1))
 
 
 def test_the_first_round_is_what_random_chooses():

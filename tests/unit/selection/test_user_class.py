@@ -229,9 +229,10 @@ def test_a_choice_during_the_run_is_checked_too(tmp_path):
     check(trial(method))
     selector = load(method)(trial(method).config, total_steps=20, seed=1, pass_reward=1.0)
     candidates = Candidates(prompts(8))
-    assert list(rounds(selector, candidates, 8, num_selected=3, method=method)) == [[0, 1, 2]]
+    sizes = {"num_selected": 3, "group_size": 4, "method": method}
+    assert [c.positions for c in rounds(selector, candidates, 8, **sizes)] == [[0, 1, 2]]
     with pytest.raises(UserError, match=r"mine\.py:Mine: choose, in step 9, returned the pos.* 99"):
-        list(rounds(selector, candidates, 9, num_selected=3, method=method))
+        list(rounds(selector, candidates, 9, **sizes))
 
 
 def test_rounds_of_a_method_that_refills_may_not_repeat_a_candidate(tmp_path):
@@ -240,8 +241,9 @@ def test_rounds_of_a_method_that_refills_may_not_repeat_a_candidate(tmp_path):
     )
     method = own(tmp_path, text + MEMORY)
     selector = load(method)(trial(method).config, total_steps=20, seed=1, pass_reward=1.0)
-    asked = rounds(selector, Candidates(prompts(8)), 0, num_selected=3, method=method)
-    assert next(asked) == [0, 1]
+    sizes = {"num_selected": 3, "group_size": 4, "method": method}
+    asked = rounds(selector, Candidates(prompts(8)), 0, **sizes)
+    assert next(asked).positions == [0, 1]
     selector.observe(prompts(2), passes(1, 1))
     with pytest.raises(UserError, match="the position 1 twice"):
         next(asked)

@@ -54,7 +54,7 @@ def batch_of(config, groups):
         staleness_N=(0,) * len(LENGTHS),
     )
     weight_N = weigh_by_entropy(config.weighting, groups, old, config.train.mini_batches)
-    return TrainingBatch(groups, group_advantages(groups.shaped_rewards_KG), old, weight_N)
+    return TrainingBatch(groups, group_advantages(groups.shaped_rewards).flatten(), old, weight_N)
 
 
 def learn(groups, mini_batches=1, **loss):
@@ -125,8 +125,8 @@ def test_a_group_without_a_finished_rollout_is_replaced_first():
 def test_the_penalty_is_added_before_the_advantages_and_to_nothing_else():
     """Equation 13 with L_max = 4 and L_cache = 2: lengths 2, 3 and 4 get 0, -1/2 and -1."""
     groups = groups_of("penalty")
-    assert groups.shaped_rewards_KG.tolist() == [[1.0, -1.0], [0.5, 0.0]]
-    assert groups.rewards_KG.tolist() == [[1.0, 0.0], [1.0, 1.0]]
+    assert groups.shaped_rewards.tolist() == [[1.0, -1.0], [0.5, 0.0]]
+    assert groups.rewards.tolist() == [[1.0, 0.0], [1.0, 1.0]]
     [batch], _, of = learn(groups)
     std = 0.125**0.5
     assert [r.advantage for r in batch[2:]] == approx(

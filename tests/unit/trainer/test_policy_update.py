@@ -52,7 +52,7 @@ def learn(config, actor, rollouts, rewards_KG, old_scores):
     grades = [Grade(reward) for reward in rewards_KG.flatten().tolist()]
     groups = Groups().extend(range(len(rewards_KG)), rollouts, grades)
     weight_N = weigh_by_entropy(config.weighting, groups, old_scores, num_mini_batches)
-    batch = TrainingBatch(groups, group_advantages(rewards_KG), old_scores, weight_N)
+    batch = TrainingBatch(groups, group_advantages(rewards_KG).flatten(), old_scores, weight_N)
     return update_policy(
         actor,
         batch,
@@ -99,7 +99,8 @@ def test_normalisers_count_all_rollouts(aggregation, expected):
 def test_each_method_of_advantages_without_a_division(method, expected):
     settings = AdvantageConfig(method=method, std="none")
     rewards_KG, lengths_N = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([2, 2, 2, 2])
-    assert estimate_advantages(settings, rewards_KG, lengths_N).tolist() == expected
+    advantage_N = estimate_advantages(settings, rewards_KG, lengths_N)
+    assert advantage_N.view(2, 2).tolist() == expected
 
 
 KL = {"kl_coef": 0.5, "kl_in_reward": True}
@@ -128,11 +129,11 @@ def test_a_divergence_in_the_reward(method, loss, rollouts, tokens):
     both = [Rollout(prompt, (7,) * n, (-1.0,) * n, "", True, 0) for n in (2, 1)]
     groups = Groups().extend([0], both, [Grade(1.0), Grade(0.0)])
     settings = AdvantageConfig(method=method, std="none")
-    advantages_KG, advantages_T = step_advantages(settings, LossConfig(**loss), groups, old_scores)
-    assert advantages_KG.flatten().tolist() == approx(rollouts, scale=1.0)
+    advantage_N, advantages_T = step_advantages(settings, LossConfig(**loss), groups, old_scores)
+    assert advantage_N.tolist() == approx(rollouts, scale=1.0)
     assert (advantages_T is None) == (tokens is None)
     actor = RecordingActor()
-    batch = TrainingBatch(groups, advantages_KG, old_scores, torch.ones(2), advantages_T)
+    batch = TrainingBatch(groups, advantage_N, old_scores, torch.ones(2), advantages_T)
     update_policy(actor, batch, aggregation="token-mean", num_mini_batches=1)
     for sequence, expected in zip(actor.batches[0], tokens or [None] * 2, strict=True):
         if expected is None:
@@ -200,7 +201,7 @@ def test_how_old_the_weights_of_a_rollout_may_be(overlap, age, accepted):
     )
     run = SimpleNamespace(seconds=Stopwatch())
     trainer = SimpleNamespace(config=config, actor=actor, run=run)
-    groups = Groups((0,), (fresh, old), (Grade(0.0), Grade(1.0)))
+    groups = Groups((0,), (2,), (fresh, old), (Grade(0.0), Grade(1.0)))
     if accepted:
         assert score_old_policy(trainer, groups).staleness_N == (0, age)
     else:

@@ -24,9 +24,9 @@ def test_a_step_selects_once_or_until_a_method_that_refills_has_done(method, rou
     chooser, candidates = selector(method, candidates=6), Candidates(prompts(6))
     config = actor_config("unused", selection={"method": method, "num_candidates": 6})
     trainer, chosen = SimpleNamespace(selector=chooser, config=config), []
-    for positions in stages.select(trainer, candidates, step=0):
-        chosen.append(positions)
-        chooser.observe(candidates.at(positions), passes(*[0] * len(positions)))
+    for choice in stages.select(trainer, candidates, step=0):
+        chosen.append(choice.positions)
+        chooser.observe(choice.prompts, passes(*[0] * len(choice.prompts)))
     assert [len(positions) for positions in chosen] == [2] * rounds
     assert len({p for positions in chosen for p in positions}) == 2 * rounds
 
@@ -37,7 +37,7 @@ def trainer_that_records(monkeypatch) -> tuple[SimpleNamespace, list]:
     monkeypatch.setattr(stages, "ledger_entries", lambda *_: ["entry"])
     monkeypatch.setattr(stages, "selection_metrics", lambda *_: {"reward/mean": 0.5})
     monkeypatch.setattr(stages, "grading_metrics", lambda *_: {})
-    monkeypatch.setattr(Groups, "rewards_KG", None)
+    monkeypatch.setattr(Groups, "rewards", None)
     trainer = SimpleNamespace(
         config=actor_config("unused"),
         run=SimpleNamespace(record=lambda *record: records.append(record)),

@@ -43,13 +43,13 @@ def step(
     grades = [Grade(float(i % 2), "ok" if i else "timeout") for i in range(len(rollouts))]
     generated = Groups().extend(chosen, rollouts, grades)
     kept = [0, 1, 4, 5]
-    groups = Groups(
-        (4, 2), tuple(rollouts[i] for i in kept), tuple(grades[i] for i in kept), overlong
+    groups = Groups(overlong=overlong).extend(
+        (4, 2), [rollouts[i] for i in kept], [grades[i] for i in kept]
     )
     scores = [Scores(torch.zeros(3), torch.tensor(entropies)) for _ in kept]
     entropy_N = torch.stack([score.entropy_T.double().mean() for score in scores])
     old_scores = RolloutScores(scores, None, entropy_N, torch.full((4,), 3))
-    batch = TrainingBatch(groups, torch.tensor(ADVANTAGES), old_scores, torch.arange(4.0))
+    batch = TrainingBatch(groups, torch.tensor(ADVANTAGES).flatten(), old_scores, torch.arange(4.0))
     return rollout_texts(Words(), 6, Candidates(prompts, ppl_P), generated, batch, count)
 
 

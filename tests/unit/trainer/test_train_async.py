@@ -13,6 +13,7 @@ from megatron_prepo.run.rollout_journal import Journal
 from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Candidates
+from megatron_prepo.selection.rounds import Choice
 from megatron_prepo.train_async import Prefetcher
 from megatron_prepo.trainer import stages
 from tests.tiny_models import actor_config
@@ -97,7 +98,7 @@ def score(trainer, prompts, step):
 def learn(job, ready):
     """Do what the loop does with a step's rollouts, as far as it concerns the selector."""
     rewards_KG = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    job.selector.observe(ready.selected, rewards_KG)
+    job.selector.observe(ready.choice.prompts, rewards_KG)
 
 
 @pytest.mark.parametrize("method", ["prepo", "foresight", "mopps", "mapp", "dps"])
@@ -116,7 +117,7 @@ def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
     went_on.load_state_dict(saved)
     assert json.loads(json.dumps(went_on.state_dict())) == saved
     one, other = ahead.take(1), went_on.take(1)
-    assert (one.chosen, one.weight_version) == (other.chosen, other.weight_version)
+    assert (one.choice, one.weight_version) == (other.choice, other.weight_version)
     assert other.rollouts == one.rollouts and again.engine.generated == []
     for name in ("ppl_P", "entropy_P"):
         assert torch.equal(getattr(one.candidates, name), getattr(other.candidates, name))
@@ -137,9 +138,9 @@ def test_rollouts_that_never_came_are_generated_by_the_weights_of_the_day(job_of
     went_on = Prefetcher(again)
     went_on.load_state_dict(saved)
     ready = went_on.take(1)
-    assert again.engine.generated == [(p.id, "1/rollouts/1") for p in ready.selected]
+    assert again.engine.generated == [(p.id, "1/rollouts/1") for p in ready.choice.prompts]
     assert [rollout.weight_version for rollout in ready.rollouts] == [2, 2]
-    assert ready.chosen == ahead.pending.chosen and ready.seconds == 1.5
+    assert ready.choice == ahead.pending.choice and ready.seconds == 1.5
 
 
 @pytest.mark.parametrize("killed_again", [False, True])
@@ -164,7 +165,7 @@ def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_t
     went_on = Prefetcher(jobs[-1])
     went_on.load_state_dict(saved)
     ready = went_on.take(1)
-    first, second = (p.id for p in ready.selected)
+    first, second = (p.id for p in ready.choice.prompts)
     assert [r.weight_version for r in ready.rollouts] == [0, 2]
     assert [prompt for job in jobs for prompt, _ in job.engine.generated] == [second]
     assert job.engine.generated[0][0] == first
@@ -190,7 +191,7 @@ def test_rollouts_are_on_disk_before_either_loop_has_them(job_of, monkeypatch):
 
     monkeypatch.setattr("megatron_prepo.run.rollout_journal.flush", flush)
     job = job_of(3)
-    stages.roll_out(job, PROMPTS[:2], "rollouts/4")
+    stages.roll_out(job, Choice([0, 1], PROMPTS[:2], [range(1)] * 2), "rollouts/4")
     assert forced == ["rollouts_4.0.jsonl", "journal"]
     forced.clear()
     ahead = Prefetcher(job)
