@@ -62,6 +62,7 @@ METHODS = (
     "kgps",
     "dps",
     "hive",
+    "vip",
     "foresight",
 )
 CASES = {

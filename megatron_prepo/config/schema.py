@@ -40,6 +40,7 @@ SELECTION_METHODS = (
     "kgps",
     "dps",
     "hive",
+    "vip",
     "foresight",
     "oracle",
 )
@@ -312,8 +313,9 @@ class SelectionConfig:
 
     method: FilePath = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
-    `greso`, `dapo`, `mopps`, `mapp`, `kgps`, `dps`, `hive`: other published methods; `foresight`:
-    ours; `oracle`: an upper bound that rolls out every candidate; or a custom selector
+    `greso`, `dapo`, `mopps`, `mapp`, `kgps`, `dps`, `hive`: other published methods; `vip`:
+    a published method that shares the step's K*G rollouts among prompts; `foresight`: ours;
+    `oracle`: an upper bound that rolls out every candidate; or a custom selector
     `FILE.py:CLASS`, which may import modules from the file's directory. `docs/selection.md`
     compares them and shows a custom one."""
     num_candidates: int
@@ -347,6 +349,16 @@ class SelectionConfig:
     hive_band: tuple[float, float] = (0.5, 1.0)
     """Quantiles of the prompt entropy between which `hive` keeps prompts: from the median up (the
     paper's main text); [0.25, 0.75] is the configuration of its experiments."""
+    vip_least: int = 4
+    """Smallest number of rollouts of a prompt for `vip`; G, where that is smaller."""
+    vip_most: int = 32
+    """Largest number of rollouts of a prompt for `vip`; G, where that is larger."""
+    vip_variance: Literal["rloo", "group"] = "rloo"
+    """Estimator whose variance `vip` minimises: leave-one-out advantages, or advantages relative to
+    the mean of the group."""
+    vip_bandwidth: float | None = None
+    """Distance of two prompts' embeddings over which `vip` shares what it observes; they have
+    length 1. Empty: the median distance among the candidates of the first step."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Tokens over which perplexity is computed: all prompt tokens, or only the user's text without
     the tokens of the chat template."""
@@ -397,6 +409,12 @@ class SelectionConfig:
                 f"selection.hive_band={[low, high]} must be two quantiles, the lower one first, "
                 "such as [0.5,1] or [0.25,0.75]"
             )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        _at_least("selection.vip_least", self.vip_least, 3)
+        _at_least("selection.vip_most", self.vip_most, self.vip_least)
+        _positive("selection.vip_bandwidth", self.vip_bandwidth)
 
     @property
     def is_custom(self) -> bool:

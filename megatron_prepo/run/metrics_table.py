@@ -91,6 +91,10 @@ STEP: dict[str, Group] = {
         "selection/drift": Metric(
             "nats^2", "variance that the updates so far add to the logit of a pass rate (kgps)"
         ),
+        "selection/predicted_pass_rate": Metric(
+            "probability", "mean predicted pass rate of the chosen prompts (vip)"
+        ),
+        "selection/largest_group": Metric("rollouts", "rollouts of the largest group (vip)"),
         "selection/trust": Metric(
             "rollouts", "weight of the regression's prediction in pseudo-counts (foresight)"
         ),

@@ -13,6 +13,7 @@ from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
 from megatron_prepo.selection.prepo import PerplexityWindow
 from megatron_prepo.selection.random import RandomChoice
+from megatron_prepo.selection.vip import VarianceInformed
 
 __all__ = ["METHODS", "Candidates", "Selector", "load"]
 
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Selector]] = {
     "kgps": KalmanFilter,
     "dps": MarkovChain,
     "hive": HistoryAndEntropy,
+    "vip": VarianceInformed,
     "foresight": Foresight,
     "oracle": Oracle,
 }

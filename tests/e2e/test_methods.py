@@ -23,8 +23,12 @@ TINY = [
     "eval.samples_per_prompt=1",
 ]
 ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "kgps", "dps", "hive", "foresight"]
-WITH = {"mapp": ["advantage.method=posterior"]}
-"""The rest of a method that is more than a selection."""
+ON_TWO_RANKS += ["vip"]
+WITH = {
+    "mapp": ["advantage.method=posterior"],
+    "vip": ["selection.vip_least=3", "selection.vip_most=5"],
+}
+"""The rest of a method that is more than a selection, and what makes groups of G = 4 differ."""
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +82,18 @@ def test_a_budget_ends_the_run_after_the_step_that_reaches_it(on_one_rank, metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_step_trains_on_k_whole_groups(on_one_rank, method):
-    """The trained groups have an advantage wherever a generated one has."""
+    """The trained groups have an advantage wherever a generated one has.
+
+    They have G rollouts, unless the method shares K*G among its prompts.
+    """
     entries = list(read(on_one_rank / method / "ledger.jsonl"))
     for step in range(summary(on_one_rank / method)["steps"]):
         paid = [e for e in entries if e.step == step and e.purpose == "train"]
         trained = Counter(e.prompt_id for e in paid if e.trained)
-        assert list(trained.values()) == [G] * K
+        generated = Counter(e.prompt_id for e in paid)
+        assert len(trained) == K and all(generated[p] == n for p, n in trained.items())
+        shares = METHODS[method].shares_budget
+        assert len(paid) == K * G if shares else set(trained.values()) == {G}
         assert all((e.weight is not None) == e.trained for e in paid)
         useful = {e.prompt_id for e in paid if not e.zero_variance}
         assert len(useful & set(trained)) == min(K, len(useful))

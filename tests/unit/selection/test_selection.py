@@ -191,6 +191,7 @@ def test_a_method_writes_only_what_differs():
     last = Last(SelectionConfig(num_candidates=10, num_selected=2), total_steps=1, seed=1)
     assert run_step(last, candidates(ppl(10)), 0, lambda chosen: passes(1, 2)) == [[8, 9]]
     assert (last.needs_scores, last.needs_pass_rates, last.refills) == (False, False, False)
+    assert not last.shares_budget and last.group_sizes(prompts(2), 8) == [8, 8]
     last.load_state_dict(last.state_dict())
     assert last.metrics() == last.state_dict() == {}
 
@@ -242,15 +243,19 @@ def test_a_restored_method_goes_on_as_if_nothing_had_happened(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_pays_for_k_candidates_or_more_and_for_none_twice(method):
-    for rounds, metrics in steps(selector(method, selected=3, total_steps=20), range(20)):
+    """Except that a method that shares the rollouts may choose a prompt again."""
+    chooser = selector(method, selected=3, total_steps=20)
+    for rounds, metrics in steps(chooser, range(20)):
         paid = [i for chosen in rounds for i in chosen]
-        assert len(set(paid)) == len(paid) >= 3 and set(paid) <= set(range(10))
+        assert len(set(paid)) >= 3 and set(paid) <= set(range(10))
+        assert len(set(paid)) == len(paid) or chooser.shares_budget
         assert all(name.startswith("selection/") for name in metrics)
         assert json.loads(json.dumps(metrics)) == metrics
 
 
 @pytest.mark.parametrize(
-    "method", ["random", "greso", "dapo", "mopps", "mapp", "hive", "foresight"]
+    "method",
+    ["random", "greso", "dapo", "mopps", "mapp", "hive", "vip", "foresight"],
 )
 def test_another_seed_is_another_choice(method):
     chosen = [steps(selector(method, selected=3, seed=seed), range(5)) for seed in (1, 2)]

@@ -101,7 +101,7 @@ def learn(job, ready):
     job.selector.observe(ready.choice.prompts, rewards_KG)
 
 
-@pytest.mark.parametrize("method", ["prepo", "foresight", "mopps", "mapp", "dps"])
+@pytest.mark.parametrize("method", ["prepo", "foresight", "mopps", "mapp", "dps", "vip"])
 def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
     """The old weights made the choice, the journal has its rollouts; nothing is learnt twice."""
     job = job_of(0, method)
