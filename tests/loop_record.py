@@ -63,6 +63,7 @@ METHODS = (
     "dps",
     "hive",
     "vip",
+    "pilot_commit",
     "foresight",
 )
 CASES = {

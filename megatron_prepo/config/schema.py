@@ -41,6 +41,7 @@ SELECTION_METHODS = (
     "dps",
     "hive",
     "vip",
+    "pilot_commit",
     "foresight",
     "oracle",
 )
@@ -313,9 +314,9 @@ class SelectionConfig:
 
     method: FilePath = "prepo"
     """`prepo`: window over sorted perplexity; `random`: uniform choice (the paper's baseline);
-    `greso`, `dapo`, `mopps`, `mapp`, `kgps`, `dps`, `hive`: other published methods; `vip`:
-    a published method that shares the step's K*G rollouts among prompts; `foresight`: ours;
-    `oracle`: an upper bound that rolls out every candidate; or a custom selector
+    `greso`, `dapo`, `mopps`, `mapp`, `kgps`, `dps`, `hive`: other published methods; `vip`,
+    `pilot_commit`: published methods that share the step's K*G rollouts among prompts;
+    `foresight`: ours; `oracle`: an upper bound that rolls out every candidate; or a custom selector
     `FILE.py:CLASS`, which may import modules from the file's directory. `docs/selection.md`
     compares them and shows a custom one."""
     num_candidates: int
@@ -359,6 +360,14 @@ class SelectionConfig:
     vip_bandwidth: float | None = None
     """Distance of two prompts' embeddings over which `vip` shares what it observes; they have
     length 1. Empty: the median distance among the candidates of the first step."""
+    pilot_rollouts: int | None = None
+    """Rollouts of a prompt in the pilot of `pilot_commit`; empty: a quarter of
+    `rollout.samples_per_prompt`, at least 2."""
+    pilot_band: tuple[float, float] = (0.125, 0.75)
+    """Pass rates in the pilot between which `pilot_commit` generates more of a prompt."""
+    pilot_evict: float = 1.0
+    """Pass rate in the pilot from which on `pilot_commit` takes a prompt again only if no others
+    remain; above 1: never."""
     ppl_tokens: Literal["all", "content"] = "all"
     """Tokens over which perplexity is computed: all prompt tokens, or only the user's text without
     the tokens of the chat template."""
@@ -409,12 +418,21 @@ class SelectionConfig:
                 f"selection.hive_band={[low, high]} must be two quantiles, the lower one first, "
                 "such as [0.5,1] or [0.25,0.75]"
             )
+
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         _at_least("selection.vip_least", self.vip_least, 3)
         _at_least("selection.vip_most", self.vip_most, self.vip_least)
         _positive("selection.vip_bandwidth", self.vip_bandwidth)
+        _at_least("selection.pilot_rollouts", self.pilot_rollouts, 2)
+        _at_least("selection.pilot_evict", self.pilot_evict, 0)
+        low, high = self.pilot_band
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"selection.pilot_band={[low, high]} must be two pass rates, the lower one first, "
+                "such as [0.125,0.75]"
+            )
 
     @property
     def is_custom(self) -> bool:
@@ -1055,6 +1073,7 @@ class Config:
         if self.train.overlap:
             self._check_overlap()
         self._check_advantage()
+        self._check_group_sizes()
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.train.micro_batch_tokens:
             raise ValueError(
@@ -1090,6 +1109,14 @@ class Config:
                 "the weights of model.hf, and would be trained for others; run `python -m "
                 f"checkpoints_convert export --megatron {model.megatron} --hf {model.hf} --out "
                 "DIR`, and set model.hf=DIR without model.megatron"
+            )
+
+    def _check_group_sizes(self) -> None:
+        selection, group_size = self.selection, self.rollout.samples_per_prompt
+        if selection.method == "pilot_commit" and (selection.pilot_rollouts or 2) > group_size:
+            raise ValueError(
+                f"selection.pilot_rollouts={selection.pilot_rollouts} must be at most "
+                f"rollout.samples_per_prompt={group_size}"
             )
 
     def _check_preset(self) -> None:
@@ -1153,7 +1180,7 @@ class Config:
                 "but selection.method=kgps needs their size; set train.overlap=false or use "
                 "another method"
             )
-        if self.selection.method in ("greso", "dapo", "hive", "oracle"):
+        if self.selection.method in ("greso", "dapo", "hive", "pilot_commit", "oracle"):
             raise ValueError(
                 f"train.overlap=true selects a step's prompts once, before the step, but "
                 f"selection.method={self.selection.method} needs rollouts of the step to select "

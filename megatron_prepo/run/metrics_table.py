@@ -95,6 +95,12 @@ STEP: dict[str, Group] = {
             "probability", "mean predicted pass rate of the chosen prompts (vip)"
         ),
         "selection/largest_group": Metric("rollouts", "rollouts of the largest group (vip)"),
+        "selection/{pilots,committed}": Metric(
+            "prompts", "prompts with a pilot, and those that got more rollouts (pilot_commit)"
+        ),
+        "selection/evicted": Metric(
+            "prompts", "prompts that passed too often in their last pilot so far (pilot_commit)"
+        ),
         "selection/trust": Metric(
             "rollouts", "weight of the regression's prediction in pseudo-counts (foresight)"
         ),

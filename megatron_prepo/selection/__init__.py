@@ -11,6 +11,7 @@ from megatron_prepo.selection.kgps import KalmanFilter
 from megatron_prepo.selection.mapp import PosteriorPredictive
 from megatron_prepo.selection.mopps import PosteriorSampling
 from megatron_prepo.selection.oracle import Oracle
+from megatron_prepo.selection.pilot_commit import PilotCommit
 from megatron_prepo.selection.prepo import PerplexityWindow
 from megatron_prepo.selection.random import RandomChoice
 from megatron_prepo.selection.vip import VarianceInformed
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Selector]] = {
     "dps": MarkovChain,
     "hive": HistoryAndEntropy,
     "vip": VarianceInformed,
+    "pilot_commit": PilotCommit,
     "foresight": Foresight,
     "oracle": Oracle,
 }

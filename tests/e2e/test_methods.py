@@ -23,7 +23,7 @@ TINY = [
     "eval.samples_per_prompt=1",
 ]
 ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "kgps", "dps", "hive", "foresight"]
-ON_TWO_RANKS += ["vip"]
+ON_TWO_RANKS += ["vip", "pilot_commit"]
 WITH = {
     "mapp": ["advantage.method=posterior"],
     "vip": ["selection.vip_least=3", "selection.vip_most=5"],

@@ -418,7 +418,7 @@ def test_rollouts_of_a_run(configured):
 
     assert paid("prepo") == paid("random") == (102_400, 102_400)
     assert paid("greso") == (102_400, 512_000)
-    assert paid("vip") == (102_400, 102_400)
+    assert paid("vip") == paid("pilot_commit") == (102_400, 102_400)
     assert paid("oracle") == (100 * 768 * 8, 100 * 768 * 8)
     assert paid("prepo", rollout_budget=2000) == (2048, 2048)
 

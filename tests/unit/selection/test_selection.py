@@ -255,7 +255,7 @@ def test_a_step_pays_for_k_candidates_or_more_and_for_none_twice(method):
 
 @pytest.mark.parametrize(
     "method",
-    ["random", "greso", "dapo", "mopps", "mapp", "hive", "vip", "foresight"],
+    ["random", "greso", "dapo", "mopps", "mapp", "hive", "vip", "pilot_commit", "foresight"],
 )
 def test_another_seed_is_another_choice(method):
     chosen = [steps(selector(method, selected=3, seed=seed), range(5)) for seed in (1, 2)]

@@ -4,7 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_prepo.records import Rollout
+from megatron_prepo.rewards.pool import Grade
 from megatron_prepo.rollout.engine import EngineError
+from megatron_prepo.run.rollout_journal import Journal
+from megatron_prepo.run.stopwatch import Stopwatch
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer import stages
 from megatron_prepo.trainer.groups import Groups
@@ -90,3 +94,62 @@ def test_evaluations_are_before_between_and_after_the_steps(resumed, first):
     before = [] if resumed else [*[("before", 4), "kept"] * first, 0, 1]
     assert story == [*before, ("during", 1), "best", 2, 3, ("after", 4), "best"]
     assert (run.before, trainer.after) == ("before" if first else None, "after")
+
+
+class Answers:
+    """Prompts p0 and p2 pass with their odd samples; a server that stops after `left` rollouts."""
+
+    weight_version = 4
+
+    def __init__(self, left: int):
+        self.left, self.generated = left, []
+
+    def generate(self, request):
+        rollouts = dict(request.cached)
+        for prompt, n in request.samples():
+            if (prompt.id, n) in rollouts:
+                continue
+            if not self.left:
+                raise EngineError("all servers are gone")
+            self.left -= 1
+            text = str(int(prompt.id in ("p0", "p2") and n % 2))
+            rollouts[prompt.id, n] = Rollout(prompt, (n + 7,), (-1.0,), text, True, 4)
+            request.on_rollouts({(prompt.id, n): rollouts[prompt.id, n]})
+            self.generated.append((prompt.id, n))
+        return [rollouts[prompt.id, n] for prompt, n in request.samples()]
+
+
+def refilled_step(directory, left: int) -> tuple[Answers, Groups]:
+    """Return the engine and the groups of a step of Pilot-Commit, K = 2 of 6, G = 8."""
+    selection = {"method": "pilot_commit", "num_candidates": 6}
+    config = actor_config("unused", selection=selection, rollout={"samples_per_prompt": 8})
+    trainer = SimpleNamespace(
+        config=config,
+        selector=selector("pilot_commit", candidates=6),
+        engine=Answers(left),
+        journal=Journal(directory / "journal", 0, share=lambda value: value),
+        run=SimpleNamespace(seconds=Stopwatch()),
+        grader=SimpleNamespace(grade=lambda rollouts: [Grade(float(r.text)) for r in rollouts]),
+    )
+    groups, candidates = Groups(), Candidates(prompts(6))
+    try:
+        for choice in stages.select(trainer, candidates, step=0):
+            rollouts = stages.roll_out(trainer, choice, "rollouts/0")
+            grades = stages.grade(trainer, choice, rollouts)
+            groups = groups.extend(choice.positions, rollouts, grades, choice.sizes)
+    except EngineError:
+        assert trainer.engine.left == 0
+    return trainer.engine, groups
+
+
+@pytest.mark.parametrize("left", range(0, 16, 3))
+def test_interrupted_in_any_round_of_a_refilled_step_it_generates_the_rest(tmp_path, left):
+    """Each rollout once, also those of a later round that the journal has already."""
+    (tmp_path / "whole").mkdir()
+    engine, whole = refilled_step(tmp_path / "whole", left=99)
+    assert sum(whole.sizes) == len(engine.generated) == 16 and len(set(whole.sizes)) > 1
+    assert len(set(engine.generated)) == 16
+    first, _ = refilled_step(tmp_path, left)
+    second, resumed = refilled_step(tmp_path, left=99)
+    assert (len(first.generated), len(second.generated)) == (left, 16 - left)
+    assert resumed == whole
