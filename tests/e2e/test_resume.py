@@ -227,6 +227,44 @@ def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(ca
         assert_equal(tmp_path / "whole", gone)
 
 
+@pytest.mark.slow
+def test_killed_in_a_later_round_of_a_step_it_generates_only_the_rest(tmp_path):
+    """Pilot-Commit: all pilots of the first step have been answered, and some of the commits."""
+    with FakeSGLang() as fake:
+        parity = REPOSITORY / "tests" / "loop_record.py"
+        settings = ["rollout.engine=sglang", f"servers.urls=[{fake.url}]", "servers.concurrency=1"]
+        settings += ["weight_sync.verify=never", "checkpoint.every=0", "train.total_steps=2"]
+        settings += ["selection.method=pilot_commit", f"reward.function={parity}:parity"]
+        assert train(tmp_path / "whole", *RUN, *settings) == 0
+        rollouts = {asked for asked, count in fake.answered.items() if count == 1}
+        assert len(rollouts) == 2 * 32
+        with open(tmp_path / "whole" / "ledger.jsonl") as ledger:
+            sizes = Counter(json.loads(line)["prompt_id"] for line in list(ledger)[:32])
+        assert len(set(sizes.values())) > 1
+
+        allowed: list[str] = []
+
+        def hangs(path: str, body: dict) -> str | None:
+            if path == "/generate" and asked_of(body) in rollouts:
+                with fake._lock:
+                    allowed.append(asked_of(body))
+                return "hang" if len(allowed) > 27 else None
+
+        fake.restart()
+        fake.answered.clear()
+        fake.fault, gone = hangs, tmp_path / "gone"
+        process, deadline = start(gone, *settings), time.monotonic() + DEADLINE_SECONDS
+        while prove.num_lines(gone / "journal" / "rollouts_0.0.jsonl") != 27:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        fake.restart()
+        assert train(gone, *RUN, *settings) == 0
+        assert {asked: fake.answered[asked] for asked in rollouts} == dict.fromkeys(rollouts, 1)
+        assert_equal(tmp_path / "whole", gone)
+
+
 def asked_of(body: dict) -> str:
     """Return the key by which the fake counts answers."""
     return f"{body['input_ids']} {body['sampling_params'].get('sampling_seed')}"
