@@ -38,6 +38,12 @@ MEMORY = """
     def load_state_dict(self, state):
         self.seen = state["seen"]
 """
+SIZES = """
+    shares_budget = True
+
+    def group_sizes(self, prompts, group_size):
+        return [1, group_size, 2 * group_size - 1]
+"""
 
 
 def trial(method: str, *, candidates=8, selected=3, total_steps=20, **settings) -> TrialRun:
@@ -68,7 +74,7 @@ def test_our_methods_pass_the_trial(method, candidates, selected, total_steps):
     try_out(METHODS[method], trial(method, **sizes))
 
 
-@pytest.mark.parametrize("text", [HEAD + CHOOSE, HEAD + CHOOSE + MEMORY])
+@pytest.mark.parametrize("text", [HEAD + CHOOSE, HEAD + CHOOSE + MEMORY, HEAD + CHOOSE + SIZES])
 def test_a_class_that_keeps_the_interface_passes(tmp_path, text):
     check(trial(own(tmp_path, text)), overlap=True)
 
@@ -108,6 +114,14 @@ def test_a_class_may_import_modules_of_its_directory_and_inherit_through_them(tm
         (
             HEAD + CHOOSE + MEMORY.replace("prompts, rewards_KG", "rewards_KG"),
             r"observe cannot be called .*; define observe\(self, prompts, rewards_KG\)$",
+        ),
+        (
+            HEAD + CHOOSE + SIZES.replace("[1,", "[0,"),
+            r"group_sizes, in step 0, returned \[0, 4, 7\] for 3 prompts; return a list with an",
+        ),
+        (
+            HEAD + CHOOSE + SIZES.replace("[1,", "[2,"),
+            r"group_sizes, in step 0, returned 13 rollouts in all; share .* = 12 among the prompts",
         ),
         (HEAD + "    refills = 1\n" + CHOOSE, r"refills is 1; set it to True or False"),
         (returns("1 / 0"), r"fails on made-up cand.*mine\.py, line 10: ZeroDivisionError"),
