@@ -49,21 +49,23 @@ def rounds(
     size than K, or another number of rollouts than K*G where the method shares these; a method that
     refills may choose more than K in its rounds.
     """
-    where = f"selection.method={method}: %s, in step {step},"
+    choosing, sizing = (
+        f"selection.method={method}: {name}, in step {step}," for name in ("choose", "group_sizes")
+    )
     positions, more = range(len(candidates.prompts)), True
     generated: Counter[int] = Counter()
     while more:
         taken = () if selector.shares_budget else generated
-        chosen = _checked(selector.choose(candidates, step), positions, where % "choose", taken)
+        chosen = _checked(selector.choose(candidates, step), positions, choosing, taken)
         more, prompts = selector.refills and bool(chosen), candidates.at(chosen)
-        sizes = _sizes(selector.group_sizes(prompts, group_size), prompts, where % "group_sizes")
+        sizes = _sizes(selector.group_sizes(prompts, group_size), prompts, sizing)
         pairs = list(zip(chosen, sizes, strict=True))
         choice = Choice(chosen, prompts, [range(generated[p], generated[p] + n) for p, n in pairs])
         generated.update(dict(pairs))
         if selector.shares_budget:
-            _check_budget(generated, num_selected * group_size, more, where % "group_sizes")
+            _check_budget(generated, num_selected * group_size, more, sizing)
         if not more:
-            _check_number(generated, num_selected, selector.refills, where % "choose")
+            _check_number(generated, num_selected, selector.refills, choosing)
         if chosen:
             yield choice
 
