@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prepo import config as configuration
-from megatron_prepo.config import Config, former
+from megatron_prepo.config import Config, EvalConfig, former
 from megatron_prepo.errors import UserError
 from megatron_prepo.files import rows
 from megatron_prepo.files.atomic import read_lines
@@ -159,7 +159,7 @@ def record(directory: str | Path) -> Record:
     if not evaluations:
         raise UserError(
             f"the run in {directory} has not been evaluated yet, which a report needs: its first "
-            f"evaluation is {_first_evaluation(config)}"
+            f"evaluation is {_first_evaluation(config.eval, config.train.total_steps)}"
         )
     summary = _summary_so_far(config, steps, evaluations)
     if is_finished(directory):
@@ -184,13 +184,13 @@ def record(directory: str | Path) -> Record:
     return made
 
 
-def _first_evaluation(config: Config) -> str:
+def _first_evaluation(settings: EvalConfig, total_steps: int) -> str:
     """Return when a run is evaluated first, in words."""
-    if config.eval.before:
+    if settings.before:
         return "before its first step"
-    total, every = config.train.total_steps, config.eval.every
-    steps = every if 0 < every < total else total
-    return f"after {steps} of {total} steps (eval.before=false, eval.every={every})"
+    steps = settings.every if 0 < settings.every < total_steps else total_steps
+    of = f"eval.before=false, eval.every={settings.every}"
+    return f"after {steps} of {total_steps} steps ({of})"
 
 
 SAMPLED = ("prompts", "temperature", "top_p", "top_k")

@@ -156,8 +156,7 @@ def test_sets_are_in_the_records_of_a_run_and_its_summary(files, monkeypatch):
         run, shown = Run(config, rank=0), []
         run.dashboards = SimpleNamespace(
             write=lambda step, values: shown.append(values),
-            write_picture=lambda step, path: None,
-            close=lambda: None,
+            close=lambda picture: None,
         )
         before, after = evaluation(a=[0.0, 0.5], b=[0.5]), evaluation(a=[0.5, 1.0], b=[0.25])
         for found in (before, after):

@@ -46,10 +46,16 @@ sys.exit(run_rank(main))
 
 
 def test_an_error_that_follows_from_another_is_not_shown(tmp_path):
-    code = """
+    code = f"""
+failing = {str(tmp_path / "failing")!r}
 def main():
-    time.sleep(0.0 if rank == 2 else 0.3)
-    raise ValueError("cause" if rank == 2 else "connection reset by peer")
+    if rank == 2:
+        open(failing, "w").close()
+        raise ValueError("cause")
+    while not os.path.exists(failing):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    raise ValueError("connection reset by peer")
 sys.exit(run_rank(main))
 """
     with pytest.raises(RanksFailed, match="rank 2 failed") as failure:
