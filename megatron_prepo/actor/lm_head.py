@@ -17,15 +17,17 @@ statistics from other ranks:
 for any incoming gradient.  `vocab_parallel_loss` takes the loss as an argument, and so knows the
 gradient while it still has the logits: 3 products.  docs/head.md derives and measures both.
 
-Letters: T tokens, R scored ones among them, C tokens per chunk, H hidden, V rows of W of this rank.
+Letters: T tokens, R scored ones among them, C tokens per chunk, H hidden, V rows of W of this rank,
+S rows of W per slab.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,11 +38,11 @@ from megatron_prepo.models.fp32_matmul import add_product, product
 
 IGNORE = -100
 """Target of tokens that are not scored."""
-HEAD_MEMORY_MIB = {"cuda": 900.0, "cpu": 16.0}
+HEAD_MEMORY_MIB = {"cuda": 640.0, "cpu": 16.0}
 """Memory for a chunk's logits: matrix products on a GPU need about 1,000 rows to be efficient, the
 cache of a CPU holds only a few."""
 ALIGNMENT = 128
-"""Divisor of the size of chunks with more tokens than this: matrix products prefer full tiles."""
+"""Divisor of the size of larger chunks and slabs: matrix products prefer full tiles."""
 
 
 def vocab_parallel_logprobs_and_entropy(
@@ -64,7 +66,7 @@ def vocab_parallel_logprobs_and_entropy(
     `vocab_size`: rows from this index on are padding, and are excluded.
     `temperature`: one number, or one per token.
     `group`: the tensor-parallel group; None means that this rank holds the full vocabulary.
-    `chunk_tokens`: see `chunk_tokens_within`.
+    `chunk_tokens`: see `chunk_tokens_within`; for a gradient, blocks within the same memory.
     `fp32_logits`: False rounds the logits to the type of the weights, as an engine may do.
     `into_main_grad`: add the weight's gradient to `weight_VH.main_grad`, if it has one in float32,
     and return none for it; the parameter's `grad_added_to_main_grad` is then set, as Megatron's
@@ -80,7 +82,8 @@ def vocab_parallel_logprobs_and_entropy(
     """
     head = _Head.of(weight_VH, targets_T, vocab_size, temperature, group, chunk_tokens)
     head = replace(head, fp32_logits=fp32_logits, into_main_grad=into_main_grad)
-    logprobs_R, entropy_R = _LogprobsAndEntropy.apply(hidden_TH, weight_VH, head)
+    with_gradient = torch.is_grad_enabled()
+    logprobs_R, entropy_R = _LogprobsAndEntropy.apply(hidden_TH, weight_VH, head, with_gradient)
     zeros_T = logprobs_R.new_zeros(targets_T.shape)
     return (
         zeros_T.index_copy(0, head.rows_R, logprobs_R),
@@ -135,19 +138,17 @@ def vocab_parallel_loss(
 
 
 def chunk_tokens_within(memory_mib: float | None, weight_VH: torch.Tensor) -> int:
-    """Return the tokens per chunk whose float32 logits and gradient in the weight's type fit.
+    """Return the tokens per chunk whose float32 logits fit; their gradient takes their place.
 
-    The gradient of float32 logits reuses their memory.  At least 1, and a multiple of `ALIGNMENT`
-    if at least that many fit; the same on every tensor-parallel rank.  None means the device's
-    `HEAD_MEMORY_MIB`.
+    At least 1, and a multiple of `ALIGNMENT` if at least that many fit; the same on every
+    tensor-parallel rank.  None means the device's `HEAD_MEMORY_MIB`.
 
-    >>> chunk_tokens_within(900, torch.empty(152064, 1, dtype=torch.bfloat16))
+    >>> chunk_tokens_within(640, torch.empty(152064, 1, dtype=torch.bfloat16))
     1024
     """
     if memory_mib is None:
         memory_mib = HEAD_MEMORY_MIB[weight_VH.device.type]
-    size: int = weight_VH.element_size()
-    bytes_per_token: int = weight_VH.shape[0] * (4 + size if size < 4 else size)
+    bytes_per_token: int = weight_VH.shape[0] * _float(weight_VH).itemsize
     tokens = int(memory_mib * 2**20) // bytes_per_token
     return max(1, tokens if tokens < ALIGNMENT else tokens - tokens % ALIGNMENT)
 
@@ -163,14 +164,20 @@ def row_operations(device: torch.device) -> ModuleType:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A range of the scored tokens, with their logits before division by the temperature."""
+    """A range of the scored tokens."""
 
     scored: slice
     rows_C: torch.Tensor
     hidden_CH: torch.Tensor
-    z_CV: torch.Tensor
     target_C: torch.Tensor
     temperature: float | torch.Tensor
+
+
+class _Block(NamedTuple):
+    """A chunk's logits of a range of columns, before division by the temperature."""
+
+    slab: slice
+    z_CS: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -222,22 +229,52 @@ class _Head:
             return self.temperature[rows]
         return self.temperature
 
-    def chunks(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[_Chunk]:
-        """Yield the chunks; their logits share a workspace, so finish one before the next."""
-        slices = equal_chunks(len(self.rows_R), self.chunk_tokens)
-        rows_VH = weight_VH[: self.columns]
-        longest = max(chunk.stop - chunk.start for chunk in slices)
-        workspace_CV = weight_VH.new_empty(longest, self.columns, dtype=_float(weight_VH))
-        for chunk in slices:
-            rows_C = self.rows_R[chunk]
+    def chunks(
+        self,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        chunks: list[slice],
+        slabs: list[slice],
+    ) -> Iterator[tuple[_Chunk, Iterator[_Block]]]:
+        """Yield chunks with their blocks; these share a workspace, so finish one before the next.
+
+        `chunks` and `slabs` are ranges of the scored tokens and of the columns.
+        """
+        workspace = weight_VH.new_empty(_longest(chunks) * _longest(slabs), dtype=_float(weight_VH))
+        for scored in chunks:
+            rows_C = self.rows_R[scored]
             hidden_CH = hidden_TH.index_select(0, rows_C)
-            z_CV = workspace_CV[: len(rows_C)]
-            if self.fp32_logits:
-                product(hidden_CH, rows_VH.t(), out=z_CV)
-            else:
-                z_CV.copy_(hidden_CH @ rows_VH.t())
-            target_C, temperature = self.target_R[chunk], self._temperature(chunk)
-            yield _Chunk(chunk, rows_C, hidden_CH, z_CV, target_C, temperature)
+            target_C, temperature = self.target_R[scored], self._temperature(scored)
+            chunk = _Chunk(scored, rows_C, hidden_CH, target_C, temperature)
+            yield chunk, (_Block(s, self._logits(chunk, weight_VH[s], workspace)) for s in slabs)
+
+    def _logits(
+        self, chunk: _Chunk, rows_SH: torch.Tensor, workspace: torch.Tensor
+    ) -> torch.Tensor:
+        size = len(chunk.rows_C), len(rows_SH)
+        z_CS = workspace[: math.prod(size)].view(size)
+        if self.fp32_logits:
+            return product(chunk.hidden_CH, rows_SH.t(), out=z_CS)
+        return z_CS.copy_(chunk.hidden_CH @ rows_SH.t())
+
+    def complete_rows(self) -> tuple[list[slice], list[slice]]:
+        """Return chunks of tokens, and all columns as one slab."""
+        return equal_chunks(len(self.rows_R), self.chunk_tokens), [slice(0, self.columns)]
+
+    def fewest_bytes(self, weight_VH: torch.Tensor) -> tuple[list[slice], list[slice]]:
+        """Return chunks and slabs of the blocks by which gradients move the fewest bytes.
+
+        Each slab reads and writes the gradient of all hidden states, and each chunk that of the
+        weight: in blocks of C tokens and S columns, H V R (1 / S + 1 / C) numbers.  The memory of
+        `chunk_tokens` rows of logits, E numbers, holds a block, and a chunk's hidden states and
+        their gradient, e numbers per token: C (S + e) = E.  The sum is least at S = sqrt(E).
+        """
+        numbers, hidden = self.chunk_tokens * len(weight_VH), weight_VH.shape[1]
+        per_token = hidden + hidden * weight_VH.element_size() // _float(weight_VH).itemsize
+        columns = min(len(weight_VH), math.isqrt(numbers))
+        chunks = equal_chunks(len(self.rows_R), max(1, numbers // (columns + per_token)))
+        columns = max(1, numbers // max(1, _longest(chunks)) - per_token)
+        return chunks, equal_chunks(self.columns, columns)
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
@@ -245,12 +282,18 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, head: _Head
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        head: _Head,
+        with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = row_operations(hidden_TH.device)
+        # in backward a product of the same shape rounds the logits as here
+        again = with_gradient and any(ctx.needs_input_grad)
+        blocks = head.fewest_bytes(weight_VH) if again else head.complete_rows()
         stats = [
-            rows.row_statistics(chunk.z_CV, chunk.target_C, chunk.temperature)
-            for chunk in head.chunks(hidden_TH, weight_VH)
+            _combine(torch.stack([_statistics(chunk, block) for block in of_chunk]))
+            for chunk, of_chunk in head.chunks(hidden_TH, weight_VH, *blocks)
         ]
         lse_R, entropy_R, logprobs_R = _merge(_gather(torch.cat(stats, dim=1), head.group))
         ctx.save_for_backward(hidden_TH, weight_VH, lse_R, entropy_R)
@@ -277,9 +320,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             None if value_R is None else value_R[keep_K]
             for value_R in (lse_R, entropy_R, grad_logprobs_R, grad_entropy_R)
         ]
-        for chunk in head.chunks(hidden_TH, weight_VH):
-            gradients.add(chunk, *(None if v is None else v[chunk.scored] for v in per_token))
-        return gradients.hidden_TH, gradients.finish_weight(), None
+        for chunk, blocks in head.chunks(hidden_TH, weight_VH, *head.fewest_bytes(weight_VH)):
+            values = (None if v is None else v[chunk.scored] for v in per_token)
+            gradients.add(chunk, blocks, *values)
+        return gradients.hidden_TH, gradients.finish_weight(), None, None
 
 
 class _Loss(torch.autograd.Function):
@@ -295,11 +339,11 @@ class _Loss(torch.autograd.Function):
         loss_scale: float,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows = row_operations(hidden_TH.device)
         gradients = _Gradients(hidden_TH, weight_VH, head) if with_gradient else None
         losses, sums = [], []
-        for chunk in head.chunks(hidden_TH, weight_VH):
-            stats_4C = rows.row_statistics(chunk.z_CV, chunk.target_C, chunk.temperature)
+        for chunk, blocks in head.chunks(hidden_TH, weight_VH, *head.complete_rows()):
+            [block] = blocks
+            stats_4C = _statistics(chunk, block)
             lse_C, entropy_C, logprobs_C = _merge(_gather(stats_4C, head.group))
             with torch.set_grad_enabled(with_gradient):
                 values = [v.detach().requires_grad_(with_gradient) for v in (logprobs_C, entropy_C)]
@@ -309,7 +353,7 @@ class _Loss(torch.autograd.Function):
             if gradients is not None:
                 arriving = torch.full_like(loss, loss_scale)
                 grads = torch.autograd.grad(loss, values, arriving, allow_unused=True)
-                gradients.add(chunk, lse_C, entropy_C, *grads)
+                gradients.add(chunk, [block], lse_C, entropy_C, *grads)
         if gradients is not None:
             grad_weight_VH = gradients.finish_weight()
             ctx.in_main_grad = gradients.in_main_grad
@@ -360,35 +404,39 @@ class _Gradients:
                 if self.in_main_grad
                 else torch.zeros_like(weight_VH, dtype=dtype, requires_grad=False)
             )
-        self.workspace_CV: torch.Tensor | None = None
 
     def add(
         self,
         chunk: _Chunk,
+        blocks: Iterable[_Block],
         lse_C: torch.Tensor,
         entropy_C: torch.Tensor,
         grad_logprobs_C: torch.Tensor | None,
         grad_entropy_C: torch.Tensor | None,
     ) -> None:
-        """Add a chunk's gradients by two matrix products; the chunk's logits are overwritten."""
-        grad_z_CV = self._space_for(chunk.z_CV)
+        """Add a chunk's gradients by two matrix products per block, whose logits are overwritten.
+
+        The gradient of the hidden states is added up over blocks before it is rounded.
+        """
         if grad_logprobs_C is None:
             grad_logprobs_C = torch.zeros_like(lse_C)
-        row_operations(chunk.z_CV.device).row_gradient(
-            chunk.z_CV,
-            chunk.target_C,
-            chunk.temperature,
-            lse_C,
-            entropy_C,
-            grad_logprobs_C,
-            grad_entropy_C,
-            grad_z_CV,
-        )
-        columns = self.head.columns
-        grad_CH = product(grad_z_CV, self.weight_VH[:columns])
+        grad_CH = torch.zeros_like(chunk.hidden_CH, dtype=lse_C.dtype)
+        for slab, z_CS in blocks:
+            grad_z_CS = in_place(z_CS, self.weight_VH.dtype)
+            row_operations(z_CS.device).row_gradient(
+                z_CS,
+                chunk.target_C - slab.start,
+                chunk.temperature,
+                lse_C,
+                entropy_C,
+                grad_logprobs_C,
+                grad_entropy_C,
+                grad_z_CS,
+            )
+            add_product(grad_CH, grad_z_CS, self.weight_VH[slab])
+            if self.total_VH is not None:
+                add_product(self.total_VH[slab], grad_z_CS.t(), chunk.hidden_CH)
         self.hidden_TH.index_copy_(0, chunk.rows_C, grad_CH.to(self.hidden_TH.dtype))
-        if self.total_VH is not None:
-            add_product(self.total_VH[:columns], grad_z_CV.t(), chunk.hidden_CH)
 
     def finish_weight(self) -> torch.Tensor | None:
         """Return the weight's gradient for autograd: None if it is in `main_grad`, or frozen.
@@ -402,20 +450,21 @@ class _Gradients:
             self.weight_VH.grad_added_to_main_grad = True
         return None
 
-    def _space_for(self, z_CV: torch.Tensor) -> torch.Tensor:
-        if z_CV.dtype == self.weight_VH.dtype:
-            return z_CV
-        if self.workspace_CV is None or len(self.workspace_CV) < len(z_CV):
-            self.workspace_CV = torch.empty_like(z_CV, dtype=self.weight_VH.dtype)
-        return self.workspace_CV[: len(z_CV)]
+
+def in_place(z_CS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the memory of logits as a tensor of a type of at most their size.
+
+    Row c of it lies in row c of the logits: column v of 2 bytes in the place of column v // 2.
+    """
+    return z_CS.view(dtype)[:, : z_CS.shape[1]]
 
 
 def equal_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
     """Return as few chunks of at most `chunk_tokens` tokens as possible, of nearly equal size.
 
     Matrix products of very few rows are slow, and on a CPU also have larger rounding errors.
-    Chunks of `ALIGNMENT` tokens and more are multiples of it, except for the last.  Zero tokens
-    make one chunk.
+    Slabs of columns are made in the same way.  Chunks of `ALIGNMENT` tokens and more are multiples
+    of it, except for the last.  Zero tokens make one chunk.
 
     >>> equal_chunks(7, 3)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
@@ -427,6 +476,15 @@ def equal_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
     num_units = -(-num_tokens // unit)
     cuts = [min(num_tokens, unit * (num_units * n // num_chunks)) for n in range(num_chunks + 1)]
     return [slice(*cut) for cut in pairwise(cuts)]
+
+
+def _statistics(chunk: _Chunk, block: _Block) -> torch.Tensor:
+    """Return statistics [4, C] of a block."""
+    rows = row_operations(block.z_CS.device)
+    stats_4C: torch.Tensor = rows.row_statistics(
+        block.z_CS, chunk.target_C - block.slab.start, chunk.temperature
+    )
+    return stats_4C
 
 
 def _gather(stats_4T: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -441,8 +499,8 @@ def _gather(stats_4T: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
     return stats_R4T
 
 
-def _merge(stats_R4T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-sum-exp, entropy and the target's log-probability over all ranks' columns."""
+def _combine(stats_R4T: torch.Tensor) -> torch.Tensor:
+    """Return statistics [4, T] of all columns from those of R parts, slabs or ranks."""
     max_RT, sum_RT, weighted_RT, target_RT = stats_R4T.unbind(1)
     max_T = max_RT.amax(dim=0)
     nothing_RT = max_RT == -torch.inf
@@ -450,10 +508,21 @@ def _merge(stats_R4T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     scale_RT = torch.where(nothing_RT, 0, shift_RT.exp())
     sum_T = (scale_RT * sum_RT).sum(dim=0)
     weighted_T = (scale_RT * (weighted_RT + shift_RT * sum_RT)).sum(dim=0)
+    return torch.stack([max_T, sum_T, weighted_T, target_RT.amax(dim=0)])
+
+
+def _merge(stats_R4T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log-sum-exp, entropy and the target's log-probability over all ranks' columns."""
+    max_T, sum_T, weighted_T, target_T = _combine(stats_R4T)
     log_sum_T = sum_T.log()
-    logprobs_T = (target_RT.amax(dim=0) - max_T) - log_sum_T  # in this order nothing cancels
+    logprobs_T = (target_T - max_T) - log_sum_T  # in this order nothing cancels
     return max_T + log_sum_T, log_sum_T - weighted_T / sum_T, logprobs_T
 
 
 def _float(like: torch.Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _longest(ranges: list[slice]) -> int:
+    longest: int = max(part.stop - part.start for part in ranges)
+    return longest

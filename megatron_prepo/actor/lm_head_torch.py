@@ -34,17 +34,18 @@ def row_statistics(
     if z_CV.shape[1] == 0:  # every column of this rank is vocabulary padding
         stats_4C[[0, 3]] = -torch.inf
         return stats_4C
-    for block, z_BV, temperature_B1, (x_BV, exp_BV) in _blocks(z_CV, temperature):
+    for block, z_BV, scale_B1, (x_BV, exp_BV) in _blocks(z_CV, temperature):
         max_B, sum_B, weighted_B, target_B = stats_4C[:, block]
-        torch.div(z_BV, temperature_B1, out=x_BV)
-        torch.amax(x_BV, dim=1, out=max_B)
-        column_B, hit_B = _columns(target_C[block], z_CV.shape[1])
-        at_target_B = x_BV.gather(1, column_B[:, None])[:, 0]
-        target_B.copy_(torch.where(hit_B, at_target_B, -torch.inf))
-        x_BV.sub_(torch.where(max_B == -torch.inf, 0, max_B)[:, None])
+        torch.amax(z_BV, dim=1, out=max_B)
+        origin_B1 = torch.where(max_B == -torch.inf, 0, max_B)[:, None]
+        torch.sub(z_BV, origin_B1, out=x_BV).mul_(scale_B1)
         torch.exp(x_BV, out=exp_BV)
         torch.sum(exp_BV, dim=1, out=sum_B)
         torch.sum(exp_BV.mul_(x_BV.clamp_(min=FAR_BELOW)), dim=1, out=weighted_B)
+        column_B1, hit_B1 = _columns(target_C[block], z_CV.shape[1])
+        at_target_B1 = torch.where(hit_B1, z_BV.gather(1, column_B1), -torch.inf)
+        target_B.copy_(at_target_B1.mul_(scale_B1)[:, 0])
+        max_B[:, None].mul_(scale_B1)
     return stats_4C
 
 
@@ -70,38 +71,40 @@ def row_gradient(
     """
     if z_CV.shape[1] == 0:
         return
-    for block, z_BV, temperature_B1, (logp_BV, grad_BV) in _blocks(z_CV, temperature):
-        torch.div(z_BV, temperature_B1, out=logp_BV).sub_(lse_C[block, None])
-        torch.exp(logp_BV, out=grad_BV)
-        grad_B1 = grad_logprobs_C[block, None]
+    for block, z_BV, scale_B1, (x_BV, p_BV) in _blocks(z_CV, temperature):
+        torch.sub(z_BV, lse_C[block, None] / scale_B1, out=x_BV).mul_(scale_B1)
+        torch.exp(x_BV, out=p_BV)
+        grad_B1 = at_target_B1 = grad_logprobs_C[block, None]
         if grad_entropy_C is None:
-            grad_BV.mul_(-grad_B1)
+            # g (p - 1) takes one multiplication fewer than g p - g
+            at_target_B1, factor_B1 = torch.ones_like(grad_B1), -scale_B1 * grad_B1
         else:
-            surprise_BV = logp_BV.clamp_(min=FAR_BELOW).add_(entropy_C[block, None])
-            factor_BV = surprise_BV.mul_(grad_entropy_C[block, None]).add_(grad_B1)
-            grad_BV.mul_(factor_BV.neg_())
-        # added before the result is rounded: g (1 - p) would not survive the rounding of g p
-        column_B, hit_B = _columns(target_C[block], z_CV.shape[1])
-        grad_BV.scatter_add_(1, column_B[:, None], torch.where(hit_B[:, None], grad_B1, 0))
-        out_CV[block] = grad_BV.div_(temperature_B1)
+            grad_entropy_B1, factor_B1 = grad_entropy_C[block, None], -scale_B1
+            constant_B1 = grad_B1 + grad_entropy_B1 * entropy_C[block, None]
+            x_BV.clamp_(min=FAR_BELOW).mul_(grad_entropy_B1).add_(constant_B1)
+            p_BV.mul_(x_BV)
+        # subtracted before the result is rounded: g (p - 1) would not survive the rounding of g p
+        column_B1, hit_B1 = _columns(target_C[block], z_CV.shape[1])
+        p_BV.scatter_add_(1, column_B1, torch.where(hit_B1, -at_target_B1, 0))
+        torch.mul(p_BV, factor_B1, out=out_CV[block])
 
 
 def _blocks(
     z_CV: torch.Tensor, temperature: float | torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, float | torch.Tensor, torch.Tensor]]:
-    """Yield blocks: row slice, logits, temperature as column or number, two scratch tensors."""
+    """Yield blocks: row slice, logits, 1 / temperature as column or number, two scratch tensors."""
     rows = max(1, BLOCK_ELEMENTS[z_CV.device.type] // z_CV.shape[1])
     scratch_2BV = z_CV.new_empty(2, min(rows, len(z_CV)), z_CV.shape[1])
     for first in range(0, len(z_CV), rows):
         block = slice(first, first + rows)
         z_BV = z_CV[block]
         if isinstance(temperature, torch.Tensor):
-            yield block, z_BV, temperature[block, None], scratch_2BV[:, : len(z_BV)]
+            yield block, z_BV, 1 / temperature[block, None], scratch_2BV[:, : len(z_BV)]
         else:
-            yield block, z_BV, temperature, scratch_2BV[:, : len(z_BV)]
+            yield block, z_BV, 1 / temperature, scratch_2BV[:, : len(z_BV)]
 
 
 def _columns(target_B: torch.Tensor, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a column of this rank per target, and whether it is the target's."""
-    column_B = target_B.clamp(0, num_columns - 1)
-    return column_B, column_B == target_B
+    """Return a column of this rank per target, and whether it is the target's, both [B, 1]."""
+    column_B1 = target_B.clamp(0, num_columns - 1)[:, None]
+    return column_B1, column_B1 == target_B[:, None]

@@ -23,16 +23,16 @@ def row_statistics(
     num_rows, num_columns = z_CV.shape
     stats_4C = z_CV.new_empty(4, num_rows)
     if num_rows:
-        temperature_C = _per_row(temperature, z_CV)
+        scale_C = _scale(temperature, z_CV)
         _statistics[(num_rows,)](
             z_CV,
             target_C,
-            temperature_C,
+            scale_C,
             stats_4C,
             num_rows,
             num_columns,
             z_CV.stride(0),
-            temperature_C.stride(0),
+            scale_C.stride(0),
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -53,11 +53,11 @@ def row_gradient(
     num_rows, num_columns = z_CV.shape
     if num_rows == 0 or num_columns == 0:
         return
-    temperature_C = _per_row(temperature, z_CV)
+    scale_C = _scale(temperature, z_CV)
     _gradient[(num_rows,)](
         z_CV,
         target_C,
-        temperature_C,
+        scale_C,
         lse_C.contiguous(),
         entropy_C.contiguous(),
         grad_logprobs_C.contiguous(),
@@ -66,41 +66,41 @@ def row_gradient(
         num_columns,
         z_CV.stride(0),
         out_CV.stride(0),
-        temperature_C.stride(0),
+        scale_C.stride(0),
         WITH_ENTROPY=grad_entropy_C is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
 
 
-def _per_row(temperature: float | torch.Tensor, z_CV: torch.Tensor) -> torch.Tensor:
-    """Return one number per row; a single number is stored once, with a stride of 0."""
+def _scale(temperature: float | torch.Tensor, z_CV: torch.Tensor) -> torch.Tensor:
+    """Return 1 / temperature of each row; a single number is stored once, with a stride of 0."""
     if isinstance(temperature, torch.Tensor):
-        return temperature
-    return z_CV.new_full((1,), temperature).expand(len(z_CV))
+        return 1 / temperature
+    return z_CV.new_full((1,), 1 / temperature).expand(len(z_CV))
 
 
 @triton.jit
 def _statistics(  # type: ignore[no-untyped-def]  # Triton would read annotations as types
     z,
     target,
-    temperature,
+    scale,
     stats,
     num_rows,
     num_columns,
     z_stride,
-    temperature_stride,
+    scale_stride,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
-    scale = tl.load(temperature + row * temperature_stride)
+    row_scale = tl.load(scale + row * scale_stride)
     maximum = tl.full((), float("-inf"), z.dtype.element_ty)
     total = tl.full((), 0.0, z.dtype.element_ty)
     weighted = tl.full((), 0.0, z.dtype.element_ty)
     for first in range(0, num_columns, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        x = tl.load(z + columns, mask=columns < num_columns, other=float("-inf")) / scale
+        x = tl.load(z + columns, mask=columns < num_columns, other=float("-inf")) * row_scale
         larger = tl.maximum(maximum, tl.max(x, axis=0))
         # only -inf so far: there is no maximum to subtract, and nothing to rescale
         origin = tl.where(larger == float("-inf"), 0.0, larger)
@@ -115,7 +115,7 @@ def _statistics(  # type: ignore[no-untyped-def]  # Triton would read annotation
         maximum = larger
     wanted = tl.load(target + row)
     here = (wanted >= 0) & (wanted < num_columns)
-    at_target = tl.load(z + wanted, mask=here, other=float("-inf")) / scale
+    at_target = tl.load(z + wanted, mask=here, other=float("-inf")) * row_scale
     tl.store(stats + row, maximum)
     tl.store(stats + num_rows + row, total)
     tl.store(stats + 2 * num_rows + row, weighted)
@@ -126,7 +126,7 @@ def _statistics(  # type: ignore[no-untyped-def]  # Triton would read annotation
 def _gradient(  # type: ignore[no-untyped-def]  # Triton would read annotations as types
     z,
     target,
-    temperature,
+    scale,
     lse,
     entropy,
     grad_logprobs,
@@ -135,14 +135,14 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton would read annotations 
     num_columns,
     z_stride,
     out_stride,
-    temperature_stride,
+    scale_stride,
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
     out += row * out_stride
-    scale = tl.load(temperature + row * temperature_stride)
+    row_scale = tl.load(scale + row * scale_stride)
     row_lse = tl.load(lse + row)
     wanted = tl.load(target + row)
     grad = tl.load(grad_logprobs + row)
@@ -152,7 +152,11 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton would read annotations 
     for first in range(0, num_columns, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         inside = columns < num_columns
-        logp = tl.load(z + columns, mask=inside, other=float("-inf")) / scale - row_lse
+        logits = tl.load(z + columns, mask=inside, other=float("-inf"))
+        # `out` may be `z` with fewer bytes per number: a block is stored in the place of blocks up
+        # to this one, which all threads must have loaded
+        tl.debug_barrier()
+        logp = logits * row_scale - row_lse
         p = tl.exp(logp)
         factor = grad
         if WITH_ENTROPY:
@@ -161,4 +165,4 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton would read annotations 
             factor = grad + grad_of_entropy * surprise
         # added before the result is rounded: g (1 - p) would not survive the rounding of g p
         dz = tl.where(columns == wanted, grad, 0.0) - p * factor
-        tl.store(out + columns, (dz / scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + columns, (dz * row_scale).to(out.dtype.element_ty), mask=inside)

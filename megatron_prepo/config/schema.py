@@ -729,8 +729,8 @@ class LossConfig:
     """Computation of the output head's gradient: together with the loss, while the logits exist (3
     matrix products), or in the backward pass, from recomputed logits (4 products)."""
     head_memory_mib: float | None = None
-    """Memory for the logits that exist at a time in the output head, and their gradient, in MiB;
-    empty: 900 on a GPU (1,024 tokens of a vocabulary of 152,064), 16 on a CPU."""
+    """Memory for the logits that exist at a time in the output head, in MiB; their gradient takes
+    their place.  Empty: 640 on a GPU (1,024 tokens of a vocabulary of 152,064), 16 on a CPU."""
 
     def __post_init__(self) -> None:
         unclipped = self.policy == "cispo" and self.clip_low == 1

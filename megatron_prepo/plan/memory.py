@@ -164,13 +164,12 @@ def head_workspace(
 ) -> float:
     """Return the bytes that the output head adds on the last stage, in backward.
 
-    These are a chunk's logits in float32 and their gradient in bfloat16, two copies of the hidden
-    states (gathered, and their gradient), and about 100 bytes per token.  The weight's gradient
-    goes into Megatron's buffer.
+    These are a chunk's logits in float32, two copies of the hidden states (gathered, and their
+    gradient), and about 100 bytes per token.  The weight's gradient goes into Megatron's buffer.
     """
     tokens = -(-tokens // parallel.context)
     rows = -(-shape.vocabulary // parallel.tensor)
-    logits = min(chunk_tokens, tokens) * rows * (4 + 2)
+    logits = min(chunk_tokens, tokens) * rows * 4
     return logits + tokens * (2 * shape.hidden * 2 + 100)
 
 

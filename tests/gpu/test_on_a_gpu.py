@@ -13,6 +13,7 @@ from megatron_prepo.actor import attention
 from megatron_prepo.actor import lm_head_torch as row_statistics
 from megatron_prepo.actor.lm_head import (
     chunk_tokens_within,
+    in_place,
     vocab_parallel_logprobs_and_entropy,
     vocab_parallel_loss,
 )
@@ -104,6 +105,22 @@ def test_kernels_against_torch_rows(temperature, num_rows, columns, out_dtype):
     Reference(gradient, z_CV, temperature, *per_row).assert_equals([out_CV])
 
 
+@pytest.mark.parametrize("columns", [152064, 5000, 4099])
+def test_a_narrower_gradient_in_the_place_of_its_logits(columns):
+    """The same bits as elsewhere, though other threads' logits lie where a thread stores."""
+    from megatron_prepo.actor import lm_head_triton as row_kernels
+
+    generator = torch.Generator(device="cuda").manual_seed(4)
+    z_CV = 6 * torch.randn(1024, columns, device="cuda", generator=generator)
+    target_C = torch.randint(columns, (1024,), device="cuda", generator=generator)
+    g_C, h_C = torch.randn(2, 1024, device="cuda", generator=generator)
+    lse_C = z_CV.logsumexp(1)
+    elsewhere_CV = torch.empty_like(z_CV, dtype=torch.bfloat16)
+    for out_CV in (elsewhere_CV, in_place(z_CV, torch.bfloat16)):
+        row_kernels.row_gradient(z_CV, target_C, 0.7, lse_C, lse_C, g_C, h_C, out_CV)
+    assert torch.equal(in_place(z_CV, torch.bfloat16), elsewhere_CV)
+
+
 def test_offsets_beyond_32_bits():
     """Rows of a workspace of 2.2 billion logits, of which the last is checked."""
     from megatron_prepo.actor import lm_head_triton as row_kernels
@@ -128,7 +145,7 @@ def test_log_probabilities_of_a_peaked_batch():
 
 @pytest.mark.parametrize("known_gradient", [True, False])
 def test_memory_is_bounded_by_the_chunk(known_gradient):
-    """Memory is at most 1 GB more than inputs, gradients and a few numbers per token, for 8,192
+    """Memory is at most 0.7 GB more than inputs, gradients and a few numbers per token, for 8,192
     tokens and 32,768.
 
     Hidden size 256 keeps the inputs small; Qwen2.5-7B's vocabulary decides.
@@ -138,7 +155,7 @@ def test_memory_is_bounded_by_the_chunk(known_gradient):
         hidden_TH, weight_VH, targets_T = head_problem(tokens, 152064, 256, scale=1)
         hidden_TH, weight_VH = hidden_TH.requires_grad_(), torch.nn.Parameter(weight_VH)
         weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
-        settings = {"vocab_size": 152064, "chunk_tokens": chunk_tokens_within(900, weight_VH)}
+        settings = {"vocab_size": 152064, "chunk_tokens": chunk_tokens_within(640, weight_VH)}
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -154,20 +171,22 @@ def test_memory_is_bounded_by_the_chunk(known_gradient):
         extra.append(peak - gradient - per_token)
         assert weight_VH.main_grad.norm() > 0 and hidden_TH.grad.norm() > 0
         del loss, args, hidden_TH, weight_VH, targets_T
-    assert max(extra) <= 1e9, f"{[f'{e / 1e6:.0f} MB' for e in extra]}"
+    assert max(extra) <= 0.7e9, f"{[f'{e / 1e6:.0f} MB' for e in extra]}"
     assert abs(extra[1] - extra[0]) <= 2e7
 
 
 @pytest.mark.parametrize("with_main_grad", [True, False])
 def test_known_gradient_equals_recomputation(with_main_grad):
-    """Bit for bit, on the device too: products, kernels and chunks are the same."""
+    """Bit for bit, on the device too, where one chunk has all tokens: products and kernels are the
+    same.
+    """
     hidden_TH, weight_VH, targets_T = head_problem(500, 32000, 512, scale=3)
     gradients = []
     for known_gradient in (True, False):
         inputs = (hidden_TH.clone().requires_grad_(), torch.nn.Parameter(weight_VH.clone()))
         if with_main_grad:
             inputs[1].main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
-        settings = {"vocab_size": 32000, "temperature": 0.7, "chunk_tokens": 128}
+        settings = {"vocab_size": 32000, "temperature": 0.7, "chunk_tokens": 1024}
         if known_gradient:
             loss, _ = vocab_parallel_loss(
                 *inputs, targets_T, lambda logp, h, _: ((logp - 0.1 * h).sum(), {}), **settings

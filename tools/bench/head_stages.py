@@ -12,7 +12,12 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_prepo.actor.lm_head import chunk_tokens_within, equal_chunks, row_operations
+from megatron_prepo.actor.lm_head import (
+    chunk_tokens_within,
+    equal_chunks,
+    in_place,
+    row_operations,
+)
 from megatron_prepo.models.fp32_matmul import add_product, product
 from tools.bench.head_case import Case
 from tools.bench.head_providers import Outcome, Task, ours_tasks
@@ -32,7 +37,8 @@ def stages(case: Case) -> dict[str, Task]:
     weight_VH, hidden_TH = case.weight_VH.detach(), case.hidden_TH.detach()
     wide = torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
     size = max(part.stop - part.start for part in slices), len(weight_VH)
-    z_CV, out_CV = (weight_VH.new_empty(size, dtype=dtype) for dtype in (wide, weight_VH.dtype))
+    z_CV, other_CV = (weight_VH.new_empty(size, dtype=wide) for _ in range(2))
+    out_CV = in_place(other_CV, weight_VH.dtype)  # rows as far apart as the head has them
     product(hidden_TH[: size[0]], weight_VH.t(), out=z_CV)
     out_CV.copy_(z_CV)
     rows = row_operations(weight_VH.device)

@@ -304,16 +304,13 @@ class LargestTensor(TorchDispatchMode):
 def test_no_more_logits_than_those_of_a_chunk_exist_at_once(monkeypatch):
     monkeypatch.setitem(lm_head_torch.BLOCK_ELEMENTS, "cpu", 500)
     hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500)
+    args, settings = (hidden_TH, weight_VH, targets_T), {"vocab_size": 500, "chunk_tokens": 4}
     with LargestTensor() as largest:
-        values_and_gradients(
-            vocab_parallel_logprobs_and_entropy,
-            hidden_TH,
-            weight_VH,
-            targets_T,
-            vocab_size=500,
-            chunk_tokens=4,
-        )
+        vocab_parallel_logprobs_and_entropy(*args, **settings)
     assert largest.size == 4 * 500
+    with LargestTensor() as largest:
+        values_and_gradients(vocab_parallel_logprobs_and_entropy, *args, **settings)
+    assert 1500 < largest.size <= 4 * 500
 
 
 class Made(TorchDispatchMode):
@@ -331,15 +328,40 @@ class Made(TorchDispatchMode):
 
 
 def test_all_chunks_share_one_workspace():
-    """One workspace holds the logits; in backward, one more holds a gradient of another type."""
+    """The gradient of another type takes the place of its logits."""
     hidden_TH, weight_VH, targets_T = problem(tokens=64, hidden=2, rows=500, dtype=torch.bfloat16)
-    with Made("new_empty", "empty_like") as made:
+    settings = {"vocab_size": 500, "chunk_tokens": 4}
+    with Made("new_empty") as made:
+        vocab_parallel_logprobs_and_entropy(hidden_TH, weight_VH, targets_T, **settings)
+    assert [shape for shape in made.shapes if len(shape) == 1] == [(4 * 500,)]
+    with Made("new_empty") as made:
         outputs = vocab_parallel_logprobs_and_entropy(
-            hidden_TH.requires_grad_(), weight_VH, targets_T, vocab_size=500, chunk_tokens=4
+            hidden_TH.requires_grad_(), weight_VH, targets_T, **settings
         )
-        assert made.shapes.count((4, 500)) == 1
         outputs[0].sum().backward()
-    assert made.shapes.count((4, 500)) == 3
+    (forward,), (backward,) = [shape for shape in made.shapes if len(shape) == 1]
+    assert 1500 < forward == backward <= 4 * 500
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks", "slabs"), [(8192, 1, 12), (32768, 4, 12), (2048, 1, 3), (100, 1, 1)]
+)
+def test_blocks_of_backward_move_few_bytes_within_the_memory(tokens, chunks, slabs):
+    """Qwen2.5-7B on one rank, 8,192 tokens: chunks of 1,024 would read and write 35 GB of float32
+    gradients, nearly all the weight's, and blocks do 7.
+    """
+    rows, hidden = 152064, 3584
+    weight_VH = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
+    rows_R = torch.arange(tokens)
+    head = lm_head._Head(rows_R, rows_R, 1.0, rows, None, chunk_tokens_within(640, weight_VH))
+    scored, columns = head.fewest_bytes(weight_VH)
+    assert (len(scored), len(columns)) == (chunks, slabs)
+    longest, widest = (max(part.stop - part.start for part in cut) for cut in (scored, columns))
+    assert [longest % 128, widest % 128] == [0, 0] or tokens < 128
+    assert longest * (4 * widest + 4 * hidden + 2 * hidden) <= 640 * 2**20
+    if tokens == 8192:
+        assert 2 * 4 * hidden * (rows * chunks + tokens * slabs) < 7.2e9
+        assert 2 * 4 * hidden * (rows * 8 + tokens) > 35e9
 
 
 def test_equal_chunks_cover_every_token_once():
@@ -358,10 +380,11 @@ def test_equal_chunks_cover_every_token_once():
 @pytest.mark.parametrize(
     ("memory_mib", "rows", "dtype", "expected"),
     [
-        (900, 152064, torch.bfloat16, 1024),  # Qwen2.5-7B on one rank
-        (900, 152064 // 4, torch.bfloat16, 4096),
-        (900, 152064, torch.float32, 1536),  # no second buffer: the gradient takes the logits'
-        (100, 152064, torch.bfloat16, 114),
+        (640, 152064, torch.bfloat16, 1024),  # Qwen2.5-7B on one rank
+        (640, 152064 // 4, torch.bfloat16, 4352),
+        (640, 152064, torch.float32, 1024),
+        (640, 152064, torch.float64, 512),
+        (67, 152064, torch.bfloat16, 115),
         (0.001, 152064, torch.bfloat16, 1),
     ],
 )
@@ -369,8 +392,8 @@ def test_tokens_within_a_memory_budget(memory_mib, rows, dtype, expected):
     weight_VH = torch.empty(rows, 1, dtype=dtype)
     tokens = chunk_tokens_within(memory_mib, weight_VH)
     assert tokens == expected
-    if (memory_mib, tokens) == (900, 1024):
-        assert tokens * rows * (4 + 2) < 1e9
+    if (memory_mib, tokens) == (640, 1024):
+        assert tokens * rows * 4 < 0.7e9
 
 
 def test_bfloat16_inputs_lose_nothing_in_values():
@@ -677,28 +700,25 @@ def both_ways(hidden_TH, weight_VH, targets_T, token_loss, factor=1.0, **setting
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [3, 1024])
-def test_known_gradient_equals_recomputation_bit_for_bit(dtype, entropy, chunk_tokens):
-    """Gradients are exactly equal, since chunks are the same; loss and sums except for rounding."""
+def test_known_gradient_equals_recomputation(dtype, entropy, chunk_tokens):
+    """Bit for bit where one chunk has all tokens; otherwise up to rounding, since recomputation
+    has other chunks.  So have loss and sums.
+    """
     hidden_TH, weight_VH, targets_T = problem(scale=3, dtype=dtype)
     targets_T[[0, 6]] = IGNORE
+    targets_T.clamp_(max=36)
     token_loss = some_loss(9, entropy)
     settings = {"vocab_size": 37, "temperature": torch.linspace(0.5, 1.5, 11)}
     known, recomputed = both_ways(
-        hidden_TH,
-        weight_VH,
-        targets_T,
-        token_loss,
-        factor=4.0,
-        chunk_tokens=chunk_tokens,
-        **settings,
+        hidden_TH, weight_VH, targets_T, token_loss, 4.0, chunk_tokens=chunk_tokens, **settings
     )
     assert known[1]["tokens"] == 9
-    args = (hidden_TH, weight_VH, targets_T.clamp(max=36), token_loss)
+    args = (hidden_TH, weight_VH, targets_T, token_loss)
     reference = Reference(loss_by_definition, *args, **settings)
-    for loss, sums, _ in (known, recomputed):
-        reference.assert_equals((loss, sums["entropy"]))
+    for loss, sums, grads in (known, recomputed):
+        reference.assert_equals((loss, sums["entropy"], *(grad / 4 for grad in grads)))
     for ours, theirs in zip(known[2], recomputed[2], strict=True):
-        assert ours.dtype == dtype and torch.equal(ours, theirs)
+        assert ours.dtype == dtype and (chunk_tokens == 3 or torch.equal(ours, theirs))
 
 
 def test_known_gradient_against_float64_autograd():
