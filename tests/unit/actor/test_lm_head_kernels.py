@@ -3,13 +3,20 @@
 Triton's kernels run under its interpreter where there is no GPU (`conftest`): slow, and exact.
 """
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rounding import CHAIN, Reference, approx, assert_close, bound
 
 from megatron_prepo.actor import lm_head, lm_head_torch
+from megatron_prepo.actor.lm_head import in_place
 from tests.unit.actor.test_lm_head import full_softmax, values_and_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, on NaN
@@ -163,6 +170,19 @@ def test_the_gradient_is_rounded_once(rows):
     assert abs(out_CV[0, 0].item() - (1 - p)) <= 2**-8 * (1 - p) + 2**-23
 
 
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_a_narrower_gradient_in_the_place_of_its_logits(rows, with_entropy):
+    """The same bits as elsewhere: a block of columns is stored over blocks that were loaded."""
+    z_CV, target_C, (g_C, h_C) = chunk(columns=70, dtype=torch.float32)
+    before_CV, entropy = z_CV.clone(), h_C if with_entropy else None
+    lse_C = z_CV.logsumexp(1)
+    elsewhere_CV = torch.empty_like(z_CV, dtype=torch.bfloat16)
+    for out_CV in (elsewhere_CV, in_place(z_CV, torch.bfloat16)):
+        rows.row_gradient(z_CV, target_C, 0.7, lse_C, lse_C, g_C, entropy, out_CV)
+    assert torch.equal(in_place(z_CV, torch.bfloat16), elsewhere_CV)
+    assert torch.equal(z_CV[:, 35:], before_CV[:, 35:]), "each row in the first half of its own"
+
+
 def test_gradient_at_logits_of_minus_infinity_is_zero(rows):
     z_CV = torch.full((1, 41), -math.inf)
     z_CV[0, [4, 37]] = 0.5
@@ -245,3 +265,32 @@ def test_which_rows_compute_is_decided_by_the_device(monkeypatch):
     assert lm_head.row_operations(torch.device("cuda")) is lm_head_triton
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert lm_head.row_operations(torch.device("cuda")) is lm_head_torch
+
+
+def test_compiled_kernels_fit_their_registers(tmp_path):
+    """For Hopper and Blackwell, of which this machine need not have one: nothing is spilled, and
+    64 registers let four programs of 256 threads work at a time.
+
+    In the gradient a barrier separates loads from stores, which may be to the same memory.
+    """
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[3]
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.unit.actor.compiled_kernels"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert made.returncode == 0, made.stderr
+    kernels = json.loads(made.stdout)
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert kernel["registers"] <= 64 and kernel["spilled"] == 0, kernel
+        if kernel["kernel"].startswith("_gradient"):
+            _, loop = re.split(r"^\$L__BB0_2:", kernel["ptx"], flags=re.MULTILINE)
+            accesses = re.findall(r"ld\.global|bar\.sync|st\.global", loop)
+            runs = [name for name, last in zip(accesses, [None, *accesses]) if name != last]
+            assert runs == ["ld.global", "bar.sync", "st.global"]
