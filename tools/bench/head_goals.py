@@ -14,16 +14,16 @@ REFERENCE_TOKENS = (8192, 32768)
 CPU_TENSOR = 2
 
 SPEED = (
-    (FORWARD, "bare", FORWARD, 0.85),
+    (FORWARD, "bare", FORWARD, 0.90),
     (FORWARD, "verl", FORWARD, 1.65),
     (FORWARD, "naive", FORWARD, 2.5),
     (FORWARD_BACKWARD, "bare", FORWARD_BACKWARD, 0.90),
     (FORWARD_BACKWARD, "verl", FORWARD_BACKWARD, 1.45),
     (FORWARD_BACKWARD, "naive", FORWARD_BACKWARD, 1.6),
-    (KNOWN_GRADIENT, "verl", FORWARD_BACKWARD, 1.8),
+    (KNOWN_GRADIENT, "verl", FORWARD_BACKWARD, 1.9),
 )
 """Our task, the provider's task to compare with, and the minimum ratio of speeds."""
-PEAK_BYTES = 1e9
+PEAK_BYTES = 0.7e9
 PEAK_GROWTH = 1.05
 """Maximum growth of the peak from the fewer to the more of REFERENCE_TOKENS: it must not depend on
 tokens, except for a few numbers per token."""
