@@ -215,7 +215,7 @@ def test_one_all_gather_forward_and_nothing_backward(results, name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_a_loss_and_its_gradients_are_those_of_the_full_softmax(results, name, dtype):
-    """So are the recomputed ones above, from other chunks and slabs."""
+    """Recomputed ones are compared above, from other chunks and slabs."""
     losses = [rank["loss"] for rank in results[name, dtype]]
     grads = [loss["grads"] for loss in losses]
     parts = [hidden_TH for hidden_TH, _ in grads]

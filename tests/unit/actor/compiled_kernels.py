@@ -27,7 +27,7 @@ CONSTANTS = {
 
 
 def compiled(name: str, capability: int) -> dict:
-    """Compile one kernel as it is launched for bfloat16 weights, in rows of whole cache lines."""
+    """Compile one kernel as it is launched for bfloat16 weights and rows of full cache lines."""
     kernel = lm_head_triton.__dict__[name.split(",")[0]]
     signature = {a: "constexpr" if a in CONSTANTS[name] else of(a) for a in kernel.arg_names}
     aligned = [(i,) for i, a in enumerate(kernel.arg_names) if a not in CONSTANTS[name]]

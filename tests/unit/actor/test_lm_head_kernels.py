@@ -180,7 +180,7 @@ def test_a_narrower_gradient_in_the_place_of_its_logits(rows, with_entropy):
     for out_CV in (elsewhere_CV, in_place(z_CV, torch.bfloat16)):
         rows.row_gradient(z_CV, target_C, 0.7, lse_C, lse_C, g_C, entropy, out_CV)
     assert torch.equal(in_place(z_CV, torch.bfloat16), elsewhere_CV)
-    assert torch.equal(z_CV[:, 35:], before_CV[:, 35:]), "each row in the first half of its own"
+    assert torch.equal(z_CV[:, 35:], before_CV[:, 35:]), "the second half of a row is not written"
 
 
 def test_gradient_at_logits_of_minus_infinity_is_zero(rows):
@@ -268,8 +268,8 @@ def test_which_rows_compute_is_decided_by_the_device(monkeypatch):
 
 
 def test_compiled_kernels_fit_their_registers(tmp_path):
-    """For Hopper and Blackwell, of which this machine need not have one: nothing is spilled, and
-    64 registers let four programs of 256 threads work at a time.
+    """Nothing is spilled for Hopper and Blackwell, of which this machine need not have one, and 64
+    registers let four programs of 256 threads work at a time.
 
     In the gradient a barrier separates loads from stores, which may be to the same memory.
     """
