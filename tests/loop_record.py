@@ -66,8 +66,10 @@ METHODS = (
     "pilot_commit",
     "foresight",
 )
+WITH = {"vip": ["selection.vip_least=3", "selection.vip_most=5"]}
+"""Settings by which groups of G = 4 differ in size."""
 CASES = {
-    **{name: (1, [f"selection.method={name}"]) for name in METHODS},
+    **{name: (1, [f"selection.method={name}", *WITH.get(name, [])]) for name in METHODS},
     "engine_ppl": (1, BY_ENGINE),
     "kl": (1, OTHER_LOSS),
     "debug_rollout": (1, ["debug.mode=rollout", "train.total_steps=2"]),

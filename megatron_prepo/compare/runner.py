@@ -249,7 +249,7 @@ def equal_terms(planned: Sequence[PlannedRun], config_path: str | Path, num_wait
         f"{len(planned)} runs, {len(planned) - num_waiting} of them done\n"
         f"equal for all arms: {config_path}, per seed the order of candidate prompts, the held-out "
         f"prompts and their random numbers, and {config.train.rollout_budget:,} rollouts "
-        f"({each:,} per step; a method that refills generates more per step and takes fewer steps)"
+        f"({each:,} per step; a method that adds groups generates more in a step and takes fewer)"
     )
 
 

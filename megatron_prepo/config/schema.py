@@ -351,9 +351,9 @@ class SelectionConfig:
     """Quantiles of the prompt entropy between which `hive` keeps prompts: from the median up (the
     paper's main text); [0.25, 0.75] is the configuration of its experiments."""
     vip_least: int = 4
-    """Smallest number of rollouts of a prompt for `vip`; G, where that is smaller."""
+    """Smallest number of rollouts of a prompt for `vip`; below G."""
     vip_most: int = 32
-    """Largest number of rollouts of a prompt for `vip`; G, where that is larger."""
+    """Largest number of rollouts of a prompt for `vip`; above G."""
     vip_variance: Literal["rloo", "group"] = "rloo"
     """Estimator whose variance `vip` minimises: leave-one-out advantages, or advantages relative to
     the mean of the group."""
@@ -1113,10 +1113,19 @@ class Config:
 
     def _check_group_sizes(self) -> None:
         selection, group_size = self.selection, self.rollout.samples_per_prompt
-        if selection.method == "pilot_commit" and (selection.pilot_rollouts or 2) > group_size:
+        least, most = selection.vip_least, selection.vip_most
+        if selection.method == "vip" and not least < group_size < most:
             raise ValueError(
-                f"selection.pilot_rollouts={selection.pilot_rollouts} must be at most "
-                f"rollout.samples_per_prompt={group_size}"
+                f"rollout.samples_per_prompt={group_size} must lie between selection.vip_least="
+                f"{least} and selection.vip_most={most}: otherwise selection.method=vip gives "
+                "every prompt as many rollouts, as random does"
+            )
+        pilot = selection.pilot_rollouts or default_pilot(group_size)
+        if selection.method == "pilot_commit" and pilot >= group_size:
+            raise ValueError(
+                f"rollout.samples_per_prompt={group_size} must be above the {pilot} rollouts of a "
+                "pilot (selection.pilot_rollouts; empty: a quarter of them, at least 2): otherwise "
+                "selection.method=pilot_commit has nothing to commit"
             )
 
     def _check_preset(self) -> None:
@@ -1191,6 +1200,11 @@ class Config:
                 "train.overlap=true trains on rollouts of older weights, which loss.importance="
                 "off does not correct for; set loss.importance=truncated (or masked)"
             )
+
+
+def default_pilot(group_size: int) -> int:
+    """Return the rollouts of a pilot where `selection.pilot_rollouts` is empty."""
+    return max(2, group_size // 4)
 
 
 def _at_least(name: str, value: float | None, low: float) -> None:

@@ -94,7 +94,9 @@ STEP: dict[str, Group] = {
         "selection/predicted_pass_rate": Metric(
             "probability", "mean predicted pass rate of the chosen prompts (vip)"
         ),
-        "selection/largest_group": Metric("rollouts", "rollouts of the largest group (vip)"),
+        "selection/largest_group": Metric(
+            "rollouts", "rollouts of the largest group (vip, pilot_commit)"
+        ),
         "selection/{pilots,committed}": Metric(
             "prompts", "prompts with a pilot, and those that got more rollouts (pilot_commit)"
         ),

@@ -60,7 +60,10 @@ class Selector(Protocol):
 
     @abstractmethod
     def choose(self, candidates: Candidates, step: int) -> list[int]:
-        """Return positions of the candidates to roll out; different ones each time in a step."""
+        """Return positions of the candidates to roll out; different ones each time in a step.
+
+        With `shares_budget`, a later round may return those of an earlier one.
+        """
 
     def group_sizes(self, prompts: Sequence[Prompt], group_size: int) -> list[int]:
         """Return the number of rollouts of each prompt just chosen; by default `group_size`, G."""

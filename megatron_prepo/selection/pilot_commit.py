@@ -18,12 +18,14 @@ same weights.
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from megatron_prepo.config import SelectionConfig
+from megatron_prepo.config.schema import default_pilot
 from megatron_prepo.records import Prompt
 from megatron_prepo.selection.base import Candidates, Selector
 
@@ -47,6 +49,10 @@ class PilotCommit(Selector):
         """Candidates without a pilot, in the order in which they will have one."""
         self.tried: dict[int, float] = {}
         """Pass rate in the pilot of candidates that have had it, by position."""
+        self.mixed: list[int] = []
+        """Those among them whose rewards differ."""
+        self.sizes: Counter[int] = Counter()
+        """Rollouts of each position in the step."""
         self.asked: list[int] = []
         """Positions of the current round."""
         self.group_size = self.left = self.num_committed = 0
@@ -56,6 +62,7 @@ class PilotCommit(Selector):
         """Return the positions of a round of pilots, of the commit, or none at the end."""
         if step != self.step:
             self.step, self.tried, self.commits, self.num_committed = step, {}, False, 0
+            self.mixed, self.sizes = [], Counter()
             self.waiting = self._order(candidates)
             self.asked = self._take(self.num_selected)
         elif self.commits or not self.left:
@@ -72,10 +79,11 @@ class PilotCommit(Selector):
         if not self.tried:  # the first round of a step
             self.group_size, self.left = group_size, self.num_selected * group_size
         sizes = [self._pilot_size()] * len(prompts)
-        if self.commits and prompts:
+        if self.commits:
             each, over = divmod(self.left, len(prompts))
             sizes = [each + (k < over) for k in range(len(prompts))]
         self.left -= sum(sizes)
+        self.sizes.update(dict(zip(self.asked, sizes, strict=True)))
         return sizes
 
     def observe(self, prompts: Sequence[Prompt], rewards_KG: Sequence[torch.Tensor]) -> None:
@@ -85,6 +93,8 @@ class PilotCommit(Selector):
         for position, prompt, row in zip(self.asked, prompts, rewards_KG, strict=True):
             rate = float((row >= self.pass_reward).double().mean())
             self.tried[position] = rate
+            if row.amin() < row.amax():
+                self.mixed.append(position)
             self.evicted.pop(prompt.id, None)
             if rate >= self.evict_from:
                 self.evicted[prompt.id] = None
@@ -95,11 +105,12 @@ class PilotCommit(Selector):
         return [position for position, rate in self.tried.items() if low <= rate <= high]
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of prompts with a pilot, and with more, and of evicted ones."""
+        """Return the prompts with a pilot, with more, and evicted, and the largest group."""
         return {
             "selection/pilots": len(self.tried),
             "selection/committed": self.num_committed,
             "selection/evicted": len(self.evicted),
+            "selection/largest_group": max(self.sizes.values(), default=0),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,7 +122,7 @@ class PilotCommit(Selector):
         self.evicted, self.step = dict.fromkeys(state["evicted"]), None
 
     def _pilot_size(self) -> int:
-        return self.pilot or max(2, self.group_size // 4)
+        return self.pilot or default_pilot(self.group_size)
 
     def _more_pilots(self) -> list[int]:
         """Return further prompts for a pilot; none once those that pass can use the rest."""
@@ -122,8 +133,7 @@ class PilotCommit(Selector):
 
     def _committed(self) -> list[int]:
         """Return the prompts that pass; if there are none, those with an advantage, or K of all."""
-        mixed = [position for position, rate in self.tried.items() if 0 < rate < 1]
-        return self.passing() or mixed or list(self.tried)[: self.num_selected]
+        return self.passing() or self.mixed or list(self.tried)[: self.num_selected]
 
     def _take(self, count: int) -> list[int]:
         taken, self.waiting = self.waiting[:count], self.waiting[count:]

@@ -58,7 +58,7 @@ def rounds(
         taken = () if selector.shares_budget else generated
         chosen = _checked(selector.choose(candidates, step), positions, choosing, taken)
         more, prompts = selector.refills and bool(chosen), candidates.at(chosen)
-        sizes = _sizes(selector.group_sizes(prompts, group_size), prompts, sizing)
+        sizes = _sizes(selector.group_sizes(prompts, group_size), prompts, sizing) if chosen else []
         pairs = list(zip(chosen, sizes, strict=True))
         choice = Choice(chosen, prompts, [range(generated[p], generated[p] + n) for p, n in pairs])
         generated.update(dict(pairs))

@@ -13,6 +13,10 @@
                 and m_b = z_b for the prompts b of this step
     kernel      k(x, y) = exp(-|e_x - e_y|^2 / (2 h^2)), h `selection.vip_bandwidth`
 
+The variances are those of a mean of prompts' mean gradients.  The loss is a mean over rollouts,
+here and in the published code (`loss_agg_mode=token-mean`), in which a prompt weighs n_i / (K G):
+the sizes do not minimise the variance of that.
+
 Both variances are convex in n >= 3, so giving one rollout at a time to the prompt that gains most
 is optimal: the paper relaxes n to real numbers, bisects for the multiplier and rounds.  Its
 embeddings are those of a sentence encoder; here e_x counts the tokens of the text, hashed into
@@ -78,8 +82,8 @@ class VarianceInformed(Selector):
         rate_K = expit(self.logits(prompts))
         self.predicted = float(rate_K.mean())
         scale_K = (rate_K * (1 - rate_K)).tolist()
-        bounds = min(self.bounds[0], group_size), max(self.bounds[1], group_size)
-        sizes = shared(scale_K, len(prompts) * group_size, bounds, VARIANCE[self.variance])
+        of = VARIANCE[self.variance]
+        sizes = shared(scale_K, len(prompts) * group_size, self.bounds, of)
         self.largest = max(sizes)
         return sizes
 

@@ -110,8 +110,8 @@ class Groups:
         """Return the first `num_groups` with an advantage; others fill up where there are too few.
 
         Those add nothing to the gradient, unless `advantage.method` is one that gives them an
-        advantage, but the batch and so the loss's normaliser stay as large.  Larger groups come
-        first: a method has spent more on them.
+        advantage, but the batch and so the loss's normaliser stay as large, if groups have one
+        size.  Larger groups come first: a method has spent more on them.
         """
         masked, of_groups = self.masked, self.members
         useless_K = zero_variance(self.shaped_rewards).tolist()

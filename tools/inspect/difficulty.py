@@ -4,7 +4,7 @@
     python tools/inspect/difficulty.py --hf MODEL --prompts held_out.jsonl \\
         --completions runs/evaluation/completions/MODEL/tasks.jsonl --out difficulty.json
 
-Spearman's rank correlations over all prompts, within each task, within all tasks at once (ranks
+Spearman's rank correlations over all prompts, within each task, within all tasks together (ranks
 less their task's mean), and with the prompt's length held fixed (partial correlation of the ranks),
 each with a 95 % interval by bootstrap over prompts; and those of the length with each of them.
 The task of a prompt is its id up to a slash, as `tools/data/prepare.py` writes them.  A plot,

@@ -145,13 +145,15 @@ def trained_advantages(
 ) -> dict[tuple[str, str], Sequence[float | None]]:
     """Return the advantages of each group, recomputed; None for groups not trained on.
 
-    If the divergence is in the reward, all are None: the ledger has no log-probabilities.
+    All are None where the ledger does not have what they depend on: log-probabilities (the
+    divergence is in the reward), the selector's state (`posterior`) or entropies (`rl_zvp`).
     """
     known: dict[tuple[str, str], Sequence[float | None]] = {
         key: [None] * len(group) for key, group in groups.items()
     }
     trained = [key for key, group in groups.items() if any(entry.trained for entry in group)]
-    if trained and not config.loss.kl_in_reward:
+    known_by_rewards = config.advantage.method not in ("posterior", "rl_zvp")
+    if trained and known_by_rewards and not config.loss.kl_in_reward:
         penalty = Overlong.of(config.rollout).penalty
         sizes = [len(groups[key]) for key in trained]
         entries = [entry for key in trained for entry in groups[key]]

@@ -132,7 +132,7 @@ def test_keys_are_repeated_for_a_kernel_without_groups(monkeypatch, way, left):
     ],
 )
 def test_keys_are_grouped_where_a_fast_kernel_takes_them(is_cuda, bytes_each, masked, expected):
-    """On CUDA, groups with a mask or in float32 would select products that keep all scores."""
+    """Groups with a mask or in float32 would on CUDA select products that keep all scores."""
     query = SimpleNamespace(is_cuda=is_cuda, element_size=lambda: bytes_each)
     mask = torch.ones(1, 1, dtype=torch.bool) if masked else None
     assert attention._takes_groups(query, mask) == expected
@@ -213,7 +213,7 @@ def te_config(tensor, heads, groups, left=-1):
 @pytest.mark.parametrize("left", [-1, 2])
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_transformer_engine_is_told_the_same_sequences(te_attention, way, left):
-    """With a window, the number of earlier tokens is the same as for our own attention."""
+    """The number of earlier tokens in a window is the same as for our own attention."""
     layout = packed_row(way)
     qkv = random_qkv(len(layout.positions_T))
     module = te_attention.PackedTEAttention(te_config(1, HEADS, GROUPS, left))

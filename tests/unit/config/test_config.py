@@ -157,8 +157,16 @@ def test_all_mistakes_are_reported_at_once():
         ({"selection__pilot_band": (0.5, 0.2)}, r"selection\.pilot_band=\[0\.5, 0\.2\] must be"),
         ({"selection__vip_most": 3}, r"selection\.vip_most=3 must be at least 4"),
         (
+            {"selection__method": "pilot_commit", "rollout__samples_per_prompt": 2},
+            r"samples_per_prompt=2 must be above the 2 rollouts of a pilot",
+        ),
+        (
+            {"selection__method": "vip", "rollout__samples_per_prompt": 4},
+            r"samples_per_prompt=4 must lie between selection\.vip_least=4 and .*vip_most=32",
+        ),
+        (
             {"selection__method": "pilot_commit", "selection__pilot_rollouts": 9},
-            r"pilot_rollouts=9 must be at most rollout\.samples_per_prompt=8",
+            r"samples_per_prompt=8 must be above the 9 rollouts of a pilot .*nothing to commit",
         ),
         ({"selection__dps_decay": 1.1}, r"selection\.dps_decay=1\.1 must lie"),
         ({"selection__dps_prior": 0.0}, r"selection\.dps_prior=0\.0 must be"),

@@ -78,7 +78,7 @@ def write_own(tmp_path, *lines):
 
 
 def test_a_text_prompt_with_an_answer_is_ours_whatever_else_the_row_has(tmp_path):
-    """As in the versions before, which knew no other schema."""
+    """Versions before did the same, and knew no other schema."""
     row = {"prompt": "1+1", "answer": 2, "label": "easy", "reward_model": 7, "images": [1]}
     assert [p.answer for p in read(write(tmp_path, row))] == ["2"]
     row = {"prompt": "1+1", "label": "easy"}

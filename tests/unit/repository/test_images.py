@@ -105,7 +105,7 @@ def test_the_pin_of_transformer_engine_is_that_of_the_page():
 
 @pytest.mark.parametrize(("name", "core"), [("cuda-13", "core_cu13"), ("cuda-12.8", "core_cu12")])
 def test_transformer_engine_is_built_with_ninja(name, core):
-    """Without it, torch compiles one file at a time, whatever MAX_JOBS is."""
+    """Torch compiles one file at a time without it, whatever MAX_JOBS is."""
     page = (REPOSITORY / "docs" / "install.md").read_text().splitlines()
     [line] = [line for line in page if line.startswith("    pip install") and core in line]
     lock = versions((REPOSITORY / "locks" / f"{name}.txt").read_text())

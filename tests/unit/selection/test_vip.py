@@ -48,15 +48,6 @@ def test_before_any_observation_each_prompt_has_g_rollouts():
     assert chooser.metrics()["selection/predicted_pass_rate"] == 0.5
 
 
-@pytest.mark.parametrize("group_size", [2, 40])
-def test_g_outside_the_bounds_widens_them(group_size):
-    chooser = selector("vip")
-    chooser.choose(Candidates(prompts(10)), 0)
-    chooser.observe(prompts(2), passes(0, 2))
-    few, many = chooser.group_sizes(prompts(2), group_size)
-    assert few + many == 2 * group_size and few <= many <= max(32, group_size)
-
-
 def of_tokens(name: str, *tokens: int) -> Prompt:
     return Prompt(name, "", "", (1, *tokens, 2), (1, 1 + len(tokens)))
 

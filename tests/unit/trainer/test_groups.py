@@ -11,6 +11,7 @@ from megatron_prepo.config import AdvantageConfig
 from megatron_prepo.prepo.advantages import zero_variance
 from megatron_prepo.records import Prompt, Rollout
 from megatron_prepo.rewards.pool import Grade
+from megatron_prepo.selection import METHODS
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.selection.rounds import Choice
 from megatron_prepo.trainer import stages
@@ -113,6 +114,37 @@ def test_a_rollout_weighs_the_same_whatever_the_size_of_its_group(mini_batches):
         assert sum(s.advantage for s in sequences) == approx(0.0, scale=1.0)
 
 
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        *((method, {}) for method in ("group", "rloo", "posterior", "rl_zvp")),
+        *((method, {"kl_coef": 0.5, "kl_in_reward": True}) for method in ("group", "rloo")),
+    ],
+)
+def test_advantages_in_unequal_groups_are_those_of_each_group_alone(method, loss):
+    selection = {"method": "mapp"} if method == "posterior" else {}
+    config = actor_config("unused", advantage={"method": method}, loss=loss, selection=selection)
+    chooser = METHODS["mapp"](config.selection, total_steps=1, seed=1, pass_reward=1.0)
+    trainer = SimpleNamespace(config=config, selector=chooser)
+    groups = two_rounds()
+    old = [Scores(torch.full((1,), -0.1 * n), torch.full((1,), 1.0 + n)) for n in range(10)]
+    first = [Scores(torch.full((1,), -0.3 * n), torch.ones(1)) for n in range(10)]
+
+    def advantages(groups: Groups, index: range) -> list[float]:
+        scores, references = ([of[i] for i in index] for of in (old, first))
+        entropy_N = torch.cat([one.entropy_T for one in scores]).double()
+        ones_N = torch.ones(len(index)).long()
+        scored = RolloutScores(scores, references if loss else None, entropy_N, ones_N)
+        return stages.compute_advantages(trainer, groups, scored)[0].tolist()
+
+    alone = []
+    for position, index in zip(groups.chosen, groups.members, strict=True):
+        rollouts, grades = ([of[i] for i in index] for of in (groups.rollouts, groups.grades))
+        alone += advantages(Groups().extend([position], rollouts, grades), index)
+    assert advantages(groups, range(10)) == approx(alone, scale=1.0)
+    assert alone[2:] != [0.0] * 8
+
+
 def test_entropies_without_groups_of_equal_rewards():
     """The mean is over rollouts 3 to 10; the first group has none but is weighed by it, too."""
     config = actor_config("unused", weighting={"include_zero_variance": False, "clamp": None})
@@ -144,10 +176,6 @@ def test_ledger_texts_and_metrics_know_the_groups():
 
 def test_a_selector_observes_a_tensor_unless_it_asked_for_unequal_groups():
     seen = []
-
-    def graded(rollouts):
-        return [Grade(float(r.tokens[0])) for r in rollouts]
-
     trainer = SimpleNamespace(
         run=SimpleNamespace(seconds=lambda name: torch.no_grad()),
         grader=SimpleNamespace(

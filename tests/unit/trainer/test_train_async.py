@@ -171,6 +171,17 @@ def test_of_rollouts_that_came_in_part_the_rest_is_generated_by_the_weights_of_t
     assert job.engine.generated[0][0] == first
 
 
+def test_a_request_has_as_many_rollouts_of_each_prompt_as_were_chosen(job_of, monkeypatch):
+    job, requests = job_of(0, "vip"), []
+    monkeypatch.setattr(job.selector, "group_sizes", lambda prompts, group_size: [9, 7])
+    start = job.engine.start_generate
+    job.engine.start_generate = lambda request: requests.append(request) or start(request)
+    ahead = Prefetcher(job)
+    ahead.start(0)
+    [request] = requests
+    assert request.samples_per_prompt == ahead.pending.choice.samples == [range(9), range(7)]
+
+
 def test_what_is_generated_is_journalled_once(job_of):
     ahead = Prefetcher(job_of(3))
     ahead.start(5)
