@@ -27,7 +27,9 @@ def result(tmp_path_factory):
 def test_a_plans_memory_is_what_an_actor_takes(result):
     kept, recomputed = result["memory"]
     assert (kept["layers"], kept["tokens"]) == (4, 256)
-    assert abs(kept["planned_over_measured"] - 1) < plan.WITHIN, kept
+    # a CPU multiplies a float32 copy of the logits' gradient, a GPU the bfloat16 one in their place
+    copied = 4 * kept["tokens"] * qwen2().config.vocab_size
+    assert abs((kept["planned"] + copied) / kept["peak"] - 1) < plan.WITHIN, kept
     # with recomputation a plan adds the head to a layer's activations, which do not exist at the
     # same time
     assert recomputed["planned"] - recomputed["planned_parts"]["head"] < recomputed["peak"]
