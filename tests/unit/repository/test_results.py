@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prepo.compare import report_page
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = {"head_cpu_2core": "head_benchmark", "train_cpu_2core": "train_benchmark"}
@@ -70,6 +72,12 @@ def test_the_rates_of_the_page_of_an_own_task_are_its_raw_result():
         low, high = result[f"pass_rate_{when}_ci95"]
         line = f"{result[f'pass_rate_{when}']:.3f}  (95 % interval {low:.3f} to {high:.3f})"
         assert f"held-out pass rate {when:<8} {line}" in page
+
+
+def test_the_table_of_the_real_model_is_that_of_its_runs():
+    lines = (RESULTS / "real" / "comparison.jsonl").read_text().splitlines()
+    table = report_page.markdown([json.loads(line) for line in lines])
+    assert table in (REPOSITORY / "docs" / "real_model.md").read_text()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
