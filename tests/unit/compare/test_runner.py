@@ -88,7 +88,7 @@ def test_equal_terms(run_compare, tmp_path):
 
 
 def test_each_known_arm_is_a_configuration(config_path, tmp_path):
-    runs = comparing.plan(config_path, ARMS, [1], tmp_path, [])
+    runs = comparing.plan(config_path, ARMS, [1], tmp_path, ["rollout.samples_per_prompt=8"])
     assert {"random", "prepo", "ppl_only", "clamp", "oracle", "dapo"} <= {r.arm for r in runs}
     of = {run.arm: run.config for run in runs}
     assert of["random"].weighting.method == "none" and of["random"].selection.method == "random"
