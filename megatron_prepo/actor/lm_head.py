@@ -288,7 +288,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         head: _Head,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # in backward a product of the same shape rounds the logits as here
+        # in backward a product of the same shape rounds the logits as here, if it has all tokens
         again = with_gradient and any(ctx.needs_input_grad)
         blocks = head.fewest_bytes(weight_VH) if again else head.complete_rows()
         stats = [

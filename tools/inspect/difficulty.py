@@ -123,7 +123,7 @@ def correlations(
 def of_length(
     task_P: NDArray[np.str_], length_P: Numbers, others: dict[str, Numbers]
 ) -> dict[str, Any]:
-    """Return the correlations of the prompt's length with each of the others."""
+    """Return the correlations of the prompt's length with other quantities."""
     num = len(length_P)
     return {
         name: {

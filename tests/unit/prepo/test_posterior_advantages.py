@@ -53,7 +53,7 @@ def test_the_papers_closed_form():
 def test_two_rollouts_by_hand():
     """G = 2 after one pass and one failure from Beta(1, 1), undecayed: alpha = beta = 2.
 
-    The pass is left out: Beta(1, 2), the remaining one fails with probability 2/3, and then the
+    Without the pass it is Beta(1, 2): the remaining one fails with probability 2/3, and then the
     advantage is 1; if both pass, it is 0.
     """
     assert one_group([1, 0], 2.0, 2.0, **PAPERS) == approx([2 / 3, -2 / 3])

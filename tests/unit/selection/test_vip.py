@@ -9,6 +9,7 @@ import pytest
 import torch
 from rounding import approx
 
+from megatron_prepo.prepo.advantages import group_advantages, leave_one_out_advantages
 from megatron_prepo.records import Prompt
 from megatron_prepo.selection import vip
 from megatron_prepo.selection.base import Candidates
@@ -46,6 +47,25 @@ def test_before_any_observation_each_prompt_has_g_rollouts():
     assert chosen == selector("random", candidates=6, selected=3).choose(Candidates(prompts(6)), 0)
     assert chooser.group_sizes(prompts(3), 8) == [8, 8, 8]
     assert chooser.metrics()["selection/predicted_pass_rate"] == 0.5
+
+
+@pytest.mark.parametrize("estimator", list(VARIANCE))
+@pytest.mark.parametrize(("n", "rate"), [(3, 0.5), (4, 0.2), (6, 0.9)])
+def test_the_variance_is_that_of_a_mean_gradient(estimator, n, rate):
+    """Sum over all rewards of n rollouts, with gradients of log pi that do not depend on them.
+
+    These have variance 1: that of their mean is the mean of the squared advantages over n.
+    """
+    advantages = {
+        "rloo": leave_one_out_advantages,
+        "group": lambda rewards_KG: group_advantages(rewards_KG, std="none"),
+    }
+    rewards_KG = torch.tensor(list(itertools.product([0.0, 1.0], repeat=n)), dtype=torch.float64)
+    passes_K = rewards_KG.sum(dim=1)
+    probability_K = rate**passes_K * (1 - rate) ** (n - passes_K)
+    variance_K = (advantages[estimator](rewards_KG) ** 2).sum(dim=1) / n**2
+    found = float((probability_K * variance_K).sum())
+    assert found == approx(rate * (1 - rate) * VARIANCE[estimator](n), 1000)
 
 
 def of_tokens(name: str, *tokens: int) -> Prompt:
