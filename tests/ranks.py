@@ -92,7 +92,8 @@ def _start(directory: Path, rank: int, num_ranks: int) -> ForkServerProcess:
         "LOCAL_RANK": str(rank),
         "RANKS_DIR": str(directory),
         "OMP_NUM_THREADS": os.environ.get("TEST_THREADS", "1"),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        # what a test has put there first, such as a package that stands in for another
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path])),
     }
     with mock.patch.dict(os.environ, environment):
         forkserver.ensure_running()  # once; what it imports looks at the environment

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ranks import join
+from ranks import join, on_ranks
 
 from megatron_prepo import config as configuration
 from megatron_prepo.cli import main
@@ -46,6 +46,12 @@ def train_in_ranks(num_ranks: int, runs: dict[str, list[str]]) -> None:
         settings = [*FILES, f"run.dir={directory}", *overrides]
         train(configuration.load(LAPTOP / "prepo.yaml", settings))
         parallel.shut_down()
+
+
+def made_by_ranks(directory: Path, *overrides: str, num_ranks: int = 1) -> Path:
+    """Make a run in forked ranks, for what a run by the command is compared with; return it."""
+    on_ranks(num_ranks, train_in_ranks, num_ranks, {str(directory): [*overrides]})
+    return directory
 
 
 def metrics(directory: Path) -> list[dict]:

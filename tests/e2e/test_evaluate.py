@@ -12,7 +12,7 @@ from fake_sglang import FakeSGLang
 from rounding import approx
 
 from megatron_prepo.cli import main
-from tests.e2e.laptop import LAPTOP, SHORT, summary, train
+from tests.e2e.laptop import LAPTOP, SHORT, made_by_ranks, summary
 
 SUITE = f"held_out={LAPTOP / 'eval.jsonl'}"
 SETTINGS = [
@@ -36,8 +36,7 @@ def results(out: Path) -> dict:
 def run(tmp_path_factory):
     """A short run, of which the checkpoint and the export are evaluated."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    assert train(directory, *SHORT, "eval.samples_per_prompt=4", "parallel.tensor=1") == 0
-    return directory
+    return made_by_ranks(directory, *SHORT, "eval.samples_per_prompt=4", "parallel.tensor=1")
 
 
 def test_a_run_its_export_and_its_checkpoint_are_the_same_model(run, tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prepo.debug import resume_check as prove
-from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
+from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, made_by_ranks, train
 
 RUN = [*SHORT, "parallel.tensor=1", "eval.every=1", "checkpoint.every=1"]
 BACKGROUND = "checkpoint.asynchronous=true"
@@ -23,9 +23,7 @@ UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train(directory, *RUN) == 0
-    return directory
+    return made_by_ranks(tmp_path_factory.mktemp("undisturbed") / "run", *RUN)
 
 
 def start(

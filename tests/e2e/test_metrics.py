@@ -19,7 +19,7 @@ from checkpoints_convert.convert import export_hf
 from megatron_prepo import config as configuration
 from megatron_prepo.debug import dump
 from megatron_prepo.inputs import preflight
-from tests.e2e.laptop import LAPTOP, SHORT, metrics, train
+from tests.e2e.laptop import LAPTOP, SHORT, made_by_ranks, metrics
 
 LAYOUT = ["parallel.tensor=1", "parallel.data=2", "train.share_prefixes=false"]
 WARMUP = ["optimizer.lr=8e-4", "optimizer.lr_warmup_steps=2"]
@@ -28,8 +28,8 @@ WARMUP = ["optimizer.lr=8e-4", "optimizer.lr_warmup_steps=2"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("measured") / "run"
-    assert train(directory, *SHORT, *LAYOUT, *WARMUP, "debug.dump_steps=[1]") == 0
-    return directory
+    settings = [*SHORT, *LAYOUT, *WARMUP, "debug.dump_steps=[1]"]
+    return made_by_ranks(directory, *settings, num_ranks=2)
 
 
 def scores(model, tokens: tuple[int, ...], start: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 from fake_sglang import FakeSGLang
 
 from megatron_prepo.cli import main
-from tests.e2e.laptop import FILES, LAPTOP, SHORT, metrics, summary, train
+from tests.e2e.laptop import FILES, LAPTOP, SHORT, made_by_ranks, metrics, summary, train
 
 STEPS = 4
 SETTINGS = [
@@ -36,9 +36,9 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         fake_sglang_package.install(directory / "package", patch)
         patch.setenv("FAKE_SECONDS", "1.0")
-        for name, overlap in {"in turn": "false", "overlapped": "true"}.items():
-            settings = [*SETTINGS, f"train.overlap={overlap}", "optimizer.lr=0", "eval.every=2"]
-            assert train(directory / name, *settings) == 0
+        settings = [*SETTINGS, "optimizer.lr=0", "eval.every=2"]
+        made_by_ranks(directory / "in turn", *settings)
+        assert train(directory / "overlapped", *settings, "train.overlap=true") == 0
     return {name: directory / name for name in ("in turn", "overlapped")}
 
 

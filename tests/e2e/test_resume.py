@@ -15,7 +15,7 @@ from fake_sglang import FakeSGLang
 
 from megatron_prepo.cli import main
 from megatron_prepo.debug import resume_check as prove
-from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, train
+from tests.e2e.laptop import FILES, LAPTOP, REPOSITORY, SHORT, made_by_ranks, train
 
 RUN = [*SHORT, "train.total_steps=4", "parallel.tensor=1", "eval.every=1", "checkpoint.every=3"]
 RUN += ["texts.rollouts=2", "texts.evaluations=3"]
@@ -24,9 +24,7 @@ DEADLINE_SECONDS = 240.0
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train(directory, *RUN) == 0
-    return directory
+    return made_by_ranks(tmp_path_factory.mktemp("undisturbed") / "run", *RUN)
 
 
 def start(directory: Path, *options: str) -> subprocess.Popen:
@@ -124,9 +122,8 @@ def test_a_run_from_anothers_checkpoints_resumes_without_them(capfd, tmp_path, u
     first, base = tmp_path / "first", tmp_path / "base"
     shutil.copytree(undisturbed / "checkpoints", first)
     shutil.copytree(LAPTOP / "base", base)
-    whole = tmp_path / "whole"
     settings = [*RUN, "train.total_steps=3", "checkpoint.every=1", f"model.hf={base}"]
-    assert train(whole, *settings, f"model.megatron={first}") == 0
+    whole = made_by_ranks(tmp_path / "whole", *settings, f"model.megatron={first}")
 
     shutil.rmtree(first / "iter_0000004")  # a newer one would be in its place as well
     (first / "latest_checkpointed_iteration.txt").write_text("3")
@@ -176,7 +173,7 @@ def test_killed_among_rollouts_or_without_an_engine_it_pays_for_nothing_twice(ca
         settings += ["weight_sync.verify=never", "checkpoint.every=0", "servers.connect_seconds=2"]
         settings += ["train.total_steps=3"]
         settings += ["servers.concurrency=1"]  # no other answer is in flight when a server dies
-        assert train(tmp_path / "whole", *RUN, *settings) == 0
+        made_by_ranks(tmp_path / "whole", *RUN, *settings)
         whole = Counter(fake.answered)
         rollouts = {asked for asked, count in whole.items() if count == 1}
         assert len(rollouts) == 3 * 32 and len(whole) == 3 * 32 + 8
@@ -235,7 +232,7 @@ def test_killed_in_a_later_round_of_a_step_it_generates_only_the_rest(tmp_path):
         settings = ["rollout.engine=sglang", f"servers.urls=[{fake.url}]", "servers.concurrency=1"]
         settings += ["weight_sync.verify=never", "checkpoint.every=0", "train.total_steps=2"]
         settings += ["selection.method=pilot_commit", f"reward.function={parity}:parity"]
-        assert train(tmp_path / "whole", *RUN, *settings) == 0
+        made_by_ranks(tmp_path / "whole", *RUN, *settings)
         rollouts = {asked for asked, count in fake.answered.items() if count == 1}
         assert len(rollouts) == 2 * 32
         with open(tmp_path / "whole" / "ledger.jsonl") as ledger:

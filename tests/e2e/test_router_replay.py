@@ -11,7 +11,7 @@ import tiny_models
 from megatron_prepo.cli import main
 from megatron_prepo.debug import dump
 from megatron_prepo.rollout.weight_sync import TOLERANCE
-from tests.e2e.laptop import LAPTOP, SHORT, metrics, train
+from tests.e2e.laptop import LAPTOP, SHORT, made_by_ranks, metrics, train
 from tests.e2e.test_resume import assert_equal, start, wait_for_steps
 
 REWARD = "def even(completion, answer):\n    return 1.0 - sum(completion.encode()) % 2\n"
@@ -42,9 +42,7 @@ def settings(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, settings) -> Path:
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train(directory, *settings) == 0
-    return directory
+    return made_by_ranks(tmp_path_factory.mktemp("undisturbed") / "run", *settings)
 
 
 def test_the_actor_follows_the_embedded_engine(undisturbed):

@@ -15,10 +15,10 @@ from megatron_prepo.rollout.weight_sync import TOLERANCE
 from megatron_prepo.run import ledger
 from megatron_prepo.run.recorder import TRAINING_STAGES
 from megatron_prepo.run.texts import ENTROPY_DIGITS, file_name
-from tests.e2e.laptop import SHORT, metrics, summary, train, train_in_ranks
+from tests.e2e.laptop import SHORT, made_by_ranks, metrics, summary, train, train_in_ranks
 
-BY_THE_COMMAND = ("one rank", "TP2", "TP2 again")
-"""Layouts that are trained by a command; the rest share two ranks, started once."""
+BY_THE_COMMAND = "TP2"
+"""Layout that is trained by the command; of the rest, those of two ranks share a start."""
 LAYOUTS = {
     "one rank": ["parallel.tensor=1", "train.share_prefixes=false"],
     "TP2": ["parallel.tensor=2"],
@@ -46,12 +46,12 @@ def runs(tmp_path_factory):
     more = ["loss.kl_coef=0.01", "loss.entropy_coef=0.001", "loss.importance=truncated"]
     more += ["texts.rollouts=4", "texts.evaluations="]
     directories = {name: tmp_path_factory.mktemp("run") / "run" for name in LAYOUTS}
-    for name in BY_THE_COMMAND:
-        assert train(directories[name], *SHORT, *more, *LAYOUTS[name]) == 0, name
+    assert train(directories[BY_THE_COMMAND], *SHORT, *more, *LAYOUTS[BY_THE_COMMAND]) == 0
+    made_by_ranks(directories["one rank"], *SHORT, *more, *LAYOUTS["one rank"])
     others = {
         str(directories[name]): [*SHORT, *more, *layout]
         for name, layout in LAYOUTS.items()
-        if name not in BY_THE_COMMAND
+        if name not in (BY_THE_COMMAND, "one rank")
     }
     on_ranks(2, train_in_ranks, 2, others)
     return directories
@@ -247,7 +247,7 @@ def test_perplexities_of_the_engine_choose_the_same_prompts(runs, tmp_path):
     """Both are computed, and agree, in the first step and where an evaluation follows."""
     overrides = ["selection.ppl_from=engine", "parallel.tensor=1", "parallel.data=2"]
     overrides += ["optimizer.lr=0", "eval.every=2"]
-    on_ranks(2, train_in_ranks, 2, {str(tmp_path / "run"): [*SHORT, *overrides]})
+    made_by_ranks(tmp_path / "run", *SHORT, *overrides, num_ranks=2)
     ours, actors = (
         pandas.read_json(directory / "ledger.jsonl", lines=True).query("step == 0")
         for directory in (tmp_path / "run", runs["one rank"])
@@ -264,7 +264,7 @@ def test_perplexities_of_the_engine_choose_the_same_prompts(runs, tmp_path):
 def test_random_pays_no_perplexity_pass(tmp_path):
     overrides = ["selection.method=random", "weighting.method=none", "parallel.tensor=1"]
     overrides.append("sglang={dtype: auto}")
-    on_ranks(1, train_in_ranks, 1, {str(tmp_path / "run"): [*SHORT, *overrides]})
+    made_by_ranks(tmp_path / "run", *SHORT, *overrides)
     ledger = pandas.read_json(tmp_path / "run" / "ledger.jsonl", lines=True)
     assert ledger.ppl.isna().all() and (ledger.weight == 1).all()
 
@@ -273,7 +273,7 @@ def test_zero_learning_rate_changes_nothing(tmp_path):
     """Zero learning rate is the control of the learning test: without updates, the numbers before
     and after are the same."""
     overrides = ["parallel.tensor=1", "optimizer.lr=0", "eval.max_prompts=40"]
-    on_ranks(1, train_in_ranks, 1, {str(tmp_path / "run"): [*SHORT, *overrides]})
+    made_by_ranks(tmp_path / "run", *SHORT, *overrides)
     result = summary(tmp_path / "run")
     assert result["gain"] == 0.0
     assert 0 < result["pass_rate_before"] == result["pass_rate_after"]
