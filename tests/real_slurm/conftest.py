@@ -2,13 +2,12 @@
 
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.laptop import LAPTOP, REPOSITORY
+from megatron_prepo import config as configuration
+from tests.e2e.laptop import LAPTOP, made_by_ranks
 from tests.real_slurm import cluster as slurm
 
 
@@ -27,13 +26,17 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def running_cluster(pytestconfig):
-    """A cluster for all tests of a process; without Slurm, `make test-slurm` fails, others skip."""
+def running_cluster(pytestconfig, request):
+    """A cluster for all tests of a process; without Slurm, `make test-slurm` fails, others skip.
+
+    It has no accounting, which takes a database, if no test asks for it.
+    """
     if why := slurm.missing():
         if pytestconfig.option.markexpr == "slurm":
             pytest.exit(why, returncode=2)
         pytest.skip(why)
-    with slurm.Cluster() as cluster:
+    wanted = any("accounted" in item.fixturenames for item in request.session.items)
+    with slurm.Cluster(**({} if wanted else {"ACCOUNTING": "no"})) as cluster:
         yield cluster
 
 
@@ -60,16 +63,9 @@ def uninterrupted(tmp_path_factory):
 
     def run(*settings: str) -> Path:
         if settings not in made:
-            directory = made[settings] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            words = ["train", str(LAPTOP / "prepo.yaml"), f"run.dir={directory}", *settings]
-            done = subprocess.run(
-                [sys.executable, "-m", "megatron_prepo", *words],
-                cwd=REPOSITORY,
-                capture_output=True,
-                text=True,
-                timeout=slurm.SECONDS,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
+            directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+            layout = configuration.load(LAPTOP / "prepo.yaml", settings).parallel
+            made[settings] = made_by_ranks(directory, *settings, num_ranks=layout.num_ranks)
         return made[settings]
 
     return run
