@@ -6,7 +6,9 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 WORKERS ?= 2
-XDIST = -n $(WORKERS) --dist loadfile
+# Files in the order of their names: the long ones, of runs and ranks, begin, and the many short unit
+# tests fill what a worker has left at the end.  By itself pytest-xdist ends with the files of few tests.
+XDIST = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP = .venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo real test lint docs docs-site locks clean compare sglang-cpu demo-sglang test-sglang test-slurm

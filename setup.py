@@ -113,7 +113,7 @@ setup(
             "pyarrow>=18",
             "pytest>=8",
             "pytest-random-order>=1.1",  # make test-order
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "pyyaml>=6",  # reads what we write, as YAML 1.1
             "ruff>=0.8",
             # no wheel for Linux on arm64, where its source downloads a program
