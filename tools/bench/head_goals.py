@@ -6,7 +6,7 @@ REFERENCE; that of a case that was stopped early names the number of samples.
 
 import math
 
-from tools.bench.head_providers import FORWARD, FORWARD_BACKWARD, KNOWN_GRADIENT
+from tools.bench.head_providers import EPILOGUE, FORWARD, FORWARD_BACKWARD, KNOWN_GRADIENT
 
 REFERENCE = ("Qwen2.5-7B", 1)
 """Model and tensor-parallel size."""
@@ -23,6 +23,8 @@ SPEED = (
     (KNOWN_GRADIENT, "verl", FORWARD_BACKWARD, 1.9),
 )
 """Our task, the provider's task to compare with, and the minimum ratio of speeds."""
+KEPT = 1.0
+"""Ratio from which `head_epilogue.py` is worth its code."""
 PEAK_BYTES = 0.7e9
 PEAK_GROWTH = 1.05
 """Maximum growth of the peak from the fewer to the more of REFERENCE_TOKENS: it must not depend on
@@ -51,6 +53,10 @@ def _on_a_gpu(cases: list[dict]) -> list[dict]:
             speed = _over(_median(case, other, other_task), _median(case, "ours", task))
             cut = case["cut"] if case and speed is not None else None
             rows.append(at_least(goal, factor, speed) | {"cut": cut})
+        goal = f"N = {tokens}: forward, speed of the best epilogue over ours, to be kept"
+        speed = _over(_median(case, "ours", FORWARD), _epilogue(case))
+        cut = case["cut"] if case and speed is not None else None
+        rows.append(at_least(goal, KEPT, speed) | {"cut": cut})
         error = _logprob_error(case)
         rows.append(at_most(f"N = {tokens}: mean log-prob error", LOGPROB_ERROR, error))
     for task in (FORWARD, FORWARD_BACKWARD):
@@ -113,16 +119,28 @@ def _median(case: dict | None, provider: str, task: str) -> float | None:
     return None if run is None else run["milliseconds"]["median"]
 
 
+def _epilogue(case: dict | None) -> float | None:
+    """Return the median of the fastest tile whose numbers are right."""
+    right = [
+        run[FORWARD]["milliseconds"]["median"]
+        for name, run in (case["runs"] if case else {}).items()
+        if name.startswith(EPILOGUE) and _error(run[FORWARD]) <= LOGPROB_ERROR
+    ]
+    return min((median for median in right if median is not None), default=None)
+
+
 def _peak(case: dict | None, provider: str, task: str) -> int | None:
     run = _run(case, provider, task)
     return None if run is None else run["peak_extra_bytes"]
 
 
 def _logprob_error(case: dict | None) -> float | None:
-    """Return the error, which is infinite if a single number is not finite."""
     run = _run(case, "ours", FORWARD)
-    if run is None:
-        return None
+    return None if run is None else _error(run)
+
+
+def _error(run: dict) -> float:
+    """Return the error, which is infinite if a single number is not finite."""
     error = run["errors"]["logprob"]
     return math.inf if error["not_finite"] else error["mean"]
 

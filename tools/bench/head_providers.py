@@ -8,14 +8,16 @@ A provider has up to three tasks, each a function of a case:
     known gradient     values and gradients in one pass, with dloss/dlogprob known in advance: three
 
 `bare` computes only these products.  Peers are used if they are available on this machine; each
-absent one is reported with the reason, by `Absent`.  To add a task, add its function to the
-provider's dict here.
+absent one is reported with the reason, by `Absent`.  `ours, epilogue` is a candidate for our
+forward, which no run uses (`head_epilogue.py`).  To add a task, add its function to the provider's
+dict here.
 """
 
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -36,7 +38,10 @@ PRODUCTS = {FORWARD: 1, FORWARD_BACKWARD: 4, KNOWN_GRADIENT: 3}
 """Number of matrix products of a task that does not keep logits."""
 
 
+EPILOGUE = "ours, epilogue"
+"""Beginning of the names of our forward without logits in memory, which end with its tile."""
 NOT_ON_THE_CPU = {
+    EPILOGUE: "needs CUDA",
     "verl": "needs CUDA",
     "liger": "its tensor parallelism needs CUDA",
     "torch": "its linear_cross_entropy has no tensor parallelism",
@@ -71,6 +76,10 @@ def available(device: str, verl: Path | None) -> tuple[dict[str, dict[str, Task]
             providers[name] = tasks_of(load())
         except Absent as reason:
             absent[name] = str(reason)
+    try:
+        providers |= load_epilogues()
+    except Absent as reason:
+        absent[EPILOGUE] = str(reason)
     return providers, absent
 
 
@@ -214,6 +223,34 @@ BARE: dict[str, Task] = {
 
 
 OURS: dict[str, Task] = ours_tasks()
+
+
+def load_epilogues() -> dict[str, dict[str, Task]]:
+    """Return our forward with statistics in the product's epilogue, by tile (`head_epilogue`)."""
+    try:
+        from tools.bench import head_epilogue
+    except ImportError as error:
+        raise Absent(f"it cannot be imported: {error}") from error
+    if not torch.cuda.is_available():
+        raise Absent(NOT_ON_THE_CPU[EPILOGUE])
+    device = torch.cuda.get_device_properties()
+    if device.major not in head_epilogue.TILES:
+        raise Absent(f"no tiles for compute capability {device.major}.{device.minor}")
+
+    def forward(case: Case, tile: head_epilogue.Tile) -> Outcome:
+        values = head_epilogue.logprobs_and_entropy(
+            case.hidden_TH,
+            case.weight_VH,
+            case.targets_T,
+            vocab_size=case.vocab_size,
+            group=case.group,
+            tile=tile,
+            multiprocessors=device.multi_processor_count,
+        )
+        return Outcome(*values, ())
+
+    tiles = head_epilogue.TILES[device.major]
+    return {f"{EPILOGUE} {tile}": {FORWARD: partial(forward, tile=tile)} for tile in tiles}
 
 
 def load_verl(folder: Path | None) -> Head:

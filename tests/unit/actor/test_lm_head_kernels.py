@@ -3,13 +3,8 @@
 Triton's kernels run under its interpreter where there is no GPU (`conftest`): slow, and exact.
 """
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +12,7 @@ from rounding import CHAIN, Reference, approx, assert_close, bound
 
 from megatron_prepo.actor import lm_head, lm_head_torch
 from megatron_prepo.actor.lm_head import in_place
+from tests.unit.actor.compiled_kernels import BLACKWELL, HOPPER, reported
 from tests.unit.actor.test_lm_head import full_softmax, values_and_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, on NaN
@@ -274,18 +270,7 @@ def test_compiled_kernels_fit_their_registers(tmp_path):
     In the gradient a barrier separates loads from stores, which may be to the same memory.
     """
     pytest.importorskip("triton")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[3]
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.unit.actor.compiled_kernels"],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert made.returncode == 0, made.stderr
-    kernels = json.loads(made.stdout)
+    kernels = reported("rows", tmp_path, HOPPER, BLACKWELL)
     assert len(kernels) == 6
     for kernel in kernels:
         assert kernel["registers"] <= 64 and kernel["spilled"] == 0, kernel

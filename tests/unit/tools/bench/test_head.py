@@ -13,7 +13,14 @@ from megatron_prepo.actor import parallel
 from megatron_prepo.config import ParallelConfig
 from tools.bench import head, head_goals, head_providers, head_stages
 from tools.bench.head_case import Shape, make_case
-from tools.bench.head_providers import FORWARD, FORWARD_BACKWARD, KNOWN_GRADIENT, Outcome, tasks_of
+from tools.bench.head_providers import (
+    EPILOGUE,
+    FORWARD,
+    FORWARD_BACKWARD,
+    KNOWN_GRADIENT,
+    Outcome,
+    tasks_of,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 
@@ -187,6 +194,18 @@ def test_the_known_gradient_is_judged_against_verls_two_passes():
     assert verdicts(case)[goal] | {"goal": ""} == head_goals.at_least("", 1.9, 1.9)
 
 
+def test_the_epilogue_is_kept_where_its_best_right_tile_is_faster():
+    goal = "N = 8192: forward, speed of the best epilogue over ours, to be kept"
+    assert verdicts(reference_case(8192, ours=10.0))[goal]["verdict"] == "not measured"
+    names = [f"{EPILOGUE} {tile}" for tile in ("128 x 256", "128 x 128")]
+    case = reference_case(8192, ours=10.0, **dict(zip(names, (8.0, 5.0))))
+    assert verdicts(case)[goal] | {"goal": ""} == head_goals.at_least("", 1.0, 2.0)
+    case["runs"][names[1]][FORWARD]["errors"] = {"logprob": {"mean": 1e-3, "not_finite": 0}}
+    assert verdicts(case)[goal]["measured"] == 1.25
+    case["runs"][names[0]][FORWARD]["milliseconds"]["median"] = 16.0
+    assert verdicts(case)[goal]["verdict"] == "missed"
+
+
 def test_a_case_cut_short_is_judged_by_its_samples_and_says_so():
     cut = "after 3 of 30 samples"
     rows = verdicts(reference_case(32768, cut=cut, ours=1.0, bare=1.0))
@@ -205,7 +224,8 @@ def test_one_number_that_is_none_fails_the_error_goal():
 def test_absent_peers_say_why(tmp_path):
     providers, absent = head_providers.available("cuda", verl=None)
     assert absent["verl"] == "no --verl FOLDER given"
-    assert providers.keys() | absent.keys() == {"bare", "ours", "naive", "verl", "liger", "torch"}
+    names = {name.split(" 128")[0] for name in providers.keys() | absent.keys()}  # without tiles
+    assert names == {"bare", "ours", EPILOGUE, "naive", "verl", "liger", "torch"}
     assert not providers.keys() & absent.keys()
     _, absent = head_providers.available("cuda", verl=tmp_path)
     assert absent["verl"] == "the --verl folder has no linear_cross_entropy.py"
@@ -314,7 +334,7 @@ def test_the_cpu_run_from_end_to_end(tmp_path):
     result = json.loads(out.read_text())
     assert [case["shape"]["hidden"] for case in result["cases"]] == [16, 32]
     assert result["cases"][0]["shape"]["columns"] == 128
-    assert result["absent"].keys() == {"verl", "liger", "torch"}
+    assert result["absent"].keys() == {EPILOGUE, "verl", "liger", "torch"}
     assert len(result["goals"]) == 12
     assert {row["verdict"] for row in result["goals"]} <= {"met", "missed"}
     assert str(tmp_path) not in out.read_text()
