@@ -6,12 +6,13 @@ Models have the shapes of Qwen2.5-7B and Qwen2.5-Math-1.5B, in bfloat16 with ran
 model does not fit into memory with its gradients, Adam's state and activations, the first layers
 that fit are used, which the result states.  Rollouts have log-normal lengths, all with an
 advantage.  Each arm (`ARMS`) is a way to compute the same; all models are measured in one arm
-before the next, and the result is on disk after each.  An arm that runs out of memory is reported
-and ends no other.  Operations are counted by `models/flops.py`, the peak is that of
-`plan/gpus.py`; without a GPU (a test) there is none.
+before the next, and the result is on disk after each.  An arm that runs out of memory, or needs a
+library that is not installed, is reported and ends no other.  Operations are counted by
+`models/flops.py`, the peak is that of `plan/gpus.py`; without a GPU (a test) there is none.
 """
 
 import argparse
+import functools
 import gc
 import importlib.util
 import itertools
@@ -29,6 +30,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from megatron.core.jit import jit_fuser
+from megatron.core.models.common.embeddings import rope_utils
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -71,6 +74,8 @@ class Arm(NamedTuple):
 
     settings: dict[str, dict[str, Any]]
     replaced: tuple[tuple[Any, str, Any], ...] = ()
+    needs: tuple[str, ...] = ()
+    """Modules of which one must be installed."""
 
 
 def torchs_norm(self: attention.RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -78,17 +83,50 @@ def torchs_norm(self: attention.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def ligers_norm(self: attention.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Return the norm by Liger's kernel, which rounds where ours does."""
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    offset, casting, in_place = 0.0, "llama", False
+    return LigerRMSNormFunction.apply(x, self.weight, self.eps, offset, casting, in_place)
+
+
+MEGATRONS_ROPE = rope_utils._apply_rotary_pos_emb_bshd
+
+
+def compiled_rope(*args: Any, **settings: Any) -> torch.Tensor:
+    """Return Megatron's rotation, compiled as it compiles its fused activation."""
+    return _compiled_rope()(*args, **settings)
+
+
+@functools.cache
+def _compiled_rope():
+    return jit_fuser(MEGATRONS_ROPE)
+
+
 ACTIVATION = {"megatron": {"bias_activation_fusion": True}}
 NORM = ((attention.RMSNorm, "forward", torchs_norm),)
+LIGER = ((attention.RMSNorm, "forward", ligers_norm),)
+ROPE = ((rope_utils, "_apply_rotary_pos_emb_bshd", compiled_rope),)
 ARMS = {
     "packed": Arm({}),
+    "all fused": Arm(ACTIVATION, NORM + ROPE),
     "fused activation and norm": Arm(ACTIVATION, NORM),
     "fused activation": Arm(ACTIVATION),
     "fused norm": Arm({}, NORM),
+    "fused rope": Arm({}, ROPE),
+    "fused weight gradient": Arm(
+        {"megatron": {"gradient_accumulation_fusion": True}},
+        needs=("transformer_engine", "fused_weight_gradient_mlp_cuda"),
+    ),
+    "TransformerEngine rope": Arm(
+        {"megatron": {"apply_rope_fusion": True}}, needs=("transformer_engine",)
+    ),
+    "Liger norm": Arm({}, LIGER, needs=("liger_kernel",)),
     "AdamW not fused": Arm({}, ((optimizer, "fuse_adam", lambda *_, **__: None),)),
     "padded": Arm({"train": {"packing": False}}),
 }
-"""Arms, the most valuable first.  Megatron's fused activation is compiled at first use."""
+"""Arms, the most valuable first.  Fused activation and rope are compiled at first use."""
 
 
 @in_one_line
@@ -163,6 +201,8 @@ def case_of(cases: list[dict], model: Path, folder: Path, options) -> dict:
 
 def measure(folder: Path, case: dict, arm: Arm, options) -> dict:
     """Measure one arm: the passes of a new actor over the same rollouts."""
+    if arm.needs and not any(map(importlib.util.find_spec, arm.needs)):
+        return {"failed": f"needs {' or '.join(arm.needs)}"}
     config = _config(folder, case["longest"], arm.settings)
     shape = Shape.of(hf := read_hf_config(folder))
     sequences = rollouts(options.sequences, options.response_tokens, hf["vocab_size"])
