@@ -42,6 +42,10 @@ NUM_EVAL_PROMPTS = 400
 
 NUM_FRESH_PROMPTS = 12_800
 
+NUM_SCARCE_PROMPTS = 3200
+SCARCE_SHARE = 0.2
+"""Share of the pool among scarce prompts; the rest is beyond the base model."""
+
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 WARM_UP_STEPS = 50
@@ -61,6 +65,8 @@ class Task:
     """Sampler of problems for training the base model."""
     draw_for_pool: Draw
     """Sampler of problems for reinforcement learning and evaluation."""
+    draw_beyond: Draw
+    """Sampler of problems that the base model cannot do."""
     words: Collection[str]
     max_new_tokens: int
     hidden_size: int
@@ -90,11 +96,23 @@ def main(task: Task, description: str) -> None:
         metavar="N",
         help=f"only write a train.jsonl of N new prompts (default {NUM_FRESH_PROMPTS}) to --out",
     )
+    what.add_argument(
+        "--scarce",
+        type=int,
+        nargs="?",
+        const=NUM_SCARCE_PROMPTS,
+        metavar="N",
+        help=f"only write a train.jsonl of N new prompts (default {NUM_SCARCE_PROMPTS}) to --out, "
+        "four of five of which are beyond the base model",
+    )
     options = parser.parse_args()
-    if options.fresh is not None and options.out.resolve() == task.folder.resolve():
-        parser.error("--fresh needs an --out: it would replace the shipped train.jsonl")
+    only_prompts = options.fresh is not None or options.scarce is not None
+    if only_prompts and options.out.resolve() == task.folder.resolve():
+        parser.error(
+            "--fresh and --scarce need an --out: they would replace the shipped train.jsonl"
+        )
     if not options.measure:
-        written = ["train.jsonl"] if options.fresh is not None else FILES
+        written = ["train.jsonl"] if only_prompts else FILES
         refuse_to_replace(task, options.out, written)
 
     torch.set_num_threads(1)  # one thread adds in one order, so the weights are reproducible
@@ -103,6 +121,8 @@ def main(task: Task, description: str) -> None:
         measure(task, options.out, options.seed)
     elif options.fresh is not None:
         write_fresh_prompts(task, options.out, options.seed, options.fresh)
+    elif options.scarce is not None:
+        write_scarce_prompts(task, options.out, options.seed, options.scarce)
     else:
         build(task, options.out, options.seed)
     wall_seconds = time.perf_counter() - started
@@ -170,6 +190,21 @@ def write_fresh_prompts(task: Task, out: Path, seed: int, count: int) -> list[Pr
     problems = draw_unique(task.draw_for_pool, random.Random(f"fresh {seed}"), count, shipped)
     write_prompts(out / "train.jsonl", "fresh", problems)
     return problems
+
+
+def write_scarce_prompts(task: Task, out: Path, seed: int, count: int) -> None:
+    """Write a train.jsonl in which few prompts are of the pool, and no prompt of the shipped files.
+
+    The others are beyond the base model: where prompts that teach are scarce, choosing them pays.
+    """
+    shipped = {problem.prompt for problem in draw_shipped(task, seed)}
+    rng = random.Random(f"scarce {seed}")
+    within = round(count * SCARCE_SHARE)
+    problems = draw_unique(task.draw_for_pool, rng, within, shipped)
+    held_back = shipped | {problem.prompt for problem in problems}
+    problems += draw_unique(task.draw_beyond, rng, count - within, held_back)
+    rng.shuffle(problems)
+    write_prompts(out / "train.jsonl", "scarce", problems)
 
 
 def write_prompts(path: Path, split: str, problems: Sequence[Problem]) -> None:

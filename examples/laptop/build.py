@@ -3,6 +3,7 @@
     python examples/laptop/build.py                    # the prompts and the base model
     python examples/laptop/build.py --measure          # print the pass rates of the base model
     python examples/laptop/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 new prompts
+    python examples/laptop/build.py --scarce --out DIR  # DIR/train.jsonl: most too hard
 
 Building takes about 105 CPU-seconds, measuring about 20, fresh prompts a few. Written to ``--out``:
 
@@ -27,6 +28,7 @@ TASK = Task(
     seed=3,
     draw_for_corpus=story_sums.draw_for_corpus,
     draw_for_pool=story_sums.draw_for_pool,
+    draw_beyond=story_sums.draw_beyond,
     words=story_sums.words(),
     max_new_tokens=52,  # the longest worked answer of the pool has about 40 tokens
     hidden_size=96,

@@ -58,7 +58,7 @@ class Mixture:
     step_weights: tuple[float, ...]
     """Weights of 1, 2, ... MAX_STEPS steps."""
     magnitude_weights: tuple[float, ...]
-    """Weights of the magnitudes 1, 2 and 3."""
+    """Weights of the magnitudes 1, 2, 3 and 4, as far as given."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,12 @@ DISTRACTORS = (
     "it takes {k} minutes .",
     "{name} has {k} friends .",
 )
-MAGNITUDES = {1: Magnitude(9, 20), 2: Magnitude(15, 50), 3: Magnitude(30, 99)}
+MAGNITUDES = {
+    1: Magnitude(9, 20),
+    2: Magnitude(15, 50),
+    3: Magnitude(30, 99),
+    4: Magnitude(300, 999),
+}
 OPERATIONS = {
     "+": operator.add,
     "-": operator.sub,
@@ -226,6 +231,11 @@ POOL = Mixture(
     step_weights=(1.0,) * MAX_STEPS,
     magnitude_weights=(0.4, 0.4, 0.2),
 )
+BEYOND = Mixture(
+    family_weights=zipf(len(FAMILIES), 0.5),
+    step_weights=(0.0, 0.0, 1.0, 1.0, 1.0),
+    magnitude_weights=(0.0, 0.0, 0.0, 1.0),
+)
 DISTRACTOR_SHARE = 0.1
 SCALING_SHARE = 0.12  # share of steps, if the numbers allow it: half doublings, half halvings
 
@@ -234,7 +244,9 @@ def draw_story(rng: random.Random, mixture: Mixture) -> Story:
     """Draw one story from a mixture."""
     family = rng.choices(FAMILIES, mixture.family_weights)[0]
     steps = rng.choices(range(1, MAX_STEPS + 1), mixture.step_weights)[0]
-    magnitude = rng.choices(list(MAGNITUDES), mixture.magnitude_weights)[0]
+    magnitude = rng.choices(
+        range(1, len(mixture.magnitude_weights) + 1), mixture.magnitude_weights
+    )[0]
     limits = MAGNITUDES[magnitude]
     words = {"name": _draw_common(rng, NAMES), "thing": _draw_common(rng, family.things)}
 
@@ -303,6 +315,11 @@ def draw_for_corpus(rng: random.Random) -> Story:
 def draw_for_pool(rng: random.Random) -> Story:
     """Draw one story for reinforcement learning and evaluation."""
     return draw_story(rng, POOL)
+
+
+def draw_beyond(rng: random.Random) -> Story:
+    """Draw one story that the base model cannot do."""
+    return draw_story(rng, BEYOND)
 
 
 def words() -> set[str]:

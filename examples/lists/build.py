@@ -3,6 +3,7 @@
 python examples/lists/build.py                    # the prompts and the base model
 python examples/lists/build.py --measure          # print the pass rates of the base model
 python examples/lists/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 new prompts
+python examples/lists/build.py --scarce --out DIR  # DIR/train.jsonl: most too hard
 """
 
 import sys
@@ -18,6 +19,7 @@ TASK = Task(
     seed=0,
     draw_for_corpus=list_pipelines.draw_for_corpus,
     draw_for_pool=list_pipelines.draw_for_pool,
+    draw_beyond=list_pipelines.draw_beyond,
     words=list_pipelines.words(),
     max_new_tokens=60,
     hidden_size=64,

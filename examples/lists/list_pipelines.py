@@ -68,9 +68,9 @@ class Mixture:
     rank_exponent: float
     """Exponent of the Zipf weights of operations and names."""
     length_weights: tuple[float, ...]
-    """Weights of lists of 4, 5, 6 and 7 different digits."""
+    """Weights of lists of 4, 5, 6, ... different digits."""
     step_weights: tuple[float, ...]
-    """Weights of 1, 2, 3 and 4 operations."""
+    """Weights of 1, 2, 3, ... operations."""
 
 
 CORPUS = Mixture(
@@ -85,6 +85,13 @@ POOL = Mixture(
 )
 
 
+BEYOND = Mixture(
+    rank_exponent=0.0,
+    length_weights=(0, 0, 0, 0, 1, 1),
+    step_weights=(0, 0, 0, 0, 1, 1),
+)
+
+
 @dataclass(frozen=True)
 class Pipeline(Problem):
     """A pipeline; its working has the list after each operation."""
@@ -95,8 +102,8 @@ class Pipeline(Problem):
 
 def draw_pipeline(rng: random.Random, mixture: Mixture) -> Pipeline:
     """Draw one pipeline from a mixture."""
-    length = rng.choices(range(4, 8), mixture.length_weights)[0]
-    steps = rng.choices(range(1, 5), mixture.step_weights)[0]
+    length = rng.choices(range(4, 4 + len(mixture.length_weights)), mixture.length_weights)[0]
+    steps = rng.choices(range(1, 1 + len(mixture.step_weights)), mixture.step_weights)[0]
     items = rng.sample(range(10), length)
     prompt, working = [f"list {_spaced(items)} :"], []
     done: set[Operation] = set()
@@ -137,6 +144,14 @@ def draw_for_corpus(rng: random.Random) -> Pipeline:
 def draw_for_pool(rng: random.Random) -> Pipeline:
     """Draw one pipeline for reinforcement learning and evaluation."""
     return draw_pipeline(rng, POOL)
+
+
+def draw_beyond(rng: random.Random) -> Pipeline:
+    """Draw one pipeline that the base model cannot do, without sorting: its ends can be guessed."""
+    while True:
+        pipeline = draw_pipeline(rng, BEYOND)
+        if not {"sort", "order", "descending"} & set(pipeline.prompt.split()):
+            return pipeline
 
 
 def words() -> set[str]:

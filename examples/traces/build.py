@@ -3,6 +3,7 @@
 python examples/traces/build.py                    # the prompts and the base model
 python examples/traces/build.py --measure          # print the pass rates of the base model
 python examples/traces/build.py --fresh --out DIR  # DIR/train.jsonl: 12 800 new prompts
+python examples/traces/build.py --scarce --out DIR  # DIR/train.jsonl: most too hard
 """
 
 import sys
@@ -18,6 +19,7 @@ TASK = Task(
     seed=0,
     draw_for_corpus=register_programs.draw_for_corpus,
     draw_for_pool=register_programs.draw_for_pool,
+    draw_beyond=register_programs.draw_beyond,
     words=register_programs.words(),
     max_new_tokens=96,
     hidden_size=64,

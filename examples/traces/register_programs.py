@@ -68,6 +68,17 @@ POOL = Mixture(
 )
 
 
+BEYOND = Mixture(
+    # only instructions that lose nothing: the state, and so the answer, cannot be guessed
+    instruction_weights=tuple(
+        0.0 if name in ("double", "copy", "triple", "gap") else 1.0 for name in INSTRUCTIONS
+    ),
+    modulus_weights=(1.0,) * len(MODULI),
+    body_weights=(0.0, 0.0, 1.0, 1.0),
+    executed=(20, 36),
+)
+
+
 @dataclass(frozen=True)
 class Program(Problem):
     """A program, with the trace as its working."""
@@ -119,6 +130,11 @@ def draw_for_corpus(rng: random.Random) -> Program:
 def draw_for_pool(rng: random.Random) -> Program:
     """Draw one program for reinforcement learning and evaluation."""
     return draw_program(rng, POOL)
+
+
+def draw_beyond(rng: random.Random) -> Program:
+    """Draw one program that the base model cannot run."""
+    return draw_program(rng, BEYOND)
 
 
 def words() -> set[str]:

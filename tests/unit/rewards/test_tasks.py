@@ -23,9 +23,8 @@ def name(request) -> str:
 
 def draw(task: tiny_base.Task) -> list[tiny_task.Problem]:
     rng = random.Random(1)
-    return [
-        kind(rng) for kind in (task.draw_for_corpus, task.draw_for_pool) for _ in range(NUM_DRAWN)
-    ]
+    kinds = (task.draw_for_corpus, task.draw_for_pool, task.draw_beyond)
+    return [kind(rng) for kind in kinds for _ in range(NUM_DRAWN)]
 
 
 def test_worked_answers_are_correct_and_corrupted_ones_are_not(name):
@@ -159,6 +158,29 @@ def test_prompt_files_are_repeatable_and_disjoint(name, tmp_path):
     files.append(prompts(task.folder / "eval.jsonl"))
     assert [len(file) for file in files] == [2000, 800, 400]
     assert len(set().union(*files)) == 3200
+
+
+def test_one_scarce_prompt_in_five_is_of_the_pool(name, tmp_path):
+    """The pool's own limits tell them apart: a problem beyond the model is outside of them."""
+    task = load(name)
+    for folder in ("a", "b"):
+        tiny_base.write_scarce_prompts(task, tmp_path / folder, task.seed, 500)
+    scarce = tmp_path / "a" / "train.jsonl"
+    assert scarce.read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
+    shipped = {*prompts(task.folder / "train.jsonl"), *prompts(task.folder / "eval.jsonl")}
+    assert len(shipped.union(prompts(scarce))) == 1200 + 500
+    kinds = [BEYOND[name](json.loads(line)) for line in scarce.read_text().splitlines()]
+    assert kinds.count(True) == 400
+    assert 0 < kinds[:250].count(True) < 250, "mixed"
+    pool = [json.loads(line) for line in (task.folder / "train.jsonl").read_text().splitlines()]
+    assert not any(map(BEYOND[name], pool))
+
+
+BEYOND = {
+    "laptop": lambda story: story["magnitude"] == 4,
+    "traces": lambda program: program["executed"] > 14,
+    "lists": lambda pipeline: pipeline["length"] > 7 and pipeline["steps"] > 4,
+}
 
 
 def prompts(path) -> list[str]:
