@@ -20,7 +20,7 @@ and one micro-batch.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -86,6 +86,11 @@ class Scores:
 
     logprobs_T: torch.Tensor
     entropy_T: torch.Tensor
+    hidden_D: torch.Tensor | None = None
+    """Mean of the projected last hidden states over the scored tokens, if a projection was given.
+
+    The states are those that the scores are computed from: a token's is its predecessor's.
+    """
 
 
 @dataclass(frozen=True)
@@ -164,17 +169,22 @@ class Actor:
         sequences: Sequence[ScoredSequence],
         *,
         temperature: float,
+        projection_HD: torch.Tensor | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Scores]:
         """Return log-probabilities and exact entropies of all sequences, by one forward pass.
 
-        Sequences with a routing replay it (`rollout.router_replay`).  `on_progress` is called with
-        the number of sequences of each finished micro-batch.
+        With `projection_HD`, float32, it also returns the mean hidden states.  Sequences with a
+        routing replay it (`rollout.router_replay`).  `on_progress` is called with the number of
+        sequences of each finished micro-batch.
         """
+        projection_HD = torch.empty(0, 0) if projection_HD is None else projection_HD
+        projection_HD = projection_HD.to(self.device)
         offsets = [0]
         for sequence in sequences:
             offsets.append(offsets[-1] + sequence.num_scored)
         flat_2T = torch.zeros(2, offsets[-1], device=self.device)
+        hidden_SD = torch.zeros(len(sequences), projection_HD.shape[1], device=self.device)
 
         def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool) -> None:
             lengths = [sequences[i].num_scored for i in batch.index]
@@ -183,6 +193,11 @@ class Actor:
             parts = scored_2R.split(lengths, dim=1)
             for i, part_2R in zip(batch.index, parts, strict=True):
                 flat_2T[:, offsets[i] : offsets[i + 1]] = part_2R
+            if projection_HD.numel():
+                hidden_RH = self._hidden_TH(hidden)[batch.targets_T != IGNORE]
+                parts_RD = (hidden_RH.float() @ projection_HD).split(batch.scored_here(lengths))
+                for i, part_RD in zip(batch.index, parts_RD, strict=True):
+                    hidden_SD[i] += part_RD.sum(dim=0)
             if on_progress:
                 on_progress(len(batch.index))
 
@@ -193,7 +208,12 @@ class Actor:
         with torch.no_grad():
             self._forward_backward(sequences, self.plan(sequences), collect, forward_only=True)
         _share(flat_2T)
-        return [Scores(flat_2T[0, a:b].cpu(), flat_2T[1, a:b].cpu()) for a, b in pairwise(offsets)]
+        scores = [Scores(*flat_2T[:, a:b].cpu()) for a, b in pairwise(offsets)]
+        if not projection_HD.numel():
+            return scores
+        means = zip(_share(hidden_SD).cpu(), sequences, strict=True)
+        hidden = [sum_D / sequence.num_scored for sum_D, sequence in means]
+        return [replace(score, hidden_D=h_D) for score, h_D in zip(scores, hidden, strict=True)]
 
     def routed_differently(self) -> float | None:
         """Return how often the actor would have chosen other experts than the replayed ones.

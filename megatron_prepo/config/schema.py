@@ -336,6 +336,10 @@ class SelectionConfig:
     """Pass rate that `mopps`, `foresight` and `oracle` aim for."""
     mopps_decay: float = 0.5
     """Factor by which `mopps` and `mapp` discount earlier observations at each new observation."""
+    foresight_hidden: int = 0
+    """Number of features of the prompt's mean last hidden state that `foresight` also predicts
+    from (`docs/foresight.md`); 0: perplexity, length and mean entropy only. 32 or 64 help where a
+    pretrained model trains on a mixture of tasks."""
     kgps_prior_variance: float = 3.29
     """Variance of an unseen prompt's logit for `kgps`, and the largest of any prompt; the default
     is that of a uniform pass rate, pi^2 / 3."""
@@ -409,6 +413,7 @@ class SelectionConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"selection.{name}={getattr(self, name)} must lie between 0 and 1")
         _positive("selection.kgps_prior_variance", self.kgps_prior_variance)
+        _at_least("selection.foresight_hidden", self.foresight_hidden, 0)
         _at_least("selection.kgps_drift", self.kgps_drift, 0)
         _at_least("selection.kgps_warm_up", self.kgps_warm_up, 0)
         _positive("selection.dps_prior", self.dps_prior)

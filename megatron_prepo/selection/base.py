@@ -24,6 +24,9 @@ class Candidates:
     """Share of probe rollouts that pass, float64 (oracle only)."""
     actor_ppl_P: torch.Tensor | None = None
     """Perplexity under the actor, in steps where `ppl_P` is the engine's and both are compared."""
+    hidden_PD: torch.Tensor | None = None
+    """D features of the actor's last hidden states, float64: their mean over the prompt, projected.
+    """
 
     def at(self, positions: Sequence[int]) -> list[Prompt]:
         """Return the prompts at these positions."""
@@ -39,6 +42,8 @@ class Selector(Protocol):
 
     needs_scores: bool = False
     """Whether `ppl_P` and `entropy_P` of the candidates are to be computed."""
+    hidden_features: int = 0
+    """D, with `needs_scores`: how many features of the hidden states are to be computed."""
     needs_pass_rates: bool = False
     """Whether all candidates are to be rolled out for their `pass_rate_P`."""
     refills: bool = False

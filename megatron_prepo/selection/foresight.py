@@ -1,7 +1,8 @@
 """Foresight, our method: a prediction as prior, past rewards as evidence, one draw per choice.
 
     features    x_i = [1, z_i, z_i^2 - 1],  z_i = log perplexity, log length and mean entropy of the
-                prompt under the current policy, standardised over the step's candidates
+                prompt under the current policy, standardised over the step's candidates; with
+                `selection.foresight_hidden`, also that many of its mean last hidden state
     prediction  mu_i = sigmoid(w . x_i), logistic regression on all groups so far; a group that is
                 `STEP_DECAY` steps old has weight 1/e, and a rollout has weight `ROLLOUT_WEIGHT`,
                 since the rollouts of a group are correlated
@@ -46,6 +47,7 @@ class Foresight(Selector):
         self, config: SelectionConfig, *, total_steps: int, seed: int, pass_reward: float
     ) -> None:
         self.num_selected, self.target = config.num_selected, config.target_pass_rate
+        self.hidden_features = config.foresight_hidden
         self.seed, self.pass_reward = seed, pass_reward
         self.features: list[list[float]] = []
         self.counts: list[tuple[int, int, int]] = []
@@ -127,19 +129,29 @@ class Foresight(Selector):
 def features(candidates: Candidates) -> np.ndarray:
     """Return `x_PF`: a constant, the standardised features and their centred squares.
 
-    A feature that does not vary is zero for all candidates; a non-finite value is replaced by zero.
+    Features of the hidden states have no squares.  A feature that does not vary is zero for all
+    candidates; a non-finite value is replaced by zero.
     """
     assert candidates.ppl_P is not None and candidates.entropy_P is not None, "needs_scores"
     lengths_P = [len(prompt.tokens) for prompt in candidates.prompts]
     raw_PF = np.stack(
         [np.log(candidates.ppl_P.numpy()), np.log(lengths_P), candidates.entropy_P.numpy()], axis=1
     )
+    z_PF = standardised(raw_PF)
+    columns = [np.ones((len(z_PF), 1)), z_PF, z_PF**2 - 1]
+    if candidates.hidden_PD is not None:
+        columns.append(standardised(candidates.hidden_PD.numpy()))
+    x_PF: np.ndarray = np.concatenate(columns, axis=1)
+    return x_PF
+
+
+def standardised(raw_PF: np.ndarray) -> np.ndarray:
+    """Return each column with mean 0 and standard deviation 1, or zeros if it does not vary."""
     raw_PF = np.where(np.isfinite(raw_PF), raw_PF, np.nan)
     spread_F = np.nanstd(raw_PF, axis=0)
-    z_PF = (raw_PF - np.nanmean(raw_PF, axis=0)) / np.where(spread_F > 0, spread_F, 1.0)
-    z_PF = np.nan_to_num(z_PF)
-    x_PF: np.ndarray = np.concatenate([np.ones((len(z_PF), 1)), z_PF, z_PF**2 - 1], axis=1)
-    return x_PF
+    spread_F = np.where(spread_F > 0, spread_F, 1.0)
+    z_PF: np.ndarray = np.nan_to_num((raw_PF - np.nanmean(raw_PF, axis=0)) / spread_F)
+    return z_PF
 
 
 def predict(x_RF: np.ndarray, weight_F: np.ndarray) -> np.ndarray:

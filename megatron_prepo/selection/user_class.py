@@ -68,7 +68,11 @@ def _checked_class(found: object, setting: str) -> type[Selector]:
         value = getattr(found, name)
         if not isinstance(value, bool):
             raise UserError(f"{setting}: {name} is {value!r:.80}; set it to True or False")
-    return cast(type[Selector], found)
+    selector = cast(type[Selector], found)
+    features = selector.hidden_features
+    if type(features) is not int or features < 0:
+        raise UserError(f"{setting}: hidden_features is {features!r:.80}; set it to 0 or more")
+    return selector
 
 
 def _check_signature(function: Callable[..., Any], name: str, setting: str) -> None:
@@ -184,10 +188,12 @@ def made_up_candidates(selector: Selector, run: TrialRun, step: int) -> Candidat
     prompts = [_made_up_prompt(i) for i in random.Random(step).sample(pool[step % 3 :: 3], num)]
     ppl_P, entropy_P, pass_rate_P = torch.rand(3, num, generator=draw, dtype=torch.float64)
     by_actor = run.config.ppl_from == "actor"
+    hidden_PD = torch.randn(num, selector.hidden_features, generator=draw, dtype=torch.float64)
     return Candidates(
         prompts,
         ppl_P=1 + 20 * ppl_P if selector.needs_scores else None,
         entropy_P=5 * entropy_P if selector.needs_scores and by_actor else None,
+        hidden_PD=hidden_PD if selector.needs_scores and by_actor and hidden_PD.numel() else None,
         pass_rate_P=(
             (pass_rate_P * run.group_size).round() / run.group_size
             if selector.needs_pass_rates

@@ -1,7 +1,9 @@
 """The candidates' perplexities: by the actor, with entropies, or by the engine, without."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
@@ -12,10 +14,23 @@ from megatron_prepo.rollout.engine import Engine
 from megatron_prepo.trainer.step_metrics import spearman
 
 
+class PromptScores(NamedTuple):
+    """Perplexity, mean entropy and, if asked for, features of P prompts; float64."""
+
+    ppl_P: torch.Tensor
+    entropy_P: torch.Tensor
+    hidden_PD: torch.Tensor | None = None
+
+
 def prompt_scores(
-    actor: Actor, prompts: Sequence[Prompt], tokens: str = "all", *, share_prefix: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `ppl_P` and `entropy_P`, the mean entropy; float64, identical on every rank.
+    actor: Actor,
+    prompts: Sequence[Prompt],
+    tokens: str = "all",
+    *,
+    projection_HD: torch.Tensor | None = None,
+    share_prefix: bool = False,
+) -> PromptScores:
+    """Return the scores of prompts, identical on every rank.
 
     `actor.score` is one forward pass without gradient (see `megatron_prepo.actor.actor`).
     Non-finite values are kept: selection sorts them last.
@@ -23,31 +38,54 @@ def prompt_scores(
     `share_prefix`: scores what all prompts begin with (the chat template, few-shot examples) once,
     for an actor with `train.share_prefixes`, which then also computes it once per row.
     """
-    scores = whole_scores(actor, [prompt.tokens for prompt in prompts], share_prefix)
+    tokens_P = [prompt.tokens for prompt in prompts]
+    scores = whole_scores(actor, tokens_P, share_prefix, projection_HD)
     spans = [prompt_span(prompt, tokens) for prompt in prompts]
     ppl = [perplexity(score.logprobs_T, s) for score, s in zip(scores, spans, strict=True)]
     entropy = [score.entropy_T[s].double().mean() for score, s in zip(scores, spans, strict=True)]
-    return torch.stack(ppl), torch.stack(entropy)
+    hidden = [score.hidden_D.double() for score in scores if score.hidden_D is not None]
+    hidden_PD = torch.stack(hidden) if hidden else None
+    return PromptScores(torch.stack(ppl), torch.stack(entropy), hidden_PD)
+
+
+def projection(hidden_size: int, features: int, seed: int) -> torch.Tensor:
+    """Return `projection_HD`, random directions that keep distances in the mean."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(hidden_size, features, generator=draw) / features**0.5
 
 
 def whole_scores(
-    actor: Actor, prompts: Sequence[tuple[int, ...]], share_prefix: bool
+    actor: Actor,
+    prompts: Sequence[tuple[int, ...]],
+    share_prefix: bool,
+    projection_HD: torch.Tensor | None = None,
 ) -> list[Scores]:
     """Return the scores of all tokens of the prompts except the first."""
+    score = partial(actor.score, temperature=1.0)
+    if projection_HD is not None:
+        score = partial(score, projection_HD=projection_HD)
     same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
     common = min(len(list(same)), *(len(tokens) - 1 for tokens in prompts))
     if not share_prefix or common < 2:
-        return actor.score([ScoredSequence(tokens, 1) for tokens in prompts], temperature=1.0)
+        return score([ScoredSequence(tokens, 1) for tokens in prompts])
     sequences = [ScoredSequence(tokens, common) for tokens in prompts]
     prefix = ScoredSequence(prompts[0][:common], 1)
-    first, *others = actor.score([prefix, *sequences], temperature=1.0)
-    return [
-        Scores(
-            torch.cat([first.logprobs_T, other.logprobs_T]),
-            torch.cat([first.entropy_T, other.entropy_T]),
-        )
-        for other in others
-    ]
+    first, *others = score([prefix, *sequences])
+    return [joined(first, other) for other in others]
+
+
+def joined(first: Scores, second: Scores) -> Scores:
+    """Return the scores of two parts of a sequence as those of the whole."""
+    hidden_D = None
+    if first.hidden_D is not None and second.hidden_D is not None:
+        in_first, in_second = len(first.logprobs_T), len(second.logprobs_T)
+        sum_D = in_first * first.hidden_D + in_second * second.hidden_D
+        hidden_D = sum_D / (in_first + in_second)
+    return Scores(
+        torch.cat([first.logprobs_T, second.logprobs_T]),
+        torch.cat([first.entropy_T, second.entropy_T]),
+        hidden_D,
+    )
 
 
 def engine_perplexities(

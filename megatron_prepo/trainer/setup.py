@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -40,6 +40,7 @@ from megatron_prepo.trainer.groups import reward_tensor
 from megatron_prepo.trainer.guarded_update import SkipUpdates, UpdateGuard
 from megatron_prepo.trainer.overlong import Overlong
 from megatron_prepo.trainer.policy_update import TrainingBatch
+from megatron_prepo.trainer.prompt_scores import projection
 from megatron_prepo.trainer.resume import Checkpoints, is_affordable, newest_checkpoint
 from megatron_prepo.trainer.step_texts import evaluation_texts
 from megatron_prepo.trainer.throughput import Throughput
@@ -70,6 +71,16 @@ class Trainer:
     """Set by `resumed`."""
     after: Evaluation = field(init=False)
     """Evaluation after the last step; set once it is done."""
+
+    @cached_property
+    def projection_HD(self) -> torch.Tensor | None:
+        """Directions of the candidates' hidden states that the selector needs, equal on all ranks.
+
+        A resumed run has the same.
+        """
+        if not (features := self.selector.hidden_features):
+            return None
+        return projection(self.actor.hf["hidden_size"], features, self.config.train.seed)
 
     @contextmanager
     def resumed(self, **parts: Any) -> Iterator[None]:

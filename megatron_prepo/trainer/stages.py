@@ -63,15 +63,16 @@ def score(trainer: Trainer, prompts: Sequence[Prompt], step: int) -> Candidates:
         trainer.actor,
         prompts,
         settings.ppl_tokens,
+        projection_HD=trainer.projection_HD,
         share_prefix=trainer.config.train.share_prefixes,
     )
     if not trainer.selector.needs_scores:
         return Candidates(prompts)
     if settings.ppl_from == "actor":
-        return Candidates(prompts, *scores_by_actor())
+        return Candidates(prompts, **scores_by_actor()._asdict())
     ppl_P, actor_ppl_P = engine_perplexities(trainer.engine, prompts, settings.ppl_tokens), None
     if step == 0 or due(step, trainer.config.eval.every):
-        actor_ppl_P, _ = scores_by_actor()
+        actor_ppl_P = scores_by_actor().ppl_P
         check_agreement(ppl_P, actor_ppl_P, settings.ppl_agreement)
     return Candidates(prompts, ppl_P, actor_ppl_P=actor_ppl_P)
 

@@ -10,11 +10,13 @@ import pytest
 import tiny_models
 import torch
 from ranks import join, on_ranks
+from rounding import allowance, largest_difference
 from safetensors.torch import load_file
 from tiny_models import VOCAB, actor_config
-from transformers_scores import judged, largest_of_all, scores
+from transformers_scores import ATTENTIONS, judged, largest_of_all, model_of, scores
 
 from megatron_prepo.records import ScoredSequence
+from megatron_prepo.trainer.prompt_scores import projection
 
 MODELS = {
     "qwen2": lambda: tiny_models.qwen2(),
@@ -94,10 +96,18 @@ def score_and_export_all(directories):
             )
             parallel.initialize(config.parallel, seed=1)
             actor = Actor(config)
-            scores = {t: actor.score(sequences(name), temperature=t) for t in TEMPERATURES}
+            projection_HD = directions(actor.hf["hidden_size"])
+            scores = {
+                t: actor.score(sequences(name), temperature=t, projection_HD=projection_HD)
+                for t in TEMPERATURES
+            }
             results[name, layout] = {
                 "scores": {
                     t: [(s.logprobs_T, s.entropy_T) for s in list_of_scores]
+                    for t, list_of_scores in scores.items()
+                },
+                "hidden": {
+                    t: torch.stack([s.hidden_D for s in list_of_scores])
                     for t, list_of_scores in scores.items()
                 },
                 "export": oddities(actor.hf_weights(), hf),
@@ -105,6 +115,11 @@ def score_and_export_all(directories):
             parallel_state.destroy_model_parallel()  # the next model in the same process group
         parallel.shut_down()
     return results
+
+
+def directions(hidden_size):
+    """Return `projection_HD` of three directions, in which the mean hidden states are compared."""
+    return projection(hidden_size, 3, seed=7)
 
 
 def oddities(weights, hf):
@@ -174,6 +189,40 @@ def test_exported_weights_are_the_source_bit_for_bit(results, name, layout):
         if (name, layout) in rank:
             export = rank[name, layout]["export"]
             assert export == {"repeated": [], "missing": [], "unknown": [], "changed": []}
+
+
+@torch.no_grad()
+def mean_hidden_states(model, name):
+    """Return those that predict the scored tokens, `[sequences, D]`, in float64."""
+    means = []
+    for sequence in sequences(name):
+        hidden_TH = model.model(torch.tensor([sequence.tokens])).last_hidden_state[0]
+        means.append(hidden_TH[sequence.start - 1 : -1].double().mean(dim=0))
+    hidden_SH = torch.stack(means)
+    return hidden_SH @ directions(hidden_SH.shape[1]).double()
+
+
+@pytest.fixture(scope="module")
+def expected_hidden(directories):
+    """Mean hidden states in float64 and our allowed error, {model: (states, error)}."""
+    found = {}
+    for name, hf in directories.items():
+        exact_SD = mean_hidden_states(model_of(hf), name)
+        others = (mean_hidden_states(model_of(hf, torch.float32, a), name) for a in ATTENTIONS)
+        error = max(largest_difference(other_SD, exact_SD) for other_SD in others)
+        found[name] = exact_SD, allowance(error, exact_SD.abs().mean().item())
+    return found
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_mean_hidden_states_are_those_of_transformers(results, expected_hidden, name, layout):
+    """At any temperature; two sequences of one beginning differ by far more than is allowed."""
+    exact_SD, allowed = expected_hidden[name]
+    for rank in results:
+        if (name, layout) in rank:
+            for hidden_SD in rank[name, layout]["hidden"].values():
+                assert largest_difference(hidden_SD, exact_SD) <= allowed
+    assert largest_difference(exact_SD[7], exact_SD[8]) > 100 * allowed
 
 
 # That a mistake would be seen

@@ -16,6 +16,7 @@ from megatron_prepo.records import Prompt
 from megatron_prepo.trainer.prompt_scores import (
     check_agreement,
     engine_perplexities,
+    joined,
     prompt_scores,
     prompt_span,
 )
@@ -98,7 +99,7 @@ def test_equals_exp_of_the_language_model_loss():
 
 def test_entropy_is_the_mean_over_the_same_tokens():
     """log V for the uniform model, 0 for the certain one; content counts as for perplexity."""
-    _, entropy_P = prompt_scores(Bigram(torch.zeros(V, V)), PROMPTS)
+    entropy_P = prompt_scores(Bigram(torch.zeros(V, V)), PROMPTS).entropy_P
     assert entropy_P.tolist() == approx([math.log(V)] * 4, dtype=torch.float32)
     model, item = random_bigram(), prompt([5, 6, 1, 2, 0], content=(2, 4))
     expected = [
@@ -119,7 +120,7 @@ def test_order_and_packing_of_the_batch_do_not_matter(budget):
     expected_P = torch.cat([prompt_scores(model, [item])[0] for item in PROMPTS])
     model.budget = budget
     order = [2, 0, 3, 1]
-    ppl_P, _ = prompt_scores(model, [PROMPTS[i] for i in order])
+    ppl_P = prompt_scores(model, [PROMPTS[i] for i in order]).ppl_P
     assert_close(ppl_P, expected_P[order])
 
 
@@ -136,8 +137,18 @@ def test_a_beginning_that_all_prompts_share_is_scored_once(prompts, fewer, token
     own, sharing = random_bigram(), random_bigram()
     expected = prompt_scores(own, prompts, tokens)
     shared = prompt_scores(sharing, prompts, tokens, share_prefix=True)
-    assert all(map(torch.equal, shared, expected))
+    assert torch.equal(shared.ppl_P, expected.ppl_P)
+    assert torch.equal(shared.entropy_P, expected.entropy_P)
     assert own.num_scored - sharing.num_scored == fewer
+
+
+def test_two_parts_of_a_prompt_have_the_mean_hidden_state_of_the_whole():
+    """3 tokens of mean 1 and 1 token of 5: 2."""
+    first = Scores(torch.zeros(3), torch.zeros(3), torch.tensor([1.0, -1.0]))
+    second = Scores(torch.ones(1), torch.ones(1), torch.tensor([5.0, 3.0]))
+    whole = joined(first, second)
+    assert whole.hidden_D.tolist() == [2.0, 0.0]
+    assert whole.logprobs_T.tolist() == whole.entropy_T.tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 class BigramEngine:

@@ -1,6 +1,7 @@
 """Foresight: the regression, how far it is trusted, the evidence, and the resulting choice."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -85,6 +86,36 @@ def test_what_is_not_finite_says_nothing():
     assert np.isfinite(x).all()
     assert x[1] == approx(np.array([1, 0, 0, 0, -1, -1, -1]), scale=1.0)
     assert x[0, 1] == approx(-x[2, 1])
+
+
+def test_features_of_hidden_states_are_standardised_and_have_no_squares():
+    """Two features: one that varies, and one that does not and is 0."""
+    pool = alike(3)
+    plain = scored(pool, [1.0, 2.0, 4.0])
+    hidden_PD = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]], dtype=torch.float64)
+    x_PF = features(replace(plain, hidden_PD=hidden_PD))
+    assert np.array_equal(x_PF[:, :7], features(plain))
+    assert x_PF[:, 8].tolist() == [0.0, 0.0, 0.0]
+    expected = [-math.sqrt(1.5), 0.0, math.sqrt(1.5)]
+    assert x_PF[:, 7].tolist() == approx(expected, dtype=torch.float64)
+
+
+def test_a_hidden_state_tells_hard_from_easy_where_the_rest_says_nothing():
+    """Prompts of one perplexity and length pass or fail by their first hidden feature alone."""
+    chooser = selector("foresight", candidates=40, selected=10, foresight_hidden=4)
+    assert chooser.hidden_features == 4
+    shares = []
+    for step in range(30):
+        draw = torch.Generator().manual_seed(step)
+        hidden_PD = torch.randn(40, 4, generator=draw, dtype=torch.float64)
+        pool = alike(40, step)
+        candidates = replace(scored(pool, [2.0] * 40), hidden_PD=hidden_PD)
+        chosen = chooser.choose(candidates, step)
+        reach = {p.id: bool(h > 0) for p, h in zip(pool, hidden_PD[:, 0], strict=True)}
+        rows = [[1.0, 0.0] * 4 if reach[pool[i].id] else [0.0] * 8 for i in chosen]
+        chooser.observe([pool[i] for i in chosen], torch.tensor(rows))
+        shares.append(sum(reach[pool[i].id] for i in chosen) / len(chosen))
+    assert sum(shares[20:]) / 10 > 0.8
 
 
 def test_without_observations_every_prompt_is_the_same():

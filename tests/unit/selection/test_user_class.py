@@ -235,6 +235,16 @@ def test_candidates_of_the_trial_have_the_scores_of_the_run(tmp_path):
     assert given(scored("    needs_scores = True\n")) == ["ppl_P", "entropy_P"]
     assert given(scored("    needs_scores = True\n", ppl_from="engine")) == ["ppl_P"]
     assert given(scored("    needs_pass_rates = True\n")) == ["pass_rate_P"]
+    hidden = scored("    needs_scores = True\n    hidden_features = 5\n")
+    assert given(hidden) == ["ppl_P", "entropy_P", "hidden_PD"]
+    assert hidden.hidden_PD.shape == (len(hidden.prompts), 5)
+
+
+@pytest.mark.parametrize("value", ["-1", "True", "2.0", "None"])
+def test_a_number_of_features_that_is_none_is_refused(tmp_path, value):
+    method = own(tmp_path, f"{HEAD}{CHOOSE}    hidden_features = {value}\n")
+    with pytest.raises(UserError, match=r"mine\.py:Mine: hidden_features is .*; set it to 0 or mo"):
+        load(method)
 
 
 def test_a_choice_during_the_run_is_checked_too(tmp_path):
