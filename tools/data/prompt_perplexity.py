@@ -45,6 +45,8 @@ class Scores(NamedTuple):
     ppl_P: NDArray[np.float64]
     entropy_P: NDArray[np.float64]
     """Mean entropy over the same tokens, in nats."""
+    hidden_PH: NDArray[np.float64]
+    """Mean of the last hidden states, from which the tokens after the first are predicted."""
 
 
 @torch.inference_mode()
@@ -70,17 +72,19 @@ def scores(
     model = model.to(device).eval()
     result = {}
     for file, prompts in prompts_of.items():
-        values = []
+        values, hidden = [], []
         for prompt in tqdm(prompts, file, leave=False):
             tokens_S = torch.tensor(prompt.tokens, device=device)
-            logprobs_SV = torch.log_softmax(model(tokens_S[None]).logits[0, :-1].float(), dim=-1)
+            output = model(tokens_S[None], output_hidden_states=True)
+            logprobs_SV = torch.log_softmax(output.logits[0, :-1].float(), dim=-1)
             logprobs_T = logprobs_SV.gather(1, tokens_S[1:, None])[:, 0]
             entropy_T = torch.special.entr(logprobs_SV.exp()).sum(-1)
             span = prompt_span(prompt, tokens)
             mean_entropy = entropy_T[span].double().mean()
             values.append((float(perplexity(logprobs_T, span)), float(mean_entropy)))
+            hidden.append(output.hidden_states[-1][0, :-1].double().mean(dim=0).numpy(force=True))
         ppl_P, entropy_P = np.array(values).T
-        result[file] = Scores(prompts, ppl_P, entropy_P)
+        result[file] = Scores(prompts, ppl_P, entropy_P, np.array(hidden))
     return result
 
 

@@ -137,7 +137,13 @@ def of_length(
 
 
 def pass_rates(completions: Path, ids: Sequence[str], pass_reward: float) -> Numbers:
-    """Return the share of each prompt's completions whose reward is at least `pass_reward`.
+    """Return the share of each prompt's completions that pass; see `passes`."""
+    passes_P, rollouts_P = passes(completions, ids, pass_reward)
+    return passes_P / rollouts_P
+
+
+def passes(completions: Path, ids: Sequence[str], pass_reward: float) -> tuple[Numbers, Numbers]:
+    """Return how many of each prompt's completions have at least `pass_reward`, and their number.
 
     Raises UserError if a prompt has none.
     """
@@ -149,7 +155,8 @@ def pass_rates(completions: Path, ids: Sequence[str], pass_reward: float) -> Num
             f"{completions} has no completion of {len(absent)} prompts, such as {absent[0]!r}; "
             "evaluate these prompts (`megatron-prepo evaluate`)"
         )
-    return np.array([np.mean(passed[name]) for name in ids])
+    of_P = [passed[name] for name in ids]
+    return np.array([float(sum(p)) for p in of_P]), np.array([float(len(p)) for p in of_P])
 
 
 def draw(

@@ -1,0 +1,78 @@
+"""How well Foresight predicts pass rates: a planted signal, and a small run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_prepo.records import Prompt
+from tests.e2e.laptop import LAPTOP
+from tools.data.prompt_perplexity import Scores
+from tools.inspect import foresee
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    monkeypatch.setattr(foresee, "SPLITS", 4)
+
+
+def planted(num=400):
+    """Return prompts of which a hidden state alone tells which groups are mixed."""
+    generator = np.random.default_rng(0)
+    prompts = [Prompt(f"t/{i}", "q", "1", (1, 2, 3), (0, 3)) for i in range(num)]
+    hidden_PH = generator.normal(size=(num, 6))
+    pass_P = 1 / (1 + np.exp(-3 * hidden_PH[:, 0] + 4))
+    passes_P = generator.binomial(8, pass_P).astype(float)
+    ppl_P, entropy_P = generator.uniform(2, 9, (2, num))
+    return Scores(prompts, ppl_P, entropy_P, hidden_PH), passes_P, np.full(num, 8.0)
+
+
+def test_a_planted_signal_is_found_by_the_hidden_states_alone():
+    scored, passes_P, rollouts_P = planted()
+    rows = foresee.predictions(scored, passes_P, rollouts_P)
+    assert [row["groups"] for row in rows[:2]] == [64, 128]
+    found = {row["foresight_hidden"]: row for row in rows if row["groups"] == 128}
+    assert abs(found[0]["correlation"]) < 0.2 < 0.6 < found[32]["correlation"]
+    mixed = ((passes_P > 0) & (passes_P < 8)).mean()
+    assert found[32]["with_advantage"] > 1.5 * mixed > 1.2 * found[0]["with_advantage"]
+
+
+def test_it_measures_a_model_of_a_folder(tmp_path, capsys):
+    """The hidden states of the base model are those from which its logits are made."""
+    completions, out = tmp_path / "completions.jsonl", tmp_path / "foresee.json"
+    prompts = (LAPTOP / "eval.jsonl").read_text().splitlines()[:130]
+    file = tmp_path / "eval.jsonl"
+    file.write_text("\n".join(prompts) + "\n")
+    lines = [
+        {"prompt": json.loads(line)["id"], "reward": float((i + sample) % 3 == 0)}
+        for i, line in enumerate(prompts)
+        for sample in range(4)
+    ]
+    completions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--hf", LAPTOP / "base", "--prompts", file, "--completions", completions]
+    assert foresee.main([*map(str, words), "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["prompts"] == 130 and result["with_advantage"] == 1.0
+    assert [row["foresight_hidden"] for row in result["rows"]] == [0, 8, 16, 32, 64]
+    assert "| foresight_hidden | groups |" in capsys.readouterr().out
+
+
+def test_too_few_prompts_are_refused(tmp_path, capsys):
+    completions, file = tmp_path / "completions.jsonl", tmp_path / "eval.jsonl"
+    file.write_text((LAPTOP / "eval.jsonl").read_text().partition("\n")[0] + "\n")
+    completions.write_text(json.dumps({"prompt": "eval-0000", "reward": 1.0}) + "\n")
+    words = ["--hf", LAPTOP / "base", "--prompts", file, "--completions", completions]
+    with pytest.raises(SystemExit) as ended:
+        foresee.main([*map(str, words), "--out", str(tmp_path / "out.json")])
+    assert ended.value.code == 2 and "give at least 128" in capsys.readouterr().err
+
+
+def test_the_last_hidden_state_gives_the_logits():
+    """That `hidden_states[-1]` is after the final norm, as the actor's are."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(LAPTOP / "base").eval()
+    with torch.no_grad():
+        output = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+        assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
