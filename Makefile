@@ -94,6 +94,7 @@ RESULTS ?= runs/compare
 COMPARE = .venv/bin/megatron-prepo compare
 METHODS = random,prepo,greso,dapo,mopps,foresight
 ABLATIONS = ppl_only,entropy_only,reverse,rho_max,clamp,entropy_clamp,oracle
+SCARCE = random,foresight,prepo,mopps,mapp,kgps,dps,greso,hive,dapo,pilot_commit,vip,rl_zvp,oracle
 LARGE = random_large:selection.method=random;weighting.method=none;selection.num_selected=32;$\
 selection.num_candidates=160;train.total_steps=80;eval.every=5
 run = --name $(1) --dir runs/compare/$(1) --results $(RESULTS)/$(1).jsonl
@@ -104,17 +105,18 @@ compare: .venv/ready
 	$(COMPARE) examples/laptop/compare.yaml --methods "$(ABLATIONS),$(LARGE)" --seeds 1-3 \
 	  $(call run,story_sums)
 	$(COMPARE) examples/traces/compare.yaml --methods $(METHODS) --seeds 1-5 $(call run,traces)
-	$(COMPARE) examples/traces/compare.yaml --methods "$(ABLATIONS),$(LARGE)" --seeds 1-3 \
+	$(COMPARE) examples/traces/compare.yaml --methods "oracle,$(LARGE)" --seeds 1-3 \
 	  $(call run,traces)
 	test -f runs/compare/story_sums_prompts/train.jsonl || \
 	  .venv/bin/python examples/laptop/build.py --fresh 12800 --out runs/compare/story_sums_prompts
 	$(COMPARE) examples/laptop/compare.yaml --methods $(METHODS) --seeds 1-5 \
 	  $(call run,story_sums_fresh) data.train=runs/compare/story_sums_prompts/train.jsonl
-	test -f runs/compare/traces_prompts/train.jsonl || \
-	  .venv/bin/python examples/traces/build.py --fresh 12800 --out runs/compare/traces_prompts
-	$(COMPARE) examples/traces/compare.yaml --methods $(METHODS) --seeds 1-5 \
-	  $(call run,traces_fresh) data.train=runs/compare/traces_prompts/train.jsonl
 	$(COMPARE) examples/lists/compare.yaml --methods $(METHODS) --seeds 1-5 $(call run,lists)
+	test -f runs/compare/lists_scarce_prompts/train.jsonl || \
+	  .venv/bin/python examples/lists/build.py --scarce --out runs/compare/lists_scarce_prompts
+	$(COMPARE) examples/lists/compare.yaml --methods $(SCARCE) --seeds 1-3 \
+	  $(call run,lists_scarce) data.train=runs/compare/lists_scarce_prompts/train.jsonl \
+	  optimizer.lr=2e-4
 	.venv/bin/megatron-prepo report $(RESULTS)/*.jsonl --out $(RESULTS)/comparison.html
 
 clean:

@@ -26,6 +26,7 @@ ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "kgps", "dps", "hive", "foresi
 ON_TWO_RANKS += ["vip", "pilot_commit"]
 WITH = {
     "mapp": ["advantage.method=posterior"],
+    "foresight": ["selection.foresight_hidden=4"],
     "vip": ["selection.vip_least=3", "selection.vip_most=5"],
 }
 """The rest of a method that is more than a selection, and what makes groups of G = 4 differ."""

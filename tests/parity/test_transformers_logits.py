@@ -43,6 +43,7 @@ LAYOUTS = {
     "pp2 dp2 shared": ({"pipeline": 2, "data": 2}, SHARED),
 }
 EXPERT_LAYOUTS = {"dp2 ep2 shared": ({"data": 2, "expert": 2}, SHARED)}
+CONTEXT_LAYOUTS = {"tp2 cp2": ({"tensor": 2, "context": 2}, {})}
 SOME_LAYOUTS = {
     "mistral": ("tp2",),
     "mistral window": ("tp1 padded", "tp2 sp shared", "pp2"),
@@ -50,6 +51,7 @@ SOME_LAYOUTS = {
 }
 CASES = [(name, layout) for name in MODELS for layout in SOME_LAYOUTS.get(name, LAYOUTS)]
 CASES += [("qwen3 moe", layout) for layout in EXPERT_LAYOUTS]
+CASES += [(name, layout) for name in ("qwen2", "llama3") for layout in CONTEXT_LAYOUTS]
 TEMPERATURES = (1.0, 0.7)
 
 
@@ -81,8 +83,9 @@ def score_and_export_all(directories):
     from megatron_prepo.actor.actor import Actor
 
     results = {}
-    for layout, (settings, way) in (LAYOUTS | EXPERT_LAYOUTS).items():
-        num_ranks = math.prod(settings.get(axis, 1) for axis in ("tensor", "pipeline", "data"))
+    axes = ("tensor", "pipeline", "data", "context")
+    for layout, (settings, way) in (LAYOUTS | EXPERT_LAYOUTS | CONTEXT_LAYOUTS).items():
+        num_ranks = math.prod(settings.get(axis, 1) for axis in axes)
         if not join(num_ranks):
             continue
         for name, hf in directories.items():

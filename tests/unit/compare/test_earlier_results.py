@@ -17,7 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "compare"
 
 
-@pytest.mark.parametrize("name", ["lists", "story_sums", "story_sums_fresh", "traces"])
+@pytest.mark.parametrize(
+    "name", ["lists", "lists_scarce", "story_sums", "story_sums_fresh", "traces"]
+)
 def test_the_commands_of_the_committed_results_run_nothing(name, tmp_path, monkeypatch, capsys):
     """The commands are those in the records, `--dir` and `--results` apart."""
     monkeypatch.chdir(REPOSITORY)
@@ -29,6 +31,10 @@ def test_the_commands_of_the_committed_results_run_nothing(name, tmp_path, monke
     if name == "story_sums_fresh":
         task = load("laptop")
         tiny_base.write_fresh_prompts(task, tmp_path, task.seed, 12800)
+        places.append(f"data.train={tmp_path / 'train.jsonl'}")
+    if name == "lists_scarce":
+        task = load("lists")
+        tiny_base.write_scarce_prompts(task, tmp_path, task.seed, tiny_base.NUM_SCARCE_PROMPTS)
         places.append(f"data.train={tmp_path / 'train.jsonl'}")
     records = [json.loads(line) for line in committed.splitlines()]
     for command in {made["command"] for made in records}:
