@@ -187,17 +187,17 @@ class Actor:
         hidden_SD = torch.zeros(len(sequences), projection_HD.shape[1], device=self.device)
 
         def collect(batch: MicroBatch, hidden: torch.Tensor, non_loss_data: bool) -> None:
+            hidden_TH = self._hidden_TH(hidden)
             lengths = [sequences[i].num_scored for i in batch.index]
             scored_2R = torch.zeros(2, sum(lengths), device=self.device)
-            scored_2R[:, batch.scored] = torch.stack(self._scores(hidden, batch, temperature))
+            scored_2R[:, batch.scored] = torch.stack(self._scores(hidden_TH, batch, temperature))
             parts = scored_2R.split(lengths, dim=1)
             for i, part_2R in zip(batch.index, parts, strict=True):
                 flat_2T[:, offsets[i] : offsets[i + 1]] = part_2R
             if projection_HD.numel():
-                hidden_RH = self._hidden_TH(hidden)[batch.targets_T != IGNORE]
-                parts_RD = (hidden_RH.float() @ projection_HD).split(batch.scored_here(lengths))
-                for i, part_RD in zip(batch.index, parts_RD, strict=True):
-                    hidden_SD[i] += part_RD.sum(dim=0)
+                parts_RH = hidden_TH[batch.targets_T != IGNORE].split(batch.scored_here(lengths))
+                for i, part_RH in zip(batch.index, parts_RH, strict=True):
+                    hidden_SD[i] += part_RH.sum(dim=0, dtype=torch.float32) @ projection_HD
             if on_progress:
                 on_progress(len(batch.index))
 
@@ -566,11 +566,11 @@ class Actor:
         return self.router_replay.replaying(self.ddp.index(ddp), batch.routing_TLk)
 
     def _scores(
-        self, hidden: torch.Tensor, batch: MicroBatch, temperature: float
+        self, hidden_TH: torch.Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `logprobs_R` and `entropy_R` of the scored tokens, in order; last stage only."""
         logprobs_T, entropy_T = vocab_parallel_logprobs_and_entropy(
-            self._hidden_TH(hidden),
+            hidden_TH,
             output_weight(self.chunks[-1]),
             batch.targets_T,
             temperature=temperature,
@@ -591,10 +591,11 @@ class Actor:
 
         `loss_scale` is the gradient that will arrive at the loss.
         """
+        hidden_TH = self._hidden_TH(hidden)
         if self.config.loss.head == "recompute":
-            return token_loss(*self._scores(hidden, batch, temperature), slice(None))
+            return token_loss(*self._scores(hidden_TH, batch, temperature), slice(None))
         return vocab_parallel_loss(
-            self._hidden_TH(hidden),
+            hidden_TH,
             output_weight(self.chunks[-1]),
             batch.targets_T,
             token_loss,

@@ -338,8 +338,8 @@ class SelectionConfig:
     """Factor by which `mopps` and `mapp` discount earlier observations at each new observation."""
     foresight_hidden: int = 0
     """Number of features of the prompt's mean last hidden state that `foresight` also predicts
-    from (`docs/foresight.md`); 0: perplexity, length and mean entropy only. 32 or 64 help where a
-    pretrained model trains on a mixture of tasks."""
+    from (`docs/foresight.md`); 0: perplexity, length and mean entropy only. On a mixture of
+    tasks and a pretrained model, 32 predict better; no training run with them has been made."""
     kgps_prior_variance: float = 3.29
     """Variance of an unseen prompt's logit for `kgps`, and the largest of any prompt; the default
     is that of a uniform pass rate, pi^2 / 3."""

@@ -25,8 +25,8 @@ class Candidates:
     actor_ppl_P: torch.Tensor | None = None
     """Perplexity under the actor, in steps where `ppl_P` is the engine's and both are compared."""
     hidden_PD: torch.Tensor | None = None
-    """D features of the actor's last hidden states, float64: their mean over the prompt, projected.
-    """
+    """D features of the actor's last hidden states, float64: the mean of those that predict the
+    prompt's tokens, projected; None with `selection.ppl_from=engine`."""
 
     def at(self, positions: Sequence[int]) -> list[Prompt]:
         """Return the prompts at these positions."""

@@ -7,7 +7,8 @@
                 `STEP_DECAY` steps old has weight 1/e, and a rollout has weight `ROLLOUT_WEIGHT`,
                 since the rollouts of a group are correlated
     prior       pass rate p_i ~ Beta(m mu_i, m (1 - mu_i)); m, the strength of the prior, maximises
-                the likelihood of the observations
+                the likelihood of the observations, given mu as fitted to them or, with features of
+                hidden states, as predicted before them
     evidence    alpha_i = m mu_i + passes, beta_i = m (1 - mu_i) + failures of the prompt so far;
                 each new visit multiplies the weight of earlier ones by `VISIT_DECAY`
     choice      one draw from each posterior; the K nearest to `selection.target_pass_rate`
@@ -52,6 +53,8 @@ class Foresight(Selector):
         self.features: list[list[float]] = []
         self.counts: list[tuple[int, int, int]] = []
         """Step, passes and rollouts of each group; `features` are those of its prompt."""
+        self.foreseen: list[float] = []
+        """Predicted pass rate of each group when it was chosen, with features of hidden states."""
         self.evidence: dict[str, tuple[float, float]] = {}
         """Discounted passes and failures per prompt id."""
         self.prior_strength = 4.0
@@ -79,11 +82,13 @@ class Foresight(Selector):
             step_R, passes_R, rollouts_R = np.array(self.counts, dtype=float).T
             age_R = np.exp((step_R - step) / STEP_DECAY)
             weight_F = logistic_regression(x_RF, passes_R, rollouts_R, ROLLOUT_WEIGHT * age_R)
-            mu_R = predict(x_RF, weight_F)
+            # of many features the regression fits its own groups too well to be trusted by them
+            hidden = self.hidden_features > 0
+            mu_R = np.array(self.foreseen) if hidden else predict(x_RF, weight_F)
             self.prior_strength = max(
                 PRIOR_STRENGTHS, key=lambda m: likelihood(m, mu_R, passes_R, rollouts_R, age_R)
             )
-        mu_P = predict(x_PF, weight_F)
+        mu_P = self.mu_P = predict(x_PF, weight_F)
         seen = [self.evidence.get(prompt.id, (0.0, 0.0)) for prompt in candidates.prompts]
         passes_P, failures_P = np.array(seen).T
         return self.prior_strength * mu_P + passes_P, self.prior_strength * (1 - mu_P) + failures_P
@@ -95,12 +100,14 @@ class Foresight(Selector):
         for prompt, passes in zip(prompts, passes_K, strict=True):
             self.features.append(self.x_PF[self.position[prompt.id]].tolist())
             self.counts.append((self.step, passes, rollouts))
+            self.foreseen.append(float(self.mu_P[self.position[prompt.id]]))
             before = self.evidence.get(prompt.id, (0.0, 0.0))
             self.evidence[prompt.id] = (
                 VISIT_DECAY * before[0] + passes,
                 VISIT_DECAY * before[1] + rollouts - passes,
             )
         self.features, self.counts = self.features[-MAX_GROUPS:], self.counts[-MAX_GROUPS:]
+        self.foreseen = self.foreseen[-MAX_GROUPS:]
 
     def metrics(self) -> dict[str, float]:
         """Return the prior strength and the predicted pass rate of the selected prompts."""
@@ -116,7 +123,7 @@ class Foresight(Selector):
             "counts": [list(row) for row in self.counts],
             "evidence": {name: list(counts) for name, counts in self.evidence.items()},
             "trust": self.prior_strength,
-        }
+        } | ({"foreseen": list(self.foreseen)} if self.hidden_features else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved state at the start of a step."""
@@ -124,6 +131,7 @@ class Foresight(Selector):
         self.counts = [tuple(row) for row in state["counts"]]
         self.evidence = {name: tuple(counts) for name, counts in state["evidence"].items()}
         self.prior_strength = state["trust"]
+        self.foreseen = list(state["foreseen"]) if self.hidden_features else []
 
 
 def features(candidates: Candidates) -> np.ndarray:

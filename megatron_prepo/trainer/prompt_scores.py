@@ -49,9 +49,9 @@ def prompt_scores(
 
 
 def projection(hidden_size: int, features: int, seed: int) -> torch.Tensor:
-    """Return `projection_HD`, random directions that keep distances in the mean."""
+    """Return `projection_HD`, random directions of the hidden states."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(hidden_size, features, generator=draw) / features**0.5
+    return torch.randn(hidden_size, features, generator=draw)
 
 
 def whole_scores(

@@ -26,7 +26,6 @@ ON_TWO_RANKS = ["greso", "dapo", "mopps", "mapp", "kgps", "dps", "hive", "foresi
 ON_TWO_RANKS += ["vip", "pilot_commit"]
 WITH = {
     "mapp": ["advantage.method=posterior"],
-    "foresight": ["selection.foresight_hidden=4"],
     "vip": ["selection.vip_least=3", "selection.vip_most=5"],
 }
 """The rest of a method that is more than a selection, and what makes groups of G = 4 differ."""
@@ -63,8 +62,23 @@ def on_two_ranks(tmp_path_factory) -> Path:
         ]
         for name in ON_TWO_RANKS
     }
+    runs[str(root / "hidden states")] = [
+        *TINY,
+        "selection.method=foresight",
+        "selection.foresight_hidden=4",
+        "parallel.data=2",
+    ]
     on_ranks(2, train_in_ranks, 2, runs)
     return root
+
+
+def test_hidden_states_are_of_both_ranks_prompts(on_two_ranks):
+    """Each rank asserts that its choice is the other's; the features change the choice."""
+    chosen = [
+        [entry.prompt_id for entry in read(on_two_ranks / name / "ledger.jsonl")]
+        for name in ("foresight", "hidden states")
+    ]
+    assert len(chosen[0]) == len(chosen[1]) and chosen[0] != chosen[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

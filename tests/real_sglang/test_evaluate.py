@@ -34,11 +34,14 @@ def servers(sglang_python):
     def settings() -> str:
         return f"servers.urls=[{stopped[0].url}]" if stopped else f"servers.python={sglang_python}"
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OwnServer, "stop", lambda server: stopped.append(server))
-        yield settings
-    assert [server.ended() for server in stopped] == [None], "one is started, and told to stop"
-    stopped[0].stop()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OwnServer, "stop", lambda server: stopped.append(server))
+            yield settings
+        assert [server.ended() for server in stopped] == [None], "one is started, and told to stop"
+    finally:
+        for server in stopped:
+            server.stop()
 
 
 def by_both_engines(servers, directory, *settings: str) -> tuple[list[str], list[str]]:

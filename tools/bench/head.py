@@ -90,7 +90,7 @@ def measure_all(options: argparse.Namespace) -> dict:
     deadline = time.monotonic() + options.seconds if options.seconds else None
     device, tensor = ("cpu", head_goals.CPU_TENSOR) if options.cpu else ("cuda", 1)
     parallel.initialize(ParallelConfig(tensor=tensor), seed=0)
-    providers, absent = available(device, options.verl)
+    providers, absent = available(device, options.verl, epilogue=options.epilogue)
     result = {
         "command": _command(),
         "machine": machine.describe(),
@@ -462,6 +462,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, help="approximate time limit")
     parser.add_argument("--stages", action="store_true", help="stages and chunk sizes of our head")
+    parser.add_argument("--epilogue", action="store_true", help="with a kernel that no run uses")
     parser.add_argument("--chunks", help=f"default: {_list(head_stages.CHUNKS)}")
     parser.add_argument("--models", help=f"on a GPU, default: {','.join(MODELS)}")
     parser.add_argument("--tensor", help=f"on a GPU, default: {_list(TENSOR)}")

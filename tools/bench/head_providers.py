@@ -64,8 +64,13 @@ class Absent(Exception):
     """A peer that cannot be measured here; the message is the reason."""
 
 
-def available(device: str, verl: Path | None) -> tuple[dict[str, dict[str, Task]], dict[str, str]]:
-    """Return tasks by provider, and the reason for each absent provider."""
+def available(
+    device: str, verl: Path | None, *, epilogue: bool = False
+) -> tuple[dict[str, dict[str, Task]], dict[str, str]]:
+    """Return tasks by provider, and the reason for each absent provider.
+
+    Our kernel that has not run on a GPU yet must be asked for: an illegal access would end all.
+    """
     providers = {"bare": BARE, "ours": OURS, "naive": tasks_of(naive)}
     if device == "cpu":
         return providers, dict(NOT_ON_THE_CPU)
@@ -76,6 +81,8 @@ def available(device: str, verl: Path | None) -> tuple[dict[str, dict[str, Task]
             providers[name] = tasks_of(load())
         except Absent as reason:
             absent[name] = str(reason)
+    if not epilogue:
+        return providers, absent | {EPILOGUE: "no --epilogue given"}
     try:
         providers |= load_epilogues()
     except Absent as reason:

@@ -6,8 +6,9 @@
 
 The prompts are split at random, 20 times.  The regression of `selection.method=foresight` sees the
 groups of 64, 128, 256 or 512 prompts, as far as half of all is more, and predicts the other half:
-the rank correlation with their pass rates, and how many groups of the fifth with the largest
-predicted probability of an advantage have one.  With as many as all, a choice gains nothing.
+the rank correlation with their pass rates, and how many groups are mixed (passes and failures) of
+the fifth for which that is likeliest.  With as many as of all, a choice gains nothing.  A run has
+less to go by: a step's candidates to standardise by, groups that were chosen, older weights.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def features(scored: Scores, number: int, seed: int) -> Numbers:
 def prediction(
     x_PF: Numbers, passes_P: Numbers, rollouts_P: Numbers, order_P: NDArray[np.intp], groups: int
 ) -> tuple[float, float]:
-    """Return correlation and share of groups with an advantage; see the module.
+    """Return correlation and share of mixed groups; see the module.
 
     The first `groups` prompts of an order are seen, its second half is predicted.
     """
@@ -75,7 +76,7 @@ def prediction(
     best = without_R.argsort(kind="stable")[: max(1, len(asked) // 5)]
     mixed_R = (passes_R > 0) & (passes_R < rollouts_R)
     correlation = stats.spearmanr(mu_R, passes_R / rollouts_R).statistic
-    return float(correlation), float(mixed_R[best].mean())
+    return float(np.nan_to_num(correlation)), float(mixed_R[best].mean())
 
 
 def predictions(scored: Scores, passes_P: Numbers, rollouts_P: Numbers) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def predictions(scored: Scores, passes_P: Numbers, rollouts_P: Numbers) -> list[
                     "foresight_hidden": number,
                     "groups": groups,
                     "correlation": round(float(correlation), 3),
-                    "with_advantage": round(float(mixed), 3),
+                    "mixed": round(float(mixed), 3),
                 }
             )
     return rows
@@ -122,25 +123,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
     parser.add_argument("--pass-reward", type=float, default=1.0, help="as reward.high")
     options = parser.parse_args(arguments)
+    given = sum(1 for line in Path(options.prompts).read_text().splitlines() if line.strip())
+    if given < 2 * GROUPS[0]:
+        parser.error(f"--prompts has {given} prompts; give at least {2 * GROUPS[0]}")
     scored = scores(str(options.hf), [options.prompts], chat_template=options.chat_template)[
         str(options.prompts)
     ]
     ids = [prompt.id for prompt in scored.prompts]
     passes_P, rollouts_P = passes(options.completions, ids, options.pass_reward)
-    if len(ids) < 2 * GROUPS[0]:
-        parser.error(f"--prompts has {len(ids)} prompts; give at least {2 * GROUPS[0]}")
     mixed_P = (passes_P > 0) & (passes_P < rollouts_P)
     rows = predictions(scored, passes_P, rollouts_P)
     result = {
         "machine": machine.describe(),
         "prompts": len(ids),
-        "with_advantage": round(float(mixed_P.mean()), 3),
+        "mixed": round(float(mixed_P.mean()), 3),
         "rows": rows,
     }
     write_text(options.out, json.dumps(result, indent=2) + "\n")
-    print(
-        f"of all {len(ids)} groups, {result['with_advantage']} have an advantage\n\n{table(rows)}"
-    )
+    print(f"of all {len(ids)} groups, {result['mixed']} have passes and failures\n")
+    print(table(rows))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Foresight: the regression, how far it is trusted, the evidence, and the resulting choice."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -116,6 +117,25 @@ def test_a_hidden_state_tells_hard_from_easy_where_the_rest_says_nothing():
         chooser.observe([pool[i] for i in chosen], torch.tensor(rows))
         shares.append(sum(reach[pool[i].id] for i in chosen) / len(chosen))
     assert sum(shares[20:]) / 10 > 0.8
+
+
+def test_features_of_hidden_states_that_say_nothing_are_not_trusted():
+    """32 features fit the groups that they are fitted to; the trust is in what they foresaw."""
+    chooser = selector("foresight", candidates=40, selected=8, foresight_hidden=32)
+    passing = np.random.default_rng(3)
+    for step in range(25):
+        draw = torch.Generator().manual_seed(step)
+        hidden_PD = torch.randn(40, 32, generator=draw, dtype=torch.float64)
+        pool = alike(40, step)
+        chosen = chooser.choose(replace(scored(pool, [2.0] * 40), hidden_PD=hidden_PD), step)
+        rewards_KG = passes(*passing.choice([0, 2, 4], size=8))
+        chooser.observe([pool[i] for i in chosen], rewards_KG)
+    assert chooser.prior_strength <= 2
+    restored = selector("foresight", candidates=40, selected=8, foresight_hidden=32)
+    restored.load_state_dict(json.loads(json.dumps(chooser.state_dict())))
+    last = replace(scored(pool, [2.0] * 40), hidden_PD=hidden_PD)
+    assert restored.choose(last, 25) == chooser.choose(last, 25)
+    assert restored.prior_strength == chooser.prior_strength
 
 
 def test_without_observations_every_prompt_is_the_same():

@@ -92,7 +92,8 @@ def job_of(monkeypatch, tmp_path):
 def score(trainer, prompts, step):
     generator = torch.Generator().manual_seed(100 * trainer.actor.updates + step)
     ppl_P, entropy_P = torch.rand(2, len(prompts), generator=generator, dtype=torch.float64) + 1
-    return Candidates(prompts, ppl_P, entropy_P)
+    hidden_PD = torch.randn(len(prompts), 3, generator=generator, dtype=torch.float64)
+    return Candidates(prompts, ppl_P, entropy_P, hidden_PD=hidden_PD)
 
 
 def learn(job, ready):
@@ -119,7 +120,7 @@ def test_a_step_ahead_goes_on_from_its_saved_state(job_of, method):
     one, other = ahead.take(1), went_on.take(1)
     assert (one.choice, one.weight_version) == (other.choice, other.weight_version)
     assert other.rollouts == one.rollouts and again.engine.generated == []
-    for name in ("ppl_P", "entropy_P"):
+    for name in ("ppl_P", "entropy_P", "hidden_PD"):
         assert torch.equal(getattr(one.candidates, name), getattr(other.candidates, name))
     for each, ready in ((job, one), (again, other)):
         learn(each, ready)
