@@ -74,10 +74,14 @@ def test_the_rates_of_the_page_of_an_own_task_are_its_raw_result():
         assert f"held-out pass rate {when:<8} {line}" in page
 
 
-def test_the_table_of_the_real_model_is_that_of_its_runs():
-    lines = (RESULTS / "real" / "comparison.jsonl").read_text().splitlines()
+@pytest.mark.parametrize(
+    ("file", "page"),
+    [("real/comparison", "real_model"), ("compare/lists_scarce", "selection")],
+)
+def test_the_table_of_a_comparison_is_that_of_its_runs(file, page):
+    lines = (RESULTS / f"{file}.jsonl").read_text().splitlines()
     table = report_page.markdown([json.loads(line) for line in lines])
-    assert table in (REPOSITORY / "docs" / "real_model.md").read_text()
+    assert table in (REPOSITORY / "docs" / f"{page}.md").read_text()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
