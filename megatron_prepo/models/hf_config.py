@@ -267,7 +267,10 @@ def _refuse_other_computations(path: Path, hf: dict[str, Any]) -> None:
     """Raise UserError for settings with which Megatron-Core would compute something else."""
     moe = hf["model_type"] == "qwen3_moe"
     for name, value in (ONLY | (ONLY_EXPERTS if moe else {})).items():
-        if name in hf and hf[name] != value and (name, hf["model_type"]) not in EXEMPT:
+        if name not in hf or (name, hf["model_type"]) in EXEMPT:
+            continue
+        # 1 equals True, and transformers fails with is_causal=1
+        if hf[name] != value or isinstance(hf[name], bool) != isinstance(value, bool):
             raise UserError(
                 f"{path}: {name}={reprlib.repr(hf[name])} is not supported, only {value!r} is"
             )

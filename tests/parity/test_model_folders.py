@@ -307,6 +307,7 @@ CHANGES = st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=6)),
 @given(st.sampled_from(list(MODELS)), CHANGES, st.sets(st.sampled_from(KEYS), max_size=1))
 @example("llama", {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, set())
 @example("moe", {}, {"norm_topk_prob"})
+@example("qwen2", {"is_causal": 1}, set())
 def test_any_mutation_is_refused_or_gives_the_logits_of_transformers(
     models, tmp_path, name, changes, absent
 ):

@@ -217,8 +217,10 @@ def measure(folder: Path, case: dict, arm: Arm, options) -> dict:
             measured = passes(actor, sequences)
             work = FlopCount.of(sequences, shape.window)
             result = rates(shape, work, measured, config.model.dtype)
+        except torch.OutOfMemoryError as error:
+            result = {"failed": str(error).splitlines()[0]}
         except (RuntimeError, ImportError, AssertionError, TypeError, ValueError) as error:
-            # out of memory, and a library that rejects this machine: the next arm is measured
+            # a library that rejects this machine: the next arm is measured
             result = {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     actor = None  # its memory is for the next arm
     parallel.shut_down()
