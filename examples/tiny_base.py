@@ -90,7 +90,7 @@ def main(task: Task, description: str) -> None:
     what.add_argument("--measure", action="store_true", help="measure --out without building")
     what.add_argument(
         "--fresh",
-        type=int,
+        type=positive,
         nargs="?",
         const=NUM_FRESH_PROMPTS,
         metavar="N",
@@ -98,7 +98,7 @@ def main(task: Task, description: str) -> None:
     )
     what.add_argument(
         "--scarce",
-        type=int,
+        type=positive,
         nargs="?",
         const=NUM_SCARCE_PROMPTS,
         metavar="N",
@@ -127,6 +127,14 @@ def main(task: Task, description: str) -> None:
         build(task, options.out, options.seed)
     wall_seconds = time.perf_counter() - started
     print(f"{wall_seconds:.0f} s, of which {time.process_time():.0f} s on the CPU")
+
+
+def positive(text: str) -> int:
+    """Return a number of prompts; argparse reports anything but a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 # Build
@@ -195,7 +203,7 @@ def write_fresh_prompts(task: Task, out: Path, seed: int, count: int) -> list[Pr
 def write_scarce_prompts(task: Task, out: Path, seed: int, count: int) -> None:
     """Write a train.jsonl in which few prompts are of the pool, and no prompt of the shipped files.
 
-    The others are beyond the base model: where prompts that teach are scarce, choosing them pays.
+    The rest is beyond the base model: where prompts that teach are scarce, choosing them pays.
     """
     shipped = {problem.prompt for problem in draw_shipped(task, seed)}
     rng = random.Random(f"scarce {seed}")

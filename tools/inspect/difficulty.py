@@ -205,10 +205,8 @@ def draw(
     pyplot.close(figure)
 
 
-@in_one_line
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a model, prompts and their graded completions."""
     parser.add_argument(
         "--hf", type=existing(), required=True, help="model that scores the prompts"
     )
@@ -216,9 +214,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--completions", type=existing(), required=True, help="of `megatron-prepo evaluate`"
     )
-    parser.add_argument("--out", type=new_file(".png"), required=True, help="JSON file")
     parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
     parser.add_argument("--pass-reward", type=float, default=1.0, help="as reward.high")
+
+
+@in_one_line
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_inputs(parser)
+    parser.add_argument("--out", type=new_file(".png"), required=True, help="JSON file")
     parser.add_argument("--tokens", choices=("all", "content"), default="all")
     options = parser.parse_args(arguments)
     scored = scores(

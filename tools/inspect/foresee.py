@@ -26,7 +26,6 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_prepo.files.atomic import write_text
-from megatron_prepo.files.existing import existing
 from megatron_prepo.files.ownership import new_file
 from megatron_prepo.process import machine
 from megatron_prepo.process.command import in_one_line
@@ -34,7 +33,7 @@ from megatron_prepo.selection import foresight
 from megatron_prepo.selection.base import Candidates
 from megatron_prepo.trainer.prompt_scores import projection
 from tools.data.prompt_perplexity import Scores, scores
-from tools.inspect.difficulty import passes
+from tools.inspect.difficulty import add_inputs, passes
 
 Numbers: TypeAlias = NDArray[np.float64]
 FEATURES = (0, 8, 16, 32, 64)
@@ -112,16 +111,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns exit code 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--hf", type=existing(), required=True, help="model that scores the prompts"
-    )
-    parser.add_argument("--prompts", type=existing(), required=True, help="JSON Lines")
-    parser.add_argument(
-        "--completions", type=existing(), required=True, help="of `megatron-prepo evaluate`"
-    )
+    add_inputs(parser)
     parser.add_argument("--out", type=new_file(), required=True, help="JSON file")
-    parser.add_argument("--chat-template", action="store_true", help="as data.chat_template=true")
-    parser.add_argument("--pass-reward", type=float, default=1.0, help="as reward.high")
     options = parser.parse_args(arguments)
     given = sum(1 for line in Path(options.prompts).read_text().splitlines() if line.strip())
     if given < 2 * GROUPS[0]:

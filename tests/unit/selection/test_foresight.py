@@ -122,15 +122,16 @@ def test_a_hidden_state_tells_hard_from_easy_where_the_rest_says_nothing():
 def test_features_of_hidden_states_that_say_nothing_are_not_trusted():
     """32 features fit the groups that they are fitted to; the trust is in what they foresaw."""
     chooser = selector("foresight", candidates=40, selected=8, foresight_hidden=32)
-    passing = np.random.default_rng(3)
+    passing, trusts = np.random.default_rng(3), []
     for step in range(25):
         draw = torch.Generator().manual_seed(step)
         hidden_PD = torch.randn(40, 32, generator=draw, dtype=torch.float64)
         pool = alike(40, step)
         chosen = chooser.choose(replace(scored(pool, [2.0] * 40), hidden_PD=hidden_PD), step)
+        trusts.append(chooser.prior_strength)
         rewards_KG = passes(*passing.choice([0, 2, 4], size=8))
         chooser.observe([pool[i] for i in chosen], rewards_KG)
-    assert chooser.prior_strength <= 2
+    assert max(trusts[1:]) < trusts[0]  # fitted to its own groups it reaches 64
     restored = selector("foresight", candidates=40, selected=8, foresight_hidden=32)
     restored.load_state_dict(json.loads(json.dumps(chooser.state_dict())))
     last = replace(scored(pool, [2.0] * 40), hidden_PD=hidden_PD)
@@ -247,10 +248,12 @@ def test_the_target_can_be_moved():
 
 def test_it_remembers_a_bounded_number_of_groups(monkeypatch):
     monkeypatch.setattr("megatron_prepo.selection.foresight.MAX_GROUPS", 5)
-    chooser = selector("foresight", candidates=4, selected=2)
+    chooser = selector("foresight", candidates=4, selected=2, foresight_hidden=1)
     for step in range(4):
-        run_step(chooser, scored(alike(4, step), [2, 3, 4, 5]), step, lambda c: passes(*[2] * 2))
-    assert len(chooser.counts) == len(chooser.features) == 5
+        hidden_PD = torch.arange(4, dtype=torch.float64)[:, None]
+        candidates = replace(scored(alike(4, step), [2, 3, 4, 5]), hidden_PD=hidden_PD)
+        run_step(chooser, candidates, step, lambda c: passes(*[2] * 2))
+    assert len(chooser.counts) == len(chooser.features) == len(chooser.foreseen) == 5
     assert chooser.counts[-1] == (3, 2, 4)
 
 
